@@ -1,0 +1,207 @@
+"""The configuration of a model, of sampling and of a training run: frozen dataclasses, validated on construction.
+
+A field's docstring is its command-line help. `to_dict` and `from_dict` carry a config to JSON and back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+Prediction = Literal["noise", "v"]
+GuidanceSchedule = Literal["linear", "constant"]
+Precision = Literal["fp32", "bf16"]
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be: the message says what was got and what was expected."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _positive(record: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        _require(value >= 1, f"{name} is {value}, but it must be at least 1")
+
+
+def _fraction(record: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        _require(0 <= value < 1, f"{name} is {value}, but it must be at least 0 and less than 1")
+
+
+@dataclass(frozen=True)
+class TrunkConfig:
+    """A stack of transformer blocks: the encoder or the decoder."""
+
+    width: int = 768
+    """Features of a token inside the stack."""
+    depth: int = 12
+    """Number of blocks."""
+    heads: int = 12
+    """Attention heads; they divide the width."""
+    mlp_ratio: float = 4.0
+    """Width of a block's MLP as a multiple of `width`."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "width", "depth", "heads")
+        _require(self.mlp_ratio > 0, f"mlp_ratio is {self.mlp_ratio}, but it must be positive")
+        _require(self.width % self.heads == 0, f"width {self.width} is not a multiple of the {self.heads} heads")
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The diffusion head: an MLP that draws one token given its condition z (paper, section 3.2 and appendix A)."""
+
+    width: int = 1024
+    """Features of the MLP."""
+    depth: int = 6
+    """Residual blocks."""
+    diffusion_steps: int = 1000
+    """Length of the training noise schedule (cosine)."""
+    prediction: Prediction = "noise"
+    """What the network predicts: the noise (the paper, official weights) or v = sqrt(a) noise - sqrt(1-a) x0."""
+    batch_mul: int = 4
+    """How many (timestep, noise) pairs each token is trained on per step."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "width", "depth", "diffusion_steps", "batch_mul")
+        _require(self.prediction in typing.get_args(Prediction), f"prediction is {self.prediction!r}, not noise or v")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A MAR: which latents it models, its encoder, decoder and diffusion head."""
+
+    channels: int = 16
+    """Channels of the tokenizer's latents."""
+    grid: tuple[int, int] = (16, 16)
+    """Height and width of the latents, in latent cells."""
+    patch: int = 1
+    """A token is a patch x patch square of latent cells."""
+    encoder: TrunkConfig = field(default_factory=TrunkConfig)
+    decoder: TrunkConfig = field(default_factory=TrunkConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    buffer: int = 64
+    """Tokens in front of the sequence that carry the class."""
+    classes: int = 1000
+    """Number of classes; 0 for an unconditional model."""
+    label_drop: float = 0.1
+    """Probability of training an image without its class; 0 makes guidance impossible."""
+    attention_dropout: float = 0.1
+    """Dropout of attention weights, in training."""
+    projection_dropout: float = 0.1
+    """Dropout after the projections of attention and MLP, in training."""
+    mask_ratio_min: float = 0.7
+    """Left end of the truncated normal(1, 0.25) from which a batch's mask ratio is drawn."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "channels", "patch", "buffer")
+        _require(self.classes >= 0, f"classes is {self.classes}, but it must be 0 (unconditional) or more")
+        _fraction(self, "label_drop", "attention_dropout", "projection_dropout")
+        _require(0 < self.mask_ratio_min <= 1, f"mask_ratio_min is {self.mask_ratio_min}, outside (0, 1]")
+        height, width = self.grid
+        _require(
+            min(height, width) >= 1 and height % self.patch == 0 and width % self.patch == 0,
+            f"a latent grid of {height}x{width} cells can't be cut into patches of {self.patch}x{self.patch}: "
+            "choose an image size or a patch that divides it",
+        )
+
+    @property
+    def tokens(self) -> int:
+        """L: the number of tokens of an image."""
+        return (self.grid[0] // self.patch) * (self.grid[1] // self.patch)
+
+    @property
+    def token_width(self) -> int:
+        """d: the number of values of a token."""
+        return self.channels * self.patch**2
+
+    @property
+    def guidable(self) -> bool:
+        """Whether the model has learned to do without the class, as guidance needs."""
+        return self.classes > 0 and self.label_drop > 0
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How pictures are drawn."""
+
+    steps: int = 64
+    """K: reveal steps; more than there are tokens means one token a step."""
+    diffusion_steps: int = 100
+    """Diffusion steps for each token, of the 1000 it was trained on."""
+    guidance: float = 1.0
+    """Classifier-free guidance scale; 1 is none."""
+    guidance_schedule: GuidanceSchedule = "linear"
+    """`linear`: from 1 up to the scale as tokens are revealed; `constant`: the scale at every step."""
+    temperature: float = 1.0
+    """Factor of the noise added at each diffusion step."""
+    x0_bound: float | None = None
+    """Clip the predicted clean token to this many standard deviations: for young models; off for official weights."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "steps", "diffusion_steps")
+        _require(math.isfinite(self.guidance) and self.guidance >= 0, f"guidance is {self.guidance}, not 0 or more")
+        _require(
+            self.guidance_schedule in typing.get_args(GuidanceSchedule),
+            f"guidance_schedule is {self.guidance_schedule!r}, but it must be linear or constant",
+        )
+        _require(math.isfinite(self.temperature) and self.temperature >= 0, f"temperature is {self.temperature}, not >= 0")
+        _require(self.x0_bound is None or self.x0_bound > 0, f"x0_bound is {self.x0_bound}, but it must be positive")
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises ConfigError where this way of drawing asks more than `model` has learned."""
+        _require(
+            self.diffusion_steps <= model.head.diffusion_steps,
+            f"diffusion_steps is {self.diffusion_steps}, but the model's schedule has {model.head.diffusion_steps}",
+        )
+        _require(
+            self.guidance == 1.0 or model.guidable,
+            f"guidance {self.guidance} needs a model that was trained to do without classes "
+            f"(this one: {model.classes} classes, label_drop {model.label_drop}); use guidance 1",
+        )
+
+
+Config = TypeVar("Config")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON-able values."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
+    """A config of class `kind` from plain values; missing fields keep their defaults.
+
+    Raises ConfigError for a field that `kind` does not have: it was written by another version, or is not a config.
+    """
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(values) - set(hints))
+    _require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(hints))}")
+    return kind(**{name: _typed(hints[name], value) for name, value in values.items()})
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_dict(hint, value)
+    return tuple(value) if typing.get_origin(hint) is tuple else value

@@ -1,0 +1,38 @@
+"""Latents <-> tokens, and picking tokens by index.
+
+Letters of shapes: n images, c channels, h x w latent cells, p patch side, L tokens, d = c*p*p values of a token.
+"""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+def patchify(latents: Float[Tensor, "n c h w"], patch: int) -> Float[Tensor, "n L d"]:
+    """latents -> tokens: row-major over the grid, channel-major inside a patch."""
+    n, c, h, w = latents.shape
+    cells = latents.reshape(n, c, h // patch, patch, w // patch, patch)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(n, (h // patch) * (w // patch), c * patch**2)
+
+
+def unpatchify(tokens: Float[Tensor, "n L d"], patch: int, grid: tuple[int, int]) -> Float[Tensor, "n c h w"]:
+    """tokens -> latents: the inverse of `patchify`, for latents of `grid` = (h, w) cells."""
+    n, _, d = tokens.shape
+    h, w = grid
+    cells = tokens.reshape(n, h // patch, w // patch, d // patch**2, patch, patch)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(n, d // patch**2, h, w)
+
+
+def take(sequence: Float[Tensor, "n L e"], index: Int[Tensor, "n v"]) -> Float[Tensor, "n v e"]:
+    """sequence[i, index[i, j]] for every image i; an index of L, the padding, gives zeros."""
+    padded = nn.functional.pad(sequence, (0, 0, 0, 1))
+    return padded.gather(1, index.unsqueeze(-1).expand(-1, -1, sequence.shape[-1]))
+
+
+def put(
+    background: Float[Tensor, "n L e"], index: Int[Tensor, "n v"], values: Float[Tensor, "n v e"]
+) -> Float[Tensor, "n L e"]:
+    """`background` with values[i, j] written at position index[i, j]; an index of L, the padding, is dropped."""
+    padded = nn.functional.pad(background, (0, 0, 0, 1))
+    return padded.scatter(1, index.unsqueeze(-1).expand_as(values), values)[:, :-1]
