@@ -1,0 +1,32 @@
+"""What all tests share: no network, no surprises from timing, no GPU tests where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports huggingface_hub, which reads them once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import hypothesis
+import pytest
+import torch
+
+# The same examples on every machine, and no failures because a machine is busy.
+hypothesis.settings.register_profile("mar", deadline=None, derandomize=True, max_examples=50)
+hypothesis.settings.load_profile("mar")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a test downloads or keeps goes to a folder of its own, never to the user's."""
+    monkeypatch.setenv("MAR_HOME", str(tmp_path_factory.getbasetemp() / "mar-home"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
