@@ -1,0 +1,71 @@
+"""The head as the diffusion loop sees it: guided, with all that does not depend on x computed outside of the loop.
+
+Letters of shapes: r rows (tokens to draw), t diffusion steps, d values of a token, f width of z, w width of the head.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mar.config import SamplingConfig
+from mar.diffusion.head import DiffusionHead, Modulations
+
+MODULATION_BYTES = 128 * 2**20
+"""How much memory shift, scale and gate of one chunk of diffusion steps may take."""
+
+
+def guidance_scale(sampling: SamplingConfig, hidden: int, tokens: int) -> float:
+    """The scale of a reveal step after which `hidden` of `tokens` tokens stay hidden (the last step counts as 1).
+
+    `linear` rises with the share of tokens that are known (paper, appendix A); `constant` is the same at every step.
+    """
+    if sampling.guidance_schedule == "constant":
+        return sampling.guidance
+    return 1 + (sampling.guidance - 1) * (tokens - max(hidden, 1)) / tokens
+
+
+class GuidedHead:
+    """Network of a sampler: (x (r, d), index of the step) -> output (r, 2d), at the conditions of one reveal step.
+
+    With a `scale`, `z` holds the rows' conditions and then their unconditional ones; both are evaluated at the same x,
+    the prediction is uncond + scale (cond - uncond), and the variance is the conditional one's.
+    """
+
+    def __init__(
+        self,
+        head: DiffusionHead,
+        z: Float[Tensor, "rows f"],
+        timesteps: Int[Tensor, " t"],
+        scale: Float[Tensor, "r 1"] | None = None,
+        budget: int = MODULATION_BYTES,
+    ) -> None:
+        self.head = head
+        self.scale = scale
+        self.times = head.embed_times(timesteps.to(z.device))
+        self.z = head.z_embed(z)
+        width, depth = head.config.width, head.config.depth
+        step_bytes = len(z) * width * (3 * depth + 2) * head.input.weight.element_size()
+        self.chunk = max(1, budget // max(step_bytes, 1))
+        self.first, self.ready = len(timesteps), []  # steps [first, first + chunk) have their modulations ready
+
+    def modulations(self, index: int) -> Modulations:
+        """Those of one diffusion step, computed for a chunk of steps at once; steps are asked for from last to first."""
+        if not self.first <= index < self.first + self.chunk or not self.ready:
+            self.first = max(0, index + 1 - self.chunk)
+            times = self.times[self.first : index + 1]
+            self.ready = []  # frees the last chunk before the next is made
+            self.ready = self.head.modulations(self.head.condition(times.unsqueeze(1), self.z.unsqueeze(0)))
+        return [layer[index - self.first] for layer in self.ready]
+
+    def __call__(self, x: Float[Tensor, "r d"], index: int) -> Float[Tensor, "r two_d"]:
+        embedded = self.head.input(x).float()
+        if self.scale is None:
+            return self.head.denoise_embedded(embedded, self.modulations(index))
+        conditional, unconditional = self.head.denoise_embedded(
+            torch.cat([embedded, embedded]), self.modulations(index)
+        ).chunk(2)
+        predicted, variance = conditional.chunk(2, dim=-1)
+        base = unconditional[:, : predicted.shape[-1]]
+        return torch.cat([torch.lerp(base, predicted, self.scale), variance], dim=-1)
