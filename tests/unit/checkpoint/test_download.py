@@ -1,0 +1,437 @@
+"""Downloads against a server on this machine that drops connections, lies about lengths and serves garbage."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import re
+import shutil
+import socket
+import struct
+import threading
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mar.checkpoint import download
+from mar.checkpoint.download import OFFICIAL, DownloadError, RemoteFile, fetch, home
+
+
+def archive(kib: int = 1024, seed: int = 0) -> bytes:
+    """Something with the outer form of a file of torch.save."""
+    memory = io.BytesIO()
+    with zipfile.ZipFile(memory, "w") as file:
+        file.writestr("data/0", random.Random(seed).randbytes(1024 * kib))
+    return memory.getvalue()
+
+
+GOOD = archive()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How the server treats one request."""
+
+    status: int = 200
+    stop: int | None = None  # close the connection after so many bytes of the body
+    reset: bool = False  # and rudely so
+    announce: int = 0  # added to the true Content-Length
+    length: bool = True
+    ranges: bool = True
+    obey_if_range: bool = True
+    shift: int = 0  # added to the range's true start
+    kind: str = "application/octet-stream"
+
+
+@dataclass
+class Server:
+    """What is served, and what was asked for."""
+
+    url: str = ""
+    body: bytes = GOOD
+    etag: str | None = '"one"'
+    modified: str | None = None
+    answers: list[Answer] = field(default_factory=list)  # the last one stays
+    asked: list[dict[str, str]] = field(default_factory=list)
+
+    def remote(self, **known: Any) -> RemoteFile:
+        return RemoteFile(**{"name": "model.pth", "url": self.url, "mebibytes": len(GOOD) / 2**20} | known)
+
+
+def handler(server: Server) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            headers = dict(self.headers)
+            server.asked.append(headers)
+            answers = server.answers
+            answer = (answers.pop(0) if len(answers) > 1 else answers[0]) if answers else Answer()
+            start = self.start(answer, headers)
+            if answer.status != 200:
+                return self.send_error(answer.status)
+            if start >= len(server.body):
+                return self.send_error(416)
+            body = server.body[start:]
+            self.send_response(206 if start else 200)
+            if start:
+                first = start + answer.shift
+                self.send_header("Content-Range", f"bytes {first}-{len(server.body) - 1}/{len(server.body)}")
+            if answer.length:
+                self.send_header("Content-Length", str(len(body) + answer.announce))
+            for name, value in (("ETag", server.etag), ("Last-Modified", server.modified)):
+                if value:
+                    self.send_header(name, value)
+            self.send_header("Content-Type", answer.kind)
+            self.end_headers()
+            self.wfile.write(body[: answer.stop])
+            if answer.reset:
+                self.wfile.flush()
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+
+        def start(self, answer: Answer, headers: dict[str, str]) -> int:
+            wanted = re.fullmatch(r"bytes=(\d+)-", headers.get("Range", ""))
+            same = headers.get("If-Range") in (server.etag, server.modified) or not answer.obey_if_range
+            return int(wanted[1]) if wanted and answer.ranges and same else 0
+
+    return Handler
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler(server)) as listener:
+        listener.handle_error = lambda *_: None  # type: ignore[method-assign]  # we hang up on it on purpose
+        thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.005})
+        thread.start()
+        server.url = f"http://127.0.0.1:{listener.server_port}/model.pth"
+        yield server
+        listener.shutdown()
+        thread.join()
+
+
+class Get:
+    """`fetch` without proxies and without waiting; what it would have waited is kept."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.waits: list[float] = []
+
+    def __call__(self, remote: RemoteFile, **options: Any) -> Path:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        return fetch(remote, self.folder, **{"opener": opener, "wait": self.waits.append, "timeout": 5.0} | options)
+
+    def names(self) -> set[str]:
+        return {path.name for path in self.folder.iterdir() if not path.name.startswith(".")}
+
+    def part(self) -> Path:
+        return self.folder / "model.pth.part"
+
+
+@pytest.fixture
+def get(tmp_path: Path) -> Get:
+    return Get(tmp_path / "models")
+
+
+def test_a_good_file_arrives_and_its_hash_is_recorded(server: Server, get: Get) -> None:
+    seen: list[tuple[int, int | None]] = []
+    path = get(server.remote(), progress=lambda received, total: seen.append((received, total)))
+    assert path.read_bytes() == GOOD
+    assert get.names() == {"model.pth", "hashes.json"}
+    assert json.loads((get.folder / "hashes.json").read_text()) == {"model.pth": hashlib.sha256(GOOD).hexdigest()}
+    assert seen[0] == (0, len(GOOD))
+    assert seen[-1] == (len(GOOD), len(GOOD))
+    assert [received for received, _ in seen] == sorted({received for received, _ in seen})
+
+
+def test_a_complete_file_is_checked_and_not_fetched_again(server: Server, get: Get) -> None:
+    get(server.remote())
+    assert get(server.remote()).read_bytes() == GOOD
+    assert len(server.asked) == 1
+
+
+def test_a_complete_file_that_has_changed_since_is_an_error(server: Server, get: Get) -> None:
+    path = get(server.remote())
+    changed = bytearray(GOOD)
+    changed[1000] ^= 1
+    path.write_bytes(changed)
+    with pytest.raises(DownloadError, match=r"SHA-256 .* recorded .* remove .*model\.pth and run again"):
+        get(server.remote())
+    assert path.exists()
+
+
+def test_a_dropped_connection_is_resumed(server: Server, get: Get) -> None:
+    server.answers = [Answer(stop=700_000), Answer()]
+    assert get(server.remote()).read_bytes() == GOOD
+    assert server.asked[1]["Range"] == "bytes=700000-"
+    assert server.asked[1]["If-Range"] == '"one"'
+    assert get.waits == [1.0]
+
+
+def test_a_connection_reset_is_survived(server: Server, get: Get) -> None:
+    # How much of what was sent still arrives is the system's affair, so only the outcome is certain.
+    server.answers = [Answer(stop=700_000, reset=True), Answer()]
+    assert get(server.remote()).read_bytes() == GOOD
+    assert len(server.asked) == 2
+    assert get.waits == [1.0]
+
+
+def test_resuming_goes_by_date_where_the_tag_is_weak(server: Server, get: Get) -> None:
+    server.etag, server.modified = 'W/"one"', "Mon, 03 Jun 2024 10:00:00 GMT"
+    server.answers = [Answer(stop=5000), Answer()]
+    assert get(server.remote()).read_bytes() == GOOD
+    assert server.asked[1]["If-Range"] == server.modified
+
+
+def test_without_tag_or_date_it_starts_anew(server: Server, get: Get) -> None:
+    server.etag = None
+    server.answers = [Answer(stop=5000), Answer()]
+    assert get(server.remote()).read_bytes() == GOOD
+    assert "Range" not in server.asked[1]
+
+
+def test_attempts_are_bounded_and_the_part_is_kept_for_the_next_time(server: Server, get: Get) -> None:
+    server.answers = [Answer(stop=1000)]
+    with pytest.raises(DownloadError, match=r"ended after 3,000 of .*3 attempts.* run again to go on"):
+        get(server.remote(), attempts=3)
+    assert get.waits == [1.0, 2.0]
+    assert get.part().read_bytes() == GOOD[:3000]
+    server.answers = []
+    seen: list[int] = []
+    assert get(server.remote(), progress=lambda received, _: seen.append(received)).read_bytes() == GOOD
+    assert seen[0] == 3000
+    assert get.names() == {"model.pth", "hashes.json"}
+
+
+def test_attempts_that_get_further_do_not_count(server: Server, get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "ADVANCE", 1000)
+    server.answers = [Answer(stop=100_000)]
+    assert get(server.remote(), attempts=2).read_bytes() == GOOD
+    assert len(server.asked) == len(GOOD) // 100_000 + 1
+
+
+def test_a_server_that_ignores_ranges_is_read_from_the_start(server: Server, get: Get) -> None:
+    server.answers = [Answer(stop=5000), Answer(ranges=False)]
+    assert get(server.remote()).read_bytes() == GOOD
+    assert "Range" in server.asked[1]
+
+
+def test_a_file_that_changed_between_attempts_is_read_from_the_start(server: Server, get: Get) -> None:
+    server.answers = [Answer(stop=5000)]
+    with pytest.raises(DownloadError):
+        get(server.remote(), attempts=1)
+    server.body, server.etag, server.answers = archive(seed=1), '"two"', []
+    assert get(server.remote()).read_bytes() == archive(seed=1)
+
+
+def test_a_server_that_continues_with_another_version_is_not_believed(server: Server, get: Get) -> None:
+    server.answers = [Answer(stop=5000)]
+    with pytest.raises(DownloadError):
+        get(server.remote(), attempts=1)
+    server.body, server.etag, server.answers = archive(seed=1), '"two"', [Answer(obey_if_range=False)]
+    assert get(server.remote()).read_bytes() == archive(seed=1)
+    assert ["Range" in headers for headers in server.asked] == [False, True, False]
+
+
+def test_a_server_that_continues_elsewhere_is_not_believed(server: Server, get: Get) -> None:
+    server.answers = [Answer(stop=5000), Answer(shift=-8), Answer()]
+    assert get(server.remote()).read_bytes() == GOOD
+    assert "Range" not in server.asked[2]
+
+
+def test_a_file_that_became_shorter_than_the_part_is_read_from_the_start(server: Server, get: Get) -> None:
+    server.answers = [Answer(stop=500_000)]
+    with pytest.raises(DownloadError):
+        get(server.remote(), attempts=1)
+    server.body, server.answers = archive(kib=64), [Answer(obey_if_range=False)]
+    assert get(server.remote(mebibytes=None)).read_bytes() == archive(kib=64)
+
+
+@pytest.mark.parametrize("mebibytes", [len(GOOD) / 2**20, None])
+def test_more_announced_than_sent_is_an_error(server: Server, get: Get, mebibytes: float | None) -> None:
+    server.answers = [Answer(announce=1000)]
+    with pytest.raises(DownloadError, match="attempts without success"):
+        get(server.remote(mebibytes=mebibytes))
+    assert "model.pth" not in get.names()
+
+
+def test_less_announced_than_there_is_gives_a_file_that_is_cut_off(server: Server, get: Get) -> None:
+    server.answers = [Answer(announce=-1000)]
+    with pytest.raises(DownloadError, match=r"model\.pth is cut off"):
+        get(server.remote())
+    assert get.names() == set()
+
+
+def test_a_size_far_from_the_known_one_is_refused_before_the_first_byte(server: Server, get: Get) -> None:
+    seen: list[int] = []
+    with pytest.raises(DownloadError, match=r"has 1\.0 MiB, expected about 254 MiB"):
+        get(server.remote(mebibytes=254), progress=lambda received, _: seen.append(received))
+    assert seen == []
+    assert get.names() == set()
+
+
+def test_without_any_announced_length_the_form_decides(server: Server, get: Get) -> None:
+    server.answers = [Answer(length=False, stop=500_000), Answer(length=False)]
+    with pytest.raises(DownloadError, match="cut off"):
+        get(server.remote(mebibytes=None))
+    seen: list[int | None] = []
+    assert get(server.remote(), progress=lambda _, total: seen.append(total)).read_bytes() == GOOD
+    assert set(seen) == {None}
+
+
+@pytest.mark.parametrize("kind", ["text/html; charset=utf-8", "application/octet-stream"])
+def test_a_page_instead_of_the_file_is_named(server: Server, get: Get, kind: str) -> None:
+    server.body, server.answers = b"\n<!DOCTYPE html><html><body>sign in</body></html>", [Answer(kind=kind)]
+    with pytest.raises(DownloadError, match=r"a web page instead of model\.pth"):
+        get(server.remote(mebibytes=None))
+    assert "model.pth" not in get.names()
+
+
+def test_a_page_does_not_cost_what_was_there(server: Server, get: Get) -> None:
+    server.answers = [Answer(stop=5000)]
+    with pytest.raises(DownloadError):
+        get(server.remote(), attempts=1)
+    server.answers = [Answer(kind="text/html", ranges=False)]
+    with pytest.raises(DownloadError, match="web page"):
+        get(server.remote())
+    assert get.part().read_bytes() == GOOD[:5000]
+
+
+def test_garbage_is_refused_at_its_first_bytes(server: Server, get: Get) -> None:
+    server.body = b"\x80\x02garbage" * 200_000
+    with pytest.raises(DownloadError, match=r"does not begin like a file of torch\.save"):
+        get(server.remote(mebibytes=None))
+    assert get.part().stat().st_size == 0
+
+
+def test_an_empty_file_is_refused(server: Server, get: Get) -> None:
+    get.folder.mkdir()
+    (get.folder / "model.pth").write_bytes(b"")
+    with pytest.raises(DownloadError, match="does not begin"):
+        get(server.remote(mebibytes=None))
+
+
+def test_not_found_is_said_at_once(server: Server, get: Get) -> None:
+    server.answers = [Answer(status=404)]
+    with pytest.raises(DownloadError, match=r"the server answered 404 .* for http://127"):
+        get(server.remote())
+    assert len(server.asked) == 1
+
+
+def test_a_busy_server_is_asked_again(server: Server, get: Get) -> None:
+    server.answers = [Answer(status=503), Answer(status=429), Answer()]
+    assert get(server.remote()).read_bytes() == GOOD
+    assert get.waits == [1.0, 2.0]
+
+
+def test_nobody_there(get: Get) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/model.pth"
+        with pytest.raises(DownloadError, match=r"could not download model\.pth: .*refused.* \(2 attempts"):
+            get(RemoteFile("model.pth", url), attempts=2)
+
+
+def test_a_pinned_hash_has_to_agree(server: Server, get: Get) -> None:
+    with pytest.raises(DownloadError, match=r"expected 00ff.*: it was not kept"):
+        get(server.remote(sha256="00ff" * 16))
+    assert get.names() == set()
+    assert get(server.remote(sha256=hashlib.sha256(GOOD).hexdigest().upper())).read_bytes() == GOOD
+    assert get.names() == {"model.pth"}
+
+
+def test_another_file_than_the_first_time_is_an_error(server: Server, get: Get) -> None:
+    get(server.remote()).unlink()
+    server.body, server.etag = archive(seed=1), '"two"'
+    with pytest.raises(DownloadError, match=r"hashes\.json recorded"):
+        get(server.remote())
+    assert get.names() == {"hashes.json"}
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_unreadable_hashes_are_said_and_left_alone(server: Server, get: Get, content: str) -> None:
+    get.folder.mkdir()
+    (get.folder / "hashes.json").write_text(content)
+    with pytest.raises(DownloadError, match=r"hashes\.json .* mend or remove it"):
+        get(server.remote())
+    assert (get.folder / "hashes.json").read_text() == content
+
+
+def test_too_small_a_disk_is_said_beforehand(server: Server, get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(get.folder.parent)._replace(free=download.HEADROOM)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DownloadError, match=r"needs 65 MiB on the disk of .* 64 MiB are free"):
+        get(server.remote())
+    assert "model.pth" not in get.names()
+
+
+def test_interrupting_keeps_the_part(server: Server, get: Get) -> None:
+    def interrupt(received: int, _: int | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        get(server.remote(), progress=interrupt)
+    kept = get.part().stat().st_size
+    assert 0 < kept < len(GOOD)
+    assert get(server.remote()).read_bytes() == GOOD
+    assert server.asked[1]["Range"] == f"bytes={kept}-"
+
+
+def test_a_part_that_is_whole_needs_no_server(server: Server, get: Get) -> None:
+    get(server.remote())
+    (get.folder / "model.pth").rename(get.part())
+    note = {"url": server.url, "validator": server.etag, "total": len(GOOD)}
+    (get.folder / "model.pth.part.json").write_text(json.dumps(note))
+    assert get(server.remote()).read_bytes() == GOOD
+    assert len(server.asked) == 1
+
+
+def test_a_part_of_another_address_is_not_continued(server: Server, get: Get) -> None:
+    server.answers = [Answer(stop=5000)]
+    with pytest.raises(DownloadError):
+        get(server.remote(), attempts=1)
+    server.answers = []
+    assert get(server.remote(url=server.url + "?v=2")).read_bytes() == GOOD
+    assert "Range" not in server.asked[1]
+
+
+def test_two_at_once_are_kept_apart(server: Server, get: Get) -> None:
+    def second(received: int, _: int | None) -> None:
+        if received == 0:
+            with pytest.raises(DownloadError, match="by another process"):
+                get(server.remote())
+
+    assert get(server.remote(), progress=second).read_bytes() == GOOD
+    assert len(server.asked) == 1
+
+
+def test_the_bar_takes_what_fetch_reports(server: Server, get: Get, capsys: pytest.CaptureFixture[str]) -> None:
+    with download.progress_bar("MAR") as show:
+        get(server.remote(), progress=show)
+    assert "1.0/1.0 MB" in capsys.readouterr().out.replace("1.1", "1.0")
+
+
+def test_downloads_live_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MAR_HOME", str(tmp_path))
+    assert home() == tmp_path
+    monkeypatch.delenv("MAR_HOME")
+    assert home() == Path.home() / ".cache" / "mar"
+
+
+def test_the_official_files_ask_for_the_file_and_have_their_own_names() -> None:
+    assert list(OFFICIAL) == ["kl16", "mar-base", "mar-large", "mar-huge"]
+    assert len({remote.name for remote in OFFICIAL.values()}) == len({remote.url for remote in OFFICIAL.values()}) == 4
+    for remote in OFFICIAL.values():
+        assert remote.url.endswith("&dl=1")
+        assert remote.mebibytes
