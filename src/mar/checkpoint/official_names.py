@@ -89,11 +89,12 @@ def _refuse_unknown(names: list[str]) -> None:
         raise ValueError(f"{len(names)} tensors are not those of a MAR: {shown}{', ...' if len(names) > 5 else ''}")
 
 
-def same_shape(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> list[str]:
-    """Lines that say where two sets of tensors differ in name or shape."""
-    lines = [f"{name} is missing" for name in sorted(set(shapes) - set(state))]
-    lines += [f"{name} is not expected" for name in sorted(set(state) - set(shapes))]
-    for name in sorted(set(state) & set(shapes)):
-        if state[name].shape != shapes[name]:
-            lines.append(f"{name} is {tuple(state[name].shape)}, expected {tuple(shapes[name])}")
-    return lines
+def shape_differences(shapes: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> list[str]:
+    """Lines that say where two sets of tensors differ in name or shape; none if they don't."""
+    lines = [
+        f"{name} is {tuple(shapes[name])}, expected {tuple(expected[name])}"
+        for name in sorted(set(shapes) & set(expected))
+        if shapes[name] != expected[name]
+    ]
+    lines += [f"{name} is missing" for name in sorted(set(expected) - set(shapes))]
+    return lines + [f"{name} is not expected" for name in sorted(set(shapes) - set(expected))]

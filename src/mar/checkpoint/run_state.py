@@ -89,7 +89,7 @@ class RunState:
         try:
             with _one_exception(), _quiet():
                 state_dict_loader.load(dict(tensors), storage_reader=SafeReader(path))
-        except (OSError, RuntimeError, EOFError) as error:
+        except (OSError, EOFError) as error:
             raise CheckpointError(f"{path} is damaged ({error}); remove it to go on from an older state") from error
         loaded = state_tree.unflatten(_read_json(path / "state.json"), tensors)
         state.clear()
@@ -242,8 +242,20 @@ def _one_exception() -> Iterator[None]:
     try:
         yield
     except CheckpointException as gathered:
-        failures = [failure for failure, _ in gathered.failures.values()]
-        raise next((f for f in failures if not isinstance(f, Exception)), failures[0]) from None
+        causes = [_cause(failure) for failure, _ in gathered.failures.values()]
+        cause = next((cause for cause in causes if not isinstance(cause, Exception)), causes[0])
+        # what other ranks send has lost its context: a RuntimeError is all that is left of their full disk
+        raise OSError(str(cause)) if isinstance(cause, RuntimeError) else cause from None
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The signal or refusal of the disk behind an error: PyTorch's writer stumbles over its own half-written file."""
+    context: BaseException | None = error
+    while context is not None:
+        if isinstance(context, OSError) or not isinstance(context, Exception):
+            return context
+        context = context.__context__
+    return error
 
 
 @contextmanager

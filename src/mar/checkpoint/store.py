@@ -1,0 +1,167 @@
+"""Weights to keep and to share: one safetensors file with the model, its tokenizer, and all that is needed to use them.
+
+The file's metadata has one entry of ours, `mar`: the header as JSON. Tensors are called `model.<name>` and
+`tokenizer.<name>`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mar.checkpoint.files import CheckpointError, size_text, write_atomically
+from mar.checkpoint.official_names import shape_differences
+from mar.config import ModelConfig, SamplingConfig, from_dict, to_dict
+from mar.model.mar import MAR
+
+__all__ = ["FORMAT", "CheckpointError", "Header", "load", "model_shapes", "read_header", "save"]
+
+FORMAT = "mar/1"
+_KEY = "mar"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file of weights says about itself."""
+
+    model: ModelConfig
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How to draw unless told otherwise."""
+    tokenizer: dict[str, Any] = field(default_factory=lambda: {"kind": "pixels"})
+    """What `mar.tokenizer.build` makes the tokenizer from."""
+    classes: tuple[str, ...] = ()
+    """Names of the classes; may be empty."""
+    weights: str = "ema"
+    """Which of a run's weights these are: `ema` or `raw`."""
+    notes: dict[str, Any] = field(default_factory=dict)
+    """Where they come from: images seen, recipe, source file and the like."""
+
+    def __post_init__(self) -> None:
+        if self.weights not in ("ema", "raw"):
+            raise ValueError(f"weights is {self.weights!r}, but it must be ema or raw")
+
+
+def save(path: str | os.PathLike[str], header: Header, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a file of weights, whole or not at all. CheckpointError where the disk refuses, or tensors don't fit."""
+    path = Path(path)
+    _check_fit(path, header.model, {name: tensor.shape for name, tensor in tensors.items()})
+    metadata = {"format": "pt", _KEY: json.dumps({"format": FORMAT, **to_dict(header)})}
+    stored = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(stored, temporary, metadata=metadata)
+        except SafetensorError as error:  # what its Rust code makes of a full disk
+            raise OSError(str(error)) from error
+
+    needed = sum(tensor.numel() * tensor.itemsize for tensor in stored.values()) + len(metadata[_KEY])
+    write_atomically(path, write, needed)
+
+
+def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tuple[Header, dict[str, Tensor]]:
+    """The header and tensors of a file that `save` wrote, the model's checked against the config.
+
+    CheckpointError for a file that is not one: empty, truncated, of another kind, of a newer version.
+    """
+    path = Path(path)
+    header = read_header(path)
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
+    _check_fit(path, header.model, {name: tensor.shape for name, tensor in tensors.items()})
+    return header, tensors
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """The header alone; raises as `load` does."""
+    path = Path(path)
+    _refuse_others(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata, names = file.metadata() or {}, list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
+    if _KEY not in metadata:
+        shown = ", ".join(names[:3])
+        raise CheckpointError(
+            f"{path} is a safetensors file, but says nothing of mar's format (it holds {shown}, ...); "
+            "weights of other programs have to be imported with `mar convert`"
+        )
+    return _parse(path, metadata[_KEY])
+
+
+def model_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """Name and shape of every tensor of a model, without making it."""
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in MAR(config).state_dict().items()}
+
+
+def _parse(path: Path, text: str) -> Header:
+    try:
+        values = json.loads(text)
+        written = values.pop("format")
+        family, _, version = written.partition("/")
+        newer = family == "mar" and version.isdigit() and int(version) > int(FORMAT.partition("/")[2])
+        if not newer and written == FORMAT:
+            return _header(values)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its header can't be understood ({error}); was it made by mar?") from error
+    if newer:
+        raise CheckpointError(f"{path} is of format {written}, newer than this mar reads ({FORMAT}); update mar")
+    raise CheckpointError(f"{path} is of format {written!r}, which this mar does not know (it reads {FORMAT})")
+
+
+def _header(values: dict[str, Any]) -> Header:
+    values["model"] = from_dict(ModelConfig, values["model"])
+    values["sampling"] = from_dict(SamplingConfig, values["sampling"])
+    values["classes"] = tuple(values["classes"])
+    return Header(**values)
+
+
+def _check_fit(path: Path, config: ModelConfig, shapes: Mapping[str, torch.Size]) -> None:
+    prefix = "model."
+    model = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+    if different := shape_differences(model, model_shapes(config)):
+        more = f"; {len(different)} differences in all" if len(different) > 3 else ""
+        raise CheckpointError(f"{path}: the tensors are not those of its config: {'; '.join(different[:3])}{more}")
+
+
+def _refuse_others(path: Path) -> None:
+    """Says what a file is that can't be one of ours, before safetensors says something less helpful."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        if size == 0:
+            raise CheckpointError(f"{path} is empty: the copy or download of it failed; get it again")
+        if start.startswith(b"PK") or start.startswith(b"\x80"):
+            raise CheckpointError(f"{path} is a PyTorch file, not safetensors; import it with `mar convert`")
+        if start.lstrip().startswith(b"<"):
+            raise CheckpointError(f"{path} is a web page, not weights: the download of it failed; get it again")
+        length = int.from_bytes(start, "little")
+        if size < 8 or length > 100_000_000 or (first := file.read(1)) not in (b"{", b""):
+            raise CheckpointError(f"{path} is not a safetensors file")
+        expected = 8 + length
+        if first and size >= expected:
+            expected += _data_length(path, first + file.read(length - 1))
+    if size < expected:
+        raise CheckpointError(
+            f"{path} is truncated: {size_text(size)} of at least {size_text(expected)}; copy or download it again"
+        )
+
+
+def _data_length(path: Path, header: bytes) -> int:
+    try:
+        entries = json.loads(header)
+        return max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, LookupError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: its header can't be read") from error
