@@ -232,29 +232,33 @@ def _open(
 
 def _copy(part: _Part, response: http.client.HTTPResponse, total: int | None, progress: Progress | None) -> None:
     received = part.size()
-    with part.path.open("ab") as file:
-        while True:
-            if progress:
-                progress(received, total)
-            try:
-                chunk = response.read(CHUNK)
-            except (OSError, http.client.HTTPException) as error:
-                raise _Dropped(_reason(error)) from error
-            if not chunk:
-                break
-            if received == 0:
-                check_beginning(chunk, part.remote, "nothing was kept")
-            try:
+    try:
+        with part.path.open("ab") as file:
+            while True:
+                if progress:
+                    progress(received, total)
+                chunk = _read(response)
+                if not chunk:
+                    break
+                if received == 0:
+                    check_beginning(chunk, part.remote, "nothing was kept")
                 file.write(chunk)
-            except OSError as error:
-                if error.errno != errno.ENOSPC:
-                    raise
-                raise DownloadError(
-                    f"the disk of {part.path.parent} is full: free some space and run again to go on"
-                ) from error
-            received += len(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+                received += len(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise DownloadError(
+            f"the disk of {part.path.parent} is full: free some space and run again to go on"
+        ) from error
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    try:
+        return response.read(CHUNK)
+    except (OSError, http.client.HTTPException) as error:
+        raise _Dropped(_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
+import os
 import random
 import re
 import shutil
@@ -373,6 +375,18 @@ def test_too_small_a_disk_is_said_beforehand(server: Server, get: Get, monkeypat
     with pytest.raises(DownloadError, match=r"needs 65 MiB on the disk of .* 64 MiB are free"):
         get(server.remote())
     assert "model.pth" not in get.names()
+
+
+def test_a_disk_that_fills_up_meanwhile_is_said(server: Server, get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DownloadError, match="is full: free some space and run again to go on"):
+        get(server.remote())
+    monkeypatch.undo()
+    assert "model.pth" not in get.names()
+    assert get(server.remote()).read_bytes() == GOOD
 
 
 def test_interrupting_keeps_the_part(server: Server, get: Get) -> None:
