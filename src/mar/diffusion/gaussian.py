@@ -27,18 +27,24 @@ class Coefficients(NamedTuple):
     """sqrt(alpha-bar_t)"""
     noise: Tensor | float
     """sqrt(1 - alpha-bar_t)"""
+    per_signal: Tensor | float
+    """sqrt(1 / alpha-bar_t)"""
+    noise_per_signal: Tensor | float
+    """sqrt(1 / alpha-bar_t - 1)"""
     mean_x0: Tensor | float
     mean_xt: Tensor | float
     log_beta: Tensor | float
     posterior_log_variance: Tensor | float
 
     @classmethod
-    def table(cls, schedule: Schedule) -> Float[Tensor, "6 T"]:
+    def table(cls, schedule: Schedule) -> Float[Tensor, "8 T"]:
         """All coefficients of a schedule, float64, in the order of the fields."""
         return torch.stack(
             [
                 schedule.alphas_cumprod.sqrt(),
                 (1 - schedule.alphas_cumprod).sqrt(),
+                (1 / schedule.alphas_cumprod).sqrt(),
+                (1 / schedule.alphas_cumprod - 1).sqrt(),
                 schedule.posterior_mean_x0,
                 schedule.posterior_mean_xt,
                 schedule.betas.log(),
@@ -47,7 +53,7 @@ class Coefficients(NamedTuple):
         )
 
     @classmethod
-    def at(cls, table: Float[Tensor, "6 T"], t: Int[Tensor, " r"]) -> Coefficients:
+    def at(cls, table: Float[Tensor, "8 T"], t: Int[Tensor, " r"]) -> Coefficients:
         """The coefficients of each row's timestep, as (r, 1) tensors."""
         return cls(*table[:, t].unsqueeze(-1))
 
@@ -74,7 +80,10 @@ def reverse(
 ) -> Reverse:
     """The reverse step from the network's output; `x0_bound` clips the predicted clean token."""
     predicted, variance = output.chunk(2, dim=-1)
-    x0 = c.signal * x - c.noise * predicted if prediction == "v" else (x - c.noise * predicted) / c.signal
+    if prediction == "v":
+        x0 = c.signal * x - c.noise * predicted
+    else:  # factors up to 20,000: the order of roundings is the reference's, or its numbers are not reached
+        x0 = c.per_signal * x - c.noise_per_signal * predicted
     if x0_bound is not None:
         x0 = x0.clamp(-x0_bound, x0_bound)
     # improved DDPM, equation 15: between the posterior variance (v = -1) and beta (v = 1), in log space
