@@ -1,14 +1,28 @@
-"""Images <-> normalised latents, behind one contract: `base.Tokenizer`."""
+"""Images <-> normalised latents, behind one contract: `base.Tokenizer`.
+
+`KLTokenizer` and what else needs diffusers, which takes seconds to import, are imported when first asked for.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mar.tokenizer.base import Posterior, Tokenizer
 from mar.tokenizer.pixels import PixelTokenizer
 
-__all__ = ["PixelTokenizer", "Posterior", "Tokenizer", "build"]
+if TYPE_CHECKING:
+    from mar.tokenizer.kl import KLTokenizer
+
+__all__ = ["KLTokenizer", "PixelTokenizer", "Posterior", "Tokenizer", "build"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "KLTokenizer":
+        from mar.tokenizer.kl import KLTokenizer
+
+        return KLTokenizer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def build(spec: Mapping[str, Any]) -> Tokenizer:
@@ -19,6 +33,11 @@ def build(spec: Mapping[str, Any]) -> Tokenizer:
     kind = spec.get("kind")
     if kind == "pixels":
         tokenizer: Tokenizer = PixelTokenizer(spec["image_channels"])
+    elif kind == "kl":
+        from mar.tokenizer import kl
+
+        tokenizer = kl.from_config(spec["config"])
     else:
-        raise ValueError(f"tokenizer: got kind {kind!r}, expected pixels")
-    return tokenizer._restore(dict(spec))
+        raise ValueError(f"tokenizer: got kind {kind!r}, expected pixels or kl")
+    tokenizer.prepare(spec)
+    return tokenizer

@@ -6,9 +6,9 @@ The scale of the raw latents is kept here, in two buffers, and no other room kno
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -55,7 +55,7 @@ class Tokenizer(nn.Module, ABC):
         if mean is not None and std is not None:
             self.set_statistics(mean, std)
 
-    def set_statistics(self, mean: Statistic, std: Statistic) -> Self:
+    def set_statistics(self, mean: Statistic, std: Statistic) -> None:
         """Takes the mean and standard deviation of the raw latents: one number each, or one for each channel."""
         new = [torch.as_tensor(value, dtype=torch.float32).reshape(-1) for value in (mean, std)]
         for name, value in zip(("mean", "std"), new, strict=True):
@@ -67,7 +67,6 @@ class Tokenizer(nn.Module, ABC):
         self.mean, self.std = (value.to(self.mean.device) for value in torch.broadcast_tensors(*new))
         self.mean, self.std = self.mean.clone(), self.std.clone()
         self.measured = True
-        return self
 
     @abstractmethod
     def encode(self, images: Float[Tensor, "n c H W"]) -> Posterior:
@@ -97,14 +96,13 @@ class Tokenizer(nn.Module, ABC):
         """latents of mean 0 and standard deviation 1 -> raw latents."""
         return latents * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
 
-    def _restore(self, spec: dict[str, Any]) -> Self:
-        """The buffers' shapes, for `load_state_dict` to fill, and the flag, as `spec()` says they were."""
+    def prepare(self, spec: Mapping[str, Any]) -> None:
+        """Gives the buffers the shapes that `spec()` tells, for `load_state_dict` to fill, and the flag its value."""
         if spec["per_channel"]:
             self.mean, self.std = self.mean.new_zeros(self.channels), self.std.new_ones(self.channels)
         self.measured = bool(spec["measured"])
-        return self
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`.to(...)` and its kin; the statistics move along but stay in float32."""
         mean, std = self.mean, self.std
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

@@ -1,0 +1,99 @@
+"""Autoencoders with a KL-regularised normal posterior: `AutoencoderKL` of diffusers behind the tokenizer's contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from jaxtyping import Float
+from torch import Tensor
+
+from mar.tokenizer.base import Posterior, Statistic, Tokenizer
+
+KL16_CONFIG: dict[str, Any] = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 4 + ["AttnDownEncoderBlock2D"],
+    "up_block_types": ["UpDecoderBlock2D"] * 5,
+    "block_out_channels": [128, 128, 256, 256, 512],
+    "layers_per_block": 2,
+    "latent_channels": 16,
+}
+"""The reference's KL-16 in diffusers' terms: stride 16, 16 channels, 66.5 M parameters."""
+
+KL16_STD = 1 / 0.2325
+"""Standard deviation of KL-16's raw latents, as published with the official weights; their mean is taken as 0."""
+
+
+class KLTokenizer(Tokenizer):
+    """A variational autoencoder. Encodes in the dtype of its encoder; decodes in float32, weights included."""
+
+    def __init__(self, autoencoder: AutoencoderKL, mean: Statistic | None = None, std: Statistic | None = None) -> None:
+        config = autoencoder.config
+        super().__init__(
+            image_channels=config.in_channels,
+            channels=config.latent_channels,
+            stride=2 ** (len(config.block_out_channels) - 1),
+            mean=mean,
+            std=std,
+        )
+        self.autoencoder = autoencoder.eval()
+
+    def encode(self, images: Float[Tensor, "n c H W"]) -> Posterior:
+        """images in [-1, 1] -> posterior of their normalised latents, float32."""
+        self.check_images(images)
+        dtype = self.autoencoder.encoder.conv_in.weight.dtype
+        raw = self.autoencoder.encode(images.to(dtype)).latent_dist
+        std = torch.exp(0.5 * raw.logvar.float())
+        return Posterior(self.normalise(raw.mean.float()), std / self.std.view(-1, 1, 1))
+
+    def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k H W"]:
+        """normalised latents -> images, clipped to [-1, 1], float32."""
+        raw = self.denormalise(latents.float())
+        with torch.autocast(raw.device.type, enabled=False):
+            images: Tensor = self.autoencoder.decode(raw).sample
+        return images.clamp(-1, 1)
+
+    def spec(self) -> dict[str, Any]:
+        return {"kind": "kl", "config": plain_config(self.autoencoder.config), **super().spec()}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """`.to(...)` and its kin; the decoder moves along but stays in float32, at its full precision."""
+        decoding = [*self.autoencoder.decoder.parameters()]
+        if self.autoencoder.post_quant_conv is not None:
+            decoding += self.autoencoder.post_quant_conv.parameters()
+        before = [parameter.data for parameter in decoding]
+        super()._apply(fn, recurse)
+        for parameter, data in zip(decoding, before, strict=True):
+            if parameter.dtype is not torch.float32 and not data.is_meta:
+                parameter.data = data.to(parameter.device, torch.float32)
+        return self
+
+
+def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """diffusers' configuration of a model as JSON-able values, without what it notes about files and versions."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in config.items()
+        if not name.startswith("_")
+    }
+
+
+def from_config(config: Mapping[str, Any]) -> KLTokenizer:
+    """A tokenizer of this architecture with random weights and unknown statistics.
+
+    Raises ValueError for a configuration that is not one of `AutoencoderKL`.
+    """
+    kind = config.get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL":
+        raise ValueError(f"tokenizer: got a diffusers {kind}, expected an AutoencoderKL")
+    return KLTokenizer(AutoencoderKL.from_config(plain_config(config)))
+
+
+def kl16() -> KLTokenizer:
+    """The official KL-16 with its published scale, its weights still random."""
+    tokenizer = from_config(KL16_CONFIG)
+    tokenizer.set_statistics(0.0, KL16_STD)
+    return tokenizer
