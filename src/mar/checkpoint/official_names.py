@@ -8,41 +8,38 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# (official, ours); {} stands for a block's number.
+_BLOCK = [
+    ("norm1", "norm1"),
+    ("attn.qkv", "attention.qkv"),
+    ("attn.proj", "attention.out"),
+    ("norm2", "norm2"),
+    ("mlp.fc1", "fc1"),
+    ("mlp.fc2", "fc2"),
+]
+_HEAD = "diffloss.net"
+_HEAD_BLOCK = [("in_ln", "norm"), ("mlp.0", "fc1"), ("mlp.2", "fc2"), ("adaLN_modulation.1", "modulation")]
+# (official, ours), in the order of the reference's parameters; {} stands for a block's number.
 _NAMES = [
     ("fake_latent", "null_class"),
-    ("class_emb.weight", "class_embed.weight"),
     ("encoder_pos_embed_learned", "encoder_position"),
+    ("mask_token", "mask_token"),
     ("decoder_pos_embed_learned", "decoder_position"),
     ("diffusion_pos_embed_learned", "diffusion_position"),
-    ("mask_token", "mask_token"),
-    ("z_proj_ln", "embed_norm"),
+    ("class_emb", "class_embed"),
     ("z_proj", "token_embed"),
+    ("z_proj_ln", "embed_norm"),
+    *((f"encoder_blocks.{{}}.{official}", f"encoder.{{}}.{ours}") for official, ours in _BLOCK),
     ("encoder_norm", "encoder_norm"),
-    ("decoder_norm", "decoder_norm"),
     ("decoder_embed", "decoder_embed"),
-    *(
-        (f"{stack}_blocks.{{}}.{official}", f"{stack}.{{}}.{ours}")
-        for stack in ("encoder", "decoder")
-        for official, ours in [
-            ("norm1", "norm1"),
-            ("attn.qkv", "attention.qkv"),
-            ("attn.proj", "attention.out"),
-            ("norm2", "norm2"),
-            ("mlp.fc1", "fc1"),
-            ("mlp.fc2", "fc2"),
-        ]
-    ),
-    ("diffloss.net.time_embed.mlp.0", "head.time_embed.fc1"),
-    ("diffloss.net.time_embed.mlp.2", "head.time_embed.fc2"),
-    ("diffloss.net.cond_embed", "head.z_embed"),
-    ("diffloss.net.input_proj", "head.input"),
-    ("diffloss.net.res_blocks.{}.in_ln", "head.blocks.{}.norm"),
-    ("diffloss.net.res_blocks.{}.mlp.0", "head.blocks.{}.fc1"),
-    ("diffloss.net.res_blocks.{}.mlp.2", "head.blocks.{}.fc2"),
-    ("diffloss.net.res_blocks.{}.adaLN_modulation.1", "head.blocks.{}.modulation"),
-    ("diffloss.net.final_layer.adaLN_modulation.1", "head.final_modulation"),
-    ("diffloss.net.final_layer.linear", "head.output"),
+    *((f"decoder_blocks.{{}}.{official}", f"decoder.{{}}.{ours}") for official, ours in _BLOCK),
+    ("decoder_norm", "decoder_norm"),
+    (f"{_HEAD}.time_embed.mlp.0", "head.time_embed.fc1"),
+    (f"{_HEAD}.time_embed.mlp.2", "head.time_embed.fc2"),
+    (f"{_HEAD}.cond_embed", "head.z_embed"),
+    (f"{_HEAD}.input_proj", "head.input"),
+    *((f"{_HEAD}.res_blocks.{{}}.{official}", f"head.blocks.{{}}.{ours}") for official, ours in _HEAD_BLOCK),
+    (f"{_HEAD}.final_layer.linear", "head.output"),
+    (f"{_HEAD}.final_layer.adaLN_modulation.1", "head.final_modulation"),
 ]
 # Ours have no leading axes of length 1; the number says how many the official tensor has.
 _LEADING = {"encoder_position": 1, "decoder_position": 1, "diffusion_position": 1, "mask_token": 2}
@@ -62,6 +59,7 @@ def _rename(name: str, table: list[tuple[re.Pattern[str], str]]) -> str | None:
 
 _TO_OURS = [(_pattern(official), ours) for official, ours in _NAMES]
 _TO_OFFICIAL = [(_pattern(ours), official) for official, ours in _NAMES]
+_ORDER = {official: place for place, (official, _) in enumerate(_NAMES)}
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -76,11 +74,25 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our MAR state dict under the official names: the inverse of `from_official`."""
+    """Our MAR state dict under the official names, in the reference's order: the inverse of `from_official`."""
     renamed = {name: _rename(name, _TO_OFFICIAL) for name in state}
     _refuse_unknown([name for name, official in renamed.items() if official is None])
-    shaped = {name: tensor.reshape((1,) * _LEADING.get(name, 0) + tensor.shape) for name, tensor in state.items()}
-    return {str(renamed[name]): tensor for name, tensor in shaped.items()}
+    official = {
+        str(renamed[name]): tensor.reshape((1,) * _LEADING.get(name, 0) + tensor.shape)
+        for name, tensor in state.items()
+    }
+    return {name: official[name] for name in sorted(official, key=_place)}
+
+
+def _place(official: str) -> tuple[int, int, int, int]:
+    """Sorts official names as the reference's modules have them: stack, block, layer in it, weight before bias."""
+    number = re.search(r"blocks\.(\d+)\.", official)
+    layer = re.sub(r"blocks\.\d+\.", "blocks.{}.", official).removesuffix(".weight").removesuffix(".bias")
+    place = _ORDER[layer]
+    if number is None:
+        return place, 0, 0, int(official.endswith(".bias"))
+    stack = next(i for i, (name, _) in enumerate(_NAMES) if name.split("{}")[0] == layer.split("{}")[0])
+    return stack, int(number[1]), place, int(official.endswith(".bias"))
 
 
 def _refuse_unknown(names: list[str]) -> None:
