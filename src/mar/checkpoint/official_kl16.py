@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 _TOP = 4
-"""The highest of the five resolutions; the reference counts the decoder's from the output, diffusers from the latents."""
+"""The last of five resolutions; for the decoder the reference counts from the output, diffusers from the latents."""
 
 # (official, diffusers); {} stands for a number.
 _RESNET = [("nin_shortcut", "conv_shortcut"), *((name, name) for name in ("norm1", "conv1", "norm2", "conv2"))]
@@ -31,7 +31,7 @@ _NAMES = [
     ("quant_conv", "quant_conv"),
     ("post_quant_conv", "post_quant_conv"),
 ]
-# Parts of training the tokenizer that official files may carry: the discriminator and the perceptual loss, and their EMA.
+# What the training of a tokenizer may leave in its file: the discriminator, the perceptual loss, moving averages.
 _FOREIGN = ("loss.", "model_ema.", "perceptual_loss.", "discriminator.")
 
 _Table = list[tuple[re.Pattern[str], str]]

@@ -1,89 +1,55 @@
-"""Where pictures come from: a source knows its classes and gives example i, as it was found."""
+"""Where pictures come from, by name."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
-from PIL import Image
+from mar.data.bundled import FashionSource
+from mar.data.examples import Example, Source, UnreadableImage
+from mar.data.folder import FolderSource
 
-from mar.assets import FASHION_CLASSES, asset
+__all__ = ["Example", "FashionSource", "FolderSource", "Source", "UnreadableImage", "open_source"]
 
-BUNDLED = "fashion"
-
-
-@dataclass(frozen=True)
-class Example:
-    """A picture as it was found: any size, any colour mode."""
-
-    image: Image.Image
-    label: int
-    """Number of its class; -1 where it has none."""
-    name: str
-    """Its path, or what else identifies it in a message."""
-
-
-class UnreadableImage(ValueError):
-    """A picture that can't be decoded. `name` says which, `why` what is wrong with it."""
-
-    def __init__(self, name: str, why: str) -> None:
-        super().__init__(f"can't read the picture {name}: {why}")
-        self.name, self.why = name, why
-
-
-class Source(Protocol):
-    """A sequence of examples, picklable, so that workers can have a copy."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names by number; empty where pictures have no classes."""
-
-    @property
-    def flips(self) -> bool:
-        """Whether a mirror image is as good a picture as the original."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Example:
-        """Example number `index`; raises UnreadableImage for a broken one."""
-
-
-class FashionSource:
-    """The bundled subset of Fashion-MNIST: 10,000 ("train") or 2,000 ("test") grey pictures of 28x28.
-
-    Example i is of class i % 10, so that every run of ten holds every class. All shoes face left: no flips.
-    """
-
-    classes = FASHION_CLASSES
-    flips = False
-    side = 28
-
-    def __init__(self, split: str = "train") -> None:
-        if split not in ("train", "test"):
-            raise ValueError(f"split: got {split!r}, but the bundled pictures have only train and test")
-        self.split = split
-        with Image.open(asset(f"fashion-mnist/{split}.png")) as sheet:
-            pixels = np.asarray(sheet)
-        rows, columns = pixels.shape[0] // self.side, pixels.shape[1] // self.side
-        cells = pixels.reshape(rows, self.side, columns, self.side).transpose(0, 2, 1, 3)
-        self.images = np.ascontiguousarray(cells.reshape(-1, self.side, self.side))
-        self.labels = np.arange(len(self.images)) % len(self.classes)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Example:
-        name = f"{BUNDLED}/{self.split}/{index}"
-        return Example(Image.fromarray(self.images[index]), int(self.labels[index]), name)
+_SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid")}
 
 
 def open_source(spec: str | Path, split: str = "train") -> Source:
-    """The source that `spec` names.
+    """The source that `spec` names:
 
-    "fashion": the bundled pictures, `split` train or test.
+    - fashion: the bundled pictures;
+    - a folder of class folders, a flat folder of pictures (no classes), or a folder of such folders called train,
+      val, test, of which `split` is taken;
+    - a Parquet file, a folder of them (`split` in their names), or a folder written by `datasets`' `save_to_disk`.
+
+    `split` is "train" or "test". Raises ValueError where nothing is there, or no pictures are.
     """
-    if str(spec) == BUNDLED:
+    if split not in _SPLIT_FOLDERS:
+        raise ValueError(f"split: got {split!r}, expected train or test")
+    if str(spec) == "fashion":
         return FashionSource(split)
-    raise ValueError(f"data: got {str(spec)!r}, expected {BUNDLED!r}")
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _open_folder(path, split)
+    if path.is_file() and path.suffix == ".parquet":
+        from mar.data.tables import open_parquet
+
+        return open_parquet([path], str(path))
+    state = "is neither a folder nor a .parquet file" if path.exists() else "does not exist"
+    raise ValueError(f"data: {path} {state}; expected fashion, a folder of pictures, or a Parquet file")
+
+
+def _open_folder(folder: Path, split: str) -> Source:
+    inside = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    tables = any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet"))
+    if tables or (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        from mar.data.tables import is_saved, open_parquet, open_saved, parquet_files
+
+        return (
+            open_saved(folder, split) if is_saved(folder) else open_parquet(parquet_files(folder, split), str(folder))
+        )
+    if inside and set(inside) <= {name for names in _SPLIT_FOLDERS.values() for name in names}:
+        wanted = [name for name in _SPLIT_FOLDERS[split] if name in inside]
+        if not wanted:
+            raise ValueError(f"data: {folder} has no folder for {split!r}; it has {', '.join(sorted(inside))}")
+        folder = folder / wanted[0]
+    return FolderSource(folder)

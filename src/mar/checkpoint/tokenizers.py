@@ -1,0 +1,77 @@
+"""Autoencoders in diffusers' format, on disk or on the Hub, with the statistics we keep beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from mar.checkpoint.files import write_atomically
+from mar.tokenizer import Tokenizer
+
+STATISTICS_FILE = "mar_statistics.json"
+
+
+def load_tokenizer(path: str | Path, subfolder: str | None = None, *, local_files_only: bool = False) -> Tokenizer:
+    """The autoencoder in a folder or a Hub repository of diffusers' format (config.json and safetensors).
+
+    `subfolder`: where in it; a pipeline's "vae" is found by itself. Statistics are those that `save_tokenizer` left in
+    a folder; without them the tokenizer's are unknown (`measured` is False): diffusers' own scaling_factor is not
+    read, since its default is another model's. Raises ValueError where there is none, or it is not an AutoencoderKL.
+    """
+    folder = Path(path)
+    if subfolder is None and not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
+        subfolder = "vae"
+    from mar.tokenizer.kl import KLTokenizer
+
+    tokenizer = KLTokenizer(_load_autoencoder(path, subfolder, local_files_only))
+    statistics = folder / (subfolder or "") / STATISTICS_FILE
+    if statistics.is_file():
+        _read_statistics(statistics, tokenizer)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Writes what `load_tokenizer` reads: diffusers' config.json and safetensors, and the statistics if measured."""
+    from mar.tokenizer.kl import KLTokenizer
+
+    if not isinstance(tokenizer, KLTokenizer):
+        raise ValueError(f"tokenizer: got a {type(tokenizer).__name__}, but only a KLTokenizer has a diffusers format")
+    tokenizer.autoencoder.save_pretrained(folder)
+    if tokenizer.measured:
+        save_statistics(tokenizer, folder)
+
+
+def save_statistics(tokenizer: Tokenizer, folder: str | Path) -> Path:
+    """Writes the statistics beside an autoencoder in diffusers' format, where `load_tokenizer` finds them."""
+    path = Path(folder, STATISTICS_FILE)
+    text = json.dumps({"mean": tokenizer.mean.tolist(), "std": tokenizer.std.tolist()}, indent=1)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+    write_atomically(path, write)
+    return path
+
+
+def _load_autoencoder(path: str | Path, subfolder: str | None, local_files_only: bool) -> Any:
+    from diffusers import AutoencoderKL
+
+    where = {"subfolder": subfolder, "local_files_only": local_files_only}
+    try:
+        config = AutoencoderKL.load_config(path, **where)
+        kind = config.get("_class_name")
+        if kind != "AutoencoderKL":
+            raise ValueError(f"tokenizer: {path} holds a diffusers {kind}, expected an AutoencoderKL")
+        return AutoencoderKL.from_pretrained(path, use_safetensors=True, **where)
+    except OSError as error:  # no such folder or repository, files missing, no network
+        reason = " ".join(str(error).split())
+        raise ValueError(f"tokenizer: can't load a diffusers autoencoder from {path}: {reason}") from error
+
+
+def _read_statistics(path: Path, tokenizer: Tokenizer) -> None:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        tokenizer.set_statistics(values["mean"], values["std"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"tokenizer: {path} is not what `mar tokenizer stats` writes: {error}") from error

@@ -1,0 +1,74 @@
+"""Class numbers from what people type: numbers, names, WordNet's numbers and synonyms for ImageNet's classes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+from mar.assets import imagenet
+
+
+def resolve_labels(labels: Sequence[int | str | None], classes: Sequence[str], count: int) -> list[int]:
+    """The class numbers of `labels` for a model with `count` classes called `classes` (may be empty); None gives -1.
+
+    A name may be in any case, or any part of one that only one class has. Where all classes are ImageNet's, by name or
+    WordNet number, so may their synonyms. Raises ValueError for a number out of range, and for a name that no class or
+    more than one has.
+    """
+    names = _all_names(classes)
+    return [_resolve(label, names, classes, count) for label in labels]
+
+
+def _resolve(label: int | str | None, names: list[tuple[str, ...]], classes: Sequence[str], count: int) -> int:
+    if label is None:
+        return -1
+    exact = [] if isinstance(label, int) else [i for i, name in enumerate(classes) if name == label]
+    if len(exact) == 1:  # first, since a class may be called "7"
+        return exact[0]
+    try:
+        number = int(label)
+    except ValueError:
+        return _by_name(str(label), names, classes)
+    if count == 0:
+        raise ValueError(f"label {number}: this model has no classes; leave the labels out")
+    if not 0 <= number < count:
+        raise ValueError(f"label {number} is out of range: this model has classes 0 to {count - 1}")
+    return number
+
+
+def _by_name(label: str, names: list[tuple[str, ...]], classes: Sequence[str]) -> int:
+    if not names:
+        raise ValueError(f"label {label!r}: this model has no class names; give a number")
+    wanted = " ".join(label.casefold().split())
+    padded = f" {wanted} "
+    # From the strictest reading to the loosest; the first that fits any class decides.
+    readings = (
+        [i for i, known in enumerate(names) if wanted == known[0]],
+        [i for i, known in enumerate(names) if wanted in known],
+        [i for i, known in enumerate(names) if any(padded in f" {name} " for name in known)],
+        [i for i, known in enumerate(names) if any(wanted in name for name in known)],
+    )
+    fitting = next((found for found in readings if found), []) if wanted else []
+    if len(fitting) == 1:
+        return fitting[0]
+    if fitting:
+        shown = ", ".join(f"{i} ({classes[i]})" for i in fitting[:8]) + (", ..." if len(fitting) > 8 else "")
+        raise ValueError(f"label {label!r} may be any of {len(fitting)} classes: {shown}; give one of these numbers")
+    raise ValueError(f"label {label!r} is not a class{_suggestion(wanted, names, classes)}")
+
+
+def _suggestion(wanted: str, names: list[tuple[str, ...]], classes: Sequence[str]) -> str:
+    owner = {name: i for i, known in reversed(list(enumerate(names))) for name in known}
+    close = dict.fromkeys(owner[name] for name in difflib.get_close_matches(wanted, list(owner), n=3))
+    if close:
+        return "; close to it: " + ", ".join(f"{i} ({classes[i]})" for i in close)
+    return f"; the {len(classes)} classes are {', '.join(classes[:10])}" + (", ..." if len(classes) > 10 else "")
+
+
+def _all_names(classes: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every name of every class, its own first, in lower case."""
+    known = {key: entry for entry in imagenet() for key in (entry.name, entry.wnid)}
+    others: dict[str, tuple[str, ...]] = {}
+    if all(name in known for name in classes):
+        others = {name: (known[name].name, known[name].wnid, *known[name].synonyms) for name in classes}
+    return [tuple(each.casefold() for each in (name, *others.get(name, ()))) for name in classes]
