@@ -138,7 +138,8 @@ def train(split: Split, *, epochs: int, seed: int, batch: int = 128, lr: float =
     steps = len(split.images) // batch
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Classifier().to(memory_format=torch.channels_last)
+        model = Classifier()
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         optimizer = torch.optim.AdamW(model.parameters(), lr, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps, pct_start=0.2)
         labels = torch.from_numpy(split.labels)
@@ -158,7 +159,7 @@ def train(split: Split, *, epochs: int, seed: int, batch: int = 128, lr: float =
                 f"epoch {epoch + 1}/{epochs}: loss {total / steps:.4f}, {time.perf_counter() - started:.0f} s",
                 flush=True,
             )
-    return model.to(memory_format=torch.contiguous_format).eval()
+    return model.eval()
 
 
 def save_classifier(model: Classifier, file: Path, header: dict[str, str]) -> None:
@@ -253,6 +254,8 @@ class Report:
     agreement: float
     per_class: tuple[float, ...]
     """Agreement of each class, NaN for a class that was not asked for."""
+    real_per_class: tuple[float, ...]
+    """The same for the real test pictures: how sure of its classes the judge is."""
     distance: float
     real_distances: tuple[float, ...]
     """The same distance for `count` real training pictures, several draws; the first one's seed is 0."""
@@ -290,12 +293,12 @@ class Report:
             return f"{'met' if met else 'MISSED'}: {wanted}"
 
         real = self.real_distances
-        classes = "\n".join(
-            f"  {name:<12} {share:6.1%}" for name, share in zip(CLASSES, self.per_class, strict=True) if share == share
-        )
+        shares = zip(CLASSES, self.per_class, self.real_per_class, strict=True)
+        classes = "\n".join(f"  {name:<12} {ours:6.1%}  {theirs:6.1%}" for name, ours, theirs in shares if ours == ours)
         return f"""\
 {self.count} pictures
 class agreement {self.agreement:.1%} ({claim(self.agreement >= AGREEMENT, f"at least {AGREEMENT:.0%}")})
+  of each class, and of the real test pictures
 {classes}
   worst {self.worst:.1%} ({claim(self.worst >= WORST_CLASS, f"at least {WORST_CLASS:.0%}")})
 Fréchet distance to the test pictures, {WIDTH} features of this classifier
@@ -309,13 +312,20 @@ nearest of {self.neighbours} training pictures, L2, pixels in [0, 1]
 {self.row()}"""
 
 
+def agreements(logits: Floats, labels: NDArray[np.int64]) -> tuple[float, ...]:
+    """Share of each class's pictures that the classifier gives to it, NaN where a class has none."""
+    right = logits.argmax(1) == labels
+    members = [right[labels == c] for c in range(len(CLASSES))]
+    return tuple(float(member.mean()) if len(member) else float("nan") for member in members)
+
+
 def judge(images: Bytes, labels: NDArray[np.int64], reference: Reference) -> Report:
     """Judge pictures (n, 28, 28) uint8 by the classes (n,) that were asked for."""
     asked = Split(images, labels)
     model, test = reference.model, reference.test
     found, logits = features(model, asked.images)
-    right = logits.argmax(1) == asked.labels
-    target = statistics(features(model, test.images)[0])
+    test_found, test_logits = features(model, test.images)
+    target = statistics(test_found)
     real = []
     for seed in range(DRAWS):
         drawn = reference.train.images[balanced(reference.train.labels, len(images), seed)]
@@ -323,11 +333,9 @@ def judge(images: Bytes, labels: NDArray[np.int64], reference: Reference) -> Rep
     near, real_near = (nearest(these, reference.neighbours) for these in (asked.images, test.images))
     return Report(
         count=len(images),
-        agreement=float(right.mean()),
-        per_class=tuple(
-            float(right[asked.labels == c].mean()) if (asked.labels == c).any() else float("nan")
-            for c in range(len(CLASSES))
-        ),
+        agreement=float((logits.argmax(1) == asked.labels).mean()),
+        per_class=agreements(logits, asked.labels),
+        real_per_class=agreements(test_logits, test.labels),
         distance=frechet(*statistics(found), *target),
         real_distances=tuple(real),
         neighbours=len(reference.neighbours),
@@ -421,7 +429,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("train", help="train the classifier")
     verb.add_argument("--out", type=Path, required=True, help="safetensors file to write")
-    verb.add_argument("--epochs", type=int, default=8)
+    verb.add_argument("--epochs", type=int, default=5)
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--threads", type=int, default=2, help="another count gives slightly other weights")
     verb.set_defaults(run=run_train)
