@@ -7,7 +7,7 @@ import zlib
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -43,6 +43,7 @@ class UnreadableImage(ValueError):
         self.name, self.why = name, why
 
 
+@runtime_checkable
 class Source(Protocol):
     """A sequence of examples, picklable, so that workers can have a copy."""
 

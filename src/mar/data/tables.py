@@ -99,7 +99,7 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
 
 
 def open_parquet(files: Sequence[Path], name: str) -> TableSource:
-    """The rows of Parquet files, one after the other, by way of a copy in `datasets`' cache that is mapped to memory."""
+    """The rows of Parquet files, one after the other, from a copy in `datasets`' cache that is mapped to memory."""
     try:
         table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     except datasets.exceptions.DatasetGenerationError as error:
