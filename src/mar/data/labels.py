@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mar.assets import imagenet
 
@@ -40,21 +40,25 @@ def _by_name(label: str, names: list[tuple[str, ...]], classes: Sequence[str]) -
     if not names:
         raise ValueError(f"label {label!r}: this model has no class names; give a number")
     wanted = " ".join(label.casefold().split())
-    padded = f" {wanted} "
-    # From the strictest reading to the loosest; the first that fits any class decides.
-    readings = (
-        [i for i, known in enumerate(names) if wanted == known[0]],
-        [i for i, known in enumerate(names) if wanted in known],
-        [i for i, known in enumerate(names) if any(padded in f" {name} " for name in known)],
-        [i for i, known in enumerate(names) if any(wanted in name for name in known)],
-    )
-    fitting = next((found for found in readings if found), []) if wanted else []
+    fitting = _fitting(wanted, names) if wanted else []
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         shown = ", ".join(f"{i} ({classes[i]})" for i in fitting[:8]) + (", ..." if len(fitting) > 8 else "")
         raise ValueError(f"label {label!r} may be any of {len(fitting)} classes: {shown}; give one of these numbers")
     raise ValueError(f"label {label!r} is not a class{_suggestion(wanted, names, classes)}")
+
+
+def _fitting(wanted: str, names: list[tuple[str, ...]]) -> list[int]:
+    """The classes that fit a name by the strictest reading that fits any."""
+    readings: tuple[Callable[[tuple[str, ...]], bool], ...] = (
+        lambda known: wanted == known[0],
+        lambda known: wanted in known,
+        lambda known: any(f" {wanted} " in f" {name} " for name in known),
+        lambda known: any(wanted in name for name in known),
+    )
+    every = ([i for i, known in enumerate(names) if fits(known)] for fits in readings)
+    return next(filter(None, every), [])
 
 
 def _suggestion(wanted: str, names: list[tuple[str, ...]], classes: Sequence[str]) -> str:

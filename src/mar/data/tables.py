@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow
+from pyarrow import parquet
 
 from mar.data.examples import Example, UnreadableImage, decode_image
 from mar.data.folder import natural_key
@@ -100,10 +102,12 @@ def parquet_files(folder: Path, split: str) -> list[Path]:
 
 def open_parquet(files: Sequence[Path], name: str) -> TableSource:
     """The rows of Parquet files, one after the other, from a copy in `datasets`' cache that is mapped to memory."""
-    try:
-        table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-    except datasets.exceptions.DatasetGenerationError as error:
-        raise ValueError(f"data: {name} can't be read as Parquet: {error.__cause__ or error}") from error
+    for file in files:
+        try:
+            parquet.read_schema(file)
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ValueError(f"data: {file} can't be read as Parquet: {error}") from error
+    table = datasets.load_dataset("parquet", data_files=[str(file) for file in files], split="train")
     return TableSource(table, name)
 
 

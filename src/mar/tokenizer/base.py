@@ -57,15 +57,16 @@ class Tokenizer(nn.Module, ABC):
 
     def set_statistics(self, mean: Statistic, std: Statistic) -> None:
         """Takes the mean and standard deviation of the raw latents: one number each, or one for each channel."""
-        new = [torch.as_tensor(value, dtype=torch.float32).reshape(-1) for value in (mean, std)]
+        new = [torch.as_tensor(value, dtype=torch.float32, device="cpu").reshape(-1) for value in (mean, std)]
         for name, value in zip(("mean", "std"), new, strict=True):
             if len(value) not in (1, self.channels) or not value.isfinite().all():
                 expected = f"1 or {self.channels} finite numbers"
                 raise ValueError(f"{name} of the latents: got {value.tolist()}, expected {expected}")
         if not (new[1] > 0).all():
             raise ValueError(f"std of the latents: got {new[1].tolist()}, expected positive numbers")
-        self.mean, self.std = (value.to(self.mean.device) for value in torch.broadcast_tensors(*new))
-        self.mean, self.std = self.mean.clone(), self.std.clone()
+        # Real numbers even where the weights are still to come (on the meta device).
+        device = torch.device("cpu") if self.mean.is_meta else self.mean.device
+        self.mean, self.std = (value.clone().to(device) for value in torch.broadcast_tensors(*new))
         self.measured = True
 
     @abstractmethod

@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+
+from mar.checkpoint.tokenizers import load_tokenizer, save_statistics, save_tokenizer
+from mar.tokenizer import KLTokenizer, PixelTokenizer
+
+
+def autoencoder() -> AutoencoderKL:
+    """Of stable diffusion's shape, 4 channels and stride 8, but tiny."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(4, 4, 8, 8),
+            norm_num_groups=2,
+            latent_channels=4,
+        )
+
+
+def test_a_folder_of_diffusers_format_is_unmeasured(tmp_path: Path) -> None:
+    made = autoencoder()
+    made.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.channels, tokenizer.stride, tokenizer.measured) == (4, 8, False)
+    # diffusers' default scaling_factor, 0.18215, is another model's.
+    assert (tokenizer.mean.item(), tokenizer.std.item()) == (0.0, 1.0)
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(tokenizer.encode(image).mean, made.eval().encode(image).latent_dist.mean)
+
+
+def test_statistics_are_found_beside_it_and_in_a_pipeline_s_vae(tmp_path: Path) -> None:
+    tokenizer = KLTokenizer(autoencoder(), mean=[0.1, 0.2, 0.3, 0.4], std=[1.0, 2.0, 3.0, 4.0])
+    save_tokenizer(tokenizer, tmp_path / "vae")
+    for found in (load_tokenizer(tmp_path), load_tokenizer(tmp_path, "vae"), load_tokenizer(tmp_path / "vae")):
+        assert found.measured
+        assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), tokenizer.state_dict().values()))
+
+
+def test_measuring_later(tmp_path: Path) -> None:
+    save_tokenizer(KLTokenizer(autoencoder()), tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert not tokenizer.measured
+    tokenizer.set_statistics(0.25, 5.0)
+    save_statistics(tokenizer, tmp_path)
+    assert load_tokenizer(tmp_path).std.tolist() == [5.0]
+
+
+def test_what_is_not_an_autoencoder_kl(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="can't load a diffusers autoencoder from .*nothing"):
+        load_tokenizer(tmp_path / "nothing")
+    AutoencoderTiny(encoder_block_out_channels=(4,) * 4, decoder_block_out_channels=(4,) * 4).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="holds a diffusers AutoencoderTiny"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="got a PixelTokenizer"):
+        save_tokenizer(PixelTokenizer(3), tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", '{"mean": [0]}', '{"mean": [0], "std": [-1]}', "[]"])
+def test_broken_statistics(tmp_path: Path, text: str) -> None:
+    autoencoder().save_pretrained(tmp_path)
+    (tmp_path / "mar_statistics.json").write_text(text)
+    with pytest.raises(ValueError, match=r"mar_statistics\.json is not what"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+
+from mar.assets import FASHION_CLASSES, imagenet, imagenet_classes
+from mar.data.labels import resolve_labels
+
+NAMES = imagenet_classes()
+
+
+def one(label: int | str | None) -> int:
+    return resolve_labels([label], NAMES, 1000)[0]
+
+
+def test_every_class_is_found_by_its_number_name_and_wordnet_number() -> None:
+    numbers = list(range(1000))
+    assert resolve_labels(numbers, NAMES, 1000) == numbers
+    assert resolve_labels([str(n) for n in numbers], NAMES, 1000) == numbers
+    assert resolve_labels(NAMES, NAMES, 1000) == numbers
+    assert resolve_labels([name.upper() for name in NAMES], NAMES, 1000) == numbers
+    assert resolve_labels([entry.wnid for entry in imagenet()], NAMES, 1000) == numbers
+
+
+@pytest.mark.parametrize(
+    ("label", "number"),
+    [("golden", 207), ("  Golden   Retriever ", 207), ("tank suit", 639), ("tabby cat", 281), ("kite", 21), (None, -1)],
+)
+def test_parts_and_synonyms(label: str | None, number: int) -> None:
+    assert one(label) == number
+
+
+@pytest.mark.parametrize(
+    ("label", "candidates"),
+    [
+        ("crane", ["134", "517"]),
+        ("Cardigan", ["264", "474"]),
+        ("maillot", ["638", "639"]),
+        ("retriever", ["205", "209"]),
+    ],
+)
+def test_an_ambiguous_name_lists_the_numbers(label: str, candidates: list[str]) -> None:
+    with pytest.raises(ValueError, match="may be any of") as error:
+        one(label)
+    assert all(number in str(error.value) for number in candidates)
+
+
+def test_an_unknown_name_gets_what_is_close_to_it() -> None:
+    with pytest.raises(ValueError, match=r"'goldfsh' is not a class; close to it: 1 \(goldfish\)"):
+        one("goldfsh")
+    with pytest.raises(ValueError, match=r"'xyzzy' is not a class; the 10 classes are T-shirt/top, Trouser"):
+        resolve_labels(["xyzzy"], FASHION_CLASSES, 10)
+    with pytest.raises(ValueError, match="not a class"):
+        one("  ")
+
+
+@pytest.mark.parametrize("label", [1000, "1000", -1, "-1"])
+def test_a_number_out_of_range_names_the_range(label: int | str) -> None:
+    with pytest.raises(ValueError, match="out of range: this model has classes 0 to 999"):
+        one(label)
+
+
+def test_a_class_called_by_a_number_is_found_by_name_first() -> None:
+    assert resolve_labels(["7", 7], ["7", *"abcdefg"], 8) == [0, 7]
+
+
+def test_folders_called_by_wordnet_numbers_know_their_names() -> None:
+    assert resolve_labels(["golden retriever", "n01440764"], ["n01440764", "n02099601"], 2) == [1, 0]
+
+
+def test_a_model_without_names_or_classes() -> None:
+    assert resolve_labels([3, None], (), 10) == [3, -1]
+    with pytest.raises(ValueError, match="no class names; give a number"):
+        resolve_labels(["cat"], (), 10)
+    with pytest.raises(ValueError, match="no classes"):
+        resolve_labels([0], (), 0)

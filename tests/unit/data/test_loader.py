@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mar.data.loader import Batch, batches
+from mar.data.order import Order, flipped
+from mar.data.sources import FashionSource, FolderSource
+from mar.data.transforms import Transform
+
+
+@pytest.fixture(scope="module")
+def fashion() -> FashionSource:
+    return FashionSource("test")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve pictures, each of one grey value of its own (20 x its number), in two classes."""
+    for i in range(12):
+        path = tmp_path / ("even" if i % 2 == 0 else "odd") / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 20 * i).save(path)
+    return tmp_path
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        for x, y in ((getattr(a, f.name), getattr(b, f.name)) for f in fields(Batch))
+    )
+
+
+def test_batches_hold_what_the_order_says(fashion: FashionSource) -> None:
+    order = Order(len(fashion), seed=3, batch=8)
+    batch = next(islice(batches(fashion, Transform(28, 1), batch=8, seed=3, start=5), 1, None))
+    assert batch.positions.tolist() == list(range(13, 21))
+    for row, position in enumerate(range(13, 21)):
+        example = fashion[order.index(position)]
+        assert int(batch.labels[row]) == example.label
+        pixels = ((batch.images[row, 0] + 1) * 127.5).round().byte().numpy()
+        assert np.array_equal(pixels, example.image)
+
+
+def test_workers_and_restarts_change_nothing(fashion: FashionSource) -> None:
+    def some(start: int, workers: int, count: int) -> list[Batch]:
+        stream = batches(fashion, Transform(28, 1), batch=6, seed=1, start=start, workers=workers, flip=True)
+        return list(islice(stream, count))
+
+    state = torch.get_rng_state()
+    whole = some(0, 0, 6)
+    assert all(map(same, whole, some(0, 2, 6)))
+    assert all(map(same, whole[4:], some(24, 2, 2)))
+    assert torch.equal(torch.get_rng_state(), state), "global random state was used"
+
+
+def test_ranks_together_see_the_same_pictures_and_flips(fashion: FashionSource) -> None:
+    transform = Transform(28, 1)
+    alone = next(batches(fashion, transform, batch=6, seed=1, flip=True))
+    parts = [next(batches(fashion, transform, batch=6, seed=1, flip=True, rank=r, world=3)) for r in range(3)]
+    assert torch.equal(torch.cat([part.images for part in parts]), alone.images)
+
+
+def test_flips_follow_the_position_and_the_source_s_will(fashion: FashionSource) -> None:
+    transform = Transform(28, 1)
+    as_is = next(batches(fashion, transform, batch=32, seed=1))
+    never = next(batches(fashion, transform, batch=32, seed=1, flip=False))
+    coins = next(batches(fashion, transform, batch=32, seed=1, flip=True))
+    assert torch.equal(as_is.images, never.images), "the bundled shoes all face one way"
+    for row, position in enumerate(coins.positions.tolist()):
+        expected = never.images[row].flip(-1) if flipped(1, position) else never.images[row]
+        assert torch.equal(coins.images[row], expected)
+    assert FolderSource.flips
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_picture_is_named_once_and_replaced(
+    folder: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = folder / "even" / "4.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    source = FolderSource(folder)
+    with caplog.at_level(logging.WARNING, "mar.data"):
+        seen = list(islice(batches(source, Transform(8, 1), batch=6, seed=0, workers=workers), 4))
+    assert [name for batch in seen for name in batch.skipped] == [str(broken)] * 2
+    assert [record.getMessage() for record in caplog.records].count(
+        f"skipped a picture that can't be read: {broken}"
+    ) == 1
+    values = [round((float(image.mean()) + 1) * 127.5 / 20) for batch in seen[:2] for image in batch.images]
+    # In class order 4 is followed by 6, which now comes twice an epoch.
+    assert sorted(values) == [0, 1, 2, 3, 5, 6, 6, 7, 8, 9, 10, 11]
+    labels = [int(label) for batch in seen[:2] for label in batch.labels]
+    assert labels == [value % 2 for value in values]
+
+
+def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.jpg").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="3 pictures in a row can't be read"):
+        next(batches(FolderSource(tmp_path), Transform(8), batch=1, seed=0))
+
+
+def test_pictures_without_classes_have_label_minus_one(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    batch = next(batches(FolderSource(tmp_path), Transform(8), batch=2, seed=0))
+    assert batch.labels.tolist() == [-1, -1]
+    assert batch.labels.dtype == torch.int64

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mar.data.transforms import Transform, adm_center_crop, to_colours, to_tensor
+
+BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
+
+
+def noise(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    shape = (height, width, len(mode)) if len(mode) > 1 else (height, width)
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8), mode=None)
+
+
+def test_adm_crop_of_a_landscape_step_by_step() -> None:
+    image = noise(1000, 700)
+    # 700 >= 2 * 256 once; then 350 -> 256, 500 * 256 / 350 -> 366, of which (366 - 256) // 2 = 55 go on the left.
+    expected = image.resize((500, 350), BOX).resize((366, 256), BICUBIC).crop((55, 0, 311, 256))
+    assert np.array_equal(adm_center_crop(image, 256), expected)
+
+
+def test_adm_crop_of_a_portrait_that_is_halved_twice() -> None:
+    image = noise(131, 277)
+    expected = image.resize((65, 138), BOX).resize((32, 69), BOX).resize((32, 69), BICUBIC).crop((0, 18, 32, 50))
+    # 69 rows are left with 18 above the middle 32 and 19 below.
+    assert np.array_equal(adm_center_crop(image, 32), expected)
+
+
+def test_adm_crop_enlarges_what_is_too_small() -> None:
+    image = noise(20, 30)
+    assert np.array_equal(adm_center_crop(image, 40), image.resize((40, 60), BICUBIC).crop((0, 10, 40, 50)))
+
+
+def test_crop_to_a_rectangle() -> None:
+    image = noise(400, 300)
+    # Halved while both sides allow it: 300 >= 2 * 64 and 400 >= 2 * 128 once; then 200 x 150 covers 128 x 64 as 128 x 96.
+    expected = image.resize((200, 150), BOX).resize((128, 96), BICUBIC).crop((0, 16, 128, 80))
+    assert np.array_equal(adm_center_crop(image, (64, 128)), expected)
+    for size in (48, 96):
+        assert np.array_equal(adm_center_crop(image, (size, size)), adm_center_crop(image, size))
+
+
+def test_a_picture_of_the_right_size_is_left_alone() -> None:
+    image = noise(28, 28, "L")
+    assert np.array_equal(adm_center_crop(image, 28), image)
+
+
+def test_values_are_in_minus_one_to_one() -> None:
+    image = Image.fromarray(np.array([[0, 255]], dtype=np.uint8))
+    assert to_tensor(image, 1).tolist() == [[[-1.0, 1.0]]]
+    assert to_tensor(image, 3).tolist() == [[[-1.0, 1.0]]] * 3
+
+
+def test_grey_from_colour_is_weighed_and_colour_channels_keep_their_order() -> None:
+    image = Image.new("RGB", (1, 1), (255, 0, 0))
+    assert to_tensor(image, 3).flatten().tolist() == [1.0, -1.0, -1.0]
+    assert to_tensor(image, 1).item() == pytest.approx(2 * 0.299 - 1, abs=0.005)
+
+
+def pixel(image: Image.Image, channels: int = 3) -> tuple[int, ...] | int:
+    return to_colours(image, channels).getpixel((0, 0))
+
+
+def test_transparency_is_laid_on_white() -> None:
+    assert pixel(Image.new("RGBA", (1, 1), (255, 0, 0, 0))) == (255, 255, 255)
+    assert pixel(Image.new("RGBA", (1, 1), (0, 0, 0, 51))) == (204, 204, 204)
+    assert pixel(Image.new("LA", (1, 1), (0, 0))) == (255, 255, 255)
+    assert pixel(Image.new("LA", (1, 1), (0, 0)), channels=1) == 255
+    palette = Image.new("P", (1, 1), 0)
+    palette.putpalette([10, 20, 30])
+    assert pixel(palette) == (10, 20, 30)
+    palette.info["transparency"] = 0
+    assert pixel(palette) == (255, 255, 255)
+
+
+def test_other_colour_modes() -> None:
+    assert pixel(Image.new("CMYK", (1, 1), (0, 255, 255, 0))) == (255, 0, 0)
+    assert pixel(Image.new("1", (1, 1), 1), channels=1) == 255
+    assert pixel(Image.new("YCbCr", (1, 1), (255, 128, 128))) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_sixteen_bits_are_scaled_not_clipped(dtype: type) -> None:
+    image = Image.fromarray(np.array([[0, 32768, 65535]], dtype=dtype))
+    assert image.mode in ("I;16", "I")
+    assert np.asarray(to_colours(image, 1)).tolist() == [[0, 128, 255]]
+
+
+def test_transform_mirrors_when_told_to() -> None:
+    image = noise(40, 40)
+    plain, mirrored = Transform(16)(image), Transform(16)(image, flip=True)
+    assert torch.equal(plain.flip(2), mirrored)
+    assert not torch.equal(plain, mirrored)
+    assert plain.shape == (3, 16, 16)
+    assert Transform((8, 16), channels=1)(image).shape == (1, 8, 16)
+
+
+def test_bad_requests() -> None:
+    with pytest.raises(ValueError, match="expected at least 1 pixel"):
+        Transform((0, 4))
+    with pytest.raises(ValueError, match="channels: got 2"):
+        to_colours(noise(4, 4), 2)

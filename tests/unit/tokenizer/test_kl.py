@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mar.tokenizer import KLTokenizer, build
+from mar.tokenizer.kl import from_config, kl16
+
+TINY = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 3,
+    "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "block_out_channels": [8, 8, 16],
+    "layers_per_block": 1,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture
+def tiny() -> KLTokenizer:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return from_config(TINY).requires_grad_(False)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(2, 3, 8, 12, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def test_contract(tiny: KLTokenizer, images: torch.Tensor) -> None:
+    assert (tiny.image_channels, tiny.channels, tiny.stride) == (3, 4, 4)
+    assert not tiny.measured
+    posterior = tiny.encode(images)
+    assert posterior.mean.shape == posterior.std.shape == (2, 4, 2, 3)
+    assert (posterior.std > 0).all()
+    decoded = tiny.decode(posterior.mean)
+    assert decoded.shape == images.shape
+    assert decoded.abs().max() <= 1
+
+
+def test_statistics_are_applied_on_the_way_in_and_undone_on_the_way_out(
+    tiny: KLTokenizer, images: torch.Tensor
+) -> None:
+    raw, plain = tiny.encode(images), tiny.decode(torch.ones(1, 4, 2, 2))
+    mean, std = torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([2.0, 0.5, 1.0, 4.0])
+    tiny.set_statistics(mean, std)
+    scaled = tiny.encode(images)
+    torch.testing.assert_close(scaled.mean, (raw.mean - mean.view(4, 1, 1)) / std.view(4, 1, 1))
+    torch.testing.assert_close(scaled.std, raw.std / std.view(4, 1, 1))
+    normalised = ((1 - mean) / std).view(1, 4, 1, 1).expand(1, 4, 2, 2)
+    torch.testing.assert_close(tiny.decode(normalised), plain)
+
+
+def test_bfloat16_encodes_in_it_and_decodes_in_full_precision(tiny: KLTokenizer, images: torch.Tensor) -> None:
+    latents = torch.randn(1, 4, 2, 3, generator=torch.Generator().manual_seed(2))
+    before, exact = tiny.decode(latents), tiny.encode(images)
+    half = tiny.to(torch.bfloat16)
+    assert half.autoencoder.encoder.conv_in.weight.dtype == torch.bfloat16
+    assert torch.equal(half.decode(latents), before)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(half.decode(latents), before)
+    rounded = half.encode(images)
+    assert rounded.mean.dtype == torch.float32
+    assert not torch.equal(rounded.mean, exact.mean)
+    torch.testing.assert_close(rounded.mean, exact.mean, atol=0.05, rtol=0.05)
+
+
+def test_spec_and_state_make_the_same_tokenizer_again(tiny: KLTokenizer, images: torch.Tensor) -> None:
+    tiny.set_statistics([0.1, 0.2, 0.3, 0.4], 2.0)
+    again = build(json.loads(json.dumps(tiny.spec())))
+    again.load_state_dict(tiny.state_dict())
+    assert again.spec() == tiny.spec()
+    assert torch.equal(again.encode(images).mean, tiny.encode(images).mean)
+
+
+def test_can_be_made_without_weights_and_filled_later(tiny: KLTokenizer) -> None:
+    with torch.device("meta"):
+        empty = build(tiny.spec())
+    empty = empty.to_empty(device="cpu")
+    empty.load_state_dict(tiny.state_dict())
+    latents = torch.zeros(1, 4, 2, 2)
+    assert torch.equal(empty.decode(latents), tiny.decode(latents))
+
+
+def test_kl16_has_the_published_scale() -> None:
+    with torch.device("meta"):
+        tokenizer = kl16()
+    assert (tokenizer.channels, tokenizer.stride, tokenizer.measured) == (16, 16, True)
+    assert tokenizer.to_empty(device="cpu").std.tolist() == pytest.approx([1 / 0.2325])
+    assert sum(p.numel() for p in tokenizer.autoencoder.parameters()) == 66_456_115
+
+
+def test_bad_requests(tiny: KLTokenizer) -> None:
+    with pytest.raises(ValueError, match="got 10x8 pixels, expected multiples of the stride 4"):
+        tiny.encode(torch.zeros(1, 3, 10, 8))
+    with pytest.raises(ValueError, match="got a diffusers AutoencoderTiny, expected an AutoencoderKL"):
+        from_config({"_class_name": "AutoencoderTiny"})
