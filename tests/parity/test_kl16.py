@@ -63,6 +63,7 @@ def test_all_312_tensors_convert_both_ways(official: dict[str, Tensor]) -> None:
     ours = to_diffusers(official)
     expected = {name: tensor.shape for name, tensor in kl16().autoencoder.state_dict().items()}
     assert len(official) == 312
+    assert sum(tensor.numel() for tensor in official.values()) == 66_456_019
     assert {name: tensor.shape for name, tensor in ours.items()} == expected
     back = to_official(ours)
     assert back.keys() == official.keys()

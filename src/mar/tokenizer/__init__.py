@@ -28,12 +28,16 @@ def __getattr__(name: str) -> Any:
 def build(spec: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer that `Tokenizer.spec()` describes, its weights and statistics still to come by `load_state_dict`.
 
-    Raises ValueError for a kind that this version does not know.
+    Raises ValueError for a kind that this version does not know, and for a "kl" without its config.
     """
     kind = spec.get("kind")
     if kind == "pixels":
-        tokenizer: Tokenizer = PixelTokenizer(spec["image_channels"])
+        tokenizer: Tokenizer = PixelTokenizer(spec.get("image_channels", 3))
     elif kind == "kl":
+        if not isinstance(spec.get("config"), Mapping):
+            raise ValueError(
+                f"tokenizer: got config {spec.get('config')!r}, expected that of a diffusers AutoencoderKL"
+            )
         from mar.tokenizer import kl
 
         tokenizer = kl.from_config(spec["config"])

@@ -99,9 +99,9 @@ class Tokenizer(nn.Module, ABC):
 
     def prepare(self, spec: Mapping[str, Any]) -> None:
         """Gives the buffers the shapes that `spec()` tells, for `load_state_dict` to fill, and the flag its value."""
-        if spec["per_channel"]:
+        if spec.get("per_channel", False):
             self.mean, self.std = self.mean.new_zeros(self.channels), self.std.new_ones(self.channels)
-        self.measured = bool(spec["measured"])
+        self.measured = bool(spec.get("measured", False))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`.to(...)` and its kin; the statistics move along but stay in float32."""

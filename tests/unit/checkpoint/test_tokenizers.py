@@ -39,7 +39,8 @@ def test_statistics_are_found_beside_it_and_in_a_pipeline_s_vae(tmp_path: Path) 
     save_tokenizer(tokenizer, tmp_path / "vae")
     for found in (load_tokenizer(tmp_path), load_tokenizer(tmp_path, "vae"), load_tokenizer(tmp_path / "vae")):
         assert found.measured
-        assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), tokenizer.state_dict().values()))
+        theirs = found.state_dict()
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in tokenizer.state_dict().items())
 
 
 def test_measuring_later(tmp_path: Path) -> None:
@@ -52,7 +53,7 @@ def test_measuring_later(tmp_path: Path) -> None:
 
 
 def test_what_is_not_an_autoencoder_kl(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="can't load a diffusers autoencoder from .*nothing"):
+    with pytest.raises(ValueError, match=r"can't load a diffusers autoencoder from .*nothing"):
         load_tokenizer(tmp_path / "nothing")
     AutoencoderTiny(encoder_block_out_channels=(4,) * 4, decoder_block_out_channels=(4,) * 4).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a diffusers AutoencoderTiny"):

@@ -102,7 +102,7 @@ def test_a_broken_cell_is_an_unreadable_image(tmp_path: Path) -> None:
 
 def test_tables_that_will_not_do(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "text.parquet")
-    with pytest.raises(ValueError, match="no column of pictures .* it has text"):
+    with pytest.raises(ValueError, match=r"no column of pictures .* it has text"):
         open_source(tmp_path / "text.parquet")
     (tmp_path / "junk.parquet").write_bytes(b"junk")
     with pytest.raises(ValueError, match=r"junk\.parquet can't be read as Parquet"):

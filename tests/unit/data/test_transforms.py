@@ -36,7 +36,7 @@ def test_adm_crop_enlarges_what_is_too_small() -> None:
 
 def test_crop_to_a_rectangle() -> None:
     image = noise(400, 300)
-    # Halved while both sides allow it: 300 >= 2 * 64 and 400 >= 2 * 128 once; then 200 x 150 covers 128 x 64 as 128 x 96.
+    # Halved once, since 300 >= 2 * 64 and 400 >= 2 * 128, but not twice; then 200 x 150 covers 128 x 64 as 128 x 96.
     expected = image.resize((200, 150), BOX).resize((128, 96), BICUBIC).crop((0, 16, 128, 80))
     assert np.array_equal(adm_center_crop(image, (64, 128)), expected)
     for size in (48, 96):

@@ -78,3 +78,5 @@ def test_bad_requests() -> None:
         PixelTokenizer(2)
     with pytest.raises(ValueError, match="got kind 'vq', expected pixels or kl"):
         build({"kind": "vq"})
+    with pytest.raises(ValueError, match="got config None, expected that of a diffusers AutoencoderKL"):
+        build({"kind": "kl"})
