@@ -30,11 +30,14 @@ _ALLOWED = {
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
 }
+_PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"}
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "pathlib":  # where it was saved: of no use here, and of another system perhaps
+        if (
+            module.split(".")[0] == "pathlib" and name in _PATHS
+        ):  # where it was saved: of no use here, and of another system perhaps
             return PurePath
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if is_dtype or (module, name) in _ALLOWED:

@@ -1,0 +1,309 @@
+"""A run's state: comes back bitwise, is whole or not there, and is never trusted."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+from mar.checkpoint import files, run_state
+from mar.checkpoint.files import CheckpointError
+from mar.checkpoint.run_state import RunState
+
+
+def example(seed: int = 0) -> dict[str, Any]:
+    """A state with all that may be in one."""
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "model": {"a.weight": torch.randn(5, 3, generator=g), "a.bias": torch.randn(3, generator=g).bfloat16()},
+        "odd": {
+            "transposed": torch.randn(4, 6, generator=g).T,
+            "slice": torch.randn(10, generator=g)[3:7],
+            "scalar": torch.tensor(float("nan")),
+            "empty": torch.empty(0, 4),
+            "flags": torch.tensor([True, False]),
+            "counts": torch.randint(2**62, (7,), generator=g),
+        },
+        "generator": g.get_state(),
+        "groups": [{"betas": (0.9, 0.95), "lr": 1e-4 / 3, "fused": None}],
+        "numbered": {0: {"step": torch.tensor(3.0)}, 1: "one"},
+        "images": 10**15 + seed,
+        "name": "Łódź",
+        "loss": float("inf"),
+    }
+
+
+def blank() -> dict[str, Any]:
+    """The same without its values."""
+
+    def cleared(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.zeros_like(value)
+        if isinstance(value, dict):
+            return {key: cleared(item) for key, item in value.items()}
+        return [cleared(item) for item in value] if isinstance(value, list) else None
+
+    return cleared(example())
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """A nested state by paths, tensors as their bytes, so that NaN equals NaN and -0 is not 0."""
+    if isinstance(value, Tensor):
+        return {path: (value.dtype, value.shape, value.contiguous().flatten().view(torch.uint8).tolist())}
+    if isinstance(value, dict):
+        return {k: v for key, item in value.items() for k, v in leaves(item, f"{path}/{key!r}").items()}
+    if isinstance(value, list | tuple):
+        kind = type(value).__name__
+        return {k: v for i, item in enumerate(value) for k, v in leaves(item, f"{path}/{kind}{i}").items()}
+    return {path: value}
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_state_comes_back_bitwise(tmp_path: Path) -> None:
+    RunState(tmp_path).save(128_000, example())
+    state = blank()
+    assert RunState(tmp_path).load(state)
+    assert leaves(state) == leaves(example())
+    assert names(tmp_path) == ["latest", "state-000000128000"]
+
+
+def test_tensors_are_loaded_in_place(tmp_path: Path) -> None:
+    RunState(tmp_path).save(1, example())
+    state = blank()
+    weight = state["model"]["a.weight"]
+    RunState(tmp_path).load(state)
+    assert state["model"]["a.weight"].data_ptr() == weight.data_ptr()
+    assert torch.equal(weight, example()["model"]["a.weight"])
+
+
+def test_an_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
+    def made() -> tuple[nn.Linear, torch.optim.AdamW]:
+        torch.manual_seed(1)
+        model = nn.Linear(4, 2)
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def step(model: nn.Linear, optimizer: torch.optim.AdamW) -> None:
+        optimizer.zero_grad()
+        model(torch.ones(1, 4)).square().sum().backward()
+        optimizer.step()
+
+    model, optimizer = made()
+    step(model, optimizer)
+    RunState(tmp_path).save(1, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    step(model, optimizer)
+
+    resumed, other = made()
+    step(resumed, other)  # so that it has a state to load into
+    step(resumed, other)
+    state = {"model": resumed.state_dict(), "optimizer": other.state_dict()}
+    RunState(tmp_path).load(state)
+    resumed.load_state_dict(state["model"])
+    other.load_state_dict(state["optimizer"])
+    step(resumed, other)
+    assert torch.equal(resumed.weight, model.weight)
+
+
+def test_without_a_state_nothing_happens(tmp_path: Path) -> None:
+    state = blank()
+    assert not RunState(tmp_path / "never").load(state)
+    assert leaves(state) == leaves(blank())
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    run = RunState(tmp_path)
+    for images in (90, 100, 1000, 2000):
+        run.save(images, example(images), keep=2)
+    assert names(tmp_path) == ["latest", "state-000000001000", "state-000000002000"]
+    with pytest.raises(ValueError, match="keep is 0"):
+        run.save(3000, example(), keep=0)
+
+
+def test_what_is_saved_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
+    run = RunState(tmp_path)
+    run.save(5, example(1), keep=1)
+    run.save(5, example(2), keep=1)
+    state = blank()
+    run.load(state)
+    assert state["images"] == example(2)["images"]
+    assert names(tmp_path) == ["latest", "state-000000000005"]
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+    run = RunState(tmp_path)
+    run.save(5, example())
+    before = (names(tmp_path), (tmp_path / "latest").read_text())
+    with full_disk(30_000), pytest.raises(CheckpointError, match=r"can't write .*state-000000000006 \(.* needed\)"):
+        run.save(6, {**example(1), "large": torch.zeros(50_000)})
+    assert (names(tmp_path), (tmp_path / "latest").read_text()) == before
+    state = blank()
+    assert run.load(state)
+    assert leaves(state) == leaves(example())
+
+
+def test_room_is_looked_for_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(CheckpointError, match=r"are needed, but only 1000 bytes are free"):
+        RunState(tmp_path).save(6, example())
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("where", ["in the shards", "before the rename"])
+def test_ctrl_c_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    run = RunState(tmp_path)
+    run.save(5, example())
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        if where == "in the shards":
+            patch.setattr(FileSystemWriter, "finish", interrupted)
+        else:
+            patch.setattr(run_state, "_move", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run.save(6, example(1))
+    assert names(tmp_path) == ["latest", "state-000000000005"]
+    assert run.latest() == tmp_path / "state-000000000005"
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / ".saving-state-000000000004").mkdir()
+    (tmp_path / ".saving-state-000000000004" / "__0_0.distcp").write_bytes(b"half")
+    run = RunState(tmp_path)
+    assert run.latest() is None
+    run.save(5, example())
+    assert names(tmp_path) == ["latest", "state-000000000005"]
+
+
+@pytest.mark.parametrize("pointer", [None, b"", b"\xff\xfe", b"state-000000000099\n", b"../../etc/passwd"])
+def test_a_damaged_pointer_is_replaced_by_the_newest(
+    tmp_path: Path, pointer: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunState(tmp_path)
+    run.save(5, example(5))
+    run.save(6, example(6))
+    (tmp_path / "latest").unlink()
+    if pointer is not None:
+        (tmp_path / "latest").write_bytes(pointer)
+    state = blank()
+    with caplog.at_level(logging.WARNING):
+        assert run.load(state)
+    assert state["images"] == example(6)["images"]
+    assert "names no state" in caplog.text
+
+
+def test_the_pointer_may_name_an_older_state(tmp_path: Path) -> None:
+    run = RunState(tmp_path)
+    run.save(5, example(5))
+    run.save(6, example(6))
+    (tmp_path / "latest").write_text("state-000000000005")
+    assert run.latest() == tmp_path / "state-000000000005"
+
+
+@pytest.mark.parametrize("victim", [".metadata", "state.json", "__0_0.distcp"])
+def test_a_truncated_state_gives_way_to_an_older_one(
+    tmp_path: Path, victim: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunState(tmp_path)
+    run.save(5, example(5))
+    broken = run.save(6, example(6)) / victim
+    broken.write_bytes(broken.read_bytes()[:-50])
+    state = blank()
+    with caplog.at_level(logging.WARNING):
+        assert run.load(state)
+    assert leaves(state) == leaves(example(5))
+    assert "looking for an older state" in caplog.text
+
+
+def test_where_no_state_is_whole_it_says_so(tmp_path: Path) -> None:
+    run = RunState(tmp_path)
+    (run.save(5, example()) / ".metadata").unlink()
+    with pytest.raises(CheckpointError, match=r"no state in .* is whole"):
+        run.load(blank())
+
+
+def test_a_shard_overwritten_with_zeros_is_told(tmp_path: Path) -> None:
+    run = RunState(tmp_path)
+    shard = run.save(5, {"x": torch.arange(1000.0)}) / "__0_0.distcp"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(CheckpointError, match=r"is damaged .* remove it to go on from an older state"):
+        run.load({"x": torch.zeros(1000)})
+
+
+def test_a_state_of_another_config_says_which_settings_differ(tmp_path: Path) -> None:
+    small = {"model": {"width": 3, "depth": 2}, "batch": 64}
+    RunState(tmp_path, small).save(5, {"model": {"w": torch.ones(3)}, "step": 7})
+    state = {"model": {"w": torch.zeros(4), "b": torch.zeros(1)}, "step": 0}
+    large = {"model": {"width": 4, "depth": 2}, "batch": 64}
+    with pytest.raises(CheckpointError, match=r"another model .*: model\.width was 3, now 4; model/b was not saved"):
+        RunState(tmp_path, large).load(state)
+    assert state["step"] == 0
+    assert state["model"]["w"].tolist() == [0, 0, 0, 0]
+
+
+def test_a_changed_dtype_is_no_silent_conversion(tmp_path: Path) -> None:
+    RunState(tmp_path).save(5, {"w": torch.ones(3)})
+    with pytest.raises(CheckpointError, match=r"w was saved as \(3,\) torch.float32, now \(3,\) torch.bfloat16"):
+        RunState(tmp_path).load({"w": torch.ones(3, dtype=torch.bfloat16)})
+
+
+@pytest.mark.parametrize("value", [{1, 2}, object(), b"bytes", 1j, {("a",): 1}])
+def test_what_json_does_not_know_is_not_saved(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(ValueError, match="state: x "):
+        RunState(tmp_path).save(5, {"x": value})
+    assert names(tmp_path) == []
+
+
+class Malice:
+    """What runs when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_code_in_the_table_of_contents_is_not_run(tmp_path: Path) -> None:
+    run = RunState(tmp_path)
+    trap = tmp_path / "trap"
+    saved = run.save(5, example())
+    (saved / ".metadata").write_bytes(pickle.dumps(Malice(trap)))
+    with pytest.raises(CheckpointError, match="no state"):
+        run.load(blank())
+    with pytest.raises(CheckpointError, match=r"refused: it asks for pathlib\.Path\.touch"):
+        run_state.read_contents(saved)
+    assert not trap.exists()
+
+
+def test_pickled_values_in_the_shards_are_not_read(tmp_path: Path) -> None:
+    with run_state._quiet():
+        state_dict_saver.save({"x": Malice(tmp_path / "trap")}, checkpoint_id=tmp_path / "state")
+    with pytest.raises(CheckpointError, match="refused: x is not a tensor"):
+        run_state.read_contents(tmp_path / "state")
