@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -89,8 +90,9 @@ class RunState:
         try:
             with _one_exception(), _quiet():
                 state_dict_loader.load(dict(tensors), storage_reader=SafeReader(path))
-        except (OSError, EOFError) as error:
-            raise CheckpointError(f"{path} is damaged ({error}); remove it to go on from an older state") from error
+        except (OSError, EOFError, UnpicklingError, AssertionError, LookupError, ValueError, TypeError) as error:
+            why = str(error).split("\n")[0]
+            raise CheckpointError(f"{path} is damaged ({why}); remove it to go on from an older state") from error
         loaded = state_tree.unflatten(_read_json(path / "state.json"), tensors)
         state.clear()
         state.update(loaded)

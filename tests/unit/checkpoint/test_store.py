@@ -1,0 +1,211 @@
+"""A file of weights: a bitwise round trip, and one clear line for every file that is not one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import stat
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mar.checkpoint import files, store
+from mar.checkpoint.store import CheckpointError, Header
+from mar.config import HeadConfig, ModelConfig, SamplingConfig, TrunkConfig
+from mar.model.mar import MAR
+
+TINY = ModelConfig(
+    channels=2,
+    grid=(4, 6),
+    encoder=TrunkConfig(8, 1, 2),
+    decoder=TrunkConfig(12, 1, 3),
+    head=HeadConfig(8, 1),
+    buffer=3,
+    classes=3,
+)
+HEADER = Header(
+    TINY,
+    SamplingConfig(steps=8, guidance=1.5, x0_bound=3.0),
+    {"kind": "pixels", "image_channels": 1},
+    ("t-shirt", "Łódź", "größe"),
+    "raw",
+    {"images_seen": 128_000, "recipe": "fashion"},
+)
+
+
+def tensors() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model = {f"model.{name}": tensor for name, tensor in MAR(TINY).state_dict().items()}
+    return {**model, "tokenizer.mean": torch.tensor([0.25]), "tokenizer.std": torch.tensor([float("nan")])}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "model.safetensors"
+    store.save(path, HEADER, tensors())
+    return path
+
+
+def bits(stored: dict[str, Tensor]) -> dict[str, Any]:
+    return {n: (t.dtype, t.shape, t.contiguous().flatten().view(torch.uint8).tolist()) for n, t in stored.items()}
+
+
+def test_a_round_trip_is_bitwise(saved: Path) -> None:
+    header, loaded = store.load(saved)
+    assert header == HEADER
+    assert bits(loaded) == bits(tensors())
+    assert store.read_header(saved) == HEADER
+
+
+def test_half_precision_and_transposed_tensors_come_back(tmp_path: Path) -> None:
+    stored = {name: tensor.bfloat16() for name, tensor in tensors().items()}
+    stored["model.token_embed.weight"] = stored["model.token_embed.weight"].T.contiguous().T
+    store.save(tmp_path / "m", HEADER, stored)
+    assert bits(store.load(tmp_path / "m")[1]) == bits(stored)
+
+
+def test_it_is_plain_safetensors_that_others_can_read(saved: Path) -> None:
+    assert set(load_file(saved)) == set(tensors())
+    assert saved.stat().st_mode & stat.S_IROTH  # not only by its owner
+
+
+def test_nothing_but_the_file_is_left(saved: Path) -> None:
+    assert [path.name for path in saved.parent.iterdir()] == ["model.safetensors"]
+
+
+def with_header(saved: Path, path: Path, change: dict[str, Any] | None) -> Path:
+    """A copy whose header has other values; None leaves the header out."""
+    metadata = None
+    if change is not None:
+        with store.safe_open(saved, framework="pt") as file:
+            metadata = {"mar": json.dumps({**json.loads(file.metadata()["mar"]), **change})}
+    save_file(load_file(saved), path, metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (None, "says nothing of mar's format .* imported with `mar convert`"),
+        ({"format": "mar/2"}, "of format mar/2, newer than this mar reads .*; update mar"),
+        ({"format": "other/1"}, "of format 'other/1', which this mar does not know"),
+        ({"format": 3}, "its header can't be understood"),
+        ({"model": {"channels": 0}}, "channels is 0, but it must be at least 1"),
+        ({"model": {"flavour": "sweet"}}, "ModelConfig has no field flavour"),
+        ({"model": "large"}, "its header can't be understood"),
+        ({"sampling": None}, "its header can't be understood"),
+        ({"weights": "average"}, "weights is 'average', but it must be ema or raw"),
+        ({"surprise": 1}, "its header can't be understood"),
+    ],
+)
+def test_other_headers(saved: Path, tmp_path: Path, change: dict[str, Any] | None, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        store.load(with_header(saved, tmp_path / "other", change))
+
+
+def test_a_header_that_does_not_fit_its_tensors_says_where(saved: Path, tmp_path: Path) -> None:
+    wider = store.to_dict(replace(TINY, classes=4))
+    path = with_header(saved, tmp_path / "other", {"model": wider})
+    with pytest.raises(
+        CheckpointError, match=r"not those of its config: class_embed.weight is \(3, 8\), expected \(4, 8\)"
+    ):
+        store.load(path)
+
+
+def test_tensors_that_do_not_fit_are_not_saved(tmp_path: Path) -> None:
+    fewer = tensors()
+    del fewer["model.mask_token"]
+    with pytest.raises(CheckpointError, match="mask_token is missing"):
+        store.save(tmp_path / "m", HEADER, fewer)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty: the copy or download of it failed"),
+        (b"<!DOCTYPE html><html>log in</html>", "is a web page, not weights"),
+        (b"\n <html>", "is a web page, not weights"),
+        (b"PK\x03\x04 and so on", "is a PyTorch file, not safetensors; import it with `mar convert`"),
+        (b"\x80\x02}q\x00.", "is a PyTorch file"),
+        (b"short", "is not a safetensors file"),
+        (b"\xff" * 100, "is not a safetensors file"),
+        ((20).to_bytes(8, "little") + b"{" + b"x" * 30, "is not a safetensors file: its header can't be read"),
+    ],
+)
+def test_other_files(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        store.load(path)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        store.load(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        store.load(tmp_path)
+
+
+@hypothesis.given(share=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_file_is_refused_wherever_it_ends(saved: Path, share: float) -> None:
+    content = saved.read_bytes()
+    path = saved.parent.parent / "truncated.safetensors"
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(CheckpointError, match=r"is truncated|is empty|is not a safetensors file"):
+        store.load(path)
+
+
+@hypothesis.given(content=st.binary(max_size=200))
+def test_no_garbage_gets_further_than_a_clear_line(saved: Path, content: bytes) -> None:
+    path = saved.parent.parent / "garbage.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"garbage\.safetensors"):
+        store.load(path)
+
+
+def test_a_full_disk_leaves_the_old_file(saved: Path, tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    path = tmp_path / "model.safetensors"
+    shutil.copy(saved, path)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"can't write .*model.safetensors \(.* KiB needed\)"):
+            store.save(path, replace(HEADER, weights="ema"), tensors())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_room_is_looked_for_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 100, 100))
+    with pytest.raises(CheckpointError, match=r"KiB are needed, but only 100 bytes are free"):
+        store.save(tmp_path / "m", HEADER, tensors())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(store, "save_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        store.save(tmp_path / "m", HEADER, tensors())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_can_not_be_is_a_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"can't write .*: (Not a directory|File exists)"):
+        store.save(tmp_path / "file" / "model.safetensors", HEADER, tensors())
