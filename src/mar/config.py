@@ -205,3 +205,66 @@ def _typed(hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value)
     return tuple(value) if typing.get_origin(hint) is tuple else value
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run: what is learned from what, for how long, and how. Lengths are counted in images."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the run's sample grids are drawn; becomes the default of its exports."""
+    data: str = "fashion"
+    """`fashion` (bundled), a folder of class folders, a flat folder, or a parquet file or folder."""
+    tokenizer: str = "pixels"
+    """`pixels`, or a folder or repository of an AutoencoderKL in diffusers' format, or `kl16`."""
+    images: int = 1_000_000
+    """Length of the run, in images seen."""
+    batch: int = 256
+    """Images per step, over all processes."""
+    lr: float = 1e-4
+    """Learning rate for 256 images a step; the rate used is lr * batch / 256."""
+    warmup: int = 0
+    """Images over which the learning rate rises linearly from 0."""
+    decay: int = 0
+    """Images at the end of the run over which the learning rate falls linearly to 0."""
+    weight_decay: float = 0.02
+    """AdamW's weight decay; never on biases, norms and the head."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 3.0
+    """The gradient's norm is clipped to this."""
+    ema: float = 0.9999
+    """Decay of the running average of the weights, reached after a warm-up: min(ema, (1 + steps) / (10 + steps))."""
+    precision: Precision = "fp32"
+    """`bf16`: matrix products in bfloat16, all else in float32."""
+    flip: bool | None = None
+    """Mirror every other picture; by default, where the data says that its pictures may be."""
+    seed: int = 0
+    workers: int = 0
+    """Processes that read pictures ahead."""
+    save_every: int = 50_000
+    """Images between saved states."""
+    keep: int = 2
+    """How many of the newest states are kept."""
+    sample_every: int = 50_000
+    """Images between sample grids; 0 draws none."""
+    log_every: int = 50
+    """Steps between lines of the log."""
+    init: str | None = None
+    """Weights to start from: a name, a file, a folder; classes that differ start anew."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "images", "batch", "save_every", "keep", "log_every")
+        for name in ("warmup", "decay", "sample_every", "workers", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, but it must not be negative")
+        for name in ("lr", "clip"):
+            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but it must be positive")
+        _fraction(self, "ema", "beta1", "beta2")
+        _require(self.precision in typing.get_args(Precision), f"precision is {self.precision!r}, not fp32 or bf16")
+        self.sampling.check(self.model)
+
+    @property
+    def scaled_lr(self) -> float:
+        """The learning rate after warm-up and before decay."""
+        return self.lr * self.batch / 256

@@ -1,0 +1,89 @@
+"""Named models and recipes, each with what it costs and what to expect."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mar.config import ConfigError, HeadConfig, ModelConfig, SamplingConfig, TrainConfig, TrunkConfig
+
+
+def _official(width: int, depth: int, heads: int, head_depth: int, head_width: int) -> ModelConfig:
+    trunk = TrunkConfig(width, depth, heads)
+    return ModelConfig(encoder=trunk, decoder=trunk, head=HeadConfig(width=head_width, depth=head_depth))
+
+
+MODELS: dict[str, ModelConfig] = {
+    "mar-base": _official(768, 12, 12, head_depth=6, head_width=1024),
+    "mar-large": _official(1024, 16, 16, head_depth=8, head_width=1280),
+    "mar-huge": _official(1280, 20, 16, head_depth=12, head_width=1536),
+}
+"""The paper's models for ImageNet 256x256 in KL-16 latents: 208, 479 and 943 million parameters (paper, table 4)."""
+
+SAMPLING: dict[str, SamplingConfig] = {
+    "mar-base": SamplingConfig(steps=256, guidance=2.9),
+    "mar-large": SamplingConfig(steps=256, guidance=3.0),
+    "mar-huge": SamplingConfig(steps=256, guidance=3.2),
+}
+"""The guidance with which each official model reaches its published FID: 2.31, 1.78, 1.55 (paper, table 4)."""
+
+IMAGENET_IMAGES = 1_281_167
+
+
+def _imagenet(name: str) -> TrainConfig:
+    return TrainConfig(
+        model=MODELS[name],
+        sampling=replace(SAMPLING[name], steps=64),
+        data="imagenet/train",
+        tokenizer="kl16",
+        images=800 * IMAGENET_IMAGES,
+        batch=2048,
+        lr=1e-4,
+        warmup=100 * IMAGENET_IMAGES,
+        ema=0.9999,
+        precision="bf16",
+        flip=True,
+        workers=8,
+        save_every=IMAGENET_IMAGES,
+        sample_every=5 * IMAGENET_IMAGES,
+    )
+
+
+FASHION = TrainConfig(
+    model=ModelConfig(
+        channels=1,
+        grid=(28, 28),
+        patch=4,
+        encoder=TrunkConfig(width=160, depth=3, heads=5),
+        decoder=TrunkConfig(width=160, depth=5, heads=5),
+        head=HeadConfig(width=224, depth=3, prediction="v", batch_mul=3),
+        buffer=8,
+        classes=10,
+        attention_dropout=0.0,
+        projection_dropout=0.05,
+    ),
+    sampling=SamplingConfig(steps=20, diffusion_steps=50, guidance=1.5, x0_bound=2.2),
+    data="fashion",
+    images=220_000,
+    batch=32,
+    lr=8e-3,
+    warmup=6_000,
+    decay=80_000,
+    ema=0.999,
+    save_every=20_000,
+    sample_every=20_000,
+)
+"""The bundled model: 3.5 million parameters on 10,000 pictures of Fashion-MNIST in raw pixels, 4x4 patches."""
+
+RECIPES: dict[str, TrainConfig] = {
+    "fashion": FASHION,
+    "imagenet-base": _imagenet("mar-base"),
+    "imagenet-large": _imagenet("mar-large"),
+    "imagenet-huge": _imagenet("mar-huge"),
+}
+
+
+def recipe(name: str) -> TrainConfig:
+    """The recipe called `name`; ConfigError names those that there are."""
+    if name not in RECIPES:
+        raise ConfigError(f"there is no recipe {name!r}; there are {', '.join(RECIPES)}")
+    return RECIPES[name]

@@ -1,0 +1,1 @@
+"""Labels and seeds -> latents, one reveal step at a time."""

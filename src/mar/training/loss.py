@@ -1,0 +1,97 @@
+"""The training loss as one module: what is drawn for a batch, and the diffusion loss of its masked tokens.
+
+Source: paper, section 3.2 (equation 1) and section 4.2. Letters of shapes: n images, c x h x w latents, L tokens,
+m masked tokens of an image, k timesteps a token (`batch_mul`), d values of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from mar import runtime
+from mar.config import ModelConfig
+from mar.diffusion import gaussian
+from mar.diffusion.gaussian import Coefficients
+from mar.diffusion.schedule import cosine
+from mar.model.mar import MAR, UNCONDITIONAL
+from mar.model.masking import draw_mask_ratio, masked_count, random_order, split
+from mar.model.tokens import patchify, take
+
+
+@dataclass(frozen=True)
+class StepDraws:
+    """All randomness of the loss of one batch (dropout apart)."""
+
+    order: Int[Tensor, "n L"]
+    masked: int
+    drop_label: Bool[Tensor, " n"]
+    timestep: Int[Tensor, "k n m"]
+    noise: Float[Tensor, "k n m d"]
+
+    def to(self, device: torch.device) -> StepDraws:
+        """The same draws on another device."""
+        moved = (self.order.to(device), self.masked, self.drop_label.to(device))
+        return StepDraws(*moved, self.timestep.to(device), self.noise.to(device))
+
+
+def draw_step(config: ModelConfig, seed: int, step: int, positions: Sequence[int]) -> StepDraws:
+    """Draws that do not depend on how a global batch is cut.
+
+    The mask ratio follows from (seed, step), all else from (seed, global position of the sample).
+    """
+    ratio = draw_mask_ratio(config.mask_ratio_min, runtime.generator(seed, step))
+    masked, k = masked_count(config.tokens, ratio), config.head.batch_mul
+    orders, drops, timesteps, noises = [], [], [], []
+    for position in positions:
+        generator = runtime.generator(seed, 1, position)
+        orders.append(random_order(config.tokens, generator))
+        drops.append(torch.rand((), generator=generator) < config.label_drop)
+        timesteps.append(torch.randint(config.head.diffusion_steps, (k, masked), generator=generator))
+        noises.append(torch.randn(k, masked, config.token_width, generator=generator))
+    return StepDraws(
+        torch.stack(orders), masked, torch.stack(drops), torch.stack(timesteps, 1), torch.stack(noises, 1)
+    )
+
+
+class DiffusionLoss(nn.Module):
+    """A MAR with its loss: one `forward`, so that wrappers of distributed training see every parameter used."""
+
+    coefficients: Tensor
+
+    def __init__(self, model: MAR) -> None:
+        super().__init__()
+        self.model = model
+        table = Coefficients.table(cosine(model.config.head.diffusion_steps)).float()
+        self.register_buffer("coefficients", table, persistent=False)
+
+    def forward(
+        self, latents: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], draws: StepDraws
+    ) -> Float[Tensor, ""]:
+        """The loss, averaged over the masked tokens."""
+        config = self.model.config
+        tokens = patchify(latents, config.patch)
+        labels = torch.where(draws.drop_label, UNCONDITIONAL, labels)
+        hidden, visible = split(draws.order, draws.masked)
+        z = take(self.model(tokens, labels, visible), hidden)
+        return self.head_loss(take(tokens, hidden), z, draws.timestep, draws.noise).mean()
+
+    def head_loss(
+        self,
+        x0: Float[Tensor, "n m d"],
+        z: Float[Tensor, "n m f"],
+        timestep: Int[Tensor, "k n m"],
+        noise: Float[Tensor, "k n m d"],
+    ) -> Float[Tensor, " rows"]:
+        """The loss of every (timestep, noise) of every masked token."""
+        head = self.model.head
+        c = Coefficients.at(self.coefficients, timestep.flatten())
+        x0, noise = x0.expand_as(noise).flatten(0, -2), noise.flatten(0, -2)
+        x = gaussian.diffuse(x0, noise, c)
+        output = head(x.view(*timestep.shape, -1), timestep, z).flatten(0, -2)
+        first = timestep.flatten() == 0
+        return gaussian.loss(output, x0, x, noise, first, c, head.config.prediction)
