@@ -1,0 +1,304 @@
+"""The authors' files are read with nothing run, imported whole, and written back as they were."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pathlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mar.checkpoint.files import CheckpointError
+from mar.checkpoint.official import convert_optimizer, infer_config, read_kl16, read_mar, write_mar
+from mar.checkpoint.official_names import from_official, to_official
+from mar.config import HeadConfig, ModelConfig, TrunkConfig
+from mar.model.mar import MAR
+
+TINY = ModelConfig(
+    channels=3,
+    grid=(8, 8),
+    patch=2,
+    encoder=TrunkConfig(8, 1, 2),
+    decoder=TrunkConfig(8, 2, 2),
+    head=HeadConfig(12, 2, batch_mul=3),
+    buffer=5,
+    classes=7,
+    attention_dropout=0.0,
+)
+ARGS = argparse.Namespace(
+    model="mar_tiny", img_size=64, vae_stride=8, patch_size=2, diffusion_batch_mul=3, attn_dropout=0.0, lr=None
+)
+
+
+def state(seed: int) -> dict[str, Tensor]:
+    """A model's tensors under the official names, in the reference's order."""
+    torch.manual_seed(seed)
+    return to_official(MAR(TINY).state_dict())
+
+
+RAW, EMA = state(1), state(2)
+
+
+def write(path: Path, **holder: Any) -> Path:
+    torch.save(holder, path)
+    return path
+
+
+def same(ours: Mapping[str, Tensor] | None, theirs: Mapping[str, Tensor]) -> bool:
+    expected = from_official(theirs)
+    return ours is not None and set(ours) == set(expected) and all(torch.equal(ours[n], expected[n]) for n in expected)
+
+
+class Malice:
+    """What runs when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return exec, (f"open({str(self.path)!r}, 'w')",)
+
+
+def test_ema_is_taken_unless_told_otherwise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "c.pth", model=RAW, model_ema=EMA, args=ARGS)
+    with caplog.at_level(logging.INFO):
+        read = read_mar(path, heads=2)
+    assert read.which == "ema"
+    assert "took the ema weights" in caplog.text
+    assert read.notes == {"source": "c.pth", "weights": "ema"}
+    assert same(read.state, EMA)
+    assert same(read.ema, EMA)
+    assert same(read.raw, RAW)
+    assert read.model_config == TINY
+    assert read.args is not None
+    assert read.args["img_size"] == 64
+    assert (read.optimizer, read.epoch) == (None, None)
+
+    raw = read_mar(path, "raw", heads=2)
+    assert raw.which == "raw"
+    assert same(raw.state, RAW)
+
+
+@pytest.mark.parametrize("ema", [{}, {"model_ema": None}])
+def test_without_ema_it_is_refused_unless_raw_is_asked_for(tmp_path: Path, ema: dict[str, None]) -> None:
+    path = write(tmp_path / "c.pth", model=RAW, args=ARGS, **ema)
+    with pytest.raises(CheckpointError, match=r"has no EMA weights \(`model_ema`\).*ask for them with weights=raw"):
+        read_mar(path, heads=2)
+    assert same(read_mar(path, "raw", heads=2).state, RAW)
+
+
+def test_a_bare_state_dict_is_raw_weights(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.pth", **RAW)
+    assert same(read_mar(path, "raw", heads=2, patch=2).state, RAW)
+    with pytest.raises(CheckpointError, match="has no EMA weights"):
+        read_mar(path, heads=2, patch=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_becomes_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    halves = {name: nn.Parameter(tensor.to(dtype)) for name, tensor in EMA.items()}
+    read = read_mar(write(tmp_path / "c.pth", model=RAW, model_ema=halves, args=ARGS), heads=2)
+    assert same(read.state, {name: tensor.detach().float() for name, tensor in halves.items()})
+    assert {(tensor.dtype, tensor.requires_grad) for tensor in read.state.values()} == {(torch.float32, False)}
+
+
+@pytest.mark.parametrize(
+    ("width", "model", "heads"), [(768, None, 12), (1024, None, 16), (1280, None, 16), (96, "mar_base", 12)]
+)
+def test_heads_are_known_by_name_or_width(width: int, model: str | None, heads: int) -> None:
+    config = ModelConfig(encoder=TrunkConfig(width, 1, heads), decoder=TrunkConfig(width, 1, heads))
+    with torch.device("meta"):
+        tensors = to_official(MAR(config).state_dict())
+    assert infer_config(tensors, {"model": model}) == config
+
+
+def test_unknown_heads_have_to_be_given(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.pth", model=RAW, model_ema=EMA)
+    with pytest.raises(CheckpointError, match=r"c\.pth: the number of attention heads .* width 8, .* give it"):
+        read_mar(path)
+    with pytest.raises(CheckpointError, match="width 8 is not a multiple of the 3 heads"):
+        read_mar(path, heads=3)
+    with pytest.raises(CheckpointError, match="no square of patches of 5x5"):
+        read_mar(path, heads=2, patch=5)
+
+
+def test_another_model_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.pth", model_ema={"encoder.conv_in.weight": torch.ones(3)})
+    with pytest.raises(CheckpointError, match=r"not the tensors of a MAR: .* it holds encoder\.conv_in\.weight"):
+        read_mar(path)
+    extra = {**EMA, "encoder_blocks.0.attn.rope": torch.ones(3)}
+    with pytest.raises(CheckpointError, match=r"1 tensors are not those of a MAR: encoder_blocks\.0\.attn\.rope"):
+        read_mar(write(path, model_ema=extra), heads=2)
+    missing = {name: tensor for name, tensor in EMA.items() if name != "mask_token"}
+    with pytest.raises(CheckpointError, match="mask_token is missing"):
+        read_mar(write(path, model_ema=missing), heads=2)
+
+
+@pytest.mark.parametrize("reader", [read_mar, read_kl16])
+class TestRefusals:
+    """What both readers refuse, in one line that starts with the file."""
+
+    def refuse(self, reader: Any, path: Path, message: str) -> None:
+        with pytest.raises(CheckpointError, match=message) as caught:
+            reader(path)
+        assert str(caught.value).startswith(str(path))
+        assert "\n" not in str(caught.value)
+
+    def test_code(self, reader: Any, tmp_path: Path) -> None:
+        path = write(tmp_path / "c.pth", model=RAW, model_ema=EMA, args=Malice(tmp_path / "trap"))
+        self.refuse(reader, path, r"is refused: its pickle wants to run ([\w.]+\.)?exec, ")
+        assert not (tmp_path / "trap").exists()
+
+    def test_code_in_a_namespace(self, reader: Any, tmp_path: Path) -> None:
+        args = argparse.Namespace(path=Malice(tmp_path / "trap"))
+        self.refuse(reader, write(tmp_path / "c.pth", model=RAW, model_ema=EMA, args=args), "wants to run .*exec")
+        assert not (tmp_path / "trap").exists()
+
+    def test_harmless_classes_are_more_than_needed(self, reader: Any, tmp_path: Path) -> None:
+        args = argparse.Namespace(output=pathlib.PurePosixPath("out"))
+        self.refuse(reader, write(tmp_path / "c.pth", model=RAW, args=args), r"wants to run pathlib\.PurePosixPath")
+
+    def test_whole_modules(self, reader: Any, tmp_path: Path) -> None:
+        self.refuse(reader, write(tmp_path / "c.pth", model=nn.Linear(2, 2)), r"torch\.nn\.modules\.linear\.Linear")
+
+    @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
+    def test_truncated(self, reader: Any, tmp_path: Path, share: float) -> None:
+        path = write(tmp_path / "c.pth", model=RAW, model_ema=EMA)
+        content = path.read_bytes()
+        path.write_bytes(content[: int(share * len(content))])
+        self.refuse(reader, path, "is truncated or damaged" if share else "is empty")
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"<!DOCTYPE html>", "is a web page, not weights: the download of it failed"),
+            (pickle.dumps({"model": 1}), "is a bare pickle"),
+            (b"\x10\0\0\0\0\0\0\0{}", r"is not a file of torch\.save"),
+            (b"PK\x05\x06" + bytes(18), "is damaged"),
+        ],
+    )
+    def test_other_files(self, reader: Any, tmp_path: Path, content: bytes, message: str) -> None:
+        (tmp_path / "c.pth").write_bytes(content)
+        self.refuse(reader, tmp_path / "c.pth", message)
+
+    def test_no_file(self, reader: Any, tmp_path: Path) -> None:
+        self.refuse(reader, tmp_path / "none.pth", "there is no such file")
+
+    def test_no_dict(self, reader: Any, tmp_path: Path) -> None:
+        torch.save([1, 2], tmp_path / "c.pth")
+        self.refuse(reader, tmp_path / "c.pth", "holds a list, not a dict")
+
+    def test_other_tensors(self, reader: Any, tmp_path: Path) -> None:
+        self.refuse(reader, write(tmp_path / "c.pth", model={"w": torch.ones(1)}, model_ema={"w": torch.ones(1)}), "w")
+
+
+def test_kl16_without_what_is_not_the_tokenizers(tmp_path: Path) -> None:
+    kl16 = {name: torch.randn(2, 2).half() for name in ("encoder.conv_in.weight", "decoder.conv_in.weight")}
+    kl16["quant_conv.weight"] = torch.randn(3)
+    others = {"loss.logvar": torch.ones(1), "discriminator.main.0.weight": torch.ones(1), "counter": 3}
+    read = read_kl16(write(tmp_path / "kl16.ckpt", model={**kl16, **others}, epoch=3))
+    assert {name: tensor.dtype for name, tensor in read.items()} == dict.fromkeys(kl16, torch.float32)
+    assert all(torch.equal(read[name], tensor.float()) for name, tensor in kl16.items())
+    with pytest.raises(CheckpointError, match="is not the KL-16 tokenizer: it holds fake_latent"):
+        read_kl16(write(tmp_path / "c.pth", model=RAW))
+
+
+def reference_optimizer(parameters: Mapping[str, Tensor]) -> tuple[dict[str, nn.Parameter], torch.optim.AdamW]:
+    """AdamW as the reference groups it."""
+    named = {name: nn.Parameter(tensor.clone()) for name, tensor in parameters.items()}
+    undecayed = {n for n, p in named.items() if p.ndim == 1 or n.endswith(".bias") or "diffloss" in n}
+    groups = [
+        {"params": [p for n, p in named.items() if n in undecayed], "weight_decay": 0.0},
+        {"params": [p for n, p in named.items() if n not in undecayed], "weight_decay": 0.02},
+    ]
+    return named, torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+
+
+def test_a_training_run_can_be_continued(tmp_path: Path) -> None:
+    named, optimizer = reference_optimizer(RAW)
+    for _ in range(2):
+        for name, parameter in named.items():
+            generator = torch.Generator().manual_seed(len(name))
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    path = write(
+        tmp_path / "c.pth", model=RAW, model_ema=EMA, optimizer=optimizer.state_dict(), epoch=12, scaler={}, args=ARGS
+    )
+    read = read_mar(path, heads=2)
+    assert read.epoch == 12
+    assert read.optimizer is not None
+    assert set(read.optimizer) == set(read.state)
+    for key in ("exp_avg", "exp_avg_sq"):
+        expected = from_official({name: optimizer.state[parameter][key] for name, parameter in named.items()})
+        for name, tensor in expected.items():
+            assert torch.equal(read.optimizer[name][key], tensor), name
+            assert read.optimizer[name][key].shape == read.state[name].shape
+    assert {float(entry["step"]) for entry in read.optimizer.values()} == {2.0}
+
+
+def test_parameters_that_never_had_a_gradient_have_no_moments() -> None:
+    named, optimizer = reference_optimizer(RAW)
+    named["mask_token"].grad = torch.ones_like(named["mask_token"])
+    optimizer.step()
+    assert set(convert_optimizer(optimizer.state_dict(), RAW)) == {"mask_token"}
+
+
+def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+    named, optimizer = reference_optimizer(RAW)
+    stored = optimizer.state_dict()
+    stored["state"] = {0: {"step": 1, "exp_avg": torch.ones(77), "exp_avg_sq": torch.ones(77)}}
+    with pytest.raises(CheckpointError, match=r"its optimizer has \(77,\) where z_proj\.bias is \(8,\)"):
+        read_mar(write(tmp_path / "c.pth", model=RAW, model_ema=EMA, optimizer=stored), heads=2, patch=2)
+    sgd = torch.optim.SGD(list(named.values())[:3])
+    with pytest.raises(ValueError, match="its optimizer is not the reference's AdamW"):
+        convert_optimizer(sgd.state_dict(), RAW)
+
+
+def test_what_is_written_back_is_what_was_read(tmp_path: Path) -> None:
+    read = read_mar(write(tmp_path / "c.pth", model=RAW, model_ema=EMA, args=ARGS), heads=2)
+    assert read.raw is not None
+    write_mar(tmp_path / "back.pth", read.model_config, read.raw, read.state)
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert list(back) == ["model", "model_ema"]
+    for key, expected in (("model", RAW), ("model_ema", EMA)):
+        assert list(back[key]) == list(expected)
+        assert all(torch.equal(back[key][name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (ModelConfig(classes=0), "unconditional models"),
+        (ModelConfig(grid=(8, 16)), "rectangular grids"),
+        (ModelConfig(head=HeadConfig(prediction="v")), "prediction of v"),
+        (ModelConfig(head=HeadConfig(diffusion_steps=500)), "schedule of 500 steps"),
+    ],
+)
+def test_what_the_reference_does_not_have_is_not_written(tmp_path: Path, config: ModelConfig, reason: str) -> None:
+    with pytest.raises(CheckpointError, match=f"the reference has no {reason}"):
+        write_mar(tmp_path / "c.pth", config, {}, {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_of_another_config_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="model_ema does not fit its config: class_embed.weight is missing; "):
+        write_mar(tmp_path / "c.pth", TINY, from_official(RAW), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"can't write .*c\.pth \(.* needed\)"):
+            write_mar(tmp_path / "c.pth", TINY, from_official(RAW), from_official(EMA))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
