@@ -287,7 +287,7 @@ def test_what_the_reference_does_not_have_is_not_written(tmp_path: Path, config:
 
 
 def test_weights_of_another_config_are_not_written(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="model_ema does not fit its config: class_embed.weight is missing; "):
+    with pytest.raises(CheckpointError, match=r"model_ema does not fit its config: class_embed.weight is missing; "):
         write_mar(tmp_path / "c.pth", TINY, from_official(RAW), {})
     assert list(tmp_path.iterdir()) == []
 
