@@ -54,7 +54,7 @@ class ResidualBlock(nn.Module):
         self.fc2 = Linear(width, width)
         self.modulation = Linear(width, 3 * width)
 
-    def forward(self, x: Float[Tensor, "... w"], modulation: Float[Tensor, "... 3w"]) -> Float[Tensor, "... w"]:
+    def forward(self, x: Float[Tensor, "... w"], modulation: Float[Tensor, "... three_w"]) -> Float[Tensor, "... w"]:
         shift, scale, gate = modulation.chunk(3, dim=-1)
         hidden = functional.silu(self.fc1(self.norm(x) * (1 + scale) + shift))
         return x + gate * self.fc2(hidden)
@@ -88,7 +88,7 @@ class DiffusionHead(nn.Module):
 
     def forward(
         self, x: Float[Tensor, "... d"], t: Int[Tensor, "..."], z: Float[Tensor, "... f"]
-    ) -> Float[Tensor, "... 2d"]:
+    ) -> Float[Tensor, "... two_d"]:
         """The whole network at once, as in training; `t` are timestep numbers of the trained schedule."""
         return self.denoise(x, self.modulations(self.condition(self.embed_times(t), self.z_embed(z))))
 
@@ -110,11 +110,11 @@ class DiffusionHead(nn.Module):
         """Shift, scale and gate of every layer."""
         return [block.modulation(condition) for block in self.blocks] + [self.final_modulation(condition)]
 
-    def denoise(self, x: Float[Tensor, "... d"], modulations: Modulations) -> Float[Tensor, "... 2d"]:
+    def denoise(self, x: Float[Tensor, "... d"], modulations: Modulations) -> Float[Tensor, "... two_d"]:
         """The part that depends on the noisy tokens x."""
         return self.denoise_embedded(self.input(x).float(), modulations)
 
-    def denoise_embedded(self, h: Float[Tensor, "... w"], modulations: Modulations) -> Float[Tensor, "... 2d"]:
+    def denoise_embedded(self, h: Float[Tensor, "... w"], modulations: Modulations) -> Float[Tensor, "... two_d"]:
         """`denoise` behind the input layer, for callers that run one x under several conditions."""
         for block, modulation in zip(self.blocks, modulations, strict=False):
             h = block(h, modulation)

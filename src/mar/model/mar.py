@@ -1,7 +1,7 @@
 """MAR: an encoder of the visible tokens, a decoder of all, a condition z per token, and the head that draws tokens.
 
 Source: paper (arXiv 2406.11838), section 3.3 and figure 4. Letters of shapes: n images, L tokens, d values of a token,
-b buffer tokens, v visible tokens, e encoder width, f decoder width.
+b buffer tokens, v visible tokens, s = b + v, e encoder width, f decoder width.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class MAR(nn.Module):
         visible: Int[Tensor, "n v"],
         *,
         ragged: bool = False,
-    ) -> Float[Tensor, "n b+v e"]:
+    ) -> Float[Tensor, "n s e"]:
         """The encoder's view of the buffer, which carries the class, and of the visible tokens."""
         buffer, length = self.config.buffer, self.config.tokens
         n = len(tokens)
@@ -100,7 +100,7 @@ class MAR(nn.Module):
         return encoded
 
     def decode(
-        self, encoded: Float[Tensor, "n b+v e"], visible: Int[Tensor, "n v"]
+        self, encoded: Float[Tensor, "n s e"], visible: Int[Tensor, "n v"]
     ) -> Float[Tensor, "n L f"]:
         """Fills in mask tokens at hidden positions, and gives every position its condition z."""
         buffer, length = self.config.buffer, self.config.tokens

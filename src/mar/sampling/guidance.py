@@ -48,13 +48,14 @@ class GuidedHead:
         width, depth = head.config.width, head.config.depth
         step_bytes = len(z) * width * (3 * depth + 2) * head.input.weight.element_size()
         self.chunk = max(1, budget // max(step_bytes, 1))
-        self.first, self.ready = len(timesteps), []  # steps [first, first + chunk) have their modulations ready
+        self.first = self.end = 0  # steps [first, end) have their modulations in `ready`
+        self.ready: Modulations = []
 
     def modulations(self, index: int) -> Modulations:
         """Those of one diffusion step, computed for a chunk of steps at once; steps are asked for from last to first."""
-        if not self.first <= index < self.first + self.chunk or not self.ready:
-            self.first = max(0, index + 1 - self.chunk)
-            times = self.times[self.first : index + 1]
+        if not self.first <= index < self.end:
+            self.first, self.end = max(0, index + 1 - self.chunk), index + 1
+            times = self.times[self.first : self.end]
             self.ready = []  # frees the last chunk before the next is made
             self.ready = self.head.modulations(self.head.condition(times.unsqueeze(1), self.z.unsqueeze(0)))
         return [layer[index - self.first] for layer in self.ready]

@@ -39,6 +39,8 @@ class Tokenizer(nn.Module, ABC):
 
     mean: Tensor
     std: Tensor
+    deterministic = False
+    """Whether the posterior's standard deviation is 0: an image has one latent."""
 
     def __init__(
         self, image_channels: int, channels: int, stride: int, mean: Statistic | None, std: Statistic | None

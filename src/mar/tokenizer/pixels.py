@@ -14,6 +14,8 @@ from mar.tokenizer.base import Posterior, Statistic, Tokenizer
 class PixelTokenizer(Tokenizer):
     """Pixels as latents, scaled to mean 0 and standard deviation 1; a latent cell is one pixel."""
 
+    deterministic = True
+
     def __init__(self, image_channels: int = 3, mean: Statistic | None = None, std: Statistic | None = None) -> None:
         if image_channels not in (1, 3):
             raise ValueError(f"image_channels: got {image_channels}, expected 1 (grey) or 3 (colour)")

@@ -1,0 +1,265 @@
+"""What `mar.load` returns: model, tokenizer, class names and sampling defaults in one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from huggingface_hub import ModelHubMixin, hf_hub_download
+from jaxtyping import Bool, Float
+from PIL import Image
+from torch import Tensor
+
+from mar import runtime
+from mar.checkpoint import store
+from mar.config import SamplingConfig
+from mar.data.labels import resolve_labels
+from mar.data.transforms import Transform
+from mar.model.mar import MAR
+from mar.sampling.generate import generate
+from mar.tokenizer import Tokenizer, build
+
+WEIGHTS_FILE = "model.safetensors"
+Label = int | str | None
+Images = Sequence[Image.Image] | Float[Tensor, "n c H W"]
+
+
+@dataclass(frozen=True)
+class Growing:
+    """Pictures after a reveal step."""
+
+    step: int
+    steps: int
+    images: list[Image.Image]
+    """What is known so far, the rest mid-grey."""
+
+
+class Pipeline(
+    ModelHubMixin,
+    library_name="mar",
+    pipeline_tag="unconditional-image-generation",
+    license="mit",
+    tags=["image-generation", "masked-autoregressive"],
+):
+    """A model with its tokenizer: labels and seeds in, pictures out.
+
+    `save_pretrained`, `from_pretrained` and `push_to_hub` are huggingface_hub's.
+    """
+
+    def __init__(
+        self,
+        model: MAR,
+        tokenizer: Tokenizer,
+        *,
+        classes: Sequence[str] = (),
+        sampling: SamplingConfig | None = None,
+        weights: str = "ema",
+        notes: dict[str, Any] | None = None,
+    ) -> None:
+        if model.config.channels != tokenizer.channels:
+            raise ValueError(
+                f"the model is for latents of {model.config.channels} channels, the tokenizer has {tokenizer.channels}"
+            )
+        self.model = model.eval()
+        self.tokenizer = tokenizer.eval()
+        self.classes = tuple(classes)
+        self.sampling = sampling or SamplingConfig()
+        self.weights = weights
+        self.notes = notes or {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.mask_token.device
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the pictures, in pixels."""
+        height, width = self.model.config.grid
+        return height * self.tokenizer.stride, width * self.tokenizer.stride
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
+        """Moves model and tokenizer to a device; `dtype` (float32, bfloat16) is that of the model's matrices."""
+        if device is not None:
+            self.model.to(device)
+            self.tokenizer.to(device)
+        if dtype is not None:
+            runtime.set_matrix_dtype(self.model, dtype)
+        return self
+
+    # ---- drawing
+
+    @overload
+    def sample(self, labels: Sequence[Label], seeds: Sequence[int] | None = ..., *, output: Literal["pil"] = ...,
+               **options: Any) -> list[Image.Image]: ...  # fmt: skip
+
+    @overload
+    def sample(self, labels: Sequence[Label], seeds: Sequence[int] | None = ..., *, output: Literal["tensor"],
+               **options: Any) -> Tensor: ...  # fmt: skip
+
+    def sample(
+        self,
+        labels: Sequence[Label],
+        seeds: Sequence[int] | None = None,
+        *,
+        output: Literal["pil", "tensor"] = "pil",
+        batch: int = 64,
+        known: Images | None = None,
+        mask: Bool[Tensor, "n rows columns"] | None = None,
+        progress: bool = False,
+        allow_broken: bool = False,
+        **settings: Any,
+    ) -> list[Image.Image] | Tensor:
+        """Draws a picture for each label (number, class name, or None) and seed (0, 1, 2, ... by default).
+
+        `settings` are fields of SamplingConfig (guidance, steps, diffusion_steps, temperature, ...) that differ from
+        the model's defaults. `known` pictures are kept where `mask`, one flag a token, is false. Returns PIL images, or
+        a float32 tensor (n, channels, height, width) in [-1, 1]. A picture depends on its label, seed, known part and
+        the settings alone, not on `batch`. Raises BrokenLatents instead of returning noise, unless `allow_broken`.
+        """
+        if batch < 1:
+            raise ValueError(f"batch is {batch}, but it must be at least 1")
+        request = self._request(labels, seeds, known, mask, settings)
+        parts = []
+        with _bar(progress, len(request.labels), batch) as advance:
+            for first in range(0, len(request.labels), batch):
+                for revealed in self._generate(request.part(first, first + batch), allow_broken):
+                    advance(revealed.step / max(revealed.steps, 1), first)
+                    latents = revealed.latents
+                parts.append(self._decode(latents))
+        images = torch.cat(parts) if parts else torch.empty(0, self.tokenizer.image_channels, *self.image_size)
+        return images if output == "tensor" else to_pil(images)
+
+    def reveal(
+        self,
+        labels: Sequence[Label],
+        seeds: Sequence[int] | None = None,
+        *,
+        known: Images | None = None,
+        mask: Bool[Tensor, "n rows columns"] | None = None,
+        allow_broken: bool = False,
+        **settings: Any,
+    ) -> Iterator[Growing]:
+        """Like `sample`, but yields the pictures after every reveal step, as they grow."""
+        request = self._request(labels, seeds, known, mask, settings)
+        for revealed in self._generate(request, allow_broken):
+            known_pixels = self._to_pixels(revealed.known)
+            images = self._decode(revealed.latents) * known_pixels
+            yield Growing(revealed.step, revealed.steps, to_pil(images))
+
+    def _request(
+        self, labels: Sequence[Label], seeds: Sequence[int] | None, known: Images | None, mask: Tensor | None,
+        settings: dict[str, Any],
+    ) -> _Request:  # fmt: skip
+        sampling = replace(self.sampling, **settings)
+        sampling.check(self.model.config)
+        numbers = resolve_labels(labels, self.classes, self.model.config.classes)
+        seeds = list(range(len(numbers))) if seeds is None else list(seeds)
+        if len(seeds) != len(numbers):
+            raise ValueError(f"seeds: got {len(seeds)} for {len(numbers)} labels, expected one a picture")
+        latents = None if known is None else self._encode(known)
+        return _Request(numbers, seeds, sampling, latents, mask)
+
+    def _generate(self, request: _Request, allow_broken: bool) -> Iterator[Any]:
+        return generate(
+            self.model, request.labels, request.seeds, request.sampling,
+            known=request.known, mask=request.mask, allow_broken=allow_broken,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _encode(self, images: Images) -> Tensor:
+        if not isinstance(images, Tensor):
+            transform = Transform(self.image_size, self.tokenizer.image_channels)
+            images = torch.stack([transform(image, False) for image in images])
+        return self.tokenizer.encode(images.to(self.device)).mean
+
+    @torch.no_grad()
+    def _decode(self, latents: Tensor) -> Tensor:
+        return self.tokenizer.decode(latents.nan_to_num(0.0, 0.0, 0.0)).cpu()
+
+    def _to_pixels(self, tokens: Tensor) -> Tensor:
+        side = self.model.config.patch * self.tokenizer.stride
+        return tokens.repeat_interleave(side, 1).repeat_interleave(side, 2).unsqueeze(1)
+
+    # ---- keeping
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file: model, tokenizer, and all that is needed to draw."""
+        header = store.Header(
+            self.model.config, self.sampling, self.tokenizer.spec(), self.classes, self.weights, self.notes
+        )
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"tokenizer.{name}": tensor for name, tensor in self.tokenizer.state_dict().items()}
+        store.save(path, header, tensors)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Pipeline:
+        """Reads a file that `save` wrote. Raises CheckpointError for any other."""
+        header, tensors = store.load(path)
+        with torch.device("meta"):
+            model, tokenizer = MAR(header.model), build(header.tokenizer)
+        for name, module in (("model.", model), ("tokenizer.", tokenizer)):
+            own = {key.removeprefix(name): t.float() for key, t in tensors.items() if key.startswith(name)}
+            module.load_state_dict(own, assign=True)
+        return cls(
+            model, tokenizer, classes=header.classes, sampling=header.sampling, weights=header.weights,
+            notes=header.notes,
+        )  # fmt: skip
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        self.save(save_directory / WEIGHTS_FILE)
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, revision: str | None, cache_dir: str | Path | None, force_download: bool,
+        local_files_only: bool, token: str | bool | None, **unused: Any,
+    ) -> Pipeline:  # fmt: skip
+        if Path(model_id).is_dir():
+            return cls.open(Path(model_id) / WEIGHTS_FILE)
+        path = hf_hub_download(
+            model_id, WEIGHTS_FILE, revision=revision, cache_dir=cache_dir, force_download=force_download,
+            local_files_only=local_files_only, token=token,
+        )  # fmt: skip
+        return cls.open(path)
+
+
+@dataclass(frozen=True)
+class _Request:
+    labels: list[int]
+    seeds: list[int]
+    sampling: SamplingConfig
+    known: Tensor | None
+    mask: Tensor | None
+
+    def part(self, first: int, end: int) -> _Request:
+        known = None if self.known is None else self.known[first:end]
+        mask = None if self.mask is None else self.mask[first:end]
+        return _Request(self.labels[first:end], self.seeds[first:end], self.sampling, known, mask)
+
+
+@contextmanager
+def _bar(wanted: bool, pictures: int, batch: int) -> Iterator[Callable[[float, int], None]]:
+    """A progress bar over pictures on stderr; what it yields takes the share of a batch that is done, and its first."""
+    if not wanted:
+        yield lambda share, first: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("drawing", total=pictures)
+
+        def advance(share: float, first: int) -> None:
+            progress.update(task, completed=first + share * min(batch, pictures - first))
+
+        yield advance
+
+
+def to_pil(images: Float[Tensor, "n c H W"]) -> list[Image.Image]:
+    """Images in [-1, 1] -> 8-bit PIL pictures, grey or RGB."""
+    pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]

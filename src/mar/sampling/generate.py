@@ -1,0 +1,123 @@
+"""Labels and seeds -> latents, with a watch on what goes wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mar.config import SamplingConfig
+from mar.model.mar import MAR
+from mar.model.tokens import patchify, unpatchify
+from mar.sampling.decode import DecodeState, all_unknown, as_labels, decode, start
+from mar.sampling.draws import Draws, SeededDraws
+
+STD_LIMIT = 3.0
+"""Latents have a standard deviation of 1; one of more than this is no picture."""
+
+
+class BrokenLatents(ValueError):
+    """The model drew something that is no picture: says at which step, the likely cause and the remedy."""
+
+
+@dataclass(frozen=True)
+class Revealed:
+    """A batch after a reveal step."""
+
+    step: int
+    """Reveal steps done, from 1."""
+    steps: int
+    latents: Float[Tensor, "n c h w"]
+    """Normalised; zeros where nothing is known yet."""
+    known: Bool[Tensor, "n rows columns"]
+    """Which tokens are known by now (CPU)."""
+
+
+def generate(
+    model: MAR,
+    labels: Sequence[int],
+    seeds: Sequence[int],
+    sampling: SamplingConfig,
+    *,
+    known: Float[Tensor, "n c h w"] | None = None,
+    mask: Bool[Tensor, "n rows columns"] | None = None,
+    draws: Draws | None = None,
+    allow_broken: bool = False,
+) -> Iterator[Revealed]:
+    """Draws one image per label and seed; yields after every reveal step, the last with the whole latents.
+
+    `labels` are class numbers, -1 for none. `known` latents are kept where `mask` (one flag a token) is false, and
+    generated where it is true; masks may differ between images. Image i depends on its own label, seed, known latents
+    and mask, and not on the batch. Raises BrokenLatents unless `allow_broken`.
+    """
+    config = model.config
+    if len(labels) != len(seeds) or not len(labels):
+        raise ValueError(f"labels and seeds: got {len(labels)} and {len(seeds)}, expected one of each per image")
+    device = model.mask_token.device
+    rows, columns = config.grid[0] // config.patch, config.grid[1] // config.patch
+    tokens, unknown = _known_tokens(model, len(labels), known, mask)
+    draws = draws if draws is not None else SeededDraws(seeds)
+    state = start(tokens.to(device), unknown, sampling.steps, draws)
+    if not state.steps:
+        yield _revealed(model, state, (rows, columns))
+    for state in decode(model, as_labels(labels, device), state, sampling, draws):
+        if not allow_broken:
+            check(state, unknown, sampling, model)
+        yield _revealed(model, state, (rows, columns))
+
+
+def _revealed(model: MAR, state: DecodeState, grid: tuple[int, int]) -> Revealed:
+    latents = unpatchify(state.tokens, model.config.patch, model.config.grid)
+    return Revealed(state.step, state.steps, latents, ~state.unknown.view(-1, *grid))
+
+
+def _known_tokens(
+    model: MAR, count: int, known: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    config = model.config
+    if known is None and mask is None:
+        return torch.zeros(count, config.tokens, config.token_width), all_unknown(count, config.tokens)
+    if known is None or mask is None:
+        raise ValueError("known and mask: got only one of them, expected both (mask: true = generate)")
+    expected = (count, config.channels, *config.grid)
+    if known.shape != expected:
+        raise ValueError(f"known latents: got shape {tuple(known.shape)}, expected {expected}")
+    grid = (config.grid[0] // config.patch, config.grid[1] // config.patch)
+    if mask.shape != (count, *grid) or mask.dtype != torch.bool:
+        raise ValueError(f"mask: got {tuple(mask.shape)} of {mask.dtype}, expected {(count, *grid)} of bool, one a token")
+    return patchify(known.float(), config.patch), mask.flatten(1)
+
+
+def check(state: DecodeState, generated: Bool[Tensor, "n L"], sampling: SamplingConfig, model: MAR) -> None:
+    """Raises BrokenLatents where generated tokens are not finite, or spread far wider than any picture's.
+
+    The spread is judged once a quarter of an image's tokens are there, each image on its own.
+    """
+    done = (generated & ~state.unknown).to(state.tokens.device)
+    count = done.sum(1) * state.tokens.shape[-1]
+    values = state.tokens * done.unsqueeze(-1)
+    finite = values.isfinite().flatten(1).all(1)
+    mean = values.sum((1, 2)) / count.clamp(min=1)
+    spread = ((values.square().sum((1, 2)) / count.clamp(min=1)) - mean.square()).clamp(min=0).sqrt()
+    judged = 4 * done.sum(1) >= generated.sum(1).to(done.device)
+    broken = ~finite | (judged & (spread > STD_LIMIT))
+    if not bool(broken.any()):
+        return
+    image = int(broken.nonzero()[0])
+    what = f"a standard deviation of {float(spread[image]):,.1f} where pictures have 1" if finite[image] else "no numbers"
+    raise BrokenLatents(
+        f"image {image} is broken at reveal step {state.step} of {state.steps}: its latents have {what}. "
+        + _remedy(sampling, model)
+    )
+
+
+def _remedy(sampling: SamplingConfig, model: MAR) -> str:
+    if any(not p.isfinite().all() for p in model.parameters()):
+        return "The weights hold values that are not finite: use an older checkpoint"
+    advice = "Likely the model is young, and its errors at the noisiest steps are amplified: train it longer"
+    if sampling.x0_bound is None:
+        advice += ", or bound the predicted tokens (x0_bound 3)"
+    return f"{advice}; lower guidance may help; to see it all the same, allow broken pictures (--allow-broken)"

@@ -1,0 +1,231 @@
+"""The training loop: everything about step k follows from (seed, k), so that a run stopped and resumed is the same run.
+
+A run is a folder: state-* (to go on from), model.safetensors (EMA) and model-raw.safetensors (to use), run.json (the
+config), log.jsonl, tensorboard/, samples/.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from mar import runtime
+from mar.checkpoint.run_state import RunState
+from mar.config import TrainConfig, to_dict
+from mar.data.loader import Batch, batches
+from mar.data.sources import Source
+from mar.data.transforms import Transform
+from mar.model.mar import MAR
+from mar.tokenizer import Tokenizer
+from mar.training.ema import EMA
+from mar.training.log import RunLog
+from mar.training.loss import DiffusionLoss, draw_step
+from mar.training.optim import learning_rate, make_optimizer
+
+PATIENCE = 50
+"""Non-finite steps in a row after which a run stops."""
+
+_POSTERIOR = 2  # key of the posterior's noise, beside those of the loss's draws
+
+
+class TrainingError(ValueError):
+    """A run that can't go on: one line that says why and what to do."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    images: int = 0
+    skipped_steps: int = 0
+    """Steps whose loss or gradient was not finite."""
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+    """Time spent in steps, over all sessions of the run."""
+
+
+@dataclass
+class Run:
+    """One training run: its parts, and its state as one dict."""
+
+    config: TrainConfig
+    folder: Path
+    source: Source
+    tokenizer: Tokenizer
+    model: MAR
+    device: torch.device
+    progress: Progress = field(default_factory=Progress)
+    on_snapshot: Callable[[Run], None] | None = None
+    """Called with the run wherever a sample grid is due."""
+
+    def __post_init__(self) -> None:
+        self.tokenizer.to(self.device).eval()
+        self.loss = DiffusionLoss(self.model.to(self.device).train())
+        self.ema = EMA(self.model, self.config.ema)
+        self.optimizer = make_optimizer(self.model, self.config)
+        self.store = RunState(self.folder, to_dict(self.config))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that the run needs to go on."""
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.model.state_dict(),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            "tokenizer": {"mean": self.tokenizer.mean, "std": self.tokenizer.std},
+            "progress": vars(self.progress).copy(),
+        }
+
+    def resume(self) -> bool:
+        """Goes on from the folder's latest state; False where there is none."""
+        state = self.state_dict()
+        if not self.store.load(state):
+            return False
+        self.model.load_state_dict(state["model"])
+        self.ema.model.load_state_dict(state["ema"])
+        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        self.tokenizer.set_statistics(state["tokenizer"]["mean"], state["tokenizer"]["std"])
+        self.progress = Progress(**state["progress"])
+        return True
+
+    def save(self) -> None:
+        """Stores the state."""
+        self.store.save(self.progress.images, self.state_dict(), self.config.keep)
+
+
+def train(run: Run, log: RunLog) -> bool:
+    """Trains to the end of the run. Returns False where Ctrl-C or SIGTERM stopped it: the state is saved then."""
+    config, progress = run.config, run.progress
+    loader = _batches(run)
+    window: list[float] = []
+    since, begun = progress.images, time.monotonic()
+    with _stop_signals() as stopped:
+        while progress.images < config.images and not stopped:
+            tick = time.monotonic()
+            before = progress.images
+            loss, norm = step(run, next(loader))
+            progress.seconds += time.monotonic() - tick
+            window.append(loss)
+            log.advance(progress.images, loss)
+            if progress.step % config.log_every == 0 or progress.images >= config.images:
+                seconds = time.monotonic() - begun
+                log.write(
+                    progress.images,
+                    step=progress.step,
+                    loss=sum(window) / len(window),
+                    gradient_norm=norm,
+                    lr=learning_rate(config, before),
+                    images_per_second=(progress.images - since) / seconds,
+                    skipped_steps=progress.skipped_steps,
+                    seconds=round(progress.seconds, 1),
+                )
+                window, since, begun = [], progress.images, time.monotonic()
+            if _due(before, progress.images, config.save_every):
+                run.save()
+            if run.on_snapshot and _due(before, progress.images, config.sample_every):
+                run.on_snapshot(run)
+                begun, since = time.monotonic(), progress.images
+    run.save()
+    return progress.images >= config.images
+
+
+def _due(before: int, now: int, every: int) -> bool:
+    return every > 0 and before // every < now // every
+
+
+def step(run: Run, batch: Batch) -> tuple[float, float]:
+    """One step of the optimizer, or none where loss or gradient are not finite. Returns loss and gradient norm."""
+    config, progress = run.config, run.progress
+    rate = learning_rate(config, progress.images)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    torch.manual_seed(runtime.generator(config.seed, 3, progress.step, runtime.rank()).initial_seed())  # dropout
+    draws = draw_step(run.model.config, config.seed, progress.step, batch.positions.tolist()).to(run.device)
+    latents = encode(run, batch)
+    with autocast(run.device, config.precision):
+        loss: Tensor = run.loss(latents, batch.labels.to(run.device), draws)
+    run.optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
+    finite = bool((loss.isfinite() & norm.isfinite()).item())
+    if finite:
+        run.optimizer.step()
+    progress.step += 1
+    progress.images += config.batch
+    if finite:
+        run.ema.update(run.model, progress.step - progress.skipped_steps)
+    _count(progress, finite)
+    return loss.item(), norm.item()
+
+
+def _count(progress: Progress, finite: bool) -> None:
+    progress.skipped_steps += not finite
+    progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
+    if progress.skipped_in_a_row >= PATIENCE:
+        raise TrainingError(
+            f"the loss was not finite for {PATIENCE} steps in a row, up to image {progress.images:,}: the learning "
+            "rate is too high for this batch, or the latents are not normalised. Start again from an older state with "
+            "a lower --lr; the saved states are untouched"
+        )
+
+
+@torch.no_grad()
+def encode(run: Run, batch: Batch) -> Tensor:
+    """images -> latents, drawn from the tokenizer's posterior with noise keyed by position."""
+    posterior = run.tokenizer.encode(batch.images.to(run.device))
+    if run.tokenizer.deterministic:
+        return posterior.mean
+    shape = posterior.mean.shape[1:]
+    noises = [
+        torch.randn(shape, generator=runtime.generator(run.config.seed, _POSTERIOR, position))
+        for position in batch.positions.tolist()
+    ]
+    return posterior.sample(torch.stack(noises).to(run.device))
+
+
+def autocast(device: torch.device, precision: str) -> Any:
+    """bf16: matrix products in bfloat16 with float32 weights; fp32: nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def _batches(run: Run) -> Iterator[Batch]:
+    config, grid, stride = run.config, run.model.config.grid, run.tokenizer.stride
+    size = (grid[0] * stride, grid[1] * stride)
+    return batches(
+        run.source,
+        Transform(size, run.tokenizer.image_channels),
+        batch=config.batch,
+        seed=config.seed,
+        start=run.progress.images,
+        rank=runtime.rank(),
+        world=runtime.world_size(),
+        workers=config.workers,
+        flip=config.flip,
+    )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that fills when Ctrl-C or SIGTERM arrive: the step is finished first. A second Ctrl-C stops at once."""
+    received: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,177 @@
+"""Putting a run together: data, tokenizer, model; and what it leaves behind: grids and weights to use."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mar import runtime
+from mar.checkpoint.files import write_atomically
+from mar.config import ConfigError, TrainConfig, to_dict
+from mar.data.sources import Source, UnreadableImage, open_source
+from mar.data.transforms import Transform
+from mar.model.mar import MAR
+from mar.pipeline import Pipeline
+from mar.sampling.generate import BrokenLatents
+from mar.tokenizer import PixelTokenizer, Tokenizer
+from mar.tokenizer.statistics import measure
+from mar.training.log import RunLog
+from mar.training.loop import Run
+
+RUN_FILE = "run.json"
+# Settings that may change when a run is resumed: they do not touch what has been learned so far.
+_FREE = {"images", "decay", "workers", "save_every", "sample_every", "log_every", "keep", "sampling"}
+
+
+def open_run(
+    config: TrainConfig,
+    folder: Path,
+    *,
+    device: torch.device,
+    load_tokenizer: Callable[[str], Tokenizer],
+    load_model: Callable[[str], Pipeline],
+) -> Run:
+    """The run of `config` in `folder`, resumed where it has saved states.
+
+    ConfigError where the folder holds another run, the data is not what the model is for, or a tokenizer's latents.
+    """
+    resumed = _check_same(config, folder)
+    source = open_source(config.data)
+    classes = len(source.classes)
+    if config.model.classes not in (0, classes):
+        raise ConfigError(
+            f"the model has {config.model.classes} classes, but {config.data} has {classes}; "
+            f"set --model.classes {classes}, or 0 for an unconditional model"
+        )
+    tokenizer = _tokenizer(config, source, load_tokenizer, measured_later=resumed)
+    torch.manual_seed(runtime.generator(config.seed).initial_seed())
+    model = MAR(config.model)
+    if config.init is not None and not resumed:
+        initialise_from(model, load_model(config.init).model)
+    run = Run(config, folder, source, tokenizer, model, device)
+    run.resume()
+    if runtime.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(to_dict(config), indent=1)
+        write_atomically(folder / RUN_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    return run
+
+
+def _check_same(config: TrainConfig, folder: Path) -> bool:
+    """Whether `folder` holds this run already; ConfigError where it holds another."""
+    path = folder / RUN_FILE
+    if not path.is_file():
+        return False
+    before, now = json.loads(path.read_text(encoding="utf-8")), to_dict(config)
+    different = [f"{k} {before.get(k)} -> {now[k]}" for k in now if k not in _FREE and before.get(k) != now[k]]
+    if different:
+        raise ConfigError(
+            f"{folder} holds another run ({'; '.join(different)}); "
+            "use its settings to go on with it, or another folder for a new one"
+        )
+    return True
+
+
+def _tokenizer(
+    config: TrainConfig, source: Source, load_tokenizer: Callable[[str], Tokenizer], *, measured_later: bool
+) -> Tokenizer:
+    channels = config.model.channels
+    tokenizer = PixelTokenizer(channels) if config.tokenizer == "pixels" else load_tokenizer(config.tokenizer)
+    if tokenizer.channels != channels:
+        raise ConfigError(f"the tokenizer's latents have {tokenizer.channels} channels, the model's {channels}")
+    if not tokenizer.measured and not measured_later:  # a resumed run has the statistics in its state
+        statistics = measure(tokenizer, _images(config, source, tokenizer))
+        tokenizer.set_statistics(statistics.mean, statistics.std)
+    return tokenizer
+
+
+def _images(config: TrainConfig, source: Source, tokenizer: Tokenizer, batch: int = 64) -> Iterator[Tensor]:
+    """Every picture of the source once."""
+    transform = Transform(_image_size(config, tokenizer), tokenizer.image_channels)
+    pending: list[Tensor] = []
+    for index in range(len(source)):
+        try:
+            pending.append(transform(source[index].image, False))
+        except UnreadableImage:
+            continue  # named when training meets it
+        if len(pending) == batch:
+            yield torch.stack(pending)
+            pending = []
+    if pending:
+        yield torch.stack(pending)
+
+
+def _image_size(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, int]:
+    return config.model.grid[0] * tokenizer.stride, config.model.grid[1] * tokenizer.stride
+
+
+def initialise_from(model: MAR, other: MAR) -> list[str]:
+    """Takes over the weights of `other`; returns the names of tensors that start anew since their shapes differ.
+
+    Classes are another set's, so that their embedding starts anew unless the count agrees. ConfigError where anything
+    but the class embedding differs: it would not be the same model.
+    """
+    own, theirs = model.state_dict(), other.state_dict()
+    anew = [name for name, tensor in own.items() if name not in theirs or theirs[name].shape != tensor.shape]
+    if set(anew) - {"class_embed.weight"}:
+        shown = ", ".join(sorted(anew)[:3])
+        raise ConfigError(f"the weights to start from are of another model: {len(anew)} tensors differ ({shown}, ...)")
+    model.load_state_dict({name: own[name] if name in anew else theirs[name] for name in own})
+    return anew
+
+
+def pipeline(run: Run, weights: str = "ema") -> Pipeline:
+    """The run as it stands, ready to draw; `weights` are ema or raw."""
+    model = MAR(run.config.model).to(run.device)
+    model.load_state_dict((run.ema.model if weights == "ema" else run.model).state_dict())
+    notes = {"images": run.progress.images, "steps": run.progress.step, "data": run.config.data}
+    return Pipeline(
+        model,
+        run.tokenizer,
+        classes=run.source.classes if run.config.model.classes else (),
+        sampling=run.config.sampling,
+        weights=weights,
+        notes=notes,
+    )
+
+
+def export(run: Run) -> list[Path]:
+    """Writes the run's EMA and raw weights as files to use."""
+    paths = {"ema": run.folder / "model.safetensors", "raw": run.folder / "model-raw.safetensors"}
+    for weights, path in paths.items():
+        pipeline(run, weights).save(path)
+    return list(paths.values())
+
+
+def snapshot(run: Run, log: RunLog) -> None:
+    """Exports the weights and draws a grid of every class (at most ten); a broken grid is reported, not fatal."""
+    export(run)
+    drawer = pipeline(run)
+    classes = min(run.config.model.classes, 10)
+    labels: list[Any] = [label for _ in range(4) for label in range(classes)] or [None] * 16
+    path = run.folder / "samples" / f"{run.progress.images:012d}.png"
+    path.parent.mkdir(exist_ok=True)
+    try:
+        grid(drawer.sample(labels), columns=classes or 4).save(path)
+        log.note(f"drew {path}")
+    except BrokenLatents as error:
+        log.note(f"no samples yet: {error}")
+
+
+def grid(images: list[Image.Image], columns: int, scale: int = 1) -> Image.Image:
+    """Pictures side by side, row by row."""
+    width, height = images[0].width * scale, images[0].height * scale
+    sheet = Image.new(images[0].mode, (columns * width, math.ceil(len(images) / columns) * height))
+    for place, image in enumerate(images):
+        resized = image.resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(resized, (place % columns * width, place // columns * height))
+    return sheet
+
+
