@@ -1,0 +1,140 @@
+"""Names -> models and tokenizers: bundled ones, the official ones, files, folders, Hub repositories."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from mar import runtime
+from mar.assets import asset, imagenet_classes
+from mar.checkpoint import official, store
+from mar.checkpoint.download import OFFICIAL, home
+from mar.checkpoint.files import CheckpointError
+from mar.checkpoint.official_kl16 import to_diffusers
+from mar.checkpoint.tokenizers import load_tokenizer as load_diffusers
+from mar.config import SamplingConfig
+from mar.model.mar import MAR
+from mar.pipeline import WEIGHTS_FILE, Pipeline
+from mar.presets import MODELS, SAMPLING
+from mar.tokenizer import Tokenizer
+
+BUNDLED = ("fashion",)
+"""Models that come with the package."""
+
+_TORCH_FILES = (".pth", ".ckpt", ".pt")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load(
+    name: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Pipeline:
+    """The model called `name`, ready to draw: `load("fashion").sample(labels=["dress"])`.
+
+    `name` is a bundled model (fashion), an official one (mar-base, mar-large, mar-huge, after `mar download`), a folder
+    or a file that mar wrote, an official `checkpoint-last.pth`, or a repository of the Hub. `device`: the best there is
+    by default. `dtype` of the model's matrices: float32 or bfloat16. Raises ValueError where there is no such model.
+    """
+    found = device if isinstance(device, torch.device) else runtime.choose_device(device)
+    return _open(str(name)).to(found, dtype)
+
+
+def _open(name: str) -> Pipeline:
+    if name in BUNDLED:
+        return Pipeline.open(asset(f"{name}.safetensors"))
+    path = Path(name)
+    if name in MODELS and not path.exists():
+        return _official(name)
+    if path.is_dir():
+        if not (path / WEIGHTS_FILE).is_file():
+            raise CheckpointError(f"{path} has no {WEIGHTS_FILE}: a folder that `mar train` or save_pretrained wrote does")
+        return Pipeline.open(path / WEIGHTS_FILE)
+    if path.suffix in _TORCH_FILES and path.is_file():
+        return import_official(path, kl16_path(path.parent))
+    if path.suffix == ".safetensors" or path.is_file():
+        return Pipeline.open(path)
+    if _REPOSITORY.fullmatch(name) and not path.suffix:
+        return _from_hub(name)
+    known = ", ".join((*BUNDLED, *MODELS))
+    raise CheckpointError(f"there is no model {name!r}: expected {known}, a file, a folder, or a Hub repository owner/name")
+
+
+def _official(name: str) -> Pipeline:
+    """An official model in the folder of downloads: as `mar convert` left it there, or as it was downloaded."""
+    converted, downloaded = home() / f"{name}.safetensors", home() / OFFICIAL[name].name
+    if converted.is_file():
+        return Pipeline.open(converted)
+    if not downloaded.is_file():
+        raise CheckpointError(f"{name} is not in {home()}; get it with `mar download {name} kl16`")
+    return import_official(downloaded, kl16_path(), sampling=SAMPLING[name])
+
+
+def _from_hub(name: str) -> Pipeline:
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Pipeline.from_pretrained(name)
+    except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"can't get {name} from the Hub: {reason}") from error
+
+
+def import_official(
+    path: Path,
+    tokenizer: Path | None,
+    *,
+    weights: official.Weights = "ema",
+    sampling: SamplingConfig | None = None,
+) -> Pipeline:
+    """An official `checkpoint-last.pth` with the KL-16 of `tokenizer`; EMA weights unless raw ones are asked for."""
+    if tokenizer is None:
+        raise CheckpointError(f"{path} needs the KL-16 tokenizer beside it; get it with `mar download kl16`")
+    read = official.read_mar(path, weights)
+    with torch.device("meta"):
+        model = MAR(read.model_config)
+    model.load_state_dict(read.state, assign=True)
+    name = next((name for name, config in MODELS.items() if config == read.model_config), None)
+    return Pipeline(
+        model,
+        load_kl16(tokenizer),
+        classes=imagenet_classes() if read.model_config.classes == 1000 else (),
+        sampling=sampling or SAMPLING.get(name or "", SamplingConfig()),
+        weights=read.which,
+        notes=read.notes,
+    )
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `name`: kl16 (after `mar download kl16`), a file kl16.ckpt, a folder or repository in
+    diffusers' format, or one of our files of weights, whose tokenizer it is."""
+    if name == "kl16":
+        path = kl16_path()
+        if path is None:
+            raise CheckpointError(f"kl16 is not in {home()}; get it with `mar download kl16`")
+        return load_kl16(path)
+    if Path(name).suffix in _TORCH_FILES:
+        return load_kl16(Path(name))
+    if Path(name).suffix == ".safetensors" or name in BUNDLED:
+        return _open(name).tokenizer
+    return load_diffusers(name)
+
+
+def load_kl16(path: Path) -> Tokenizer:
+    """The official KL-16 from `kl16.ckpt`, with its published scale."""
+    from mar.tokenizer.kl import kl16
+
+    tokenizer = kl16()
+    tokenizer.autoencoder.load_state_dict(to_diffusers(official.read_kl16(path)))
+    return tokenizer
+
+
+def kl16_path(folder: Path | None = None) -> Path | None:
+    """Where kl16.ckpt is: in `folder`, or in the folder of downloads; None where in neither."""
+    folders = [*([folder] if folder else []), home()]
+    return next((path for f in folders if (path := f / OFFICIAL["kl16"].name).is_file()), None)
+
+
+def describe(path: Path) -> store.Header:
+    """What a file or folder of ours says about itself, without reading its tensors."""
+    return store.read_header(path / WEIGHTS_FILE if path.is_dir() else path)
