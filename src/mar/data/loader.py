@@ -119,3 +119,21 @@ def _announced(items: Iterator[Batch]) -> Iterator[Batch]:
                 known.add(name)
                 logger.warning("skipped a picture that can't be read: %s", name)
         yield item
+
+
+def in_order(
+    source: Source, transform: Transform, *, batch: int = 64, limit: int | None = None
+) -> Iterator[Float[Tensor, "n c H W"]]:
+    """Every picture once, in the source's order, not mirrored; at most `limit`. Those that can't be read are left out,
+    each with a warning."""
+    pending: list[Tensor] = []
+    for index in range(len(source) if limit is None else min(limit, len(source))):
+        try:
+            pending.append(transform(source[index].image, False))
+        except UnreadableImage as error:
+            logger.warning("skipped a picture that can't be read: %s", error.name)
+        if len(pending) == batch:
+            yield torch.stack(pending)
+            pending = []
+    if pending:
+        yield torch.stack(pending)

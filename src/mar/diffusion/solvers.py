@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -38,5 +37,6 @@ def ancestral(
         p = reverse(network(x, index), x, Coefficients(*coefficients[index]), prediction, x0_bound)
         x = p.mean
         if index > 0:
-            x = torch.addcmul(x, (0.5 * p.log_variance).exp(), noise[drawn], value=temperature)
+            # The reference's order of roundings: what is one rounding here may be a tenth of a deviation at the end.
+            x = x + (0.5 * p.log_variance).exp() * noise[drawn] * temperature
     return x

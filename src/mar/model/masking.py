@@ -41,8 +41,10 @@ def reveal_schedule(unknown: int, steps: int) -> list[int]:
     """How many tokens stay hidden after each step (MaskGIT's cosine; paper, section 4.3).
 
     n_k = max(1, min(n_{k-1} - 1, floor(M cos(pi/2 (k+1)/K)))), and 0 after the last step, which draws all that are
-    left. Every step reveals at least one token, so that K > M means K = M.
+    left. Every step reveals at least one token, so that K > M means K = M; without unknown tokens there is no step.
     """
+    if not unknown:
+        return []
     steps = min(steps, unknown)
     remaining, schedule = unknown, []
     for k in range(steps):

@@ -30,8 +30,8 @@ class DecodeState:
     """Values of the tokens that are known; zeros elsewhere."""
     unknown: Bool[Tensor, "n L"]
     """Which tokens are still hidden (CPU)."""
-    orders: tuple[Int[Tensor, " M"], ...]
-    """For each image the positions to generate; revealed from the end (CPU)."""
+    orders: tuple[Int[Tensor, " _M"], ...]
+    """For each image the M positions to generate, M its own; revealed from the end (CPU)."""
     schedules: tuple[tuple[int, ...], ...]
     """For each image how many stay hidden after each of its steps."""
     step: int = 0

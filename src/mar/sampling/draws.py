@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -13,6 +13,7 @@ from mar import runtime
 from mar.model.masking import random_order
 
 
+@runtime_checkable
 class Draws(Protocol):
     """A source of draws: for each image first its order, then its noise at each reveal step."""
 

@@ -35,6 +35,7 @@ class RunLog:
         )
         self.task: TaskID = self.progress.add_task("training", total=total_images, completed=images)
         self.total, self.first, self.begun = total_images, images, time.monotonic()
+        self.skipped_pictures: set[str] = set()
         self.progress.start()
 
     def _forget_after(self, images: int) -> None:

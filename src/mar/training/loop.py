@@ -112,7 +112,9 @@ def train(run: Run, log: RunLog) -> bool:
         while progress.images < config.images and not stopped:
             tick = time.monotonic()
             before = progress.images
-            loss, norm = step(run, next(loader))
+            batch = next(loader)
+            log.skipped_pictures.update(batch.skipped)
+            loss, norm = step(run, batch)
             progress.seconds += time.monotonic() - tick
             window.append(loss)
             log.advance(progress.images, loss)

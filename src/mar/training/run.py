@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
-from torch import Tensor
+
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from mar import runtime
+from mar.checkpoint import official
 from mar.checkpoint.files import write_atomically
 from mar.config import ConfigError, TrainConfig, to_dict
-from mar.data.sources import Source, UnreadableImage, open_source
+from mar.data.loader import in_order
+from mar.data.sources import Source, open_source
 from mar.data.transforms import Transform
 from mar.model.mar import MAR
+from mar.pictures import grid
 from mar.pipeline import Pipeline
 from mar.sampling.generate import BrokenLatents
 from mar.tokenizer import PixelTokenizer, Tokenizer
 from mar.tokenizer.statistics import measure
 from mar.training.log import RunLog
-from mar.training.loop import Run
+from mar.training.loop import Progress, Run
 
 RUN_FILE = "run.json"
 # Settings that may change when a run is resumed: they do not touch what has been learned so far.
@@ -87,25 +89,10 @@ def _tokenizer(
     if tokenizer.channels != channels:
         raise ConfigError(f"the tokenizer's latents have {tokenizer.channels} channels, the model's {channels}")
     if not tokenizer.measured and not measured_later:  # a resumed run has the statistics in its state
-        statistics = measure(tokenizer, _images(config, source, tokenizer))
+        transform = Transform(_image_size(config, tokenizer), tokenizer.image_channels)
+        statistics = measure(tokenizer, in_order(source, transform))
         tokenizer.set_statistics(statistics.mean, statistics.std)
     return tokenizer
-
-
-def _images(config: TrainConfig, source: Source, tokenizer: Tokenizer, batch: int = 64) -> Iterator[Tensor]:
-    """Every picture of the source once."""
-    transform = Transform(_image_size(config, tokenizer), tokenizer.image_channels)
-    pending: list[Tensor] = []
-    for index in range(len(source)):
-        try:
-            pending.append(transform(source[index].image, False))
-        except UnreadableImage:
-            continue  # named when training meets it
-        if len(pending) == batch:
-            yield torch.stack(pending)
-            pending = []
-    if pending:
-        yield torch.stack(pending)
 
 
 def _image_size(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, int]:
@@ -125,6 +112,29 @@ def initialise_from(model: MAR, other: MAR) -> list[str]:
         raise ConfigError(f"the weights to start from are of another model: {len(anew)} tensors differ ({shown}, ...)")
     model.load_state_dict({name: own[name] if name in anew else theirs[name] for name in own})
     return anew
+
+
+def adopt_official(run: Run, path: Path) -> None:
+    """Goes on with a training run of the reference from its `checkpoint-last.pth`: weights, EMA, optimizer, epoch.
+
+    Images seen are counted as finished epochs times the pictures of this run's source. ConfigError for a file without
+    an optimizer, or of another model.
+    """
+    read = official.read_mar(path)
+    if read.optimizer is None or read.raw is None or read.ema is None or read.epoch is None:
+        raise ConfigError(f"{path} has no optimizer and epoch to go on with; start from its weights with --init {path}")
+    try:
+        run.model.load_state_dict(read.raw)
+        run.ema.model.load_state_dict(read.ema)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ConfigError(f"{path} is of another model than this run's ({reason}); choose its recipe") from None
+    state = get_optimizer_state_dict(run.model, run.optimizer)
+    state["state"] = {name: dict(moments) for name, moments in read.optimizer.items()}
+    set_optimizer_state_dict(run.model, run.optimizer, state)
+    images = (read.epoch + 1) * len(run.source)
+    run.progress = Progress(step=images // run.config.batch, images=images)
+    run.save()
 
 
 def pipeline(run: Run, weights: str = "ema") -> Pipeline:
@@ -163,15 +173,3 @@ def snapshot(run: Run, log: RunLog) -> None:
         log.note(f"drew {path}")
     except BrokenLatents as error:
         log.note(f"no samples yet: {error}")
-
-
-def grid(images: list[Image.Image], columns: int, scale: int = 1) -> Image.Image:
-    """Pictures side by side, row by row."""
-    width, height = images[0].width * scale, images[0].height * scale
-    sheet = Image.new(images[0].mode, (columns * width, math.ceil(len(images) / columns) * height))
-    for place, image in enumerate(images):
-        resized = image.resize((width, height), Image.Resampling.NEAREST)
-        sheet.paste(resized, (place % columns * width, place // columns * height))
-    return sheet
-
-

@@ -1,0 +1,63 @@
+"""The command line: `mar VERB`. A user's mistake is one line on stderr and exit code 2; MAR_DEBUG=1 shows where."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from mar import __version__
+
+VERBS = {
+    "demo": ("mar.cli.draw", "pictures from the bundled model, and one being revealed"),
+    "sample": ("mar.cli.draw", "draw pictures from a model"),
+    "train": ("mar.cli.learn", "train a model; the same command resumes"),
+    "convert": ("mar.cli.weights", "official weights -> ours, and back"),
+    "download": ("mar.cli.weights", "fetch the official weights and tokenizer"),
+    "tokenizer": ("mar.cli.tokenizers", "measure the statistics of a tokenizer"),
+    "info": ("mar.cli.weights", "this machine, and what a checkpoint holds"),
+}
+
+USAGE = """\
+mar {version}: image generation with a masked autoregressive transformer and a diffusion loss
+
+usage: mar VERB [OPTIONS]          mar VERB --help tells all of a verb's options
+
+{verbs}
+"""
+
+
+def usage() -> str:
+    """What `mar --help` prints."""
+    verbs = "\n".join(f"  {name:<10} {help}" for name, (_, help) in VERBS.items())
+    return USAGE.format(version=__version__, verbs=verbs)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a verb; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage(), end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version", "version"):
+        print(f"mar {__version__}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        return _fail(f"there is no verb {verb!r}; there are {', '.join(VERBS)}")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        code: int = getattr(importlib.import_module(VERBS[verb][0]), verb)(rest)
+        return code
+    except (ValueError, OSError) as error:
+        if os.environ.get("MAR_DEBUG"):
+            raise
+        return _fail(" ".join(str(error).split()) or type(error).__name__)
+    except KeyboardInterrupt:
+        return _fail("stopped", 130)
+
+
+def _fail(message: str, code: int = 2) -> int:
+    print(f"mar: {message}", file=sys.stderr)
+    return code
