@@ -1,0 +1,284 @@
+"""How long a picture takes: encoder, decoder and head apart, beside the head as the reference runs it.
+
+    python benchmarks/sampling.py [--model mar-base] [--steps 64] [--diffusion-steps 100] [--images 1] [--threads 2]
+
+Weights are random: time does not depend on them. Reveal steps are measured at their real numbers of visible and drawn
+tokens: the middle one of every few (`--every`), standing for its neighbours, or all with `--full`. What is compared is
+measured in turns, each the median of `--repeats`, so that a ratio is of one run; and as seconds mean something only
+beside the speed of the machine, that is measured before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mar.config import SamplingConfig
+from mar.diffusion.gaussian import Coefficients, reverse
+from mar.diffusion.head import DiffusionHead
+from mar.diffusion.schedule import Schedule, cosine, respace
+from mar.model.mar import MAR
+from mar.presets import MODELS, SAMPLING
+from mar.runtime import set_matrix_dtype
+from mar.sampling.decode import DecodeState, all_unknown, reveal, start
+from mar.sampling.draws import SeededDraws
+from mar.sampling.guidance import guidance_scale
+
+LOOP = "reference's loop"
+PARTS = ("encoder", "decoder", "head")
+PRODUCT = (640, 768, 3072)
+"""Rows, inputs and outputs of a matrix product of MAR-B's trunk: one picture with and without its class."""
+REFERENCE = {"encoder": 23.0, "decoder": 46.0, "head": 124.0}
+"""Seconds of the reference for one picture of MAR-B, K=64, 100 diffusion steps, guidance 2.9 linear, float32."""
+REFERENCE_GFLOPS = 172.0
+"""What PRODUCT ran at on the machine where these were taken: 2 cores with AVX-512."""
+X0_BOUND = 3.0
+"""Random weights predict noise badly, and the noisiest steps multiply that by 20,000: keeps the numbers finite."""
+REFERENCE_SHARE = 4
+"""The reference's head does the same work at every diffusion step: measured on one of so many."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is drawn: labels, settings, and the reveal steps that are measured, with how many each stands for."""
+
+    labels: Tensor
+    sampling: SamplingConfig
+    schedule: Schedule
+    measured: dict[int, int]
+
+
+Seconds = dict[str, float]
+
+
+def main() -> None:
+    options = parse()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    model = random_model(options.model)
+    sampling = SamplingConfig(
+        options.steps, options.diffusion_steps, SAMPLING[options.model].guidance, x0_bound=X0_BOUND
+    )
+    schedule = respace(cosine(model.config.head.diffusion_steps), sampling.diffusion_steps)
+    labels = torch.arange(options.images) % model.config.classes
+    steps = min(sampling.steps, model.config.tokens)
+    task = Task(labels, sampling, schedule, choose_steps(steps, 1 if options.full else options.every))
+
+    before = product_speed(torch.float32), product_speed(torch.bfloat16)
+    bf16 = options.bf16 == "yes" or (options.bf16 == "auto" and before[1] >= before[0])
+    runs = measure(model, task, options.repeats, bf16)
+    after = product_speed(torch.float32)
+    print_settings(options, task, model)
+    product = "x".join(map(str, PRODUCT))
+    print(f"product {product}: fp32 {before[0]:.0f} GFLOP/s before, {after:.0f} after; bf16 {before[1]:.0f}")
+    print_table(runs)
+    if not bf16:
+        print("bf16 is left out: asked not to, or its products are slower than fp32's here (--bf16 yes measures it)")
+    if (options.model, options.steps, options.diffusion_steps, options.images) == ("mar-base", 64, 100, 1):
+        print_reference(runs, (before[0] + after) / 2)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=sorted(MODELS), default="mar-base")
+    parser.add_argument("--steps", type=int, default=64, help="reveal steps, K")
+    parser.add_argument("--diffusion-steps", type=int, default=100)
+    parser.add_argument("--images", type=int, default=1, help="pictures drawn at once")
+    parser.add_argument("--threads", type=int, help="CPU threads; PyTorch's own choice by default")
+    parser.add_argument("--every", type=int, default=8, help="measure one reveal step in so many")
+    parser.add_argument("--full", action="store_true", help="measure all reveal steps")
+    parser.add_argument("--repeats", type=int, default=3, help="medians of so many")
+    parser.add_argument(
+        "--bf16", choices=("auto", "yes", "no"), default="auto", help="auto: where its products are faster"
+    )
+    options = parser.parse_args()
+    for name in ("steps", "diffusion_steps", "images", "every", "repeats"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}, but it must be at least 1")
+    return options
+
+
+def random_model(name: str) -> MAR:
+    """A model with random weights, also where training starts from zero: adding zeros might be faster."""
+    torch.manual_seed(0)
+    model = MAR(MODELS[name]).eval().requires_grad_(False)
+    for parameter in model.head.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def choose_steps(steps: int, every: int) -> dict[int, int]:
+    """The middle step of each block of `every`, and the block's length."""
+    blocks = [range(first, min(first + every, steps)) for first in range(0, steps, every)]
+    return {block[len(block) // 2]: len(block) for block in blocks}
+
+
+def product_speed(dtype: torch.dtype, repeats: int = 9) -> float:
+    """GFLOP/s of PRODUCT, the median."""
+    rows, inputs, outputs = PRODUCT
+    a, b = torch.randn(rows, inputs, dtype=dtype), torch.randn(inputs, outputs, dtype=dtype)
+    torch.mm(a, b)
+    seconds = [timed(lambda: torch.mm(a, b))[1] for _ in range(repeats)]
+    return 2e-9 * rows * inputs * outputs / statistics.median(seconds)
+
+
+def timed(run: Callable[[], Tensor | DecodeState]) -> tuple[Tensor | DecodeState, float]:
+    """What `run` gives, and its seconds."""
+    begin = time.perf_counter()
+    return run(), time.perf_counter() - begin
+
+
+def measure(model: MAR, task: Task, repeats: int, bf16: bool) -> dict[str, Seconds]:
+    """Seconds of all reveal steps by part, for each way of running them."""
+    models = {"fp32": model}
+    if bf16:
+        models["bf16"] = copy.deepcopy(model)
+        set_matrix_dtype(models["bf16"], torch.bfloat16)
+    totals: dict[str, Seconds] = {name: dict.fromkeys(PARTS, 0.0) for name in models} | {LOOP: {"head": 0.0}}
+    for state, weight in states(model, task):
+        rounds: list[dict[str, Seconds]] = []
+        for _ in range(repeats):
+            rounds.append({name: time_ours(m, task, state) for name, m in models.items()})
+            rounds[-1][LOOP] = {"head": time_reference_head(model, task, state)}
+        for name, total in totals.items():
+            for part in total:
+                total[part] += weight * statistics.median(r[name][part] for r in rounds)
+    return totals
+
+
+def states(model: MAR, task: Task) -> Iterator[tuple[DecodeState, int]]:
+    """The states before the measured steps, in which the tokens of the steps before are random."""
+    count, length = len(task.labels), model.config.tokens
+    tokens = torch.randn(count, length, model.config.token_width)
+    state = start(tokens, all_unknown(count, length), task.sampling.steps, SeededDraws(range(count)))
+    for step in range(state.steps):
+        if step in task.measured:
+            yield state, task.measured[step]
+        unknown = state.unknown.clone()
+        for image in range(count):
+            unknown[image, state.revealed(image)] = False
+        state = replace(state, tokens=tokens.masked_fill(unknown.unsqueeze(-1), 0.0), unknown=unknown, step=step + 1)
+
+
+def time_ours(model: MAR, task: Task, state: DecodeState) -> Seconds:
+    """Seconds of one reveal step; what is neither encoder nor decoder counts as the head."""
+    draws = SeededDraws(range(len(task.labels)))
+    with stopwatch(model) as seconds:
+        after, total = timed(lambda: reveal(model, task.labels, state, task.sampling, task.schedule, draws))
+    assert isinstance(after, DecodeState)
+    assert after.tokens.isfinite().all()
+    return {**seconds, "head": total - sum(seconds.values())}
+
+
+@contextmanager
+def stopwatch(model: MAR) -> Iterator[Seconds]:
+    """Sums up the time of the model's encoder and decoder while it is open."""
+    seconds = {"encoder": 0.0, "decoder": 0.0}
+
+    def watched(part: str, method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: object, **kwargs: object) -> Tensor:
+            result, spent = timed(lambda: method(*args, **kwargs))
+            seconds[part] += spent
+            assert isinstance(result, Tensor)
+            return result
+
+        return call
+
+    model.encode, model.decode = watched("encoder", model.encode), watched("decoder", model.decode)  # type: ignore[method-assign]
+    try:
+        yield seconds
+    finally:
+        del model.encode, model.decode
+
+
+@torch.no_grad()
+def time_reference_head(model: MAR, task: Task, state: DecodeState) -> float:
+    """Seconds of the reference's loop for the tokens of this step, from a share of its diffusion steps."""
+    rows = sum(len(state.revealed(i)) for i in range(len(task.labels)))
+    z = torch.randn(2 * rows, model.config.decoder.width)
+    scale = guidance_scale(task.sampling, state.schedules[0][state.step], model.config.tokens)
+    timesteps = range(len(task.schedule))[::-1][::REFERENCE_SHARE]
+    x, seconds = timed(lambda: reference_loop(model.head, z, task.schedule, scale, timesteps))
+    assert isinstance(x, Tensor)
+    assert x.isfinite().all()
+    return seconds * len(task.schedule) / len(timesteps)
+
+
+def reference_loop(head: DiffusionHead, z: Tensor, schedule: Schedule, scale: float, indices: range) -> Tensor:
+    """Ancestral sampling with all work at every step: both halves of the guidance carry a state and noise of their own.
+
+    Each step embeds its timestep for every row, projects z, computes every layer's shift, scale and gate, and looks its
+    coefficients up for every row.
+    """
+    table = Coefficients.table(schedule)
+    x = torch.randn(len(z) // 2, head.token_width).repeat(2, 1)
+    for index in indices:
+        t = torch.tensor([index] * len(z))
+        output = reference_network(head, x.chunk(2)[0].repeat(2, 1), schedule.timesteps[t], z)
+        predicted, variance = output.chunk(2, dim=-1)
+        conditional, unconditional = predicted.chunk(2)
+        guided = unconditional + scale * (conditional - unconditional)
+        rows = Coefficients(*(row[t].float().unsqueeze(-1).expand_as(x) for row in table))
+        p = reverse(torch.cat([guided.repeat(2, 1), variance], dim=-1), x, rows, "noise", X0_BOUND)
+        noisy = (t != 0).float().unsqueeze(-1)
+        x = p.mean + noisy * (0.5 * p.log_variance).exp() * torch.randn_like(x)
+    return x
+
+
+def reference_network(head: DiffusionHead, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
+    """The head as one network, which activates the condition anew for every layer."""
+    condition = head.time_embed(t) + head.z_embed(z)
+    layers = [*(block.modulation for block in head.blocks), head.final_modulation]
+    return head.denoise(x, [layer(functional.silu(condition)) for layer in layers])
+
+
+def print_settings(options: argparse.Namespace, task: Task, model: MAR) -> None:
+    sampling, images, steps = task.sampling, len(task.labels), sum(task.measured.values())
+    drawn = sum(weight * len(state.revealed(i)) for state, weight in states(model, task) for i in range(images))
+    print(
+        f"{options.model} with random weights, {images} image(s), K={steps}, "
+        f"{sampling.diffusion_steps} diffusion steps, guidance {sampling.guidance} {sampling.guidance_schedule}; "
+        f"{torch.get_num_threads()} thread(s), torch {torch.__version__}\n"
+        f"measured {len(task.measured)} of {steps} reveal steps, standing for {drawn} of "
+        f"{images * model.config.tokens} tokens; medians of {options.repeats}"
+    )
+
+
+def print_table(runs: dict[str, Seconds]) -> None:
+    print(f"\n{'seconds':18}" + "".join(f"{part:>10}" for part in (*PARTS, "all")))
+    for name, parts in runs.items():
+        cells = [f"{parts[part]:10.1f}" if part in parts else f"{'-':>10}" for part in PARTS]
+        total = f"{sum(parts.values()):10.1f}" if len(parts) == len(PARTS) else f"{'-':>10}"
+        print(f"{name:18}" + "".join(cells) + total)
+    theirs, ours = runs[LOOP]["head"], runs["fp32"]
+    total = sum(ours.values())
+    print(f"\nhead, fp32: {theirs / ours['head']:.2f} times sooner than the reference's loop on the same network")
+    print(
+        f"picture, fp32: {(total - ours['head'] + theirs) / total:.2f} times sooner than with that loop and our trunk"
+    )
+
+
+def print_reference(runs: dict[str, Seconds], gflops: float) -> None:
+    """An estimate, not a measurement: the reference's seconds at this machine's speed, and ours at that machine's."""
+    ratio, total = REFERENCE_GFLOPS / gflops, sum(REFERENCE.values())
+    parts = ", ".join(f"{name} {seconds * ratio:.0f}" for name, seconds in REFERENCE.items())
+    print(
+        f"\nEstimates by the speed of the fp32 product alone ({gflops:.0f} GFLOP/s here, {REFERENCE_GFLOPS:.0f} there):"
+    )
+    print(f"the reference, {total:.0f} s there, would take {total * ratio:.0f} s here ({parts});")
+    ours = sum(runs["fp32"].values())
+    print(f"our fp32, {ours:.0f} s here, would take {ours / ratio:.0f} s there.")
+
+
+if __name__ == "__main__":
+    main()
