@@ -1,0 +1,122 @@
+"""Every unknown token is revealed exactly once, and every known one is kept, whatever the grid, K and masks."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import replace
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mar.config import SamplingConfig
+from mar.model.masking import masked_count, random_order, reveal_schedule, split
+from mar.model.tokens import patchify
+from mar.runtime import generator
+from mar.sampling.decode import start
+from mar.sampling.draws import SeededDraws
+from mar.sampling.generate import generate
+from tiny import model, noise
+
+GRIDS = [(1, 1), (4, 4), (2, 6), (6, 4)]
+MODELS = {(grid, patch): model(grid=grid, patch=patch) for grid in GRIDS for patch in (1, 2) if grid[0] % patch == 0}
+
+
+@st.composite
+def masks(draw: st.DrawFn, most: int = 3, tokens: int | None = None) -> Tensor:
+    """(n, L), true where a token is to be generated; images differ."""
+    length = tokens or draw(st.integers(1, 40))
+    rows = st.lists(st.booleans(), min_size=length, max_size=length)
+    return torch.tensor(draw(st.lists(rows, min_size=1, max_size=most)))
+
+
+@given(unknown=st.integers(1, 400), steps=st.integers(1, 500))
+def test_the_schedule_is_the_papers_and_falls_to_nothing(unknown: int, steps: int) -> None:
+    schedule = reveal_schedule(unknown, steps)
+    assert len(schedule) == min(steps, unknown)
+    assert schedule[-1] == 0
+    counts = [unknown, *schedule]
+    assert all(after < before for before, after in zip(counts, counts[1:], strict=False))
+    steps = min(steps, unknown)
+    for k in range(steps - 1):
+        share = math.cos(math.pi * (k + 1) / (2 * steps))
+        assert schedule[k] == max(1, min(counts[k] - 1, math.floor(unknown * share)))
+
+
+def test_nothing_to_reveal_takes_no_step() -> None:
+    assert reveal_schedule(0, 5) == []
+
+
+@given(unknown=masks(), steps=st.integers(1, 60), seed=st.integers(0, 9))
+def test_every_unknown_token_is_revealed_once(unknown: Tensor, steps: int, seed: int) -> None:
+    tokens = noise(*unknown.shape, 2)
+    state = start(tokens, unknown, steps, SeededDraws([seed + i for i in range(len(unknown))]))
+    assert state.steps == min(steps, int(unknown.sum(1).max()))
+    seen: list[Counter[int]] = [Counter() for _ in unknown]
+    for step in range(state.steps + 2):  # and none after the end
+        at = replace(state, step=step)
+        for image, counter in enumerate(seen):
+            positions = at.revealed(image).tolist()
+            assert positions == sorted(positions)
+            counter.update(positions)
+    for counter, mask in zip(seen, unknown, strict=True):
+        assert counter == Counter(mask.nonzero().flatten().tolist())
+
+
+@settings(max_examples=25)
+@given(
+    shape=st.sampled_from(sorted(MODELS)),
+    steps=st.integers(1, 40),
+    guidance=st.sampled_from([1.0, 2.0]),
+    data=st.data(),
+)
+def test_a_generation_keeps_what_is_known(
+    shape: tuple[tuple[int, int], int], steps: int, guidance: float, data: st.DataObject
+) -> None:
+    tiny, ((height, width), patch) = MODELS[shape], shape
+    grid = (height // patch, width // patch)
+    mask = data.draw(masks(tokens=grid[0] * grid[1])).view(-1, *grid)
+    known = noise(len(mask), 2, height, width)
+    sampling = SamplingConfig(steps=steps, diffusion_steps=2, guidance=guidance)
+    labels, seeds = [0, 1, -1][: len(mask)], list(range(len(mask)))
+    hidden, before, given_tokens = mask, None, patchify(known, patch)
+    for revealed in generate(tiny, labels, seeds, sampling, known=known, mask=mask, allow_broken=True):
+        tokens = patchify(revealed.latents, patch)
+        shown = revealed.known.flatten(1)
+        assert torch.equal(tokens[~mask.flatten(1)], given_tokens[~mask.flatten(1)])  # kept, bitwise
+        assert not tokens[~shown].any()  # nothing is said of what is hidden
+        if before is not None:
+            assert torch.equal(tokens[before[1]], before[0][before[1]])  # what is drawn stays
+        now_hidden = ~revealed.known
+        assert not (now_hidden & ~hidden).any()
+        hidden, before = now_hidden, (tokens, shown)
+    assert not hidden.any()
+    assert revealed.step == revealed.steps == min(steps, int(mask.flatten(1).sum(1).max()))
+    assert tokens[mask.flatten(1)].all()  # every generated token has been drawn
+
+
+@given(length=st.integers(1, 60), ratio=st.floats(0.01, 1.0), seed=st.integers(0, 99))
+def test_training_hides_and_shows_every_token_once(length: int, ratio: float, seed: int) -> None:
+    order = torch.stack([random_order(length, generator(seed, i)) for i in range(2)])
+    hidden, visible = split(order, masked_count(length, ratio))
+    assert hidden.shape[1] == math.ceil(length * ratio)
+    assert torch.equal(torch.cat([hidden, visible], 1).sort(1).values, torch.arange(length).expand(2, -1))
+
+
+def test_a_batch_may_hold_a_finished_image() -> None:
+    tiny = MODELS[(4, 4), 1]
+    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
+    mask[1, 0] = True
+    known = noise(2, 2, 4, 4)
+    *_, end = generate(tiny, [0, 1], [0, 1], SamplingConfig(steps=3, diffusion_steps=2), known=known, mask=mask)
+    assert torch.equal(end.latents[0], known[0])
+    assert not torch.equal(end.latents[1], known[1])
+
+
+def test_nothing_to_draw_gives_back_what_is_known() -> None:
+    known, mask = noise(2, 2, 4, 4), torch.zeros(2, 4, 4, dtype=torch.bool)
+    (end,) = generate(MODELS[(4, 4), 1], [0, 1], [0, 1], SamplingConfig(steps=3), known=known, mask=mask)
+    assert torch.equal(end.latents, known)
+    assert (end.step, end.steps, bool(end.known.all())) == (0, 0, True)
