@@ -1,0 +1,270 @@
+"""The documents keep to the code: links, names, commands, snippets and quoted messages are all real."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mar
+from mar import cli, config, presets
+from mar.assets import FASHION_CLASSES, imagenet_classes
+from mar.checkpoint.download import OFFICIAL
+from mar.data.labels import resolve_labels
+from mar.model.mar import MAR
+from mar.pipeline import Pipeline
+from mar.tokenizer import PixelTokenizer
+from mar.zoo import BUNDLED
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAPER = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
+TROUBLE = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+
+LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return [body for kind, body in FENCE.findall(text) if kind == language]
+
+
+def anchor(heading: str) -> str:
+    """A heading's address within its page, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def commands(text: str) -> list[str]:
+    """Every `mar ...` line of a document: in blocks, and between backticks where a verb follows."""
+    lines = [line for block in blocks(text, "sh") for line in block.splitlines()]
+    lines += re.findall(r"`([^`]+)`", FENCE.sub("", text))
+    verbs = "|".join(cli.VERBS)
+    return [line for line in lines if re.match(rf"mar ({verbs})\b", line)]
+
+
+def complete(line: str) -> bool:
+    """Whether a command is given with all that it needs, rather than only named."""
+    words = shlex.split(line, comments=True)
+    return len(words) > 2 or words[1:] in (["demo"], ["info"])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_relative_links_lead_somewhere(document: Path) -> None:
+    text = FENCE.sub("", document.read_text(encoding="utf-8"))
+    for _, target in LINK.findall(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, fragment = target.partition("#")
+        path = document.parent / name if name else document
+        assert path.exists(), f"{document.name} links to {target}"
+        if fragment:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert fragment in [anchor(heading) for heading in headings], f"{document.name} links to {target}"
+
+
+def defined(body: Sequence[ast.stmt], name: str) -> ast.stmt:
+    """The statement that gives a module or a class its `name`. KeyError where none does."""
+    for statement in body:
+        named = statement.target if isinstance(statement, ast.AnnAssign) else statement
+        targets = statement.targets if isinstance(statement, ast.Assign) else [named]
+        if any(name in (getattr(target, "name", None), getattr(target, "id", None)) for target in targets):
+            return statement
+    raise KeyError(name)
+
+
+def test_the_paper_leads_to_code_that_is_there() -> None:
+    """Read, not imported: what needs diffusers takes seconds to import."""
+    links = [(text.strip("`"), target) for text, target in LINK.findall(PAPER) if text.count(".") > 1]
+    assert len(links) > 40
+    for dotted, target in links:
+        path = (ROOT / "docs" / target).resolve()
+        module = ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+        assert dotted.startswith(f"{module}."), f"{dotted} is linked to {target}"
+        body: Sequence[ast.stmt] = ast.parse(path.read_text(encoding="utf-8")).body
+        for name in dotted.removeprefix(f"{module}.").split("."):
+            body = getattr(defined(body, name), "body", [])
+
+
+def test_the_papers_models_have_the_sizes_it_is_said() -> None:
+    from mar.checkpoint.store import model_shapes
+
+    counts = [sum(shape.numel() for shape in model_shapes(c).values()) / 1e6 for c in presets.MODELS.values()]
+    assert ", ".join(f"{count:.1f}" for count in counts[:2]) + f" and {counts[2]:.1f} M" in PAPER
+    fashion = sum(shape.numel() for shape in model_shapes(presets.FASHION.model).values()) / 1e6
+    assert f"{fashion:.1f} million parameters" in README
+
+
+DRY = """
+import importlib, json, shlex, sys
+from mar import cli
+from mar.cli import options
+
+class Parsed(Exception):
+    pass
+
+def parse(kind, verb, arguments, default=None):
+    raise Parsed(options.parse(kind, verb, arguments, default))
+
+real, results = sys.stdout, {}
+sys.stdout = sys.stderr
+for module, _ in cli.VERBS.values():
+    importlib.import_module(module).parse = parse
+for line in json.load(sys.stdin):
+    try:
+        results[line] = {"code": cli.main(shlex.split(line, comments=True)[1:])}
+    except Parsed as parsed:
+        results[line] = {"options": repr(parsed.args[0])}
+    except SystemExit as stopped:
+        results[line] = {"code": stopped.code}
+json.dump(results, real)
+"""
+"""Parses commands and does nothing; in a process of its own, as what tyro takes for a default is not of its type."""
+
+
+@pytest.fixture(scope="module")
+def understood() -> dict[str, dict[str, Any]]:
+    """For every complete command of the README what it was parsed to, or the exit code."""
+    lines = {line: re.sub(r"\b(FOLDER|FILE)\b", "somewhere", line) for line in commands(README) if complete(line)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(mar.__file__).parents[1]), "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-c", DRY],
+        input=json.dumps(list(lines.values())),
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert len(results) > 10
+    return {line: {**results[run], "said": done.stderr} for line, run in lines.items()}
+
+
+def test_every_command_of_the_readme_is_understood(understood: dict[str, dict[str, Any]]) -> None:
+    wrong = [line for line, result in understood.items() if result.get("code", 0) != 0]
+    assert not wrong, next(iter(understood.values()))["said"]
+    assert all("options" in result or "--help" in line for line, result in understood.items())
+
+
+def test_models_and_labels_of_the_readmes_commands_are_there() -> None:
+    samples = [shlex.split(line, comments=True) for line in commands(README) if line.startswith("mar sample ")]
+    samples = [words for words in samples if len(words) > 2]
+    assert len(samples) > 4
+    for words in samples:
+        model = words[2]
+        if "/" in model:
+            continue
+        assert model in (*BUNDLED, *presets.MODELS)
+        after = words[words.index("--labels") + 1 :] if "--labels" in words else []
+        labels = [None if word == "none" else word for word in itertools.takewhile(lambda w: w[0] != "-", after)]
+        names = FASHION_CLASSES if model == "fashion" else imagenet_classes()
+        assert len(resolve_labels(labels, names, len(names))) == len(labels)
+    inits = re.findall(r"--init (\S+)", "\n".join(commands(README)))
+    assert inits
+    assert set(inits) <= set(presets.MODELS)
+
+
+def test_the_readme_shows_every_verb() -> None:
+    shown = {shlex.split(line, comments=True)[1] for line in commands(README)}
+    assert shown == set(cli.VERBS)
+
+
+@pytest.mark.parametrize("text", [README, TROUBLE], ids=["README", "troubleshooting"])
+def test_flags_are_ours_or_the_references(text: str) -> None:
+    """Flags of ours have no underscores; what the left column of the table names is the reference's."""
+    ours = set(flags(config.TrainConfig))
+    ours |= {f"--{part}" for part in ("out", "init", "help", "device", "resume-official", "sampling")}
+    for verb in (name for name in vars(importlib.import_module("mar.cli.draw")) if name.endswith("Options")):
+        ours |= set(flags(getattr(importlib.import_module("mar.cli.draw"), verb)))
+    for module in ("mar.cli.weights", "mar.cli.tokenizers"):
+        for name, kind in vars(importlib.import_module(module)).items():
+            if name.endswith("Options") and dataclasses.is_dataclass(kind):
+                ours |= set(flags(kind))
+    body = "\n".join(line.split("|", 2)[-1] if line.startswith("|") else line for line in text.splitlines())
+    named = set(re.findall(r"(?<![\w-])--[a-z0-9][\w.-]*\w", body))
+    assert len(named) > 10
+    assert not named - ours
+
+
+def flags(kind: Any, prefix: str = "") -> Iterator[str]:
+    """The flags that tyro makes of a dataclass."""
+    for field in dataclasses.fields(kind):
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        name = f"{prefix}{field.name.replace('_', '-')}"
+        if dataclasses.is_dataclass(default):
+            yield from flags(type(default), f"{name}.")
+        else:
+            yield f"--{name}"
+
+
+def test_recipes_and_models_named_are_there() -> None:
+    for text in (README, PAPER, TROUBLE):
+        names = set(re.findall(r"\b(?:mar|imagenet)-(?:base|large|huge)\b", text))
+        assert names <= {*presets.MODELS, *presets.RECIPES}
+    assert {"kl16", *presets.MODELS} == set(OFFICIAL)
+    listed = re.search(r"The first word is a recipe: (.+?);", README, re.DOTALL)
+    assert listed is not None
+    assert set(re.findall(r"`([\w-]+)`", listed[1])) == set(presets.RECIPES)
+
+
+def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a model of the bundled one's shape and classes, tiny and untrained, in its place."""
+    trunk = config.TrunkConfig(width=8, depth=1, heads=1)
+    tiny = dataclasses.replace(
+        presets.FASHION.model, encoder=trunk, decoder=trunk, head=config.HeadConfig(8, 1, prediction="v"), buffer=2
+    )
+    sampling = config.SamplingConfig(steps=2, diffusion_steps=2, x0_bound=1.0)
+
+    def load(name: str) -> Pipeline:
+        assert name in BUNDLED
+        return Pipeline(MAR(tiny), PixelTokenizer(1, 0.0, 1.0), classes=FASHION_CLASSES, sampling=sampling)
+
+    monkeypatch.setattr(mar, "load", load, raising=False)
+    monkeypatch.chdir(tmp_path)
+    snippets = blocks(README, "python")
+    assert snippets[0].count("\n") == 3, "the README starts with three lines of Python"
+    names: dict[str, Any] = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), names)
+    assert len(names["images"]) == 4
+    assert len(list(tmp_path.glob("*-of-2.png"))) == 2
+    kept, other = names["images"][0].crop((0, 0, 28, 16)), names["other"][0].crop((0, 0, 28, 16))
+    assert max(abs(a - b) for a, b in zip(kept.tobytes(), other.tobytes(), strict=True)) <= 1
+
+
+def messages() -> Iterator[str]:
+    """The fixed parts of every string in the code."""
+    for path in (ROOT / "src/mar").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value.strip()) >= 8:
+                yield " ".join(node.value.split())
+
+
+def test_quoted_messages_are_those_of_the_code() -> None:
+    """What is left of a quotation, once the code's own words are taken out, is names and numbers."""
+    fixed = sorted(set(messages()), key=len, reverse=True)
+    quotations = re.findall(r"(?:^> .*\n)+", TROUBLE, re.MULTILINE)
+    assert len(quotations) > 10
+    for quotation in quotations:
+        text = " ".join(line.removeprefix("> ") for line in quotation.splitlines())
+        left = text
+        for part in fixed:
+            left = left.replace(part, "")
+        assert len(left) < 0.4 * len(text), f"no message of the code says: {text} (unknown: {left})"
+
+
+def test_no_figure_is_left_open() -> None:
+    assert re.findall(r"<!-- figure: ([\w-]+) -->", README) == []
