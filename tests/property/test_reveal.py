@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import model, noise
 from torch import Tensor
 
 from mar.config import SamplingConfig
@@ -18,7 +20,6 @@ from mar.runtime import generator
 from mar.sampling.decode import start
 from mar.sampling.draws import SeededDraws
 from mar.sampling.generate import generate
-from tiny import model, noise
 
 GRIDS = [(1, 1), (4, 4), (2, 6), (6, 4)]
 MODELS = {(grid, patch): model(grid=grid, patch=patch) for grid in GRIDS for patch in (1, 2) if grid[0] % patch == 0}
@@ -38,7 +39,7 @@ def test_the_schedule_is_the_papers_and_falls_to_nothing(unknown: int, steps: in
     assert len(schedule) == min(steps, unknown)
     assert schedule[-1] == 0
     counts = [unknown, *schedule]
-    assert all(after < before for before, after in zip(counts, counts[1:], strict=False))
+    assert all(after < before for before, after in pairwise(counts))
     steps = min(steps, unknown)
     for k in range(steps - 1):
         share = math.cos(math.pi * (k + 1) / (2 * steps))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import noise
 
 from mar.model.tokens import patchify, put, take, unpatchify
-from tiny import noise
 
 SIDES = st.integers(1, 5)
 

@@ -1,0 +1,96 @@
+"""A config is what its JSON says, for any config that can be."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mar.config import (
+    ConfigError,
+    GuidanceSchedule,
+    HeadConfig,
+    ModelConfig,
+    Precision,
+    Prediction,
+    SamplingConfig,
+    TrainConfig,
+    TrunkConfig,
+    from_dict,
+    to_dict,
+)
+
+COUNT = st.integers(1, 5000)
+NOT_NEGATIVE = st.integers(0, 10**9)
+FRACTION = st.floats(0, 1, exclude_max=True)
+POSITIVE = st.floats(1e-9, 1e6)
+
+TRUNKS = st.builds(
+    lambda heads, per_head, depth, ratio: TrunkConfig(heads * per_head, depth, heads, ratio),
+    st.integers(1, 20), st.integers(1, 128), COUNT, st.floats(0.1, 10),
+)  # fmt: skip
+HEADS = st.builds(HeadConfig, COUNT, COUNT, COUNT, st.sampled_from(get_args(Prediction)), COUNT)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> ModelConfig:
+    patch = draw(st.integers(1, 8))
+    grid = (patch * draw(st.integers(1, 64)), patch * draw(st.integers(1, 64)))
+    return ModelConfig(
+        draw(COUNT), grid, patch, draw(TRUNKS), draw(TRUNKS), draw(HEADS), draw(COUNT), draw(st.integers(0, 2000)),
+        draw(FRACTION), draw(FRACTION), draw(FRACTION), draw(st.floats(0.01, 1)),
+    )  # fmt: skip
+
+
+SAMPLINGS = st.builds(
+    SamplingConfig, COUNT, COUNT, st.floats(0, 20), st.sampled_from(get_args(GuidanceSchedule)), st.floats(0, 5),
+    st.none() | POSITIVE,
+)  # fmt: skip
+
+
+@st.composite
+def runs(draw: st.DrawFn) -> TrainConfig:
+    model = draw(models())
+    drawn = draw(SAMPLINGS)
+    guidance = drawn.guidance if model.guidable else 1.0
+    steps = min(drawn.diffusion_steps, model.head.diffusion_steps)
+    sampling = SamplingConfig(drawn.steps, steps, guidance, drawn.guidance_schedule, drawn.temperature, drawn.x0_bound)
+    return TrainConfig(
+        model, sampling, draw(st.text()), draw(st.text()), draw(COUNT), draw(COUNT), draw(POSITIVE),
+        *(draw(NOT_NEGATIVE) for _ in range(2)), draw(FRACTION), draw(FRACTION), draw(FRACTION), draw(POSITIVE),
+        draw(FRACTION), draw(st.sampled_from(get_args(Precision))), draw(st.none() | st.booleans()),
+        draw(st.integers()), draw(NOT_NEGATIVE), draw(COUNT), draw(COUNT), draw(NOT_NEGATIVE), draw(COUNT),
+        draw(st.none() | st.text()),
+    )  # fmt: skip
+
+
+@settings(max_examples=30)
+@given(config=TRUNKS | HEADS | models() | SAMPLINGS | runs())
+def test_json_and_back(config: Any) -> None:
+    text = json.dumps(to_dict(config))
+    assert from_dict(type(config), json.loads(text)) == config
+
+
+@settings(max_examples=10)
+@given(config=runs(), name=st.text(st.characters(categories=["L"]), min_size=1).map(lambda name: f"x_{name}"))
+def test_a_field_of_another_version_is_refused_by_name(config: TrainConfig, name: str) -> None:
+    values = to_dict(config)
+    for place in (values, values["model"], values["model"]["decoder"], values["model"]["head"], values["sampling"]):
+        place[name] = 1
+        with pytest.raises(ConfigError, match=f"has no field {name}"):
+            from_dict(TrainConfig, values)
+        del place[name]
+    assert from_dict(TrainConfig, values) == config
+
+
+@settings(max_examples=10)
+@given(config=models())
+def test_missing_fields_keep_their_defaults(config: ModelConfig) -> None:
+    values = to_dict(config)
+    del values["buffer"], values["head"]["width"]
+    read = from_dict(ModelConfig, values)
+    assert (read.buffer, read.head.width) == (ModelConfig().buffer, HeadConfig().width)
+    assert (read.grid, read.head.depth) == (config.grid, config.head.depth)
