@@ -49,7 +49,7 @@ def anchor(heading: str) -> str:
 
 def commands(text: str) -> list[str]:
     """Every `mar ...` line of a document: in blocks, and between backticks where a verb follows."""
-    lines = [line for block in blocks(text, "sh") for line in block.splitlines()]
+    lines = [line for block in blocks(text, "sh") for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`([^`]+)`", FENCE.sub("", text))
     verbs = "|".join(cli.VERBS)
     return [line for line in lines if re.match(rf"mar ({verbs})\b", line)]
