@@ -156,7 +156,9 @@ class SamplingConfig:
             self.guidance_schedule in typing.get_args(GuidanceSchedule),
             f"guidance_schedule is {self.guidance_schedule!r}, but it must be linear or constant",
         )
-        _require(math.isfinite(self.temperature) and self.temperature >= 0, f"temperature is {self.temperature}, not >= 0")
+        _require(
+            math.isfinite(self.temperature) and self.temperature >= 0, f"temperature is {self.temperature}, not >= 0"
+        )
         _require(self.x0_bound is None or self.x0_bound > 0, f"x0_bound is {self.x0_bound}, but it must be positive")
 
     def check(self, model: ModelConfig) -> None:

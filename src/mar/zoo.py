@@ -27,9 +27,7 @@ _TORCH_FILES = (".pth", ".ckpt", ".pt")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def load(
-    name: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32
-) -> Pipeline:
+def load(name: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> Pipeline:
     """The model called `name`, ready to draw: `load("fashion").sample(labels=["dress"])`.
 
     `name` is a bundled model (fashion), an official one (mar-base, mar-large, mar-huge, after `mar download`), a folder
@@ -48,7 +46,9 @@ def _open(name: str) -> Pipeline:
         return _official(name)
     if path.is_dir():
         if not (path / WEIGHTS_FILE).is_file():
-            raise CheckpointError(f"{path} has no {WEIGHTS_FILE}: a folder that `mar train` or save_pretrained wrote does")
+            raise CheckpointError(
+                f"{path} has no {WEIGHTS_FILE}: a folder that `mar train` or save_pretrained wrote does"
+            )
         return Pipeline.open(path / WEIGHTS_FILE)
     if path.suffix in _TORCH_FILES and path.is_file():
         return import_official(path, kl16_path(path.parent))
@@ -57,7 +57,9 @@ def _open(name: str) -> Pipeline:
     if _REPOSITORY.fullmatch(name) and not path.suffix:
         return _from_hub(name)
     known = ", ".join((*BUNDLED, *MODELS))
-    raise CheckpointError(f"there is no model {name!r}: expected {known}, a file, a folder, or a Hub repository owner/name")
+    raise CheckpointError(
+        f"there is no model {name!r}: expected {known}, a file, a folder, or a Hub repository owner/name"
+    )
 
 
 def _official(name: str) -> Pipeline:

@@ -37,8 +37,6 @@ BOUND = 1e-4
 ROUNDING = 3e-7
 """Relative error of a float32 condition: what golden and our conditions are away from float64's, root mean square."""
 
-LERP = pytest.mark.xfail(reason="GuidedHead guides by torch.lerp, which rounds otherwise than u + s (c - u)")
-
 
 class RecordedDraws:
     """The reference's draws of a case: per reveal step one for the start and one for each diffusion step."""
@@ -169,7 +167,7 @@ def run(model: MAR, case: str, golden_steps: int) -> Tensor:
 @pytest.mark.usefixtures("recorded_kernels")
 @pytest.mark.parametrize(
     ("case", "golden_steps"),
-    [("plain", 2), pytest.param("linear", 0, marks=LERP), pytest.param("constant", 0, marks=LERP)],
+    [("plain", 2), ("linear", 0), ("constant", 0)],
 )
 def test_latents_on_the_kernels_of_the_recording(model: MAR, case: str, golden_steps: int) -> None:
     # `plain` starts behind its second step: the recording's two threads split its six rows in an order of their own.

@@ -66,6 +66,15 @@ def write_atomically(path: Path, write: Callable[[Path], None], needed: int = 0)
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """`write_atomically` for a small text file."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
 def flush(path: Path) -> None:
     """Waits until a file, or a folder's list of names, is on the disk."""
     if os.name == "nt" and path.is_dir():  # folders can't be opened there

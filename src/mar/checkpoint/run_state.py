@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 
 from mar.checkpoint import state_tree
-from mar.checkpoint.files import CheckpointError, cannot_write, flush, require_room, write_atomically
+from mar.checkpoint.files import CheckpointError, cannot_write, flush, require_room, write_text
 from mar.checkpoint.table_of_contents import SafeReader, read_contents
 
 logger = logging.getLogger(__name__)
@@ -118,12 +118,11 @@ class RunState:
 
     def _finish(self, temporary: Path, final: Path, tree: Any, keep: int) -> None:
         for name, values in (("state.json", tree), ("config.json", self.config)):
-            text = json.dumps(values, indent=1)
-            write_atomically(temporary / name, lambda path, text=text: _write(path, text))  # type: ignore[misc]
+            write_text(temporary / name, json.dumps(values, indent=1))
         flush(temporary)
         _move(temporary, final)
         flush(self.folder)
-        write_atomically(self.folder / "latest", lambda path: _write(path, final.name + "\n"))
+        write_text(self.folder / "latest", final.name + "\n")
         older = [path for path in self.states() if path != final]
         for path in older[: max(0, len(older) - (keep - 1))]:
             # renamed first, so that a half removed state is never taken for a whole one
@@ -208,10 +207,6 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} can't be read ({error})") from error
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _distributed() -> bool:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mar.checkpoint.files import write_atomically
+from mar.checkpoint.files import write_text
 from mar.tokenizer import Tokenizer
 
 STATISTICS_FILE = "mar_statistics.json"
@@ -46,11 +46,7 @@ def save_statistics(tokenizer: Tokenizer, folder: str | Path) -> Path:
     """Writes the statistics beside an autoencoder in diffusers' format, where `load_tokenizer` finds them."""
     path = Path(folder, STATISTICS_FILE)
     text = json.dumps({"mean": tokenizer.mean.tolist(), "std": tokenizer.std.tolist()}, indent=1)
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-    write_atomically(path, write)
+    write_text(path, text + "\n")
     return path
 
 

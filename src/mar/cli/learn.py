@@ -35,7 +35,7 @@ def train(arguments: Sequence[str]) -> int:
     """`mar train [RECIPE]`."""
     named = bool(arguments) and not arguments[0].startswith("-")
     name = arguments[0] if named else "fashion"
-    default = TrainOptions(tyro.MISSING, recipe(name))  # type: ignore[arg-type]
+    default = TrainOptions(tyro.MISSING, recipe(name))
     rest = list(arguments[1:] if named else arguments)
     if "-h" in rest or "--help" in rest:
         print(f"mar train [RECIPE] --out FOLDER ...    recipes: {', '.join(RECIPES)}; shown: {name}\n")
@@ -50,9 +50,7 @@ def train(arguments: Sequence[str]) -> int:
     needs = estimate(options.config)
     print(needs.text(), file=sys.stderr)
     needs.check_disk(options.out)
-    run = open_run(
-        options.config, options.out, device=device, load_tokenizer=zoo.load_tokenizer, load_model=zoo.load
-    )
+    run = open_run(options.config, options.out, device=device, load_tokenizer=zoo.load_tokenizer, load_model=zoo.load)
     if options.resume_official is not None:
         if run.progress.images:
             raise ConfigError(f"{options.out} has gone on already; leave --resume-official out to go on with it")

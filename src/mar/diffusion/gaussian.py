@@ -80,16 +80,23 @@ def reverse(
 ) -> Reverse:
     """The reverse step from the network's output; `x0_bound` clips the predicted clean token."""
     predicted, variance = output.chunk(2, dim=-1)
-    if prediction == "v":
-        x0 = c.signal * x - c.noise * predicted
-    else:  # factors up to 20,000: the order of roundings is the reference's, or its numbers are not reached
-        x0 = c.per_signal * x - c.noise_per_signal * predicted
+    x0 = clean(predicted, x, c, prediction)
     if x0_bound is not None:
         x0 = x0.clamp(-x0_bound, x0_bound)
     # improved DDPM, equation 15: between the posterior variance (v = -1) and beta (v = 1), in log space
     fraction = (variance + 1) / 2
     log_variance = fraction * c.log_beta + (1 - fraction) * c.posterior_log_variance
     return Reverse(x0, c.mean_x0 * x0 + c.mean_xt * x, log_variance)
+
+
+def clean(
+    predicted: Float[Tensor, "r d"], x: Float[Tensor, "r d"], c: Coefficients, prediction: Prediction
+) -> Float[Tensor, "r d"]:
+    """x_0 from what the network predicts."""
+    if prediction == "v":
+        return c.signal * x - c.noise * predicted
+    # factors up to 20,000: roundings are made in the reference's order, or its numbers are not reached
+    return c.per_signal * x - c.noise_per_signal * predicted
 
 
 def target(

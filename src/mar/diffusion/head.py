@@ -3,13 +3,15 @@
 Source: paper, section 3.2 and appendix A ("Denoising MLP"). Letters of shapes: ... any leading dimensions, d values of
 a token, f width of z, w width of the head.
 
-What does not depend on the noisy token is a call of its own: `condition` (from timestep and z) and `modulations` (shift,
-scale and gate of every layer, 62% of the arithmetic), so that a sampler computes them for many steps in one product.
+What does not depend on the noisy token is a call of its own: `condition` (from timestep and z) and `modulations`
+(shift, scale and gate of every layer, 62% of the arithmetic), so that a sampler computes them for many steps in one
+product.
 """
 
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -83,7 +85,7 @@ class DiffusionHead(nn.Module):
                 nn.init.zeros_(module.bias)
         for layer in (self.time_embed.fc1, self.time_embed.fc2):
             nn.init.normal_(layer.weight, std=0.02)
-        for layer in (*(block.modulation for block in self.blocks), self.final_modulation, self.output):
+        for layer in (*self.modulation_layers(), self.output):
             nn.init.zeros_(layer.weight)
 
     def forward(
@@ -108,7 +110,11 @@ class DiffusionHead(nn.Module):
 
     def modulations(self, condition: Float[Tensor, "... w"]) -> Modulations:
         """Shift, scale and gate of every layer."""
-        return [block.modulation(condition) for block in self.blocks] + [self.final_modulation(condition)]
+        return [layer(condition) for layer in self.modulation_layers()]
+
+    def modulation_layers(self) -> list[Linear]:
+        """The layers that compute them: of each block, and the last."""
+        return [cast(ResidualBlock, block).modulation for block in self.blocks] + [self.final_modulation]
 
     def denoise(self, x: Float[Tensor, "... d"], modulations: Modulations) -> Float[Tensor, "... two_d"]:
         """The part that depends on the noisy tokens x."""

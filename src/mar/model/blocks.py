@@ -26,9 +26,7 @@ class Attention(nn.Module):
         self.out = Linear(width, width)
         self.dropout = nn.Dropout(projection_dropout)
 
-    def forward(
-        self, x: Float[Tensor, "n s e"], keys: Bool[Tensor, "n 1 1 s"] | None = None
-    ) -> Float[Tensor, "n s e"]:
+    def forward(self, x: Float[Tensor, "n s e"], keys: Bool[Tensor, "n 1 1 s"] | None = None) -> Float[Tensor, "n s e"]:
         """`keys` says which tokens may be attended to (all where None)."""
         n, s, e = x.shape
         q, k, v = self.qkv(x).view(n, s, 3, self.heads, e // self.heads).permute(2, 0, 3, 1, 4)
@@ -51,9 +49,7 @@ class Block(nn.Module):
         self.fc2 = Linear(hidden, trunk.width)
         self.dropout = nn.Dropout(projection_dropout)
 
-    def forward(
-        self, x: Float[Tensor, "n s e"], keys: Bool[Tensor, "n 1 1 s"] | None = None
-    ) -> Float[Tensor, "n s e"]:
+    def forward(self, x: Float[Tensor, "n s e"], keys: Bool[Tensor, "n 1 1 s"] | None = None) -> Float[Tensor, "n s e"]:
         x = x + self.attention(self.norm1(x), keys)
         hidden = self.dropout(functional.gelu(self.fc1(self.norm2(x))))
         return x + self.dropout(self.fc2(hidden))

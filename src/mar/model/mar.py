@@ -53,7 +53,7 @@ class MAR(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        embeddings = [self.null_class, self.mask_token]
+        embeddings: list[Tensor] = [self.null_class, self.mask_token]
         embeddings += [self.encoder_position, self.decoder_position, self.diffusion_position]
         if self.class_embed is not None:
             embeddings.append(self.class_embed.weight)
@@ -99,9 +99,7 @@ class MAR(nn.Module):
         encoded: Tensor = self.encoder_norm(x)
         return encoded
 
-    def decode(
-        self, encoded: Float[Tensor, "n s e"], visible: Int[Tensor, "n v"]
-    ) -> Float[Tensor, "n L f"]:
+    def decode(self, encoded: Float[Tensor, "n s e"], visible: Int[Tensor, "n v"]) -> Float[Tensor, "n L f"]:
         """Fills in mask tokens at hidden positions, and gives every position its condition z."""
         buffer, length = self.config.buffer, self.config.tokens
         x = self.decoder_embed(encoded)

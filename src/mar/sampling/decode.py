@@ -51,9 +51,7 @@ class DecodeState:
         return self.orders[image][schedule[self.step] : before].sort().values
 
 
-def start(
-    tokens: Float[Tensor, "n L d"], unknown: Bool[Tensor, "n L"], steps: int, draws: Draws
-) -> DecodeState:
+def start(tokens: Float[Tensor, "n L d"], unknown: Bool[Tensor, "n L"], steps: int, draws: Draws) -> DecodeState:
     """The state before the first step: `tokens` are kept where `unknown` is false."""
     unknown = unknown.cpu()
     orders = tuple(unknown_order(draws.order(i, unknown.shape[1]), mask) for i, mask in enumerate(unknown))

@@ -60,10 +60,10 @@ def generate(
     rows, columns = config.grid[0] // config.patch, config.grid[1] // config.patch
     tokens, unknown = _known_tokens(model, len(labels), known, mask)
     draws = draws if draws is not None else SeededDraws(seeds)
-    state = start(tokens.to(device), unknown, sampling.steps, draws)
-    if not state.steps:
-        yield _revealed(model, state, (rows, columns))
-    for state in decode(model, as_labels(labels, device), state, sampling, draws):
+    first = start(tokens.to(device), unknown, sampling.steps, draws)
+    if not first.steps:
+        yield _revealed(model, first, (rows, columns))
+    for state in decode(model, as_labels(labels, device), first, sampling, draws):
         if not allow_broken:
             check(state, unknown, sampling, model)
         yield _revealed(model, state, (rows, columns))
@@ -74,9 +74,7 @@ def _revealed(model: MAR, state: DecodeState, grid: tuple[int, int]) -> Revealed
     return Revealed(state.step, state.steps, latents, ~state.unknown.view(-1, *grid))
 
 
-def _known_tokens(
-    model: MAR, count: int, known: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _known_tokens(model: MAR, count: int, known: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     config = model.config
     if known is None and mask is None:
         return torch.zeros(count, config.tokens, config.token_width), all_unknown(count, config.tokens)
@@ -87,7 +85,9 @@ def _known_tokens(
         raise ValueError(f"known latents: got shape {tuple(known.shape)}, expected {expected}")
     grid = (config.grid[0] // config.patch, config.grid[1] // config.patch)
     if mask.shape != (count, *grid) or mask.dtype != torch.bool:
-        raise ValueError(f"mask: got {tuple(mask.shape)} of {mask.dtype}, expected {(count, *grid)} of bool, one a token")
+        raise ValueError(
+            f"mask: got {tuple(mask.shape)} of {mask.dtype}, expected {(count, *grid)} of bool, one a token"
+        )
     return patchify(known.float(), config.patch), mask.flatten(1)
 
 
@@ -107,7 +107,9 @@ def check(state: DecodeState, generated: Bool[Tensor, "n L"], sampling: Sampling
     if not bool(broken.any()):
         return
     image = int(broken.nonzero()[0])
-    what = f"a standard deviation of {float(spread[image]):,.1f} where pictures have 1" if finite[image] else "no numbers"
+    what = (
+        f"a standard deviation of {float(spread[image]):,.1f} where pictures have 1" if finite[image] else "no numbers"
+    )
     raise BrokenLatents(
         f"image {image} is broken at reveal step {state.step} of {state.steps}: its latents have {what}. "
         + _remedy(sampling, model)

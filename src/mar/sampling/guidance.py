@@ -52,7 +52,7 @@ class GuidedHead:
         self.ready: Modulations = []
 
     def modulations(self, index: int) -> Modulations:
-        """Those of one diffusion step, computed for a chunk of steps at once; steps are asked for from last to first."""
+        """Those of one diffusion step, computed for a chunk of steps at once; steps come from last to first."""
         if not self.first <= index < self.end:
             self.first, self.end = max(0, index + 1 - self.chunk), index + 1
             times = self.times[self.first : self.end]
@@ -69,4 +69,4 @@ class GuidedHead:
         ).chunk(2)
         predicted, variance = conditional.chunk(2, dim=-1)
         base = unconditional[:, : predicted.shape[-1]]
-        return torch.cat([torch.lerp(base, predicted, self.scale), variance], dim=-1)
+        return torch.cat([base + self.scale * (predicted - base), variance], dim=-1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class EMA:
@@ -23,5 +23,5 @@ class EMA:
     def update(self, model: nn.Module, steps: int) -> None:
         """Takes in the weights after `steps` steps."""
         decay = min(self.decay, (1 + steps) / (10 + steps))
-        averages = list(self.model.parameters())
+        averages: list[Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(averages, [p.detach() for p in model.parameters()], 1 - decay)

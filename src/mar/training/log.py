@@ -52,7 +52,7 @@ class RunLog:
             file.write(json.dumps({"images": images, **numbers}) + "\n")
         for name, number in numbers.items():
             if isinstance(number, int | float):
-                self.board.add_scalar(name, number, images)  # type: ignore[no-untyped-call]
+                self.board.add_scalar(name, number, images)
         if not sys.stderr.isatty() and "loss" in numbers:
             print(self._line(images, numbers), file=sys.stderr, flush=True)
 
@@ -75,4 +75,4 @@ class RunLog:
     def close(self) -> None:
         """Ends the bar and writes out what TensorBoard holds back."""
         self.progress.stop()
-        self.board.close()  # type: ignore[no-untyped-call]
+        self.board.close()

@@ -156,7 +156,7 @@ def step(run: Run, batch: Batch) -> tuple[float, float]:
     with autocast(run.device, config.precision):
         loss: Tensor = run.loss(latents, batch.labels.to(run.device), draws)
     run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
     finite = bool((loss.isfinite() & norm.isfinite()).item())
     if finite:

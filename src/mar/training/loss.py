@@ -53,9 +53,7 @@ def draw_step(config: ModelConfig, seed: int, step: int, positions: Sequence[int
         drops.append(torch.rand((), generator=generator) < config.label_drop)
         timesteps.append(torch.randint(config.head.diffusion_steps, (k, masked), generator=generator))
         noises.append(torch.randn(k, masked, config.token_width, generator=generator))
-    return StepDraws(
-        torch.stack(orders), masked, torch.stack(drops), torch.stack(timesteps, 1), torch.stack(noises, 1)
-    )
+    return StepDraws(torch.stack(orders), masked, torch.stack(drops), torch.stack(timesteps, 1), torch.stack(noises, 1))
 
 
 class DiffusionLoss(nn.Module):

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from mar import runtime
 from mar.checkpoint import official
-from mar.checkpoint.files import write_atomically
+from mar.checkpoint.files import write_text
 from mar.config import ConfigError, TrainConfig, to_dict
 from mar.data.loader import in_order
 from mar.data.sources import Source, open_source
@@ -61,8 +60,7 @@ def open_run(
     run.resume()
     if runtime.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(to_dict(config), indent=1)
-        write_atomically(folder / RUN_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(folder / RUN_FILE, json.dumps(to_dict(config), indent=1))
     return run
 
 
