@@ -60,7 +60,7 @@ class TrunkConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The diffusion head: an MLP that draws one token given its condition z (paper, section 3.2 and appendix A)."""
+    """The diffusion head: an MLP that draws one token given its condition z (paper, sections 3.2 and 4.1)."""
 
     width: int = 1024
     """Features of the MLP."""

@@ -22,8 +22,8 @@ class TrainOptions:
     The same command goes on where a run stopped.
     """
 
-    out: Path
-    """Folder of the run."""
+    out: Path | None = None
+    """Folder of the run; by default runs/ and the name of the recipe."""
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
@@ -35,11 +35,12 @@ def train(arguments: Sequence[str]) -> int:
     """`mar train [RECIPE]`."""
     named = bool(arguments) and not arguments[0].startswith("-")
     name = arguments[0] if named else "fashion"
-    default = TrainOptions(tyro.MISSING, recipe(name))
+    default = TrainOptions(Path("runs", name), recipe(name))
     rest = list(arguments[1:] if named else arguments)
     if "-h" in rest or "--help" in rest:
         print(f"mar train [RECIPE] --out FOLDER ...    recipes: {', '.join(RECIPES)}; shown: {name}\n")
     options = parse(TrainOptions, f"train {name}", rest, default)
+    folder = options.out or Path("runs", name)
     from mar import runtime, zoo
     from mar.training.estimate import estimate
     from mar.training.log import RunLog
@@ -49,11 +50,11 @@ def train(arguments: Sequence[str]) -> int:
     device = runtime.choose_device(options.device)
     needs = estimate(options.config)
     print(needs.text(), file=sys.stderr)
-    needs.check_disk(options.out)
-    run = open_run(options.config, options.out, device=device, load_tokenizer=zoo.load_tokenizer, load_model=zoo.load)
+    needs.check_disk(folder)
+    run = open_run(options.config, folder, device=device, load_tokenizer=zoo.load_tokenizer, load_model=zoo.load)
     if options.resume_official is not None:
         if run.progress.images:
-            raise ConfigError(f"{options.out} has gone on already; leave --resume-official out to go on with it")
+            raise ConfigError(f"{folder} has gone on already; leave --resume-official out to go on with it")
         adopt_official(run, options.resume_official)
     log = RunLog(run.folder, options.config.images, run.progress.images)
     run.on_snapshot = lambda at: snapshot(at, log)
@@ -69,5 +70,5 @@ def train(arguments: Sequence[str]) -> int:
         print(f"{run.progress.skipped_steps} steps were skipped: loss or gradient was not finite", file=sys.stderr)
     if log.skipped_pictures:
         print(f"{len(log.skipped_pictures)} pictures could not be read and were skipped", file=sys.stderr)
-    print(f"{options.out / 'model.safetensors'} (EMA) and model-raw.safetensors; draw: mar sample {options.out}")
+    print(f"{folder / 'model.safetensors'} (EMA) and model-raw.safetensors; draw: mar sample {folder}")
     return 0

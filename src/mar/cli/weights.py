@@ -59,8 +59,8 @@ def convert(arguments: Sequence[str]) -> int:
 class DownloadOptions:
     """Fetches official files; goes on where it stopped; checks size and sha256."""
 
-    names: Annotated[tuple[OfficialName, ...], tyro.conf.Positional]
-    """kl16 (254 MiB), mar-base (1.6 GiB), mar-large (3.6 GiB), mar-huge (7.0 GiB)."""
+    names: Annotated[tuple[OfficialName | Literal["all"], ...], tyro.conf.Positional]
+    """all, or some of kl16 (254 MiB), mar-base (1.6 GiB), mar-large (3.6 GiB), mar-huge (7.0 GiB)."""
     to: Path | None = None
     """Folder; by default MAR_HOME or ~/.cache/mar, where `mar sample mar-base` looks."""
 
@@ -72,7 +72,7 @@ def download(arguments: Sequence[str]) -> int:
 
     if not options.names:
         raise ValueError(f"nothing to download: name some of {', '.join(OFFICIAL)}")
-    for name in options.names:
+    for name in OFFICIAL if "all" in options.names else options.names:
         with progress_bar(name) as progress:
             path = fetch(OFFICIAL[name], options.to, progress=progress)
         print(path)

@@ -1,6 +1,6 @@
 """The diffusion head: a small MLP with adaptive layer norm that denoises one token, given its condition z.
 
-Source: paper, section 3.2 and appendix A ("Denoising MLP"). Letters of shapes: ... any leading dimensions, d values of
+Source: paper, sections 3.2 and 4.1 ("Denoising MLP"). Letters of shapes: ... any leading dimensions, d values of
 a token, f width of z, w width of the head.
 
 What does not depend on the noisy token is a call of its own: `condition` (from timestep and z) and `modulations`

@@ -1,6 +1,6 @@
 """The noise schedule of the diffusion head, in float64: cosine betas, respaced to fewer steps.
 
-Source: improved DDPM (arXiv 2102.09672), equations 17 and 10 (posterior variance); the paper's appendix A.
+Source: improved DDPM (arXiv 2102.09672), equations 17 and 10 (posterior variance); the paper's section 4.1.
 """
 
 from __future__ import annotations

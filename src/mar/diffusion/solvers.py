@@ -29,7 +29,7 @@ def ancestral(
 ) -> Float[Tensor, "r d"]:
     """DDPM's algorithm 2: from noise[0] to clean tokens, with noise[j] added after the j-th step.
 
-    The temperature is the factor of the noise of each step (paper, section 4.3), not of the first noise.
+    The temperature is the factor of the noise of each step (paper, section 3.2), not of the first noise.
     """
     coefficients = Coefficients.table(schedule).T.tolist()
     x = noise[0]

@@ -1,6 +1,6 @@
 """MAR: an encoder of the visible tokens, a decoder of all, a condition z per token, and the head that draws tokens.
 
-Source: paper (arXiv 2406.11838), section 3.3 and figure 4. Letters of shapes: n images, L tokens, d values of a token,
+Source: paper (arXiv 2406.11838), section 3.4 and figure 2b. Letters of shapes: n images, L tokens, d values of a token,
 b buffer tokens, v visible tokens, s = b + v, e encoder width, f decoder width.
 """
 

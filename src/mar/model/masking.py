@@ -18,7 +18,10 @@ def random_order(length: int, generator: torch.Generator) -> Int[Tensor, " L"]:
 
 
 def draw_mask_ratio(minimum: float, generator: torch.Generator) -> float:
-    """One draw of a normal(1, 0.25) truncated to [minimum, 1] (paper, section 4.2), by inverting its CDF."""
+    """One draw of a normal(1, 0.25) truncated to [minimum, 1], by inverting its CDF.
+
+    The range is the paper's (section 4.2), the distribution that of the released code.
+    """
     if minimum >= 1:
         return 1.0
     normal = torch.distributions.Normal(1.0, 0.25)
@@ -38,7 +41,7 @@ def split(order: Int[Tensor, "n L"], masked: int) -> tuple[Int[Tensor, "n m"], I
 
 
 def reveal_schedule(unknown: int, steps: int) -> list[int]:
-    """How many tokens stay hidden after each step (MaskGIT's cosine; paper, section 4.3).
+    """How many tokens stay hidden after each step (MaskGIT's cosine; paper, section 4.2).
 
     n_k = max(1, min(n_{k-1} - 1, floor(M cos(pi/2 (k+1)/K)))), and 0 after the last step, which draws all that are
     left. Every step reveals at least one token, so that K > M means K = M; without unknown tokens there is no step.

@@ -1,6 +1,6 @@
 """Generation as a function over an explicit state: reveal tokens step by step until none is hidden.
 
-Source: paper, section 3.3 (figure 4) and section 4.3. Letters of shapes: n images, L tokens, d values of a token,
+Source: paper, section 3.4 (equation 3, figure 3c) and 4.2. Letters of shapes: n images, L tokens, d values of a token,
 v visible tokens, r rows (tokens revealed in this step, row-major over image and position).
 """
 

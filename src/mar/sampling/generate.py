@@ -88,7 +88,7 @@ def _known_tokens(model: MAR, count: int, known: Tensor | None, mask: Tensor | N
         raise ValueError(
             f"mask: got {tuple(mask.shape)} of {mask.dtype}, expected {(count, *grid)} of bool, one a token"
         )
-    return patchify(known.float(), config.patch), mask.flatten(1)
+    return patchify(known.float(), config.patch), mask.flatten(1).cpu()
 
 
 def check(state: DecodeState, generated: Bool[Tensor, "n L"], sampling: SamplingConfig, model: MAR) -> None:

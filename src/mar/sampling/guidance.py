@@ -19,7 +19,7 @@ MODULATION_BYTES = 128 * 2**20
 def guidance_scale(sampling: SamplingConfig, hidden: int, tokens: int) -> float:
     """The scale of a reveal step after which `hidden` of `tokens` tokens stay hidden (the last step counts as 1).
 
-    `linear` rises with the share of tokens that are known (paper, appendix A); `constant` is the same at every step.
+    `linear` rises with the share of tokens that are known (paper, appendix B); `constant` is the same at every step.
     """
     if sampling.guidance_schedule == "constant":
         return sampling.guidance

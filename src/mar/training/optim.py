@@ -20,7 +20,13 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
         {"params": [p for name, p in named if decays(name, p)], "weight_decay": config.weight_decay},
     ]
-    return torch.optim.AdamW(groups, lr=config.scaled_lr, betas=(config.beta1, config.beta2))
+    optimizer = torch.optim.AdamW(groups, lr=config.scaled_lr, betas=(config.beta1, config.beta2))
+    for _, p in named:
+        # What AdamW makes at its first step. PyTorch's functions that read and write an optimizer's state take one that
+        # has none through a step with gradients of zero, and that step would count in the correction of the moments.
+        moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
+    return optimizer
 
 
 def learning_rate(config: TrainConfig, images: int) -> float:

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from mar import runtime
 from mar.checkpoint import official
 from mar.checkpoint.files import write_text
+from mar.checkpoint.run_state import RunState
 from mar.config import ConfigError, TrainConfig, to_dict
 from mar.data.loader import in_order
 from mar.data.sources import Source, open_source
@@ -43,7 +44,7 @@ def open_run(
 
     ConfigError where the folder holds another run, the data is not what the model is for, or a tokenizer's latents.
     """
-    resumed = _check_same(config, folder)
+    resumed = _check_same(config, folder) and bool(RunState(folder).states())
     source = open_source(config.data)
     classes = len(source.classes)
     if config.model.classes not in (0, classes):
