@@ -161,6 +161,9 @@ class Pipeline(
         seeds = list(range(len(numbers))) if seeds is None else list(seeds)
         if len(seeds) != len(numbers):
             raise ValueError(f"seeds: got {len(seeds)} for {len(numbers)} labels, expected one a picture")
+        for name, given in (("known", known), ("mask", mask)):
+            if given is not None and len(given) != len(numbers):
+                raise ValueError(f"{name}: got {len(given)} for {len(numbers)} labels, expected one a picture")
         latents = None if known is None else self._encode(known)
         return _Request(numbers, seeds, sampling, latents, mask)
 

@@ -14,7 +14,7 @@ from mar import runtime
 from mar.checkpoint import official
 from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState
-from mar.config import ConfigError, TrainConfig, to_dict
+from mar.config import ConfigError, ModelConfig, TrainConfig, to_dict
 from mar.data.loader import in_order
 from mar.data.sources import Source, open_source
 from mar.data.transforms import Transform
@@ -30,6 +30,8 @@ from mar.training.loop import Progress, Run
 RUN_FILE = "run.json"
 # Settings that may change when a run is resumed: they do not touch what has been learned so far.
 _FREE = {"images", "decay", "workers", "save_every", "sample_every", "log_every", "keep", "sampling"}
+# Settings of a model that may differ from those of the weights it starts from.
+_LEARNING = {"classes", "label_drop", "attention_dropout", "projection_dropout", "mask_ratio_min"}
 
 
 def open_run(
@@ -102,15 +104,22 @@ def initialise_from(model: MAR, other: MAR) -> list[str]:
     """Takes over the weights of `other`; returns the names of tensors that start anew since their shapes differ.
 
     Classes are another set's, so that their embedding starts anew unless the count agrees. ConfigError where anything
-    but the class embedding differs: it would not be the same model.
+    differs that weights are made for: it would not be the same model.
     """
+    now, then = _made_for(model.config), _made_for(other.config)
+    if different := [f"{name} {then[name]}, here {now[name]}" for name in now if now[name] != then[name]]:
+        raise ConfigError(f"the weights to start from are of another model: {'; '.join(different)}")
     own, theirs = model.state_dict(), other.state_dict()
     anew = [name for name, tensor in own.items() if name not in theirs or theirs[name].shape != tensor.shape]
-    if set(anew) - {"class_embed.weight"}:
-        shown = ", ".join(sorted(anew)[:3])
-        raise ConfigError(f"the weights to start from are of another model: {len(anew)} tensors differ ({shown}, ...)")
     model.load_state_dict({name: own[name] if name in anew else theirs[name] for name in own})
     return anew
+
+
+def _made_for(config: ModelConfig) -> dict[str, Any]:
+    """The settings without which weights mean nothing; the others are how they are trained, and with what classes."""
+    values = to_dict(config)
+    head = {f"head.{name}": value for name, value in values.pop("head").items() if name != "batch_mul"}
+    return {name: value for name, value in values.items() if name not in _LEARNING} | head
 
 
 def adopt_official(run: Run, path: Path) -> None:
