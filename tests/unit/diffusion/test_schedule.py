@@ -1,0 +1,79 @@
+"""What the noise schedule promises beyond the golden numbers of four of its lengths."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mar.diffusion.gaussian import Coefficients
+from mar.diffusion.schedule import MAX_BETA, cosine, respace
+
+FULL = cosine(1000)
+
+
+def test_alpha_bar_is_the_cosine_until_the_cap() -> None:
+    t = torch.arange(1, 1000, dtype=torch.float64) / 1000
+    f = ((t + 0.008) / 1.008 * math.pi / 2).cos().square() / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    torch.testing.assert_close(FULL.alphas_cumprod[:-1], f, rtol=1e-9, atol=0)
+    assert FULL.betas[-1] == MAX_BETA
+    assert (FULL.betas[:-1] < MAX_BETA).all()
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 50, 999, 1000])
+def test_respacing_keeps_the_noise_levels_of_its_timesteps(steps: int) -> None:
+    short = respace(FULL, steps)
+    assert len(short) == len(set(short.timesteps.tolist())) == steps
+    assert int(short.timesteps[-1]) == 999  # it starts where the noise is all there is
+    assert int(short.timesteps[0]) == (0 if steps > 1 else 999)
+    torch.testing.assert_close(short.alphas_cumprod, FULL.alphas_cumprod[short.timesteps], rtol=1e-12, atol=1e-16)
+    assert short.betas.dtype == torch.float64
+
+
+def test_respacing_to_all_steps_changes_nothing() -> None:
+    torch.testing.assert_close(respace(FULL, 1000).betas, FULL.betas, rtol=1e-10, atol=0)
+
+
+def test_timesteps_are_those_the_network_knows() -> None:
+    assert respace(respace(FULL, 100), 10).timesteps.tolist() == respace(FULL, 100).timesteps[
+        [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
+    ].tolist()  # fmt: skip
+
+
+@pytest.mark.parametrize("steps", [0, -1, 1001])
+def test_a_length_that_cannot_be_is_refused(steps: int) -> None:
+    with pytest.raises(ValueError, match=f"got {steps}, expected 1 to 1000"):
+        respace(FULL, steps)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 25, 1000])
+def test_the_posterior_is_bayes(steps: int) -> None:
+    """q(x_{t-1} | x_t, x_0) is the product of q(x_{t-1} | x_0) and q(x_t | x_{t-1}), precisions adding."""
+    s = respace(FULL, steps)
+    prior, beta, alpha = 1 - s.alphas_cumprod_prev, s.betas, 1 - s.betas
+    precision = 1 / prior[1:] + alpha[1:] / beta[1:]
+    torch.testing.assert_close(s.posterior_variance[1:], 1 / precision, rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        s.posterior_mean_x0[1:], s.alphas_cumprod_prev.sqrt()[1:] / prior[1:] / precision, rtol=1e-9, atol=0
+    )
+    torch.testing.assert_close(s.posterior_mean_xt[1:], alpha.sqrt()[1:] / beta[1:] / precision, rtol=1e-9, atol=0)
+    assert s.posterior_variance[0] == 0  # the last step knows x_0
+    assert s.posterior_mean_x0[0] == pytest.approx(1)
+    assert s.posterior_mean_xt[0] == 0
+    assert s.posterior_log_variance.isfinite().all()
+    if steps > 1:
+        assert s.posterior_log_variance[0] == s.posterior_log_variance[1]
+
+
+def test_coefficients_belong_to_their_rows() -> None:
+    table = Coefficients.table(FULL)
+    assert table.shape == (len(Coefficients._fields), 1000)
+    t = torch.tensor([3, 999, 3])
+    c = Coefficients.at(table, t)
+    assert c.signal.shape == (3, 1)
+    torch.testing.assert_close(c.signal**2 + c.noise**2, torch.ones(3, 1, dtype=torch.float64))
+    torch.testing.assert_close(c.per_signal * c.signal, torch.ones(3, 1, dtype=torch.float64))
+    torch.testing.assert_close(c.noise_per_signal * c.signal, c.noise)
+    assert torch.equal(c.log_beta[:, 0], FULL.betas.log()[t])
+    assert torch.equal(c.posterior_log_variance[:, 0], FULL.posterior_log_variance[t])
