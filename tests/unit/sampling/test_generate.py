@@ -1,0 +1,125 @@
+"""Generation from labels and seeds: what it refuses, and what it says when a model draws no picture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny import FAST, HEAD, config, model, noise
+
+from mar.config import ConfigError, HeadConfig, SamplingConfig
+from mar.model.mar import MAR
+from mar.sampling.generate import BrokenLatents, Revealed, generate
+
+TINY = model()
+ONE = torch.ones(1, 4, 4, dtype=torch.bool)
+
+
+def last(*arguments: Any, **options: Any) -> Revealed:
+    *_, end = generate(*arguments, **options)
+    return end
+
+
+def untrained(**changes: Any) -> MAR:
+    """As training begins: noise prediction of zero, whose x0 is x / sqrt(alpha-bar)."""
+    torch.manual_seed(0)
+    return MAR(config(head=HeadConfig(width=16, depth=1), **changes)).eval()
+
+
+def test_a_young_model_is_stopped_with_cause_and_remedy() -> None:
+    with pytest.raises(
+        BrokenLatents, match=r"reveal step \d of 4.* deviation of [\d,.]+ where pictures have 1"
+    ) as info:
+        last(untrained(), [0], [0], FAST)
+    for words in ("image 0", "young", "train it longer", "x0_bound", "--allow-broken"):
+        assert words in str(info.value)
+
+
+def test_a_bound_saves_the_young_model() -> None:
+    end = last(untrained(), [0], [0], replace(FAST, x0_bound=1.5))
+    assert 0.3 < float(end.latents.std()) < 1.6
+    with pytest.raises(BrokenLatents) as info:
+        last(untrained(), [0], [0], replace(FAST, x0_bound=1e4))
+    assert "x0_bound" not in str(info.value)  # it is there already
+
+
+def test_broken_pictures_are_drawn_where_they_are_wanted() -> None:
+    end = last(untrained(), [0], [0], FAST, allow_broken=True)
+    assert float(end.latents.std()) > 3
+    assert end.known.all()
+
+
+def test_latents_that_are_no_numbers_are_named_as_such() -> None:
+    broken = model()
+    with torch.no_grad():
+        broken.head.output.weight[0, 0] = torch.nan
+    with pytest.raises(BrokenLatents, match="step 1 of 4.*no numbers.*weights hold values that are not finite"):
+        last(broken, [0], [0], FAST)
+    assert not last(broken, [0], [0], FAST, allow_broken=True).latents.isfinite().all()
+
+
+def test_the_broken_picture_of_a_batch_is_named() -> None:
+    young = untrained()
+    known = noise(2, 2, 4, 4)
+    mask = torch.stack([~ONE[0], ONE[0]])  # nothing is drawn of the first
+    known[0] *= 1000  # what is kept is not judged
+    with pytest.raises(BrokenLatents, match="image 1 is broken"):
+        last(young, [0, 0], [0, 1], FAST, known=known, mask=mask)
+    assert torch.equal(last(young, [0], [0], FAST, known=known[:1], mask=mask[:1]).latents, known[:1])
+
+
+def test_the_state_grows_step_by_step() -> None:
+    states = list(generate(TINY, [0, 1], [0, 1], FAST, allow_broken=True))
+    assert [state.step for state in states] == [1, 2, 3, 4]
+    assert {state.steps for state in states} == {4}
+    counts = [int(state.known[0].sum()) for state in states]
+    assert counts == sorted(set(counts))
+    assert counts[-1] == 16
+
+
+def test_without_known_tokens_all_true_is_the_same_as_no_mask() -> None:
+    plain = last(TINY, [1], [7], FAST)
+    masked = last(TINY, [1], [7], FAST, known=noise(1, 2, 4, 4), mask=ONE)
+    assert torch.equal(plain.latents, masked.latents)
+
+
+@pytest.mark.parametrize("changes", [{"classes": 0}, {"grid": (2, 6)}, {"patch": 2}, {"grid": (8, 4), "patch": 4}])
+def test_any_model_draws(changes: dict[str, Any]) -> None:
+    of = model(**changes)
+    label = -1 if of.config.classes == 0 else 2
+    end = last(of, [label, -1], [0, 1], FAST, allow_broken=True)
+    assert end.latents.shape == (2, 2, *of.config.grid)
+    assert end.latents.isfinite().all()
+    assert not torch.equal(end.latents[0], end.latents[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"labels": [0, 1]}, "got 2 and 1, expected one of each"),
+        ({"labels": [], "seeds": []}, "got 0 and 0"),
+        ({"known": noise(1, 2, 4, 4)}, "only one of them"),
+        ({"mask": ONE}, "only one of them"),
+        ({"known": noise(1, 2, 4, 5), "mask": ONE}, r"shape \(1, 2, 4, 5\), expected \(1, 2, 4, 4\)"),
+        ({"known": noise(1, 2, 4, 4), "mask": ONE[:, :2]}, r"mask: got \(1, 2, 4\).*expected \(1, 4, 4\)"),
+    ],
+)
+def test_arguments_that_do_not_fit(options: dict[str, Any], words: str) -> None:
+    given = {"labels": [0], "seeds": [0], **options}
+    with pytest.raises(ValueError, match=words):
+        last(TINY, given.pop("labels"), given.pop("seeds"), FAST, **given)
+
+
+def test_guidance_needs_a_model_that_can_do_without_classes() -> None:
+    for changes in ({"classes": 0}, {"label_drop": 0.0}):
+        with pytest.raises(ConfigError, match="guidance 2.0 needs a model that was trained to do without classes"):
+            last(model(**changes), [-1], [0], replace(FAST, guidance=2.0))
+
+
+def test_more_diffusion_steps_than_the_model_knows() -> None:
+    few = model(head=replace(HEAD, diffusion_steps=10))
+    with pytest.raises(ConfigError, match="diffusion_steps is 11, but the model's schedule has 10"):
+        last(few, [0], [0], SamplingConfig(diffusion_steps=11))
+    assert last(few, [0], [0], SamplingConfig(4, 10), allow_broken=True).known.all()

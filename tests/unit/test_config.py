@@ -1,0 +1,76 @@
+"""Configs that can't be are refused with what was got and what was expected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mar.config import (
+    ConfigError,
+    HeadConfig,
+    ModelConfig,
+    SamplingConfig,
+    TrainConfig,
+    TrunkConfig,
+    from_dict,
+    to_dict,
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        (TrunkConfig, {"width": 10, "heads": 3}, "width 10 is not a multiple of the 3 heads"),
+        (TrunkConfig, {"depth": 0}, "depth is 0, but it must be at least 1"),
+        (TrunkConfig, {"mlp_ratio": 0.0}, "mlp_ratio is 0.0"),
+        (HeadConfig, {"prediction": "x0"}, "prediction is 'x0', not noise or v"),
+        (HeadConfig, {"batch_mul": 0}, "batch_mul is 0"),
+        (ModelConfig, {"grid": (16, 15), "patch": 2}, "16x15 cells can't be cut into patches of 2x2.*image size or a"),
+        (ModelConfig, {"grid": (0, 16)}, "0x16"),
+        (ModelConfig, {"classes": -1}, "classes is -1"),
+        (ModelConfig, {"label_drop": 1.0}, "label_drop is 1.0.*less than 1"),
+        (ModelConfig, {"mask_ratio_min": 0.0}, "mask_ratio_min is 0.0"),
+        (SamplingConfig, {"steps": 0}, "steps is 0, but it must be at least 1"),
+        (SamplingConfig, {"diffusion_steps": 0}, "diffusion_steps is 0"),
+        (SamplingConfig, {"guidance": -0.1}, "guidance is -0.1"),
+        (SamplingConfig, {"guidance": float("nan")}, "guidance is nan"),
+        (SamplingConfig, {"guidance_schedule": "cosine"}, "'cosine', but it must be linear or constant"),
+        (SamplingConfig, {"temperature": float("inf")}, "temperature is inf"),
+        (SamplingConfig, {"x0_bound": 0.0}, "x0_bound is 0.0"),
+        (TrainConfig, {"batch": 0}, "batch is 0"),
+        (TrainConfig, {"lr": 0.0}, "lr is 0.0, but it must be positive"),
+        (TrainConfig, {"warmup": -1}, "warmup is -1, but it must not be negative"),
+        (TrainConfig, {"ema": 1.0}, "ema is 1.0"),
+        (TrainConfig, {"precision": "fp16"}, "precision is 'fp16', not fp32 or bf16"),
+        (
+            TrainConfig,
+            {"model": ModelConfig(classes=0), "sampling": SamplingConfig(guidance=2.0)},
+            "guidance 2.0 needs",
+        ),
+    ],
+)
+def test_refused(kind: type, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        kind(**settings)
+
+
+def test_a_grid_from_json_is_a_tuple_again() -> None:
+    config = from_dict(ModelConfig, {"grid": [8, 4], "encoder": {"width": 32, "heads": 4}})
+    assert config.grid == (8, 4)
+    assert config.encoder == TrunkConfig(width=32, heads=4)
+    assert hash(config) == hash(from_dict(ModelConfig, to_dict(config)))
+
+
+def test_a_nested_field_that_is_not_there_is_named() -> None:
+    with pytest.raises(ConfigError, match="HeadConfig has no field steps; it has batch_mul, depth"):
+        from_dict(TrainConfig, {"model": {"head": {"steps": 3}}})
+
+
+def test_what_follows_from_a_config() -> None:
+    config = ModelConfig(channels=4, grid=(8, 12), patch=2)
+    assert (config.tokens, config.token_width) == (24, 16)
+    assert [ModelConfig(classes=c, label_drop=d).guidable for c, d in ((10, 0.1), (0, 0.1), (10, 0.0))] == [
+        True, False, False,
+    ]  # fmt: skip
+    assert TrainConfig(batch=2048).scaled_lr == pytest.approx(8e-4)

@@ -1,0 +1,53 @@
+"""The named models and recipes are those of the paper."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mar.config import ConfigError, from_dict, to_dict
+from mar.model.mar import MAR
+from mar.presets import MODELS, RECIPES, SAMPLING, recipe
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "tensors"), [("mar-base", 207.9, 364), ("mar-large", 478.3, 476), ("mar-huge", 942.4, 604)]
+)
+def test_official_models_have_the_published_sizes(name: str, millions: float, tensors: int) -> None:
+    with torch.device("meta"):
+        model = MAR(MODELS[name])
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.06)
+    assert MODELS[name].tokens == 256
+    assert abs(len(list(model.parameters())) - tensors) <= 2  # the reference keeps a buffer or two besides
+    SAMPLING[name].check(MODELS[name])
+    assert SAMPLING[name].x0_bound is None  # off for official weights
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_survive_json(name: str) -> None:
+    config = recipe(name)
+    assert from_dict(type(config), to_dict(config)) == config
+    assert config.warmup + config.decay <= config.images
+    assert config.save_every % config.batch == 0 or config.save_every > config.batch
+
+
+def test_the_papers_recipe() -> None:
+    config = recipe("imagenet-large")
+    assert config.scaled_lr == pytest.approx(8e-4)
+    assert (config.beta1, config.beta2, config.weight_decay, config.clip) == (0.9, 0.95, 0.02, 3.0)
+    assert config.images / config.warmup == 8  # 800 epochs, 100 of warm-up
+    assert (config.model.label_drop, config.model.head.batch_mul, config.model.mask_ratio_min) == (0.1, 4, 0.7)
+
+
+def test_the_bundled_recipe_fits_its_pictures_and_its_room() -> None:
+    config = recipe("fashion")
+    with torch.device("meta"):
+        model = MAR(config.model)
+    assert 4 * sum(p.numel() for p in model.parameters()) < 16e6  # bytes in float32; half of it ships
+    assert (config.model.grid, config.model.channels, config.model.classes) == ((28, 28), 1, 10)
+    assert config.flip is not True  # shoes all face one way
+
+
+def test_a_recipe_that_is_not_there() -> None:
+    with pytest.raises(ConfigError, match="no recipe 'fasion'; there are fashion, imagenet-base"):
+        recipe("fasion")

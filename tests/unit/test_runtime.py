@@ -1,0 +1,71 @@
+"""Devices by name, and streams of random numbers by key."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from mar import runtime
+from mar.config import ConfigError
+
+
+def test_the_cpu_is_always_there() -> None:
+    assert runtime.choose_device("cpu") == torch.device("cpu")
+    assert runtime.choose_device(None) == runtime.choose_device("auto")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "expected"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
+)
+def test_the_best_device_is_chosen(monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, expected: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 if cuda else 0)
+    assert runtime.choose_device().type == expected
+    if cuda:
+        assert runtime.choose_device("cuda:1").index == 1
+        with pytest.raises(ConfigError, match="2 CUDA devices"):
+            runtime.choose_device("cuda:2")
+    else:
+        with pytest.raises(ConfigError, match="'cuda' is not on this machine"):
+            runtime.choose_device("cuda")
+    with pytest.raises(ConfigError, match="'gpu', expected auto, cpu, cuda"):
+        runtime.choose_device("gpu")
+
+
+def test_streams_follow_from_the_whole_key_and_its_order() -> None:
+    keys = [(), (0,), (1,), (12,), (1, 2), (2, 1), (0, 0), (1, 0), (0, 1), (1, 2, 0), (-1,), (2**63,), (1, 2, 3)]
+    first = {key: tuple(torch.rand(4, generator=runtime.generator(*key)).tolist()) for key in keys}
+    for one, other in itertools.combinations(keys, 2):
+        assert first[one] != first[other], (one, other)
+    assert tuple(torch.rand(4, generator=runtime.generator(1, 2)).tolist()) == first[1, 2]
+
+
+def test_neighbouring_keys_are_not_alike() -> None:
+    values = torch.stack([torch.randn(1000, generator=runtime.generator(7, 1, i)) for i in range(20)])
+    assert torch.corrcoef(values).fill_diagonal_(0).abs().max() < 0.17  # five standard deviations
+    starts = torch.tensor([float(torch.rand((), generator=runtime.generator(7, 1, i))) for i in range(2000)])
+    assert abs(float(starts.mean()) - 0.5) < 0.03
+    assert abs(float((starts < 0.1).float().mean()) - 0.1) < 0.03
+
+
+def test_keyed_streams_leave_the_global_one_alone() -> None:
+    state = torch.get_rng_state()
+    torch.rand(3, generator=runtime.generator(1))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_float16_is_refused() -> None:
+    with pytest.raises(ValueError, match="float16 overflows"):
+        runtime.set_matrix_dtype(torch.nn.Identity(), torch.float16)
+
+
+def test_rank_and_world_are_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert (runtime.rank(), runtime.world_size()) == (0, 1)
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert (runtime.rank(), runtime.world_size()) == (3, 4)
