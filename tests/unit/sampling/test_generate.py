@@ -55,7 +55,7 @@ def test_latents_that_are_no_numbers_are_named_as_such() -> None:
     broken = model()
     with torch.no_grad():
         broken.head.output.weight[0, 0] = torch.nan
-    with pytest.raises(BrokenLatents, match="step 1 of 4.*no numbers.*weights hold values that are not finite"):
+    with pytest.raises(BrokenLatents, match=r"step 1 of 4.*no numbers.*weights hold values that are not finite"):
         last(broken, [0], [0], FAST)
     assert not last(broken, [0], [0], FAST, allow_broken=True).latents.isfinite().all()
 
@@ -114,7 +114,7 @@ def test_arguments_that_do_not_fit(options: dict[str, Any], words: str) -> None:
 
 def test_guidance_needs_a_model_that_can_do_without_classes() -> None:
     for changes in ({"classes": 0}, {"label_drop": 0.0}):
-        with pytest.raises(ConfigError, match="guidance 2.0 needs a model that was trained to do without classes"):
+        with pytest.raises(ConfigError, match=r"guidance 2\.0 needs a model that was trained to do without classes"):
             last(model(**changes), [-1], [0], replace(FAST, guidance=2.0))
 
 
