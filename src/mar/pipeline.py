@@ -190,12 +190,15 @@ class Pipeline(
 
     # ---- keeping
 
-    def save(self, path: str | Path) -> None:
-        """Writes one safetensors file: model, tokenizer, and all that is needed to draw."""
+    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Writes one safetensors file: model, tokenizer, and all that is needed to draw.
+
+        `dtype` bfloat16 halves the file; opened again, its weights are those rounded ones in float32.
+        """
         header = store.Header(
             self.model.config, self.sampling, self.tokenizer.spec(), self.classes, self.weights, self.notes
         )
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors = {f"model.{name}": tensor.to(dtype) for name, tensor in self.model.state_dict().items()}
         tensors |= {f"tokenizer.{name}": tensor for name, tensor in self.tokenizer.state_dict().items()}
         store.save(path, header, tensors)
 

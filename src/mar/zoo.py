@@ -88,11 +88,16 @@ def import_official(
     *,
     weights: official.Weights = "ema",
     sampling: SamplingConfig | None = None,
+    heads: int | None = None,
+    patch: int | None = None,
 ) -> Pipeline:
-    """An official `checkpoint-last.pth` with the KL-16 of `tokenizer`; EMA weights unless raw ones are asked for."""
+    """An official `checkpoint-last.pth` with the KL-16 of `tokenizer`; EMA weights unless raw ones are asked for.
+
+    `heads` and `patch` where the file does not tell: for models that are not B, L or H.
+    """
     if tokenizer is None:
         raise CheckpointError(f"{path} needs the KL-16 tokenizer beside it; get it with `mar download kl16`")
-    read = official.read_mar(path, weights)
+    read = official.read_mar(path, weights, heads=heads, patch=patch)
     with torch.device("meta"):
         model = MAR(read.model_config)
     model.load_state_dict(read.state, assign=True)

@@ -49,13 +49,13 @@ def train(arguments: Sequence[str]) -> int:
 
     device = runtime.choose_device(options.device)
     needs = estimate(options.config)
-    print(needs.text(), file=sys.stderr)
     needs.check_disk(folder)
     run = open_run(options.config, folder, device=device, load_tokenizer=zoo.load_tokenizer, load_model=zoo.load)
     if options.resume_official is not None:
         if run.progress.images:
             raise ConfigError(f"{folder} has gone on already; leave --resume-official out to go on with it")
         adopt_official(run, options.resume_official)
+    print(needs.text(), file=sys.stderr)
     log = RunLog(run.folder, options.config.images, run.progress.images)
     run.on_snapshot = lambda at: snapshot(at, log)
     try:

@@ -10,14 +10,14 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mar.cli.options import parse
+from mar.cli.options import Dtype, parse, torch_dtype
 
 OfficialName = Literal["kl16", "mar-base", "mar-large", "mar-huge"]
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """Official checkpoint-last.pth -> one file of ours (.safetensors), or ours -> the official format (.pth)."""
+    """Official checkpoint-last.pth -> one file of ours (.safetensors); ours -> the official format (.pth)."""
 
     source: Annotated[Path, tyro.conf.Positional]
     """checkpoint-last.pth, or a file or run folder of ours."""
@@ -27,31 +27,53 @@ class ConvertOptions:
     """Which of an official file's weights to take; raw ones draw worse pictures."""
     tokenizer: Path | None = None
     """kl16.ckpt; by default the one beside the source, or that `mar download` fetched."""
+    heads: int | None = None
+    """Attention heads of an official file that is not B, L or H and does not tell."""
+    patch: int | None = None
+    """Its patch size, where it does not tell."""
+    dtype: Dtype = "fp32"
+    """bf16 halves a file of ours; its weights are rounded."""
 
 
 def convert(arguments: Sequence[str]) -> int:
     """`mar convert`."""
     options = parse(ConvertOptions, "convert", arguments)
+    if not options.source.exists():
+        raise ValueError(f"{options.source}: there is no such file")
+    if options.target.suffix == ".pth":
+        return _export(options.source, options.target)
+    if options.target.suffix != ".safetensors":
+        raise ValueError(f"target {options.target}: expected a file .safetensors (ours) or .pth (official)")
     from mar import zoo
+
+    if options.source.is_dir() or options.source.suffix == ".safetensors":
+        pipeline = zoo.load(options.source, device="cpu")
+    else:
+        pipeline = zoo.import_official(
+            options.source,
+            options.tokenizer or zoo.kl16_path(options.source.parent),
+            weights=options.weights,
+            heads=options.heads,
+            patch=options.patch,
+        )
+    pipeline.save(options.target, torch_dtype(options.dtype))
+    count = sum(p.numel() for p in pipeline.model.parameters())
+    print(f"{options.target}: {count / 1e6:.1f} million parameters, the {pipeline.weights.upper()} weights")
+    return 0
+
+
+def _export(source: Path, target: Path) -> int:
+    """Ours -> official, with the raw weights that a run keeps beside the EMA's."""
     from mar.checkpoint.official import write_mar
     from mar.pipeline import WEIGHTS_FILE, Pipeline
 
-    if options.target.suffix == ".pth":
-        path = options.source / WEIGHTS_FILE if options.source.is_dir() else options.source
-        averaged = Pipeline.open(path).model
-        raw_path = path.with_name(f"{path.stem}-raw.safetensors")
-        raw = Pipeline.open(raw_path).model if raw_path.is_file() else averaged
-        write_mar(options.target, averaged.config, raw.state_dict(), averaged.state_dict())
-        beside = "" if raw_path.is_file() else f"; there is no {raw_path.name}, so `model` holds the same"
-        print(f"{options.target}: {path.name} as `model_ema`{beside}")
-        return 0
-    if options.target.suffix != ".safetensors":
-        raise ValueError(f"target {options.target}: expected a file .safetensors (ours) or .pth (official)")
-    tokenizer = options.tokenizer or zoo.kl16_path(options.source.parent)
-    pipeline = zoo.import_official(options.source, tokenizer, weights=options.weights)
-    pipeline.save(options.target)
-    count = sum(p.numel() for p in pipeline.model.parameters())
-    print(f"{options.target}: {count / 1e6:.1f} million parameters, the {pipeline.weights.upper()} weights")
+    path = source / WEIGHTS_FILE if source.is_dir() else source
+    averaged = Pipeline.open(path).model
+    raw_path = path.with_name(f"{path.stem}-raw.safetensors")
+    raw = Pipeline.open(raw_path).model if raw_path.is_file() else averaged
+    write_mar(target, averaged.config, raw.state_dict(), averaged.state_dict())
+    beside = "" if raw_path.is_file() else f"; there is no {raw_path.name}, so `model` holds the same"
+    print(f"{target}: {path.name} as `model_ema`{beside}")
     return 0
 
 

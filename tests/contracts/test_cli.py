@@ -1,0 +1,238 @@
+"""A user's mistake is one line on stderr that says what and what to do, exit code 2, and nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from mar.cli import VERBS, main
+from mar.config import HeadConfig, ModelConfig, SamplingConfig, TrunkConfig
+from mar.model.mar import MAR
+from mar.pipeline import Pipeline
+from mar.tokenizer import PixelTokenizer
+
+TRUNK = TrunkConfig(width=16, depth=1, heads=2)
+HEAD = HeadConfig(width=16, depth=1, prediction="v", batch_mul=1)
+TINY = ["--model.encoder.width", "16", "--model.encoder.heads", "2", "--model.encoder.depth", "1"]
+TINY += ["--model.decoder.width", "16", "--model.decoder.heads", "2", "--model.decoder.depth", "1"]
+TINY += ["--model.head.width", "16", "--model.head.depth", "1"]
+
+
+def config(label_drop: float = 0.1) -> ModelConfig:
+    return ModelConfig(
+        channels=1, grid=(8, 8), patch=4, encoder=TRUNK, decoder=TRUNK, head=HEAD, buffer=2, classes=3,
+        label_drop=label_drop,
+    )  # fmt: skip
+
+
+def tiny(path: Path, label_drop: float = 0.1) -> Path:
+    torch.manual_seed(0)
+    sampling = SamplingConfig(steps=2, diffusion_steps=2, x0_bound=3)
+    classes = ("cat", "dog", "crane bird")
+    Pipeline(MAR(config(label_drop)), PixelTokenizer(1, 0.0, 1.0), classes=classes, sampling=sampling).save(path)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return tiny(tmp_path / "tiny.safetensors")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    """Runs a command that must fail as a user's mistake does, and returns what it said."""
+    assert main([str(argument) for argument in arguments]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("mar: ")
+    assert said.err.count("\n") == 1, said.err
+    assert said.out == ""
+    return said.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--labels", "wolf"], ["wolf", "cat", "dog"]),
+        (["--labels", "3"], ["3", "0 to 2"]),
+        (["--steps", "0"], ["steps", "at least 1"]),
+        (["--diffusion-steps", "0"], ["diffusion_steps", "at least 1"]),
+        (["--diffusion-steps", "1001"], ["1001", "1000"]),
+        (["--batch", "0"], ["batch", "at least 1"]),
+        (["--count", "0"], ["count", "at least 1"]),
+        (["--temperature", "-1"], ["temperature", "-1"]),
+        (["--device", "tpu"], ["tpu", "cpu"]),
+        (["--bogus", "1"], ["--bogus", "mar sample --help"]),
+    ],
+)
+def test_a_sample_that_can_not_be(
+    options: list[str], words: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refused(capsys, "sample", model, "--out", tmp_path / "out", *options)
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "out").exists()
+
+
+def test_guidance_needs_a_class_free_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tiny(tmp_path / "classful.safetensors", label_drop=0.0)
+    said = refused(capsys, "sample", path, "--guidance", "2", "--out", tmp_path / "out")
+    assert "label_drop 0" in said
+    assert "guidance 1" in said
+
+
+def test_a_patch_that_does_not_divide_the_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "train", "fashion", "--out", tmp_path / "run", "--model.grid", "28", "27")
+    assert "28x27" in said
+    assert "4x4" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_truncated_checkpoint(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model.write_bytes(model.read_bytes()[:-100])
+    assert "truncated" in refused(capsys, "sample", model, "--out", tmp_path / "out")
+
+
+def test_a_checkpoint_of_another_config(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = model.read_bytes()
+    model.write_bytes(data.replace(b'\\"buffer\\": 2', b'\\"buffer\\": 3'))
+    said = refused(capsys, "sample", model, "--out", tmp_path / "out")
+    assert "config" in said
+    assert "encoder_position" in said
+
+
+class Payload:
+    """What a malicious file holds."""
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, ("touch pwned",)
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["pickle", "torch"])
+def test_a_pickle_with_something_in_it(
+    plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path("checkpoint-last.pth")
+    if plain:
+        path.write_bytes(pickle.dumps({"model_ema": Payload()}))
+    else:
+        torch.save({"model_ema": Payload()}, path)
+    Path("kl16.ckpt").write_bytes(b"")
+    refused(capsys, "convert", path, "ours.safetensors")
+    assert sorted(os.listdir()) == ["checkpoint-last.pth", "kl16.ckpt"]
+
+
+def test_a_folder_without_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pictures").mkdir()
+    said = refused(capsys, "train", "fashion", "--data", tmp_path / "pictures", "--out", tmp_path / "run")
+    assert str(tmp_path / "pictures") in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_classes_that_are_not_the_data_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / "pictures" / name / "1.png")
+    said = refused(capsys, "train", "fashion", "--data", tmp_path / "pictures", "--out", tmp_path / "run")
+    assert "--model.classes 2" in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["paint"], ["sample", "runs-that-are-not"], ["train", "no-recipe"], ["convert", "nothing.pth", "x.safetensors"]],
+    ids=lambda arguments: arguments[0],
+)
+def test_names_that_are_not(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, *arguments)
+
+
+def test_a_full_disk_while_pictures_are_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: Image.Image, path: Path, **options: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert main(["sample", str(model), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "No space left" in said
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_full_disk_while_weights_are_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mar.checkpoint.files.shutil.disk_usage", lambda path: SimpleNamespace(free=1))
+    said = refused(capsys, "convert", model, tmp_path / "copy.safetensors")
+    assert "make room" in said
+    assert not (tmp_path / "copy.safetensors").exists()
+
+
+def test_sample_writes_pictures_with_their_settings(model: Path, tmp_path: Path) -> None:
+    arguments = ["sample", str(model), "--labels", "dog", "none", "--seed", "7", "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--steps", "4"]) == 0
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["dog-00007.png", "grid.png", "none-00008.png"]
+    with Image.open(tmp_path / "out" / "dog-00007.png") as picture:
+        assert picture.size == (8, 8)
+        assert '"seed": 7' in picture.text["mar"]
+        assert '"steps": 4' in picture.text["mar"]
+
+
+def test_train_then_resume_then_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    arguments = ["train", "fashion", "--out", str(run), "--batch", "8", *TINY, "--sample-every", "0"]
+    assert main([*arguments, "--images", "16"]) == 0
+    assert main([*arguments, "--images", "24"]) == 0
+    assert (run / "state-000000000024").is_dir()
+    said = refused_after(capsys, [*arguments, "--images", "24", "--seed", "5"])
+    assert "another run" in said
+    assert main(["info", str(run)]) == 0
+    assert "images=24" in capsys.readouterr().out
+
+
+def refused_after(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    capsys.readouterr()
+    assert main(arguments) == 2
+    return capsys.readouterr().err
+
+
+def test_convert_to_the_official_format_and_half_the_size(tmp_path: Path) -> None:
+    noise = ModelConfig(
+        channels=1, grid=(8, 8), patch=4, encoder=TRUNK, decoder=TRUNK, head=HeadConfig(16, 1), buffer=2, classes=3
+    )
+    source = tmp_path / "ours.safetensors"
+    Pipeline(MAR(noise), PixelTokenizer(1, 0.0, 1.0)).save(source)
+    assert main(["convert", str(source), str(tmp_path / "official.pth")]) == 0
+    holder = torch.load(tmp_path / "official.pth", weights_only=True)
+    assert set(holder) == {"model", "model_ema"}
+    assert holder["model_ema"]["fake_latent"].shape == (1, 16)
+    assert main(["convert", str(source), str(tmp_path / "half.safetensors"), "--dtype", "bf16"]) == 0
+    before, after = Pipeline.open(source).model, Pipeline.open(tmp_path / "half.safetensors").model
+    for a, b in zip(before.parameters(), after.parameters(), strict=True):
+        assert torch.equal(a.bfloat16().float(), b)
+
+
+def test_help_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert all(verb in capsys.readouterr().out for verb in VERBS)
+    for verb in VERBS:
+        with pytest.raises(SystemExit) as stopped:
+            main([verb, "--help"])
+        assert not stopped.value.code
+        assert "--help" in capsys.readouterr().out
+
+
+def test_help_and_import_do_without_torch() -> None:
+    check = "import sys, mar.cli; mar.cli.main(['--help']); assert not {'torch', 'tyro', 'numpy'} & set(sys.modules)"
+    begun = time.monotonic()
+    subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)
+    assert time.monotonic() - begun < 30  # quick is told by what is not imported; this only says that it ends
