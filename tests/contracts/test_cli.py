@@ -223,7 +223,8 @@ def test_convert_to_the_official_format_and_half_the_size(tmp_path: Path) -> Non
 
 def test_help_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    assert all(verb in capsys.readouterr().out for verb in VERBS)
+    said = capsys.readouterr().out
+    assert all(verb in said for verb in VERBS)
     for verb in VERBS:
         with pytest.raises(SystemExit) as stopped:
             main([verb, "--help"])
