@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from pathlib import Path
@@ -47,9 +48,10 @@ class RunLog:
             self.path.write_text("".join(kept), encoding="utf-8")
 
     def write(self, images: int, **numbers: Any) -> None:
-        """One line of the log."""
+        """One line of the log; a number that is not finite is null there, as JSON has no other word for it."""
+        finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in numbers.items()}
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"images": images, **numbers}) + "\n")
+            file.write(json.dumps({"images": images, **finite}, allow_nan=False) + "\n")
         for name, number in numbers.items():
             if isinstance(number, int | float):
                 self.board.add_scalar(name, number, images)

@@ -6,6 +6,7 @@ config), log.jsonl, tensorboard/, samples/.
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -116,14 +117,15 @@ def train(run: Run, log: RunLog) -> bool:
             log.skipped_pictures.update(batch.skipped)
             loss, norm = step(run, batch)
             progress.seconds += time.monotonic() - tick
-            window.append(loss)
+            if math.isfinite(loss):
+                window.append(loss)
             log.advance(progress.images, loss)
             if progress.step % config.log_every == 0 or progress.images >= config.images:
                 seconds = time.monotonic() - begun
                 log.write(
                     progress.images,
                     step=progress.step,
-                    loss=sum(window) / len(window),
+                    loss=sum(window) / len(window) if window else math.nan,
                     gradient_norm=norm,
                     lr=learning_rate(config, before),
                     images_per_second=(progress.images - since) / seconds,

@@ -1,0 +1,224 @@
+"""What `mar.load` returns: labels and seeds in, pictures out, and a clear word where that can't be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import FAST, config, model, pipeline
+from torch import Tensor
+
+from mar.checkpoint.store import CheckpointError
+from mar.config import ConfigError, HeadConfig
+from mar.model.mar import MAR
+from mar.pipeline import Pipeline, to_pil
+from mar.sampling.generate import BrokenLatents
+from mar.tokenizer import PixelTokenizer
+
+TINY = pipeline()
+LEFT = torch.zeros(2, 4, 4, dtype=torch.bool)
+LEFT[:, :, :2] = True  # generate the left half
+
+
+def pixels(images: list[Image.Image]) -> np.ndarray[Any, Any]:
+    return np.stack([np.asarray(image) for image in images])
+
+
+def grey(n: int, channels: int = 1) -> Tensor:
+    return torch.linspace(-1, 1, n * channels * 16).view(n, channels, 4, 4)
+
+
+def test_labels_and_seeds_in_pictures_out() -> None:
+    images = TINY.sample(["bee", 2, None], seeds=[5, 6, 7])
+    assert [(image.mode, image.size) for image in images] == [("L", (4, 4))] * 3
+    tensor = TINY.sample(["BEE", "2", None], seeds=[5, 6, 7], output="tensor")
+    assert (tensor.shape, tensor.dtype) == ((3, 1, 4, 4), torch.float32)
+    assert -1 <= float(tensor.min()) < float(tensor.max()) <= 1
+    assert np.array_equal(pixels(to_pil(tensor)), pixels(images))
+    assert TINY.image_size == (4, 4)
+
+
+def test_seeds_count_from_0_where_none_are_given() -> None:
+    assert np.array_equal(pixels(TINY.sample([0, 0])), pixels(TINY.sample([0, 0], seeds=[0, 1])))
+    assert not np.array_equal(*pixels(TINY.sample([0, 0])))
+
+
+def test_settings_differ_for_one_call_only() -> None:
+    before = TINY.sampling
+    default = pixels(TINY.sample([0]))
+    other = pixels(TINY.sample([0], steps=16, guidance=3.0, temperature=0.5))
+    assert not np.array_equal(default, other)
+    assert TINY.sampling is before
+    assert np.array_equal(pixels(TINY.sample([0])), default)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 64])
+def test_the_batch_size_is_only_a_matter_of_speed(batch: int, capsys: pytest.CaptureFixture[str]) -> None:
+    labels, seeds = [0, 1, 2, None, 0], [3, 1, 4, 1, 5]
+    whole = TINY.sample(labels, seeds, output="tensor")
+    cut = TINY.sample(labels, seeds, output="tensor", batch=batch, progress=batch == 2)
+    assert float((cut - whole).abs().max() / whole.std()) < 1e-4
+    assert capsys.readouterr().out == ""  # the bar is on stderr
+
+
+def test_nothing_asked_nothing_drawn() -> None:
+    assert TINY.sample([]) == []
+    assert TINY.sample([], output="tensor").shape == (0, 1, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "words"),
+    [
+        ([0, 1], {"seeds": [1]}, "seeds: got 1 for 2 labels"),
+        ([0], {"seeds": []}, "seeds: got 0 for 1 labels"),
+        (["dog"], {}, "'dog' is not a class; the 3 classes are ant, bee, cat"),
+        (["bees"], {}, r"close to it: 1 \(bee\)"),
+        ([3], {}, "label 3 is out of range: this model has classes 0 to 2"),
+        ([-1], {}, "label -1 is out of range"),
+        ([0], {"batch": 0}, "batch is 0, but it must be at least 1"),
+        ([0], {"steps": 0}, "steps is 0"),
+        ([0], {"diffusion_steps": 1001}, "diffusion_steps is 1001, but the model's schedule has 1000"),
+        ([0], {"known": grey(1)}, "only one of them"),
+        ([0, 1], {"known": grey(3), "mask": LEFT, "batch": 1}, "known: got 3 for 2 labels"),
+        ([0, 1], {"known": grey(2), "mask": LEFT[:1], "batch": 1}, "mask: got 1 for 2 labels"),
+        ([0, 1], {"known": grey(2, 3), "mask": LEFT}, "got 3 channels, but this tokenizer takes 1"),
+        ([0, 1], {"known": grey(2)[..., :3], "mask": LEFT}, r"shape \(2, 1, 4, 3\), expected \(2, 1, 4, 4\)"),
+    ],
+)
+def test_requests_that_cannot_be_met(labels: list[Any], options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TINY.sample(labels, **options)
+
+
+def test_labels_of_a_model_without_classes() -> None:
+    unconditional = pipeline(classes=0)
+    assert len(unconditional.sample([None, None])) == 2
+    with pytest.raises(ValueError, match="has no classes; leave the labels out"):
+        unconditional.sample([0])
+    with pytest.raises(ConfigError, match="guidance"):
+        unconditional.sample([None], guidance=2.0)
+
+
+def test_tokenizer_and_model_must_fit() -> None:
+    with pytest.raises(ValueError, match="latents of 2 channels, the tokenizer has 1"):
+        Pipeline(model(), PixelTokenizer(1, 0.0, 1.0))
+
+
+def test_known_pixels_are_kept() -> None:
+    known = to_pil(grey(2))
+    drawn = pixels(TINY.sample([0, 1], known=known, mask=LEFT))
+    assert np.array_equal(drawn[:, :, 2:], pixels(known)[:, :, 2:])
+    assert not np.array_equal(drawn[:, :, :2], pixels(known)[:, :, :2])
+    as_tensor = TINY.sample([0, 1], known=grey(2), mask=LEFT, output="tensor")
+    torch.testing.assert_close(as_tensor[..., 2:], grey(2)[..., 2:], rtol=0, atol=1e-6)
+    alone = TINY.sample([1], [1], known=grey(2)[1:], mask=LEFT[1:], output="tensor")
+    torch.testing.assert_close(as_tensor[1:], alone, rtol=0, atol=1e-4)
+    cut = TINY.sample([0, 1], known=grey(2), mask=LEFT, output="tensor", batch=1)
+    torch.testing.assert_close(cut, as_tensor, rtol=0, atol=1e-4)
+
+
+def test_known_pictures_of_another_size_and_colour_are_brought_to_the_models() -> None:
+    large = [Image.new("RGB", (16, 12), (200, 200, 200))] * 2
+    drawn = pixels(TINY.sample([0, 1], known=large, mask=LEFT))
+    assert (drawn[:, :, 2:] == 200).all()
+
+
+def test_masks_may_differ_and_patches_are_whole() -> None:
+    coarse = pipeline(patch=2)
+    mask = torch.tensor([[[True, False], [False, False]], [[False, False], [False, False]]])
+    drawn = pixels(coarse.sample([0, 1], known=to_pil(grey(2)), mask=mask))
+    kept = drawn == pixels(to_pil(grey(2)))
+    assert kept[1].all()
+    assert kept[0, 2:].all()
+    assert kept[0, :, 2:].all()
+    assert not kept[0, :2, :2].all()
+
+
+def test_reveal_ends_where_sample_does() -> None:
+    states = list(TINY.reveal([0, "cat"], seeds=[8, 9], steps=5))
+    assert [(state.step, state.steps) for state in states] == [(i, 5) for i in range(1, 6)]
+    assert np.array_equal(pixels(states[-1].images), pixels(TINY.sample([0, "cat"], seeds=[8, 9], steps=5)))
+    hidden = [(pixels(state.images) == 128).sum() for state in states]  # mid-grey
+    assert hidden == sorted(hidden, reverse=True)
+    assert hidden[0] > 16
+    for before, after in zip(states, states[1:], strict=False):  # what is shown stays
+        shown = pixels(before.images) != 128
+        assert np.array_equal(pixels(before.images)[shown], pixels(after.images)[shown])
+
+
+def test_reveal_shows_what_is_kept_from_the_start() -> None:
+    first = next(TINY.reveal([0, 1], known=to_pil(grey(2)), mask=LEFT))
+    assert np.array_equal(pixels(first.images)[:, :, 2:], pixels(to_pil(grey(2)))[:, :, 2:])
+
+
+def test_noise_is_no_picture() -> None:
+    torch.manual_seed(0)
+    young = Pipeline(
+        MAR(config(channels=1, head=HeadConfig(16, 1))),
+        PixelTokenizer(1, 0.0, 1.0),
+        classes=("a", "b", "c"),
+        sampling=FAST,
+    )
+    with pytest.raises(BrokenLatents, match="--allow-broken"):
+        young.sample([0])
+    with pytest.raises(BrokenLatents):
+        list(young.reveal([0]))
+    assert len(young.sample([0], allow_broken=True)) == 1
+    with torch.no_grad():
+        young.model.head.output.bias.fill_(torch.nan)
+    assert pixels(young.sample([0], allow_broken=True)).shape == (1, 4, 4)
+
+
+def test_no_gradients_are_kept_and_no_global_randomness_is_used() -> None:
+    state = torch.get_rng_state()
+    assert not TINY.sample([0], output="tensor").requires_grad
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_bf16_draws_about_the_same() -> None:
+    ours = pipeline()
+    before = ours.sample([0, 1], output="tensor")
+    assert ours.to("cpu", dtype=torch.bfloat16) is ours
+    after = ours.sample([0, 1], output="tensor")
+    assert after.dtype == torch.float32
+    assert 0 < float((after - before).abs().mean()) < 0.05
+
+
+def test_a_bf16_model_is_saved_as_it_is_and_read_in_float32(tmp_path: Path) -> None:
+    ours = pipeline().to(dtype=torch.bfloat16)
+    ours.save(tmp_path / "half.safetensors")
+    read = Pipeline.open(tmp_path / "half.safetensors")
+    assert {p.dtype for p in read.model.parameters()} == {torch.float32}
+    pairs = zip(read.model.state_dict().values(), ours.model.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b.float()) for a, b in pairs)
+
+
+def test_colours() -> None:
+    colours = pipeline(channels=3)
+    (image,) = colours.sample([0])
+    assert (image.mode, image.size) == ("RGB", (4, 4))
+
+
+def test_pixels_are_rounded_and_clipped() -> None:
+    values = torch.tensor([-1.5, -1.0, -0.999, 0.0, 0.5, 1.0, 1.5])
+    (image,) = to_pil(values.view(1, 1, 1, 7))
+    assert np.asarray(image).tolist() == [[0, 0, 0, 128, 191, 255, 255]]
+    every = torch.arange(256).view(1, 1, 16, 16)
+    assert np.array_equal(np.asarray(to_pil(every / 127.5 - 1)[0]), every[0, 0].numpy())
+
+
+def test_the_hubs_folder_format(tmp_path: Path) -> None:
+    TINY.save_pretrained(tmp_path / "mine")
+    read = Pipeline.from_pretrained(str(tmp_path / "mine"))
+    assert read.classes == TINY.classes
+    assert np.array_equal(pixels(read.sample([0])), pixels(TINY.sample([0])))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="there is no such file"):
+        Pipeline.from_pretrained(str(tmp_path / "empty"))
+    for file in (tmp_path / "mine").glob("*.json"):
+        json.loads(file.read_text(encoding="utf-8"))

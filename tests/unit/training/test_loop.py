@@ -1,0 +1,252 @@
+"""The loop: steps that are skipped, runs that stop, and what a run leaves behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import HEAD, config, model, open_tiny, pictures, train_config
+from torch import Tensor
+
+from mar.config import ConfigError, SamplingConfig
+from mar.pipeline import Pipeline
+from mar.tokenizer import PixelTokenizer
+from mar.training import loop
+from mar.training.log import RunLog
+from mar.training.loop import Run, TrainingError, train
+from mar.training.run import export, initialise_from, pipeline, snapshot
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("pictures"))
+
+
+def go(run: Run) -> bool:
+    log = RunLog(run.folder, run.config.images, run.progress.images)
+    try:
+        return train(run, log)
+    finally:
+        log.close()
+
+
+def lines(run: Run) -> list[dict[str, Any]]:
+    def no_constant(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    text = (run.folder / "log.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line, parse_constant=no_constant) for line in text.splitlines()]
+
+
+def breaking(run: Run, when: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes pictures not-a-number at the steps where `when`."""
+    encode = loop.encode
+
+    def broken(run: Run, batch: Any) -> Tensor:
+        latents = encode(run, batch)
+        return latents * torch.nan if when(run.progress.step) else latents
+
+    monkeypatch.setattr(loop, "encode", broken)
+
+
+def weights(run: Run) -> list[Tensor]:
+    both = [*run.model.parameters(), *run.ema.model.parameters()]
+    moments = [value for p in run.model.parameters() for value in run.optimizer.state[p].values()]
+    return [t.detach().clone() for t in [*both, *moments]]
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_tiny(train_config(data, images=24), tmp_path)
+    breaking(run, lambda step: step in (2, 3), monkeypatch)
+    kept: dict[int, list[Tensor]] = {}
+    real = loop.step
+
+    def watched(run: Run, batch: Any) -> tuple[float, float]:
+        result = real(run, batch)
+        kept[run.progress.step] = weights(run)
+        return result
+
+    monkeypatch.setattr(loop, "step", watched)
+    assert go(run)
+    assert (run.progress.step, run.progress.images) == (6, 24)
+    assert (run.progress.skipped_steps, run.progress.skipped_in_a_row) == (2, 0)
+
+    def same(one: int, other: int) -> list[bool]:
+        return [torch.equal(a, b) for a, b in zip(kept[one], kept[other], strict=True)]
+
+    assert all(same(2, 3))
+    assert all(same(3, 4))
+    assert not all(same(4, 5))
+    assert all(tensor.isfinite().all() for tensor in kept[6])
+    assert [line["skipped_steps"] for line in lines(run)] == [0, 0, 1, 2, 2, 2]
+    assert [line["loss"] is None for line in lines(run)] == [False, False, True, True, False, False]
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_tiny(train_config(data, images=4), tmp_path)
+    run.model.mask_token.register_hook(lambda gradient: gradient * torch.inf)
+    before = weights(run)
+    assert go(run)
+    assert run.progress.skipped_steps == 1
+    assert all(torch.equal(a, b) for a, b in zip(weights(run), before, strict=True))
+    assert lines(run)[0]["loss"] > 0
+
+
+def test_a_run_that_only_skips_stops(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "PATIENCE", 3)
+    run = open_tiny(train_config(data, save_every=4), tmp_path)
+    breaking(run, lambda step: step >= 2, monkeypatch)
+    with pytest.raises(TrainingError, match=r"not finite for 3 steps in a row, up to image 20: .*--lr"):
+        go(run)
+    assert [state.name for state in run.store.states()][-1] == "state-000000000016"  # and none of the end
+
+
+def test_losses_are_averaged_between_lines(data: Path, tmp_path: Path) -> None:
+    each = open_tiny(train_config(data, images=24), tmp_path / "each")
+    some = open_tiny(train_config(data, images=24, log_every=4), tmp_path / "some")
+    assert go(each)
+    assert go(some)
+    losses = [line["loss"] for line in lines(each)]
+    assert [line["images"] for line in lines(some)] == [16, 24]  # the last step has a line in any case
+    assert [line["loss"] for line in lines(some)] == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 2])
+
+
+def test_training_makes_the_loss_fall(data: Path, tmp_path: Path) -> None:
+    run = open_tiny(train_config(data, images=400, log_every=20, warmup=40, lr=0.3), tmp_path)
+    assert go(run)
+    losses = [line["loss"] for line in lines(run)]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": config(channels=1, grid=(8, 8), patch=2, classes=0)},
+        {"model": config(channels=3, grid=(4, 8), patch=4, classes=2)},
+        {"precision": "bf16"},
+        {"batch": 7, "images": 14},
+    ],
+)
+def test_any_model_trains_and_draws(data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    run = open_tiny(train_config(data, **{"images": 8, **changes}), tmp_path)
+    assert go(run)
+    assert run.progress.skipped_steps == 0
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
+    drawer = pipeline(run)
+    assert drawer.classes == (("across", "down") if run.config.model.classes else ())
+    (image,) = drawer.sample([None], allow_broken=True)
+    assert (image.height, image.width) == run.config.model.grid
+
+
+def test_bf16_trains_to_about_the_same(data: Path, tmp_path: Path) -> None:
+    both = [open_tiny(train_config(data, images=24, precision=p), tmp_path / p) for p in ("fp32", "bf16")]
+    for run in both:
+        assert go(run)
+    one, other = (lines(run)[-1]["loss"] for run in both)
+    assert one != other
+    assert one == pytest.approx(other, rel=0.02)
+
+
+def test_an_export_is_the_run_as_it_stands(data: Path, tmp_path: Path) -> None:
+    run = open_tiny(train_config(data, images=12, sampling=SamplingConfig(3, 5, x0_bound=2.0)), tmp_path)
+    assert go(run)
+    assert [path.name for path in export(run)] == ["model.safetensors", "model-raw.safetensors"]
+    for path, source, kind in ((tmp_path / "model.safetensors", run.ema.model, "ema"),
+                               (tmp_path / "model-raw.safetensors", run.model, "raw")):  # fmt: skip
+        read = Pipeline.open(path)
+        assert read.weights == kind
+        assert read.sampling == run.config.sampling
+        assert read.notes["images"] == 12
+        assert torch.equal(read.tokenizer.std, run.tokenizer.std)
+        pairs = zip(read.model.state_dict().items(), source.state_dict().items(), strict=True)
+        assert all(name == other and torch.equal(a, b) for (name, a), (other, b) in pairs)
+
+
+def test_statistics_are_those_of_the_pictures(data: Path, tmp_path: Path) -> None:
+    run = open_tiny(train_config(data), tmp_path)
+    every = torch.stack([torch.from_numpy(np.array(run.source[i].image)) for i in range(len(run.source))])
+    pixels = every.double() / 127.5 - 1
+    assert float(run.tokenizer.mean) == pytest.approx(float(pixels.mean()), rel=1e-5)
+    assert float(run.tokenizer.std) == pytest.approx(float(pixels.std(correction=0)), rel=1e-5)
+    batch = next(loop._batches(run))
+    latents = loop.encode(run, batch)
+    torch.testing.assert_close(latents * run.tokenizer.std + run.tokenizer.mean, batch.images)
+
+
+def test_a_snapshot_draws_a_grid_or_says_why_not(data: Path, tmp_path: Path) -> None:
+    noise_model = config(channels=1, grid=(8, 8), patch=2, classes=2, head=replace(HEAD, prediction="noise"))
+    run = open_tiny(train_config(data, model=noise_model), tmp_path)
+    notes: list[str] = []
+    log = RunLog(tmp_path, 40, 0)
+    log.note = notes.append  # type: ignore[method-assign]
+    snapshot(run, log)
+    assert "no samples yet: image 0 is broken" in notes[0]
+    bounded = open_tiny(train_config(data, model=noise_model, sampling=SamplingConfig(3, 4, x0_bound=1.0)), tmp_path)
+    snapshot(bounded, log)
+    log.close()
+    assert notes[1].startswith("drew ")
+    assert (tmp_path / "samples" / "000000000000.png").is_file()
+    assert (tmp_path / "model.safetensors").is_file()
+
+
+def test_data_of_another_class_count_is_refused(data: Path, tmp_path: Path) -> None:
+    ten = config(channels=1, grid=(8, 8), patch=2, classes=10)
+    with pytest.raises(ConfigError, match=r"model has 10 classes, but .* has 2; set --model.classes 2, or 0"):
+        open_tiny(train_config(data, model=ten), tmp_path)
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_tokenizer_of_other_channels_is_refused(data: Path, tmp_path: Path) -> None:
+    settings = train_config(data, tokenizer="some-vae")
+    with pytest.raises(ConfigError, match="latents have 3 channels, the model's 1"):
+        loop_open(settings, tmp_path)
+
+
+def loop_open(settings: Any, folder: Path) -> Run:
+    from mar.training.run import open_run
+
+    def colours(name: str) -> PixelTokenizer:
+        return PixelTokenizer(3, 0.0, 1.0)
+
+    return open_run(settings, folder, device=torch.device("cpu"), load_tokenizer=colours, load_model=colours)  # type: ignore[arg-type]
+
+
+def test_weights_of_other_classes_start_with_new_ones() -> None:
+    own, theirs = model(seed=1, classes=5), model(seed=2, classes=3, label_drop=0.0)
+    embedding = own.class_embed.weight.detach().clone()  # type: ignore[union-attr]
+    assert initialise_from(own, theirs) == ["class_embed.weight"]
+    assert torch.equal(own.class_embed.weight, embedding)  # type: ignore[union-attr]
+    rest = {name: tensor for name, tensor in own.state_dict().items() if name != "class_embed.weight"}
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in rest.items())
+    same = model(seed=3)
+    assert initialise_from(same, theirs) == []
+    assert torch.equal(same.class_embed.weight, theirs.class_embed.weight)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"buffer": 3}, "buffer 3, here 2"),
+        ({"encoder": replace(config().encoder, depth=2)}, "encoder .*'depth': 2.*, here .*'depth': 1"),
+        ({"head": replace(HEAD, depth=2)}, "head.depth 2, here 1"),
+        ({"head": replace(HEAD, prediction="noise")}, "head.prediction noise, here v"),
+        ({"grid": (2, 8)}, r"grid \[2, 8\], here \[4, 4\]"),
+        ({"encoder": replace(config().encoder, heads=4)}, "'heads': 4"),
+    ],
+)
+def test_weights_of_another_model_are_refused(changes: dict[str, Any], words: str) -> None:
+    own = model(seed=1)
+    before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
+    with pytest.raises(ConfigError, match=words):
+        initialise_from(own, model(seed=2, **changes))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in own.state_dict().items())
