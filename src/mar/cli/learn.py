@@ -47,6 +47,8 @@ def train(arguments: Sequence[str]) -> int:
     from mar.training.loop import train as run_to_end
     from mar.training.run import adopt_official, export, open_run, snapshot
 
+    if runtime.world_size() > 1:
+        raise ConfigError(f"training on {runtime.world_size()} processes is not there yet; start one, without torchrun")
     device = runtime.choose_device(options.device)
     needs = estimate(options.config)
     needs.check_disk(folder)

@@ -1,0 +1,104 @@
+"""Names lead to models: bundled, official, files, folders; and a reference's run is gone on with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from mar import zoo
+from mar.checkpoint.files import CheckpointError
+from mar.checkpoint.official_names import from_official, to_official
+from mar.config import HeadConfig, ModelConfig, TrainConfig, TrunkConfig
+from mar.model.mar import MAR
+from mar.pipeline import Pipeline
+from mar.tokenizer import PixelTokenizer
+from mar.training.run import adopt_official, open_run
+
+TRUNK = TrunkConfig(width=16, depth=1, heads=2)
+CONFIG = ModelConfig(
+    channels=3, grid=(4, 4), encoder=TRUNK, decoder=TRUNK, head=HeadConfig(16, 1, batch_mul=1), buffer=2, classes=2
+)
+
+
+def official_file(path: Path, steps: int = 3) -> tuple[MAR, dict[str, torch.Tensor]]:
+    """A checkpoint-last.pth of a run of the reference, with the optimizer after some steps; the model, its gradients."""
+    torch.manual_seed(1)
+    model = MAR(CONFIG)
+    named = {name: torch.nn.Parameter(tensor) for name, tensor in to_official(model.state_dict()).items()}
+    still = [p for n, p in named.items() if p.ndim == 1 or n.endswith(".bias") or "diffloss" in n]
+    decayed = [p for p in named.values() if not any(p is other for other in still)]
+    groups = [{"params": still, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.02}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
+    gradients = {name: torch.randn_like(p) for name, p in named.items()}
+    for step in range(steps + 1):
+        before = {name: p.detach().clone() for name, p in named.items()}
+        state = {"model": before, "model_ema": before, "optimizer": optimizer.state_dict(), "epoch": 4}
+        if step == steps:
+            torch.save(state, path)
+        for name, p in named.items():
+            p.grad = gradients[name]
+        optimizer.step()
+    return model, {name: p.detach() for name, p in named.items()}
+
+
+def test_a_bundled_model_knows_its_classes() -> None:
+    model = zoo.load("fashion", device="cpu")
+    assert model.classes[3] == "Dress"
+    assert model.image_size == (28, 28)
+    assert model.model.config.guidable
+
+
+def test_files_and_folders(tmp_path: Path) -> None:
+    Pipeline(MAR(CONFIG), PixelTokenizer(3, 0.0, 1.0)).save(tmp_path / "model.safetensors")
+    for place in (tmp_path, tmp_path / "model.safetensors", str(tmp_path)):
+        assert zoo.load(place, device="cpu").model.config == CONFIG
+    assert zoo.load(tmp_path, dtype=torch.bfloat16, device="cpu").model.token_embed.weight.dtype == torch.bfloat16
+
+
+def test_names_that_lead_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="mar download mar-base kl16"):
+        zoo.load("mar-base")
+    with pytest.raises(CheckpointError, match="mar download kl16"):
+        zoo.load_tokenizer("kl16")
+    with pytest.raises(CheckpointError, match="there is no model 'fasion'"):
+        zoo.load("fasion")
+    with pytest.raises(CheckpointError, match="has no model.safetensors"):
+        zoo.load(tmp_path)
+
+
+def test_an_official_file_needs_its_tokenizer_and_gets_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "mine.pth"
+    model, _ = official_file(path)
+    with pytest.raises(CheckpointError, match="mar download kl16"):
+        zoo.load(path)
+    monkeypatch.setattr(zoo, "load_kl16", lambda path: PixelTokenizer(3, 0.0, 1.0))
+    loaded = zoo.import_official(path, tmp_path / "kl16.ckpt", heads=2)
+    assert loaded.weights == "ema"
+    assert loaded.model.config.encoder == TRUNK
+    assert loaded.model.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_run_of_the_reference_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        Image.new("RGB", (4, 4), "red" if name == "a" else "blue").save(tmp_path / "pictures" / name / "1.png")
+    monkeypatch.setattr("mar.checkpoint.official._HEADS_BY_WIDTH", {16: 2})
+    _, expected = official_file(tmp_path / "checkpoint-last.pth")
+    config = TrainConfig(model=CONFIG, data=str(tmp_path / "pictures"), batch=256, lr=1e-3)
+    run = open_run(
+        config, tmp_path / "run", device=torch.device("cpu"), load_tokenizer=zoo.load_tokenizer, load_model=zoo.load
+    )
+    adopt_official(run, tmp_path / "checkpoint-last.pth")
+    assert run.progress.images == 5 * 2  # five epochs of two pictures
+    torch.manual_seed(1)  # the same gradients again, by our names
+    MAR(CONFIG)
+    shapes = to_official(run.model.state_dict())
+    gradients = {name: torch.randn_like(tensor) for name, tensor in shapes.items()}
+    for name, gradient in from_official(gradients).items():
+        run.model.get_parameter(name).grad = gradient
+    run.optimizer.step()
+    for name, tensor in to_official(run.model.state_dict()).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
