@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,8 @@ def test_nothing_asked_nothing_drawn() -> None:
         ([0], {"steps": 0}, "steps is 0"),
         ([0], {"diffusion_steps": 1001}, "diffusion_steps is 1001, but the model's schedule has 1000"),
         ([0], {"known": grey(1)}, "only one of them"),
-        ([0, 1], {"known": grey(3), "mask": LEFT, "batch": 1}, "known: got 3 for 2 labels"),
-        ([0, 1], {"known": grey(2), "mask": LEFT[:1], "batch": 1}, "mask: got 1 for 2 labels"),
+        ([0, 1], {"known": to_pil(grey(3)), "mask": LEFT, "batch": 1}, "known: got 3 for 2 labels"),
+        ([0, 1], {"known": to_pil(grey(2)), "mask": LEFT[:1], "batch": 1}, "mask: got 1 for 2 labels"),
         ([0, 1], {"known": grey(2, 3), "mask": LEFT}, "got 3 channels, but this tokenizer takes 1"),
         ([0, 1], {"known": grey(2)[..., :3], "mask": LEFT}, r"shape \(2, 1, 4, 3\), expected \(2, 1, 4, 4\)"),
     ],
@@ -146,7 +147,7 @@ def test_reveal_ends_where_sample_does() -> None:
     hidden = [(pixels(state.images) == 128).sum() for state in states]  # mid-grey
     assert hidden == sorted(hidden, reverse=True)
     assert hidden[0] > 16
-    for before, after in zip(states, states[1:], strict=False):  # what is shown stays
+    for before, after in pairwise(states):  # what is shown stays
         shown = pixels(before.images) != 128
         assert np.array_equal(pixels(before.images)[shown], pixels(after.images)[shown])
 
