@@ -199,6 +199,21 @@ def test_train_then_resume_then_sample(tmp_path: Path, capsys: pytest.CaptureFix
     assert "images=24" in capsys.readouterr().out
 
 
+def test_a_picture_that_can_not_be_read_is_named_skipped_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "pictures" / "only"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        Image.new("L", (8, 8), 80 * number).save(folder / f"{number}.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    arguments = ["train", "fashion", "--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "run"), *TINY]
+    arguments += ["--model.classes", "1", "--model.grid", "8", "8", "--batch", "4", "--images", "8"]
+    assert main([*arguments, "--sample-every", "0"]) == 0
+    assert "1 pictures could not be read" in capsys.readouterr().err
+    assert str(folder / "broken.png") in caplog.text
+
+
 def refused_after(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     capsys.readouterr()
     assert main(arguments) == 2

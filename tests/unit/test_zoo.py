@@ -24,7 +24,7 @@ CONFIG = ModelConfig(
 
 
 def official_file(path: Path, steps: int = 3) -> tuple[MAR, dict[str, torch.Tensor]]:
-    """A checkpoint-last.pth of a run of the reference, with the optimizer after some steps; the model, its gradients."""
+    """A checkpoint-last.pth of a run of the reference; returns its model, and its weights after one more step."""
     torch.manual_seed(1)
     model = MAR(CONFIG)
     named = {name: torch.nn.Parameter(tensor) for name, tensor in to_official(model.state_dict()).items()}
@@ -65,7 +65,7 @@ def test_names_that_lead_nowhere(tmp_path: Path) -> None:
         zoo.load_tokenizer("kl16")
     with pytest.raises(CheckpointError, match="there is no model 'fasion'"):
         zoo.load("fasion")
-    with pytest.raises(CheckpointError, match="has no model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"has no model\.safetensors"):
         zoo.load(tmp_path)
 
 

@@ -121,5 +121,5 @@ def _remedy(sampling: SamplingConfig, model: MAR) -> str:
         return "The weights hold values that are not finite: use an older checkpoint"
     advice = "Likely the model is young, and its errors at the noisiest steps are amplified: train it longer"
     if sampling.x0_bound is None:
-        advice += ", or bound the predicted tokens (x0_bound 3)"
+        advice += ", or bound the predicted tokens (--x0-bound 3)"
     return f"{advice}; lower guidance may help; to see it all the same, allow broken pictures (--allow-broken)"
