@@ -121,6 +121,18 @@ def test_losses_are_averaged_between_lines(data: Path, tmp_path: Path) -> None:
     assert [line["loss"] for line in lines(some)] == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 2])
 
 
+def test_every_step_has_dropout_of_its_own(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, seeds, real = open_tiny(train_config(data, images=24), tmp_path), [], loop.encode
+
+    def watched(run: Run, batch: Any) -> Tensor:
+        seeds.append(torch.initial_seed())
+        return real(run, batch)
+
+    monkeypatch.setattr(loop, "encode", watched)
+    assert go(run)
+    assert len(set(seeds)) == len(seeds) == 6
+
+
 def test_training_makes_the_loss_fall(data: Path, tmp_path: Path) -> None:
     run = open_tiny(train_config(data, images=400, log_every=20, warmup=40, lr=0.3), tmp_path)
     assert go(run)
