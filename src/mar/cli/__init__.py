@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         return _fail(f"there is no verb {verb!r}; there are {', '.join(VERBS)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Threads that spin while they wait make a machine that is busy with something else many times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         code: int = getattr(importlib.import_module(VERBS[verb][0]), verb)(rest)
         return code

@@ -33,7 +33,7 @@ def test_a_young_model_is_stopped_with_cause_and_remedy() -> None:
         BrokenLatents, match=r"reveal step \d of 4.* deviation of [\d,.]+ where pictures have 1"
     ) as info:
         last(untrained(), [0], [0], FAST)
-    for words in ("image 0", "young", "train it longer", "x0_bound", "--allow-broken"):
+    for words in ("image 0", "young", "train it longer", "--x0-bound 3", "--allow-broken"):
         assert words in str(info.value)
 
 
