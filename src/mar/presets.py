@@ -63,7 +63,7 @@ FASHION = TrainConfig(
     ),
     sampling=SamplingConfig(steps=20, diffusion_steps=25, guidance=7.0, temperature=0.9, x0_bound=2.2),
     data="fashion",
-    images=135_000,
+    images=185_000,
     batch=32,
     lr=8e-3,
     warmup=6_000,
@@ -72,7 +72,11 @@ FASHION = TrainConfig(
     save_every=20_000,
     sample_every=20_000,
 )
-"""The bundled model: 3.5 million parameters on 10,000 pictures of Fashion-MNIST in raw pixels, 4x4 patches."""
+"""3.5 million parameters on 10,000 pictures of Fashion-MNIST in raw pixels, 4x4 patches; the loss ends near 0.23.
+
+The bundled model saw 185,000 pictures in 89 minutes on one core. It was first planned for 135,000, its learning rate
+had fallen to zero there, and it was then resumed with this length: the log shows the rate rise and fall again.
+"""
 
 RECIPES: dict[str, TrainConfig] = {
     "fashion": FASHION,
