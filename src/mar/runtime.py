@@ -6,13 +6,24 @@ diffusion state and its coefficients in float32. Never float16.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mar.config import ConfigError
+
+PATIENCE = timedelta(days=7)
+"""How long a process waits for another one that is still drawing; one that ends is noticed at once."""
+
+Result = TypeVar("Result")
 
 
 class Linear(nn.Linear):
@@ -67,3 +78,85 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes torchrun started; 1 without."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextlib.contextmanager
+def process_group(device: str | None = None) -> Iterator[torch.device]:
+    """Joins the processes that torchrun started, for as long as the block lasts; yields this one's device.
+
+    `device` as `choose_device` takes it; of several GPUs each process takes its own, by LOCAL_RANK. Tensors on the CPU
+    go by gloo, those on GPUs by NCCL. A group that is there already is used and left alone; one process needs none.
+    Raises ConfigError for a device that the processes can't share.
+    """
+    chosen = _own_device(choose_device(device))
+    if world_size() == 1 or dist.is_initialized():
+        yield chosen
+        return
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield chosen
+    except BaseException:
+        _abort()  # the others may never come to what destroying would wait for
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _own_device(device: torch.device) -> torch.device:
+    if device.type != "cuda" or world_size() == 1:
+        return device
+    if device.index is not None:
+        raise ConfigError(f"device {device}: {world_size()} processes can't share one GPU; ask for cuda without number")
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise ConfigError(f"this machine has {count} CUDA devices, but process {local} of it (from 0) needs its own")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def _abort() -> None:
+    abort = getattr(dist.group.WORLD, "abort", None)  # newer than the oldest torch we run on
+    if abort is not None:
+        abort()
+
+
+def together(collective: Callable[[], Result]) -> Result:
+    """Runs what all processes have to take part in; ConfigError where another one has ended meanwhile."""
+    try:
+        return collective()
+    except RuntimeError as error:  # gloo and NCCL have no class of their own for it
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"process {rank()} lost the others, one of which has ended ({reason})") from error
+
+
+def barrier() -> None:
+    """Waits until every process is here; nothing where there is but one. A signal still ends the wait."""
+    if not dist.is_initialized():
+        return
+
+    def wait() -> None:
+        work = dist.barrier(async_op=True)
+        if work is None:
+            return
+        while not work.is_completed():  # in Python, since a wait inside torch is deaf to Ctrl-C
+            time.sleep(0.02)
+        work.wait()
+
+    together(wait)
+
+
+def gather(value: Any) -> list[Any]:
+    """What every process hands in (anything that can be pickled), by rank, the same list for all of them."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    together(lambda: dist.all_gather_object(values, value))
+    return values
+
+
+def allow_tf32() -> None:
+    """Lets GPUs round the inputs of float32 products to TF32's 10 bits of mantissa; CPUs compute as before."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
