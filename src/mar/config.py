@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 Prediction = Literal["noise", "v"]
 GuidanceSchedule = Literal["linear", "constant"]
 Precision = Literal["fp32", "bf16"]
+Optimizer = Literal["adamw", "muon"]
 
 
 class ConfigError(ValueError):
@@ -230,8 +231,12 @@ class TrainConfig:
     """Images over which the learning rate rises linearly from 0."""
     decay: int = 0
     """Images at the end of the run over which the learning rate falls linearly to 0."""
+    optimizer: Optimizer = "adamw"
+    """`adamw` (the paper), or `muon` for the matrices inside the blocks and AdamW for all else."""
+    muon_factor: float = 2.5
+    """Muon's learning rate as a multiple of `lr`, where an update has the size of AdamW's."""
     weight_decay: float = 0.02
-    """AdamW's weight decay; never on biases, norms and the head."""
+    """Decoupled weight decay; never on biases, norms and the head."""
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 3.0
@@ -260,10 +265,11 @@ class TrainConfig:
         _positive(self, "images", "batch", "save_every", "keep", "log_every")
         for name in ("warmup", "decay", "sample_every", "workers", "weight_decay"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, but it must not be negative")
-        for name in ("lr", "clip"):
+        for name in ("lr", "muon_factor", "clip"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but it must be positive")
         _fraction(self, "ema", "beta1", "beta2")
         _require(self.precision in typing.get_args(Precision), f"precision is {self.precision!r}, not fp32 or bf16")
+        _require(self.optimizer in typing.get_args(Optimizer), f"optimizer is {self.optimizer!r}, not adamw or muon")
         self.sampling.check(self.model)
 
     @property

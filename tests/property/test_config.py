@@ -14,6 +14,7 @@ from mar.config import (
     GuidanceSchedule,
     HeadConfig,
     ModelConfig,
+    Optimizer,
     Precision,
     Prediction,
     SamplingConfig,
@@ -60,7 +61,8 @@ def runs(draw: st.DrawFn) -> TrainConfig:
     sampling = SamplingConfig(drawn.steps, steps, guidance, drawn.guidance_schedule, drawn.temperature, drawn.x0_bound)
     return TrainConfig(
         model, sampling, draw(st.text()), draw(st.text()), draw(COUNT), draw(COUNT), draw(POSITIVE),
-        *(draw(NOT_NEGATIVE) for _ in range(2)), draw(FRACTION), draw(FRACTION), draw(FRACTION), draw(POSITIVE),
+        *(draw(NOT_NEGATIVE) for _ in range(2)), draw(st.sampled_from(get_args(Optimizer))), draw(POSITIVE),
+        draw(FRACTION), draw(FRACTION), draw(FRACTION), draw(POSITIVE),
         draw(FRACTION), draw(st.sampled_from(get_args(Precision))), draw(st.none() | st.booleans()),
         draw(st.integers()), draw(NOT_NEGATIVE), draw(COUNT), draw(COUNT), draw(NOT_NEGATIVE), draw(COUNT),
         draw(st.none() | st.text()),

@@ -99,6 +99,6 @@ def test_a_run_of_the_reference_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     gradients = {name: torch.randn_like(tensor) for name, tensor in shapes.items()}
     for name, gradient in from_official(gradients).items():
         run.model.get_parameter(name).grad = gradient
-    run.optimizer.step()
+    run.optimizers[0].step()
     for name, tensor in to_official(run.model.state_dict()).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)

@@ -30,7 +30,7 @@ from mar.tokenizer import Tokenizer
 from mar.training.ema import EMA
 from mar.training.log import RunLog
 from mar.training.loss import DiffusionLoss, draw_step
-from mar.training.optim import learning_rate, make_optimizer
+from mar.training.optim import learning_rate, make_optimizers
 
 PATIENCE = 50
 """Non-finite steps in a row after which a run stops."""
@@ -73,7 +73,7 @@ class Run:
         self.tokenizer.to(self.device).eval()
         self.loss = DiffusionLoss(self.model.to(self.device).train())
         self.ema = EMA(self.model, self.config.ema)
-        self.optimizer = make_optimizer(self.model, self.config)
+        self.optimizers = make_optimizers(self.model, self.config)
         self.store = RunState(self.folder, to_dict(self.config))
 
     def state_dict(self) -> dict[str, Any]:
@@ -81,7 +81,7 @@ class Run:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizer),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizers),
             "tokenizer": {"mean": self.tokenizer.mean, "std": self.tokenizer.std},
             "progress": vars(self.progress).copy(),
         }
@@ -93,7 +93,7 @@ class Run:
             return False
         self.model.load_state_dict(state["model"])
         self.ema.model.load_state_dict(state["ema"])
-        set_optimizer_state_dict(self.model, self.optimizer, state["optimizer"])
+        set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
         self.tokenizer.set_statistics(state["tokenizer"]["mean"], state["tokenizer"]["std"])
         self.progress = Progress(**state["progress"])
         return True
@@ -147,22 +147,24 @@ def _due(before: int, now: int, every: int) -> bool:
 
 
 def step(run: Run, batch: Batch) -> tuple[float, float]:
-    """One step of the optimizer, or none where loss or gradient are not finite. Returns loss and gradient norm."""
+    """One step of the optimizers, or none where loss or gradient are not finite. Returns loss and gradient norm."""
     config, progress = run.config, run.progress
     rate = learning_rate(config, progress.images)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
     torch.manual_seed(runtime.generator(config.seed, 3, progress.step, runtime.rank()).initial_seed())  # dropout
     draws = draw_step(run.model.config, config.seed, progress.step, batch.positions.tolist()).to(run.device)
     latents = encode(run, batch)
     with autocast(run.device, config.precision):
         loss: Tensor = run.loss(latents, batch.labels.to(run.device), draws)
-    run.optimizer.zero_grad(set_to_none=True)
+    run.model.zero_grad(set_to_none=True)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
     finite = bool((loss.isfinite() & norm.isfinite()).item())
     if finite:
-        run.optimizer.step()
+        for optimizer in run.optimizers:
+            optimizer.step()
     progress.step += 1
     progress.images += config.batch
     if finite:

@@ -1,11 +1,14 @@
-"""The optimizer: AdamW with the reference's parameter groups, and the learning rate by images seen."""
+"""The optimizers: AdamW with the reference's groups, Muon where asked for; the learning rate by images seen."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mar.config import TrainConfig
+from mar.training.muon import Muon
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -13,9 +16,21 @@ def decays(name: str, parameter: Tensor) -> bool:
     return not name.startswith("head.") and (parameter.ndim > 1 or name == "mask_token")
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over the parameters of a MAR, in two groups."""
+def hidden(name: str, parameter: Tensor) -> bool:
+    """Whether it is a matrix inside a block, of the trunk or the head: what Muon is for."""
+    return parameter.ndim == 2 and name.startswith(("encoder.", "decoder.", "head.blocks."))
+
+
+def make_optimizers(model: nn.Module, config: TrainConfig) -> tuple[torch.optim.Optimizer, ...]:
+    """AdamW over the parameters of a MAR, in two groups; where asked for, Muon over the matrices in its blocks."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if config.optimizer == "adamw":
+        return (_adamw(named, config),)
+    inside = [(name, p) for name, p in named if hidden(name, p)]
+    return _adamw([(name, p) for name, p in named if not hidden(name, p)], config), _muon(inside, config)
+
+
+def _adamw(named: Sequence[tuple[str, Tensor]], config: TrainConfig) -> torch.optim.AdamW:
     groups = [
         {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
         {"params": [p for name, p in named if decays(name, p)], "weight_decay": config.weight_decay},
@@ -27,6 +42,23 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
     return optimizer
+
+
+def _muon(named: Sequence[tuple[str, Tensor]], config: TrainConfig) -> Muon:
+    def parts(name: str) -> int:  # queries, keys, values; shift, scale, gate
+        return 3 if name.endswith(("qkv.weight", "modulation.weight")) else 1
+
+    groups = [
+        {
+            "params": [p for name, p in named if parts(name) == count and decays(name, p) == decay],
+            "parts": count,
+            "weight_decay": config.weight_decay if decay else 0.0,
+        }
+        for count in (1, 3)
+        for decay in (True, False)
+    ]
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return Muon(groups, config.scaled_lr, factor=config.muon_factor, dtype=dtype)
 
 
 def learning_rate(config: TrainConfig, images: int) -> float:

@@ -129,6 +129,8 @@ def adopt_official(run: Run, path: Path) -> None:
     an optimizer, or of another model.
     """
     read = official.read_mar(path)
+    if run.config.optimizer != "adamw":
+        raise ConfigError(f"{path} was trained by AdamW; go on with it with --optimizer adamw")
     if read.optimizer is None or read.raw is None or read.ema is None or read.epoch is None:
         raise ConfigError(f"{path} has no optimizer and epoch to go on with; start from its weights with --init {path}")
     try:
@@ -137,9 +139,9 @@ def adopt_official(run: Run, path: Path) -> None:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ConfigError(f"{path} is of another model than this run's ({reason}); choose its recipe") from None
-    state = get_optimizer_state_dict(run.model, run.optimizer)
+    state = get_optimizer_state_dict(run.model, run.optimizers)
     state["state"] = {name: dict(moments) for name, moments in read.optimizer.items()}
-    set_optimizer_state_dict(run.model, run.optimizer, state)
+    set_optimizer_state_dict(run.model, run.optimizers, state)
     images = (read.epoch + 1) * len(run.source)
     run.progress = Progress(step=images // run.config.batch, images=images)
     run.save()

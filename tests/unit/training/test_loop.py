@@ -57,7 +57,7 @@ def breaking(run: Run, when: Callable[[int], bool], monkeypatch: pytest.MonkeyPa
 
 def weights(run: Run) -> list[Tensor]:
     both = [*run.model.parameters(), *run.ema.model.parameters()]
-    moments = [value for p in run.model.parameters() for value in run.optimizer.state[p].values()]
+    moments = [value for p in run.model.parameters() for o in run.optimizers for value in o.state.get(p, {}).values()]
     return [t.detach().clone() for t in [*both, *moments]]
 
 

@@ -12,14 +12,14 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from mar.config import TrainConfig
 from mar.training.ema import EMA
-from mar.training.optim import decays, learning_rate, make_optimizer
+from mar.training.optim import decays, learning_rate, make_optimizers
 
 CONFIG = TrainConfig(images=10_000, batch=64, lr=1e-3, warmup=1000, decay=2000)
 
 
 def test_groups_are_the_references() -> None:
     of = model()
-    optimizer = make_optimizer(of, CONFIG)
+    (optimizer,) = make_optimizers(of, CONFIG)
     names = {id(p): name for name, p in of.named_parameters()}
     still, decaying = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.02]
@@ -35,7 +35,7 @@ def test_groups_are_the_references() -> None:
 
 def test_asking_for_its_state_is_no_step() -> None:
     one, other = model(), model()
-    asked, plain = make_optimizer(one, CONFIG), torch.optim.AdamW(other.parameters(), weight_decay=0.0)
+    (asked,), plain = make_optimizers(one, CONFIG), torch.optim.AdamW(other.parameters(), weight_decay=0.0)
     state = get_optimizer_state_dict(one, asked)["state"]
     assert {float(moments["step"]) for moments in state.values()} == {0.0}
     for group in (*asked.param_groups, *plain.param_groups):

@@ -116,6 +116,15 @@ def test_resume_is_bitwise(
         assert [line[name] for line in lines(tmp_path)] == [line[name] for line in whole]
 
 
+def test_muon_resumes_bitwise_too(data: Path, tmp_path: Path) -> None:
+    settings = train_config(data, optimizer="muon", lr=0.05)
+    whole = open_tiny(settings, tmp_path / "whole")
+    assert go(whole)
+    again = resumed(settings, tmp_path / "cut", [12], signal.SIGINT)
+    assert any("momentum" in name for name in tensors(again))
+    assert differing(again, whole) == []
+
+
 def test_the_run_has_learned_something(uninterrupted: Run, data: Path, tmp_path: Path) -> None:
     fresh = open_tiny(train_config(data), tmp_path)
     assert {name.split("/")[0] for name in differing(uninterrupted, fresh)} == {"model", "ema", "optimizer"}

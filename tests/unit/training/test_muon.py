@@ -1,0 +1,90 @@
+"""Muon: what it does to a matrix, which matrices it gets, and that fused ones are treated apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import model, noise
+from torch import nn
+
+from mar.config import ConfigError, TrainConfig
+from mar.training.muon import Muon, orthogonalise
+from mar.training.optim import make_optimizers
+
+CONFIG = TrainConfig(images=10_000, batch=64, lr=1e-2, optimizer="muon")
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (8, 32), (32, 8)])
+def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int]) -> None:
+    u, s, v = torch.linalg.svd(noise(3, *shape), full_matrices=False)
+    made = orthogonalise(u @ torch.diag_embed(s * 1e-3) @ v)
+    values = torch.linalg.svdvals(made)
+    assert values.max() < 1.3
+    assert values.median() > 0.6
+    inside = u.mT @ made @ v.mT  # diagonal where the singular vectors are the same
+    assert (inside - torch.diag_embed(inside.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
+
+
+def test_nothing_comes_of_nothing() -> None:
+    assert torch.equal(orthogonalise(torch.zeros(2, 4, 6)), torch.zeros(2, 4, 6))
+
+
+def test_parts_of_a_fused_matrix_are_updated_as_matrices_of_their_own() -> None:
+    fused = nn.Parameter(noise(12, 4))
+    apart = [nn.Parameter(part.clone()) for part in fused.detach().chunk(3)]
+    gradient = noise(12, 4, seed=1) * torch.tensor([1.0, 100.0, 1e-3]).repeat_interleave(4)[:, None]
+    fused.grad = gradient
+    for p, part in zip(apart, gradient.chunk(3), strict=True):
+        p.grad = part.clone()
+    Muon([{"params": [fused], "parts": 3}], 0.1).step()
+    Muon([{"params": apart}], 0.1).step()
+    assert torch.allclose(fused.detach(), torch.cat([p.detach() for p in apart]), atol=1e-6)
+
+
+def test_an_update_has_the_size_of_adamws_whatever_the_gradients() -> None:
+    for scale in (1e-6, 1e3):
+        p = nn.Parameter(torch.zeros(64, 64))
+        p.grad = noise(64, 64) * scale
+        Muon([{"params": [p]}], 0.01, factor=3.0).step()
+        assert float(p.detach().square().mean().sqrt()) == pytest.approx(0.2 * 0.03, rel=0.2)
+
+
+def test_decay_pulls_towards_zero_by_the_rate() -> None:
+    p = nn.Parameter(torch.ones(4, 4))
+    p.grad = torch.zeros(4, 4)
+    Muon([{"params": [p]}], 0.1, factor=2.0, weight_decay=0.5).step()
+    assert torch.allclose(p.detach(), torch.full((4, 4), 1 - 0.2 * 0.5))
+
+
+def test_it_goes_downhill_and_remembers() -> None:
+    target, p = noise(6, 6), nn.Parameter(torch.zeros(6, 6))
+    optimizer = Muon([{"params": [p]}], 0.05)
+    before = float(target.square().sum())
+    for _ in range(100):
+        p.grad = p.detach() - target
+        optimizer.step()
+    assert float((p.detach() - target).square().sum()) < 0.3 * before
+    assert optimizer.state[p]["momentum"].abs().max() > 0
+
+
+def test_every_parameter_is_in_one_group_and_blocks_are_muons() -> None:
+    of = model()
+    adamw, muon = make_optimizers(of, CONFIG)
+    names = {id(p): name for name, p in of.named_parameters()}
+    held = {name: {names[id(p)] for g in o.param_groups for p in g["params"]}
+            for name, o in (("adamw", adamw), ("muon", muon))}  # fmt: skip
+    assert held["adamw"] | held["muon"] == set(names.values())
+    assert not held["adamw"] & held["muon"]
+    assert {"encoder.0.attention.qkv.weight", "decoder.0.fc2.weight", "head.blocks.0.modulation.weight"} <= held["muon"]
+    assert {"token_embed.weight", "head.output.weight", "encoder.0.fc1.bias", "mask_token"} <= held["adamw"]
+    three = {names[id(p)] for g in muon.param_groups if g["parts"] == 3 for p in g["params"]}
+    assert three == {name for name in held["muon"] if "qkv" in name or "modulation" in name}
+    still = {names[id(p)] for g in muon.param_groups if not g["weight_decay"] for p in g["params"]}
+    assert still == {name for name in held["muon"] if name.startswith("head.")}
+
+
+def test_what_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"shape \(4, 3\), expected 3 matrices"):
+        Muon([{"params": [nn.Parameter(torch.zeros(4, 3))], "parts": 3}], 0.1)
+    with pytest.raises(ConfigError, match="muon_factor is 0"):
+        TrainConfig(muon_factor=0)
