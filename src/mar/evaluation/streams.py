@@ -1,0 +1,204 @@
+"""Pictures to be judged, batch by batch: of a model, a data source, or an `.npz` file. Nothing piles up.
+
+Letters of shapes: n pictures of a batch, c colours (1 or 3), h x w pixels.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
+
+from mar.data.examples import Source
+from mar.data.transforms import adm_center_crop, to_colours
+from mar.pipeline import Pipeline
+from mar.sampling.plan import STRIDE, Plan
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """A batch."""
+
+    images: UInt8[Tensor, "n c h w"]
+    indices: Int[Tensor, " n"]
+    """Their numbers in the whole set."""
+    labels: Int[Tensor, " n"]
+    """Class numbers; -1 where there is none."""
+
+
+class PictureSet(Protocol):
+    """A set of pictures of one size that can be walked through, in shares."""
+
+    name: str
+    """What it is, in words."""
+    classes: tuple[str, ...]
+    """Names of the classes by number; empty where there are none."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch: int, first: int, end: int) -> Iterator[Pictures]:
+        """Pictures [first, end), at most `batch` at a time."""
+        ...
+
+
+def share(count: int, rank: int, world: int) -> tuple[int, int]:
+    """[first, end) of `count` pictures for process `rank` of `world`; shares differ by one at most."""
+    return count * rank // world, count * (rank + 1) // world
+
+
+class SourcePictures:
+    """A data source's pictures, each as it is, or brought to `size` (height, width) by ADM's centre crop.
+
+    Raises ValueError where pictures differ in size and none was asked for.
+    """
+
+    def __init__(
+        self, source: Source, name: str, *, size: tuple[int, int] | None = None, limit: int | None = None
+    ) -> None:
+        self.source, self.name, self.size = source, name, size
+        self.classes = tuple(source.classes)
+        self.count = len(source) if limit is None else min(limit, len(source))
+        self.first: tuple[int, int] | None = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batches(self, batch: int, first: int, end: int) -> Iterator[Pictures]:
+        for start in range(first, end, batch):
+            indices = list(range(start, min(start + batch, end)))
+            examples = [self.source[i] for i in indices]
+            # grey pictures among colours are repeated; extractors make no difference
+            grey = all(example.image.mode in ("1", "L") for example in examples)
+            pictures = [self._pixels(example.image, example.name, 1 if grey else 3) for example in examples]
+            labels = torch.tensor([example.label for example in examples])
+            yield Pictures(torch.stack(pictures), torch.tensor(indices), labels)
+
+    def _pixels(self, image: Any, name: str, channels: int) -> Tensor:
+        image = to_colours(image, channels)
+        if self.size is not None:
+            image = adm_center_crop(image, self.size)
+        size = (image.height, image.width)
+        self.first = self.first or size
+        if size != self.first:
+            raise ValueError(
+                f"{self.name}: {name} is {size[0]}x{size[1]}, but those before it are {self.first[0]}x{self.first[1]}; "
+                "bring all to one size with --image-size"
+            )
+        pixels = np.array(image)
+        return torch.from_numpy(pixels[None] if channels == 1 else np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+class NpzPictures:
+    """The pictures of an `.npz` as ADM's evaluation suite reads them: `arr_0`, uint8 (count, h, w, 1 or 3).
+
+    Class numbers are taken from `arr_1` where it is there. Read piece by piece, compressed or not.
+    """
+
+    classes: tuple[str, ...] = ()
+
+    def __init__(self, path: Path, *, limit: int | None = None) -> None:
+        self.path, self.name = path, str(path)
+        shape, dtype = self._kind()
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
+            raise ValueError(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (count, height, width, 1 or 3)")
+        self.shape = shape
+        self.count = shape[0] if limit is None else min(limit, shape[0])
+        self.labels = self._labels()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batches(self, batch: int, first: int, end: int) -> Iterator[Pictures]:
+        _, height, width, channels = self.shape
+        size = height * width * channels
+        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+            _header(file)
+            file.seek(first * size, 1)
+            for start in range(first, end, batch):
+                count = min(batch, end - start)
+                pixels = np.frombuffer(self._read(file, count * size), np.uint8).reshape(count, height, width, channels)
+                images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+                yield Pictures(images, torch.arange(start, start + count), self.labels[start : start + count])
+
+    def _read(self, file: IO[bytes], size: int) -> bytes:
+        try:
+            data = file.read(size)
+        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{self.path}: damaged ({error}); make it again") from None
+        if len(data) < size:
+            raise ValueError(f"{self.path}: ends before its last picture; make it again")
+        return data
+
+    def _kind(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Shape and dtype of `arr_0`."""
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+                return _header(file)
+        except KeyError:
+            raise ValueError(f"{self.path} has no pictures: expected arr_0, uint8 (count, height, width, 3)") from None
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{self.path}: can't be read as pictures: {error}") from None
+
+    def _labels(self) -> Tensor:
+        none = torch.full((self.shape[0],), -1)
+        try:
+            with np.load(self.path, allow_pickle=False) as file:
+                labels = file["arr_1"] if "arr_1" in file.files else None
+        except ValueError as error:
+            raise ValueError(f"{self.path}: arr_1 can't be read as class numbers: {error}") from None
+        if labels is None:
+            return none
+        if labels.shape != (self.shape[0],) or labels.dtype.kind not in "iu":
+            raise ValueError(
+                f"{self.path}: arr_1 is {labels.dtype} {labels.shape}, expected ({self.shape[0]},) whole numbers"
+            )
+        return torch.from_numpy(labels.astype(np.int64))
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Shape and dtype of an `.npy` that is read from its beginning."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if fortran:
+        raise ValueError("its pictures lie in Fortran's order; save them in C's")
+    return shape, dtype
+
+
+class DrawnPictures:
+    """Pictures that a model draws as they are asked for: picture i depends on (seed, i) and its class alone."""
+
+    def __init__(
+        self, pipeline: Pipeline, plan: Plan, *, name: str, advance: Callable[[float], None] | None = None,
+        allow_broken: bool = False, **settings: Any,
+    ) -> None:  # fmt: skip
+        self.pipeline, self.plan, self.name, self.settings = pipeline, plan, name, settings
+        self.allow_broken, self.advance = allow_broken, advance
+        self.classes = tuple(pipeline.classes)
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def batches(self, batch: int, first: int, end: int) -> Iterator[Pictures]:
+        numbers = list(range(first, end))
+        labels = [self.plan.labels[i] for i in numbers]
+        stream = self.pipeline.stream(
+            [None if label < 0 else label for label in labels],
+            [self.plan.seed * STRIDE + i for i in numbers],
+            batch=batch,
+            allow_broken=self.allow_broken,
+            advance=self.advance,
+            **self.settings,
+        )
+        for images in stream:
+            n = len(images)
+            yield Pictures(images, torch.tensor(numbers[:n]), torch.tensor(labels[:n]))
+            numbers, labels = numbers[n:], labels[n:]
