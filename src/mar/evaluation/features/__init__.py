@@ -1,0 +1,29 @@
+"""Feature extractors: uint8 pictures in, features and logits out, each metric's preprocessing inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mar.evaluation.features.base import Extractor, Features, ModuleExtractor
+from mar.evaluation.features.custom import custom
+from mar.evaluation.features.efficientnet import efficientnet_lite0
+from mar.evaluation.features.inception import inception
+
+__all__ = ["Extractor", "Features", "ModuleExtractor", "open_extractor"]
+
+
+def open_extractor(name: str, weights: Path | None = None) -> Extractor:
+    """The extractor called "inception" or "efficientnet-lite0", or what "FILE.py:function" or "module:function" makes.
+
+    `weights` is a file for it, by default its own. A function is called with `weights` and returns an Extractor, or a
+    torch.nn.Module for `ModuleExtractor`. Raises ValueError, one line, where that can't be had.
+    """
+    if name == "inception":
+        return inception(weights)
+    if name == "efficientnet-lite0":
+        return efficientnet_lite0(weights)
+    if ":" in name:
+        return custom(name, weights)
+    raise ValueError(
+        f"features: got {name!r}, expected inception, efficientnet-lite0, FILE.py:function or package.module:function"
+    )
