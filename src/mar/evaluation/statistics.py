@@ -15,6 +15,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
+from mar import runtime
 from mar.checkpoint.files import write_atomically
 
 BLOCK = 512
@@ -25,7 +26,7 @@ REMAKE = "make it again with `mar stats`"
 
 
 def grouped() -> bool:
-    """Whether this process belongs to a process group, so that there is something to gather."""
+    """Whether this process belongs to a group, so that there is something to gather."""
     return dist.is_available() and dist.is_initialized()
 
 
@@ -39,27 +40,23 @@ def sum_over_ranks(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     if not grouped():
         return tensor
     total = tensor.to(_wire(), copy=True).contiguous()
-    dist.all_reduce(total)
+    runtime.together(lambda: dist.all_reduce(total))
     return total.to(tensor.device)
 
 
 def gather_rows(tensor: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "m d"]:
     """The rows (n, d) of all processes below each other in the order of ranks, the same on each process.
 
-    Processes may have different n, 0 too, but the same d and dtype. Contiguous shares come back in the pictures'
-    order. Gives `tensor` itself without a process group.
+    Processes may have different n, 0 too, but the same d and dtype. Gives `tensor` itself without a process group.
     """
     if not grouped():
         return tensor
-    wire = _wire()
-    counts = [torch.zeros(1, dtype=torch.int64, device=wire) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, torch.tensor([len(tensor)], device=wire))
-    sizes = [int(count) for count in counts]
-    # collectives want equal shapes, so that short shares are filled up
-    padded = torch.zeros(max(sizes), tensor.shape[1], dtype=tensor.dtype, device=wire)
+    sizes = runtime.gather(len(tensor))
+    # all_gather wants equal shapes, so that short shares are filled up
+    padded = torch.zeros(max(sizes), tensor.shape[1], dtype=tensor.dtype, device=_wire())
     padded[: len(tensor)] = tensor
     shares = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(shares, padded)
+    runtime.together(lambda: dist.all_gather(shares, padded))
     return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)]).to(tensor.device)
 
 
@@ -91,7 +88,7 @@ class Moments:
     """Mean and covariance of rows that come in batches, in float64, in memory that does not grow with their number.
 
     Rows are summed in blocks of 512 whatever the batches were, so that the batch size changes nothing. `device` is
-    where the sums are made (it needs float64: CPU or CUDA); results are always on the CPU.
+    where that happens (it needs float64: CPU or CUDA); results are on the CPU.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
@@ -116,8 +113,7 @@ class Moments:
     def merge(self, other: Moments) -> None:
         """Adds all that `other` has seen; `other` stays as it is. Raises ValueError for another width."""
         self._require(other.width)
-        theirs = other._total()
-        device = self._sums.mean.device
+        theirs, device = other._total(), self._sums.mean.device
         self._sums = self._sums.plus(_Sums(theirs.count, theirs.mean.to(device), theirs.scatter.to(device)))
 
     def gather(self) -> Moments:
@@ -125,14 +121,11 @@ class Moments:
         if not grouped():
             return self
         own = self._total()
-        counts = gather_rows(own.mean.new_full((1, 1), own.count))
-        means = gather_rows(own.mean[None])
         merged = Moments(self.width, own.mean.device)
-        if count := int(counts.sum()):
-            mean = (counts * means).sum(0) / count
+        if count := sum(runtime.gather(own.count)):
+            mean = sum_over_ranks(own.mean * (own.count / count))
             delta = own.mean - mean
-            scatter = sum_over_ranks(own.scatter + torch.outer(delta, delta * own.count))
-            merged._sums = _Sums(count, mean, scatter)
+            merged._sums = _Sums(count, mean, sum_over_ranks(own.scatter + torch.outer(delta, delta * own.count)))
         return merged
 
     @property
@@ -194,8 +187,7 @@ def check_comparable(a: About, b: About) -> None:
             f"({a.fingerprint[:12]}, {b.fingerprint[:12]}); make both with the same"
         )
     if a.size != b.size:
-        sizes = " and ".join(f"{height}x{width}" for height, width in (a.size, b.size))
-        raise ValueError(f"{pair}: pictures of {sizes}; make both at one resolution")
+        raise ValueError(f"{pair}: pictures of {a.size} and {b.size} (height, width); make both at one resolution")
 
 
 @dataclass(frozen=True, eq=False)
@@ -242,30 +234,25 @@ class Statistics:
         """
         arrays = _read(path, features)
         try:
-            count, about = arrays.get("count"), arrays.get("about")
-            return cls(
-                _floats(arrays["mu"]).double(),
-                _floats(arrays["sigma"]).double(),
-                None if count is None else int(count),
-                _floats(arrays["features"]) if "features" in arrays else None,
-                None if about is None else _about(str(about)),
-            )
+            mean, covariance = (_floats(arrays[name]).double() for name in ("mu", "sigma"))
+            count = int(arrays["count"]) if "count" in arrays else None
+            kept = _floats(arrays["features"]) if "features" in arrays else None
+            _check(mean, covariance, count, kept)
+            return cls(mean, covariance, count, kept, _about(str(arrays["about"])) if "about" in arrays else None)
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: {error}; {REMAKE}") from None
 
 
 def _check(mean: Tensor, covariance: Tensor, count: int | None, features: Tensor | None) -> None:
     width = mean.numel()
-    if mean.shape != (width,) or not width:
-        raise ValueError(f"statistics: got a mean of shape {tuple(mean.shape)}, expected (features,)")
-    if covariance.shape != (width, width):
-        shape = tuple(covariance.shape)
-        raise ValueError(f"statistics: got a covariance of shape {shape}, expected {(width, width)} as the mean's")
+    if not width or mean.shape != (width,) or covariance.shape != (width, width):
+        shapes = f"{tuple(mean.shape)} and {tuple(covariance.shape)}"
+        raise ValueError(f"statistics: got a mean and a covariance of shapes {shapes}, expected (d,) and (d, d)")
     if count is not None and count < 2:
         raise ValueError(f"statistics: got a count of {count}, expected at least 2 pictures")
     if features is not None and (features.ndim != 2 or features.shape[1] != width or len(features) != (count or -1)):
-        shape = tuple(features.shape)
-        raise ValueError(f"statistics: got features of shape {shape}, expected {(count or 'count', width)}")
+        expected = f"{count or 'count'}, {width}"
+        raise ValueError(f"statistics: got features of shape {tuple(features.shape)}, expected ({expected})")
     for name, values in (("mean", mean), ("covariance", covariance), ("features", features)):
         if values is not None and not values.isfinite().all():
             raise ValueError(f"statistics: the {name} has values that are not finite")
@@ -281,7 +268,7 @@ def _read(path: Path, features: bool) -> dict[str, np.ndarray]:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path}: damaged, or no npz file of statistics; {REMAKE}")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:  # np.load leaves damaged ones open
             names = set(file.files)
             if missing := sorted({"mu", "sigma"} - names):
                 held = "pictures" if "arr_0" in names else ", ".join(sorted(names)) or "nothing"
@@ -291,7 +278,8 @@ def _read(path: Path, features: bool) -> dict[str, np.ndarray]:
             wanted = {"mu", "sigma", "count", "about"} | ({"features"} if features else set())
             return {name: file[name] for name in names & wanted}
     except (OSError, EOFError, TypeError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: can't be read as statistics ({error}); {REMAKE}") from None
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: can't be read as statistics ({reason}); {REMAKE}") from None
 
 
 def _floats(array: np.ndarray) -> Tensor:
