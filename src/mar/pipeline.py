@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 
 from mar import runtime
 from mar.checkpoint import store
-from mar.config import SamplingConfig
+from mar.config import SamplingConfig, to_dict
 from mar.data.labels import resolve_labels
 from mar.data.transforms import Transform
 from mar.model.mar import MAR
 from mar.sampling.generate import generate
+from mar.sampling.progress import bar
 from mar.tokenizer import Tokenizer, build
 
 WEIGHTS_FILE = "model.safetensors"
@@ -91,6 +93,16 @@ class Pipeline(
             runtime.set_matrix_dtype(self.model, dtype)
         return self
 
+    def fingerprint(self) -> str:
+        """sha256, in hex, of everything that pictures depend on but sampling: weights as loaded, model, tokenizer."""
+        configs = {"model": to_dict(self.model.config), "tokenizer": self.tokenizer.spec()}
+        digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
+        for module in (self.model, self.tokenizer):
+            for name, tensor in sorted(module.state_dict().items()):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
     # ---- drawing
 
     @overload
@@ -121,18 +133,38 @@ class Pipeline(
         a float32 tensor (n, channels, height, width) in [-1, 1]. A picture depends on its label, seed, known part and
         the settings alone, not on `batch`. Raises BrokenLatents instead of returning noise, unless `allow_broken`.
         """
-        if batch < 1:
-            raise ValueError(f"batch is {batch}, but it must be at least 1")
-        request = self._request(labels, seeds, known, mask, settings)
-        parts = []
-        with _bar(progress, len(request.labels), batch) as advance:
-            for first in range(0, len(request.labels), batch):
-                for revealed in self._generate(request.part(first, first + batch), allow_broken):
-                    advance(revealed.step / max(revealed.steps, 1), first)
-                    latents = revealed.latents
-                parts.append(self._decode(latents))
+        request = self._request(labels, seeds, known, mask, settings, batch)
+        with bar(progress, len(request.labels)) as advance:
+            parts = list(self._batches(request, batch, allow_broken, advance))
         images = torch.cat(parts) if parts else torch.empty(0, self.tokenizer.image_channels, *self.image_size)
         return images if output == "tensor" else to_pil(images)
+
+    def stream(
+        self,
+        labels: Sequence[Label],
+        seeds: Sequence[int] | None = None,
+        *,
+        batch: int = 64,
+        allow_broken: bool = False,
+        advance: Callable[[float], None] | None = None,
+        **settings: Any,
+    ) -> Iterator[UInt8[Tensor, "n c H W"]]:
+        """Draws what `sample` draws, and yields it batch by batch as 8-bit pictures on the CPU: nothing piles up.
+
+        `advance` is told after each reveal step how many pictures are done, in fractions of one.
+        """
+        request = self._request(labels, seeds, None, None, settings, batch)
+        return map(to_uint8, self._batches(request, batch, allow_broken, advance or (lambda done: None)))
+
+    def _batches(
+        self, request: _Request, batch: int, allow_broken: bool, advance: Callable[[float], None]
+    ) -> Iterator[Tensor]:
+        for first in range(0, len(request.labels), batch):
+            part = request.part(first, first + batch)
+            for revealed in self._generate(part, allow_broken):
+                advance(first + len(part.labels) * revealed.step / max(revealed.steps, 1))
+                latents = revealed.latents
+            yield self._decode(latents)
 
     def reveal(
         self,
@@ -153,8 +185,10 @@ class Pipeline(
 
     def _request(
         self, labels: Sequence[Label], seeds: Sequence[int] | None, known: Images | None, mask: Tensor | None,
-        settings: dict[str, Any],
+        settings: dict[str, Any], batch: int = 1,
     ) -> _Request:  # fmt: skip
+        if batch < 1:
+            raise ValueError(f"batch is {batch}, but it must be at least 1")
         sampling = replace(self.sampling, **settings)
         sampling.check(self.model.config)
         numbers = resolve_labels(labels, self.classes, self.model.config.classes)
@@ -247,25 +281,12 @@ class _Request:
         return _Request(self.labels[first:end], self.seeds[first:end], self.sampling, known, mask)
 
 
-@contextmanager
-def _bar(wanted: bool, pictures: int, batch: int) -> Iterator[Callable[[float, int], None]]:
-    """A progress bar over pictures on stderr; what it yields takes the share of a batch that is done, and its first."""
-    if not wanted:
-        yield lambda share, first: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("drawing", total=pictures)
-
-        def advance(share: float, first: int) -> None:
-            progress.update(task, completed=first + share * min(batch, pictures - first))
-
-        yield advance
+def to_uint8(images: Float[Tensor, "n c H W"]) -> UInt8[Tensor, "n c H W"]:
+    """Images in [-1, 1] -> 8-bit values, rounded to the nearest, on the CPU."""
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 def to_pil(images: Float[Tensor, "n c H W"]) -> list[Image.Image]:
     """Images in [-1, 1] -> 8-bit PIL pictures, grey or RGB."""
-    pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu().permute(0, 2, 3, 1).numpy()
+    pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]

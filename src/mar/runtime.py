@@ -89,7 +89,7 @@ def process_group(device: str | None = None) -> Iterator[torch.device]:
     Raises ConfigError for a device that the processes can't share.
     """
     chosen = _own_device(choose_device(device))
-    if world_size() == 1 or dist.is_initialized():
+    if world_size() == 1 or joined():
         yield chosen
         return
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
@@ -100,14 +100,14 @@ def process_group(device: str | None = None) -> Iterator[torch.device]:
         _abort()  # the others may never come to what destroying would wait for
         raise
     finally:
-        if dist.is_initialized():
+        if joined():
             dist.destroy_process_group()
 
 
 def _own_device(device: torch.device) -> torch.device:
     if device.type != "cuda" or world_size() == 1:
         return device
-    if device.index is not None:
+    if ":" in str(device):
         raise ConfigError(f"device {device}: {world_size()} processes can't share one GPU; ask for cuda without number")
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= count:
@@ -122,6 +122,11 @@ def _abort() -> None:
         abort()
 
 
+def joined() -> bool:
+    """Whether this process and others are joined in a group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def together(collective: Callable[[], Result]) -> Result:
     """Runs what all processes have to take part in; ConfigError where another one has ended meanwhile."""
     try:
@@ -133,7 +138,7 @@ def together(collective: Callable[[], Result]) -> Result:
 
 def barrier() -> None:
     """Waits until every process is here; nothing where there is but one. A signal still ends the wait."""
-    if not dist.is_initialized():
+    if not joined():
         return
 
     def wait() -> None:
@@ -149,8 +154,9 @@ def barrier() -> None:
 
 def gather(value: Any) -> list[Any]:
     """What every process hands in (anything that can be pickled), by rank, the same list for all of them."""
-    if not dist.is_initialized():
+    if not joined():
         return [value]
+    barrier()  # there one hears Ctrl-C while the others are still busy
     values = [None] * dist.get_world_size()
     together(lambda: dist.all_gather_object(values, value))
     return values

@@ -12,6 +12,7 @@ from mar import __version__
 VERBS = {
     "demo": ("mar.cli.draw", "pictures from the bundled model, and one being revealed"),
     "sample": ("mar.cli.draw", "draw pictures from a model"),
+    "generate": ("mar.cli.generate", "thousands of pictures: PNGs, .npz, WebDataset; any number of processes"),
     "train": ("mar.cli.learn", "train a model; the same command resumes"),
     "convert": ("mar.cli.weights", "official weights -> ours, and back"),
     "download": ("mar.cli.weights", "fetch the official weights and tokenizer"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from mar.cli.options import Dtype, parse, save_png, torch_dtype
-from mar.config import GuidanceSchedule, to_dict
+from mar.cli.options import SamplingFlags, parse, save_png
+from mar.config import to_dict
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def demo(arguments: Sequence[str]) -> int:
 
 
 @dataclass(frozen=True)
-class SampleOptions:
+class SampleOptions(SamplingFlags):
     """Draws pictures from a model into a folder of PNGs. What is left out is the model's own default."""
 
     model: Annotated[str, tyro.conf.Positional]
@@ -74,37 +73,18 @@ class SampleOptions:
     """Folder for the PNGs."""
     batch: int = 16
     """Pictures drawn at once; changes memory and speed, not the pictures."""
-    guidance: float | None = None
-    """Classifier-free guidance scale; 1 is none."""
-    guidance_schedule: GuidanceSchedule | None = None
-    """linear: rises to the scale as tokens are revealed; constant."""
-    steps: int | None = None
-    """K: reveal steps."""
-    diffusion_steps: int | None = None
-    """Diffusion steps for each token."""
-    temperature: float | None = None
-    """Factor of the noise of each diffusion step."""
-    x0_bound: float | None = None
-    """Clip predicted tokens to this many standard deviations: for young models."""
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    dtype: Dtype = "fp32"
-    """Precision of the model's matrices."""
-    allow_broken: bool = False
-    """Write pictures even where the latents are no pictures, instead of saying why."""
 
 
 def sample(arguments: Sequence[str]) -> int:
     """`mar sample`."""
     options = parse(SampleOptions, "sample", arguments)
     from mar.pictures import grid
-    from mar.zoo import load
+    from mar.sampling.sinks.folder import slug
 
     if options.count < 1:
         raise ValueError(f"count is {options.count}, but it must be at least 1")
-    model = load(options.model, device=options.device, dtype=torch_dtype(options.dtype))
-    names = ("guidance", "guidance_schedule", "steps", "diffusion_steps", "temperature", "x0_bound")
-    settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    model = options.load(options.model)
+    settings = options.settings()
     asked: list[str | int | None] = [None if label.lower() == "none" else label for label in options.labels]
     labels = [label for label in asked or _default_labels(model) for _ in range(options.count)]
     seeds = [options.seed + i for i in range(len(labels))]
@@ -116,8 +96,7 @@ def sample(arguments: Sequence[str]) -> int:
     facts = {"model": options.model, **to_dict(model.sampling), **settings}
     for label, seed, picture in zip(labels, seeds, pictures, strict=True):
         name = model.classes[label] if isinstance(label, int) and model.classes else str(label).lower()
-        slug = re.sub(r"\W+", "-", name).strip("-")
-        save_png(picture, options.out / f"{slug}-{seed:05d}.png", label=label, seed=seed, **facts)
+        save_png(picture, options.out / f"{slug(name)}-{seed:05d}.png", label=label, seed=seed, **facts)
     sheet = grid(pictures, columns=options.count if options.count > 1 else min(len(pictures), 10))
     save_png(sheet, options.out / "grid.png", labels=labels, seeds=seeds, **facts)
     print(f"{len(pictures)} pictures and grid.png in {options.out}")

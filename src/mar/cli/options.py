@@ -5,18 +5,69 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Sequence
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
+
+from mar.config import GuidanceSchedule
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from mar.pipeline import Pipeline
+
 Options = TypeVar("Options")
 Dtype = Literal["fp32", "bf16"]
+COURTESY = 5.0
+"""Seconds that a process leaves another one to say what went wrong."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags:
+    """How pictures are drawn, for every verb that draws. What is None is the model's own default."""
+
+    guidance: float | None = None
+    """Classifier-free guidance scale; 1 is none."""
+    guidance_schedule: GuidanceSchedule | None = None
+    """linear: rises to the scale as tokens are revealed; constant."""
+    steps: int | None = None
+    """K: reveal steps."""
+    diffusion_steps: int | None = None
+    """Diffusion steps for each token."""
+    temperature: float | None = None
+    """Factor of the noise of each diffusion step."""
+    x0_bound: float | None = None
+    """Clip predicted tokens to this many standard deviations: for young models."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    dtype: Dtype = "fp32"
+    """Precision of the model's matrices."""
+    tf32: bool = False
+    """Let GPUs round inputs of float32 products to TF32: faster, and less exact."""
+    allow_broken: bool = False
+    """Take pictures even where the latents are no pictures, instead of saying why."""
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of SamplingConfig that were set, by name."""
+        names = ("guidance", "guidance_schedule", "steps", "diffusion_steps", "temperature", "x0_bound")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def load(self, model: str, device: torch.device | None = None) -> Pipeline:
+        """The model of this name, on `device` (by default the one asked for), in the precision asked for."""
+        from mar import runtime
+        from mar.zoo import load
+
+        if self.tf32:
+            runtime.allow_tf32()
+        return load(model, device=device or self.device, dtype=torch_dtype(self.dtype))
 
 
 def parse(kind: type[Options], verb: str, arguments: Sequence[str], default: Options | None = None) -> Options:
@@ -44,6 +95,59 @@ def _one_line(box: str, verb: str) -> str:
     lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
     words = [line for line in lines if line and not line.startswith("For full helptext")]
     return f"{' '.join(words) or 'these options can not be understood'}; see `mar {verb} --help`"
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Callable[[], None]]:
+    """Within, SIGTERM raises KeyboardInterrupt as Ctrl-C does; signals that follow wait until all is put away.
+
+    Yields a function that raises it again, should the first have been lost in a callback that can't raise.
+    """
+    stopped = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        if not stopped:
+            stopped = True
+            raise KeyboardInterrupt
+
+    def check() -> None:
+        if stopped:
+            raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # where signals can't be handled
+        yield check
+        return
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """What goes wrong within, on one process or on all, ends all of them, and one says it: the first by rank.
+
+    All processes have to come through here. Before they are joined (`runtime.process_group`), the first is taken to
+    see what the others see.
+    """
+    from mar import runtime
+
+    mine: ValueError | OSError | None = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        mine = error
+    failed = [rank for rank, ended in enumerate(runtime.gather(mine is not None)) if ended]
+    if not failed:
+        return
+    joined = runtime.joined()
+    if mine is not None and (runtime.rank() == failed[0] if joined else runtime.rank() == 0):
+        raise mine
+    time.sleep(COURTESY)  # torchrun ends all as soon as one ends
+    raise SystemExit(2)
 
 
 def torch_dtype(name: Dtype) -> torch.dtype:

@@ -1,0 +1,11 @@
+"""Where many pictures go: a folder of PNGs, an `.npz` as ADM's suite reads it, or WebDataset shards."""
+
+from mar.sampling.sinks.base import Job, Sink, prepare
+from mar.sampling.sinks.folder import PngFolder
+from mar.sampling.sinks.npz import Npz
+from mar.sampling.sinks.shards import Shards
+
+SINKS: dict[str, type[Sink]] = {"png": PngFolder, "npz": Npz, "webdataset": Shards}
+"""Formats by name."""
+
+__all__ = ["SINKS", "Job", "Npz", "PngFolder", "Shards", "Sink", "prepare"]

@@ -1,0 +1,84 @@
+"""WebDataset shards: tar files with a `.png` and a `.cls` for each picture."""
+
+from __future__ import annotations
+
+import tarfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+
+from mar.checkpoint.files import write_atomically
+from mar.sampling.plan import Unit
+from mar.sampling.sinks.base import Job, Sink, pngs, write_bytes
+
+SHARD = 1000
+"""Pictures of a shard, about: a shard holds whole units."""
+PARTS = "parts"
+
+
+class Shards(Sink):
+    """`000007.tar` holds `000123.png` and `000123.cls`, the class number (-1 for none), for each of its pictures.
+
+    Until a shard is whole, its units lie in the folder `parts`, as pieces of tar that need only be joined.
+    """
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        size = max(1, round(SHARD / job.batch))
+        self.shards = [self.units[first : first + size] for first in range(0, len(self.units), size)]
+
+    def names(self) -> set[str]:
+        tars = {_tar(number) for number in range(len(self.shards))}
+        return tars | {self._part(unit) for unit in self.units}
+
+    def complete(self, there: set[str]) -> bool:
+        return there.issuperset(_tar(number) for number in range(len(self.shards)))
+
+    def missing(self, there: set[str]) -> list[Unit]:
+        open_shards = [units for number, units in enumerate(self.shards) if _tar(number) not in there]
+        return [unit for units in open_shards for unit in units if self._part(unit) not in there]
+
+    def write(self, unit: Unit, images: UInt8[np.ndarray, "n c h w"]) -> None:
+        members = []
+        for place, (label, data) in enumerate(zip(unit.labels, pngs(self.job, unit, images), strict=True)):
+            name = self.job.name(unit.first + place)
+            members += [_tar_member(f"{name}.png", data), _tar_member(f"{name}.cls", str(label).encode())]
+        write_bytes(self.folder / self._part(unit), b"".join(members))
+
+    def finish(self, rank: int, world: int) -> None:
+        for number in range(rank, len(self.shards), world):
+            path, parts = self.folder / _tar(number), [self.folder / self._part(unit) for unit in self.shards[number]]
+            if not path.exists():
+                write_atomically(path, partial(_join, parts))
+            for part in parts:
+                part.unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        self.finish(0, 1)  # where a run was killed between a shard and its parts' end
+        parts = self.folder / PARTS
+        if parts.is_dir() and not any(parts.iterdir()):
+            parts.rmdir()
+
+    def _part(self, unit: Unit) -> str:
+        return f"{PARTS}/{self.job.name(unit.first)}.tar-part"
+
+
+def _tar(number: int) -> str:
+    return f"{number:06}.tar"
+
+
+def _tar_member(name: str, data: bytes) -> bytes:
+    """Header and data of a file in a tar, without owner or date, so that the bytes follow from the data."""
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
+
+
+def _join(parts: list[Path], path: Path) -> None:
+    with path.open("wb") as file:
+        for part in parts:
+            file.write(part.read_bytes())
+        file.write(bytes(2 * tarfile.BLOCKSIZE))  # a tar's end, and full records, as tar itself writes them
+        file.write(bytes(-file.tell() % tarfile.RECORDSIZE))
