@@ -1,0 +1,272 @@
+"""Metrics against cases done by hand, closed forms, and what torchmetrics and torch-fidelity made of the same."""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mar.evaluation import metrics
+from mar.evaluation.metrics import (
+    ScoreSums,
+    agreement,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    nearest,
+    precision_recall,
+)
+from mar.evaluation.statistics import Moments, Statistics
+
+GOLDEN = Path(__file__).parents[2] / "parity" / "golden" / "metrics"
+
+
+@cache
+def features() -> dict[str, Tensor]:
+    return load_file(GOLDEN / "features.safetensors")
+
+
+@cache
+def numbers(library: str) -> dict[str, Any]:
+    return json.loads((GOLDEN / "numbers.json").read_text(encoding="utf-8"))[library]
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def moments(values: Tensor) -> Moments:
+    result = Moments(values.shape[1])
+    result.update(values)
+    return result
+
+
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few rows at a time, with a shorter last part."""
+    monkeypatch.setattr(metrics, "CHUNK", 700)
+
+
+# --- Fréchet distance
+
+
+@pytest.mark.parametrize("library", ["torchmetrics", "torch-fidelity"])
+def test_frechet_distance_is_theirs(library: str) -> None:
+    real, fake, theirs = features()["real"], features()["fake"], numbers(library)
+    assert frechet_distance(moments(real), moments(fake)) == pytest.approx(theirs["fid"], rel=1e-6)
+    # fewer rows than features: both covariances are singular
+    few = frechet_distance(moments(real[:20]), moments(fake[:20]))
+    assert few == pytest.approx(theirs["fid_of_first_20"], rel=1e-6)
+
+
+def test_frechet_distance_of_known_gaussians() -> None:
+    zero, one = torch.zeros(2).double(), torch.tensor([3.0, 4.0]).double()
+    a = Statistics(zero, torch.diag(torch.tensor([4.0, 9.0]).double()))
+    b = Statistics(one, torch.diag(torch.tensor([1.0, 16.0]).double()))
+    assert frechet_distance(a, b) == pytest.approx(25 + (2 - 1) ** 2 + (3 - 4) ** 2, rel=1e-12)
+    point = Statistics(zero, torch.zeros(2, 2).double())
+    assert frechet_distance(point, b) == pytest.approx(25 + 17, rel=1e-12)
+    assert frechet_distance(point, point) == 0
+
+
+@pytest.mark.parametrize(("count", "width"), [(1000, 32), (33, 32), (20, 32), (2, 32), (200, 300)])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_a_set_is_no_distance_from_itself(count: int, width: int, scale: float) -> None:
+    # the variances of features span many orders of magnitude
+    seen = moments(
+        5 + scale * drawn(count, width) * torch.logspace(0, -6, width).double() @ drawn(width, width, seed=1)
+    )
+    assert 0 <= frechet_distance(seen, seen) < 1e-6
+
+
+def test_frechet_distance_is_symmetric_and_sees_a_shift() -> None:
+    a, b = moments(drawn(30, 40)), moments(drawn(50, 40, seed=1))
+    assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-12)
+    shifted = Statistics(a.mean + 0.1, a.covariance)
+    assert frechet_distance(a, shifted) == pytest.approx(40 * 0.01, rel=1e-9)
+    with pytest.raises(ValueError, match="40 and 41 wide"):
+        frechet_distance(a, moments(drawn(5, 41)))
+
+
+# --- Inception Score
+
+
+def test_inception_score_is_theirs() -> None:
+    logits = features()["logits"]
+    for library in ("torchmetrics", "torch-fidelity"):
+        assert inception_score(logits)[0] == pytest.approx(numbers(library)["inception_score_1"], rel=1e-9)
+    assert inception_score(logits, 10) == pytest.approx(numbers("torch-fidelity")["inception_score_10"], rel=1e-9)
+
+
+def test_inception_score_of_the_sure_and_the_unsure() -> None:
+    sure = 1000 * torch.eye(4)  # probabilities are 0 and 1 to the last bit
+    assert inception_score(sure) == (pytest.approx(4), 0)
+    assert inception_score(torch.zeros(5, 4)) == (pytest.approx(1), 0)
+    assert inception_score(torch.cat([sure, torch.zeros(4, 4)]), 2) == (pytest.approx(2.5), pytest.approx(1.5))
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_scores_in_batches_in_any_order(batch: int) -> None:
+    logits = features()["logits"]
+    expected = inception_score(logits, 3)
+    in_order, shuffled = ScoreSums(3, 10, 250), ScoreSums(3, 10, 250)
+    for part in logits.split(batch):
+        in_order.update(part)
+    for part in torch.randperm(250, generator=torch.Generator().manual_seed(0)).split(batch):
+        shuffled.update(logits[part], part)
+    assert in_order.score() == pytest.approx(expected, rel=1e-12)
+    assert shuffled.score() == pytest.approx(expected, rel=1e-12)
+    assert in_order.count == shuffled.count == 250
+    assert in_order.gather() is in_order
+
+
+def test_picture_i_goes_to_split_i_times_splits_over_total() -> None:
+    sums = ScoreSums(3, 2, 7)
+    sums.update(torch.zeros(7, 2))
+    assert sums._counts.tolist() == [3, 2, 2]
+
+
+def test_score_sums_do_not_grow() -> None:
+    sums = ScoreSums(2, 4, 10**6)
+
+    def held() -> int:
+        return sum(value.numel() for value in vars(sums).values() if isinstance(value, Tensor))
+
+    before = held()
+    for _ in range(10):
+        sums.update(drawn(500, 4))
+    assert held() == before == 2 * (4 + 1 + 1)
+
+
+def test_scores_say_what_is_wrong() -> None:
+    for splits in (0, 5):
+        with pytest.raises(ValueError, match=f"got {splits} splits"):
+            ScoreSums(splits, 3, 4)
+    sums = ScoreSums(2, 3, 4)
+    with pytest.raises(ValueError, match="got 2 logits a picture, expected 3"):
+        sums.update(torch.zeros(1, 2))
+    sums.update(torch.zeros(0, 3))
+    sums.update(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="2 of 4 pictures"):  # the second split has none
+        sums.score()
+    for number in (-1, 4):
+        with pytest.raises(ValueError, match=f"number {number}, expected 0 to 3"):
+            sums.update(torch.zeros(1, 3), torch.tensor([number]))
+    with pytest.raises(ValueError, match="number 4, "):
+        sums.update(torch.zeros(3, 3))
+    sums.update(torch.full((2, 3), float("nan")))
+    with pytest.raises(ValueError, match="not finite"):
+        sums.score()
+
+
+# --- KID
+
+
+@pytest.mark.parametrize("library", ["torchmetrics", "torch-fidelity"])
+def test_one_subset_of_everything_is_theirs(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_chunks(monkeypatch)
+    mean, error = kernel_distance(features()["real"][:250], features()["fake"], 1, 250, seed=3)
+    assert mean == pytest.approx(numbers(library)["kid_of_first_250"], rel=1e-9)
+    assert math.isnan(error)  # one subset does not say how much subsets differ
+
+
+def test_kernel_distance_by_hand() -> None:
+    real, fake = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [2.0]])
+    # k(x, y) = (xy + 1)³: within real 1, within fake 27, between 1, 1, 8, 27
+    assert kernel_distance(real, fake, 1, 2, seed=0)[0] == pytest.approx(1 + 27 - 2 * (1 + 1 + 8 + 27) / 4)
+
+
+def test_subsets_are_drawn_from_the_seed() -> None:
+    real, fake = drawn(60, 4), drawn(50, 4, seed=1) + 0.5
+    first = kernel_distance(real, fake, 20, 10, seed=1)
+    assert first == kernel_distance(real, fake, 20, 10, seed=1)
+    assert first != kernel_distance(real, fake, 20, 10, seed=2)
+    few, more = (kernel_distance(real, fake, subsets, 10, seed=1) for subsets in (40, 160))
+    assert more[1] == pytest.approx(few[1] / 2, rel=0.3)  # the error of a mean falls with the root of how many
+    assert abs(more[0] - kernel_distance(real[:50], fake, 1, 50, seed=0)[0]) < 5 * more[1] + 0.1
+
+
+def test_the_kernel_distance_is_unbiased() -> None:
+    mean, error = kernel_distance(drawn(4000, 3), drawn(4000, 3, seed=1), 50, 40, seed=0)
+    assert abs(mean) < 4 * error
+
+
+def test_subsets_fit_the_sets() -> None:
+    for size in (1, 51):
+        with pytest.raises(ValueError, match=f"subsets of {size}, expected 2 to 50"):
+            kernel_distance(drawn(60, 4), drawn(50, 4), 3, size, seed=0)
+    with pytest.raises(ValueError, match="got 0 subsets"):
+        kernel_distance(drawn(60, 4), drawn(50, 4), 0, 5, seed=0)
+
+
+# --- precision, recall, neighbours
+
+
+def test_precision_and_recall_are_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        ours = precision_recall(features()["real"], features()["fake"])
+        assert ours == pytest.approx(numbers("torch-fidelity")["precision_recall_3"], abs=1e-6)
+        small_chunks(monkeypatch)  # for the second time
+
+
+def test_precision_and_recall_by_hand() -> None:
+    real = torch.tensor([[0.0], [1.0], [3.0]])  # with k = 1 the balls are [-1, 1], [0, 2], [1, 5]
+    fake = torch.tensor([[-1.0], [5.0], [5.5], [9.0]])  # [-7, 5], [4.5, 5.5], [5, 6], [5.5, 12.5]
+    assert precision_recall(real, fake, 1) == (0.5, 1)  # -1 and 5 lie on an edge
+    assert precision_recall(fake, real, 1) == (1, 0.5)
+    # with k = 2 the balls are [-3, 3], [-1, 3], [0, 6]
+    assert precision_recall(real, fake, 2)[0] == 0.75
+
+
+def test_an_edge_belongs_to_its_ball_whatever_the_matrix_product_rounds() -> None:
+    step, first = ((drawn(1, 7, seed=seed) * 2**30).round() / 2**30 for seed in (0, 1))  # so that sums are exact
+    centres = first + 64 * torch.arange(50)[:, None] * step
+    real = torch.cat([centres, centres + step])
+    edge, beyond = centres - step, centres - (1 + 1e-9) * step
+    # to the last bit as far from its centre as that one's neighbour
+    assert torch.equal((edge - centres).square().sum(1), (real[50:] - centres).square().sum(1))
+    assert precision_recall(real, edge, 1)[0] == 1
+    assert precision_recall(real, beyond, 1)[0] == 0
+
+
+def test_copies() -> None:
+    real = 100 + drawn(40, 6)
+    assert precision_recall(real, real.clone()) == (1, 1)
+    assert precision_recall(real, real[:5].repeat(4, 1)) == (1, 0.125)  # balls of no size cover themselves
+    same = torch.full((20, 6), 1 / 3)
+    assert precision_recall(same, same[:9]) == (1, 1)
+    assert precision_recall(same, real) == (0, 0)
+
+
+def test_a_set_needs_neighbours() -> None:
+    for k in (0, 3):
+        with pytest.raises(ValueError, match=f"k = {k} with 9 real and 3 fake"):
+            precision_recall(drawn(9, 2), drawn(3, 2), k)
+
+
+def test_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, fake = 100 + drawn(300, 6), 100 + drawn(200, 6, seed=1)
+    fake[7] = real[299]
+    expected = torch.cdist(fake, real, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
+    torch.testing.assert_close(nearest(real, fake), expected, rtol=1e-12, atol=0)
+    assert nearest(real, fake)[7] == 0
+    small_chunks(monkeypatch)
+    torch.testing.assert_close(nearest(real, fake), expected, rtol=1e-12, atol=0)
+    assert nearest(real, fake[:0]).shape == (0,)
+    with pytest.raises(ValueError, match="no real features"):
+        nearest(real[:0], fake)
+
+
+# --- agreement
+
+
+def test_agreement() -> None:
+    assert agreement(torch.eye(4), torch.tensor([0, 1, 2, 0])) == 0.75
+    with pytest.raises(ValueError, match="no pictures"):
+        agreement(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
