@@ -212,7 +212,7 @@ class Statistics:
         `mu` and `sigma` are the names that ADM's published files, pytorch-fid and torch-fidelity use. Raises
         CheckpointError where the disk refuses.
         """
-        arrays = {"format": np.array(FORMAT), "mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
+        arrays = {"format": np.array(FORMAT), "mu": self.mean.cpu().numpy(), "sigma": self.covariance.cpu().numpy()}
         if self.count is not None:
             arrays["count"] = np.array(self.count)
         if self.features is not None:
