@@ -21,6 +21,7 @@ import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from mar.evaluation.features import ModuleExtractor
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 SIDE = 28  # pixels along an edge
@@ -185,6 +189,33 @@ def load_classifier(file: str | Path) -> Classifier:
     model = Classifier()
     model.load_state_dict(weights)
     return model.eval()
+
+
+def extractor(weights: Path | None) -> ModuleExtractor:
+    """The judge for `mar evaluate --features benchmarks/fashion_judge.py:extractor --weights FILE`.
+
+    Its features are the 128 of the penultimate layer, its logits name the ten classes of the bundled pictures, so that
+    class agreement is measured too. ValueError where `weights` is not a file that `train` stored.
+    """
+    from mar.assets import FASHION_CLASSES
+    from mar.evaluation.features import ModuleExtractor
+
+    def prepare(images: Tensor) -> Tensor:
+        if images.shape[1:] != (1, SIDE, SIDE):
+            raise ValueError(f"fashion-judge: got pictures of {tuple(images.shape[2:])}, expected {SIDE} x {SIDE}")
+        return images.float().div(255)
+
+    if weights is None:
+        raise ValueError("fashion-judge needs --weights FILE; make one with the verb `train` of fashion_judge.py")
+    return ModuleExtractor(
+        load_classifier(weights),
+        "fashion-judge",
+        prepare,
+        recipe="28 x 28 grey; x / 255",
+        width=WIDTH,
+        channels=1,
+        classes=FASHION_CLASSES,
+    )
 
 
 def statistics(found: Floats) -> tuple[Floats, Floats]:

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from benchmarks import fashion_judge as fj
+from mar.assets import FASHION_CLASSES
+from mar.evaluation.features import open_extractor
 
 
 def random_split(count: int, seed: int) -> fj.Split:
@@ -184,3 +186,27 @@ def test_pictures_from_npz_and_one_line_for_a_wrong_file(tmp_path: Path, capsys:
     error = capsys.readouterr().err
     assert "expected an .npz with the arrays" in error
     assert error.count("\n") == 1
+
+
+def test_as_an_extractor_of_mar_evaluate(tmp_path: Path) -> None:
+    model, images = small_classifier(), random_split(5, 0).images
+    fj.save_classifier(model, tmp_path / "c.safetensors", {})
+    judge = open_extractor(f"{fj.__file__}:extractor", tmp_path / "c.safetensors")
+    assert (judge.metric, judge.width, judge.scores) == ("FD (fashion-judge)", fj.WIDTH, False)
+    assert judge.classes == FASHION_CLASSES == fj.CLASSES
+
+    grey = torch.from_numpy(images)[:, None]
+    found = judge(grey.expand(-1, 3, -1, -1))  # as a folder of RGB files would give them
+    values, logits = fj.features(model, images)
+    np.testing.assert_allclose(found.values.numpy(), values, atol=1e-6)
+    assert found.logits is not None
+    np.testing.assert_allclose(found.logits.numpy(), logits, atol=1e-6)
+    assert torch.equal(judge(grey).values, found.values)
+
+
+def test_as_an_extractor_it_says_what_it_needs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="needs --weights FILE"):
+        open_extractor(f"{fj.__file__}:extractor")
+    fj.save_classifier(small_classifier(), tmp_path / "c.safetensors", {})
+    with pytest.raises(ValueError, match=r"pictures of \(32, 32\), expected 28 x 28"):
+        fj.extractor(tmp_path / "c.safetensors")(torch.zeros(1, 1, 32, 32, dtype=torch.uint8))
