@@ -13,6 +13,8 @@ VERBS = {
     "demo": ("mar.cli.draw", "pictures from the bundled model, and one being revealed"),
     "sample": ("mar.cli.draw", "draw pictures from a model"),
     "generate": ("mar.cli.generate", "thousands of pictures: PNGs, .npz, WebDataset; any number of processes"),
+    "evaluate": ("mar.cli.evaluate", "FID and its kin, of a model or of pictures; sweeps over settings"),
+    "stats": ("mar.cli.features", "features of real pictures, for evaluate to compare with"),
     "train": ("mar.cli.learn", "train a model; the same command resumes"),
     "convert": ("mar.cli.weights", "official weights -> ours, and back"),
     "download": ("mar.cli.weights", "fetch the official weights and tokenizer"),

@@ -87,6 +87,21 @@ class Report:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {**values, "warnings": list(self.warnings)}
 
+    def lines(self) -> list[tuple[str, str]]:
+        """Names and values for people to read."""
+        found = [(self.metric, f"{self.distance:.4g}")]
+        if self.inception_score is not None:
+            found.append(("Inception Score", f"{self.inception_score:.4g} ± {self.inception_score_std:.2g}"))
+        if self.kernel_distance is not None:
+            found.append(("kernel distance (KID)", f"{self.kernel_distance:.4g} ± {self.kernel_distance_error:.2g}"))
+        if self.precision is not None:
+            found += [("precision", f"{self.precision:.4f}"), ("recall", f"{self.recall:.4f}")]
+        if self.agreement is not None:
+            found.append(("of the class asked for", f"{self.agreement:.2%}"))
+            found.append(("the same, the worst class", f"{self.worst_agreement:.2%} ({self.worst_class})"))
+        against = "an unknown number" if self.reference_count is None else f"{self.reference_count:,}"
+        return [*found, ("pictures", f"{self.count:,} against {against}"), ("seconds", f"{self.seconds:.1f}")]
+
 
 def collect(
     pictures: PictureSet,

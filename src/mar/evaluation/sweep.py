@@ -1,0 +1,148 @@
+"""Ways of drawing compared: the points of a sweep, and a table that goes on where it stopped."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mar.checkpoint.files import write_text
+from mar.config import ConfigError, SamplingConfig
+from mar.evaluation.evaluate import Report
+
+ALIASES = {"cfg": "guidance", "K": "steps"}
+MOST = 10_000
+"""Points of a sweep; more are a slip of the keyboard."""
+
+Point = dict[str, Any]
+"""Fields of SamplingConfig and their values."""
+
+
+def parse_axis(text: str) -> tuple[str, list[Any]]:
+    """`guidance=1:5:0.5` (both ends included) or `steps=10,25,50` -> the field's name and its values.
+
+    Names are those of SamplingConfig, `cfg` for guidance and `K` for steps. ConfigError for what can't be read.
+    """
+    name, equals, values = text.partition("=")
+    name = ALIASES.get(name, name).replace("-", "_")
+    kinds = {f.name: str(f.type) for f in fields(SamplingConfig)}
+    if not equals or name not in kinds or not values:
+        known = ", ".join(sorted({*kinds, *ALIASES}))
+        raise ConfigError(f"sweep: got {text!r}, expected NAME=FIRST:LAST:STEP or NAME=A,B,C with a name of {known}")
+    try:
+        return name, _range(values) if ":" in values else [_value(v, kinds[name]) for v in values.split(",")]
+    except ValueError:
+        raise ConfigError(f"sweep: {values!r} of {text!r} is neither FIRST:LAST:STEP nor values for {name}") from None
+
+
+def _range(text: str) -> list[int | float]:
+    first, last, step = (float(part) for part in text.split(":"))
+    count = math.floor((last - first) / step + 1e-9) + 1 if step else 0
+    if not 1 <= count <= MOST:
+        raise ValueError
+    values = [round(first + i * step, 10) for i in range(count)]
+    return [int(value) for value in values] if all(value == int(value) for value in values) else list(values)
+
+
+def _value(text: str, kind: str) -> Any:
+    if text == "none" and "None" in kind:
+        return None
+    if kind == "int":
+        return int(text)
+    return float(text) if "float" in kind else text
+
+
+def points(axes: Sequence[str]) -> list[Point]:
+    """Every combination of the axes' values, the last axis fastest."""
+    parsed = [parse_axis(axis) for axis in axes]
+    names = [name for name, _ in parsed]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(f"sweep: got {', '.join(twice)} twice; give all of its values at once")
+    total = math.prod(len(values) for _, values in parsed)
+    if total > MOST:
+        raise ConfigError(f"sweep: {total:,} combinations, expected at most {MOST:,}")
+    return [dict(zip(names, values, strict=True)) for values in itertools.product(*(v for _, v in parsed))]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A point that was measured."""
+
+    point: Point
+    report: Mapping[str, Any]
+
+    @property
+    def distance(self) -> float:
+        return float(self.report["distance"])
+
+    @property
+    def seconds_per_picture(self) -> float:
+        """Of drawing and judging together."""
+        return float(self.report["seconds"]) / int(self.report["count"])
+
+
+class Table:
+    """The rows of a sweep, in FOLDER/sweep.json; written anew, whole, after each, with sweep.csv beside it.
+
+    `settings` is all that the numbers depend on beside the point: ConfigError where the folder has rows of others.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self.folder, self.settings = folder, json.loads(json.dumps(settings))
+        self.rows: list[Row] = []
+        path = folder / "sweep.json"
+        if not path.is_file():
+            return
+        try:
+            held = json.loads(path.read_text(encoding="utf-8"))
+            rows = [Row(row["point"], row["report"]) for row in held["rows"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is not the table of a sweep ({error}); choose another folder") from None
+        theirs = held["settings"]
+        if different := [name for name in self.settings if theirs.get(name) != self.settings[name]]:
+            changes = "; ".join(f"{name} {theirs.get(name)} -> {self.settings[name]}" for name in different)
+            raise ConfigError(f"{folder} holds another sweep ({changes}); choose another folder")
+        self.rows = rows
+
+    def has(self, point: Point) -> bool:
+        """Whether this point was measured."""
+        return any(row.point == point for row in self.rows)
+
+    def add(self, point: Point, report: Report) -> None:
+        """Adds a row and writes the files."""
+        self.rows.append(Row(point, report.to_dict()))
+        rows = [{"point": row.point, "report": row.report} for row in self.rows]
+        write_text(self.folder / "sweep.json", json.dumps({"settings": self.settings, "rows": rows}, indent=1) + "\n")
+        write_text(self.folder / "sweep.csv", self.csv())
+
+    def best(self) -> Row | None:
+        """The row with the smallest distance; None without rows."""
+        return min(self.rows, key=lambda row: row.distance, default=None)
+
+    def columns(self) -> list[str]:
+        """Swept fields, then what was measured for any row, then seconds a picture."""
+        swept = list(dict.fromkeys(name for row in self.rows for name in row.point))
+        left_out = {"metric", "seconds", "warnings", "count", "reference_count"}
+        names = dict.fromkeys(
+            name for row in self.rows for name, v in row.report.items() if v is not None and name not in left_out
+        )
+        return [*swept, *names, "seconds_per_picture"]
+
+    def cells(self, row: Row) -> list[Any]:
+        """The row's values in the order of `columns`."""
+        values = {**row.report, **row.point, "seconds_per_picture": round(row.seconds_per_picture, 4)}
+        return [values.get(name) for name in self.columns()]
+
+    def csv(self) -> str:
+        """The table as comma-separated values."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(self.columns())
+        writer.writerows(self.cells(row) for row in self.rows)
+        return text.getvalue()
