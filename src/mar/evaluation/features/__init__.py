@@ -7,7 +7,7 @@ from pathlib import Path
 from mar.evaluation.features.base import Extractor, Features, ModuleExtractor
 from mar.evaluation.features.custom import custom
 from mar.evaluation.features.efficientnet import efficientnet_lite0
-from mar.evaluation.features.inception import inception
+from mar.evaluation.features.inception import inception as open_inception  # the name stays the module's
 
 __all__ = ["Extractor", "Features", "ModuleExtractor", "open_extractor"]
 
@@ -19,7 +19,7 @@ def open_extractor(name: str, weights: Path | None = None) -> Extractor:
     torch.nn.Module for `ModuleExtractor`. Raises ValueError, one line, where that can't be had.
     """
     if name == "inception":
-        return inception(weights)
+        return open_inception(weights)
     if name == "efficientnet-lite0":
         return efficientnet_lite0(weights)
     if ":" in name:

@@ -103,14 +103,21 @@ class ModuleExtractor:
         self.fingerprint = fingerprint(name, f"{self.recipe}; {channels} channels", module.state_dict())
         first = next(iter(module.state_dict().values()), torch.zeros(0))
         self._device = first.device
-        black = torch.zeros(1, channels, PROBE, PROBE, dtype=torch.uint8)
-        self.width = self(black).values.shape[1] if width is None else width
+        self.width = self._measured_width() if width is None else width
 
     def to(self, device: torch.device | str) -> ModuleExtractor:
         """Moves the module, and returns this."""
         self.module.to(device)
         self._device = torch.device(device)
         return self
+
+    def _measured_width(self) -> int:
+        black = torch.zeros(1, self.channels, PROBE, PROBE, dtype=torch.uint8)
+        try:
+            return self(black).values.shape[1]
+        except RuntimeError as error:  # torch's, of shapes that do not fit
+            why = str(error).splitlines()[0]
+            raise ValueError(f"{self.name}: say its width; a {PROBE} x {PROBE} picture does not do ({why})") from error
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Features:
