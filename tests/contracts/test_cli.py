@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import subprocess
@@ -185,6 +186,26 @@ def test_sample_writes_pictures_with_their_settings(model: Path, tmp_path: Path)
         assert picture.size == (8, 8)
         assert '"seed": 7' in picture.text["mar"]
         assert '"steps": 4' in picture.text["mar"]
+
+
+def test_a_run_is_judged_while_it_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = tmp_path / "network.py"
+    network.write_text(
+        "from torch import nn\n"
+        "def means(weights=None):\n"
+        "    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())\n"
+    )
+    command = ["train", "fashion", *TINY, "--batch", "8", "--sampling.steps", "2", "--sampling.diffusion-steps", "3"]
+    command += ["--eval-count", "4", "--eval-features", f"{network}:means", "--sample-every", "0"]
+    judged, plain = tmp_path / "judged", tmp_path / "plain"
+    assert main([*command, "--images", "32", "--eval-every", "16", "--out", str(judged)]) == 0
+    assert main([*command, "--images", "32", "--out", str(plain)]) == 0
+    lines = [json.loads(line) for line in (judged / "log.jsonl").read_text().splitlines()]
+    for weights in ("ema", "raw"):
+        assert [line["images"] for line in lines if line.get(f"{weights}_distance", 0) > 0] == [16, 32]
+    # it is a look at the run, and changes nothing in it
+    assert (judged / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+    assert "ema: FD (means) " in capsys.readouterr().err
 
 
 def test_train_then_resume_then_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from mar.cli.options import parse
 from mar.config import ConfigError, TrainConfig
 from mar.presets import RECIPES, recipe
+
+if TYPE_CHECKING:
+    from mar.training.log import RunLog
+    from mar.training.loop import Run
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,16 @@ class TrainOptions:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+    eval_every: int = 0
+    """Images between evaluations of the EMA and the raw weights, written to the log; 0 makes none."""
+    eval_count: int = 1000
+    """Pictures to draw for an evaluation."""
+    eval_reference: str | None = None
+    """Real pictures, or an .npz of `mar stats`; by default the run's data, its test part where it has one."""
+    eval_features: str = "inception"
+    """inception (FID), efficientnet-lite0, FILE.py:function or module:function, as for `mar evaluate`."""
+    eval_weights: Path | None = None
+    """A file of weights for it."""
     resume_official: Path | None = None
     """An official checkpoint-last.pth of a run that was interrupted, to be gone on with."""
 
@@ -44,6 +58,7 @@ def train(arguments: Sequence[str]) -> int:
     from mar import runtime, zoo
     from mar.training.estimate import estimate
     from mar.training.log import RunLog
+    from mar.training.loop import Hook
     from mar.training.loop import train as run_to_end
     from mar.training.run import adopt_official, export, open_run, snapshot
 
@@ -59,7 +74,9 @@ def train(arguments: Sequence[str]) -> int:
         adopt_official(run, options.resume_official)
     print(needs.text(), file=sys.stderr)
     log = RunLog(run.folder, options.config.images, run.progress.images)
-    run.on_snapshot = lambda at: snapshot(at, log)
+    run.hooks.append(Hook(options.config.sample_every, lambda at: snapshot(at, log)))
+    if options.eval_every:
+        run.hooks.append(Hook(options.eval_every, _evaluation(options, log)))
     try:
         finished = run_to_end(run, log)
     finally:
@@ -74,3 +91,29 @@ def train(arguments: Sequence[str]) -> int:
         print(f"{len(log.skipped_pictures)} pictures could not be read and were skipped", file=sys.stderr)
     print(f"{folder / 'model.safetensors'} (EMA) and model-raw.safetensors; draw: mar sample {folder}")
     return 0
+
+
+def _evaluation(options: TrainOptions, log: RunLog) -> Callable[[Run], None]:
+    """What judges a run's EMA and raw weights and writes the numbers to its log; broken pictures are no error there."""
+    from mar import runtime
+    from mar.evaluation.features import open_extractor
+    from mar.evaluation.online import Online
+    from mar.sampling.generate import BrokenLatents
+    from mar.training.run import pipeline
+
+    device = runtime.choose_device(options.device)
+    extractor = open_extractor(options.eval_features, options.eval_weights).to(device)
+    judge = Online(extractor, options.eval_reference or options.config.data, options.eval_count)
+
+    def evaluate(run: Run) -> None:
+        for weights in ("ema", "raw"):
+            try:
+                report = judge(pipeline(run, weights))
+            except BrokenLatents as error:
+                log.note(f"no evaluation of {weights} weights yet: {error}")
+                continue
+            measured = {n: value for n, value in report.to_dict().items() if isinstance(value, float)}
+            log.write(run.progress.images, **{f"{weights}_{name}": value for name, value in measured.items()})
+            log.note(f"{weights}: " + ", ".join(f"{name} {value}" for name, value in report.lines()))
+
+    return evaluate

@@ -55,6 +55,15 @@ class Progress:
     """Time spent in steps, over all sessions of the run."""
 
 
+@dataclass(frozen=True)
+class Hook:
+    """What a run does now and then beside learning; it must not change the run."""
+
+    every: int
+    """Images between calls; 0 never calls."""
+    call: Callable[[Run], None]
+
+
 @dataclass
 class Run:
     """One training run: its parts, and its state as one dict."""
@@ -66,8 +75,7 @@ class Run:
     model: MAR
     device: torch.device
     progress: Progress = field(default_factory=Progress)
-    on_snapshot: Callable[[Run], None] | None = None
-    """Called with the run wherever a sample grid is due."""
+    hooks: list[Hook] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.tokenizer.to(self.device).eval()
@@ -135,9 +143,10 @@ def train(run: Run, log: RunLog) -> bool:
                 window, since, begun = [], progress.images, time.monotonic()
             if _due(before, progress.images, config.save_every):
                 run.save()
-            if run.on_snapshot and _due(before, progress.images, config.sample_every):
-                run.on_snapshot(run)
-                begun, since = time.monotonic(), progress.images
+            for hook in run.hooks:
+                if _due(before, progress.images, hook.every):
+                    hook.call(run)
+                    begun, since = time.monotonic(), progress.images
     run.save()
     return progress.images >= config.images
 

@@ -20,7 +20,7 @@ from mar.config import ConfigError, TrainConfig
 from mar.pipeline import Pipeline
 from mar.tokenizer import PixelTokenizer
 from mar.training.log import RunLog
-from mar.training.loop import Run, train
+from mar.training.loop import Hook, Run, train
 
 EVERY_STEP = list(range(4, 41, 4))
 
@@ -146,7 +146,7 @@ def test_what_happens_between_steps_changes_nothing(uninterrupted: Run, data: Pa
         called.append(run.progress.images)
         torch.rand(1000)
 
-    run.on_snapshot = snapshot
+    run.hooks.append(Hook(4, snapshot))
     torch.manual_seed(99)
     assert go(run)
     assert called == EVERY_STEP
@@ -165,7 +165,7 @@ def test_a_killed_run_forgets_what_it_did_not_save(uninterrupted: Run, data: Pat
         if run.progress.images == 28:
             raise Killed
 
-    run.on_snapshot = die
+    run.hooks.append(Hook(4, die))
     with pytest.raises(Killed):
         go(run)
     with (tmp_path / "log.jsonl").open("a", encoding="utf-8") as log:
