@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from mar.cli.features import FeatureFlags, Split, interruptible, progress, say_memory
+from mar.cli.features import FeatureFlags, Split, check_count, interruptible, progress, say_memory
 from mar.cli.options import SamplingFlags, one_voice, parse
 from mar.config import ConfigError, to_dict
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     import torch
 
     from mar.evaluation.evaluate import Collected, Report
+    from mar.evaluation.features import Extractor
     from mar.evaluation.statistics import Statistics
     from mar.evaluation.streams import PictureSet
     from mar.evaluation.sweep import Table
-    from mar.sampling.plan import Plan
+    from mar.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,9 @@ class EvaluateOptions(FeatureFlags, SamplingFlags):
 
 def evaluate(arguments: Sequence[str]) -> int:
     """`mar evaluate`."""
-    return interruptible("a sweep goes on by the same command", lambda check: _evaluate(arguments, check))
+    sweep = any(argument.startswith("--sweep") for argument in arguments)
+    note = "the same command goes on" if sweep else "nothing was written"
+    return interruptible(note, lambda check: _evaluate(arguments, check))
 
 
 def _evaluate(arguments: Sequence[str], check: Callable[[], None]) -> int:
@@ -67,8 +70,9 @@ def _evaluate(arguments: Sequence[str], check: Callable[[], None]) -> int:
     with one_voice():
         options = parse(EvaluateOptions, "evaluate", arguments)
         runtime.choose_device(options.device)
-        if options.count is not None and options.count < 2:
-            raise ConfigError(f"count is {options.count}, but it must be at least 2")
+        check_count(options.count)
+        if options.out is not None and options.out.is_dir() and not options.sweep:
+            raise ConfigError(f"out is the folder {options.out}, expected a file for the report (.json)")
     with runtime.process_group(options.device) as device:
         with one_voice():
             judge = _Judge(options, device, check)
@@ -76,93 +80,117 @@ def _evaluate(arguments: Sequence[str], check: Callable[[], None]) -> int:
 
 
 class _Judge:
-    """What stays the same from one set of pictures to the next: networks, model, reference."""
+    """What stays the same from one set of pictures to the next: networks, model, reference.
+
+    All is opened and checked before the first picture is drawn.
+    """
+
+    reference: Statistics
 
     def __init__(self, options: EvaluateOptions, device: torch.device, check: Callable[[], None]) -> None:
         from mar.evaluation.evaluate import Wanted
         from mar.evaluation.features import open_extractor
-        from mar.evaluation.inputs import is_pictures, open_reference
+        from mar.evaluation.inputs import is_pictures, open_either
 
         self.options, self.check = options, check
-        given = is_pictures(options.what)
-        if given and options.sweep:
+        self.model, self.given, size = None, None, options.size()
+        if not is_pictures(options.what):
+            self.model = self._load(device)
+            size = self.model.image_size
+        elif options.sweep:
             raise ConfigError(f"a sweep compares ways of drawing, but {options.what} is no model")
-        self.model = None if given else options.load(options.what, device)
-        if self.model is not None:
-            replace(self.model.sampling, **options.settings()).check(self.model.model.config)
         self.wanted = Wanted(options.kid, options.precision, options.splits)
         self.extractor = options.extractor(device)
         self.classifier = (
             open_extractor(options.classifier, options.classifier_weights).to(device) if options.classifier else None
         )
-        size = options.size() or (None if self.model is None else self.model.image_size)
-        self.reference: Statistics = open_reference(
-            options.reference, self.extractor, self.wanted, split=options.reference_split, size=size,
-            batch=options.batch, advance=lambda done: check(),
-        )  # fmt: skip
+        if self.model is None:
+            self.given = open_either(options.what, self.extractor, self.wanted, size=size, limit=options.count)
+            self._require_pictures()
+        self.opened = open_either(
+            options.reference, self.extractor, self.wanted, split=options.reference_split, size=size
+        )
 
-    def plan(self) -> Plan:
-        """Which pictures to draw."""
+    def _load(self, device: torch.device) -> Pipeline:
         from mar.sampling.plan import Plan
 
-        assert self.model is not None
-        classes = list(range(self.model.model.config.classes)) or [-1]
-        if self.options.count is not None:
-            return Plan.total(self.options.count, classes, self.options.seed)
-        return Plan.per_class(50, classes, self.options.seed)
+        options = self.options
+        model = options.load(options.what, device)
+        replace(model.sampling, **options.settings()).check(model.model.config)
+        if options.size() not in (None, model.image_size):
+            height, width = model.image_size
+            raise ConfigError(f"image-size is {options.image_size}, but {options.what} draws {height}x{width}")
+        classes = list(range(model.model.config.classes)) or [-1]
+        if options.count is None:
+            self.plan = Plan.per_class(50, classes, options.seed)
+        else:
+            self.plan = Plan.total(options.count, classes, options.seed)
+        return model
+
+    def _require_pictures(self) -> None:
+        from mar.evaluation.statistics import Statistics
+
+        if not isinstance(self.given, Statistics):
+            return
+        for name in ("classifier", "count"):
+            if getattr(self.options, name) is not None:
+                raise ConfigError(f"{name} needs pictures, but {self.options.what} has only their statistics")
+
+    def measure_reference(self) -> None:
+        """Looks at the reference's pictures, unless it is statistics."""
+        self.reference = self._collect(self.opened, None).statistics
 
     def report(self, **point: Any) -> Report:
         """On the pictures that are there, or on those drawn with the settings of `point`."""
         from mar.evaluation.evaluate import compare
 
-        collected = self._collect(point)
+        collected = self._collect(self._drawn(point) if self.given is None else self.given, self.classifier)
         with one_voice():
             return compare(collected, self.reference, self.extractor, self.wanted)
 
-    def _collect(self, point: dict[str, Any]) -> Collected:
+    def _collect(self, opened: Statistics | PictureSet, classifier: Extractor | None) -> Collected:
         from mar.evaluation.evaluate import Collected, collect
-        from mar.evaluation.inputs import is_statistics, open_pictures
         from mar.evaluation.statistics import Statistics
+        from mar.evaluation.streams import DrawnPictures
 
-        options = self.options
-        if self.model is None and is_statistics(options.what):
-            with one_voice():
-                found = Statistics.load(Path(options.what), features=self.wanted.features)
-            return Collected(found, None, None, (), (), 0.0)
-        given: PictureSet | None = None
-        with one_voice():
-            if self.model is None:
-                given = open_pictures(options.what, size=options.size(), limit=options.count)
-            count = len(self.plan()) if given is None else len(given)
-            if self.wanted.features:
-                say_memory(count, self.extractor)
-        with one_voice(), progress(count, self.check) as advance:
-            pictures = given or self._drawn(point, advance)
+        if isinstance(opened, Statistics):
+            return Collected(opened)
+        if self.wanted.features:
+            say_memory(len(opened), self.extractor)
+        with one_voice(), progress(len(opened), self.check) as advance:
+            if isinstance(opened, DrawnPictures):
+                opened.advance = advance
             return collect(
-                pictures, self.extractor, wanted=self.wanted, classifier=self.classifier, batch=options.batch,
+                opened, self.extractor, wanted=self.wanted, classifier=classifier, batch=self.options.batch,
                 advance=advance,
             )  # fmt: skip
 
-    def _drawn(self, point: dict[str, Any], advance: Callable[[float], None]) -> PictureSet:
+    def _drawn(self, point: dict[str, Any]) -> PictureSet:
         from mar.evaluation.streams import DrawnPictures
 
         assert self.model is not None
         return DrawnPictures(
-            self.model, self.plan(), name=self.options.what, allow_broken=self.options.allow_broken, advance=advance,
+            self.model, self.plan, name=self.options.what, allow_broken=self.options.allow_broken,
             **{**self.options.settings(), **point},
         )  # fmt: skip
 
-    def settings(self) -> dict[str, Any]:
-        """What a sweep's numbers depend on, beside its points."""
-        options, model = self.options, self.model
+    def settings(self, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What the numbers of a sweep over `points` depend on, beside the point."""
+        from mar.evaluation.statistics import Statistics
+
+        options, model, opened = self.options, self.model, self.opened
         assert model is not None
-        about = None if self.reference.about is None else to_dict(self.reference.about)
+        if isinstance(opened, Statistics):
+            source, count = opened.about.source if opened.about else options.reference, opened.count
+        else:
+            source, count = opened.name, len(opened)
+        sampling = to_dict(replace(model.sampling, **options.settings()))
         return {
-            "weights": model.fingerprint(), "pictures": len(self.plan()), "seed": options.seed, "dtype": options.dtype,
-            "features": self.extractor.fingerprint, "reference": about or options.reference, "kid": options.kid,
-            "precision": options.precision, "splits": options.splits,
-            "classifier": self.classifier and self.classifier.fingerprint,
-            "sampling": to_dict(replace(model.sampling, **options.settings())),
+            "weights": model.fingerprint(), "pictures": len(self.plan), "seed": options.seed, "dtype": options.dtype,
+            "tf32": options.tf32, "features": self.extractor.fingerprint, "reference": source,
+            "reference_pictures": count, "kid": options.kid, "precision": options.precision, "splits": options.splits,
+            "classifier": self.classifier and self.classifier.fingerprint, "swept": ", ".join(sorted(points[0])),
+            **{name: value for name, value in sampling.items() if name not in points[0]},
         }  # fmt: skip
 
 
@@ -170,6 +198,7 @@ def _once(judge: _Judge) -> int:
     from mar import runtime
     from mar.checkpoint.files import write_text
 
+    judge.measure_reference()
     report, out = judge.report(), judge.options.out
     with one_voice():
         if runtime.rank() == 0:
@@ -183,17 +212,20 @@ def _once(judge: _Judge) -> int:
 
 def _sweep(judge: _Judge) -> int:
     from mar import runtime
-    from mar.evaluation.plots import plot
+    from mar.evaluation.plots import plot, require_matplotlib
     from mar.evaluation.sweep import Table, points
 
     folder = judge.options.out or Path("runs/sweep")
     with one_voice():
+        require_matplotlib()
         wanted = points(judge.options.sweep)
         assert judge.model is not None
         for point in wanted:
             replace(judge.model.sampling, **{**judge.options.settings(), **point}).check(judge.model.model.config)
-        table = Table(folder, judge.settings())
+        table = Table(folder, judge.settings(wanted))
         missing = [point for point in wanted if not table.has(point)]
+    if missing:
+        judge.measure_reference()
     for place, point in enumerate(missing, 1):
         if runtime.rank() == 0:
             print(f"{place} of {len(missing)}: {_words(point)}", file=sys.stderr, flush=True)
@@ -204,9 +236,12 @@ def _sweep(judge: _Judge) -> int:
                 plot(table, folder / "sweep.png")
                 if place == 1:
                     _warn(report)
-    if runtime.rank() == 0:
-        _show(table)
-        print(f"{folder}: sweep.json, sweep.csv, sweep.png")
+    with one_voice():
+        if runtime.rank() == 0:
+            table.write()  # a sweep may have been killed between its files
+            plot(table, folder / "sweep.png")
+            _show(table)
+            print(f"{folder}: sweep.json, sweep.csv, sweep.png")
     return 0
 
 
@@ -215,14 +250,20 @@ def _show(table: Table) -> None:
     from rich.table import Table as Shown
 
     shown, best = Shown(box=None), table.best()
-    for name in table.columns():
+    # spreads and the worst class are in the files; here lines have to stay readable
+    names = [name for name in table.columns() if not name.endswith(("_std", "_error")) and "worst" not in name]
+    for name in names:
         shown.add_column(name.replace("_", " "), justify="right")
     for row in table.rows:
-        cells = [f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in table.cells(row)]
-        shown.add_row(*cells, style="bold" if row is best else None)
+        cells = dict(zip(table.columns(), table.cells(row), strict=True))
+        shown.add_row(*(_short(cells[name]) for name in names), style="bold" if row is best else None)
     Console().print(shown)
     if best is not None:
         print(f"best: {_words(best.point)}: {best.report['metric']} {best.distance:.4g}")
+
+
+def _short(cell: Any) -> str:
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
 def _warn(report: Report) -> None:

@@ -82,6 +82,7 @@ def _stats(arguments: Sequence[str], check: Callable[[], None]) -> int:
         runtime.choose_device(options.device)
         if options.out.suffix != ".npz":
             raise ConfigError(f"out is {options.out}, expected a file .npz")
+        check_count(options.count)
     from mar.evaluation.evaluate import Wanted, collect
     from mar.evaluation.inputs import is_statistics, open_pictures
     from mar.evaluation.statistics import Statistics
@@ -109,6 +110,12 @@ def _write(found: Statistics, out: Path) -> int:
         kept = "" if found.features is None else ", with the features"
         print(f"{out}: {len(found.mean)} features of {count} pictures{kept}")
     return 0
+
+
+def check_count(count: int | None) -> None:
+    """ConfigError for fewer pictures than have a covariance."""
+    if count is not None and count < 2:
+        raise ConfigError(f"count is {count}, but it must be at least 2")
 
 
 def interruptible(note: str, run: Callable[[Callable[[], None]], int]) -> int:

@@ -6,10 +6,11 @@ Source of the metrics: `metrics.py`. Whoever calls this on several processes has
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +19,10 @@ from torch import Tensor
 
 from mar import runtime
 from mar.evaluation import metrics
+from mar.evaluation.agreement import Agreement
 from mar.evaluation.features import Extractor, Features
 from mar.evaluation.metrics import ScoreSums
-from mar.evaluation.statistics import About, Moments, Statistics, check_comparable, gather_rows, sum_over_ranks
+from mar.evaluation.statistics import About, Moments, Statistics, check_comparable, gather_rows
 from mar.evaluation.streams import Pictures, PictureSet, share
 
 Advance = Callable[[float], None]
@@ -41,6 +43,10 @@ class Wanted:
     splits: int = 10
     """Parts over which the Inception Score is averaged; 10 in published figures."""
 
+    def __post_init__(self) -> None:
+        if self.splits < 1:
+            raise ValueError(f"splits is {self.splits}, but it must be at least 1")
+
     @property
     def features(self) -> bool:
         """Whether all features have to be kept."""
@@ -52,14 +58,14 @@ class Collected:
     """What is left of a set of pictures."""
 
     statistics: Statistics
-    score: tuple[float, float] | None
+    score: tuple[float, float] | None = None
     """Inception Score: mean and standard deviation over the splits."""
-    agreement: tuple[float, ...] | None
-    """For each class the share of its pictures that the judge takes for it; nan where there were none."""
-    classes: tuple[str, ...]
-    counts: tuple[int, ...]
-    """Pictures of each class; empty where there are no classes."""
-    seconds: float
+    classes: tuple[str, ...] = ()
+    right: tuple[int, ...] = ()
+    """For each class how many of its pictures the judge takes for it; empty where there is no judge."""
+    judged: tuple[int, ...] = ()
+    """For each class how many of its pictures were judged: 0 where the judge does not know it."""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Report:
 
     metric: str
     distance: float
-    count: int
+    count: int | None
     reference_count: int | None
     inception_score: float | None = None
     inception_score_std: float | None = None
@@ -85,6 +91,7 @@ class Report:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-able values; None where something was not measured."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values = {name: None if value != value else value for name, value in values.items()}  # JSON has no nan
         return {**values, "warnings": list(self.warnings)}
 
     def lines(self) -> list[tuple[str, str]]:
@@ -99,8 +106,8 @@ class Report:
         if self.agreement is not None:
             found.append(("of the class asked for", f"{self.agreement:.2%}"))
             found.append(("the same, the worst class", f"{self.worst_agreement:.2%} ({self.worst_class})"))
-        against = "an unknown number" if self.reference_count is None else f"{self.reference_count:,}"
-        return [*found, ("pictures", f"{self.count:,} against {against}"), ("seconds", f"{self.seconds:.1f}")]
+        count, against = ("unknown" if n is None else f"{n:,}" for n in (self.count, self.reference_count))
+        return [*found, ("pictures", f"{count} against {against}"), ("seconds", f"{self.seconds:.1f}")]
 
 
 def collect(
@@ -115,41 +122,42 @@ def collect(
     """Walks once through `pictures`. Memory does not grow with their number unless features are wanted.
 
     `classifier` judges whether pictures are of the class that was asked for; by default the extractor, where its
-    classes are the pictures'. Every process of a group gets the whole result. ValueError for pictures of several sizes.
+    classes are the pictures'. Every process of a group gets the whole result, or the error of the first that had one:
+    ValueError for fewer than two pictures, or of several sizes, and what opening them raises.
     """
     wanted = wanted or Wanted()
-    judge = classifier or extractor
-    table = class_numbers(pictures.classes, judge.classes)
-    if classifier is not None and table is None:
-        raise ValueError(
-            f"{classifier.name} knows the classes {_few(classifier.classes)}, but {pictures.name} has "
-            f"{_few(pictures.classes)}: it can't say whether they agree"
-        )
-    sums = _Sums(extractor, len(pictures), wanted)
-    right, asked = torch.zeros(len(pictures.classes)), torch.zeros(len(pictures.classes))
+    sums, agreement = _Sums(extractor, len(pictures), wanted), Agreement(pictures, extractor, classifier)
     begun = time.perf_counter()
-    first, end = share(len(pictures), runtime.rank(), runtime.world_size())
-    for part in pictures.batches(batch, first, end):
-        found = sums.add(part)
-        if table is not None:
-            logits = found.logits if classifier is None else classifier(part.images).logits
-            assert logits is not None  # who has classes has logits
-            known = part.labels >= 0
-            hits = (table[logits.argmax(1).cpu()] == part.labels)[known]
-            asked.index_add_(0, part.labels[known], torch.ones(len(hits)))
-            right.index_add_(0, part.labels[known], hits.float())
-        if advance is not None:
-            advance(float(part.indices[-1]) - first + 1)
-    right, asked = sum_over_ranks(right), sum_over_ranks(asked)
-    judged = table is not None and bool(asked.any())
+    with _all_or_none():
+        first, end = share(len(pictures), runtime.rank(), runtime.world_size())
+        for part in pictures.batches(batch, first, end):
+            agreement.add(part, sums.add(part))
+            if advance is not None:
+                advance(float(part.indices[-1]) - first + 1)
+    right, judged = agreement.counts()
     return Collected(
         statistics=sums.statistics(pictures.name),
         score=sums.score(),
-        agreement=tuple((right / asked).tolist()) if judged else None,
         classes=pictures.classes,
-        counts=tuple(asked.int().tolist()),
+        right=right,
+        judged=judged,
         seconds=time.perf_counter() - begun,
     )
+
+
+@contextlib.contextmanager
+def _all_or_none() -> Iterator[None]:
+    """What goes wrong within on one process is raised by all: none waits for sums that will never come."""
+    mine: ValueError | OSError | None = None
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        mine = error
+    said = [line for line in runtime.gather(None if mine is None else str(mine)) if line is not None]
+    if mine is not None:
+        raise mine
+    if said:
+        raise ValueError(said[0])
 
 
 class _Sums:
@@ -168,7 +176,7 @@ class _Sums:
         size = (part.images.shape[2], part.images.shape[3])
         self.size = self.size or size
         if size != self.size:
-            raise ValueError(f"pictures: got one of {size} pixels after one of {self.size}, expected one size")
+            raise ValueError(f"pictures: got {_all((self.size, size))} pixels (height, width), expected one size")
         found = self.extractor(part.images)
         values = found.values.cpu()
         self.moments.update(values)
@@ -185,8 +193,10 @@ class _Sums:
         return ScoreSums(min(self.wanted.splits, self.total), classes, self.total)
 
     def statistics(self, source: str) -> Statistics:
-        size = next(found for found in runtime.gather(self.size) if found is not None)
-        about = About(self.extractor.name, self.extractor.fingerprint, size, source)
+        sizes = {found: None for found in runtime.gather(self.size) if found is not None}
+        if len(sizes) > 1:
+            raise ValueError(f"{source}: got pictures of {_all(sizes)} pixels (height, width), expected one size")
+        about = About(self.extractor.name, self.extractor.fingerprint, next(iter(sizes)), source)
         merged = self.moments.gather()
         features = None
         if self.wanted.features:
@@ -203,9 +213,7 @@ class _Sums:
 def compare(collected: Collected, reference: Statistics, extractor: Extractor, wanted: Wanted) -> Report:
     """What `collected` is beside `reference`. ValueError where they can't be compared, or features are missing."""
     own = collected.statistics
-    assert own.about is not None
-    assert own.count is not None
-    if reference.about is not None:
+    if own.about is not None and reference.about is not None:
         check_comparable(own.about, reference.about)
     score, spread = collected.score or (None, None)
     return Report(
@@ -242,13 +250,13 @@ def _from_features(own: Tensor | None, reference: Tensor | None, wanted: Wanted)
 
 
 def _from_classes(collected: Collected) -> dict[str, Any]:
-    shares = collected.agreement
-    if shares is None:
+    classes = zip(collected.right, collected.judged, collected.classes, strict=False)  # no judge, no counts
+    shares = [(right / judged, name) for right, judged, name in classes if judged]
+    if not shares:
         return {}
-    known = [(value, i) for i, value in enumerate(shares) if not math.isnan(value)]
-    lowest, worst = min(known)
-    mean = math.fsum(value * collected.counts[i] for value, i in known) / sum(collected.counts[i] for _, i in known)
-    return {"agreement": mean, "worst_class": collected.classes[worst], "worst_agreement": lowest}
+    lowest, worst = min(shares)
+    mean = sum(collected.right) / sum(collected.judged)
+    return {"agreement": mean, "worst_class": worst, "worst_agreement": lowest}
 
 
 def doubts(own: Statistics, reference: Statistics, metric: str) -> tuple[str, ...]:
@@ -260,19 +268,11 @@ def doubts(own: Statistics, reference: Statistics, metric: str) -> tuple[str, ..
                 f"{count:,} {whose} for {width:,} features: the covariance is singular and {metric} too large; "
                 f"compare it only with others of as many pictures, or take more than {width:,}"
             )
-    if reference.about is None:
-        said.append("the reference does not say what it was made with: that its features are the same ones is assumed")
+    for about, whose in ((own.about, "the file of statistics"), (reference.about, "the reference")):
+        if about is None:
+            said.append(f"{whose} does not say what it was made with: that its features are the same ones is assumed")
     return tuple(said)
 
 
-def class_numbers(theirs: tuple[str, ...], judges: tuple[str, ...]) -> Tensor | None:
-    """For each class of the judge its number among `theirs`, -1 where there is none; None where no name is shared."""
-    if not theirs or not judges:
-        return None
-    numbers = {name.casefold(): i for i, name in enumerate(theirs)}
-    table = torch.tensor([numbers.get(name.casefold(), -1) for name in judges])
-    return table if bool((table >= 0).any()) else None
-
-
-def _few(names: tuple[str, ...]) -> str:
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else "no names"
+def _all(sizes: Iterable[tuple[int, int]]) -> str:
+    return " and ".join(f"{height}x{width}" for height, width in sizes)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 from mar.data.sources import open_source
 from mar.evaluation.evaluate import Advance, Wanted, collect
 from mar.evaluation.features import Extractor
-from mar.evaluation.statistics import Statistics
+from mar.evaluation.statistics import About, Statistics, check_comparable
 from mar.evaluation.streams import NpzPictures, PictureSet, SourcePictures
 from mar.pipeline import WEIGHTS_FILE
 
@@ -16,10 +17,13 @@ from mar.pipeline import WEIGHTS_FILE
 def is_statistics(spec: str) -> bool:
     """Whether `spec` is an `.npz` that holds statistics rather than pictures."""
     path = Path(spec)
-    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+    if path.suffix != ".npz" or not path.is_file():
         return False
-    with zipfile.ZipFile(path) as archive:
-        return "mu.npy" in archive.namelist()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "mu.npy" in archive.namelist()
+    except zipfile.BadZipFile:
+        return False  # what is wrong with it is said by who opens it
 
 
 def is_pictures(spec: str) -> bool:
@@ -47,18 +51,47 @@ def open_pictures(
     return found
 
 
+def open_statistics(
+    path: Path, extractor: Extractor, wanted: Wanted, *, size: tuple[int, int] | None = None
+) -> Statistics:
+    """The file's statistics. ValueError where they lack what is `wanted`, or are of another extractor.
+
+    `size` (height, width) is that of the pictures they will be held against, where it is known: so that nothing is
+    drawn that can't be compared.
+    """
+    found = Statistics.load(path, features=wanted.features)
+    if len(found.mean) != extractor.width:
+        raise ValueError(
+            f"{path} has statistics of {len(found.mean)} features, but {extractor.name} has {extractor.width}; "
+            "choose the --features they were made with"
+        )
+    if found.about is not None:
+        own = About(extractor.name, extractor.fingerprint, size or found.about.size, "what it is held against")
+        check_comparable(replace(found.about, source=str(path)), own)
+    if wanted.features and found.features is None:
+        raise ValueError(
+            f"KID, precision and recall need the features of all pictures, and {path} has only their mean and "
+            "covariance: give the pictures, or statistics that `mar stats --keep-features` made"
+        )
+    return found
+
+
+def open_either(
+    spec: str, extractor: Extractor, wanted: Wanted, *, split: str = "train", size: tuple[int, int] | None = None,
+    limit: int | None = None,
+) -> Statistics | PictureSet:  # fmt: skip
+    """The statistics in a file (`open_statistics`), or the pictures that `spec` names (`open_pictures`)."""
+    if is_statistics(spec):
+        return open_statistics(Path(spec), extractor, wanted, size=size)
+    return open_pictures(spec, split=split, size=size, limit=limit)
+
+
 def open_reference(
     spec: str, extractor: Extractor, wanted: Wanted, *, split: str = "train", size: tuple[int, int] | None = None,
     batch: int = 64, advance: Advance | None = None,
 ) -> Statistics:  # fmt: skip
     """Statistics from a file, or measured now from the pictures that `spec` names, of which features are `wanted`."""
-    if is_statistics(spec):
-        found = Statistics.load(Path(spec), features=wanted.features)
-        if len(found.mean) != extractor.width:
-            raise ValueError(
-                f"{spec} has statistics of {len(found.mean)} features, but {extractor.name} has {extractor.width}; "
-                "choose the --features they were made with"
-            )
+    found = open_either(spec, extractor, wanted, split=split, size=size)
+    if isinstance(found, Statistics):
         return found
-    pictures = open_pictures(spec, split=split, size=size)
-    return collect(pictures, extractor, wanted=wanted, batch=batch, advance=advance).statistics
+    return collect(found, extractor, wanted=wanted, batch=batch, advance=advance).statistics

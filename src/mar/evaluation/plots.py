@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,18 @@ from mar.evaluation.sweep import Row, Table
 MISSING = 'plots need matplotlib: pip install "mar[eval]"'
 
 
+def require_matplotlib() -> None:
+    """ValueError, in one line, without matplotlib (the `eval` extra)."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(MISSING)
+
+
 def plot(table: Table, path: Path) -> None:
-    """Writes a PNG of the table's rows, the best marked. ValueError without matplotlib (the `eval` extra)."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(MISSING) from error
+    """Writes a PNG of the table's rows, the best marked. ValueError without rows, or without matplotlib."""
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     best = table.best()
     if best is None:
         raise ValueError("there is nothing to plot: the sweep has no rows yet")

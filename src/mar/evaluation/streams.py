@@ -5,6 +5,7 @@ Letters of shapes: n pictures of a batch, c colours (1 or 3), h x w pixels.
 
 from __future__ import annotations
 
+import contextlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -119,48 +120,47 @@ class NpzPictures:
     def batches(self, batch: int, first: int, end: int) -> Iterator[Pictures]:
         _, height, width, channels = self.shape
         size = height * width * channels
-        with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+        with self._reading("its pictures"), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
             _header(file)
             file.seek(first * size, 1)
             for start in range(first, end, batch):
                 count = min(batch, end - start)
-                pixels = np.frombuffer(self._read(file, count * size), np.uint8).reshape(count, height, width, channels)
-                images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
+                data = file.read(count * size)
+                if len(data) < count * size:
+                    raise EOFError("it ends before its last picture")
+                pixels = np.frombuffer(data, np.uint8).reshape(count, height, width, channels)
+                images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
                 yield Pictures(images, torch.arange(start, start + count), self.labels[start : start + count])
-
-    def _read(self, file: IO[bytes], size: int) -> bytes:
-        try:
-            data = file.read(size)
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{self.path}: damaged ({error}); make it again") from None
-        if len(data) < size:
-            raise ValueError(f"{self.path}: ends before its last picture; make it again")
-        return data
 
     def _kind(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Shape and dtype of `arr_0`."""
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+        with self._reading("pictures"), zipfile.ZipFile(self.path) as archive:
+            if "arr_0.npy" not in archive.namelist():
+                names = ", ".join(archive.namelist()) or "nothing"
+                raise ValueError(f"it has {names}, but no arr_0, uint8 (count, height, width, 1 or 3)")
+            with archive.open("arr_0.npy") as file:
                 return _header(file)
-        except KeyError:
-            raise ValueError(f"{self.path} has no pictures: expected arr_0, uint8 (count, height, width, 3)") from None
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-            raise ValueError(f"{self.path}: can't be read as pictures: {error}") from None
 
     def _labels(self) -> Tensor:
-        none = torch.full((self.shape[0],), -1)
-        try:
-            with np.load(self.path, allow_pickle=False) as file:
-                labels = file["arr_1"] if "arr_1" in file.files else None
-        except ValueError as error:
-            raise ValueError(f"{self.path}: arr_1 can't be read as class numbers: {error}") from None
-        if labels is None:
-            return none
+        with self._reading("class numbers"), zipfile.ZipFile(self.path) as archive:
+            if "arr_1.npy" not in archive.namelist():
+                return torch.full((self.shape[0],), -1)
+            with archive.open("arr_1.npy") as file:
+                labels = np.lib.format.read_array(file, allow_pickle=False)
         if labels.shape != (self.shape[0],) or labels.dtype.kind not in "iu":
             raise ValueError(
                 f"{self.path}: arr_1 is {labels.dtype} {labels.shape}, expected ({self.shape[0]},) whole numbers"
             )
         return torch.from_numpy(labels.astype(np.int64))
+
+    @contextlib.contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Whatever a damaged file raises, in one line."""
+        try:
+            yield
+        except (OSError, EOFError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{self.path}: {what} can't be read ({reason}); make it again") from None
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -36,8 +36,9 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
         known = ", ".join(sorted({*kinds, *ALIASES}))
         raise ConfigError(f"sweep: got {text!r}, expected NAME=FIRST:LAST:STEP or NAME=A,B,C with a name of {known}")
     try:
-        return name, _range(values) if ":" in values else [_value(v, kinds[name]) for v in values.split(",")]
-    except ValueError:
+        found = _range(values) if ":" in values else [_value(v, kinds[name]) for v in values.split(",")]
+        return name, list(dict.fromkeys(found))
+    except (ValueError, OverflowError):  # 1:inf:1
         raise ConfigError(f"sweep: {values!r} of {text!r} is neither FIRST:LAST:STEP nor values for {name}") from None
 
 
@@ -90,35 +91,53 @@ class Row:
 class Table:
     """The rows of a sweep, in FOLDER/sweep.json; written anew, whole, after each, with sweep.csv beside it.
 
-    `settings` is all that the numbers depend on beside the point: ConfigError where the folder has rows of others.
+    `settings` is all that the numbers depend on beside the point: ConfigError where the folder has rows of others,
+    and nothing is written then. Nor is anything written before the first row.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self.folder, self.settings = folder, json.loads(json.dumps(settings))
         self.rows: list[Row] = []
+        if folder.exists() and not folder.is_dir():
+            raise ConfigError(f"{folder} is a file, but a sweep needs a folder")
         path = folder / "sweep.json"
-        if not path.is_file():
-            return
+        if path.is_file():
+            theirs, self.rows = self._read(path)
+            self._require_same(theirs)
+
+    @staticmethod
+    def _read(path: Path) -> tuple[dict[str, Any], list[Row]]:
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
-            rows = [Row(row["point"], row["report"]) for row in held["rows"]]
+            rows = [Row(dict(row["point"]), dict(row["report"])) for row in held["rows"]]
+            if all(math.isfinite(row.distance) and math.isfinite(row.seconds_per_picture) for row in rows):
+                return dict(held["settings"]), rows
+            why = "a row is no measurement"
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} is not the table of a sweep ({error}); choose another folder") from None
-        theirs = held["settings"]
-        if different := [name for name in self.settings if theirs.get(name) != self.settings[name]]:
-            changes = "; ".join(f"{name} {theirs.get(name)} -> {self.settings[name]}" for name in different)
-            raise ConfigError(f"{folder} holds another sweep ({changes}); choose another folder")
-        self.rows = rows
+            why = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{path} is not the table of a sweep ({why}); choose another folder")
+
+    def _require_same(self, theirs: Mapping[str, Any]) -> None:
+        names = list(dict.fromkeys([*theirs, *self.settings]))
+        different = [name for name in names if theirs.get(name) != self.settings.get(name)]
+        if different:
+            changes = "; ".join(f"{name} {theirs.get(name)} -> {self.settings.get(name)}" for name in different)
+            raise ConfigError(f"{self.folder} holds another sweep ({changes}); choose another folder")
 
     def has(self, point: Point) -> bool:
         """Whether this point was measured."""
         return any(row.point == point for row in self.rows)
 
     def add(self, point: Point, report: Report) -> None:
-        """Adds a row and writes the files."""
+        """Adds a row, and writes the files."""
         self.rows.append(Row(point, report.to_dict()))
+        self.write()
+
+    def write(self) -> None:
+        """Writes the files."""
         rows = [{"point": row.point, "report": row.report} for row in self.rows]
-        write_text(self.folder / "sweep.json", json.dumps({"settings": self.settings, "rows": rows}, indent=1) + "\n")
+        held = {"settings": self.settings, "rows": rows}
+        write_text(self.folder / "sweep.json", json.dumps(held, indent=1, allow_nan=False) + "\n")
         write_text(self.folder / "sweep.csv", self.csv())
 
     def best(self) -> Row | None:
