@@ -7,6 +7,7 @@ diffusion state and its coefficients in float32. Never float16.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -80,6 +81,38 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+class _Meetings:
+    """Barriers by the processes' store. One of gloo's is deaf to Ctrl-C, and can't be left before all have come."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+
+    def meet(self) -> None:
+        number = next(_NUMBERS)
+        self._wait(f"mar/come/{number}")
+        # The first one may hold the store: it stays until all have seen that all are here.
+        self._wait(f"mar/seen/{number}", waits=rank() == 0)
+
+    def _wait(self, key: str, waits: bool = True) -> None:
+        here = self.store.add(key, 1)
+        while waits and here < world_size():
+            if self.store.check(["mar/ended"]):
+                raise ConfigError(
+                    f"process {rank()} can't go on without process {self.store.get('mar/ended').decode()}"
+                )
+            time.sleep(0.02)
+            here = self.store.add(key, 0)
+
+    def end(self) -> None:
+        """Lets those who wait know that this process will not come."""
+        with contextlib.suppress(RuntimeError):  # the store may have gone with its process
+            self.store.set("mar/ended", str(rank()))
+
+
+_MEETINGS: list[_Meetings] = []
+_NUMBERS = itertools.count()  # of all groups that this process joins, since they may have one store
+
+
 @contextlib.contextmanager
 def process_group(device: str | None = None) -> Iterator[torch.device]:
     """Joins the processes that torchrun started, for as long as the block lasts; yields this one's device.
@@ -92,14 +125,19 @@ def process_group(device: str | None = None) -> Iterator[torch.device]:
     if world_size() == 1 or joined():
         yield chosen
         return
+    from torch.distributed.rendezvous import rendezvous  # not in every build of torch
+
     backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=PATIENCE)
+    store, number, world = next(rendezvous("env://"))
+    dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=number, world_size=world)
+    _MEETINGS.append(_Meetings(store))
     try:
         yield chosen
     except BaseException:
-        _abort()  # the others may never come to what destroying would wait for
+        _MEETINGS[-1].end()
         raise
     finally:
+        _MEETINGS.pop()
         if joined():
             dist.destroy_process_group()
 
@@ -114,12 +152,6 @@ def _own_device(device: torch.device) -> torch.device:
         raise ConfigError(f"this machine has {count} CUDA devices, but process {local} of it (from 0) needs its own")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
-
-
-def _abort() -> None:
-    abort = getattr(dist.group.WORLD, "abort", None)  # newer than the oldest torch we run on
-    if abort is not None:
-        abort()
 
 
 def joined() -> bool:
@@ -140,16 +172,7 @@ def barrier() -> None:
     """Waits until every process is here; nothing where there is but one. A signal still ends the wait."""
     if not joined():
         return
-
-    def wait() -> None:
-        work = dist.barrier(async_op=True)
-        if work is None:
-            return
-        while not work.is_completed():  # in Python, since a wait inside torch is deaf to Ctrl-C
-            time.sleep(0.02)
-        work.wait()
-
-    together(wait)
+    together(_MEETINGS[-1].meet if _MEETINGS else dist.barrier)
 
 
 def gather(value: Any) -> list[Any]:

@@ -50,7 +50,7 @@ def slug(name: str) -> str:
 
 
 def class_folders(classes: Sequence[str]) -> dict[int, str]:
-    """A folder's name for each class; a name that two classes share (ImageNet has two cranes) gets the number too."""
+    """A folder's name for each class; one that two classes share gets the number too."""
     slugs = [slug(name) or str(i) for i, name in enumerate(classes)]
     count = Counter([*(name.casefold() for name in slugs), "none"])
     folders = {i: name if count[name.casefold()] == 1 else f"{name}-{i}" for i, name in enumerate(slugs)}

@@ -1,0 +1,90 @@
+"""Starts of the command line in processes of their own, which may be killed at a given moment."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from mar.cli import main
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+# Imported once, and not by every process again: all that `mar generate` needs.
+_MODULES = ["mar.zoo", "mar.cli.generate", "mar.sampling.sinks", "mar.sampling.progress"]
+_CONTEXT.set_forkserver_preload([*_MODULES, "torch.distributed", "torch._dynamo", "torch._refs"])
+
+
+def start(
+    arguments: Sequence[str], said: Path, *, die: tuple[int, int] | None = None, world: tuple[int, int, int] = (0, 1, 0)
+) -> BaseProcess:
+    """A process that runs `mar ARGUMENTS`, its stdout and stderr going to the file `said`.
+
+    `die` (n, signal): it gets the signal when it asks for the n-th time for a file, or a folder's list of names, to be
+    on the disk: an odd n is before a file gets its name, an even one after. `world`: rank, processes, port.
+    """
+    process = _CONTEXT.Process(target=_run, args=(list(arguments), said, die, world))
+    process.start()
+    return process
+
+
+def run(arguments: Sequence[str], said: Path, **options: tuple[int, int]) -> int:
+    """The exit code of `start`, once it has ended: 9 below zero for a process that was killed."""
+    process = start(arguments, said, **options)  # type: ignore[arg-type]
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def several(processes: int, arguments: Sequence[str], said: Path) -> list[int]:
+    """The exit codes of as many processes as torchrun would start; what each says goes to `said`.RANK."""
+    port = free_port()
+    started = [
+        start(arguments, said.with_suffix(f".{rank}"), world=(rank, processes, port)) for rank in range(processes)
+    ]
+    for process in started:
+        process.join(120)
+    return [process.exitcode if process.exitcode is not None else 1 for process in started]
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _run(arguments: list[str], said: Path, die: tuple[int, int] | None, world: tuple[int, int, int]) -> None:
+    sys.stdout = sys.stderr = said.open("w", buffering=1)
+    rank, processes, port = world
+    if processes > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if die is not None:
+        _die(*die)
+    code = main(arguments)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def _die(moment: int, signal: int) -> None:
+    from mar.checkpoint import files
+
+    flush, seen = files.flush, 0
+
+    def counted(path: Path) -> None:
+        nonlocal seen
+        seen += 1
+        flush(path)
+        if seen == moment:
+            os.kill(os.getpid(), signal)
+
+    files.flush = counted
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder, hidden ones too, and its bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
