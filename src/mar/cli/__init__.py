@@ -15,6 +15,7 @@ VERBS = {
     "generate": ("mar.cli.generate", "thousands of pictures: PNGs, .npz, WebDataset; any number of processes"),
     "evaluate": ("mar.cli.evaluate", "FID and its kin, of a model or of pictures; sweeps over settings"),
     "stats": ("mar.cli.features", "features of real pictures, for evaluate to compare with"),
+    "cache": ("mar.cli.cache", "a tokenizer's latents of all pictures, for training to read instead"),
     "train": ("mar.cli.learn", "train a model; the same command resumes"),
     "convert": ("mar.cli.weights", "official weights -> ours, and back"),
     "download": ("mar.cli.weights", "fetch the official weights and tokenizer"),

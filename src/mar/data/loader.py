@@ -1,20 +1,23 @@
-"""Batches of pictures for training, read ahead by workers, resumable at any position."""
+"""Batches of pictures, or of their cached latents, for training: read ahead by workers, resumable at any position."""
 
 from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mar.data.latents import LatentSource, unpack
 from mar.data.order import Order, flipped
 from mar.data.sources import Source, UnreadableImage
 from mar.data.transforms import Transform
+from mar.tokenizer.moments import LatentMoments
 
 logger = logging.getLogger("mar.data")
 
@@ -24,63 +27,97 @@ _PATIENCE = 1000
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of a batch."""
+    """One rank's share of a batch: of pictures (`ImageBatch`), or of what a tokenizer said of them (`LatentBatch`)."""
 
-    images: Float[Tensor, "n c H W"]
-    """Pixels in [-1, 1]."""
     labels: Int[Tensor, "n"]
     """Class numbers; -1 where there is none."""
     positions: Int[Tensor, "n"]
     """Places in the endless order, by which everything random about a picture is keyed."""
-    skipped: tuple[str, ...] = ()
+    skipped: tuple[str, ...]
     """Names of pictures that could not be read and were replaced by the next that could."""
 
 
 @dataclass(frozen=True)
+class ImageBatch(Batch):
+    """A batch of pictures."""
+
+    images: Float[Tensor, "n c H W"]
+    """Pixels in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class LatentBatch(Batch):
+    """A batch from a latent cache."""
+
+    moments: LatentMoments
+
+
+Read = Callable[[int, bool], tuple[Tensor, int]]
+"""(index, flip) -> a picture's pixels, or its moments, and its class number."""
+
+
+@dataclass(frozen=True)
 class _Item:
-    image: Tensor
+    content: Tensor
     label: int
     position: int
     skipped: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Pictures:
+    source: Source
+    transform: Transform
+
+    def read(self, index: int, flip: bool) -> tuple[Tensor, int]:
+        example = self.source[index]
+        return self.transform(example.image, flip), example.label
+
+
 class _Reader(Dataset[_Item]):
     """(position, index) -> item; what workers run."""
 
-    def __init__(self, source: Source, transform: Transform, seed: int, flip: bool) -> None:
-        self.source, self.transform, self.seed, self.flip = source, transform, seed, flip
+    def __init__(self, read: Read, length: int, seed: int, flip: bool) -> None:
+        self.read, self.length, self.seed, self.flip = read, length, seed, flip
 
     def __getitem__(self, key: tuple[int, int]) -> _Item:
         position, index = key
         flip = self.flip and flipped(self.seed, position)
         skipped: list[str] = []
-        for offset in range(min(len(self.source), _PATIENCE)):
+        for offset in range(min(self.length, _PATIENCE)):
             try:
-                example = self.source[(index + offset) % len(self.source)]
+                content, label = self.read((index + offset) % self.length, flip)
             except UnreadableImage as error:
                 skipped.append(error.name)
                 continue
-            return _Item(self.transform(example.image, flip), example.label, position, tuple(skipped))
+            return _Item(content, label, position, tuple(skipped))
         raise ValueError(f"{len(skipped)} pictures in a row can't be read, the last of them {skipped[-1]}")
 
 
-def _collate(items: Sequence[_Item]) -> Batch:
-    return Batch(
-        images=torch.stack([item.image for item in items]),
-        labels=torch.tensor([item.label for item in items]),
-        positions=torch.tensor([item.position for item in items]),
-        skipped=tuple(name for item in items for name in item.skipped),
-    )
+def _images(items: Sequence[_Item]) -> Batch:
+    return ImageBatch(**_shared(items), images=torch.stack([item.content for item in items]))
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
+def _latents(items: Sequence[_Item]) -> Batch:
+    return LatentBatch(**_shared(items), moments=unpack(torch.stack([item.content for item in items])))
+
+
+def _shared(items: Sequence[_Item]) -> dict[str, Any]:
+    return {
+        "labels": torch.tensor([item.label for item in items]),
+        "positions": torch.tensor([item.position for item in items]),
+        "skipped": tuple(name for item in items for name in item.skipped),
+    }
+
+
+def leave_signals_to_the_run(worker: int) -> None:
     """Ctrl-C and SIGTERM reach every process of a group; a worker that dies of them would stop the run from saving."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def batches(
-    source: Source,
+    source: Source | LatentSource,
     transform: Transform,
     *,
     batch: int,
@@ -94,18 +131,21 @@ def batches(
     """This rank's batches, without end, from position `start` of the order keyed by `seed`.
 
     `batch` counts the pictures of all ranks. `flip` mirrors every other picture at random; None: if the source says
-    that its pictures may be. A picture that can't be read is replaced by the next of the source that can, named once
-    in a warning, and listed in `Batch.skipped`. Neither `workers` nor reading ahead changes what is yielded, and no
-    global random state is used.
+    that its pictures may be. From a latent cache, whose pictures were transformed when it was made, come moments: for
+    the same positions, flips and labels as from its pictures. A picture that can't be read is replaced by the next of
+    the source that can, named once in a warning, and listed in `Batch.skipped`. Neither `workers` nor reading ahead
+    changes what is yielded, and no global random state is used.
     """
     order = Order(len(source), seed, batch, rank, world)
     flip = source.flips if flip is None else flip
+    collate = _latents if isinstance(source, LatentSource) else _images
+    read = source.read if isinstance(source, LatentSource) else _Pictures(source, transform).read
     loader = DataLoader(
-        _Reader(source, transform, seed, flip),
+        _Reader(read, len(source), seed, flip),
         batch_sampler=order.batches(start),
         num_workers=workers,
-        collate_fn=_collate,
-        worker_init_fn=_leave_signals_to_the_run,
+        collate_fn=collate,
+        worker_init_fn=leave_signals_to_the_run,
         generator=torch.Generator(),  # else it would draw from the global one
     )
     return _announced(iter(loader))

@@ -7,8 +7,10 @@ from pathlib import Path
 from mar.data.bundled import FashionSource
 from mar.data.examples import Example, Source, UnreadableImage
 from mar.data.folder import FolderSource
+from mar.data.latents import LatentSource
+from mar.data.shards import is_cache, read_about
 
-__all__ = ["Example", "FashionSource", "FolderSource", "Source", "UnreadableImage", "open_source"]
+__all__ = ["Example", "FashionSource", "FolderSource", "Source", "UnreadableImage", "open_data", "open_source"]
 
 _SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid")}
 
@@ -28,6 +30,8 @@ def open_source(spec: str | Path, split: str = "train") -> Source:
     if str(spec) == "fashion":
         return FashionSource(split)
     path = Path(spec).expanduser()
+    if is_cache(path):
+        raise ValueError(f"data: {path} holds cached latents, not pictures; those were in {read_about(path).data}")
     if path.is_dir():
         return _open_folder(path, split)
     if path.is_file() and path.suffix == ".parquet":
@@ -36,6 +40,12 @@ def open_source(spec: str | Path, split: str = "train") -> Source:
         return open_parquet([path], str(path))
     state = "is neither a folder nor a .parquet file" if path.exists() else "does not exist"
     raise ValueError(f"data: {path} {state}; expected fashion, a folder of pictures, or a Parquet file")
+
+
+def open_data(spec: str | Path) -> Source | LatentSource:
+    """What a run learns from: a latent cache where `spec` is the folder of one, else the source's train split."""
+    folder = Path(spec).expanduser()
+    return LatentSource(folder) if is_cache(folder) else open_source(spec)
 
 
 def _open_folder(folder: Path, split: str) -> Source:

@@ -22,11 +22,13 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from mar import runtime
 from mar.checkpoint.run_state import RunState
 from mar.config import TrainConfig, to_dict
-from mar.data.loader import Batch, batches
+from mar.data.latents import LatentSource
+from mar.data.loader import Batch, ImageBatch, LatentBatch, batches
 from mar.data.sources import Source
 from mar.data.transforms import Transform
 from mar.model.mar import MAR
 from mar.tokenizer import Tokenizer
+from mar.tokenizer.moments import to_posterior
 from mar.training.ema import EMA
 from mar.training.log import RunLog
 from mar.training.loss import DiffusionLoss, draw_step
@@ -70,7 +72,7 @@ class Run:
 
     config: TrainConfig
     folder: Path
-    source: Source
+    source: Source | LatentSource
     tokenizer: Tokenizer
     model: MAR
     device: torch.device
@@ -195,8 +197,12 @@ def _count(progress: Progress, finite: bool) -> None:
 
 @torch.no_grad()
 def encode(run: Run, batch: Batch) -> Tensor:
-    """images -> latents, drawn from the tokenizer's posterior with noise keyed by position."""
-    posterior = run.tokenizer.encode(batch.images.to(run.device))
+    """images or their cached moments -> latents, drawn from the tokenizer's posterior with noise keyed by position."""
+    if isinstance(batch, LatentBatch):
+        posterior = to_posterior(run.tokenizer, batch.moments.to(run.device))
+    else:
+        assert isinstance(batch, ImageBatch)
+        posterior = run.tokenizer.encode(batch.images.to(run.device))
     if run.tokenizer.deterministic:
         return posterior.mean
     shape = posterior.mean.shape[1:]

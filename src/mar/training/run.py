@@ -15,14 +15,16 @@ from mar.checkpoint import official
 from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState
 from mar.config import ConfigError, ModelConfig, TrainConfig, to_dict
+from mar.data.latents import LatentSource
 from mar.data.loader import in_order
-from mar.data.sources import Source, open_source
+from mar.data.sources import Source, open_data
 from mar.data.transforms import Transform
 from mar.model.mar import MAR
 from mar.pictures import grid
 from mar.pipeline import Pipeline
 from mar.sampling.generate import BrokenLatents
 from mar.tokenizer import PixelTokenizer, Tokenizer
+from mar.tokenizer.moments import fingerprint, measure_moments
 from mar.tokenizer.statistics import measure
 from mar.training.log import RunLog
 from mar.training.loop import Progress, Run
@@ -47,7 +49,7 @@ def open_run(
     ConfigError where the folder holds another run, the data is not what the model is for, or a tokenizer's latents.
     """
     resumed = _check_same(config, folder) and bool(RunState(folder).states())
-    source = open_source(config.data)
+    source = open_data(config.data)
     classes = len(source.classes)
     if config.model.classes not in (0, classes):
         raise ConfigError(
@@ -83,17 +85,45 @@ def _check_same(config: TrainConfig, folder: Path) -> bool:
 
 
 def _tokenizer(
-    config: TrainConfig, source: Source, load_tokenizer: Callable[[str], Tokenizer], *, measured_later: bool
+    config: TrainConfig,
+    source: Source | LatentSource,
+    load_tokenizer: Callable[[str], Tokenizer],
+    *,
+    measured_later: bool,
 ) -> Tokenizer:
     channels = config.model.channels
     tokenizer = PixelTokenizer(channels) if config.tokenizer == "pixels" else load_tokenizer(config.tokenizer)
+    if isinstance(source, LatentSource):
+        _check_cache(config, source, tokenizer)
     if tokenizer.channels != channels:
         raise ConfigError(f"the tokenizer's latents have {tokenizer.channels} channels, the model's {channels}")
     if not tokenizer.measured and not measured_later:  # a resumed run has the statistics in its state
-        transform = Transform(_image_size(config, tokenizer), tokenizer.image_channels)
-        statistics = measure(tokenizer, in_order(source, transform))
+        if isinstance(source, LatentSource):
+            statistics = measure_moments(source.in_order())
+        else:
+            transform = Transform(_image_size(config, tokenizer), tokenizer.image_channels)
+            statistics = measure(tokenizer, in_order(source, transform))
         tokenizer.set_statistics(statistics.mean, statistics.std)
     return tokenizer
+
+
+def _check_cache(config: TrainConfig, source: LatentSource, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError where a cache is of another tokenizer or of other sizes, or lacks the flipped pictures."""
+    about = source.about
+    if about.fingerprint != (own := fingerprint(tokenizer)):
+        raise ConfigError(
+            f"{config.data} was cached by the tokenizer {about.tokenizer} ({about.fingerprint[:12]}), but the run's is "
+            f"{config.tokenizer} ({own[:12]}); choose --tokenizer {about.tokenizer}, or cache the pictures by this one"
+        )
+    if about.size != (wanted := _image_size(config, tokenizer)):
+        raise ConfigError(
+            f"{config.data} is of pictures of {about.size[0]}x{about.size[1]}, but the model is for "
+            f"{wanted[0]}x{wanted[1]}; set --model.grid {about.shape[1]} {about.shape[2]}, or cache them anew"
+        )
+    if config.flip and not about.flips:
+        raise ConfigError(
+            f"{config.data} holds no flipped pictures; train with --flip False, or cache anew with --flip True"
+        )
 
 
 def _image_size(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, int]:

@@ -1,0 +1,191 @@
+"""`mar cache`: a tokenizer's latents of all pictures, made once, for training to read instead of the pictures."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from mar.cli.options import one_voice, parse, stoppable
+from mar.config import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from mar.data.examples import Source
+    from mar.data.shards import About
+    from mar.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Caches what a tokenizer makes of pictures; `mar train --data OUT` learns from it. The same command goes on.
+
+    For several processes: torchrun --nproc-per-node 8 -m mar cache DATA ...
+    To check a cache: mar cache OUT --verify
+    """
+
+    data: Annotated[str, tyro.conf.Positional]
+    """fashion, a folder of pictures, or a parquet file or folder; with --verify, the folder of a cache."""
+    verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Hold every byte of a cache against its checksums, and do nothing else."""
+    out: Path | None = None
+    """Folder for the cache."""
+    tokenizer: str | None = None
+    """kl16, pixels, or a folder or Hub repository in diffusers' format."""
+    image_size: int | tuple[int, int] | None = None
+    """Pictures are cut to squares of so many pixels, or to HEIGHT WIDTH."""
+    split: Literal["train", "test"] = "train"
+    """Which pictures, where the data has both."""
+    dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
+    """How latents are stored; they are computed in fp32."""
+    flip: bool | None = None
+    """Cache mirrored pictures too; by default, where the data says that its pictures may be."""
+    shard: int = 1024
+    """Pictures of a shard: what is lost at most where a process is killed."""
+    batch: int = 32
+    """Pictures encoded at once by each process; changes memory and speed, latents only by rounding."""
+    workers: int = 0
+    """Processes that read pictures ahead, for each process that encodes."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+
+def cache(arguments: Sequence[str]) -> int:
+    """`mar cache`."""
+    from mar import runtime
+
+    with stoppable() as check:
+        try:
+            with one_voice():
+                options = parse(CacheOptions, "cache", arguments)
+                if not options.verify:
+                    _complete(options)
+                    runtime.choose_device(options.device)
+            return _verify(options, check) if options.verify else _cache(options, check)
+        except KeyboardInterrupt:
+            if runtime.rank() == 0:
+                again = "" if "--verify" in arguments else "; the same command goes on"
+                print(f"mar: stopped{again}", file=sys.stderr)
+            return 130
+
+
+def _complete(options: CacheOptions) -> None:
+    missing = [f"--{name.replace('_', '-')}" for name in ("tokenizer", "out", "image_size")
+               if getattr(options, name) is None]  # fmt: skip
+    if missing:
+        raise ConfigError(f"mar cache needs {', '.join(missing)} too, or --verify to check a cache that is there")
+    if options.batch < 1 or options.workers < 0:
+        raise ConfigError(f"batch {options.batch}, workers {options.workers}: expected at least 1 and 0")
+
+
+def _verify(options: CacheOptions, check: Callable[[], None]) -> int:
+    from mar.checkpoint.files import size_text
+    from mar.data.latents import verify
+    from mar.data.shards import is_cache, read_about
+    from mar.sampling.progress import meter
+
+    folder = Path(options.data)
+    if not is_cache(folder):
+        raise ConfigError(f"{folder} is not a cache that `mar cache` made")
+    with meter(True, read_about(folder).pictures) as progress:
+
+        def advance(pictures: float) -> None:
+            check()
+            progress(pictures)
+
+        found = verify(folder, advance)
+    size = size_text(sum(found.index.sizes))
+    print(f"{folder} is as it was written: {len(found):,} pictures, {size} in {found.about.shards} shards")
+    return 0
+
+
+def _cache(options: CacheOptions, check: Callable[[], None]) -> int:
+    from mar import runtime
+    from mar.training.cache import finish
+
+    out = options.out
+    assert out is not None
+    with runtime.process_group(options.device) as device:
+        source, tokenizer, about, shards = _prepared(options, out)
+        if shards is None:
+            if runtime.rank() == 0:
+                print(f"{out} is finished: {about.pictures:,} pictures; nothing to do")
+            return 0
+        begun = time.perf_counter()
+        _make(options, about, shards, (source, tokenizer, device), check)
+        runtime.barrier()
+        with one_voice():
+            if runtime.rank() == 0:
+                skipped = finish(out, about)
+                _report(out, about, skipped, sum(len(about.span(k)) for k in shards), time.perf_counter() - begun)
+    return 0
+
+
+def _prepared(options: CacheOptions, out: Path) -> tuple[Source, Tokenizer, About, list[int] | None]:
+    """What is to be cached, and the shards to be made by all processes together, as the first one finds them."""
+    from mar import runtime
+    from mar.data.sources import open_source
+    from mar.tokenizer import PixelTokenizer
+    from mar.training.cache import describe, prepare
+    from mar.zoo import load_tokenizer
+
+    assert options.tokenizer is not None
+    assert options.image_size is not None
+    found: tuple[About, list[int] | None] | None = None
+    with one_voice():
+        source = open_source(options.data, options.split)
+        name, channels = options.tokenizer, 1 if options.data == "fashion" else 3
+        tokenizer = PixelTokenizer(channels) if name == "pixels" else load_tokenizer(name)
+        side = options.image_size
+        if runtime.rank() == 0:
+            about = describe(
+                source, tokenizer, data=options.data, tokenizer_name=name, dtype=options.dtype,
+                size=(side, side) if isinstance(side, int) else side, flip=options.flip, shard=options.shard,
+            )  # fmt: skip
+            found = about, prepare(out, about)
+    about, shards = runtime.gather(found)[0]
+    return source, tokenizer, about, shards
+
+
+def _make(
+    options: CacheOptions, about: About, shards: Sequence[int],
+    parts: tuple[Source, Tokenizer, torch.device], check: Callable[[], None],
+) -> None:  # fmt: skip
+    """Makes this process's share of the shards."""
+    from mar import runtime
+    from mar.sampling.progress import meter
+    from mar.training.cache import write_shards
+
+    source, tokenizer, device = parts
+    assert options.out is not None
+    mine = shards[runtime.rank() :: runtime.world_size()]
+    share, to_do = (sum(len(about.span(k)) for k in some) for some in (mine, shards))
+    with meter(runtime.rank() == 0, about.pictures, about.pictures - to_do) as progress:
+
+        def advance(done: int) -> None:
+            check()
+            progress(about.pictures - to_do + done * to_do / share)  # the others are taken to be as far
+
+        write_shards(
+            options.out, about, source, tokenizer, mine, device=device, batch=options.batch, workers=options.workers,
+            advance=advance,
+        )  # fmt: skip
+
+
+def _report(out: Path, about: About, skipped: dict[int, str], made: int, seconds: float) -> None:
+    from mar.checkpoint.files import size_text
+    from mar.data.latents import LatentSource
+
+    size = sum(LatentSource(out).index.sizes)
+    what = "plain and flipped" if about.flips else "not flipped"
+    if skipped:
+        shown = ", ".join([*skipped.values()][:3]) + (", ..." if len(skipped) > 3 else "")
+        print(f"{len(skipped)} pictures could not be read and are left out: {shown}", file=sys.stderr)
+    print(f"{about.pictures - len(skipped):,} pictures in {out}, {what}, {about.dtype}")
+    print(f"{size_text(size)}, {size / about.pictures:,.0f} bytes a picture; {made / seconds:.1f} pictures a second")
