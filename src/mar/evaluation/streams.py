@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ class Pictures:
     """Class numbers; -1 where there is none."""
 
 
+@runtime_checkable
 class PictureSet(Protocol):
     """A set of pictures of one size that can be walked through, in shares."""
 
@@ -163,7 +164,7 @@ class NpzPictures:
             raise ValueError(f"{self.path}: {what} can't be read ({reason}); make it again") from None
 
 
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and dtype of an `.npy` that is read from its beginning."""
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0

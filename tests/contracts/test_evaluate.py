@@ -1,0 +1,393 @@
+"""`mar stats` and `mar evaluate`: a report, a sweep that goes on, and one line for what can't be."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import judges
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+from mar.checkpoint import files
+from mar.cli import main
+from mar.evaluation.statistics import Statistics
+
+JUDGE = ["--features", f"{judges.__file__}:tiny", "--device", "cpu"]
+DRAW = ["--allow-broken", "--count", "12"]
+SWEEP = ["--sweep", "cfg=1,3", "--sweep", "K=1,4"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model `model.safetensors` of 4x4 pictures, 8x8 ones in `pictures`, their statistics at 4x4."""
+    folder = tmp_path_factory.mktemp("place")
+    tiny.pipeline().save(folder / "model.safetensors")
+    tiny.pictures(folder / "pictures", 20)
+    found = folder / "statistics.npz"
+    assert main(["stats", str(folder / "pictures"), "--out", str(found), "--image-size", "4", *JUDGE]) == 0
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.setattr("mar.evaluation.evaluate.KERNEL_SUBSETS", 5)
+
+
+def evaluate(*arguments: str | Path) -> int:
+    return main(["evaluate", *map(str, arguments), *JUDGE])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path, judge: bool = True) -> str:
+    """Runs a command that must fail as a user's mistake does, and returns what it said."""
+    capsys.readouterr()
+    assert main([*map(str, arguments), *(JUDGE if judge else ())]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("mar: ")
+    assert said.err.count("\n") == 1, said.err
+    assert said.out == ""
+    return said.err
+
+
+def png(folder: Path, *sizes: int) -> Path:
+    folder.mkdir()
+    for i, side in enumerate(sizes):
+        Image.new("L", (side, side), 9 * i).save(folder / f"{i}.png")
+    return folder
+
+
+# ---- stats
+
+
+def test_stats_of_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "s.npz"
+    assert (
+        main(["stats", "pictures", "--out", str(out), "--count", "9", "--keep-features", "--batch", "2", *JUDGE]) == 0
+    )
+    said = capsys.readouterr()
+    assert said.out == f"{out}: 6 features of 9 pictures, with the features\n"
+    assert said.err == "keeping the features of 9 pictures takes 216 bytes of memory\n"
+    found = Statistics.load(out)
+    assert found.count == 9
+    assert found.about is not None
+    assert found.about.size == (8, 8)
+    assert found.about.source == "pictures (train)"
+    assert found.features is not None
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_stats_of_statistics_as_adm_publishes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mu, sigma = np.arange(6.0), np.diag(np.arange(1.0, 7.0))
+    np.savez(tmp_path / "adm.npz", mu=mu, sigma=sigma)
+    assert main(["stats", str(tmp_path / "adm.npz"), "--out", str(tmp_path / "ours.npz"), *JUDGE]) == 0
+    assert "an unknown number of pictures" in capsys.readouterr().out
+    with np.load(tmp_path / "ours.npz") as held:
+        assert np.array_equal(held["mu"], mu)
+        assert np.array_equal(held["sigma"], sigma)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["nowhere", "--out", "o.npz"], ["nowhere", "does not exist"]),
+        (["pictures", "--out", "o.txt"], ["o.txt", ".npz"]),
+        (["pictures", "--out", "o.npz", "--count", "1"], ["count is 1", "at least 2"]),
+        (["pictures", "--out", "o.npz", "--batch", "0"], ["batch is 0"]),
+        (["pictures", "--out", "o.npz", "--image-size", "0"], ["image-size is 0"]),
+        (["pictures", "--out", "o.npz", "--features", "resnet"], ["resnet", "efficientnet-lite0"]),
+        (["pictures", "--out", "o.npz", "--device", "tpu"], ["tpu"]),
+    ],
+)
+def test_stats_that_can_not_be(options: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    own = [] if "--features" in options else JUDGE[:2]
+    said = refused(capsys, "stats", *own, *options, judge=False)
+    assert all(word in said for word in words), said
+    assert not list(Path().glob("o.*"))
+
+
+# ---- one report
+
+
+def test_a_model_against_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "reports" / "r.json"
+    assert evaluate("model.safetensors", "--reference", "statistics.npz", *DRAW, "--out", out) == 0
+    said = capsys.readouterr()
+    report = json.loads(out.read_text())
+    assert report["metric"] == "FD (tiny)"
+    assert report["distance"] > 0
+    assert (report["count"], report["reference_count"]) == (12, 20)
+    assert report["inception_score"] >= 1
+    assert report["kernel_distance"] is None
+    assert report["agreement"] is None
+    assert f"{report['distance']:.4g}" in said.out
+    assert "12 against 20" in said.out
+    assert said.err == ""
+
+
+def test_all_numbers_whatever_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = []
+    for batch in (5, 64):
+        out = tmp_path / f"{batch}.json"
+        more = ["--kid", "--precision", "--splits", "2", "--classifier", f"{judges.__file__}:insects"]
+        more += ["--batch", str(batch), "--out", str(out)]
+        assert evaluate("model.safetensors", "--reference", "pictures", "--seed", "1", *DRAW, *more) == 0
+        found.append(json.loads(out.read_text()))
+    said = capsys.readouterr()
+    assert "keeping the features of 20 pictures" in said.err
+    assert "keeping the features of 12 pictures" in said.err
+    one, other = ({k: v for k, v in report.items() if isinstance(v, float) and k != "seconds"} for report in found)
+    assert one == pytest.approx(other, rel=1e-4)
+    assert len(one) == 9
+    assert found[0]["worst_class"] == found[1]["worst_class"] in ("ant", "bee", "cat")
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz", "statistics"])
+def test_pictures_against_themselves(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = np.stack([np.asarray(Image.open(p)) for p in sorted(Path("pictures").glob("*/*.png"))])
+    np.savez_compressed(tmp_path / "p.npz", arr_0=pictures[..., None].repeat(3, 3))
+    assert main(["stats", "pictures", "--out", str(tmp_path / "s.npz"), *JUDGE]) == 0
+    what = {"folder": "pictures", "npz": tmp_path / "p.npz", "statistics": tmp_path / "s.npz"}[kind]
+    assert evaluate(what, "--reference", tmp_path / "s.npz", "--out", tmp_path / "r.json") == 0
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["distance"] <= 1e-6
+    assert report["count"] == 20
+    assert (report["inception_score"] is None) == (kind == "statistics")
+
+
+def test_fewer_pictures_than_features(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate("pictures", "--reference", "pictures", "--count", "5") == 0
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert "5 pictures for 6 features: the covariance is singular" in said.err
+    assert "5 against 20" in said.out
+
+
+def never(*_: object, **__: object) -> None:
+    raise AssertionError("nothing should be drawn")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["model.safetensors", "--reference", "statistics.npz", "--kid"], ["need the features", "--keep-features"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--precision"], ["statistics.npz", "--keep-features"]),
+        (["model.safetensors", "--reference", "large.npz"], ["(8, 8) and (4, 4)", "one resolution"]),
+        (["model.safetensors", "--reference", "pictures.npz"], ["8x8", "expected 4x4"]),
+        (["model.safetensors", "--reference", "nothing.npz"], ["nothing.npz"]),
+        (["model.safetensors", "--reference", "empty"], ["no pictures in empty"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--count", "1"], ["count is 1"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--splits", "0"], ["splits is 0"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--seed", "-1"], ["seed is -1"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--steps", "0"], ["steps is 0"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--image-size", "8"], ["image-size is 8", "4x4"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--out", "empty"], ["out is the folder empty"]),
+        (["no-model", "--reference", "statistics.npz"], ["no-model"]),
+        (["empty", "--reference", "statistics.npz"], ["no pictures in empty"]),
+        (["nothing.npz", "--reference", "statistics.npz"], ["nothing.npz"]),
+        (["damaged.npz", "--reference", "statistics.npz"], ["damaged.npz", "can't be read"]),
+        (["floats.npz", "--reference", "statistics.npz"], ["float32", "expected uint8"]),
+        (["unnamed.npz", "--reference", "statistics.npz"], ["no arr_0"]),
+        (["statistics.npz", "--reference", "statistics.npz", "--count", "9"], ["count needs pictures"]),
+        (["pictures", "--reference", "statistics.npz", "--sweep", "cfg=1,2"], ["sweep", "pictures is no model"]),
+        (["statistics.npz", "--reference", "statistics.npz", "--sweep", "cfg=1,2"], ["is no model"]),
+        (["no-model", "--reference", "statistics.npz", "--sweep", "cfg=1,2"], ["no-model"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--sweep", "gfc=1,2"], ["gfc", "cfg"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--sweep", "K=0,2"], ["steps is 0"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--sweep", "diffusion_steps=1,2000"], ["2000", "1000"]),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_judged_is_said_before_anything_is_drawn(
+    options: list[str], words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not Path("empty").exists():
+        Path("empty").mkdir()
+        pictures = np.zeros((9, 8, 8, 3), np.uint8)
+        np.savez("pictures.npz", arr_0=pictures)
+        np.savez("floats.npz", arr_0=pictures.astype(np.float32))
+        np.savez("unnamed.npz", pictures=pictures)
+        Path("damaged.npz").write_bytes(Path("pictures.npz").read_bytes()[:500])
+        assert main(["stats", "pictures", "--out", "large.npz", *JUDGE]) == 0
+    monkeypatch.setattr("mar.evaluation.evaluate.collect", never)
+    said = refused(capsys, "evaluate", *options)
+    assert all(word in said for word in words), said
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("judge", "words"), [("other", "tiny and of other"), ("retrained", "other weights")])
+def test_statistics_of_another_extractor(
+    judge: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mar.evaluation.evaluate.collect", never)
+    arguments = ["--reference", "statistics.npz", "--features", f"{judges.__file__}:{judge}", "--device", "cpu"]
+    assert words in refused(capsys, "evaluate", "model.safetensors", *arguments, judge=False)
+
+
+def test_pictures_that_do_not_fit_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = png(tmp_path / "mixed", 8, 8, 6)
+    said = refused(capsys, "evaluate", mixed, "--reference", "pictures")
+    assert "2.png is 6x6, but those before it are 8x8" in said
+    assert "--image-size" in said
+    assert evaluate(mixed, "--reference", "pictures", "--image-size", "4") == 0
+    said = refused(capsys, "evaluate", png(tmp_path / "small", 6, 6), "--reference", "pictures")
+    assert "(6, 6) and (8, 8)" in said
+
+
+def test_a_classifier_that_shares_no_class(capsys: pytest.CaptureFixture[str]) -> None:
+    judge = ["--classifier", f"{judges.__file__}:brightness"]
+    said = refused(capsys, "evaluate", "model.safetensors", "--reference", "statistics.npz", *DRAW, *judge)
+    assert "brightness knows the classes dark, middling, bright" in said
+    assert "ant, bee, cat" in said
+    said = refused(capsys, "evaluate", "statistics.npz", "--reference", "statistics.npz", *judge)
+    assert "classifier needs pictures" in said
+
+
+def test_a_broken_model_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    wild = ["--count", "4", "--temperature", "1000"]
+    said = refused(capsys, "evaluate", "model.safetensors", "--reference", "statistics.npz", *wild)
+    assert "broken" in said
+    assert "--allow-broken" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("verb", ["stats", "evaluate", "sweep"])
+def test_stopped_it_says_one_line(
+    verb: str, number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: Any, images: Any) -> Any:
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+        raise AssertionError("it was not stopped")
+
+    monkeypatch.setattr("mar.evaluation.features.ModuleExtractor.__call__", stop)
+    arguments = {
+        "stats": ["stats", "pictures", "--out", str(tmp_path / "s.npz")],
+        "evaluate": ["evaluate", "pictures", "--reference", "pictures", "--out", str(tmp_path / "r.json")],
+        "sweep": ["evaluate", "model.safetensors", "--reference", "pictures", *SWEEP, "--out", str(tmp_path / "sw")],
+    }[verb]
+    assert main([*arguments, *JUDGE]) == 130
+    said = capsys.readouterr().err
+    assert said == f"mar: stopped; {'the same command goes on' if verb == 'sweep' else 'nothing was written'}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- sweeps
+
+
+def sweep(out: Path, *more: str) -> list[str]:
+    return ["evaluate", "model.safetensors", "--reference", "statistics.npz", *DRAW, *SWEEP, *more, "--out", str(out)]
+
+
+def table(folder: Path) -> dict[str, Any]:
+    """sweep.json without the seconds; the csv has the same rows."""
+    held: dict[str, Any] = json.loads((folder / "sweep.json").read_text())
+    lines = (folder / "sweep.csv").read_text().splitlines()
+    assert len(lines) == len(held["rows"]) + 1
+    assert lines[-1].split(",")[2] == str(held["rows"][-1]["report"]["distance"])
+    for row in held["rows"]:
+        del row["report"]["seconds"]
+    return held
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("matplotlib")
+    before, folder = Path.cwd(), tmp_path_factory.mktemp("sweep") / "sw"
+    os.chdir(place)
+    try:
+        assert main([*sweep(folder), *JUDGE]) == 0
+    finally:
+        os.chdir(before)
+    return folder
+
+
+def test_a_sweep(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = table(undisturbed)
+    assert [row["point"] for row in held["rows"]] == [
+        {"guidance": guidance, "steps": steps} for guidance in (1.0, 3.0) for steps in (1, 4)
+    ]
+    assert len({row["report"]["distance"] for row in held["rows"]}) == 4
+    assert sorted(path.name for path in undisturbed.iterdir()) == ["sweep.csv", "sweep.json", "sweep.png"]
+    with Image.open(undisturbed / "sweep.png") as image:
+        image.load()
+    assert main([*sweep(undisturbed), *JUDGE]) == 0  # nothing is left to do
+    said = capsys.readouterr()
+    assert said.err == ""
+    best = min(held["rows"], key=lambda row: row["report"]["distance"])
+    assert f"guidance {best['point']['guidance']}, steps {best['point']['steps']}: FD (tiny)" in said.out
+
+
+@pytest.mark.parametrize("moment", [1, 2, 6, 8, 12])
+def test_a_sweep_that_was_stopped_goes_on(
+    moment: int, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the `moment`-th file that is to be put on the disk: three a point, the table, the .csv and the plot."""
+    seen, write = 0, files.write_atomically
+
+    def stopping(path: Path, make: Callable[[Path], None], needed: int = 0) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == moment:
+            raise KeyboardInterrupt
+        write(path, make, needed)
+
+    monkeypatch.setattr("mar.evaluation.plots.plot", lambda table, path: files.write_text(path, "quick"))
+    folder, measured = tmp_path / "sw", (moment + 1) // 3
+    with monkeypatch.context() as patch:
+        patch.setattr("mar.checkpoint.files.write_atomically", stopping)
+        assert main([*sweep(folder), *JUDGE]) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "mar: stopped; the same command goes on"
+    assert main([*sweep(folder, "--batch", "5"), *JUDGE]) == 0  # how many at once is no setting
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in said] == [f"{i + 1} of {4 - measured}" for i in range(4 - measured)]
+    assert (folder / "sweep.png").exists()
+    one, other = table(folder), table(undisturbed)
+    assert one["settings"] == other["settings"]
+    for a, b in zip(one["rows"], other["rows"], strict=True):
+        assert a["point"] == b["point"]
+        measures = [{k: v for k, v in row["report"].items() if isinstance(v, float)} for row in (a, b)]
+        assert measures[0] == pytest.approx(measures[1], rel=1e-5)
+        assert len(measures[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--seed", "1"], "seed 0 -> 1"),
+        (["--temperature", "0.5"], "temperature 1.0 -> 0.5"),
+        (["--sweep", "temperature=0.5,1"], "swept guidance, steps -> guidance, steps, temperature"),
+        (["--count", "14"], "pictures 12 -> 14"),
+        (["--features", f"{judges.__file__}:other", "--reference", "pictures"], "features"),
+        (["--splits", "3"], "splits 10 -> 3"),
+    ],
+)
+def test_a_sweep_of_other_settings_is_refused_and_its_folder_left_alone(
+    more: list[str], words: str, undisturbed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mar.evaluation.evaluate.collect", never)
+    before = {path.name: path.read_bytes() for path in undisturbed.iterdir()}
+    said = refused(capsys, *sweep(undisturbed), *JUDGE, *more, judge=False)
+    assert "holds another sweep" in said
+    assert words in said
+    assert {path.name: path.read_bytes() for path in undisturbed.iterdir()} == before
+
+
+def test_a_sweep_with_more_values_measures_only_these(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mar.evaluation.plots.plot", lambda table, path: None)
+    folder = tmp_path / "sw"
+    folder.mkdir()
+    (folder / "sweep.json").write_bytes((undisturbed / "sweep.json").read_bytes())
+    arguments = [argument.replace("K=1,4", "K=1,2,4") for argument in sweep(folder)]
+    capsys.readouterr()
+    assert main([*arguments, *JUDGE]) == 0
+    assert [line.split(": ")[0] for line in capsys.readouterr().err.splitlines()] == ["1 of 2", "2 of 2"]
+    assert len(table(folder)["rows"]) == 6

@@ -1,0 +1,220 @@
+"""Any number of processes, with uneven and empty shares, judge as one does; a mistake of one ends all with its line."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import judges
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor
+
+from mar import runtime
+from mar.cli import main, options
+from mar.evaluation import evaluate
+from mar.evaluation.evaluate import Collected, Wanted, collect, compare
+from mar.evaluation.features import Features
+from mar.evaluation.streams import Pictures
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+COUNTS = (700, 2)
+"""Pictures: uneven shares, and fewer than processes, so that one has none."""
+ALL = Wanted(kernel=True, precision=True, splits=2)
+JUDGE = ["--features", f"{judges.__file__}:insects", "--device", "cpu"]
+DRAW = ["--allow-broken", "--count", "8", "--batch", "3", "--splits", "2"]
+SEVERAL = (2, 3)
+
+
+class Numbered:
+    """Pictures that are made of their numbers; those from `wide` on are wider, and picture `broken` can't be read."""
+
+    name, classes = "numbered", ("ant", "bee", "cat")
+
+    def __init__(self, count: int, wide: int | None = None, broken: int | None = None) -> None:
+        self.count, self.wide, self.broken = count, wide, broken
+
+    def __len__(self) -> int:
+        return self.count
+
+    def batches(self, batch: int, first: int, end: int) -> Iterator[Pictures]:
+        for start in range(first, end, batch):
+            numbers = list(range(start, min(start + batch, end)))
+            if self.broken in numbers:
+                raise ValueError(f"picture {self.broken} can't be read")
+            side = 8 if self.wide is not None and start >= self.wide else 4
+            images = [torch.randint(0, 256, (3, 4, side), generator=runtime.generator(i)) for i in numbers]
+            labels = torch.tensor([i % 3 for i in numbers])
+            yield Pictures(torch.stack(images).to(torch.uint8), torch.tensor(numbers), labels)
+
+
+class Recorded:
+    """An extractor whose features do not depend on the batch at all: float64 sums of a picture, bit for bit."""
+
+    name, metric, width, scores, classes = "recorded", "FD (recorded)", 4, True, ("bee", "ant", "cat")
+    fingerprint = "0"
+
+    def to(self, device: torch.device | str) -> Recorded:
+        return self
+
+    def __call__(self, images: Tensor) -> Features:
+        rows = [(image.double() / 255).mean(0).flatten()[:4].float() for image in images]
+        values = torch.stack(rows)
+        return Features(values, 9 * values[:, :3])
+
+
+def outcome(folder: Path, rank: int, world: int) -> None:
+    """What this process of the group finds, into a file of its own."""
+    found = {}
+    for count in COUNTS:
+        for extractor in (Recorded(), judges.insects()):
+            found[count, extractor.name] = collect(Numbered(count), extractor, wanted=ALL, batch=16)
+    torch.save({key: plain(value) for key, value in found.items()}, folder / f"{world}-{rank}.pt")
+    refusals = [said(Numbered(60, wide=40)), said(Numbered(60, broken=59)), said(Numbered(60, broken=0))]
+    (folder / f"{world}-{rank}.json").write_text(json.dumps(refusals))
+
+
+def plain(found: Collected) -> dict[str, object]:
+    of = found.statistics
+    return {
+        "mean": of.mean, "covariance": of.covariance, "features": of.features, "count": of.count,
+        "score": found.score, "right": found.right, "judged": found.judged,
+    }  # fmt: skip
+
+
+def said(pictures: Numbered) -> str:
+    with pytest.raises(ValueError, match=r"picture") as refused:
+        collect(pictures, Recorded(), batch=4)
+    return str(refused.value)
+
+
+def on_each_rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    evaluate.KERNEL_SUBSETS = 5
+    options.COURTESY = 0.5
+    os.chdir(folder)
+    for world in SEVERAL:
+        if rank >= world:
+            continue
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        dist.init_process_group("gloo", init_method=f"file://{folder / f'meet-{world}'}", rank=rank, world_size=world)
+        try:
+            outcome(folder, rank, world)
+            commands(folder, rank, world)
+        finally:
+            dist.destroy_process_group()
+
+
+def commands(folder: Path, rank: int, world: int) -> None:
+    """`mar evaluate` in this process of the group; what it says and ends with goes into a file."""
+    report = ["evaluate", "model.safetensors", "--reference", "pictures", "--kid", "--out", f"report-{world}.json"]
+    sweep = ["evaluate", "model.safetensors", "--reference", "s.npz", "--sweep", "K=1,2", "--out", f"sweep-{world}"]
+    stats = ["stats", "pictures", "--out", f"stats-{world}.npz", "--image-size", "4"]
+    broken = ["stats", "broken", "--out", f"broken-{world}.npz", "--batch", "2"]
+    refused = ["evaluate", "model.safetensors", "--reference", f"only-{rank}.npz"]  # is there for process 0 alone
+    lines = []
+    for arguments in ([*report, *DRAW], [*sweep, *DRAW], stats, broken, [*refused, *DRAW]):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                code = main([*arguments, *JUDGE])
+            except SystemExit as stopped:
+                code = int(stopped.code or 0)
+        lines.append((code, out.getvalue(), err.getvalue()))
+    (folder / f"said-{world}-{rank}.json").write_text(json.dumps(lines))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What groups of two and three processes left, and one process alone."""
+    folder = tmp_path_factory.mktemp("group")
+    tiny.pipeline().save(folder / "model.safetensors")
+    for name in ("pictures", "broken"):
+        tiny.pictures(folder / name, 8)
+    broken = sorted((folder / "broken").glob("*/*.png"))[-1]
+    broken.write_bytes(b"no picture")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        assert main(["stats", "pictures", "--out", "s.npz", "--image-size", "4", *JUDGE]) == 0
+        (folder / "only-0.npz").write_bytes((folder / "s.npz").read_bytes())
+        report = ["evaluate", "model.safetensors", "--reference", "pictures", "--kid", "--out", "report-1.json"]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mar.evaluation.evaluate.KERNEL_SUBSETS", 5)
+            assert main([*report, *DRAW, *JUDGE]) == 0
+        mp.spawn(on_each_rank, (folder,), nprocs=max(SEVERAL))
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+@pytest.mark.parametrize("count", COUNTS)
+def test_the_same_features_give_the_same_statistics(world: int, count: int, folder: Path) -> None:
+    alone = plain(collect(Numbered(count), Recorded(), wanted=ALL, batch=64))
+    for rank in range(world):
+        found = torch.load(folder / f"{world}-{rank}.pt")[count, "recorded"]
+        for name in ("mean", "covariance"):
+            torch.testing.assert_close(found[name], alone[name], rtol=1e-9, atol=1e-15)
+        assert torch.equal(found["features"], alone["features"])
+        assert found["score"] == pytest.approx(alone["score"], rel=1e-9)
+        assert (found["count"], found["right"], found["judged"]) == (count, alone["right"], alone["judged"])
+    assert sum(alone["judged"]) == count  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+@pytest.mark.parametrize("count", COUNTS)
+def test_end_to_end(world: int, count: int, folder: Path) -> None:
+    extractor = judges.insects()
+    alone = collect(Numbered(count), extractor, wanted=ALL, batch=64)
+    assert compare(alone, alone.statistics, extractor, Wanted()).distance <= 1e-6
+    for rank in range(world):
+        found = torch.load(folder / f"{world}-{rank}.pt")[count, "insects"]
+        torch.testing.assert_close(found["mean"], alone.statistics.mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found["covariance"], alone.statistics.covariance, rtol=1e-5, atol=1e-7)
+        assert found["right"] == alone.right
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_a_mistake_on_one_process_is_raised_by_all(world: int, folder: Path) -> None:
+    for rank in range(world):
+        mixed, last, first = json.loads((folder / f"{world}-{rank}.json").read_text())
+        assert "4x4 and 4x8" in mixed
+        assert "expected one size" in mixed
+        assert last == "picture 59 can't be read"
+        assert first == "picture 0 can't be read"
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_the_commands_of_several_processes(world: int, folder: Path) -> None:
+    said = [json.loads((folder / f"said-{world}-{rank}.json").read_text()) for rank in range(world)]
+    codes = [[code for code, _, _ in lines] for lines in said]
+    assert codes == [[0, 0, 0, 2, 2]] * world
+    assert all(out == "" for lines in said[1:] for _, out, _ in lines)
+    one, several = (json.loads((folder / f"report-{n}.json").read_text()) for n in (1, world))
+    measures = [{k: v for k, v in r.items() if isinstance(v, float) and k != "seconds"} for r in (one, several)]
+    assert measures[0] == pytest.approx(measures[1], rel=1e-5)
+    assert len(measures[0]) == 5
+    assert len(json.loads((folder / f"sweep-{world}" / "sweep.json").read_text())["rows"]) == 2
+    with np.load(folder / "s.npz") as mine, np.load(folder / f"stats-{world}.npz") as theirs:
+        np.testing.assert_allclose(theirs["mu"], mine["mu"], rtol=1e-5)
+        np.testing.assert_allclose(theirs["sigma"], mine["sigma"], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_a_mistake_is_one_line_in_all(world: int, folder: Path) -> None:
+    said = [json.loads((folder / f"said-{world}-{rank}.json").read_text()) for rank in range(world)]
+    for mistake, words in ((3, "can't read the picture"), (4, "only-1.npz")):
+        lines = [line for rank in said for line in rank[mistake][2].splitlines()]
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("mar: ")
+        assert words in lines[0]
+    assert not (folder / f"broken-{world}.npz").exists()

@@ -1,0 +1,252 @@
+"""One pass over pictures gives the numbers that all their features at once give, whatever the batch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import judges
+import pytest
+import torch
+from torch import Tensor
+
+from mar import runtime
+from mar.evaluation import metrics
+from mar.evaluation.agreement import class_numbers
+from mar.evaluation.evaluate import Report, Wanted, collect, compare
+from mar.evaluation.features import Extractor
+from mar.evaluation.statistics import Statistics
+from mar.evaluation.streams import Pictures
+
+ALL = Wanted(kernel=True, precision=True, splits=3)
+
+
+@pytest.fixture(autouse=True)
+def few_subsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mar.evaluation.evaluate.KERNEL_SUBSETS", 5)
+
+
+class Held:
+    """Pictures in memory."""
+
+    name = "held"
+
+    def __init__(self, images: Tensor, labels: list[int] | None = None, classes: tuple[str, ...] = ()) -> None:
+        self.images, self.classes = images, classes
+        self.labels = torch.tensor(labels if labels is not None else [-1] * len(images))
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, batch: int, first: int, end: int) -> Iterator[Pictures]:
+        for start in range(first, end, batch):
+            part = slice(start, min(start + batch, end))
+            yield Pictures(self.images[part], torch.arange(start, part.stop), self.labels[part])
+
+
+def pictures(count: int = 50, seed: int = 0, size: int = 6) -> Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), generator=runtime.generator(seed)).to(torch.uint8)
+
+
+def grey(*levels: int) -> Tensor:
+    return torch.tensor(levels).to(torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4).contiguous()
+
+
+def judged(extractor: Extractor, own: Held, reference: Held, wanted: Wanted = ALL, batch: int = 64) -> Report:
+    statistics = collect(reference, extractor, wanted=wanted, batch=batch).statistics
+    return compare(collect(own, extractor, wanted=wanted, batch=batch), statistics, extractor, wanted)
+
+
+def test_the_numbers_are_those_of_all_features_at_once() -> None:
+    extractor, own, real = judges.tiny(), pictures(), pictures(40, seed=1)
+    report = judged(extractor, Held(own), Held(real), batch=7)
+    mine, theirs = extractor(own), extractor(real)
+    assert mine.logits is not None
+
+    def moments(values: Tensor) -> Statistics:
+        return Statistics(values.double().mean(0), torch.cov(values.double().T))
+
+    expected = metrics.frechet_distance(moments(mine.values), moments(theirs.values))
+    assert report.metric == "FD (tiny)"
+    assert report.distance == pytest.approx(expected, rel=1e-5)
+    score = metrics.inception_score(mine.logits, 3)
+    assert (report.inception_score, report.inception_score_std) == pytest.approx(score, rel=1e-5)
+    kernel = metrics.kernel_distance(theirs.values, mine.values, 5, 40, seed=0)
+    assert (report.kernel_distance, report.kernel_distance_error) == pytest.approx(kernel, rel=1e-4)
+    assert (report.precision, report.recall) == metrics.precision_recall(theirs.values, mine.values)
+    assert (report.count, report.reference_count) == (50, 40)
+    assert report.warnings == ()
+
+
+@pytest.mark.parametrize("batch", [1, 7, 50, 1000])
+def test_any_batch_gives_the_same(batch: int) -> None:
+    sets = Held(pictures()), Held(pictures(40, seed=1))
+    one, other = judged(judges.tiny(), *sets, batch=16), judged(judges.tiny(), *sets, batch=batch)
+    for name in ("distance", "inception_score", "inception_score_std", "kernel_distance", "kernel_distance_error"):
+        assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-5)
+    assert (one.precision, one.recall) == (other.precision, other.recall)
+
+
+@pytest.mark.parametrize("count", [3, 50])
+def test_a_set_against_itself_in_other_batches(count: int) -> None:
+    """With fewer pictures than features too, where the covariance is singular."""
+    extractor, held = judges.tiny(), Held(pictures(count))
+    reference = collect(held, extractor, batch=7).statistics
+    report = compare(collect(held, extractor, batch=64), reference, extractor, Wanted())
+    assert report.distance <= 1e-6
+    assert judged(extractor, held, Held(pictures(count, seed=1)), Wanted()).distance > 1e-3
+
+
+def test_features_are_kept_only_where_they_are_wanted() -> None:
+    held, extractor = Held(pictures()), judges.tiny()
+    assert collect(held, extractor).statistics.features is None
+    kept = collect(held, extractor, wanted=Wanted(kernel=True), batch=7).statistics.features
+    assert kept is not None
+    torch.testing.assert_close(kept, extractor(held.images).values)
+
+
+def test_how_far_it_is() -> None:
+    told: list[float] = []
+    collect(Held(pictures(10)), judges.tiny(), batch=4, advance=told.append)
+    assert told == [4, 8, 10]
+
+
+def test_fewer_pictures_than_features_is_said_with_the_reason() -> None:
+    report = judged(judges.tiny(), Held(pictures(6)), Held(pictures(7)), Wanted())
+    (said,) = report.warnings
+    assert "6 pictures for 6 features" in said
+    assert "singular" in said
+    assert "more than 6" in said
+    (said,) = judged(judges.tiny(), Held(pictures(7)), Held(pictures(5)), Wanted()).warnings
+    assert "5 reference pictures" in said
+
+
+def test_a_reference_that_does_not_say_what_it_is() -> None:
+    extractor, held = judges.tiny(), Held(pictures())
+    found = collect(held, extractor)
+    bare = replace(found.statistics, count=None, about=None)
+    report = compare(found, bare, extractor, Wanted())
+    assert report.distance <= 1e-6
+    assert ("pictures", "50 against unknown") in report.lines()
+    assert [w for w in report.warnings if "the reference does not say" in w]
+    back = compare(replace(found, statistics=bare), found.statistics, extractor, Wanted())
+    assert back.count is None
+    assert ("pictures", "unknown against 50") in back.lines()
+    assert [w for w in back.warnings if "the file of statistics does not say" in w]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "size", "words"),
+    [(judges.other, 6, "other"), (judges.retrained, 6, "other weights or preprocessing"), (judges.tiny, 8, "(8, 8)")],
+)
+def test_what_can_not_be_compared(theirs: type, size: int, words: str) -> None:
+    reference = collect(Held(pictures(size=size)), theirs()).statistics
+    own = judges.tiny()
+    with pytest.raises(ValueError, match="can't be compared") as refused:
+        compare(collect(Held(pictures()), own), reference, own, Wanted())
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_features_that_the_reference_does_not_have() -> None:
+    extractor, held = judges.tiny(), Held(pictures())
+    reference = collect(held, extractor).statistics
+    with pytest.raises(ValueError, match="--keep-features"):
+        compare(collect(held, extractor, wanted=ALL), reference, extractor, ALL)
+
+
+def test_too_few_pictures_and_splits() -> None:
+    with pytest.raises(ValueError, match="got 1, expected at least 2"):
+        collect(Held(pictures(1)), judges.tiny())
+    with pytest.raises(ValueError, match="splits is 0"):
+        Wanted(splits=0)
+    assert collect(Held(pictures(2)), judges.tiny(), wanted=Wanted(splits=10)).score is not None  # takes two splits
+
+
+def test_pictures_that_change_their_size() -> None:
+    class Growing(Held):
+        def batches(self, batch: int, first: int, end: int) -> Iterator[Pictures]:
+            for part in super().batches(batch, first, end):
+                side = 6 + int(part.indices[0])
+                yield replace(part, images=part.images[:, :, :1, :1].expand(-1, -1, side, side))
+
+    with pytest.raises(ValueError, match="6x6 and 10x10"):
+        collect(Growing(pictures()), judges.tiny(), batch=4)
+
+
+# ---- classes
+
+
+def test_class_names_are_matched_whatever_their_order() -> None:
+    numbers = class_numbers(("ant", "Bee", "cat"), ("CAT", "dog", "ant"))
+    assert numbers is not None
+    assert numbers.tolist() == [2, -1, 0]
+    assert class_numbers(("ant",), ("dog",)) is None
+    assert class_numbers((), ("dog",)) is None
+    assert class_numbers(("ant",), ()) is None
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize("as_classifier", [False, True])
+def test_agreement_maps_classes_by_name(batch: int, as_classifier: bool) -> None:
+    images = grey(0, 0, 255, 255, 255, 128)
+    labels, classes = [1, 2, 0, 0, 2, 2], ("Bright", "dark", "middling")  # right: yes, no, yes, yes, no, yes
+    held, judge = Held(images, labels, classes), judges.brightness()
+    extractor, classifier = (judges.tiny(), judge) if as_classifier else (judge, None)
+    found = collect(held, extractor, classifier=classifier, batch=batch)
+    assert found.right == (2, 1, 1)
+    assert found.judged == (2, 1, 3)
+    report = compare(found, found.statistics, extractor, Wanted())
+    assert report.agreement == pytest.approx(4 / 6)
+    assert (report.worst_class, report.worst_agreement) == ("middling", pytest.approx(1 / 3))
+
+
+def test_classes_that_the_judge_does_not_know_and_pictures_without_one() -> None:
+    images, classes = grey(0, 255, 255, 0), ("dark", "bright", "purple", "middling")
+    found = collect(Held(images, [0, 0, 2, -1], classes), judges.brightness())
+    assert found.right == (1, 0, 0, 0)
+    assert found.judged == (2, 0, 0, 0)
+    report = compare(found, found.statistics, judges.brightness(), Wanted())
+    assert (report.agreement, report.worst_class) == (0.5, "dark")  # not one without pictures
+
+
+def test_no_labels_no_agreement() -> None:
+    found = collect(Held(grey(0, 255, 9), classes=("dark", "bright")), judges.brightness())
+    report = compare(found, found.statistics, judges.brightness(), Wanted())
+    assert report.agreement is None
+    assert report.worst_class is None
+
+
+@pytest.mark.parametrize(("classes", "words"), [(("ant", "bee"), "ant, bee"), ((), "no class names")])
+def test_a_classifier_that_shares_no_class(classes: tuple[str, ...], words: str) -> None:
+    with pytest.raises(ValueError, match="brightness knows the classes dark, middling, bright") as refused:
+        collect(Held(grey(0, 1), classes=classes), judges.tiny(), classifier=judges.brightness())
+    assert words in str(refused.value)
+
+
+# ---- reports
+
+
+def test_a_report_is_valid_json() -> None:
+    report = Report("FD", 1.5, 10, None, seconds=math.nan, kernel_distance=0.1, kernel_distance_error=math.nan)
+    back = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert back["seconds"] is None
+    assert back["kernel_distance_error"] is None
+    assert (back["distance"], back["count"], back["reference_count"]) == (1.5, 10, None)
+    assert back["warnings"] == []
+
+
+def test_a_report_for_people() -> None:
+    report = Report(
+        "FD (x)", 12.34567, 1000, 20000, inception_score=9.87654, inception_score_std=0.1234, precision=0.5,
+        recall=0.25, agreement=0.98765, worst_class="cat", worst_agreement=0.5, seconds=1.25,
+    )  # fmt: skip
+    said = dict(report.lines())
+    assert said["FD (x)"] == "12.35"
+    assert said["Inception Score"] == "9.877 ± 0.12"
+    assert said["recall"] == "0.2500"
+    assert said["of the class asked for"] == "98.77%"
+    assert said["the same, the worst class"] == "50.00% (cat)"
+    assert said["pictures"] == "1,000 against 20,000"

@@ -1,0 +1,213 @@
+"""Pictures come once each, as they were, whatever the batch and the share; what can't be read is one line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from mar.data.sources import open_source
+from mar.evaluation.streams import DrawnPictures, NpzPictures, Pictures, PictureSet, SourcePictures, share
+from mar.sampling.plan import Plan
+
+
+def walk(pictures: PictureSet, batch: int, first: int = 0, end: int | None = None) -> Pictures:
+    """All batches of a share, below each other."""
+    parts = list(pictures.batches(batch, first, len(pictures) if end is None else end))
+    assert all(len(part.images) <= batch for part in parts)
+    return Pictures(*(torch.cat([getattr(p, name) for p in parts]) for name in ("images", "indices", "labels")))
+
+
+def same(a: Pictures, b: Pictures) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "indices", "labels"))
+
+
+def pixels(count: int = 11, channels: int = 3, size: tuple[int, int] = (5, 4)) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (count, *size, channels), dtype=np.uint8)
+
+
+def write(path: Path, compressed: bool = False, **arrays: Any) -> Path:
+    (np.savez_compressed if compressed else np.savez)(path, **arrays)
+    return path
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7, 100])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_shares_are_everything_once_and_of_one_size(count: int, world: int) -> None:
+    shares = [share(count, rank, world) for rank in range(world)]
+    assert [i for first, end in shares for i in range(first, end)] == list(range(count))
+    sizes = [end - first for first, end in shares]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("batch", [1, 4, 64])
+def test_an_npz_in_any_batches_and_shares(compressed: bool, channels: int, batch: int, tmp_path: Path) -> None:
+    values, labels = pixels(channels=channels), np.arange(11) % 3
+    found = NpzPictures(write(tmp_path / "a.npz", compressed, arr_0=values, arr_1=labels))
+    whole = walk(found, batch)
+    assert np.array_equal(whole.images.permute(0, 2, 3, 1).numpy(), values)
+    assert whole.labels.tolist() == labels.tolist()
+    assert whole.indices.tolist() == list(range(11))
+    part = walk(found, batch, 5, 9)
+    assert np.array_equal(part.images.permute(0, 2, 3, 1).numpy(), values[5:9])
+    assert part.labels.tolist() == labels[5:9].tolist()
+    assert part.indices.tolist() == [5, 6, 7, 8]
+    assert list(found.batches(batch, 4, 4)) == []
+
+
+def test_an_npz_without_labels_and_with_a_limit(tmp_path: Path) -> None:
+    found = NpzPictures(write(tmp_path / "a.npz", arr_0=pixels()), limit=6)
+    assert len(found) == 6
+    assert walk(found, 4).labels.tolist() == [-1] * 6
+    assert len(NpzPictures(tmp_path / "a.npz", limit=50)) == 11
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return print, ("unpickled",)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        ({"arr_0": pixels().astype(np.float32)}, ["float32", "expected uint8"]),
+        ({"arr_0": pixels().astype(np.int16)}, ["int16", "expected uint8"]),
+        ({"arr_0": pixels()[..., 0]}, ["(11, 5, 4)", "(count, height, width, 1 or 3)"]),
+        ({"arr_0": pixels(channels=4)}, ["(11, 5, 4, 4)", "1 or 3"]),
+        ({"arr_0": pixels(count=0)}, ["(0, 5, 4, 3)"]),
+        ({"images": pixels()}, ["images.npy", "no arr_0"]),
+        ({}, ["nothing", "no arr_0"]),
+        ({"arr_0": np.asfortranarray(pixels())}, ["Fortran"]),
+        ({"arr_0": np.array([Payload()], dtype=object)}, ["object", "expected uint8"]),
+        ({"arr_0": pixels(), "arr_1": np.arange(4)}, ["arr_1", "(4,)", "(11,) whole numbers"]),
+        ({"arr_0": pixels(), "arr_1": np.ones(11)}, ["arr_1", "float64", "whole numbers"]),
+        ({"arr_0": pixels(), "arr_1": np.array([Payload()] * 11, dtype=object)}, ["class numbers", "allow_pickle"]),
+    ],
+)
+def test_an_npz_that_is_no_pictures(
+    arrays: dict[str, np.ndarray], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=r"a\.npz") as refused:
+        NpzPictures(path)
+    said = str(refused.value)
+    assert all(word in said for word in words), said
+    assert "\n" not in said
+    assert capsys.readouterr().out == ""  # nothing was unpickled
+
+
+def cut(data: bytearray) -> bytearray:
+    return data[: len(data) // 2]
+
+
+def spoil(data: bytearray) -> bytearray:
+    data[len(data) // 2 - 40 : len(data) // 2 + 40] = bytes(80)
+    return data
+
+
+def spoil_the_directory(data: bytearray) -> bytearray:
+    at = data.index(b"PK\x01\x02")
+    data[at : at + 4] = b"XXXX"
+    return data
+
+
+# Newer Pythons pass over what is not compressed without a look at it, so that only compressed shares begin late.
+@pytest.mark.parametrize(("compressed", "first"), [(False, 0), (True, 0), (True, 60)])
+@pytest.mark.parametrize("damage", [cut, spoil, spoil_the_directory])
+def test_a_damaged_npz(compressed: bool, damage: Callable[[bytearray], bytearray], first: int, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.npz", compressed, arr_0=pixels(70))
+    path.write_bytes(damage(bytearray(path.read_bytes())))
+    with pytest.raises(ValueError, match=r"a\.npz: .*can't be read .*; make it again") as refused:
+        list(NpzPictures(path).batches(8, first, 70))
+    assert "\n" not in str(refused.value)
+
+
+def test_an_npz_that_holds_fewer_pictures_than_it_says(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.npz", arr_0=pixels(11))
+    path.write_bytes(path.read_bytes().replace(b"(11, 5, 4, 3)", b"(99, 5, 4, 3)"))
+    with pytest.raises(ValueError, match=r"ends before its last picture|CRC"):
+        walk(NpzPictures(path), 50)
+
+
+def folder(path: Path, *pictures: Image.Image) -> Path:
+    path.mkdir()
+    for i, picture in enumerate(pictures):
+        picture.save(path / f"{i}.png")
+    return path
+
+
+def test_a_folder_in_any_batches_and_shares(tmp_path: Path) -> None:
+    source = open_source(tiny.pictures(tmp_path / "pictures", 9))
+    found = SourcePictures(source, "bars")
+    whole = walk(found, 4)
+    assert whole.images.shape == (9, 1, 8, 8)
+    for i in range(9):
+        assert np.array_equal(whole.images[i, 0].numpy(), np.asarray(source[i].image))
+        assert whole.labels[i] == source[i].label
+    assert found.classes == ("across", "down")
+    assert same(walk(found, 1), whole)
+    part = walk(found, 2, 3, 8)
+    assert torch.equal(part.images, whole.images[3:8])
+    assert part.indices.tolist() == [3, 4, 5, 6, 7]
+    assert len(SourcePictures(source, "bars", limit=4)) == 4
+
+
+def test_grey_pictures_among_colours_are_the_same_in_any_batch(tmp_path: Path) -> None:
+    grey = Image.fromarray(pixels(1)[0, ..., 0])
+    colour = Image.fromarray(pixels(1)[0])
+    found = SourcePictures(open_source(folder(tmp_path / "p", grey, colour, grey)), "p")
+    together = walk(found, 3).images
+    alone = [part.images[0] for part in found.batches(1, 0, 3)]
+    assert [tuple(one.shape) for one in alone] == [(1, 5, 4), (3, 5, 4), (1, 5, 4)]
+    for i, one in enumerate(alone):
+        assert torch.equal(one.expand(3, 5, 4), together[i])
+
+
+def test_pictures_of_several_sizes(tmp_path: Path) -> None:
+    source = open_source(folder(tmp_path / "p", Image.new("L", (8, 6)), Image.new("L", (9, 6))))
+    with pytest.raises(ValueError, match=r"1\.png is 6x9, but those before it are 6x8; .*--image-size"):
+        walk(SourcePictures(source, "p"), 4)
+    assert walk(SourcePictures(source, "p", size=(4, 4)), 4).images.shape == (2, 1, 4, 4)
+
+
+def test_a_broken_picture_is_named(tmp_path: Path) -> None:
+    where = folder(tmp_path / "p", Image.new("L", (8, 8)), Image.new("L", (8, 8)))
+    (where / "1.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"1\.png"):
+        walk(SourcePictures(open_source(where), "p"), 1)
+
+
+def test_drawn_pictures_follow_from_seed_and_number_alone() -> None:
+    model = tiny.pipeline()
+    drawn = DrawnPictures(model, Plan.total(7, [0, 1, 2, -1], seed=3), name="tiny", allow_broken=True)
+    whole = walk(drawn, 7)
+    assert whole.images.shape == (7, 1, 4, 4)
+    assert whole.labels.tolist() == [0, 1, 2, -1, 0, 1, 2]
+    assert drawn.classes == ("ant", "bee", "cat")
+    parts = [walk(drawn, 2, 0, 3), walk(drawn, 2, 3, 7)]
+    assert torch.cat([p.indices for p in parts]).tolist() == list(range(7))
+    assert (torch.cat([p.images for p in parts]).int() - whole.images.int()).abs().max() <= 1
+    assert list(drawn.batches(2, 5, 5)) == []
+    again = model.sample([1], [3 * 2**32 + 5], output="tensor", allow_broken=True)
+    assert isinstance(again, torch.Tensor)
+    assert (whole.images[5].int() - ((again[0] + 1) * 127.5).round().clamp(0, 255).int()).abs().max() <= 1
+    assert not torch.equal(whole.images[0], whole.images[4])  # the same class, another number
+
+
+def test_drawn_pictures_with_other_settings_and_how_far_they_are() -> None:
+    told: list[float] = []
+    plan = Plan.total(4, [0])
+    plain = walk(DrawnPictures(tiny.pipeline(), plan, name="a", allow_broken=True), 2)
+    drawn = DrawnPictures(
+        tiny.pipeline(), plan, name="b", allow_broken=True, advance=told.append, guidance=3.0, steps=2
+    )
+    assert not torch.equal(walk(drawn, 2).images, plain.images)
+    assert told == [1.0, 2.0, 3.0, 4.0]

@@ -1,0 +1,211 @@
+"""Points of a sweep, the table that goes on where it stopped, and its picture."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mar.config import ConfigError
+from mar.evaluation import plots
+from mar.evaluation.evaluate import Report
+from mar.evaluation.sweep import MOST, Point, Table, parse_axis, points
+
+REPORT = Report("FD (tiny)", 1.0, 10, 20, inception_score=2.0, inception_score_std=math.nan, seconds=5.0)
+SETTINGS = {"weights": "abc", "pictures": 10, "x0_bound": None}
+
+
+def report(distance: float, seconds: float = 5.0) -> Report:
+    return replace(REPORT, distance=distance, seconds=seconds)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "values"),
+    [
+        ("cfg=1:5:0.5", "guidance", [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0]),
+        ("guidance=1:2:0.1", "guidance", [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0]),
+        ("guidance=1:2:0.4", "guidance", [1.0, 1.4, 1.8]),
+        ("temperature=1:0.8:-0.1", "temperature", [1.0, 0.9, 0.8]),
+        ("K=8:64:8", "steps", [8, 16, 24, 32, 40, 48, 56, 64]),
+        ("steps=10,25,10", "steps", [10, 25]),
+        ("diffusion-steps=100", "diffusion_steps", [100]),
+        ("guidance=3:3:1", "guidance", [3]),
+        ("x0_bound=none,3", "x0_bound", [None, 3.0]),
+        ("guidance_schedule=linear,constant", "guidance_schedule", ["linear", "constant"]),
+    ],
+)
+def test_axes(text: str, name: str, values: list[Any]) -> None:
+    found = parse_axis(text)
+    assert found == (name, values)
+    assert [type(value) for value in found[1]] == [type(value) for value in values]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cgf=1:5:1", "cfg"),
+        ("guidance", "NAME=FIRST:LAST:STEP"),
+        ("guidance=", "NAME=FIRST:LAST:STEP"),
+        ("batch=1,2", "guidance"),
+        ("steps=1.5", "1.5"),
+        ("steps=ten", "ten"),
+        ("guidance=1:5", "1:5"),
+        ("guidance=1:5:0", "1:5:0"),
+        ("guidance=5:1:1", "5:1:1"),
+        ("guidance=1:inf:1", "inf"),
+        ("guidance=nan:2:1", "nan"),
+        ("guidance=0:1e9:1", "1e9"),
+        ("guidance=1,,2", "1,,2"),
+        ("steps=none", "none"),
+    ],
+)
+def test_axes_that_can_not_be(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match="sweep") as refused:
+        parse_axis(text)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_every_combination_the_last_axis_fastest() -> None:
+    assert points(["cfg=1,2", "K=4,8"]) == [
+        {"guidance": 1.0, "steps": 4}, {"guidance": 1.0, "steps": 8},
+        {"guidance": 2.0, "steps": 4}, {"guidance": 2.0, "steps": 8},
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="guidance twice"):
+        points(["cfg=1,2", "guidance=3"])
+    with pytest.raises(ConfigError, match=f"{MOST:,}"):
+        points(["cfg=1:101:1", "temperature=1:101:1"])
+
+
+def fill(folder: Path, rows: list[tuple[Point, float]]) -> Table:
+    table = Table(folder, SETTINGS)
+    for point, distance in rows:
+        table.add(point, report(distance))
+    return table
+
+
+ROWS: list[tuple[Point, float]] = [
+    ({"guidance": 1.0, "steps": 4}, 3.0), ({"guidance": 1.0, "steps": 8}, 1.5), ({"guidance": 2.0, "steps": 4}, 2.5),
+]  # fmt: skip
+
+
+def test_a_table_that_stopped_goes_on_to_the_same_files(tmp_path: Path) -> None:
+    fill(tmp_path / "whole", ROWS)
+    fill(tmp_path / "parts", ROWS[:1])
+    again = Table(tmp_path / "parts", dict(reversed(SETTINGS.items())))
+    assert [again.has(point) for point, _ in ROWS] == [True, False, False]
+    assert again.has({"guidance": 1, "steps": 4})  # an int for a float
+    again = fill(tmp_path / "parts", ROWS[1:])
+    best = again.best()
+    assert best is not None
+    assert best.point == {"guidance": 1.0, "steps": 8}
+    for name in ("sweep.json", "sweep.csv"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_files_hold_what_was_measured(tmp_path: Path) -> None:
+    fill(tmp_path, ROWS)
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
+    assert list(rows[0]) == ["guidance", "steps", "distance", "inception_score", "seconds_per_picture"]
+    assert [float(row["distance"]) for row in rows] == [3.0, 1.5, 2.5]
+    assert rows[2]["steps"] == "4"
+    assert rows[2]["seconds_per_picture"] == "0.5"
+    held = json.loads((tmp_path / "sweep.json").read_text())
+    assert held["settings"] == SETTINGS
+    assert held["rows"][1]["report"]["inception_score_std"] is None
+
+
+def test_nothing_is_written_before_the_first_row(tmp_path: Path) -> None:
+    assert Table(tmp_path / "new", SETTINGS).best() is None
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({**SETTINGS, "weights": "xyz"}, "weights abc -> xyz"),
+        ({**SETTINGS, "more": 1}, "more None -> 1"),
+        ({"weights": "abc", "x0_bound": None}, "pictures 10 -> None"),
+    ],
+)
+def test_a_folder_of_another_sweep_is_refused_and_left_alone(
+    settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    fill(tmp_path, ROWS)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigError, match="holds another sweep") as refused:
+        Table(tmp_path, settings)
+    assert words in str(refused.value)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "{", "[]", '{"rows": []}', '{"settings": 3, "rows": []}', '{"settings": {}, "rows": [{"point": {}}]}',
+        '{"settings": {}, "rows": [{"point": {}, "report": {"distance": null, "seconds": 1, "count": 2}}]}',
+        '{"settings": {}, "rows": [{"point": {}, "report": {"distance": NaN, "seconds": 1, "count": 2}}]}',
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_table(text: str, tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"sweep\.json is not the table of a sweep .*; choose another folder"):
+        Table(tmp_path, {})
+    assert (tmp_path / "sweep.json").read_text() == text
+
+
+def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(ConfigError, match="needs a folder"):
+        Table(tmp_path / "report.json", SETTINGS)
+
+
+# ---- the picture
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        ROWS,
+        [({"steps": 8}, 1.0)],
+        [({"x0_bound": None}, 1.0), ({"x0_bound": 3.0}, 2.0)],
+        [({"guidance_schedule": "linear", "steps": 4}, 1.0), ({"guidance_schedule": "constant", "steps": 4}, 2.0)],
+    ],
+    ids=["two fields", "one point", "with none", "words"],
+)
+def test_a_plot_of_any_fields(rows: list[tuple[Point, float]], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plots.plot(fill(tmp_path, rows), tmp_path / "sweep.png")
+    with Image.open(tmp_path / "sweep.png") as image:
+        assert image.width > 800
+        image.load()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.csv", "sweep.json", "sweep.png"]
+
+
+def test_lines_and_axes_of_a_plot(tmp_path: Path) -> None:
+    table = fill(tmp_path, ROWS)
+    assert plots._across(table) == "guidance"
+    assert {name: len(rows) for name, rows in plots._series(table, "guidance").items()} == {"steps 4": 2, "steps 8": 1}
+    assert (
+        plots._across(fill(tmp_path / "b", [({"steps": 1, "temperature": t}, t) for t in (1.0, 2.0)])) == "temperature"
+    )
+
+
+def test_no_rows(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ValueError, match="no rows"):
+        plots.plot(Table(tmp_path, SETTINGS), tmp_path / "a.png")
+
+
+def test_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = fill(tmp_path, ROWS)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"mar\[eval\]"):
+        plots.plot(table, tmp_path / "a.png")
+    assert not (tmp_path / "a.png").exists()
