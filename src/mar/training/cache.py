@@ -133,10 +133,8 @@ def _compare(out: Path, about: About) -> None:
     words = {
         "fingerprint": f"another tokenizer ({before['tokenizer']})",
         "source": f"other pictures, or pictures that have changed since ({before['data']})",
-        **{key: f"{key} {_short(before[key])}, not {_short(now[key])}" for key in ("pictures", "classes", "size")},
-        **{key: f"{key} {before[key]}, not {now[key]}" for key in ("flips", "dtype", "shard")},
     }
-    told = [words[key] for key in words if key in different]
+    told = [words.get(key, f"{key} {_short(before[key])}, not {_short(now[key])}") for key in different]
     raise ConfigError(f"{out} was begun with {'; '.join(told)}; give the same settings, or take another --out")
 
 

@@ -1,0 +1,350 @@
+"""A latent cache on the disk: what is where, what is found out about damage, and what training is told."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import starts
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mar.checkpoint import files
+from mar.checkpoint.files import CheckpointError
+from mar.config import ConfigError
+from mar.data.digest import source_digest
+from mar.data.latents import LatentSource, verify
+from mar.data.loader import batches
+from mar.data.shards import INDEX, MANIFEST, DamagedCache, read_about
+from mar.data.sources import Source, UnreadableImage, open_data, open_source
+from mar.data.transforms import Transform
+from mar.tokenizer import PixelTokenizer
+from mar.tokenizer.base import Posterior
+from mar.tokenizer.moments import LatentMoments, fingerprint, measure_moments, to_posterior
+from mar.tokenizer.statistics import measure
+from mar.training.cache import describe, finish, prepare, write_shards
+
+CPU = torch.device("cpu")
+
+
+class Blurry(PixelTokenizer):
+    """Pixels with a standard deviation that depends on them, so that there are log-variances."""
+
+    deterministic = False
+    factor = 1.0
+
+    def spec(self) -> dict[str, Any]:
+        return {**super().spec(), "kind": "blurry"}
+
+    def encode(self, images: torch.Tensor) -> Posterior:
+        raw = images * self.factor
+        return Posterior(self.normalise(raw), torch.exp(images - 3) / self.std.view(-1, 1, 1))
+
+
+def made(pictures: Path, out: Path, tokenizer: PixelTokenizer | None = None, **settings: Any) -> LatentSource:
+    source = open_source(pictures)
+    tokenizer = tokenizer or Blurry(1)
+    options = {"size": (8, 8), "dtype": "fp32", "shard": 6, "data": "the pictures", "tokenizer_name": "blurry"}
+    about = describe(source, tokenizer, **{**options, **settings})
+    shards = prepare(out, about)
+    if shards is not None:
+        write_shards(out, about, source, tokenizer, shards, device=CPU, batch=4)
+        finish(out, about)
+    return LatentSource(out)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture
+def cache(data: Path, tmp_path: Path) -> Path:
+    made(data, tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def pixels(source: Source, index: int) -> torch.Tensor:
+    return Transform((8, 8), 1)(source[index].image)
+
+
+def test_every_picture_is_where_its_number_says(data: Path, cache: Path) -> None:
+    found, source = open_data(cache), open_source(data)
+    assert isinstance(found, LatentSource)
+    assert len(found) == len(source) == 20
+    shards = [f"0000{k}.safetensors" for k in range(4)]
+    assert sorted(path.name for path in cache.iterdir()) == [*shards, MANIFEST, INDEX]
+    assert (found.classes, found.flips) == (("across", "down"), True)
+    for i in (0, 5, 6, 11, 19):
+        for flip in (False, True):
+            moments, label = found.read(i, flip)
+            image = pixels(source, i).flip(-1) if flip else pixels(source, i)
+            assert torch.equal(moments[0], image)
+            torch.testing.assert_close(moments[1], 2 * (image - 3), rtol=1e-6, atol=0)
+            assert label == source[i].label
+    assert torch.cat([part.mean for part in found.in_order()]).shape == (20, 1, 8, 8)
+    assert sum(len(part.mean) for part in found.in_order(limit=7)) == 7
+
+
+def test_shards_are_plain_safetensors(cache: Path) -> None:
+    tensors = load_file(cache / "00003.safetensors")
+    assert tensors["moments"].shape == (2, 2, 2, 1, 8, 8)
+    assert tensors["labels"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(("dtype", "error"), [("fp32", 0.0), ("fp16", 2**-11), ("bf16", 2**-8)])
+def test_what_storing_costs(dtype: str, error: float, data: Path, tmp_path: Path) -> None:
+    exact, stored = made(data, tmp_path / "a"), made(data, tmp_path / "b", dtype=dtype)
+    for i in range(20):
+        (a, _), (b, _) = exact.read(i, i % 2 == 0), stored.read(i, i % 2 == 0)
+        assert ((a - b).abs() <= error * a.abs()).all()
+    assert stored.about.picture_bytes() == 2 * 2 * 64 * (4 if dtype == "fp32" else 2) + 4
+
+
+def test_an_imagenet_picture_takes_half_of_what_the_reference_writes(cache: Path) -> None:
+    """KL-16 at 256x256: 64 KiB and the headers of npz there; 32 KiB here, and 4 bytes for its label."""
+    about = read_about(cache)
+    assert type(about)(**{**vars(about), "shape": (16, 16, 16), "dtype": "fp16"}).picture_bytes() == 32 * 1024 + 4
+
+
+def test_means_alone_of_a_deterministic_tokenizer_and_no_flips(data: Path, tmp_path: Path) -> None:
+    found = made(data, tmp_path / "cache", PixelTokenizer(1), flip=False)
+    assert found.read(3, False)[0].shape == (1, 1, 8, 8)
+    assert next(found.in_order()).logvar is None
+    with pytest.raises(ConfigError, match="holds no flipped pictures"):
+        found.read(3, True)
+
+
+def test_statistics_do_not_matter_to_a_cache_but_are_found_in_it(data: Path, tmp_path: Path) -> None:
+    made(data, tmp_path / "a")
+    measured = Blurry(1)
+    measured.set_statistics(0.3, 0.7)
+    made(data, tmp_path / "b", measured)
+    for k in range(4):
+        assert (tmp_path / f"a/0000{k}.safetensors").read_bytes() == (tmp_path / f"b/0000{k}.safetensors").read_bytes()
+    source = open_source(data)
+    every = torch.stack([pixels(source, i) for i in range(20)])
+    from_pictures, from_cache = measure(Blurry(1), [every]), measure_moments(LatentSource(tmp_path / "a").in_order())
+    assert from_cache.images == from_pictures.images
+    assert (*from_cache.mean, *from_cache.std) == pytest.approx((*from_pictures.mean, *from_pictures.std), rel=1e-6)
+    posterior = to_posterior(measured, LatentMoments(every, 2 * (every - 3)))
+    wanted = measured.encode(every)
+    torch.testing.assert_close(posterior.mean, wanted.mean)
+    torch.testing.assert_close(posterior.std, wanted.std)
+
+
+def test_a_fingerprint_is_of_weights_and_not_of_statistics() -> None:
+    one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    tokenizer = Blurry(1)
+    plain = fingerprint(tokenizer)
+    tokenizer.set_statistics(1.0, 2.0)
+    assert fingerprint(tokenizer) == plain != fingerprint(Blurry(3))
+    tokenizer.layer = one
+    with_one = fingerprint(tokenizer)
+    tokenizer.layer = other
+    assert len({plain, with_one, fingerprint(tokenizer)}) == 3
+
+
+def test_the_loader_gives_what_it_gives_from_pictures(data: Path, cache: Path) -> None:
+    """With broken pictures replaced by the same ones, and by workers, which map the files themselves."""
+    found = pickle.loads(pickle.dumps(LatentSource(cache)))
+    settings: dict[str, Any] = {"batch": 8, "seed": 3, "start": 5}
+    transform = Transform((8, 8), 1)
+    images = batches(open_source(data), transform, **settings)
+    for workers in (0, 2):
+        moments = batches(found, transform, workers=workers, **settings)
+        for _, a, b in zip(range(4), images, moments, strict=False):
+            assert torch.equal(a.images, b.moments.mean)
+            assert torch.equal(a.labels, b.labels)
+            assert torch.equal(a.positions, b.positions)
+        images = batches(open_source(data), transform, **settings)
+
+
+def test_pictures_that_cannot_be_read_keep_their_places(tmp_path: Path) -> None:
+    data = tiny.pictures(tmp_path / "pictures")
+    (data / "across" / "7.png").write_bytes(b"no picture")
+    found, source = made(data, tmp_path / "cache"), open_source(data)
+    [(number, name)] = found.index.skipped.items()
+    assert name.endswith("7.png")
+    with pytest.raises(UnreadableImage, match=r"7\.png"):
+        found.read(number, False)
+    assert torch.equal(found.read(number + 1, False)[0][0], pixels(source, number + 1))
+    assert sum(len(part.mean) for part in found.in_order()) == 19
+    a, b = (next(batches(x, Transform((8, 8), 1), batch=20, seed=0)) for x in (source, found))
+    assert len(a.skipped) == 1
+    assert a.skipped == b.skipped
+    assert torch.equal(a.images, b.moments.mean)
+    assert verify(tmp_path / "cache").index.skipped == found.index.skipped
+
+
+def test_pictures_none_of_which_can_be_read(tmp_path: Path) -> None:
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="none of the 5 pictures of the pictures can be read"):
+        made(tmp_path, tmp_path / "cache")
+    assert not (tmp_path / "cache" / INDEX).exists()
+
+
+def test_one_flipped_bit_is_found_wherever_it_is(cache: Path) -> None:
+    heard: list[float] = []
+    verify(cache, heard.append)
+    assert heard == [6, 12, 18, 20]
+    generator = np.random.default_rng(0)
+    for path in sorted(cache.iterdir()):
+        whole = path.read_bytes()
+        header = 8 + int.from_bytes(whole[:8], "little") if path.suffix == ".safetensors" else len(whole)
+        places = {*generator.integers(0, header, 25).tolist(), *generator.integers(0, len(whole), 25).tolist()}
+        for place in (*places, len(whole) - 1):
+            flipped = bytearray(whole)
+            flipped[place] ^= 1 << int(generator.integers(8))
+            path.write_bytes(flipped)
+            with pytest.raises(ConfigError) as said:
+                verify(cache)
+            assert path.name in str(said.value), (path, place)
+            assert "\n" not in str(said.value)
+        path.write_bytes(whole)
+    verify(cache)
+
+
+def test_shards_that_are_cut_short_or_gone_are_made_again_and_no_others(data: Path, cache: Path) -> None:
+    before, when = starts.tree(cache), {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    short = cache / "00001.safetensors"
+    short.write_bytes(short.read_bytes()[:-100])
+    with pytest.raises(DamagedCache, match=r"00001\.safetensors has .* bytes instead of"):
+        LatentSource(cache)
+    with pytest.raises(DamagedCache, match=r"00001\.safetensors is cut short: .*; delete it .* run the `mar cache`"):
+        made(data, cache)
+    with pytest.raises(DamagedCache, match=r"1 of 4 shards are damaged: 00001\.safetensors;"):
+        verify(cache)
+    short.unlink()
+    with pytest.raises(DamagedCache, match=r"00001\.safetensors is missing"):
+        open_data(cache)
+    made(data, cache)
+    assert starts.tree(cache) == before
+    touched = {path.name for path in cache.iterdir() if path.stat().st_mtime_ns != when[path.name]}
+    assert touched == {"00001.safetensors", INDEX}
+
+
+def test_an_index_that_is_lost_is_put_together_again(data: Path, cache: Path) -> None:
+    whole = (cache / INDEX).read_bytes()
+    (cache / INDEX).unlink()
+    with pytest.raises(ConfigError, match=r"not finished \(4 of 4 shards\)"):
+        LatentSource(cache)
+    made(data, cache)
+    assert (cache / INDEX).read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"size": (4, 4)}, r"size \[8, 8\], not \[4, 4\]"),
+        ({"dtype": "bf16"}, "dtype fp32, not bf16"),
+        ({"flip": False}, "flips True, not False"),
+        ({"shard": 7}, "shard 6, not 7"),
+        ({"tokenizer": PixelTokenizer(1)}, r"another tokenizer \(blurry\)"),
+    ],
+    ids=["size", "dtype", "flip", "shard", "tokenizer"],
+)
+def test_a_cache_goes_on_only_with_its_own_settings(
+    settings: dict[str, Any], words: str, data: Path, cache: Path
+) -> None:
+    before = starts.tree(cache)
+    with pytest.raises(ConfigError, match=f"was begun with .*{words}"):
+        made(data, cache, **settings)
+    assert starts.tree(cache) == before
+
+
+def test_a_cache_goes_on_only_with_its_own_pictures(tmp_path: Path) -> None:
+    data = tiny.pictures(tmp_path / "pictures")
+    made(data, tmp_path / "cache")
+    moved = data.rename(tmp_path / "moved")
+    made(moved, tmp_path / "cache", data="elsewhere")  # the same pictures
+    Image.new("L", (9, 9)).save(moved / "down" / "0.png")
+    with pytest.raises(ConfigError, match=r"pictures that have changed since \(the pictures\)"):
+        made(moved, tmp_path / "cache")
+
+
+def test_digests_of_tables_follow_pictures_and_labels(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    from mar.data.tables import TableSource
+
+    def table(values: list[int], labels: list[int]) -> TableSource:
+        pictures = [Image.new("L", (4 + value, 4), value) for value in values]
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+        return TableSource(datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features), "t")
+
+    same = source_digest(table([1, 20], [0, 1]))
+    assert source_digest(table([1, 20], [0, 1])) == same
+    assert len({same, source_digest(table([1, 20], [1, 1])), source_digest(table([20, 1], [0, 1]))}) == 3
+
+
+def test_digests_of_the_bundled_pictures() -> None:
+    assert source_digest(open_source("fashion")) != source_digest(open_source("fashion", "test"))
+
+
+def test_latents_beyond_the_range_are_refused(data: Path, tmp_path: Path) -> None:
+    large = Blurry(1)
+    large.factor = 1e5
+    with pytest.raises(ValueError, match=r"the latents of .*\.png reach 1e\+05, but fp16 ends at 6\.55e\+04"):
+        made(data, tmp_path / "a", large, dtype="fp16")
+    made(data, tmp_path / "b", large, dtype="bf16")
+    large.factor = float("nan")
+    with pytest.raises(ValueError, match=r"the latents of .*\.png are not finite"):
+        made(data, tmp_path / "c", large)
+
+
+def test_labels_that_are_no_class_are_refused(data: Path, tmp_path: Path) -> None:
+    class Wrong:
+        classes, flips = ("a", "b"), True
+
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, index: int) -> Any:
+            example = source[index]
+            return type(example)(example.image, 5, "it")
+
+    source, tokenizer = open_source(data), Blurry(1)
+    about = describe(Wrong(), tokenizer, data="x", tokenizer_name="blurry", size=(8, 8))
+    with pytest.raises(ValueError, match="it has the label 5, but there are 2 classes"):
+        write_shards(tmp_path, about, Wrong(), tokenizer, prepare(tmp_path, about) or [], device=CPU)
+
+
+def test_folders_that_are_not_for_a_cache(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match=r"mine\.txt is there, but not from `mar cache`"):
+        made(data, tmp_path)
+    with pytest.raises(ConfigError, match="is a file, but a cache is a folder"):
+        made(data, tmp_path / "mine.txt")
+    tokenizer = Blurry(1)
+    tokenizer.stride = 2
+    with pytest.raises(ConfigError, match="5x8, expected multiples of the stride 2"):
+        made(data, tmp_path / "new", tokenizer, size=(5, 8))
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_too_little_room_is_said_before_anything_is_written(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Usage:
+        free = 20_000
+
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: Usage)
+    with pytest.raises(CheckpointError, match=r"20\.1 KiB are needed, but only 19\.5 KiB are free"):
+        made(data, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_cache_is_no_source_of_pictures_and_newer_formats_are_said(cache: Path) -> None:
+    with pytest.raises(ValueError, match="holds cached latents, not pictures; those were in the pictures"):
+        open_source(cache)
+    sealed = json.loads((cache / MANIFEST).read_text())
+    (cache / MANIFEST).write_text(json.dumps({**sealed, "format": "mar-latents/2"}))
+    with pytest.raises(ConfigError, match="is of format mar-latents/2, but this mar reads mar-latents/1; update mar"):
+        open_data(cache)
