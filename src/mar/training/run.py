@@ -92,6 +92,11 @@ def _tokenizer(
     measured_later: bool,
 ) -> Tokenizer:
     channels = config.model.channels
+    if config.tokenizer == "pixels" and channels not in (1, 3):
+        found = source.about.tokenizer if isinstance(source, LatentSource) else "kl16, or one in diffusers' format"
+        raise ConfigError(
+            f"pixels have 1 or 3 channels, but the model's latents {channels}; choose --tokenizer {found}"
+        )
     tokenizer = PixelTokenizer(channels) if config.tokenizer == "pixels" else load_tokenizer(config.tokenizer)
     if isinstance(source, LatentSource):
         _check_cache(config, source, tokenizer)

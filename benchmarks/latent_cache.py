@@ -1,0 +1,168 @@
+"""What a latent cache saves: steps and reading from it, beside training from pictures and one .npz an image.
+
+    python benchmarks/latent_cache.py [--data PATH] [--steps 8] [--batch 16] [--threads 2]
+
+A small KL autoencoder with random weights (stride 8, 4 channels, 64x64 pixels: time does not depend on weights) and a
+small MAR; without --data, JPEGs of random pixels. Reading is measured at KL-16's sizes, 16x16x16, against what the
+reference writes: two float32 arrays of moments, plain and flipped, in one .npz an image. Both sides are measured in
+turns, each the median of its rounds, so that a ratio is of one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mar.config import HeadConfig, ModelConfig, TrainConfig, TrunkConfig
+from mar.data.latents import LatentSource
+from mar.data.shards import About, write_about, write_index, write_shard, zeros
+from mar.data.sources import open_source
+from mar.tokenizer.kl import KLTokenizer, from_config
+from mar.training import loop
+from mar.training.cache import describe, finish, prepare, write_shards
+from mar.training.loop import Run
+from mar.training.run import open_run
+
+SIDE = 64
+AUTOENCODER = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [32, 32, 64, 64],
+    "layers_per_block": 1,
+}
+ROUNDS = 3
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = Path(options.data) if options.data else random_pictures(folder / "pictures", 4 * options.batch)
+        train_side_by_side(folder, data, options.steps, options.batch)
+        read_side_by_side(folder, options.pictures)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", help="a folder of pictures")
+    parser.add_argument("--steps", type=int, default=4, help="of a round")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--pictures", type=int, default=256, help="latents to read")
+    parser.add_argument("--threads", type=int, default=2)
+    return parser.parse_args()
+
+
+def random_pictures(folder: Path, count: int) -> Path:
+    generator = np.random.default_rng(0)
+    for i in range(count):
+        path = folder / f"class{i % 2}" / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = generator.integers(0, 256, (25, 32, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((500, 400)).save(path)
+    return folder
+
+
+def train_side_by_side(folder: Path, data: Path, steps: int, batch: int) -> None:
+    tokenizer, source = from_config(AUTOENCODER).requires_grad_(False), open_source(data)
+    about = describe(source, tokenizer, data=str(data), tokenizer_name="small", size=(SIDE, SIDE))
+    begun = time.perf_counter()
+    shards = prepare(folder / "cache", about)
+    assert shards is not None
+    write_shards(folder / "cache", about, source, tokenizer, shards, device=torch.device("cpu"), batch=batch)
+    finish(folder / "cache", about)
+    print(f"cached {len(source)} pictures, plain and flipped, in {time.perf_counter() - begun:.1f} s")
+    tokenizer.set_statistics(0.0, 1.0)
+    runs = {
+        "pictures": training(data, folder / "a", tokenizer, len(source.classes), batch),
+        "cache": training(folder / "cache", folder / "b", tokenizer, len(source.classes), batch),
+    }
+    seconds = in_turns({name: lambda run=run: go(*run, steps) for name, run in runs.items()})
+    for name, value in seconds.items():
+        print(f"a step from {name:<9} {1000 * value / steps:8.1f} ms")
+    print(f"training from the cache is {seconds['pictures'] / seconds['cache']:.1f} times as fast")
+
+
+def training(data: Path, out: Path, tokenizer: KLTokenizer, classes: int, batch: int) -> tuple[Run, Iterator[object]]:
+    trunk = TrunkConfig(width=128, depth=3, heads=4)
+    model = ModelConfig(
+        channels=4, grid=(SIDE // 8, SIDE // 8), encoder=trunk, decoder=trunk, buffer=8, classes=classes,
+        head=HeadConfig(width=128, depth=2),
+    )  # fmt: skip
+    config = TrainConfig(model=model, data=str(data), tokenizer="small", batch=batch, images=10**6)
+
+    def nothing(name: str) -> object:
+        raise AssertionError(name)
+
+    run = open_run(
+        config, out, device=torch.device("cpu"), load_tokenizer=lambda name: copy.deepcopy(tokenizer),
+        load_model=nothing,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return run, loop._batches(run)
+
+
+def go(run: Run, batches: Iterator[object], steps: int) -> None:
+    for _ in range(steps):
+        loop.step(run, next(batches))  # type: ignore[arg-type]
+
+
+def read_side_by_side(folder: Path, count: int) -> None:
+    about = About("kl16", "", "random", "", count, (), (256, 256), (16, 16, 16), 2, True, "fp16", 64)
+    generator = torch.Generator().manual_seed(0)
+    cache, archives = folder / "kl16", folder / "npz"
+    archives.mkdir()
+    write_about(cache, about)
+    for k in range(about.shards):
+        moments, labels = zeros(about, len(about.span(k)))
+        moments.copy_(torch.randn(moments.shape, generator=generator))
+        write_shard(cache / about.file(k), moments, labels, {})
+        for i, one in zip(about.span(k), moments.float().reshape(len(moments), 2, 32, 16, 16), strict=True):
+            np.savez(archives / f"{i}.npz", moments=one[0].numpy(), moments_flip=one[1].numpy())
+    write_index(cache, about)
+    source = LatentSource(cache)
+    order = torch.randperm(count, generator=generator).tolist()
+
+    def from_cache() -> None:
+        for i in order:
+            source.read(i, i % 2 == 0)
+
+    def from_archives() -> None:
+        for i in order:
+            with np.load(archives / f"{i}.npz") as file:
+                torch.from_numpy(file["moments_flip" if i % 2 == 0 else "moments"])
+
+    seconds = in_turns({"npz": from_archives, "cache": from_cache})
+    stored = {
+        "npz": sum(path.stat().st_size for path in archives.iterdir()),
+        "cache": sum(path.stat().st_size for path in cache.iterdir()),
+    }
+    for name in ("npz", "cache"):
+        print(
+            f"{name:<6} {stored[name] / count:9,.1f} bytes an image, {1e6 * seconds[name] / count:8.1f} us to read one"
+        )
+    print(f"reading from the cache is {seconds['npz'] / seconds['cache']:.1f} times as fast, ", end="")
+    print(f"and takes {stored['cache'] / stored['npz']:.4f} of the bytes")
+
+
+def in_turns(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
+    """Median seconds of each, after one round that is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(ROUNDS + 1):
+        for name, call in calls.items():
+            begun = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - begun)
+    return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+
+
+if __name__ == "__main__":
+    main()
