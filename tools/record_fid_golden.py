@@ -30,7 +30,7 @@ from mar.evaluation.features.inception import inception
 from mar.evaluation.metrics import frechet_distance, inception_score, kernel_distance, precision_recall
 from mar.evaluation.statistics import Moments
 
-SIDE, BATCH = 32, 50
+SIDE, BATCH = 32, 25
 TAP, TAPPED, WHOLE, LARGE, KEPT = "64", 400, 200, 2500, 320
 CLASSES = 20  # of the 1008 logits that the golden file keeps
 Numbers = dict[str, float]
