@@ -17,6 +17,7 @@ Prediction = Literal["noise", "v"]
 GuidanceSchedule = Literal["linear", "constant"]
 Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["adamw", "muon"]
+Strategy = Literal["ddp", "fsdp"]
 
 
 class ConfigError(ValueError):
@@ -245,6 +246,14 @@ class TrainConfig:
     """Decay of the running average of the weights, reached after a warm-up: min(ema, (1 + steps) / (10 + steps))."""
     precision: Precision = "fp32"
     """`bf16`: matrix products in bfloat16, all else in float32."""
+    strategy: Strategy = "ddp"
+    """Several processes: `ddp`, the model on each; `fsdp`, a share of every tensor on each."""
+    accumulate: int = 1
+    """Parts in which a process works through its share of a batch: less memory, the same step."""
+    recompute: bool = False
+    """Gradient checkpointing: compute the blocks again in the backward pass instead of keeping what they made."""
+    compile: bool = False
+    """Compile the blocks with torch.compile; needs a compiler on the machine."""
     flip: bool | None = None
     """Mirror every other picture; by default, where the data says that its pictures may be."""
     seed: int = 0
@@ -262,7 +271,7 @@ class TrainConfig:
     """Weights to start from: a name, a file, a folder; classes that differ start anew."""
 
     def __post_init__(self) -> None:
-        _positive(self, "images", "batch", "save_every", "keep", "log_every")
+        _positive(self, "images", "batch", "save_every", "keep", "log_every", "accumulate")
         for name in ("warmup", "decay", "sample_every", "workers", "weight_decay"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, but it must not be negative")
         for name in ("lr", "muon_factor", "clip"):
@@ -270,6 +279,7 @@ class TrainConfig:
         _fraction(self, "ema", "beta1", "beta2")
         _require(self.precision in typing.get_args(Precision), f"precision is {self.precision!r}, not fp32 or bf16")
         _require(self.optimizer in typing.get_args(Optimizer), f"optimizer is {self.optimizer!r}, not adamw or muon")
+        _require(self.strategy in typing.get_args(Strategy), f"strategy is {self.strategy!r}, not ddp or fsdp")
         self.sampling.check(self.model)
 
     @property

@@ -175,6 +175,15 @@ def barrier() -> None:
     together(_MEETINGS[-1].meet if _MEETINGS else dist.barrier)
 
 
+def anywhere(flag: bool) -> bool:
+    """Whether `flag` is true on any process, the same answer for all of them."""
+    if not dist.is_initialized():
+        return flag
+    votes = torch.tensor(int(flag))
+    together(lambda: dist.all_reduce(votes, dist.ReduceOp.MAX))
+    return bool(votes)
+
+
 def gather(value: Any) -> list[Any]:
     """What every process hands in (anything that can be pickled), by rank, the same list for all of them."""
     if not joined():

@@ -18,6 +18,7 @@ from mar.config import (
     Precision,
     Prediction,
     SamplingConfig,
+    Strategy,
     TrainConfig,
     TrunkConfig,
     from_dict,
@@ -60,12 +61,15 @@ def runs(draw: st.DrawFn) -> TrainConfig:
     steps = min(drawn.diffusion_steps, model.head.diffusion_steps)
     sampling = SamplingConfig(drawn.steps, steps, guidance, drawn.guidance_schedule, drawn.temperature, drawn.x0_bound)
     return TrainConfig(
-        model, sampling, draw(st.text()), draw(st.text()), draw(COUNT), draw(COUNT), draw(POSITIVE),
-        *(draw(NOT_NEGATIVE) for _ in range(2)), draw(st.sampled_from(get_args(Optimizer))), draw(POSITIVE),
-        draw(FRACTION), draw(FRACTION), draw(FRACTION), draw(POSITIVE),
-        draw(FRACTION), draw(st.sampled_from(get_args(Precision))), draw(st.none() | st.booleans()),
-        draw(st.integers()), draw(NOT_NEGATIVE), draw(COUNT), draw(COUNT), draw(NOT_NEGATIVE), draw(COUNT),
-        draw(st.none() | st.text()),
+        model=model, sampling=sampling, data=draw(st.text()), tokenizer=draw(st.text()), images=draw(COUNT),
+        batch=draw(COUNT), lr=draw(POSITIVE), warmup=draw(NOT_NEGATIVE), decay=draw(NOT_NEGATIVE),
+        optimizer=draw(st.sampled_from(get_args(Optimizer))), muon_factor=draw(POSITIVE), weight_decay=draw(FRACTION),
+        beta1=draw(FRACTION), beta2=draw(FRACTION), clip=draw(POSITIVE), ema=draw(FRACTION),
+        precision=draw(st.sampled_from(get_args(Precision))), strategy=draw(st.sampled_from(get_args(Strategy))),
+        accumulate=draw(COUNT), recompute=draw(st.booleans()), compile=draw(st.booleans()),
+        flip=draw(st.none() | st.booleans()), seed=draw(st.integers()), workers=draw(NOT_NEGATIVE),
+        save_every=draw(COUNT), keep=draw(COUNT), sample_every=draw(NOT_NEGATIVE), log_every=draw(COUNT),
+        init=draw(st.none() | st.text()),
     )  # fmt: skip
 
 

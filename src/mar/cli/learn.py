@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from mar.cli.options import parse
+from mar.cli.options import one_voice, parse
 from mar.config import ConfigError, TrainConfig
 from mar.presets import RECIPES, recipe
 
 if TYPE_CHECKING:
-    from mar.training.log import RunLog
+    import torch
+
+    from mar.training.log import Log
     from mar.training.loop import Run
 
 
@@ -23,7 +25,8 @@ if TYPE_CHECKING:
 class TrainOptions:
     """Trains a model. The first argument may be a recipe; every other option changes one of its settings.
 
-    The same command goes on where a run stopped.
+    The same command goes on where a run stopped, also with another number of processes:
+    torchrun --nproc-per-node 8 -m mar train RECIPE ...
     """
 
     out: Path | None = None
@@ -47,6 +50,16 @@ class TrainOptions:
 
 def train(arguments: Sequence[str]) -> int:
     """`mar train [RECIPE]`."""
+    from mar import runtime
+
+    with one_voice():
+        options = _options(arguments)
+        runtime.choose_device(options.device)
+    with runtime.process_group(options.device) as device:
+        return _train(options, device)
+
+
+def _options(arguments: Sequence[str]) -> TrainOptions:
     named = bool(arguments) and not arguments[0].startswith("-")
     name = arguments[0] if named else "fashion"
     default = TrainOptions(Path("runs", name), recipe(name))
@@ -54,54 +67,73 @@ def train(arguments: Sequence[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print(f"mar train [RECIPE] --out FOLDER ...    recipes: {', '.join(RECIPES)}; shown: {name}\n")
     options = parse(TrainOptions, f"train {name}", rest, default)
-    folder = options.out or Path("runs", name)
-    from mar import runtime, zoo
-    from mar.training.estimate import estimate
-    from mar.training.log import RunLog
+    return replace(options, out=options.out or Path("runs", name))
+
+
+def _train(options: TrainOptions, device: torch.device) -> int:
+    from mar import runtime
+    from mar.training.log import Log, RunLog
     from mar.training.loop import Hook
     from mar.training.loop import train as run_to_end
-    from mar.training.run import adopt_official, export, open_run, snapshot
+    from mar.training.run import export, snapshot
 
-    if runtime.world_size() > 1:
-        raise ConfigError(f"training on {runtime.world_size()} processes is not there yet; start one, without torchrun")
-    device = runtime.choose_device(options.device)
-    needs = estimate(options.config)
-    needs.check_disk(folder)
-    run = open_run(options.config, folder, device=device, load_tokenizer=zoo.load_tokenizer, load_model=zoo.load)
-    if options.resume_official is not None:
-        if run.progress.images:
-            raise ConfigError(f"{folder} has gone on already; leave --resume-official out to go on with it")
-        adopt_official(run, options.resume_official)
-    print(needs.text(), file=sys.stderr)
-    log = RunLog(run.folder, options.config.images, run.progress.images)
+    with one_voice():
+        run = _open(options, device)
+    first = runtime.rank() == 0
+    log = RunLog(run.folder, options.config.images, run.progress.images) if first else Log()
     run.hooks.append(Hook(options.config.sample_every, lambda at: snapshot(at, log)))
-    if options.eval_every:
-        run.hooks.append(Hook(options.eval_every, _evaluation(options, log)))
     try:
-        finished = run_to_end(run, log)
+        with one_voice():
+            if options.eval_every:
+                run.hooks.append(Hook(options.eval_every, _evaluation(options, device, log)))
+            finished = run_to_end(run, log)
     finally:
         log.close()
+    if finished:
+        export(run)
+    skipped = set().union(*runtime.gather(log.skipped_pictures))
+    if first:
+        _tell(run, finished, len(skipped))
+    return 0 if finished else 130
+
+
+def _open(options: TrainOptions, device: torch.device) -> Run:
+    from mar import runtime, zoo
+    from mar.training.estimate import estimate
+    from mar.training.run import adopt_official, open_run
+
+    assert options.out is not None
+    needs = estimate(options.config, runtime.world_size())
+    needs.check_disk(options.out)
+    run = open_run(options.config, options.out, device=device, load_tokenizer=zoo.load_tokenizer, load_model=zoo.load)
+    if options.resume_official is not None:
+        if run.progress.images:
+            raise ConfigError(f"{options.out} has gone on already; leave --resume-official out to go on with it")
+        adopt_official(run, options.resume_official)
+    if runtime.rank() == 0:
+        print(needs.text(), file=sys.stderr)
+    return run
+
+
+def _tell(run: Run, finished: bool, skipped: int) -> None:
+    """What is left to say at the end."""
     if not finished:
         print(f"stopped and saved at {run.progress.images:,} images; the same command goes on", file=sys.stderr)
-        return 130
-    export(run)
+        return
     if run.progress.skipped_steps:
-        print(f"{run.progress.skipped_steps} steps were skipped: loss or gradient was not finite", file=sys.stderr)
-    if log.skipped_pictures:
-        print(f"{len(log.skipped_pictures)} pictures could not be read and were skipped", file=sys.stderr)
-    print(f"{folder / 'model.safetensors'} (EMA) and model-raw.safetensors; draw: mar sample {folder}")
-    return 0
+        print(f"{run.progress.skipped_steps} steps were skipped: the gradient was not finite", file=sys.stderr)
+    if skipped:
+        print(f"{skipped} pictures could not be read and were skipped", file=sys.stderr)
+    print(f"{run.folder / 'model.safetensors'} (EMA) and model-raw.safetensors; draw: mar sample {run.folder}")
 
 
-def _evaluation(options: TrainOptions, log: RunLog) -> Callable[[Run], None]:
+def _evaluation(options: TrainOptions, device: torch.device, log: Log) -> Callable[[Run], None]:
     """What judges a run's EMA and raw weights and writes the numbers to its log; broken pictures are no error there."""
-    from mar import runtime
     from mar.evaluation.features import open_extractor
     from mar.evaluation.online import Online
     from mar.sampling.generate import BrokenLatents
     from mar.training.run import pipeline
 
-    device = runtime.choose_device(options.device)
     extractor = open_extractor(options.eval_features, options.eval_weights).to(device)
     judge = Online(extractor, options.eval_reference or options.config.data, options.eval_count)
 

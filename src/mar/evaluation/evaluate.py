@@ -24,6 +24,7 @@ from mar.evaluation.features import Extractor, Features
 from mar.evaluation.metrics import ScoreSums
 from mar.evaluation.statistics import About, Moments, Statistics, check_comparable, gather_rows
 from mar.evaluation.streams import Pictures, PictureSet, share
+from mar.sampling.generate import BrokenLatents
 
 Advance = Callable[[float], None]
 """Takes how many of this process's pictures are done."""
@@ -153,11 +154,11 @@ def _all_or_none() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         mine = error
-    said = [line for line in runtime.gather(None if mine is None else str(mine)) if line is not None]
+    ended = runtime.gather(None if mine is None else (str(mine), isinstance(mine, BrokenLatents)))
     if mine is not None:
         raise mine
-    if said:
-        raise ValueError(said[0])
+    for said, broken in filter(None, ended):
+        raise BrokenLatents(said) if broken else ValueError(said)
 
 
 class _Sums:

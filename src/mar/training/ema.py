@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from mar.training.engine import own
+
 
 class EMA:
     """A copy of a model that follows it: ema <- d ema + (1 - d) weights.
@@ -23,5 +25,5 @@ class EMA:
     def update(self, model: nn.Module, steps: int) -> None:
         """Takes in the weights after `steps` steps."""
         decay = min(self.decay, (1 + steps) / (10 + steps))
-        averages: list[Tensor] = list(self.model.parameters())
-        torch._foreach_lerp_(averages, [p.detach() for p in model.parameters()], 1 - decay)
+        averages: list[Tensor] = [own(p) for p in self.model.parameters()]
+        torch._foreach_lerp_(averages, [own(p.detach()) for p in model.parameters()], 1 - decay)

@@ -14,10 +14,30 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
-class RunLog:
+class Log:
+    """What a run tells where there is nobody to listen: the log of all processes but the first."""
+
+    def __init__(self) -> None:
+        self.skipped_pictures: set[str] = set()
+
+    def write(self, images: int, **numbers: Any) -> None:
+        """Numbers by images seen."""
+
+    def advance(self, images: int, loss: float) -> None:
+        """How far the run has come."""
+
+    def note(self, text: str) -> None:
+        """A line for people."""
+
+    def close(self) -> None:
+        """Ends what is shown, and writes out what is held back."""
+
+
+class RunLog(Log):
     """Numbers of a run, by images seen. Lines past the image count that a run resumes from are dropped."""
 
     def __init__(self, folder: Path, total_images: int, images: int) -> None:
+        super().__init__()
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
         from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -36,7 +56,6 @@ class RunLog:
         )
         self.task: TaskID = self.progress.add_task("training", total=total_images, completed=images)
         self.total, self.first, self.begun = total_images, images, time.monotonic()
-        self.skipped_pictures: set[str] = set()
         self.progress.start()
 
     def _forget_after(self, images: int) -> None:

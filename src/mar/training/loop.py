@@ -29,8 +29,9 @@ from mar.data.transforms import Transform
 from mar.model.mar import MAR
 from mar.tokenizer import Tokenizer
 from mar.tokenizer.moments import to_posterior
+from mar.training import engine
 from mar.training.ema import EMA
-from mar.training.log import RunLog
+from mar.training.log import Log
 from mar.training.loss import DiffusionLoss, draw_step
 from mar.training.optim import learning_rate, make_optimizers
 
@@ -83,6 +84,7 @@ class Run:
         self.tokenizer.to(self.device).eval()
         self.loss = DiffusionLoss(self.model.to(self.device).train())
         self.ema = EMA(self.model, self.config.ema)
+        self.forward = engine.prepare(self.loss, self.ema.model, self.config, self.device)
         self.optimizers = make_optimizers(self.model, self.config)
         self.store = RunState(self.folder, to_dict(self.config))
 
@@ -113,14 +115,14 @@ class Run:
         self.store.save(self.progress.images, self.state_dict(), self.config.keep)
 
 
-def train(run: Run, log: RunLog) -> bool:
+def train(run: Run, log: Log) -> bool:
     """Trains to the end of the run. Returns False where Ctrl-C or SIGTERM stopped it: the state is saved then."""
     config, progress = run.config, run.progress
     loader = _batches(run)
     window: list[float] = []
     since, begun = progress.images, time.monotonic()
     with _stop_signals() as stopped:
-        while progress.images < config.images and not stopped:
+        while progress.images < config.images and not runtime.anywhere(bool(stopped)):
             tick = time.monotonic()
             before = progress.images
             batch = next(loader)
@@ -135,7 +137,7 @@ def train(run: Run, log: RunLog) -> bool:
                 log.write(
                     progress.images,
                     step=progress.step,
-                    loss=sum(window) / len(window) if window else math.nan,
+                    loss=_mean(window),
                     gradient_norm=norm,
                     lr=learning_rate(config, before),
                     images_per_second=(progress.images - since) / seconds,
@@ -153,26 +155,31 @@ def train(run: Run, log: RunLog) -> bool:
     return progress.images >= config.images
 
 
+def _mean(losses: list[float]) -> float:
+    """Over all processes, of which each has the losses of its own pictures."""
+    shares = runtime.gather((math.fsum(losses), len(losses)))
+    total, count = (math.fsum(values) for values in zip(*shares, strict=True))
+    return total / count if count else math.nan
+
+
 def _due(before: int, now: int, every: int) -> bool:
     return every > 0 and before // every < now // every
 
 
 def step(run: Run, batch: Batch) -> tuple[float, float]:
-    """One step of the optimizers, or none where loss or gradient are not finite. Returns loss and gradient norm."""
+    """One step of the optimizers, or none where the gradient is not finite. Returns this process's loss, and the norm.
+
+    All processes have the same gradient, and so take the same steps.
+    """
     config, progress = run.config, run.progress
     rate = learning_rate(config, progress.images)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
     torch.manual_seed(runtime.generator(config.seed, 3, progress.step, runtime.rank()).initial_seed())  # dropout
-    draws = draw_step(run.model.config, config.seed, progress.step, batch.positions.tolist()).to(run.device)
-    latents = encode(run, batch)
-    with autocast(run.device, config.precision):
-        loss: Tensor = run.loss(latents, batch.labels.to(run.device), draws)
-    run.model.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
-    finite = bool((loss.isfinite() & norm.isfinite()).item())
+    loss = backward(run, batch)
+    norm = engine.whole(nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)).item()
+    finite = math.isfinite(norm)
     if finite:
         for optimizer in run.optimizers:
             optimizer.step()
@@ -181,7 +188,24 @@ def step(run: Run, batch: Batch) -> tuple[float, float]:
     if finite:
         run.ema.update(run.model, progress.step - progress.skipped_steps)
     _count(progress, finite)
-    return loss.item(), norm.item()
+    return loss, norm
+
+
+def backward(run: Run, batch: Batch) -> float:
+    """Leaves the gradient of the mean loss over the whole batch in the parameters; returns that of this share of it."""
+    config, count = run.config, run.config.accumulate
+    run.model.zero_grad(set_to_none=True)
+    latents, labels = encode(run, batch), batch.labels.to(run.device)
+    parts = zip(latents.chunk(count), labels.chunk(count), batch.positions.chunk(count), strict=True)
+    total = latents.new_zeros(())
+    for number, (part, classes, positions) in enumerate(parts, 1):
+        draws = draw_step(run.model.config, config.seed, run.progress.step, positions.tolist()).to(run.device)
+        with engine.part(run.forward, last=number == count):
+            with autocast(run.device, config.precision):
+                loss: Tensor = run.forward(part, classes, draws) / count
+            loss.backward()
+        total += loss.detach()
+    return total.item()
 
 
 def _count(progress: Progress, finite: bool) -> None:

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from mar.training.engine import whole
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -53,10 +56,13 @@ class Muon(torch.optim.Optimizer):
             for p, update in zip(parameters, self._updates(parameters, group), strict=True):
                 height, width = p.shape[0] // group["parts"], p.shape[1]
                 p.mul_(1 - rate * group["weight_decay"])
-                p.add_(update.to(p.dtype), alpha=-rate * _ADAMW_RMS * max(height, width) ** 0.5)
+                p.add_(_like(update.to(p.dtype), p), alpha=-rate * _ADAMW_RMS * max(height, width) ** 0.5)
 
     def _updates(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """Orthogonal updates of the parameters; matrices of one shape are worked on together."""
+        """Orthogonal updates of the parameters; matrices of one shape are worked on together.
+
+        Of parameters that lie in shares on several processes each process orthogonalises the whole.
+        """
         same_shape: dict[torch.Size, list[int]] = defaultdict(list)
         for i, p in enumerate(parameters):
             same_shape[p.shape].append(i)
@@ -67,10 +73,19 @@ class Muon(torch.optim.Optimizer):
                 momentum, gradient = self.state[parameters[i]]["momentum"], parameters[i].grad
                 assert gradient is not None
                 momentum.lerp_(gradient, 1 - group["momentum"])
-                heading.append(gradient.lerp(momentum, group["momentum"]))
+                heading.append(whole(gradient.lerp(momentum, group["momentum"])))
             matrices = torch.stack(heading).view(-1, shape[0] // group["parts"], shape[1]).to(self.dtype)
             updates |= dict(zip(places, orthogonalise(matrices).reshape(-1, *shape), strict=True))
         return [updates[i] for i in range(len(parameters))]
+
+
+def _like(update: Tensor, p: Tensor) -> Tensor:
+    """A whole update in shares as those of `p`; every process has the same one, so that nothing is sent."""
+    if not isinstance(p, DTensor):
+        return update
+    return DTensor.from_local(update, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False).redistribute(
+        placements=p.placements
+    )
 
 
 def orthogonalise(matrices: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n rows columns"]:

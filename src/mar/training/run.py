@@ -8,13 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from PIL import Image
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
 from mar import runtime
 from mar.checkpoint import official
 from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState
-from mar.config import ConfigError, ModelConfig, TrainConfig, to_dict
+from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
 from mar.data.latents import LatentSource
 from mar.data.loader import in_order
 from mar.data.sources import Source, open_data
@@ -26,12 +32,14 @@ from mar.sampling.generate import BrokenLatents
 from mar.tokenizer import PixelTokenizer, Tokenizer
 from mar.tokenizer.moments import fingerprint, measure_moments
 from mar.tokenizer.statistics import measure
-from mar.training.log import RunLog
+from mar.training.engine import whole_state
+from mar.training.log import Log
 from mar.training.loop import Progress, Run
 
 RUN_FILE = "run.json"
 # Settings that may change when a run is resumed: they do not touch what has been learned so far.
 _FREE = {"images", "decay", "workers", "save_every", "sample_every", "log_every", "keep", "sampling"}
+_FREE |= {"strategy", "accumulate", "recompute", "compile"}
 # Settings of a model that may differ from those of the weights it starts from.
 _LEARNING = {"classes", "label_drop", "attention_dropout", "projection_dropout", "mask_ratio_min"}
 
@@ -74,7 +82,8 @@ def _check_same(config: TrainConfig, folder: Path) -> bool:
     path = folder / RUN_FILE
     if not path.is_file():
         return False
-    before, now = json.loads(path.read_text(encoding="utf-8")), to_dict(config)
+    saved = from_dict(TrainConfig, json.loads(path.read_text(encoding="utf-8")))  # older ones lack some settings
+    before, now = to_dict(saved), to_dict(config)
     different = [f"{k} {before.get(k)} -> {now[k]}" for k in now if k not in _FREE and before.get(k) != now[k]]
     if different:
         raise ConfigError(
@@ -169,8 +178,8 @@ def adopt_official(run: Run, path: Path) -> None:
     if read.optimizer is None or read.raw is None or read.ema is None or read.epoch is None:
         raise ConfigError(f"{path} has no optimizer and epoch to go on with; start from its weights with --init {path}")
     try:
-        run.model.load_state_dict(read.raw)
-        run.ema.model.load_state_dict(read.ema)
+        for model, weights in ((run.model, read.raw), (run.ema.model, read.ema)):
+            set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ConfigError(f"{path} is of another model than this run's ({reason}); choose its recipe") from None
@@ -183,9 +192,9 @@ def adopt_official(run: Run, path: Path) -> None:
 
 
 def pipeline(run: Run, weights: str = "ema") -> Pipeline:
-    """The run as it stands, ready to draw; `weights` are ema or raw."""
+    """The run as it stands, ready to draw, on every process; `weights` are ema or raw."""
     model = MAR(run.config.model).to(run.device)
-    model.load_state_dict((run.ema.model if weights == "ema" else run.model).state_dict())
+    model.load_state_dict(whole_state((run.ema.model if weights == "ema" else run.model).state_dict()))
     notes = {"images": run.progress.images, "steps": run.progress.step, "data": run.config.data}
     return Pipeline(
         model,
@@ -198,23 +207,38 @@ def pipeline(run: Run, weights: str = "ema") -> Pipeline:
 
 
 def export(run: Run) -> list[Path]:
-    """Writes the run's EMA and raw weights as files to use."""
+    """Writes the run's EMA and raw weights as files to use; every process takes part, the first writes."""
     paths = {"ema": run.folder / "model.safetensors", "raw": run.folder / "model-raw.safetensors"}
     for weights, path in paths.items():
-        pipeline(run, weights).save(path)
+        whole = pipeline(run, weights)
+        if runtime.rank() == 0:
+            whole.save(path)
     return list(paths.values())
 
 
-def snapshot(run: Run, log: RunLog) -> None:
-    """Exports the weights and draws a grid of every class (at most ten); a broken grid is reported, not fatal."""
+def snapshot(run: Run, log: Log) -> None:
+    """Exports the weights and draws a grid of every class (at most ten), each process its share of the pictures.
+
+    A broken grid is reported, not fatal.
+    """
     export(run)
     drawer = pipeline(run)
     classes = min(run.config.model.classes, 10)
     labels: list[Any] = [label for _ in range(4) for label in range(classes)] or [None] * 16
+    rank, world = runtime.rank(), runtime.world_size()
+    mine = range(len(labels) * rank // world, len(labels) * (rank + 1) // world)
+    drawn: list[Image.Image] | str = []
+    try:
+        drawn = drawer.sample([labels[i] for i in mine], list(mine))
+    except BrokenLatents as error:
+        drawn = str(error)
+    shares: list[list[Image.Image] | str] = runtime.gather(drawn)
+    if rank != 0:
+        return
+    if broken := [share for share in shares if isinstance(share, str)]:
+        log.note(f"no samples yet: {broken[0]}")
+        return
     path = run.folder / "samples" / f"{run.progress.images:012d}.png"
     path.parent.mkdir(exist_ok=True)
-    try:
-        grid(drawer.sample(labels), columns=classes or 4).save(path)
-        log.note(f"drew {path}")
-    except BrokenLatents as error:
-        log.note(f"no samples yet: {error}")
+    grid([picture for share in shares for picture in share if not isinstance(picture, str)], classes or 4).save(path)
+    log.note(f"drew {path}")

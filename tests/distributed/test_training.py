@@ -1,0 +1,151 @@
+"""Two processes learn what one does: by DDP and by FSDP, whole or in parts, and each goes on with the other's state."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from tiny import open_tiny, pictures, train_config
+from torch.distributed.tensor import DTensor
+
+from mar.config import ConfigError, TrainConfig
+from mar.training.engine import whole_state
+from mar.training.log import Log, RunLog
+from mar.training.loop import Hook, Run, train
+from mar.training.run import snapshot
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+STILL = {"attention_dropout": 0.0, "projection_dropout": 0.0}
+
+
+def settings(data: Path, **changes: Any) -> TrainConfig:
+    """Eight pictures a step for four steps, without dropout, which processes draw each for itself."""
+    config = train_config(data, images=32, batch=8, lr=0.05, **changes)
+    model = {**vars(config.model), **STILL}
+    return TrainConfig(**{**vars(config), "model": type(config.model)(**model)})
+
+
+def go(config: TrainConfig, folder: Path, watch: Callable[[Run], None] | None = None) -> Run:
+    run = open_tiny(config, folder)
+    first = not dist.is_initialized() or dist.get_rank() == 0
+    log = RunLog(folder, config.images, run.progress.images) if first else Log()
+    if watch is not None:
+        run.hooks.append(Hook(8, watch))
+    try:
+        train(run, log)
+    finally:
+        log.close()
+    return run
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    both = {"raw": run.model, "ema": run.ema.model}
+    return {f"{which}.{name}": t for which, m in both.items() for name, t in whole_state(m.state_dict()).items()}
+
+
+def join(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world)
+
+
+def learn(rank: int, world: int, folder: Path, config: TrainConfig) -> None:
+    """What one of `world` processes does; the first leaves the weights in a file."""
+    join(rank, world, folder)
+    try:
+        run = go(config, folder / "run")
+        shared = config.strategy == "fsdp"
+        assert all(isinstance(p, DTensor) == shared for p in run.model.parameters())
+        held = weights(run)
+        if rank == 0:
+            torch.save(held, folder / "weights.pt")
+        snapshot(run, Log())  # in which every process takes part, and which exports
+    finally:
+        dist.destroy_process_group()
+
+
+def together(folder: Path, config: TrainConfig, world: int = 2) -> dict[str, torch.Tensor]:
+    folder.mkdir(exist_ok=True)
+    (folder / "rendezvous").unlink(missing_ok=True)
+    mp.spawn(learn, (world, folder, config), nprocs=world)
+    held: dict[str, torch.Tensor] = torch.load(folder / "weights.pt", weights_only=True)
+    return held
+
+
+def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert set(a) == set(b)
+    return max(float((a[name] - b[name]).abs().max() / b[name].abs().max().clamp(min=1e-3)) for name in a)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """What one process learns."""
+    return weights(go(settings(data), tmp_path_factory.mktemp("alone")))
+
+
+@pytest.mark.parametrize(("strategy", "optimizer"), [("ddp", "adamw"), ("fsdp", "muon")])
+def test_two_processes_learn_what_one_does(data: Path, tmp_path: Path, strategy: str, optimizer: str) -> None:
+    expected = weights(go(settings(data, optimizer=optimizer), tmp_path / "alone"))
+    config = settings(data, strategy=strategy, optimizer=optimizer)
+    assert furthest(together(tmp_path / "two", config), expected) < 2e-4
+    folder = tmp_path / "two" / "run"
+    exported = load_file(folder / "model.safetensors")
+    assert all(torch.equal(exported[f"model.{n[4:]}"], t)
+               for n, t in torch.load(tmp_path / "two/weights.pt", weights_only=True).items()
+               if n.startswith("ema."))  # fmt: skip
+    assert [path.name for path in (folder / "samples").iterdir()] == ["000000000032.png"]
+
+
+def test_parts_and_recomputing_change_nothing(data: Path, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
+    for changes in ({"accumulate": 4}, {"recompute": True}):
+        got = weights(go(settings(data, **changes), tmp_path / next(iter(changes))))
+        assert furthest(got, alone) < 1e-4, changes
+    parts = together(tmp_path / "two", settings(data, strategy="fsdp", accumulate=2, recompute=True))
+    assert furthest(parts, alone) < 2e-4
+
+
+def test_a_run_goes_on_with_other_processes_and_another_strategy(
+    data: Path, tmp_path: Path, alone: dict[str, torch.Tensor]
+) -> None:
+    half = TrainConfig(**{**vars(settings(data)), "images": 16})
+    go(half, tmp_path / "run")
+    for strategy, images in (("fsdp", 24), ("ddp", 32)):
+        changes = {**vars(half), "strategy": strategy, "images": images}
+        got = together(tmp_path, TrainConfig(**changes))
+    assert furthest(got, alone) < 2e-4
+
+
+def test_a_batch_that_does_not_divide_is_refused(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="batch is 8, but it must be a multiple of 3: 1 process"):
+        open_tiny(settings(data, accumulate=3), tmp_path)
+
+
+def interrupted(rank: int, folder: Path, config: TrainConfig) -> None:
+    join(rank, 2, folder)
+
+    def stop(run: Run) -> None:
+        if rank == 1 and run.progress.images == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        assert go(config, folder / "run", stop).progress.images == 16  # both stop, though one alone was told to
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_signal_to_one_process_stops_and_saves_all(data: Path, tmp_path: Path) -> None:
+    mp.spawn(interrupted, (tmp_path, settings(data)), nprocs=2)
+    assert (tmp_path / "run/state-000000000016").is_dir()
