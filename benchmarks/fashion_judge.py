@@ -300,8 +300,9 @@ class Report:
 
     @property
     def ratio(self) -> float:
-        """Distance of the pictures over that of the first draw of real training pictures."""
-        return self.distance / self.real_distances[0]
+        """Distance of the pictures over that of the first draw of real training pictures; inf where that is 0."""
+        real = self.real_distances[0]
+        return self.distance / real if real else np.inf
 
     @property
     def worst(self) -> float:

@@ -54,7 +54,8 @@ def save(path: str | os.PathLike[str], header: Header, tensors: Mapping[str, Ten
     """Writes a file of weights, whole or not at all. CheckpointError where the disk refuses, or tensors don't fit."""
     path = Path(path)
     _check_fit(path, header.model, {name: tensor.shape for name, tensor in tensors.items()})
-    metadata = {"format": "pt", _KEY: json.dumps({"format": FORMAT, **to_dict(header)})}
+    # One entry alone: safetensors writes several in an order that changes from call to call.
+    metadata = {_KEY: json.dumps({"format": FORMAT, **to_dict(header)})}
     stored = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:

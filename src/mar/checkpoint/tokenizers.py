@@ -59,7 +59,8 @@ def _load_autoencoder(path: str | Path, subfolder: str | None, local_files_only:
         kind = config.get("_class_name")
         if kind != "AutoencoderKL":
             raise ValueError(f"tokenizer: {path} holds a diffusers {kind}, expected an AutoencoderKL")
-        return AutoencoderKL.from_pretrained(path, use_safetensors=True, **where)
+        # Without low_cpu_mem_usage diffusers does not ask, in five lines, for a library that it would save memory with.
+        return AutoencoderKL.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False, **where)
     except OSError as error:  # no such folder or repository, files missing, no network
         reason = " ".join(str(error).split())
         raise ValueError(f"tokenizer: can't load a diffusers autoencoder from {path}: {reason}") from error

@@ -85,7 +85,7 @@ def _train(options: TrainOptions, device: torch.device) -> int:
     try:
         with one_voice():
             if options.eval_every:
-                run.hooks.append(Hook(options.eval_every, _evaluation(options, device, log)))
+                run.hooks.append(Hook(options.eval_every, _evaluation(options, run, log)))
             finished = run_to_end(run, log)
     finally:
         log.close()
@@ -127,15 +127,16 @@ def _tell(run: Run, finished: bool, skipped: int) -> None:
     print(f"{run.folder / 'model.safetensors'} (EMA) and model-raw.safetensors; draw: mar sample {run.folder}")
 
 
-def _evaluation(options: TrainOptions, device: torch.device, log: Log) -> Callable[[Run], None]:
+def _evaluation(options: TrainOptions, run: Run, log: Log) -> Callable[[Run], None]:
     """What judges a run's EMA and raw weights and writes the numbers to its log; broken pictures are no error there."""
     from mar.evaluation.features import open_extractor
     from mar.evaluation.online import Online
     from mar.sampling.generate import BrokenLatents
     from mar.training.run import pipeline
 
-    extractor = open_extractor(options.eval_features, options.eval_weights).to(device)
+    extractor = open_extractor(options.eval_features, options.eval_weights).to(run.device)
     judge = Online(extractor, options.eval_reference or options.config.data, options.eval_count)
+    judge.measure(pipeline(run).image_size)  # what is wrong with it is wrong before hours of training, too
 
     def evaluate(run: Run) -> None:
         for weights in ("ema", "raw"):

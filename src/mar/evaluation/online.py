@@ -29,17 +29,22 @@ class Online:
             raise ValueError(f"pictures of an evaluation: got {self.count}, expected at least 2")
         self.measured: Statistics | None = None
 
-    def __call__(self, model: Pipeline) -> Report:
-        """The report on what `model` draws with its own sampling settings. BrokenLatents where that is no picture."""
+    def measure(self, size: tuple[int, int]) -> Statistics:
+        """The reference, at `size` (height, width); measured or read the first time."""
         if self.measured is None:
             split = "test" if is_statistics(self.reference) or has_test_split(self.reference) else "train"
             self.measured = open_reference(
-                self.reference, self.extractor, Wanted(), split=split, size=model.image_size, batch=self.batch
+                self.reference, self.extractor, Wanted(), split=split, size=size, batch=self.batch
             )
+        return self.measured
+
+    def __call__(self, model: Pipeline) -> Report:
+        """The report on what `model` draws with its own sampling settings. BrokenLatents where that is no picture."""
+        reference = self.measure(model.image_size)
         plan = Plan.total(self.count, list(range(model.model.config.classes)) or [-1])
         pictures = DrawnPictures(model, plan, name="the run's model")
         found = collect(pictures, self.extractor, batch=self.batch)
-        return compare(found, self.measured, self.extractor, Wanted())
+        return compare(found, reference, self.extractor, Wanted())
 
 
 def has_test_split(data: str) -> bool:

@@ -71,6 +71,12 @@ def test_half_precision_and_transposed_tensors_come_back(tmp_path: Path) -> None
     assert bits(store.load(tmp_path / "m")[1]) == bits(stored)
 
 
+def test_the_same_weights_are_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+    for number in range(8):
+        store.save(tmp_path / str(number), HEADER, tensors())
+        assert (tmp_path / str(number)).read_bytes() == saved.read_bytes()
+
+
 def test_it_is_plain_safetensors_that_others_can_read(saved: Path) -> None:
     assert set(load_file(saved)) == set(tensors())
     assert saved.stat().st_mode & stat.S_IROTH  # not only by its owner
