@@ -73,10 +73,9 @@ FASHION = TrainConfig(
     save_every=20_000,
     sample_every=20_000,
 )
-"""3.5 million parameters on 10,000 pictures of Fashion-MNIST in raw pixels, 4x4 patches; the loss ends near 0.23.
+"""3.5 million parameters on 10,000 pictures of Fashion-MNIST in raw pixels, 4x4 patches; the loss ends near 0.20.
 
-The bundled model saw 185,000 pictures in 89 minutes on one core. It was first planned for 135,000, its learning rate
-had fallen to zero there, and it was then resumed with this length: the log shows the rate rise and fall again.
+The bundled model is this recipe with `precision="bf16"`: 210,000 pictures in 77 minutes on one core that has bfloat16.
 """
 
 RECIPES: dict[str, TrainConfig] = {

@@ -7,6 +7,7 @@ diffusion state and its coefficients in float32. Never float16.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import time
@@ -139,6 +140,7 @@ def process_group(device: str | None = None) -> Iterator[torch.device]:
     finally:
         _MEETINGS.pop()
         if joined():
+            gc.collect()  # a DDP that outlived its group would end it while gloo's thread waits for Python: for ever
             dist.destroy_process_group()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,25 +53,33 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
     return {f"{which}.{name}": t for which, m in both.items() for name, t in whole_state(m.state_dict()).items()}
 
 
-def join(rank: int, world: int, folder: Path) -> None:
+@contextmanager
+def joined(rank: int, world: int, folder: Path) -> Iterator[None]:
+    """What is within must keep no run: a DDP that outlives its group may end it while gloo waits for Python."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world)
+    try:
+        yield
+    finally:
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def learn(rank: int, world: int, folder: Path, config: TrainConfig) -> None:
     """What one of `world` processes does; the first leaves the weights in a file."""
-    join(rank, world, folder)
-    try:
-        run = go(config, folder / "run")
-        shared = config.strategy == "fsdp"
-        assert all(isinstance(p, DTensor) == shared for p in run.model.parameters())
-        held = weights(run)
-        if rank == 0:
-            torch.save(held, folder / "weights.pt")
-        snapshot(run, Log())  # in which every process takes part, and which exports
-    finally:
-        dist.destroy_process_group()
+    with joined(rank, world, folder):
+        watched(rank, folder, config)
+
+
+def watched(rank: int, folder: Path, config: TrainConfig) -> None:
+    run = go(config, folder / "run")
+    shared = config.strategy == "fsdp"
+    assert all(isinstance(p, DTensor) == shared for p in run.model.parameters())
+    held = weights(run)
+    if rank == 0:
+        torch.save(held, folder / "weights.pt")
+    snapshot(run, Log())  # in which every process takes part, and which exports
 
 
 def together(folder: Path, config: TrainConfig, world: int = 2) -> dict[str, torch.Tensor]:
@@ -134,16 +144,12 @@ def test_a_batch_that_does_not_divide_is_refused(data: Path, tmp_path: Path) -> 
 
 
 def interrupted(rank: int, folder: Path, config: TrainConfig) -> None:
-    join(rank, 2, folder)
-
     def stop(run: Run) -> None:
         if rank == 1 and run.progress.images == 16:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    try:
+    with joined(rank, 2, folder):
         assert go(config, folder / "run", stop).progress.images == 16  # both stop, though one alone was told to
-    finally:
-        dist.destroy_process_group()
 
 
 def test_a_signal_to_one_process_stops_and_saves_all(data: Path, tmp_path: Path) -> None:
