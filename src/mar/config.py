@@ -208,7 +208,7 @@ def _typed(hint: Any, value: Any) -> Any:
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value)
-    return tuple(value) if typing.get_origin(hint) is tuple else value
+    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ VERBS = {
     "train": ("mar.cli.learn", "train a model; the same command resumes"),
     "convert": ("mar.cli.weights", "official weights -> ours, and back"),
     "download": ("mar.cli.weights", "fetch the official weights and tokenizer"),
-    "tokenizer": ("mar.cli.tokenizers", "measure the statistics of a tokenizer"),
+    "tokenizer": ("mar.cli.tokenizers", "train a tokenizer on your pictures, or measure one"),
     "info": ("mar.cli.weights", "this machine, and what a checkpoint holds"),
 }
 

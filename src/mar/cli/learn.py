@@ -72,6 +72,7 @@ def _options(arguments: Sequence[str]) -> TrainOptions:
 
 def _train(options: TrainOptions, device: torch.device) -> int:
     from mar import runtime
+    from mar.training.checks import check_tokenizer
     from mar.training.log import Log, RunLog
     from mar.training.loop import Hook
     from mar.training.loop import train as run_to_end
@@ -86,6 +87,7 @@ def _train(options: TrainOptions, device: torch.device) -> int:
         with one_voice():
             if options.eval_every:
                 run.hooks.append(Hook(options.eval_every, _evaluation(options, run, log)))
+            check_tokenizer(run, log)
             finished = run_to_end(run, log)
     finally:
         log.close()

@@ -1,15 +1,22 @@
-"""`mar tokenizer stats`: the mean and standard deviation of a tokenizer's latents."""
+"""`mar tokenizer train` and `mar tokenizer stats`: a tokenizer of one's own, and the statistics of any."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from mar.cli.options import parse
+from mar.training.tokenizer_config import TokenizerTrainConfig
+
+if TYPE_CHECKING:
+    from mar.tokenizer import KLTokenizer
+    from mar.tokenizer.roundtrip import RoundTrip
+    from mar.training.tokenizer import TokenizerRun
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,39 @@ class TokenizerOptions:
     """Measure on so many pictures only."""
 
 
+@dataclass(frozen=True)
+class TokenizerTrainOptions:
+    """Trains an autoencoder on pictures, for `mar train --tokenizer OUT`. The same command goes on where it stopped."""
+
+    out: Path = Path("runs/tokenizer")
+    """Folder of the run; at its end, of the tokenizer."""
+    config: Annotated[TokenizerTrainConfig, tyro.conf.arg(name="")] = field(default_factory=TokenizerTrainConfig)
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+
+USAGE = """\
+usage: mar tokenizer train DATA --out FOLDER [OPTIONS]      an autoencoder of your own, from your pictures
+       mar tokenizer stats TOKENIZER --data DATA ...        mean and standard deviation of a tokenizer's latents
+
+mar tokenizer train --help and mar tokenizer stats --help tell all options
+"""
+
+
 def tokenizer(arguments: Sequence[str]) -> int:
-    """`mar tokenizer stats`."""
+    """`mar tokenizer train` or `mar tokenizer stats`."""
+    if list(arguments) in (["-h"], ["--help"]):
+        print(USAGE, end="")
+        return 0
+    if arguments and arguments[0] == "train":
+        return _train(arguments[1:])
+    if not arguments or arguments[0] != "stats":
+        got = repr(arguments[0]) if arguments else "nothing"
+        raise ValueError(f"got {got} after `mar tokenizer`, expected train or stats")
+    return _stats(arguments)
+
+
+def _stats(arguments: Sequence[str]) -> int:
     options = parse(TokenizerOptions, "tokenizer", arguments)
     from mar import zoo
     from mar.checkpoint.tokenizers import save_statistics
@@ -52,3 +90,55 @@ def tokenizer(arguments: Sequence[str]) -> int:
         found.set_statistics(statistics.mean, statistics.std)
         print(f"kept in {save_statistics(found, options.tokenizer)}")
     return 0
+
+
+def _train(arguments: Sequence[str]) -> int:
+    named = bool(arguments) and not arguments[0].startswith("-")
+    default = TokenizerTrainOptions(config=TokenizerTrainConfig(arguments[0]) if named else TokenizerTrainConfig())
+    rest = arguments[1:] if named else arguments
+    if "-h" in rest or "--help" in rest:
+        print("mar tokenizer train DATA --out FOLDER ...\n")
+    options = parse(TokenizerTrainOptions, "tokenizer train", rest, default)
+    from mar import runtime
+    from mar.training.learner import Hook
+    from mar.training.log import RunLog
+    from mar.training.loop import train
+    from mar.training.tokenizer import finish, judge, open_tokenizer_run
+
+    device = runtime.choose_device(options.device)
+    run = open_tokenizer_run(options.config, options.out, device=device, load_network=_network)
+    log = RunLog(run.folder, options.config.images, run.progress.images)
+    run.hooks.append(Hook(options.config.sample_every, lambda at: judge(at, log)))
+    try:
+        finished = train(run, log)
+        result = finish(run, log) if finished else None
+    finally:
+        log.close()
+    if result is None:
+        print(f"stopped and saved at {run.progress.images:,} images; the same command goes on", file=sys.stderr)
+        return 130
+    _tell(run, *result)
+    return 0
+
+
+def _network() -> Any:
+    """EfficientNet-Lite0, from the package that holds its weights."""
+    from mar.evaluation.features.efficientnet import efficientnet_lite0
+
+    return efficientnet_lite0().module.network
+
+
+def _tell(run: TokenizerRun, tokenizer: KLTokenizer, found: RoundTrip) -> None:
+    """What came of it, and how to go on."""
+    height, width = run.config.size
+    cells = height // tokenizer.stride, width // tokenizer.stride
+    before = height * width * tokenizer.image_channels
+    after = cells[0] * cells[1] * tokenizer.channels
+    print(f"PSNR {found.psnr:.2f} dB on {found.pictures:,} held-out pictures")
+    print(f"{before:,} values in, {after:,} out: {before / after:.1f} times fewer")
+    print(f"{cells[0] * cells[1]} tokens of {tokenizer.channels} values with --model.patch 1")
+    grid = f"--model.grid {cells[0]} {cells[1]}"
+    print(
+        f"train on it: mar train fashion --data {run.config.data} --tokenizer {run.folder} "
+        f"--model.channels {tokenizer.channels} {grid} --model.patch 1"
+    )

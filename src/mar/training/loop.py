@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,9 +31,12 @@ from mar.tokenizer import Tokenizer
 from mar.tokenizer.moments import to_posterior
 from mar.training import engine
 from mar.training.ema import EMA
+from mar.training.learner import Hook, Learner, Progress
 from mar.training.log import Log
 from mar.training.loss import DiffusionLoss, draw_step
 from mar.training.optim import learning_rate, make_optimizers
+
+__all__ = ["Hook", "Learner", "Progress", "Run", "TrainingError", "descend", "posterior_noise", "train"]
 
 PATIENCE = 50
 """Non-finite steps in a row after which a run stops."""
@@ -43,28 +46,6 @@ _POSTERIOR = 2  # key of the posterior's noise, beside those of the loss's draws
 
 class TrainingError(ValueError):
     """A run that can't go on: one line that says why and what to do."""
-
-
-@dataclass
-class Progress:
-    """How far a run has come."""
-
-    step: int = 0
-    images: int = 0
-    skipped_steps: int = 0
-    """Steps whose loss or gradient was not finite."""
-    skipped_in_a_row: int = 0
-    seconds: float = 0.0
-    """Time spent in steps, over all sessions of the run."""
-
-
-@dataclass(frozen=True)
-class Hook:
-    """What a run does now and then beside learning; it must not change the run."""
-
-    every: int
-    """Images between calls; 0 never calls."""
-    call: Callable[[Run], None]
 
 
 @dataclass
@@ -79,6 +60,7 @@ class Run:
     device: torch.device
     progress: Progress = field(default_factory=Progress)
     hooks: list[Hook] = field(default_factory=list)
+    parts: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tokenizer.to(self.device).eval()
@@ -114,11 +96,21 @@ class Run:
         """Stores the state."""
         self.store.save(self.progress.images, self.state_dict(), self.config.keep)
 
+    def batches(self) -> Iterator[Batch]:
+        """This process's batches, from where the run has come to."""
+        return _batches(self)
 
-def train(run: Run, log: Log) -> bool:
+    def step(self, batch: Batch) -> tuple[float, float]:
+        """One step of the optimizers. Returns this process's loss, and the norm."""
+        seed = runtime.generator(self.config.seed, 3, self.progress.step, runtime.rank()).initial_seed()
+        torch.manual_seed(seed)  # dropout
+        return backward(self, batch), descend(self)
+
+
+def train(run: Learner, log: Log) -> bool:
     """Trains to the end of the run. Returns False where Ctrl-C or SIGTERM stopped it: the state is saved then."""
     config, progress = run.config, run.progress
-    loader = _batches(run)
+    loader = run.batches()
     window: list[float] = []
     since, begun = progress.images, time.monotonic()
     with _stop_signals() as stopped:
@@ -127,7 +119,7 @@ def train(run: Run, log: Log) -> bool:
             before = progress.images
             batch = next(loader)
             log.skipped_pictures.update(batch.skipped)
-            loss, norm = step(run, batch)
+            loss, norm = run.step(batch)
             progress.seconds += time.monotonic() - tick
             if math.isfinite(loss):
                 window.append(loss)
@@ -143,6 +135,7 @@ def train(run: Run, log: Log) -> bool:
                     images_per_second=(progress.images - since) / seconds,
                     skipped_steps=progress.skipped_steps,
                     seconds=round(progress.seconds, 1),
+                    **run.parts,
                 )
                 window, since, begun = [], progress.images, time.monotonic()
             if _due(before, progress.images, config.save_every):
@@ -166,8 +159,8 @@ def _due(before: int, now: int, every: int) -> bool:
     return every > 0 and before // every < now // every
 
 
-def step(run: Run, batch: Batch) -> tuple[float, float]:
-    """One step of the optimizers, or none where the gradient is not finite. Returns this process's loss, and the norm.
+def descend(run: Learner) -> float:
+    """One step of the optimizers, or none where the gradient is not finite. Returns its norm.
 
     All processes have the same gradient, and so take the same steps.
     """
@@ -176,8 +169,6 @@ def step(run: Run, batch: Batch) -> tuple[float, float]:
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
-    torch.manual_seed(runtime.generator(config.seed, 3, progress.step, runtime.rank()).initial_seed())  # dropout
-    loss = backward(run, batch)
     norm = engine.whole(nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)).item()
     finite = math.isfinite(norm)
     if finite:
@@ -188,7 +179,7 @@ def step(run: Run, batch: Batch) -> tuple[float, float]:
     if finite:
         run.ema.update(run.model, progress.step - progress.skipped_steps)
     _count(progress, finite)
-    return loss, norm
+    return norm
 
 
 def backward(run: Run, batch: Batch) -> float:
@@ -229,12 +220,13 @@ def encode(run: Run, batch: Batch) -> Tensor:
         posterior = run.tokenizer.encode(batch.images.to(run.device))
     if run.tokenizer.deterministic:
         return posterior.mean
-    shape = posterior.mean.shape[1:]
-    noises = [
-        torch.randn(shape, generator=runtime.generator(run.config.seed, _POSTERIOR, position))
-        for position in batch.positions.tolist()
-    ]
-    return posterior.sample(torch.stack(noises).to(run.device))
+    return posterior.sample(posterior_noise(posterior.mean, run.config.seed, batch.positions))
+
+
+def posterior_noise(like: Tensor, seed: int, positions: Tensor) -> Tensor:
+    """Standard normal noise for latents (n, c, h, w) such as `like`, each keyed by its place in the order."""
+    generators = (runtime.generator(seed, _POSTERIOR, position) for position in positions.tolist())
+    return torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators]).to(like.device)
 
 
 def autocast(device: torch.device, precision: str) -> Any:

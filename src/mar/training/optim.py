@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +36,13 @@ def _adamw(named: Sequence[tuple[str, Tensor]], config: TrainConfig) -> torch.op
         {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
         {"params": [p for name, p in named if decays(name, p)], "weight_decay": config.weight_decay},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=config.scaled_lr, betas=(config.beta1, config.beta2))
-    for _, p in named:
+    return ready_adamw(groups, config.scaled_lr, (config.beta1, config.beta2))
+
+
+def ready_adamw(groups: Sequence[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """AdamW whose state is there before its first step, to be saved and filled."""
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas)
+    for p in (p for group in groups for p in group["params"]):
         # What AdamW makes at its first step. PyTorch's functions that read and write an optimizer's state take one that
         # has none through a step with gradients of zero, and that step would count in the correction of the moments.
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -61,7 +67,22 @@ def _muon(named: Sequence[tuple[str, Tensor]], config: TrainConfig) -> Muon:
     return Muon(groups, config.scaled_lr, factor=config.muon_factor, dtype=dtype)
 
 
-def learning_rate(config: TrainConfig, images: int) -> float:
+class Pace(Protocol):
+    """The settings by which a learning rate follows the images seen (`TrainConfig` tells what they are)."""
+
+    @property
+    def images(self) -> int: ...
+    @property
+    def batch(self) -> int: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def decay(self) -> int: ...
+    @property
+    def scaled_lr(self) -> float: ...
+
+
+def learning_rate(config: Pace, images: int) -> float:
     """The rate of the step that begins after `images`: linear warm-up, constant, linear decay."""
     rise = (images + config.batch) / config.warmup if config.warmup else 1.0
     fall = (config.images - images) / config.decay if config.decay else 1.0

@@ -56,7 +56,7 @@ def open_run(
 
     ConfigError where the folder holds another run, the data is not what the model is for, or a tokenizer's latents.
     """
-    resumed = _check_same(config, folder) and bool(RunState(folder).states())
+    resumed = check_same(config, folder) and bool(RunState(folder).states())
     source = open_data(config.data)
     classes = len(source.classes)
     if config.model.classes not in (0, classes):
@@ -71,18 +71,19 @@ def open_run(
         initialise_from(model, load_model(config.init).model)
     run = Run(config, folder, source, tokenizer, model, device)
     run.resume()
-    if runtime.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / RUN_FILE, json.dumps(to_dict(config), indent=1))
+    keep_settings(config, folder)
     return run
 
 
-def _check_same(config: TrainConfig, folder: Path) -> bool:
+def check_same(config: Any, folder: Path) -> bool:
     """Whether `folder` holds this run already; ConfigError where it holds another."""
     path = folder / RUN_FILE
     if not path.is_file():
         return False
-    saved = from_dict(TrainConfig, json.loads(path.read_text(encoding="utf-8")))  # older ones lack some settings
+    try:
+        saved = from_dict(type(config), json.loads(path.read_text(encoding="utf-8")))  # older ones lack some settings
+    except ConfigError as error:
+        raise ConfigError(f"{folder} holds a run of another kind or version ({error}); use another folder") from error
     before, now = to_dict(saved), to_dict(config)
     different = [f"{k} {before.get(k)} -> {now[k]}" for k in now if k not in _FREE and before.get(k) != now[k]]
     if different:
@@ -91,6 +92,13 @@ def _check_same(config: TrainConfig, folder: Path) -> bool:
             "use its settings to go on with it, or another folder for a new one"
         )
     return True
+
+
+def keep_settings(config: Any, folder: Path) -> None:
+    """Notes in `folder` which run it holds, on the first process."""
+    if runtime.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / RUN_FILE, json.dumps(to_dict(config), indent=1))
 
 
 def _tokenizer(
