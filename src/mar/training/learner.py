@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -37,6 +37,7 @@ class Hook:
     """Gets the run."""
 
 
+@runtime_checkable
 class Schedule(Pace, Protocol):
     """The settings of a run that `train` follows (`TrainConfig` tells what they are)."""
 
@@ -48,6 +49,7 @@ class Schedule(Pace, Protocol):
     def save_every(self) -> int: ...
 
 
+@runtime_checkable
 class Learner(Protocol):
     """What `train` brings to its end, step by step."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,7 @@ def _muon(named: Sequence[tuple[str, Tensor]], config: TrainConfig) -> Muon:
     return Muon(groups, config.scaled_lr, factor=config.muon_factor, dtype=dtype)
 
 
+@runtime_checkable
 class Pace(Protocol):
     """The settings by which a learning rate follows the images seen (`TrainConfig` tells what they are)."""
 

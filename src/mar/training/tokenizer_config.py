@@ -25,19 +25,19 @@ class TokenizerTrainConfig:
     """Pixels of a latent cell's side."""
     channels: int = 4
     """Channels of the latents."""
-    width: int = 32
+    width: int = 16
     """Features of the first stage, a multiple of 8; the second has twice, all others four times as many."""
     depth: int = 1
     """Residual blocks of a stage."""
-    images: int = 400_000
+    images: int = 200_000
     """Length of the run, in images seen."""
     batch: int = 32
     """Images per step."""
     lr: float = 8e-3
     """Learning rate for 256 images a step; the rate used is lr * batch / 256."""
-    warmup: int = 5_000
+    warmup: int = 3_000
     """Images over which the learning rate rises linearly from 0."""
-    decay: int = 100_000
+    decay: int = 50_000
     """Images at the end of the run over which the learning rate falls linearly to 0."""
     beta1: float = 0.9
     beta2: float = 0.99
