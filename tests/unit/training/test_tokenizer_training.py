@@ -1,0 +1,369 @@
+"""A tokenizer of one's own learns, goes on as if it had never stopped, and is one that others load."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import HEAD, noise, open_tiny, pictures, train_config
+from tiny import config as model_config
+from torch import nn
+
+from mar.checkpoint import state_tree
+from mar.checkpoint.tokenizers import load_tokenizer
+from mar.config import ConfigError, TrainConfig, from_dict, to_dict
+from mar.data.heldout import hold_out, spread
+from mar.data.loader import ImageBatch, in_order
+from mar.tokenizer import KLTokenizer, PixelTokenizer
+from mar.tokenizer.roundtrip import psnr, round_trip
+from mar.training.checks import check_tokenizer, wide_tokens
+from mar.training.log import Log, RunLog
+from mar.training.loop import Run, train
+from mar.training.run import open_run
+from mar.training.tokenizer import TokenizerRun, averaged, finish, judge, open_tokenizer_run
+from mar.training.tokenizer_config import TokenizerTrainConfig
+from mar.training.tokenizer_losses import PatchDiscriminator, PerceptualDistance, balance, hinge
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums are bitwise the same for one number of threads only."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("pictures"), 40)
+
+
+def settings(data: Path, **changes: Any) -> TokenizerTrainConfig:
+    """A run over `pictures` for six steps: 8x8 pixels to 4x4 cells of three values."""
+    own: dict[str, Any] = {
+        "data": str(data), "image_size": 8, "colours": 1, "stride": 2, "channels": 3, "width": 8, "images": 24,
+        "batch": 4, "lr": 0.3, "warmup": 8, "decay": 8, "ema": 0.9, "log_every": 1, "sample_every": 0, "seed": 3,
+    }  # fmt: skip
+    return TokenizerTrainConfig(**{**own, **changes})
+
+
+class Network(nn.Module):
+    """Named as EfficientNet-Lite0 names its parts, and tiny."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self._conv_stem, self._bn0, self._swish = nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU6()
+            self._blocks = nn.ModuleList(nn.Conv2d(4, 4, 3, padding=1) for _ in range(11))
+
+
+def opened(config: TokenizerTrainConfig, folder: Path) -> TokenizerRun:
+    return open_tokenizer_run(config, folder, device=CPU, load_network=Network)
+
+
+class Stopping(Log):
+    """Sends this process a signal after a number of images."""
+
+    def __init__(self, at: int | None, number: signal.Signals = signal.SIGINT) -> None:
+        super().__init__()
+        self.at, self.number = at, number
+        self.losses: dict[int, float] = {}
+
+    def advance(self, images: int, loss: float) -> None:
+        self.losses[images] = loss
+        if images == self.at:
+            os.kill(os.getpid(), self.number)
+
+
+class Told(Log):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notes: list[str] = []
+        self.numbers: dict[str, Any] = {}
+
+    def write(self, images: int, **numbers: Any) -> None:
+        self.numbers |= numbers
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+ALL = {"perceptual": 0.5, "adversarial": 0.7, "adversarial_start": 0.25}
+
+
+@pytest.mark.parametrize(
+    ("losses", "at", "number"), [({}, 4, signal.SIGTERM), (ALL, 16, signal.SIGINT)], ids=["plain", "all"]
+)
+def test_resume_is_bitwise(
+    data: Path, tmp_path: Path, losses: dict[str, float], at: int, number: signal.Signals
+) -> None:
+    config = settings(data, **losses)
+    whole = opened(config, tmp_path / "whole")
+    undisturbed = Stopping(None)
+    assert train(whole, undisturbed)
+    stopped, first = opened(config, tmp_path / "parts"), Stopping(at, number)
+    assert not train(stopped, first)
+    assert stopped.progress.images == at
+    resumed, second = opened(config, tmp_path / "parts"), Stopping(None)
+    torch.rand(7)  # whatever else happened in between
+    assert resumed.progress.images == at
+    assert train(resumed, second)
+    assert first.losses | second.losses == undisturbed.losses
+    ours, theirs = (state_tree.flatten(run.state_dict())[1] for run in (resumed, whole))
+    assert set(ours) == set(theirs)
+    assert {name.split("/")[0] for name in ours} >= {"model", "ema", "optimizer"}
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    if losses:
+        assert {"critic", "critic_optimizer"} <= {name.split("/")[0] for name in ours}
+        assert set(resumed.parts) == {"l1", "kl", "perceptual", "adversarial", "critic"}
+        assert all(math.isfinite(part) for part in resumed.parts.values())
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float, float]:
+    """A folder with a trained tokenizer, and the held-out pictures' PSNR before and after."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    run = opened(settings(data, images=480, batch=8, ema=0.95), folder)
+    log = RunLog(folder, run.config.images, 0)
+    before = judge(run, log)
+    assert train(run, log)
+    tokenizer, after = finish(run, log)
+    log.close()
+    assert tokenizer.measured
+    return folder, before.psnr, after.psnr
+
+
+def test_it_learns(trained: tuple[Path, float, float]) -> None:
+    folder, before, after = trained
+    assert after > before + 6
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["psnr"] for line in lines if "psnr" in line] == [before, after]
+    steps = [line for line in lines if "loss" in line]
+    assert len(steps) == 60
+    assert steps[-1]["l1"] < 0.5 * steps[0]["l1"]
+    assert all(line["loss"] >= line["l1"] for line in steps)
+    with Image.open(folder / "samples" / "000000000480.png") as sheet:
+        assert sheet.size == (2 * 8, 2 * 8)  # two of forty pictures are held out; originals above what came back
+
+
+def test_what_is_left_is_a_tokenizer_of_normalised_latents(trained: tuple[Path, float, float], data: Path) -> None:
+    folder, _, after = trained
+    tokenizer = load_tokenizer(folder)
+    assert isinstance(tokenizer, KLTokenizer)
+    assert (tokenizer.stride, tokenizer.channels, tokenizer.image_channels) == (2, 3, 1)
+    assert len(tokenizer.mean) == 3
+    run = opened(settings(data, images=480, batch=8, ema=0.95), folder)
+    assert run.progress.images == 480
+    kept = in_order(run.held_out, run.transform)
+    assert round_trip(tokenizer, kept).psnr == pytest.approx(after, abs=1e-3)
+    with torch.no_grad():
+        posterior = tokenizer.encode(torch.cat(list(in_order(run.source, run.transform))))
+    mean = posterior.mean.double()
+    spread_of = (mean.square().mean((0, 2, 3)) + posterior.std.double().square().mean((0, 2, 3))).sqrt()
+    torch.testing.assert_close(mean.mean((0, 2, 3)), torch.zeros(3).double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(spread_of, torch.ones(3).double(), atol=1e-4, rtol=0)
+
+
+def latents_config(data: Path, folder: Path, **changes: Any) -> TrainConfig:
+    small = model_config(channels=3, grid=(4, 4), patch=1, classes=2)
+    return train_config(data, tokenizer=str(folder), model=replace(small, **changes), images=8, lr=0.01)
+
+
+def latent_run(config: TrainConfig, folder: Path) -> Run:
+    def nothing(name: str) -> Any:
+        raise AssertionError(name)
+
+    return open_run(config, folder, device=CPU, load_tokenizer=load_tokenizer, load_model=nothing)
+
+
+def test_a_model_trains_on_it(trained: tuple[Path, float, float], data: Path, tmp_path: Path) -> None:
+    folder, _, _ = trained
+    run = latent_run(latents_config(data, folder), tmp_path)
+    assert torch.equal(run.tokenizer.std, load_tokenizer(folder).std)  # not measured anew
+    told = Told()
+    check_tokenizer(run, told)
+    assert told.notes[0].startswith("the tokenizer brings 8 pictures back with a PSNR of ")
+    assert told.numbers["tokenizer_psnr"] > 10
+    assert train(run, told)
+    assert math.isfinite(told.numbers["loss"])
+    again = Told()
+    check_tokenizer(run, again)  # it was tried when the run began
+    assert again.notes == []
+
+
+def test_a_poor_tokenizer_and_wide_tokens_are_warned_of(data: Path, tmp_path: Path) -> None:
+    poor = opened(settings(data, images=4), tmp_path / "poor")
+    assert train(poor, Log())
+    finish(poor, Log())
+    run = latent_run(latents_config(data, tmp_path / "poor", patch=4), tmp_path / "run")
+    told = Told()
+    check_tokenizer(run, told)
+    assert told.numbers["tokenizer_psnr"] < 20
+    assert "a token has 48 values, but the head is only 16 wide" in told.notes[0]
+    assert "less than 20 dB" in told.notes[2]
+    pixels, silent = open_tiny(train_config(data), tmp_path / "pixels"), Told()
+    check_tokenizer(pixels, silent)
+    assert silent.notes == []
+
+
+@pytest.mark.parametrize(("channels", "patch", "width", "warned"), [
+    (16, 1, 256, False), (32, 1, 256, False), (33, 1, 1023, True), (16, 2, 1024, False), (4, 4, 512, True),
+])  # fmt: skip
+def test_which_tokens_are_wide(channels: int, patch: int, width: int, warned: bool) -> None:
+    config = model_config(channels=channels, patch=patch, head=replace(HEAD, width=width))
+    assert (wide_tokens(config) is not None) == warned
+
+
+def test_psnr_is_of_pixels_from_minus_one_to_one() -> None:
+    images = noise(3, 1, 4, 4).clamp(-1, 1)
+    others = torch.stack([images[0] + 0.2, images[1] - 0.02, images[2]])
+    torch.testing.assert_close(psnr(images, others), torch.tensor([20.0, 40.0, 100.0]), atol=1e-3, rtol=0)
+    assert math.isnan(round_trip(PixelTokenizer(1, 0.0, 1.0), []).psnr)
+
+
+def test_held_out_pictures_are_never_learned_from(data: Path, tmp_path: Path) -> None:
+    source, kept = hold_out(str(data))
+    names = [{part[i].name for i in range(len(part))} for part in (source, kept)]
+    assert (len(source), len(kept)) == (38, 2)
+    assert not names[0] & names[1]
+    assert {kept[i].label for i in range(2)} == {0, 1}
+    assert source.classes == kept.classes == ("across", "down")
+    assert source.flips
+    few = [spread(source, count) for count in (3, 100)]
+    assert [len(part) for part in few] == [3, 38]
+    assert few[0][1].label != few[0][0].label or few[0][2].label != few[0][0].label
+    parted = tmp_path / "parted"
+    for name in ("train", "val"):
+        pictures(parted / name, 4)
+    source, kept = hold_out(parted)
+    assert (len(source), len(kept)) == (4, 4)
+    assert f"{os.sep}val{os.sep}" in kept[0].name
+    assert [len(part) for part in hold_out("fashion")] == [10_000, 2_000]
+    Image.new("L", (8, 8)).save(tmp_path / "one.png")
+    (tmp_path / "single").mkdir()
+    (tmp_path / "one.png").rename(tmp_path / "single" / "one.png")
+    with pytest.raises(ValueError, match="holds one picture, but one to learn from and one to judge by"):
+        hold_out(tmp_path / "single")
+
+
+def test_held_out_rows_of_one_table(tmp_path: Path) -> None:
+    import io
+
+    import pyarrow
+    from pyarrow import parquet
+
+    cells = []
+    for value in range(5):
+        file = io.BytesIO()
+        Image.fromarray(np.full((8, 8), 50 * value, np.uint8)).save(file, format="PNG")
+        cells.append({"bytes": file.getvalue(), "path": None})
+    parquet.write_table(pyarrow.table({"image": cells}), tmp_path / "all.parquet")
+    source, kept = hold_out(tmp_path / "all.parquet")
+    assert (len(source), len(kept)) == (4, 1)
+    assert int(np.asarray(kept[0].image)[0, 0]) == 200
+
+
+def test_a_step_without_finite_gradient_changes_nothing(data: Path, tmp_path: Path) -> None:
+    run = opened(settings(data, **ALL | {"adversarial_start": 0.0}), tmp_path)
+    before = {name: tensor.clone() for name, tensor in state_tree.flatten(run.state_dict())[1].items()}
+    batch = next(run.batches())
+    assert isinstance(batch, ImageBatch)
+    run.step(replace(batch, images=torch.full_like(batch.images, math.nan)))
+    assert run.progress.skipped_steps == 1
+    after = state_tree.flatten(run.state_dict())[1]
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    run.step(batch)
+    assert not torch.equal(before["model/decoder.conv_out.weight"], after["model/decoder.conv_out.weight"])
+
+
+def test_the_average_lags_and_is_what_is_exported(data: Path, tmp_path: Path) -> None:
+    run = opened(settings(data), tmp_path)
+    train(run, Log())
+    raw, ema = run.model.decoder.conv_out.weight, run.ema.model.decoder.conv_out.weight
+    assert not torch.equal(raw, ema)
+    assert torch.equal(averaged(run).autoencoder.decoder.conv_out.weight, ema)
+
+
+def test_perceptual_distance_by_the_network_in_the_extra() -> None:
+    from mar.evaluation.features.efficientnet import efficientnet_lite0
+
+    distance = PerceptualDistance(efficientnet_lite0().module.network)
+    images = noise(2, 1, 16, 16).clamp(-1, 1)
+    near, far = (images + 0.05 * noise(2, 1, 16, 16, seed=1)).requires_grad_(), noise(2, 1, 16, 16, seed=2)
+    assert float(distance(images, images)) == 0
+    assert 0 < float(distance(images, near)) < float(distance(images, far.clamp(-1, 1)))
+    (gradient,) = torch.autograd.grad(distance(images, near), near)
+    assert gradient.abs().max() > 0
+    assert not any(parameter.requires_grad for parameter in distance.parameters())
+
+
+def test_the_discriminator_learns_to_tell_and_its_weight_balances() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        critic = PatchDiscriminator(1, 8)
+    real, fake = noise(8, 1, 16, 16), noise(8, 1, 16, 16, seed=1).mean(-1, keepdim=True).expand(-1, -1, -1, 16)
+    optimizer = torch.optim.Adam(critic.parameters(), 1e-2)
+    first = float(hinge(critic(real), critic(fake)))
+    for _ in range(10):
+        optimizer.zero_grad()
+        hinge(critic(real), critic(fake)).backward()
+        optimizer.step()
+    assert float(hinge(critic(real), critic(fake))) < 0.5 * first
+    assert float(hinge(torch.full((1, 1, 2, 2), 1.5), torch.full((1, 1, 2, 2), -0.5))) == 0.25
+    weight = torch.tensor([3.0], requires_grad=True)
+    assert float(balance((5 * weight).sum(), (2 * weight).sum(), weight)) == pytest.approx(2.5, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"image_size": 9}, "image_size is 9x9, but it must be a multiple of the stride 2"),
+        ({"width": 12}, "width is 12, but it must be a multiple of 8"),
+        ({"colours": 2}, "colours is 2"),
+        ({"kl": -1.0}, "kl is -1.0"),
+        ({"adversarial_start": 1.0}, "adversarial_start is 1.0"),
+        ({"channels": 0}, "channels is 0"),
+    ],
+)
+def test_settings_that_can_not_be(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        settings(Path("x"), **changes)
+
+
+def test_settings_to_json_and_back() -> None:
+    config = settings(Path("x"), image_size=(8, 16))
+    assert from_dict(TokenizerTrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+    assert TokenizerTrainConfig("fashion").image_channels == 1
+    assert TokenizerTrainConfig("photos").image_channels == 3
+    assert config.size == (8, 16)
+
+
+def test_a_folder_of_another_run_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened(settings(data), tmp_path / "tokenizer")
+    with pytest.raises(ConfigError, match=r"holds another run \(channels 3 -> 4\)"):
+        opened(settings(data, channels=4), tmp_path / "tokenizer")
+    with pytest.raises(ConfigError, match="holds a run of another kind or version"):
+        open_tiny(train_config(data), tmp_path / "tokenizer")
+    open_tiny(train_config(data), tmp_path / "model")
+    with pytest.raises(ConfigError, match="holds a run of another kind or version"):
+        opened(settings(data), tmp_path / "model")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="got 2 processes, but a tokenizer is trained by one"):
+        opened(settings(data), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
