@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import subprocess
 import sys
 import time
@@ -206,6 +207,53 @@ def test_a_run_is_judged_while_it_learns(tmp_path: Path, capsys: pytest.CaptureF
     # it is a look at the run, and changes nothing in it
     assert (judged / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
     assert "ema: FD (means) " in capsys.readouterr().err
+
+
+def test_a_tokenizer_of_ones_own_then_a_model_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for i in range(6):
+        path = tmp_path / "pictures" / f"{i % 2}" / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 16), (40 * i, 250 - 40 * i, 90)).save(path)
+    data, vae = str(tmp_path / "pictures"), str(tmp_path / "vae")
+    command = ["tokenizer", "train", data, "--out", vae, "--image-size", "16", "--stride", "8", "--channels", "5"]
+    command += ["--width", "8", "--batch", "2", "--sample-every", "4", "--device", "cpu"]
+    assert main([*command, "--images", "4"]) == 0
+    assert main([*command, "--images", "8"]) == 0
+    said = capsys.readouterr()
+    assert "768 values in, 20 out: 38.4 times fewer\n4 tokens of 5 values with --model.patch 1\n" in said.out
+    assert "PSNR " in said.out
+    assert "on 1 held-out pictures" in said.out
+    names = {path.name for path in Path(vae).iterdir()}
+    assert {"config.json", "mar_statistics.json", "run.json", "log.jsonl", "latest", "state-000000000008"} <= names
+    assert (Path(vae) / "samples" / "000000000008.png").is_file()
+    printed = said.out.splitlines()[-1]
+    assert printed.startswith("train on it: mar train fashion --data ")
+    options = shlex.split(printed)[5:]
+    model = ["--model.classes", "2", "--out", str(tmp_path / "run"), "--images", "4", "--batch", "2", *TINY]
+    assert main(["train", *options, *model, "--sample-every", "0", "--device", "cpu"]) == 0
+    assert "the tokenizer brings 6 pictures back with a PSNR of " in capsys.readouterr().err
+    assert "tokenizer_psnr" in (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    assert "another run" in refused_after(capsys, [*command, "--images", "8", "--kl", "1"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ["nothing", "train or stats"]),
+        (["paint"], ["'paint'", "train or stats"]),
+        (["train", "fashion", "--stride", "3"], ["--stride", "mar tokenizer train --help"]),
+        (["train", "fashion", "--image-size", "30"], ["30x30", "multiple of the stride 4"]),
+        (["train", "fashion", "--bogus", "1"], ["--bogus", "mar tokenizer train --help"]),
+        (["train", "no-such-pictures"], ["no-such-pictures does not exist"]),
+    ],
+)
+def test_tokenizers_that_can_not_be(
+    arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "vae")] if arguments[:1] == ["train"] else []
+    said = refused(capsys, "tokenizer", *arguments, *out)
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "vae").exists()
 
 
 def test_train_then_resume_then_sample(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

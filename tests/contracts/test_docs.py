@@ -26,6 +26,7 @@ from mar.data.labels import resolve_labels
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
 from mar.tokenizer import PixelTokenizer
+from mar.training.tokenizer_config import TokenizerTrainConfig
 from mar.zoo import BUNDLED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -185,7 +186,7 @@ def test_the_readme_shows_every_verb() -> None:
 @pytest.mark.parametrize("text", [README, TROUBLE], ids=["README", "troubleshooting"])
 def test_flags_are_ours_or_the_references(text: str) -> None:
     """Flags of ours have no underscores; what the left column of the table names is the reference's."""
-    ours = set(flags(config.TrainConfig))
+    ours = set(flags(config.TrainConfig)) | set(flags(TokenizerTrainConfig))
     ours |= {f"--{part}" for part in ("out", "init", "help", "device", "resume-official", "sampling")}
     ours |= {"--nproc-per-node"}  # torchrun's
     for module, _ in cli.VERBS.values():

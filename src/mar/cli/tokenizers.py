@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ def tokenizer(arguments: Sequence[str]) -> int:
     """`mar tokenizer train` or `mar tokenizer stats`."""
     if list(arguments) in (["-h"], ["--help"]):
         print(USAGE, end="")
-        return 0
+        raise SystemExit(0)
     if arguments and arguments[0] == "train":
         return _train(arguments[1:])
     if not arguments or arguments[0] != "stats":
@@ -117,6 +118,8 @@ def _train(arguments: Sequence[str]) -> int:
     if result is None:
         print(f"stopped and saved at {run.progress.images:,} images; the same command goes on", file=sys.stderr)
         return 130
+    if log.skipped_pictures:
+        print(f"{len(log.skipped_pictures)} pictures could not be read and were skipped", file=sys.stderr)
     _tell(run, *result)
     return 0
 
@@ -137,8 +140,6 @@ def _tell(run: TokenizerRun, tokenizer: KLTokenizer, found: RoundTrip) -> None:
     print(f"PSNR {found.psnr:.2f} dB on {found.pictures:,} held-out pictures")
     print(f"{before:,} values in, {after:,} out: {before / after:.1f} times fewer")
     print(f"{cells[0] * cells[1]} tokens of {tokenizer.channels} values with --model.patch 1")
-    grid = f"--model.grid {cells[0]} {cells[1]}"
-    print(
-        f"train on it: mar train fashion --data {run.config.data} --tokenizer {run.folder} "
-        f"--model.channels {tokenizer.channels} {grid} --model.patch 1"
-    )
+    command = ["mar", "train", "fashion", "--data", run.config.data, "--tokenizer", str(run.folder)]
+    command += ["--model.channels", str(tokenizer.channels), "--model.grid", *map(str, cells), "--model.patch", "1"]
+    print(f"train on it: {shlex.join(command)}")

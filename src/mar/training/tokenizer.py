@@ -221,8 +221,9 @@ def judge(run: TokenizerRun, log: Log, tokenizer: KLTokenizer | None = None) -> 
     tokenizer = tokenizer or averaged(run)
     found = round_trip(tokenizer, in_order(spread(run.held_out, JUDGED), run.transform))
     path = run.folder / "samples" / f"{run.progress.images:012d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet(tokenizer, next(in_order(spread(run.held_out, SHOWN), run.transform))).save(path)
+    for images in in_order(spread(run.held_out, SHOWN), run.transform):  # one batch, or none where none can be read
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet(tokenizer, images).save(path)
     log.write(run.progress.images, psnr=found.psnr)
     log.note(f"PSNR {found.psnr:.2f} dB on {found.pictures:,} held-out pictures; see {path}")
     return found

@@ -306,8 +306,8 @@ def test_perceptual_distance_by_the_network_in_the_extra() -> None:
     distance = PerceptualDistance(efficientnet_lite0().module.network)
     images = noise(2, 1, 16, 16).clamp(-1, 1)
     near, far = (images + 0.05 * noise(2, 1, 16, 16, seed=1)).requires_grad_(), noise(2, 1, 16, 16, seed=2)
-    assert float(distance(images, images)) == 0
-    assert 0 < float(distance(images, near)) < float(distance(images, far.clamp(-1, 1)))
+    assert distance(images, images).item() == 0
+    assert 0 < distance(images, near).item() < distance(images, far.clamp(-1, 1)).item()
     (gradient,) = torch.autograd.grad(distance(images, near), near)
     assert gradient.abs().max() > 0
     assert not any(parameter.requires_grad for parameter in distance.parameters())
@@ -319,15 +319,15 @@ def test_the_discriminator_learns_to_tell_and_its_weight_balances() -> None:
         critic = PatchDiscriminator(1, 8)
     real, fake = noise(8, 1, 16, 16), noise(8, 1, 16, 16, seed=1).mean(-1, keepdim=True).expand(-1, -1, -1, 16)
     optimizer = torch.optim.Adam(critic.parameters(), 1e-2)
-    first = float(hinge(critic(real), critic(fake)))
+    first = hinge(critic(real), critic(fake)).item()
     for _ in range(10):
         optimizer.zero_grad()
         hinge(critic(real), critic(fake)).backward()
         optimizer.step()
-    assert float(hinge(critic(real), critic(fake))) < 0.5 * first
+    assert hinge(critic(real), critic(fake)).item() < 0.5 * first
     assert float(hinge(torch.full((1, 1, 2, 2), 1.5), torch.full((1, 1, 2, 2), -0.5))) == 0.25
     weight = torch.tensor([3.0], requires_grad=True)
-    assert float(balance((5 * weight).sum(), (2 * weight).sum(), weight)) == pytest.approx(2.5, rel=1e-3)
+    assert balance((5 * weight).sum(), (2 * weight).sum(), weight).item() == pytest.approx(2.5, rel=1e-3)
 
 
 @pytest.mark.parametrize(
