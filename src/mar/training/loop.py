@@ -101,10 +101,8 @@ class Run:
         return _batches(self)
 
     def step(self, batch: Batch) -> tuple[float, float]:
-        """One step of the optimizers. Returns this process's loss, and the norm."""
-        seed = runtime.generator(self.config.seed, 3, self.progress.step, runtime.rank()).initial_seed()
-        torch.manual_seed(seed)  # dropout
-        return backward(self, batch), descend(self)
+        """Learns from a batch. Returns this process's loss, and the gradient's norm."""
+        return step(self, batch)
 
 
 def train(run: Learner, log: Log) -> bool:
@@ -157,6 +155,13 @@ def _mean(losses: list[float]) -> float:
 
 def _due(before: int, now: int, every: int) -> bool:
     return every > 0 and before // every < now // every
+
+
+def step(run: Run, batch: Batch) -> tuple[float, float]:
+    """One step of the optimizers. Returns this process's loss, and the norm."""
+    seed = runtime.generator(run.config.seed, 3, run.progress.step, runtime.rank()).initial_seed()
+    torch.manual_seed(seed)  # dropout
+    return backward(run, batch), descend(run)
 
 
 def descend(run: Learner) -> float:
