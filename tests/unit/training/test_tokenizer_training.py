@@ -21,6 +21,7 @@ from torch import nn
 
 from mar.checkpoint import state_tree
 from mar.checkpoint.tokenizers import load_tokenizer
+from mar.cli import main
 from mar.config import ConfigError, TrainConfig, from_dict, to_dict
 from mar.data.heldout import hold_out, spread
 from mar.data.loader import ImageBatch, in_order
@@ -220,6 +221,20 @@ def test_a_poor_tokenizer_and_wide_tokens_are_warned_of(data: Path, tmp_path: Pa
     pixels, silent = open_tiny(train_config(data), tmp_path / "pixels"), Told()
     check_tokenizer(pixels, silent)
     assert silent.notes == []
+
+
+def test_with_cached_latents_the_pictures_are_looked_for(trained: tuple[Path, float, float], tmp_path: Path) -> None:
+    own, cache = pictures(tmp_path / "own", 6), tmp_path / "cache"
+    made = ["cache", str(own), "--tokenizer", str(trained[0]), "--image-size", "8", "--out", str(cache)]
+    assert main([*made, "--device", "cpu"]) == 0
+    config = replace(latents_config(own, trained[0]), data=str(cache))
+    told = Told()
+    check_tokenizer(latent_run(config, tmp_path / "run"), told)
+    assert told.notes[0].startswith("the tokenizer brings 6 pictures back")
+    own.rename(tmp_path / "elsewhere")
+    lost = Told()
+    check_tokenizer(latent_run(config, tmp_path / "run"), lost)
+    assert lost.notes == ["the tokenizer was not tried: the pictures that were cached are not where they were"]
 
 
 @pytest.mark.parametrize(("channels", "patch", "width", "warned"), [
