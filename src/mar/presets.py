@@ -61,7 +61,7 @@ FASHION = TrainConfig(
         attention_dropout=0.0,
         projection_dropout=0.0,
     ),
-    sampling=SamplingConfig(steps=20, diffusion_steps=25, guidance=7.0, temperature=0.9, x0_bound=2.2),
+    sampling=SamplingConfig(steps=20, diffusion_steps=25, guidance=4.0, x0_bound=2.2),
     data="fashion",
     images=210_000,
     batch=32,
