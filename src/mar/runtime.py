@@ -12,6 +12,7 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -70,6 +71,21 @@ def generator(*key: int) -> torch.Generator:
         state = (state ^ (state >> 30)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
         state = (state ^ (state >> 31)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
     return torch.Generator().manual_seed(state)
+
+
+@contextlib.contextmanager
+def lone_threads() -> Iterator[ThreadPoolExecutor]:
+    """As many threads of Python as torch would take, in each of which torch takes one.
+
+    Torch shares some products and convolutions out among its threads, and how many there are then shows in the last
+    bits. What is computed here does not depend on it.
+    """
+    count = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+            yield threads
+    finally:
+        torch.set_num_threads(count)
 
 
 def rank() -> int:

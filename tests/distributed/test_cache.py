@@ -54,15 +54,16 @@ def one(home: Path) -> dict[str, bytes]:
 
 
 def test_two_processes_make_the_bytes_of_one(home: Path, tmp_path: Path) -> None:
-    """By an autoencoder, five shards of which the last is not full; one process speaks."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert main(command(home, tmp_path / "alone")) == 0
-    finally:
+    """By an autoencoder, five shards of which the last is not full, with any number of threads; one process speaks."""
+    before = torch.get_num_threads()
+    for threads in (1, 3):
         torch.set_num_threads(threads)
+        assert main(command(home, tmp_path / f"alone-{threads}")) == 0
+        assert torch.get_num_threads() == threads  # as it was
+    torch.set_num_threads(before)
+    assert starts.tree(tmp_path / "alone-1") == starts.tree(tmp_path / "alone-3")
     assert starts.several(2, command(home, tmp_path / "two"), tmp_path / "said") == [0, 0]
-    assert starts.tree(tmp_path / "two") == starts.tree(tmp_path / "alone")
+    assert starts.tree(tmp_path / "two") == starts.tree(tmp_path / "alone-1")
     first, second = ((tmp_path / f"said.{rank}").read_text() for rank in (0, 1))
     assert "17 pictures in" in first
     assert "1 pictures could not be read" in first

@@ -1,12 +1,14 @@
 """Pictures -> a latent cache: a tokenizer runs over a source once, and training never needs the pictures again.
 
-A shard follows from the source, the tokenizer and the batch size alone, whichever process makes it; each is written to
-a temporary file and renamed. So a cache that was killed at any moment goes on at the last whole shard.
+A shard follows from the source, the tokenizer and the batch size alone, whichever process makes it and with however
+many threads; each is written to a temporary file and renamed. So a cache that was killed at any moment goes on at the
+last whole shard.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from mar import runtime
 from mar.checkpoint.files import require_room
 from mar.config import ConfigError, to_dict
 from mar.data.digest import source_digest
@@ -41,6 +44,8 @@ from mar.tokenizer.moments import fingerprint, unscaled_moments
 
 PATIENCE = 1000
 """So many pictures in a row that can't be read are no accident."""
+PIECE = 2**14
+"""Pixels that a thread of a CPU encodes at once. A constant, since the last bits of latents depend on it."""
 
 _FOR_PEOPLE = ("tokenizer", "data")
 _TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
@@ -213,18 +218,25 @@ class _Encoder:
         self.tokenizer.set_statistics(0.0, 1.0)
         self.device, self.about = device, about
 
-    @torch.no_grad()
     def __call__(self, read: Sequence[_Read]) -> Float[Tensor, "n f m c h w"]:
         self._check_labels(read)
         images = torch.stack([item.image for item in read if item.image is not None]).to(self.device)
-        sides = [images, images.flip(-1)] if self.about.flips else [images]
-        moments = torch.stack([self._moments(side) for side in sides], 1).cpu()
+        moments = self._all_moments(images).cpu()
         self._check_range(moments, read)
         return moments.to(DTYPES[self.about.dtype])
 
+    def _all_moments(self, images: Tensor) -> Tensor:
+        if self.device.type != "cpu":
+            return self._moments(images)
+        pieces = images.split(max(1, PIECE // math.prod(self.about.size)))
+        with runtime.lone_threads() as threads:
+            return torch.cat([*threads.map(self._moments, pieces)])
+
+    @torch.no_grad()  # which holds for one thread
     def _moments(self, images: Tensor) -> Tensor:
-        found = unscaled_moments(self.tokenizer, images)
-        return torch.stack([found.mean] if found.logvar is None else [found.mean, found.logvar], 1)
+        sides = [images, images.flip(-1)] if self.about.flips else [images]
+        found = [unscaled_moments(self.tokenizer, side) for side in sides]
+        return torch.stack([torch.stack([f.mean] if f.logvar is None else [f.mean, f.logvar], 1) for f in found], 1)
 
     def _check_labels(self, read: Sequence[_Read]) -> None:
         count = len(self.about.classes)
