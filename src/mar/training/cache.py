@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from mar.checkpoint.files import require_room
 from mar.config import ConfigError, to_dict
+from mar.data.batch import leave_signals_to_the_run
+from mar.data.classes import check_label
 from mar.data.digest import source_digest
 from mar.data.examples import Source, UnreadableImage
-from mar.data.loader import leave_signals_to_the_run
 from mar.data.shards import (
     DTYPES,
     INDEX,
@@ -215,7 +216,8 @@ class _Encoder:
 
     @torch.no_grad()
     def __call__(self, read: Sequence[_Read]) -> Float[Tensor, "n f m c h w"]:
-        self._check_labels(read)
+        for item in read:
+            check_label(item.name, item.label, len(self.about.classes))
         images = torch.stack([item.image for item in read if item.image is not None]).to(self.device)
         sides = [images, images.flip(-1)] if self.about.flips else [images]
         moments = torch.stack([self._moments(side) for side in sides], 1).cpu()
@@ -225,12 +227,6 @@ class _Encoder:
     def _moments(self, images: Tensor) -> Tensor:
         found = unscaled_moments(self.tokenizer, images)
         return torch.stack([found.mean] if found.logvar is None else [found.mean, found.logvar], 1)
-
-    def _check_labels(self, read: Sequence[_Read]) -> None:
-        count = len(self.about.classes)
-        for item in read:
-            if not -1 <= item.label < max(count, 1):
-                raise ValueError(f"{item.name} has the label {item.label}, but there are {count} classes")
 
     def _check_range(self, moments: Tensor, read: Sequence[_Read]) -> None:
         limit = torch.finfo(DTYPES[self.about.dtype]).max
