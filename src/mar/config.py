@@ -219,7 +219,8 @@ class TrainConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How the run's sample grids are drawn; becomes the default of its exports."""
     data: str = "fashion"
-    """`fashion` (bundled), a folder of class folders, a flat folder, a Parquet file or folder, or a `mar cache`."""
+    """`fashion` (bundled), a folder of class folders or of pictures, Parquet or .tar (WebDataset) files, OWNER/NAME on
+    the Hub, a `mar cache`; or, read in passing, stream: and files, URLs or OWNER/NAME."""
     tokenizer: str = "pixels"
     """`pixels`, or a folder or repository of an AutoencoderKL in diffusers' format, or `kl16`."""
     images: int = 1_000_000

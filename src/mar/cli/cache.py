@@ -31,7 +31,7 @@ class CacheOptions:
     """
 
     data: Annotated[str, tyro.conf.Positional]
-    """fashion, a folder of pictures, or a parquet file or folder; with --verify, the folder of a cache."""
+    """fashion, a folder of pictures, Parquet or .tar files, or OWNER/NAME on the Hub; with --verify, a cache."""
     verify: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Hold every byte of a cache against its checksums, and do nothing else."""
     out: Path | None = None

@@ -88,6 +88,9 @@ def _train(options: TrainOptions, device: torch.device) -> int:
             if options.eval_every:
                 run.hooks.append(Hook(options.eval_every, _evaluation(options, run, log)))
             check_tokenizer(run, log)
+            if run.told is not None:
+                log.note(run.told)
+                log.write(run.progress.images, data=run.told)
             finished = run_to_end(run, log)
     finally:
         log.close()

@@ -28,7 +28,7 @@ class TokenizerOptions:
     tokenizer: Annotated[str, tyro.conf.Positional]
     """pixels, or a folder or Hub repository in diffusers' format."""
     data: str
-    """fashion, a folder of pictures, or a parquet file or folder."""
+    """fashion, a folder of pictures, Parquet or .tar (WebDataset) files, or OWNER/NAME on the Hub."""
     image_size: int
     """Pictures are cut to squares of so many pixels."""
     per_channel: bool = False

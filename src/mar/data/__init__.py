@@ -1,1 +1,1 @@
-"""Pictures from a folder, a table or the package, in an order that can be resumed, as batches of tensors."""
+"""Pictures by number or in passing, in an order that can be resumed, as batches of tensors."""

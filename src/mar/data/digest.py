@@ -9,19 +9,24 @@ import os
 from mar.data.bundled import FashionSource
 from mar.data.examples import Source
 from mar.data.folder import FolderSource
+from mar.data.tars import TarSource
 
 
 def source_digest(source: Source) -> str:
     """sha256, in hex, of a source's list: class names, and of each picture its label, name and size in bytes.
 
-    Names in a folder are taken from there on, so that a folder may be moved. Of a table, the pictures' sizes are
-    taken, not their bytes; of a source of another kind, the number of its pictures alone.
+    Names in a folder are taken from there on, so that a folder may be moved; in tar files, they are the members'. Of a
+    table, the pictures' sizes are taken, not their bytes; of another kind of source, the number of its pictures alone.
     """
     digest = hashlib.sha256(json.dumps([len(source), list(source.classes)]).encode())
     if isinstance(source, FashionSource):
         digest.update(source.split.encode())
     elif isinstance(source, FolderSource):
         _add_files(digest, source)
+    elif isinstance(source, TarSource):
+        for index, label in enumerate(source.labels):
+            name, size = source.member(index)
+            digest.update(b"%b\0%d %d\n" % (os.fsencode(name), label, size))
     else:
         from mar.data.tables import TableSource
 
@@ -47,10 +52,12 @@ def _add_rows(digest: hashlib._Hash, source: object) -> None:
 
     assert isinstance(source, TableSource)
     for rows in source.table.with_format("arrow").iter(batch_size=1000):
-        pictures = rows[source.image_column]
+        pictures = rows[source.columns.image]
         # The lengths of binary values are in their offsets: the pictures themselves are not read.
         sizes = compute.binary_length(compute.struct_field(pictures, "bytes")).to_pylist()
         paths = compute.struct_field(pictures, "path").to_pylist()
-        labels = [None] * len(sizes) if source.label_column is None else rows[source.label_column].to_pylist()
+        labels = [None] * len(sizes)
+        if source.columns.label is not None:
+            labels = rows[source.columns.label].to_pylist()
         names = [os.path.basename(path or "") for path in paths]
         digest.update(json.dumps([sizes, names, labels]).encode())

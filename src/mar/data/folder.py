@@ -23,6 +23,11 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
+def is_picture(file: Path) -> bool:
+    """Whether it is a picture's file, by its name: not a hidden one."""
+    return file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and file.is_file()
+
+
 def pictures(folder: Path) -> Iterator[Path]:
     """The picture files anywhere in `folder`, in natural order; hidden files and folders are left out."""
     for where, folders, files in os.walk(folder):
@@ -51,7 +56,7 @@ class FolderSource:
         found = {entry.name: list(pictures(entry)) for entry in subfolders}
         empty = [name for name, files in found.items() if not files]
         found = {name: files for name, files in found.items() if files}
-        flat = [e for e in entries if e.is_file() and e.suffix.lower() in EXTENSIONS and not e.name.startswith(".")]
+        flat = [entry for entry in entries if is_picture(entry)]
         if not found and not flat:
             kinds = " ".join(sorted(EXTENSIONS))
             raise ValueError(f"data: no pictures in {self.folder}: looked for {kinds} in it and in its subfolders")

@@ -2,66 +2,45 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mar.data.latents import LatentSource, unpack
+from mar.data.batch import (
+    Batch,
+    ImageBatch,
+    Item,
+    LatentBatch,
+    announced,
+    images,
+    latents,
+    leave_signals_to_the_run,
+    put_together,
+)
+from mar.data.classes import check_label
+from mar.data.examples import Example
+from mar.data.feed import stream_batches
+from mar.data.latents import LatentSource
 from mar.data.order import Order, flipped
-from mar.data.sources import Source, UnreadableImage
+from mar.data.sources import Source, StreamSource, UnreadableImage
 from mar.data.transforms import Transform
-from mar.tokenizer.moments import LatentMoments
+
+__all__ = ["Batch", "ImageBatch", "LatentBatch", "batches", "in_order"]
 
 logger = logging.getLogger("mar.data")
 
 # So many broken pictures in a row are no accident: the data as a whole is not what it should be.
 _PATIENCE = 1000
 
-
-@dataclass(frozen=True)
-class Batch:
-    """One rank's share of a batch: of pictures (`ImageBatch`), or of what a tokenizer said of them (`LatentBatch`)."""
-
-    labels: Int[Tensor, "n"]
-    """Class numbers; -1 where there is none."""
-    positions: Int[Tensor, "n"]
-    """Places in the endless order, by which everything random about a picture is keyed."""
-    skipped: tuple[str, ...]
-    """Names of pictures that could not be read and were replaced by the next that could."""
-
-
-@dataclass(frozen=True)
-class ImageBatch(Batch):
-    """A batch of pictures."""
-
-    images: Float[Tensor, "n c H W"]
-    """Pixels in [-1, 1]."""
-
-
-@dataclass(frozen=True)
-class LatentBatch(Batch):
-    """A batch from a latent cache."""
-
-    moments: LatentMoments
-
-
 Read = Callable[[int, bool], tuple[Tensor, int]]
 """(index, flip) -> a picture's pixels, or its moments, and its class number."""
-
-
-@dataclass(frozen=True)
-class _Item:
-    content: Tensor
-    label: int
-    position: int
-    skipped: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -71,17 +50,23 @@ class _Pictures:
 
     def read(self, index: int, flip: bool) -> tuple[Tensor, int]:
         example = self.source[index]
+        check_label(example.name, example.label, len(self.source.classes))
         return self.transform(example.image, flip), example.label
 
 
-class _Reader(Dataset[_Item]):
-    """(position, index) -> item; what workers run."""
+class _Reader(Dataset[Item | ValueError]):
+    """(position, index) -> item, or why there is none; what workers run."""
 
     def __init__(self, read: Read, length: int, seed: int, flip: bool) -> None:
         self.read, self.length, self.seed, self.flip = read, length, seed, flip
 
-    def __getitem__(self, key: tuple[int, int]) -> _Item:
-        position, index = key
+    def __getitem__(self, key: tuple[int, int]) -> Item | ValueError:
+        try:
+            return self._item(*key)
+        except ValueError as error:
+            return error
+
+    def _item(self, position: int, index: int) -> Item:
         flip = self.flip and flipped(self.seed, position)
         skipped: list[str] = []
         for offset in range(min(self.length, _PATIENCE)):
@@ -90,34 +75,12 @@ class _Reader(Dataset[_Item]):
             except UnreadableImage as error:
                 skipped.append(error.name)
                 continue
-            return _Item(content, label, position, tuple(skipped))
+            return Item(content, label, position, tuple(skipped))
         raise ValueError(f"{len(skipped)} pictures in a row can't be read, the last of them {skipped[-1]}")
 
 
-def _images(items: Sequence[_Item]) -> Batch:
-    return ImageBatch(**_shared(items), images=torch.stack([item.content for item in items]))
-
-
-def _latents(items: Sequence[_Item]) -> Batch:
-    return LatentBatch(**_shared(items), moments=unpack(torch.stack([item.content for item in items])))
-
-
-def _shared(items: Sequence[_Item]) -> dict[str, Any]:
-    return {
-        "labels": torch.tensor([item.label for item in items]),
-        "positions": torch.tensor([item.position for item in items]),
-        "skipped": tuple(name for item in items for name in item.skipped),
-    }
-
-
-def leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach every process of a group; a worker that dies of them would stop the run from saving."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def batches(
-    source: Source | LatentSource,
+    source: Source | LatentSource | StreamSource,
     transform: Transform,
     *,
     batch: int,
@@ -136,40 +99,34 @@ def batches(
     the source that can, named once in a warning, and listed in `Batch.skipped`. Neither `workers` nor reading ahead
     changes what is yielded, and no global random state is used.
     """
+    if isinstance(source, StreamSource):
+        return stream_batches(
+            source, transform, batch=batch, seed=seed, start=start, rank=rank, world=world, workers=workers, flip=flip
+        )
     order = Order(len(source), seed, batch, rank, world)
     flip = source.flips if flip is None else flip
-    collate = _latents if isinstance(source, LatentSource) else _images
+    build = latents if isinstance(source, LatentSource) else images
     read = source.read if isinstance(source, LatentSource) else _Pictures(source, transform).read
     loader = DataLoader(
         _Reader(read, len(source), seed, flip),
         batch_sampler=order.batches(start),
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=functools.partial(put_together, build),
         worker_init_fn=leave_signals_to_the_run,
         generator=torch.Generator(),  # else it would draw from the global one
     )
-    return _announced(iter(loader))
-
-
-def _announced(items: Iterator[Batch]) -> Iterator[Batch]:
-    known: set[str] = set()
-    for item in items:
-        for name in item.skipped:
-            if name not in known:
-                known.add(name)
-                logger.warning("skipped a picture that can't be read: %s", name)
-        yield item
+    return announced(iter(loader))
 
 
 def in_order(
-    source: Source, transform: Transform, *, batch: int = 64, limit: int | None = None
+    source: Source | StreamSource, transform: Transform, *, batch: int = 64, limit: int | None = None
 ) -> Iterator[Float[Tensor, "n c H W"]]:
     """Every picture once, in the source's order, not mirrored; at most `limit`. Those that can't be read are left out,
-    each with a warning."""
+    each with a warning. Of a stream, pictures of some of its shards (`StreamSource.some`)."""
     pending: list[Tensor] = []
-    for index in range(len(source) if limit is None else min(limit, len(source))):
+    for read in _reads(source, limit):
         try:
-            pending.append(transform(source[index].image, False))
+            pending.append(transform(read().image, False))
         except UnreadableImage as error:
             logger.warning("skipped a picture that can't be read: %s", error.name)
         if len(pending) == batch:
@@ -177,3 +134,12 @@ def in_order(
             pending = []
     if pending:
         yield torch.stack(pending)
+
+
+def _reads(source: Source | StreamSource, limit: int | None) -> Iterator[Callable[[], Example]]:
+    if isinstance(source, StreamSource):
+        for row in islice(source.some(), limit):
+            yield functools.partial(source.example, row)
+    else:
+        for index in range(len(source) if limit is None else min(limit, len(source))):
+            yield functools.partial(source.__getitem__, index)

@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from mar.data.bundled import FashionSource
 from mar.data.examples import Example, Source, UnreadableImage
-from mar.data.folder import FolderSource
+from mar.data.files import (
+    SHARDS,
+    SPLIT_WORDS,
+    SPLITS,
+    hub_name,
+    is_pattern,
+    is_saved,
+    kind_of,
+    matching,
+    shards_kind,
+    split_files,
+)
+from mar.data.folder import FolderSource, is_picture, pictures
 from mar.data.latents import LatentSource
 from mar.data.shards import is_cache, read_about
+from mar.data.streams import StreamSource
+from mar.data.tars import TarSource
 
-__all__ = ["Example", "FashionSource", "FolderSource", "Source", "UnreadableImage", "open_data", "open_source"]
+__all__ = [
+    "Example",
+    "FashionSource",
+    "FolderSource",
+    "Source",
+    "StreamSource",
+    "TarSource",
+    "UnreadableImage",
+    "is_stream",
+    "open_data",
+    "open_source",
+]
 
-_SPLIT_FOLDERS = {"train": ("train", "training"), "test": ("test", "val", "validation", "valid")}
+logger = logging.getLogger("mar.data")
 
 
 def open_source(spec: str | Path, split: str = "train") -> Source:
@@ -21,45 +47,88 @@ def open_source(spec: str | Path, split: str = "train") -> Source:
     - fashion: the bundled pictures;
     - a folder of class folders, a flat folder of pictures (no classes), or a folder of such folders called train,
       val, test, of which `split` is taken;
-    - a Parquet file, a folder of them (`split` in their names), or a folder written by `datasets`' `save_to_disk`.
+    - a Parquet file, a folder of them (`split` in their names), or a folder written by `datasets`' `save_to_disk`;
+    - WebDataset shards: a .tar file, a folder of them (`split` in their names); Parquet files and these also by a
+      pattern such as "shards/{000..127}.tar" or "shards/*.tar";
+    - a data set of the Hub, which is downloaded into `datasets`' cache: OWNER/NAME where there is no such path,
+      hub:OWNER/NAME always, followed by @CONFIG where it has several.
 
-    `split` is "train" or "test". Raises ValueError where nothing is there, or no pictures are.
+    `split` is "train" or "test". Raises ValueError where nothing is there, or no pictures are; and for stream:, of
+    which only training knows (`open_data`).
     """
-    if split not in _SPLIT_FOLDERS:
+    if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, expected train or test")
     if str(spec) == "fashion":
         return FashionSource(split)
+    if is_stream(spec):
+        raise ValueError(f"data: {spec} is a stream, from which only `mar train` reads; leave stream: out for this")
     path = Path(spec).expanduser()
     if is_cache(path):
         raise ValueError(f"data: {path} holds cached latents, not pictures; those were in {read_about(path).data}")
     if path.is_dir():
         return _open_folder(path, split)
-    if path.is_file() and path.suffix == ".parquet":
-        from mar.data.tables import open_parquet
+    if path.is_file() and path.suffix in SHARDS:
+        return _open_shards([path], path.suffix, str(path))
+    if not path.exists() and (hub := hub_name(str(spec))) is not None:
+        from mar.data.hub import open_hub
 
-        return open_parquet([path], str(path))
-    state = "is neither a folder nor a .parquet file" if path.exists() else "does not exist"
-    raise ValueError(f"data: {path} {state}; expected fashion, a folder of pictures, or a Parquet file")
+        return open_hub(*hub, split)
+    if not path.exists() and is_pattern(str(spec)):
+        if split != "train":
+            raise ValueError(f"data: {spec} names its files, among which none are told to be for {split!r}")
+        files = matching(str(spec))
+        return _open_shards(files, kind_of(files, str(spec)), str(spec))
+    state = "is neither a folder nor a .parquet or .tar file" if path.exists() else "does not exist"
+    raise ValueError(
+        f"data: {path} {state}; expected fashion, a folder of pictures, .parquet or .tar files, or a Hub's OWNER/NAME"
+    )
 
 
-def open_data(spec: str | Path) -> Source | LatentSource:
-    """What a run learns from: a latent cache where `spec` is the folder of one, else the source's train split."""
+def is_stream(spec: str | Path) -> bool:
+    """Whether `spec` asks for pictures in passing, not by number."""
+    return str(spec).startswith("stream:")
+
+
+def open_data(spec: str | Path, classes: int = 0) -> Source | LatentSource | StreamSource:
+    """What a run learns from: the stream that `spec` asks for, a latent cache where it is the folder of one, else the
+    source's train split. `classes` is what labels of a stream are held against where it does not tell them."""
+    if is_stream(spec):
+        from mar.data.hub import open_stream
+
+        return open_stream(str(spec), classes)
     folder = Path(spec).expanduser()
     return LatentSource(folder) if is_cache(folder) else open_source(spec)
 
 
+def _open_shards(files: list[Path], kind: str, name: str) -> Source:
+    if kind == ".tar":
+        return TarSource(files, name)
+    from mar.data.tables import open_parquet
+
+    return open_parquet(files, name)
+
+
 def _open_folder(folder: Path, split: str) -> Source:
     inside = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    tables = any(folder.glob("*.parquet")) or any(folder.glob("data/*.parquet"))
-    if tables or (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        from mar.data.tables import is_saved, open_parquet, open_saved, parquet_files
+    if is_saved(folder):
+        from mar.data.tables import open_saved
 
-        return (
-            open_saved(folder, split) if is_saved(folder) else open_parquet(parquet_files(folder, split), str(folder))
-        )
-    if inside and set(inside) <= {name for names in _SPLIT_FOLDERS.values() for name in names}:
-        wanted = [name for name in _SPLIT_FOLDERS[split] if name in inside]
+        return open_saved(folder, split)
+    if (kind := shards_kind(folder)) is not None and not (kind == ".tar" and _class_folders(folder, inside)):
+        return _open_shards(split_files(folder, kind, split), kind, str(folder))
+    if inside and set(inside) <= SPLIT_WORDS:
+        wanted = [name for name in SPLITS[split] if name in inside]
         if not wanted:
             raise ValueError(f"data: {folder} has no folder for {split!r}; it has {', '.join(sorted(inside))}")
         folder = folder / wanted[0]
     return FolderSource(folder)
+
+
+def _class_folders(folder: Path, inside: list[str]) -> bool:
+    """Whether a folder with .tar files has class folders too, which count more; what is not used is warned of."""
+    classes = any(next(pictures(folder / name), None) for name in inside if name not in SPLIT_WORDS)
+    if classes:
+        logger.warning(".tar files beside the class folders of %s are not used", folder)
+    elif any(is_picture(entry) for entry in folder.iterdir()):
+        logger.warning("pictures beside the .tar files of %s are not used", folder)
+    return classes

@@ -6,6 +6,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+from mar.data.files import SHARDS
 from mar.data.sources import open_source
 from mar.evaluation.evaluate import Advance, Wanted, collect
 from mar.evaluation.features import Extractor
@@ -27,9 +28,9 @@ def is_statistics(spec: str) -> bool:
 
 
 def is_pictures(spec: str) -> bool:
-    """Whether `spec` is an `.npz`, a Parquet file, or a folder without a model in it."""
+    """Whether `spec` is an `.npz`, a Parquet or .tar file, or a folder without a model in it."""
     path = Path(spec)
-    return path.suffix in (".npz", ".parquet") or (path.is_dir() and not (path / WEIGHTS_FILE).exists())
+    return path.suffix in (".npz", *SHARDS) or (path.is_dir() and not (path / WEIGHTS_FILE).exists())
 
 
 def open_pictures(

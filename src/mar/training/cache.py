@@ -22,9 +22,10 @@ from torch.utils.data import DataLoader, Dataset
 from mar import runtime
 from mar.checkpoint.files import require_room
 from mar.config import ConfigError, to_dict
+from mar.data.batch import leave_signals_to_the_run
+from mar.data.classes import check_label
 from mar.data.digest import source_digest
 from mar.data.examples import Source, UnreadableImage
-from mar.data.loader import leave_signals_to_the_run
 from mar.data.shards import (
     DTYPES,
     INDEX,
@@ -219,7 +220,8 @@ class _Encoder:
         self.device, self.about = device, about
 
     def __call__(self, read: Sequence[_Read]) -> Float[Tensor, "n f m c h w"]:
-        self._check_labels(read)
+        for item in read:
+            check_label(item.name, item.label, len(self.about.classes))
         images = torch.stack([item.image for item in read if item.image is not None]).to(self.device)
         moments = self._all_moments(images).cpu()
         self._check_range(moments, read)
@@ -237,12 +239,6 @@ class _Encoder:
         sides = [images, images.flip(-1)] if self.about.flips else [images]
         found = [unscaled_moments(self.tokenizer, side) for side in sides]
         return torch.stack([torch.stack([f.mean] if f.logvar is None else [f.mean, f.logvar], 1) for f in found], 1)
-
-    def _check_labels(self, read: Sequence[_Read]) -> None:
-        count = len(self.about.classes)
-        for item in read:
-            if not -1 <= item.label < max(count, 1):
-                raise ValueError(f"{item.name} has the label {item.label}, but there are {count} classes")
 
     def _check_range(self, moments: Tensor, read: Sequence[_Read]) -> None:
         limit = torch.finfo(DTYPES[self.about.dtype]).max

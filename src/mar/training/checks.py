@@ -7,7 +7,7 @@ from mar.config import ModelConfig
 from mar.data.heldout import spread
 from mar.data.latents import LatentSource
 from mar.data.loader import in_order
-from mar.data.sources import Source, open_source
+from mar.data.sources import Source, StreamSource, open_source
 from mar.data.transforms import Transform
 from mar.tokenizer import PixelTokenizer
 from mar.tokenizer.roundtrip import round_trip
@@ -36,7 +36,8 @@ def check_tokenizer(run: Run, log: Log) -> None:
         return
     height, width = (side * run.tokenizer.stride for side in run.config.model.grid)
     transform = Transform((height, width), run.tokenizer.image_channels)
-    found = round_trip(run.tokenizer, in_order(spread(pictures, PICTURES), transform, batch=1))
+    few = pictures if isinstance(pictures, StreamSource) else spread(pictures, PICTURES)
+    found = round_trip(run.tokenizer, in_order(few, transform, batch=1, limit=PICTURES))
     log.write(0, tokenizer_psnr=found.psnr)
     log.note(f"the tokenizer brings {found.pictures} pictures back with a PSNR of {found.psnr:.1f} dB")
     if found.psnr < POOR:
@@ -56,7 +57,7 @@ def wide_tokens(model: ModelConfig) -> str | None:
     )
 
 
-def _pictures(source: Source | LatentSource) -> Source | None:
+def _pictures(source: Source | LatentSource | StreamSource) -> Source | StreamSource | None:
     if not isinstance(source, LatentSource):
         return source
     try:

@@ -24,7 +24,8 @@ from mar.checkpoint.run_state import RunState
 from mar.config import TrainConfig, to_dict
 from mar.data.latents import LatentSource
 from mar.data.loader import Batch, ImageBatch, LatentBatch, batches
-from mar.data.sources import Source
+from mar.data.resume import data_state, resume_data
+from mar.data.sources import Source, StreamSource
 from mar.data.transforms import Transform
 from mar.model.mar import MAR
 from mar.tokenizer import Tokenizer
@@ -54,13 +55,15 @@ class Run:
 
     config: TrainConfig
     folder: Path
-    source: Source | LatentSource
+    source: Source | LatentSource | StreamSource
     tokenizer: Tokenizer
     model: MAR
     device: torch.device
     progress: Progress = field(default_factory=Progress)
     hooks: list[Hook] = field(default_factory=list)
     parts: dict[str, float] = field(default_factory=dict)
+    told: str | None = None
+    """What the data has to say of being gone on with."""
 
     def __post_init__(self) -> None:
         self.tokenizer.to(self.device).eval()
@@ -78,6 +81,7 @@ class Run:
             "optimizer": get_optimizer_state_dict(self.model, self.optimizers),
             "tokenizer": {"mean": self.tokenizer.mean, "std": self.tokenizer.std},
             "progress": vars(self.progress).copy(),
+            "data": data_state(self.source),
         }
 
     def resume(self) -> bool:
@@ -90,6 +94,7 @@ class Run:
         set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
         self.tokenizer.set_statistics(state["tokenizer"]["mean"], state["tokenizer"]["std"])
         self.progress = Progress(**state["progress"])
+        self.told = resume_data(self.source, state.get("data"), self.progress.images)
         return True
 
     def save(self) -> None:

@@ -23,7 +23,7 @@ from mar.checkpoint.run_state import RunState
 from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
 from mar.data.latents import LatentSource
 from mar.data.loader import in_order
-from mar.data.sources import Source, open_data
+from mar.data.sources import Source, StreamSource, open_data
 from mar.data.transforms import Transform
 from mar.model.mar import MAR
 from mar.pictures import grid
@@ -37,6 +37,8 @@ from mar.training.log import Log
 from mar.training.loop import Progress, Run
 
 RUN_FILE = "run.json"
+MEASURED = 10_000
+"""Pictures of a stream, at most, that a tokenizer's statistics are of."""
 # Settings that may change when a run is resumed: they do not touch what has been learned so far.
 _FREE = {"images", "decay", "workers", "save_every", "sample_every", "log_every", "keep", "sampling"}
 _FREE |= {"strategy", "accumulate", "recompute", "compile"}
@@ -57,7 +59,7 @@ def open_run(
     ConfigError where the folder holds another run, the data is not what the model is for, or a tokenizer's latents.
     """
     resumed = check_same(config, folder) and bool(RunState(folder).states())
-    source = open_data(config.data)
+    source = open_data(config.data, config.model.classes)
     classes = len(source.classes)
     if config.model.classes not in (0, classes):
         raise ConfigError(
@@ -103,7 +105,7 @@ def keep_settings(config: Any, folder: Path) -> None:
 
 def _tokenizer(
     config: TrainConfig,
-    source: Source | LatentSource,
+    source: Source | LatentSource | StreamSource,
     load_tokenizer: Callable[[str], Tokenizer],
     *,
     measured_later: bool,
@@ -124,7 +126,8 @@ def _tokenizer(
             statistics = measure_moments(source.in_order())
         else:
             transform = Transform(_image_size(config, tokenizer), tokenizer.image_channels)
-            statistics = measure(tokenizer, in_order(source, transform))
+            limit = MEASURED if isinstance(source, StreamSource) else None
+            statistics = measure(tokenizer, in_order(source, transform, limit=limit))
         tokenizer.set_statistics(statistics.mean, statistics.std)
     return tokenizer
 
@@ -181,6 +184,8 @@ def adopt_official(run: Run, path: Path) -> None:
     an optimizer, or of another model.
     """
     read = official.read_mar(path)
+    if isinstance(run.source, StreamSource):
+        raise ConfigError(f"epochs of {path} can't be counted in pictures of a stream; leave stream: out of --data")
     if run.config.optimizer != "adamw":
         raise ConfigError(f"{path} was trained by AdamW; go on with it with --optimizer adamw")
     if read.optimizer is None or read.raw is None or read.ema is None or read.epoch is None:

@@ -16,7 +16,7 @@ class TokenizerTrainConfig:
     """Trains an autoencoder (diffusers' AutoencoderKL) on pictures. Lengths are counted in images."""
 
     data: str = "fashion"
-    """fashion, a folder of pictures, or a Parquet file or folder."""
+    """fashion, a folder of pictures, Parquet or .tar (WebDataset) files, or OWNER/NAME on the Hub."""
     image_size: int | tuple[int, int] = 32
     """Pictures are cut to squares of so many pixels, or to HEIGHT WIDTH."""
     colours: int | None = None

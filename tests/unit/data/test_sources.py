@@ -68,7 +68,7 @@ def test_names_that_lead_nowhere(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist; expected fashion, a folder"):
         open_source(tmp_path / "nothing")
     (tmp_path / "a.zip").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"neither a folder nor a \.parquet file"):
+    with pytest.raises(ValueError, match=r"neither a folder nor a \.parquet or \.tar file"):
         open_source(tmp_path / "a.zip")
     with pytest.raises(ValueError, match="split: got 'valid'"):
         open_source("fashion", "valid")

@@ -1,0 +1,102 @@
+"""What data loading hands to training: batches of tensors, and how they are put together."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mar.data.latents import unpack
+from mar.tokenizer.moments import LatentMoments
+
+logger = logging.getLogger("mar.data")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a batch: of pictures (`ImageBatch`), or of what a tokenizer said of them (`LatentBatch`)."""
+
+    labels: Int[Tensor, "n"]
+    """Class numbers; -1 where there is none."""
+    positions: Int[Tensor, "n"]
+    """Places in the endless order, by which everything random about a picture is keyed."""
+    skipped: tuple[str, ...]
+    """Names of pictures that could not be read and were replaced by the next that could."""
+
+
+@dataclass(frozen=True)
+class ImageBatch(Batch):
+    """A batch of pictures."""
+
+    images: Float[Tensor, "n c H W"]
+    """Pixels in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class LatentBatch(Batch):
+    """A batch from a latent cache."""
+
+    moments: LatentMoments
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture of a batch: its pixels, or its moments."""
+
+    content: Tensor
+    label: int
+    position: int
+    skipped: tuple[str, ...]
+
+
+def images(items: Sequence[Item]) -> ImageBatch:
+    """A batch of pictures."""
+    return ImageBatch(**_shared(items), images=torch.stack([item.content for item in items]))
+
+
+def latents(items: Sequence[Item]) -> LatentBatch:
+    """A batch of moments."""
+    return LatentBatch(**_shared(items), moments=unpack(torch.stack([item.content for item in items])))
+
+
+def _shared(items: Sequence[Item]) -> dict[str, Any]:
+    return {
+        "labels": torch.tensor([item.label for item in items]),
+        "positions": torch.tensor([item.position for item in items]),
+        "skipped": tuple(name for item in items for name in item.skipped),
+    }
+
+
+def put_together(build: Callable[[Sequence[Item]], Batch], items: Sequence[Item | ValueError]) -> Batch | ValueError:
+    """The batch that `build` makes of `items`, or the first error among them.
+
+    Errors are handed on and not raised by workers, whose tracebacks PyTorch makes the message.
+    """
+    failed = next((item for item in items if isinstance(item, ValueError)), None)
+    return failed or build([item for item in items if isinstance(item, Item)])
+
+
+def leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C and SIGTERM reach every process of a group; a worker that dies of them would stop the run from saving."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def announced(batches: Iterator[Batch | ValueError]) -> Iterator[Batch]:
+    """The same batches; what they had to skip is named in a warning, each name once. Raises the errors among them."""
+    known: set[str] = set()
+    for batch in batches:
+        if isinstance(batch, ValueError):
+            # Anew: the one at hand would, by its traceback, keep this frame and so the loader's workers alive.
+            raise type(batch)(*batch.args)
+        for name in batch.skipped:
+            if name not in known:
+                known.add(name)
+                logger.warning("skipped a picture that can't be read: %s", name)
+        yield batch

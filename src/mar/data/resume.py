@@ -1,0 +1,35 @@
+"""What a run keeps of its data, to go on from there and to notice where it has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mar.data.examples import Source
+from mar.data.latents import LatentSource
+from mar.data.streams import StreamSource
+
+
+def data_state(source: Source | LatentSource | StreamSource) -> dict[str, Any]:
+    """JSON-able; every process has to ask for it."""
+    return source.state_dict() if isinstance(source, StreamSource) else {"pictures": len(source)}
+
+
+def resume_data(
+    source: Source | LatentSource | StreamSource, state: Mapping[str, Any] | None, images: int
+) -> str | None:
+    """Goes on from the data's saved state after `images` pictures; returns what people should know of it, if anything.
+
+    `state` is None where an older version saved none. The order of all but streams follows from the position alone, but
+    not if the number of pictures has changed.
+    """
+    if state is None:
+        return None
+    if isinstance(source, StreamSource):
+        return source.load_state_dict(dict(state), images)
+    if len(source) == state["pictures"]:
+        return None
+    return (
+        f"warning: the data holds {len(source):,} pictures, but {state['pictures']:,} when the run was saved: it goes "
+        "on in another order, in which pictures of this epoch may come twice or not at all"
+    )

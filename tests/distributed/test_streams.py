@@ -1,0 +1,53 @@
+"""Two processes share a stream, and one goes on where they stopped: as if it had always been alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from tars import Numbered, numbers
+
+from mar.data.loader import batches
+from mar.data.streams import StreamSource
+from mar.data.transforms import Transform
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
+BATCH = 6
+
+
+def some(source: StreamSource, count: int, start: int, **share: Any) -> list[list[int]]:
+    stream = batches(source, Transform(8, 1), batch=BATCH, seed=2, start=start, **share)
+    return [numbers(batch) for batch in islice(stream, count)]
+
+
+def read(rank: int, folder: Path) -> None:
+    """One of two processes: what it read is left in a file, and by the first also what is saved with a run."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
+    source = opened()
+    found = some(source, 5, 0, rank=rank, world=2)
+    state = source.state_dict()
+    (folder / f"{rank}.json").write_text(json.dumps([found, state]), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+def opened() -> StreamSource:
+    return StreamSource(Numbered((7, 4, 9, 4)), "numbered")
+
+
+def test_from_two_processes_to_one(tmp_path: Path) -> None:
+    whole = some(opened(), 12, 0)
+    mp.spawn(read, (tmp_path,), nprocs=2)
+    shares, states = zip(*(json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)), strict=True)
+    assert states[0] == states[1]
+    assert [a + b for a, b in zip(*shares, strict=True)] == whole[:5]
+    alone = opened()
+    assert "0 pictures are repeated" in alone.load_state_dict(states[0], 5 * BATCH)
+    assert some(alone, 7, 5 * BATCH) == whole[5:]
+    assert {number for batch in whole for number in batch} == set(range(24)) - {22}

@@ -1,0 +1,189 @@
+"""The order of a stream: each shard once an epoch, the same for any number of processes and workers, and resumable."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import pickle
+from itertools import islice
+from typing import Any
+
+import pytest
+import torch
+from tars import Numbered, numbers
+
+from mar.data import lanes as lanes_module
+from mar.data.batch import Batch
+from mar.data.lanes import Lane, StreamOrder
+from mar.data.loader import batches, in_order
+from mar.data.streams import StreamSource
+from mar.data.transforms import Transform
+
+TO_TENSOR = Transform(8, 1)
+
+
+def stream(**changes: Any) -> StreamSource:
+    return StreamSource(Numbered(**changes), "numbered")
+
+
+def some(source: StreamSource, count: int, start: int = 0, batch: int = 4, **settings: Any) -> list[Batch]:
+    return list(islice(batches(source, TO_TENSOR, batch=batch, seed=1, start=start, **settings), count))
+
+
+def flat(found: list[Batch]) -> list[int]:
+    return [number for batch in found for number in numbers(batch)]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of two pictures, with four lanes."""
+    monkeypatch.setattr(lanes_module, "WINDOW", 8)
+
+
+def test_each_picture_once_an_epoch_anew_shuffled(small_blocks: None) -> None:
+    seen = flat(some(stream(broken=()), 18))
+    assert 22 not in seen  # which can't be fetched: another of its block stands in
+    epochs = [seen[first : first + 24] for first in (0, 24, 48)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 23
+        assert sorted({*epoch, 22}) == list(range(24))
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_positions_labels_and_flips_are_those_of_any_source() -> None:
+    batch = some(stream(), 2, start=0)[1]
+    assert batch.positions.tolist() == [4, 5, 6, 7]
+    assert batch.labels.tolist() == [number % 3 for number in numbers(batch)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_processes_and_workers_change_nothing(small_blocks: None, workers: int) -> None:
+    alone = some(stream(), 9)
+    assert flat(some(stream(), 9, workers=workers)) == flat(alone)
+    for world in (2, 4):
+        shares = [some(stream(), 9, rank=rank, world=world, workers=workers) for rank in range(world)]
+        for step, whole in enumerate(alone):
+            parts = [share[step] for share in shares]
+            for name in ("positions", "labels", "images"):
+                assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
+            assert sorted(name for part in parts for name in part.skipped) == sorted(whole.skipped)
+
+
+def test_a_single_shard_has_work_for_one_worker_and_any_process() -> None:
+    alone = flat(some(stream(sizes=(10,)), 4))
+    assert flat(some(stream(sizes=(10,)), 4, workers=2)) == alone
+    shares = [some(stream(sizes=(10,)), 4, rank=rank, world=2) for rank in range(2)]
+    assert [number for both in zip(*shares, strict=True) for number in flat(list(both))] == alone
+
+
+def test_a_process_reads_only_the_lanes_of_its_share(small_blocks: None) -> None:
+    source = stream()
+    some(source, 3, rank=1, world=2)
+    assert sorted(source.places) == [2, 3]
+    assert source.shards.read <= 2 * (3 + 3)  # of each of its lanes: what was taken, a block ahead, and one more
+
+
+@pytest.mark.parametrize(("sizes", "batch"), [((6, 6, 6, 6), 4), ((1, 9, 5, 3, 7), 6), ((24,), 4), ((5, 0, 19), 8)])
+def test_going_on_repeats_nothing_and_reads_open_shards_only(
+    small_blocks: None, sizes: tuple[int, ...], batch: int
+) -> None:
+    whole = flat(some(stream(sizes=sizes), 20, batch=batch))
+    for stop in (1, 4, 11):
+        first = stream(sizes=sizes)
+        seen = flat(some(first, stop, batch=batch))
+        state = pickle.loads(pickle.dumps(first.state_dict()))
+        second = stream(sizes=sizes)
+        told = second.load_state_dict(state, stop * batch)
+        assert "0 pictures are repeated; " in told
+        assert seen + flat(some(second, 20 - stop, stop * batch, batch=batch)) == whole
+        lanes = len(state["places"])
+        passed = int(told.split("repeated; ")[1].split(" pictures")[0].replace(",", ""))
+        assert 0 <= passed <= lanes * max(sizes)
+        third = stream(sizes=sizes)
+        third.load_state_dict(state, stop * batch)
+        some(third, 1, stop * batch, batch=batch)
+        block = 8 // lanes
+        assert third.shards.read <= passed + batch + lanes * (2 * block + 1) + lanes * max(sizes)
+
+
+def test_going_on_with_another_number_of_processes(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processes in turns, since only what they hand each other is of interest; see tests/distributed, too."""
+    sizes = (1, 9, 5, 3, 7)
+    whole = flat(some(stream(sizes=sizes), 16, batch=6))
+    pair = [stream(sizes=sizes) for _ in range(2)]
+    shares = [some(pair[rank], 5, batch=6, rank=rank, world=2) for rank in range(2)]
+    assert [number for both in zip(*shares, strict=True) for number in flat(list(both))] == whole[:30]
+    monkeypatch.setattr("mar.runtime.gather", lambda mine: [process.places for process in pair])
+    state = pair[0].state_dict()
+    alone = stream(sizes=sizes)
+    alone.load_state_dict(state, 30)
+    assert flat(some(alone, 11, 30, batch=6)) == whole[30:]
+
+
+def test_without_a_state_a_stream_is_read_from_its_beginning() -> None:
+    assert flat(some(stream(), 3, start=20)) == flat(some(stream(), 8))[20:]
+    with pytest.raises(ValueError, match="no batch of 4 begins at picture 6"):
+        some(stream(), 1, start=6)
+    with pytest.raises(ValueError, match="expected a multiple of the 3 processes"):
+        some(stream(), 1, world=3)
+
+
+def test_other_shards_begin_a_new_epoch_and_that_is_told() -> None:
+    first = stream()
+    some(first, 7)
+    second = stream(sizes=(6, 6, 6, 6, 6))
+    told = second.load_state_dict(first.state_dict(), 28)
+    assert "(5 now, 4 then): it begins a new epoch" in told
+    assert second.epoch == 2  # the lanes were in the epoch of number 1
+    seen = flat(some(second, 6, 28))
+    assert len(set(seen[:20])) >= 19  # four lanes of five shards, of six pictures each
+    third = stream(sizes=(6, 6, 6, 6, 6))
+    assert "0 pictures are repeated" in third.load_state_dict(second.state_dict(), 52)
+    again = stream(sizes=(6, 6, 6, 6, 6))
+    again.load_state_dict(first.state_dict(), 28)
+    assert seen + flat(some(third, 2, 52)) == flat(some(again, 8, 28))
+
+
+def test_broken_pictures_are_replaced_within_their_block(small_blocks: None, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = some(stream(broken=(3, 9)), 12)
+    assert not {3, 9, 22} & set(flat(found))
+    assert {name for batch in found for name in batch.skipped} == {"p3", "p9", "p22"}
+    assert caplog.text.count("skipped a picture that can't be read: p3\n") == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_streams_that_end_a_run_do_so_in_one_line(workers: int) -> None:
+    with pytest.raises(ValueError, match=r"^7 pictures in a row can't be read, the last of them p\d+$"):
+        some(stream(broken=tuple(range(1, 24, 2)) + tuple(range(24))), 9, workers=workers)
+    with pytest.raises(ValueError, match=r"^p\d+ has the label 2, but there are 2 classes$"):
+        some(stream(classes=("a", "b")), 9, workers=workers)
+    with pytest.raises(ValueError, match=r"^data: no pictures in 3 shards one after the other$"):
+        some(stream(sizes=(0, 0)), 9, workers=workers)
+    assert multiprocessing.active_children() == []
+
+
+def test_lanes_divide_the_batch() -> None:
+    for shards, batch, expected in ((1000, 256, 32), (10, 256, 8), (4, 7, 1), (1, 8, 1), (33, 33, 11), (3, 6, 3)):
+        assert StreamOrder(shards, 0, batch).lanes == expected
+    with pytest.raises(ValueError, match="got 0 shards"):
+        StreamOrder(0, 0, 8)
+
+
+def test_a_lane_reads_one_picture_for_each_that_is_taken(small_blocks: None) -> None:
+    shards = Numbered((40, 40, 40, 40))
+    lane = iter(Lane(shards, StreamOrder(4, 0, 4), 0))
+    next(lane)
+    begun = shards.read
+    for _ in range(20):
+        next(lane)
+    assert begun <= 2 + 2
+    assert shards.read - begun <= 20 + 1
+
+
+def test_some_pictures_come_from_all_over_the_stream() -> None:
+    source = stream(sizes=(2, 5, 1), classes=("0", "1", "2"))
+    names = [row.name for row in source.some()]
+    assert names == ["p0", "p2", "p7", "p1", "p3", "p4", "p5", "p6"]
+    found = list(in_order(source, TO_TENSOR, batch=2, limit=3))
+    assert [len(images) for images in found] == [2, 1]

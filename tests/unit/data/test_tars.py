@@ -1,0 +1,208 @@
+"""WebDataset shards on the disk: what is in them, what is wrong with them, and that training sees each picture once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import tarfile
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tars import numbers, png, shards, write_tar
+from tiny import open_tiny, train_config
+
+from mar.config import ConfigError
+from mar.data.digest import source_digest
+from mar.data.files import expand
+from mar.data.loader import batches
+from mar.data.sources import FolderSource, Source, TarSource, UnreadableImage, open_source
+from mar.data.transforms import Transform
+from mar.sampling.plan import Plan
+from mar.sampling.sinks import Job, Shards, prepare
+
+TO_TENSOR = Transform(8, 1)
+
+
+def values(source: Source) -> list[int]:
+    return [int(np.asarray(source[i].image)[0, 0]) // 5 for i in range(len(source))]
+
+
+def labels(source: Source) -> list[int]:
+    return [source[i].label for i in range(len(source))]
+
+
+def test_pictures_and_labels_of_a_folder_of_shards(tmp_path: Path) -> None:
+    source = open_source(shards(tmp_path))
+    assert isinstance(source, TarSource)
+    assert source.classes == ("0", "1", "2")
+    assert source.flips
+    assert values(source) == list(range(24))
+    assert labels(source) == [i % 3 for i in range(24)]
+    assert source[7].name == str(tmp_path / "shard-001.tar" / "00007.png")
+
+
+def test_what_belongs_together_and_what_does_not(tmp_path: Path) -> None:
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            ("x/a.json", json.dumps({"label": "dog", "caption": "a dog"}).encode()),
+            ("x/a.v1.png", png(1)),
+            ("x/b.seg.png", png(2)),
+            ("x/b.jpg", png(3)),  # a second picture of the same name
+            ("x/b.cls", b" cat10\n"),
+            ("x/b.json", b'{"label": "dog"}'),  # .cls counts more
+            ("c.txt", b"no picture"),
+            ("._d.png", b"of another system"),
+            ("d.png", png(4)),
+            ("e.PNG", png(5)),
+            ("e.json", b"not json"),
+            ("f.png", png(6)),
+            ("f.cls", b"cat2"),
+        ],
+        tarfile.PAX_FORMAT,
+    )
+    source = open_source(tmp_path / "a.tar")
+    assert source.classes == ("cat2", "cat10", "dog")
+    assert values(source) == [1, 2, 4, 5, 6]
+    assert labels(source) == [2, 1, -1, -1, 0]
+
+
+def test_long_names_and_none_below_zero(tmp_path: Path) -> None:
+    long = "a/" + "b" * 150
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        write_tar(tmp_path / "a.tar", [(f"{long}.png", png(9)), (f"{long}.cls", b"-1"), ("c.png", png(8))], form)
+        source = open_source(tmp_path / "a.tar")
+        assert (values(source), labels(source), source.classes) == ([9, 8], [-1, -1], ())
+        assert source[0].name.endswith("b.png")
+
+
+def test_what_mar_generate_writes_can_be_read(tmp_path: Path) -> None:
+    plan = Plan((0, 1, 2, -1, 0), seed=3)
+    sink = Shards(Job(tmp_path / "out", plan, 2, (1, 8, 8), ("ant", "bee", "cat"), {}, {}))
+    for unit in prepare(sink) or []:
+        greys = 5 * (unit.first + np.arange(len(unit.labels), dtype=np.uint8))
+        sink.write(unit, np.tile(greys[:, None, None, None], (1, 1, 8, 8)))
+    sink.finish(0, 1)
+    sink.tidy()
+    source = open_source(tmp_path / "out")
+    assert values(source) == [0, 1, 2, 3, 4]
+    assert labels(source) == [0, 1, 2, -1, 0]
+
+
+def test_splits_and_patterns(tmp_path: Path) -> None:
+    for number, name in enumerate(["x-train-10", "x-train-9", "x-val-0"]):
+        write_tar(tmp_path / f"{name}.tar", [("a.png", png(number))])
+    write_tar(tmp_path / "parts" / "train" / "b.tar", [("a.png", png(7))])
+    assert values(open_source(tmp_path)) == [7, 1, 0]  # 9 before 10
+    assert values(open_source(tmp_path, "test")) == [2]
+    assert values(open_source(tmp_path / "parts")) == [7]
+    with pytest.raises(ValueError, match=r"no \.tar file in .* has 'test' in its name; there is b\.tar"):
+        open_source(tmp_path / "parts", "test")
+    assert values(open_source(f"{tmp_path}/x-{{train,val}}-*.tar")) == [1, 0, 2]
+    assert values(open_source(f"{tmp_path}/x-train-{{9..10}}.tar")) == [1, 0]
+    with pytest.raises(ValueError, match=r"there is no .*x-train-11\.tar, which .* asks for"):
+        open_source(f"{tmp_path}/x-train-{{9..11}}.tar")
+    with pytest.raises(ValueError, match="none are told to be for 'test'"):
+        open_source(f"{tmp_path}/x-*.tar", "test")
+    assert expand("a-{008..011}.{tar,zip}")[:3] == ["a-008.tar", "a-008.zip", "a-009.tar"]
+    (tmp_path / "x-train-9.zip").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"stands for \.tar, \.zip files"):
+        open_source(f"{tmp_path}/x-train-9.*")
+
+
+def test_pictures_beside_tar_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_tar(tmp_path / "backup.tar", [("a.png", png(1))])
+    (tmp_path / "preview.png").write_bytes(png(2))
+    assert isinstance(open_source(tmp_path), TarSource)
+    assert "pictures beside the .tar files" in caplog.text
+    (tmp_path / "cats").mkdir()
+    (tmp_path / "cats" / "a.png").write_bytes(png(3))
+    assert isinstance(open_source(tmp_path), FolderSource)
+    assert ".tar files beside the class folders" in caplog.text
+
+
+def test_tars_that_will_not_do(tmp_path: Path) -> None:
+    path = shards(tmp_path) / "shard-002.tar"
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    damaged[2048:2300] = b"x" * 252
+    for wrong in (whole[:5000], whole[: 512 * 3], bytes(damaged), b"junk" * 1000, b""):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match=r"shard-002\.tar is cut short or no plain tar .*; fetch it again"):
+            open_source(tmp_path)
+    write_tar(tmp_path / "none" / "a.tar", [("a.txt", b"x")])
+    with pytest.raises(ValueError, match=r"no pictures in .*none \(1 tar files\): looked for"):
+        open_source(tmp_path / "none")
+
+
+def test_the_digest_tells_other_pictures(tmp_path: Path) -> None:
+    def digest(*members: tuple[str, bytes]) -> str:
+        return source_digest(open_source(write_tar(tmp_path / "a.tar", members)))
+
+    first = digest(("a.png", png(1)), ("a.cls", b"1"))
+    assert digest(("a.png", png(1)), ("a.cls", b"1")) == first
+    others = [digest(("a.png", png(1)), ("a.cls", b"0")), digest(("b.png", png(1)), ("b.cls", b"1"))]
+    others.append(digest(("a.png", png(1) + b"."), ("a.cls", b"1")))
+    assert len({first, *others}) == 4
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_picture_once_an_epoch_also_where_processes_change(tmp_path: Path, workers: int) -> None:
+    source = pickle.loads(pickle.dumps(open_source(shards(tmp_path))))
+
+    def some(start: int, count: int, rank: int = 0, world: int = 1) -> list[int]:
+        stream = batches(source, TO_TENSOR, batch=4, seed=1, start=start, rank=rank, world=world, workers=workers)
+        return [number for batch in islice(stream, count) for number in numbers(batch)]
+
+    whole = some(0, 12)
+    assert sorted(whole[:24]) == sorted(whole[24:]) == list(range(24))
+    assert whole[:24] != whole[24:]
+    assert sorted(some(0, 3, 0, 2) + some(0, 3, 1, 2)) == sorted(whole[:12])
+    assert some(12, 9) == whole[12:]
+
+
+@pytest.mark.parametrize("kind", ["tar", "folder"])
+def test_what_vanishes_while_training_is_skipped_by_its_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    if kind == "tar":
+        gone, expected = shards(tmp_path, (5, 1)) / "shard-001.tar", "shard-001.tar/00005.png"
+    else:
+        for i in range(6):
+            (tmp_path / f"{i}.png").write_bytes(png(i))
+        gone, expected = tmp_path / "5.png", "5.png"
+    stream = batches(open_source(tmp_path), TO_TENSOR, batch=6, seed=0)
+    assert sorted(numbers(next(stream))) == list(range(6))
+    gone.unlink()
+    batch = next(stream)
+    assert sorted(numbers(batch)) == [0, 0, 1, 2, 3, 4]
+    assert batch.skipped == (str(tmp_path / expected),)
+    with caplog.at_level(logging.WARNING):
+        next(stream)
+    assert caplog.text.count(expected) == 1
+
+
+def test_a_tar_that_was_written_anew_is_not_taken_for_the_one_that_was_opened(tmp_path: Path) -> None:
+    source = open_source(shards(tmp_path))
+    path = tmp_path / "shard-000.tar"
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(UnreadableImage, match="is not the one that was opened"):
+        source[0]
+    assert source[6].label == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_label_beyond_the_classes_is_one_line(tmp_path: Path, workers: int) -> None:
+    source = open_source(shards(tmp_path))
+    source.classes = ("0", "1")
+    with pytest.raises(ValueError, match=r"^[^\n]*\.png has the label 2, but there are 2 classes$"):
+        list(islice(batches(source, TO_TENSOR, batch=12, seed=0, workers=workers), 2))
+
+
+def test_a_run_refuses_another_number_of_classes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"the model has 2 classes, but .* has 3"):
+        open_tiny(train_config(shards(tmp_path / "data")), tmp_path / "run")
