@@ -74,6 +74,10 @@ class _Pictures:
         return self.transform(example.image, flip), example.label
 
 
+def _reading(source: Source | LatentSource, transform: Transform) -> Read:
+    return source.read if isinstance(source, LatentSource) else _Pictures(source, transform).read
+
+
 class _Reader(Dataset[_Item]):
     """(position, index) -> item; what workers run."""
 
@@ -92,6 +96,22 @@ class _Reader(Dataset[_Item]):
                 continue
             return _Item(content, label, position, tuple(skipped))
         raise ValueError(f"{len(skipped)} pictures in a row can't be read, the last of them {skipped[-1]}")
+
+
+def read_plain(source: Source | LatentSource, transform: Transform, numbers: Sequence[int]) -> Batch | None:
+    """The pictures of these numbers, not mirrored, whose positions are their numbers. Those that can't be read are left
+    out, each with a warning; None where none can."""
+    read, items = _reading(source, transform), []
+    for number in numbers:
+        try:
+            items.append(_Item(*read(number, False), number, ()))
+        except UnreadableImage as error:
+            logger.warning("skipped a picture that can't be read: %s", error.name)
+    return _collating(source)(items) if items else None
+
+
+def _collating(source: Source | LatentSource) -> Callable[[Sequence[_Item]], Batch]:
+    return _latents if isinstance(source, LatentSource) else _images
 
 
 def _images(items: Sequence[_Item]) -> Batch:
@@ -138,13 +158,11 @@ def batches(
     """
     order = Order(len(source), seed, batch, rank, world)
     flip = source.flips if flip is None else flip
-    collate = _latents if isinstance(source, LatentSource) else _images
-    read = source.read if isinstance(source, LatentSource) else _Pictures(source, transform).read
     loader = DataLoader(
-        _Reader(read, len(source), seed, flip),
+        _Reader(_reading(source, transform), len(source), seed, flip),
         batch_sampler=order.batches(start),
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=_collating(source),
         worker_init_fn=leave_signals_to_the_run,
         generator=torch.Generator(),  # else it would draw from the global one
     )
