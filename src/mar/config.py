@@ -18,6 +18,7 @@ GuidanceSchedule = Literal["linear", "constant"]
 Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["adamw", "muon"]
 Strategy = Literal["ddp", "fsdp"]
+LogTo = Literal["tensorboard", "wandb", "trackio"]
 
 
 class ConfigError(ValueError):
@@ -268,12 +269,22 @@ class TrainConfig:
     """Images between sample grids; 0 draws none."""
     log_every: int = 50
     """Steps between lines of the log."""
+    log_to: tuple[LogTo, ...] = ("tensorboard",)
+    """What the log goes to beside log.jsonl: tensorboard, wandb, trackio, or several of them."""
+    validate_every: int = 50_000
+    """Images between losses of held-out pictures, by the EMA weights; 0 measures none."""
+    validate_on: str | None = None
+    """Pictures held out; by default the test part of the data (of the pictures that were cached), if it has one."""
+    validate_count: int = 1000
+    """Held-out pictures to validate on, at most."""
+    hold_out: int = 0
+    """Keep one of every so many pictures from learning, to validate on; 0 learns from all."""
     init: str | None = None
     """Weights to start from: a name, a file, a folder; classes that differ start anew."""
 
     def __post_init__(self) -> None:
-        _positive(self, "images", "batch", "save_every", "keep", "log_every", "accumulate")
-        for name in ("warmup", "decay", "sample_every", "workers", "weight_decay"):
+        _positive(self, "images", "batch", "save_every", "keep", "log_every", "accumulate", "validate_count")
+        for name in ("warmup", "decay", "sample_every", "validate_every", "workers", "weight_decay"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, but it must not be negative")
         for name in ("lr", "muon_factor", "clip"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but it must be positive")
@@ -281,6 +292,9 @@ class TrainConfig:
         _require(self.precision in typing.get_args(Precision), f"precision is {self.precision!r}, not fp32 or bf16")
         _require(self.optimizer in typing.get_args(Optimizer), f"optimizer is {self.optimizer!r}, not adamw or muon")
         _require(self.strategy in typing.get_args(Strategy), f"strategy is {self.strategy!r}, not ddp or fsdp")
+        _require(self.hold_out == 0 or self.hold_out > 1, f"hold_out is {self.hold_out}, not 0 (none) or at least 2")
+        unknown = ", ".join(sorted({*self.log_to} - {*typing.get_args(LogTo)}))
+        _require(not unknown, f"log_to has {unknown}, but there are only {', '.join(typing.get_args(LogTo))}")
         self.sampling.check(self.model)
 
     @property

@@ -19,9 +19,11 @@ from mar.cli import main
 from mar.config import ConfigError, TrainConfig
 from mar.tokenizer import KLTokenizer, Tokenizer
 from mar.tokenizer.kl import from_config
-from mar.training.log import RunLog
+from mar.training.log import Log, RunLog
 from mar.training.loop import Run, train
 from mar.training.run import open_run
+from mar.training.snapshot import take
+from mar.training.validation import Validation
 from mar.zoo import load_tokenizer
 
 AUTOENCODER = {
@@ -110,6 +112,16 @@ def test_training_from_a_cache_is_training_from_the_pictures(caches: Path, tmp_p
     assert np.abs(np.array(losses["fp16"]) - exact).max() < np.abs(np.array(losses["bf16"]) - exact).max() < 1e-2
     unflipped = go(open_it(settings(caches, "fp32", flip=False), tmp_path / "unflipped"))
     assert np.abs(np.array(unflipped) / exact - 1).max() > 1e-3
+
+
+def test_what_is_held_out_of_a_cache_is_what_is_held_out_of_the_pictures(caches: Path, tmp_path: Path) -> None:
+    runs = [open_it(settings(caches, kind, hold_out=4, images=16), tmp_path / kind) for kind in ("pictures", "fp32")]
+    assert [(len(run.source), len(run.held_out or ())) for run in runs] == [(11, 3)] * 2
+    losses = [go(run) for run in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    found = [dict(Validation(run, Log())(take(run))) for run in runs]
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0]["val_loss"] > 0
 
 
 def test_a_run_from_a_cache_goes_on_bitwise(caches: Path, tmp_path: Path) -> None:

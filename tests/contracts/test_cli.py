@@ -197,16 +197,32 @@ def test_a_run_is_judged_while_it_learns(tmp_path: Path, capsys: pytest.CaptureF
         "    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())\n"
     )
     command = ["train", "fashion", *TINY, "--batch", "8", "--sampling.steps", "2", "--sampling.diffusion-steps", "3"]
-    command += ["--eval-count", "4", "--eval-features", f"{network}:means", "--sample-every", "0"]
+    command += ["--eval-count", "4", "--eval-features", f"{network}:means", "--sample-every", "0", "--images", "32"]
     judged, plain = tmp_path / "judged", tmp_path / "plain"
-    assert main([*command, "--images", "32", "--eval-every", "16", "--out", str(judged)]) == 0
-    assert main([*command, "--images", "32", "--out", str(plain)]) == 0
+    looks = ["--eval-every", "16", "--validate-every", "32", "--validate-count", "5", "--log-to"]
+    assert main([*command, *looks, "--lr", "0.2", "--out", str(judged)]) == 0
+    said = capsys.readouterr().err
+    assert main([*command, "--lr", "0.2", "--out", str(plain)]) == 0
     lines = [json.loads(line) for line in (judged / "log.jsonl").read_text().splitlines()]
     for weights in ("ema", "raw"):
         assert [line["images"] for line in lines if line.get(f"{weights}_distance", 0) > 0] == [16, 32]
+    assert [line["images"] for line in lines if line.get("val_loss", 0) > 0] == [32]
+    assert not (judged / "tensorboard").exists()
     # it is a look at the run, and changes nothing in it
     assert (judged / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
-    assert "ema: FD (means) " in capsys.readouterr().err
+    assert "ema: FD (means) " in said
+    assert "(5 held-out pictures)" in said
+    assert said.count("warning: the learning rate is 0.00625 ") == 1
+
+
+def test_a_log_that_can_not_be_is_said_before_anything_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    for verb in (["train", "fashion"], ["tokenizer", "train", "fashion"]):
+        said = refused(capsys, *verb, "--log-to", "tensorboard", "wandb", "--out", tmp_path / "run")
+        assert said == 'mar: --log-to wandb needs the extra `wandb`: pip install "mar[wandb]"\n'
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_tokenizer_of_ones_own_then_a_model_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -231,7 +247,10 @@ def test_a_tokenizer_of_ones_own_then_a_model_on_it(tmp_path: Path, capsys: pyte
     options = shlex.split(printed)[5:]
     model = ["--model.classes", "2", "--out", str(tmp_path / "run"), "--images", "4", "--batch", "2", *TINY]
     assert main(["train", *options, *model, "--sample-every", "0", "--device", "cpu"]) == 0
-    assert "the tokenizer brings 6 pictures back with a PSNR of " in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "the tokenizer brings 6 pictures back with a PSNR of " in told
+    assert "no validation loss: " in told
+    assert "--hold-out 20 keeps one of twenty from learning" in told
     assert "tokenizer_psnr" in (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()[0]
     assert "another run" in refused_after(capsys, [*command, "--images", "8", "--kl", "1"])
 

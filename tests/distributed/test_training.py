@@ -22,7 +22,7 @@ from mar.config import ConfigError, TrainConfig
 from mar.training.engine import whole_state
 from mar.training.log import Log, RunLog
 from mar.training.loop import Hook, Run, train
-from mar.training.run import snapshot
+from mar.training.snapshot import export_and_draw, take
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 STILL = {"attention_dropout": 0.0, "projection_dropout": 0.0}
@@ -79,7 +79,7 @@ def watched(rank: int, folder: Path, config: TrainConfig) -> None:
     held = weights(run)
     if rank == 0:
         torch.save(held, folder / "weights.pt")
-    snapshot(run, Log())  # in which every process takes part, and which exports
+    export_and_draw(take(run), Log())  # in which every process takes part, and which exports
 
 
 def together(folder: Path, config: TrainConfig, world: int = 2) -> dict[str, torch.Tensor]:
@@ -116,7 +116,8 @@ def test_two_processes_learn_what_one_does(data: Path, tmp_path: Path, strategy:
     assert all(torch.equal(exported[f"model.{n[4:]}"], t)
                for n, t in torch.load(tmp_path / "two/weights.pt", weights_only=True).items()
                if n.startswith("ema."))  # fmt: skip
-    assert [path.name for path in (folder / "samples").iterdir()] == ["000000000032.png"]
+    samples = sorted(path.name for path in (folder / "samples").iterdir())
+    assert samples == ["000000000032-raw.png", "000000000032.png"]
 
 
 def test_parts_and_recomputing_change_nothing(data: Path, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from mar.training.log import Log
     from mar.training.loop import Run
+    from mar.training.snapshot import OnSnapshot, Snapshot
 
 
 @dataclass(frozen=True)
@@ -52,41 +53,38 @@ def train(arguments: Sequence[str]) -> int:
     """`mar train [RECIPE]`."""
     from mar import runtime
 
-    with one_voice():
-        options = _options(arguments)
-        runtime.choose_device(options.device)
-    with runtime.process_group(options.device) as device:
-        return _train(options, device)
-
-
-def _options(arguments: Sequence[str]) -> TrainOptions:
     named = bool(arguments) and not arguments[0].startswith("-")
     name = arguments[0] if named else "fashion"
+    with one_voice():
+        options = _options(name, arguments[1:] if named else arguments)
+        runtime.choose_device(options.device)
+    with runtime.process_group(options.device) as device:
+        return _train(options, device, name)
+
+
+def _options(name: str, rest: Sequence[str]) -> TrainOptions:
     default = TrainOptions(Path("runs", name), recipe(name))
-    rest = list(arguments[1:] if named else arguments)
     if "-h" in rest or "--help" in rest:
         print(f"mar train [RECIPE] --out FOLDER ...    recipes: {', '.join(RECIPES)}; shown: {name}\n")
     options = parse(TrainOptions, f"train {name}", rest, default)
     return replace(options, out=options.out or Path("runs", name))
 
 
-def _train(options: TrainOptions, device: torch.device) -> int:
+def _train(options: TrainOptions, device: torch.device, name: str) -> int:
     from mar import runtime
-    from mar.training.checks import check_tokenizer
-    from mar.training.log import Log, RunLog
-    from mar.training.loop import Hook
+    from mar.training.checks import check_tokenizer, unusual_rate
+    from mar.training.log import open_log
     from mar.training.loop import train as run_to_end
-    from mar.training.run import export, snapshot
+    from mar.training.run import export
 
     with one_voice():
         run = _open(options, device)
-    first = runtime.rank() == 0
-    log = RunLog(run.folder, options.config.images, run.progress.images) if first else Log()
-    run.hooks.append(Hook(options.config.sample_every, lambda at: snapshot(at, log)))
+        log = open_log(run)
     try:
         with one_voice():
-            if options.eval_every:
-                run.hooks.append(Hook(options.eval_every, _evaluation(options, run, log)))
+            _watch(options, run, log)
+            if not run.progress.images and (warning := unusual_rate(options.config, recipe(name), name)):
+                log.note(warning)
             check_tokenizer(run, log)
             if run.told is not None:
                 log.note(run.told)
@@ -97,16 +95,37 @@ def _train(options: TrainOptions, device: torch.device) -> int:
     if finished:
         export(run)
     skipped = set().union(*runtime.gather(log.skipped_pictures))
-    if first:
+    if runtime.rank() == 0:
         _tell(run, finished, len(skipped))
     return 0 if finished else 130
+
+
+def _watch(options: TrainOptions, run: Run, log: Log) -> None:
+    """Has a run looked at while it learns: samples, the loss of held-out pictures, an evaluation."""
+    from mar.training.snapshot import export_and_draw, on_snapshot
+    from mar.training.validation import Validation
+
+    config = options.config
+    on_snapshot(run, log, config.sample_every, lambda snapshot: export_and_draw(snapshot, log))
+    if config.validate_every and run.held_out is not None:
+        on_snapshot(run, log, config.validate_every, Validation(run, log))
+    elif config.validate_every:
+        log.note(
+            f"no validation loss: {config.data} has no test part with the same classes; --validate-on names other "
+            "pictures, --hold-out 20 keeps one of twenty from learning"
+        )
+    if options.eval_every:
+        on_snapshot(run, log, options.eval_every, _evaluation(options, run, log))
 
 
 def _open(options: TrainOptions, device: torch.device) -> Run:
     from mar import runtime, zoo
     from mar.training.estimate import estimate
     from mar.training.run import adopt_official, open_run
+    from mar.training.writers import require
 
+    if runtime.rank() == 0:
+        require(options.config.log_to)
     assert options.out is not None
     needs = estimate(options.config, runtime.world_size())
     needs.check_disk(options.out)
@@ -132,26 +151,27 @@ def _tell(run: Run, finished: bool, skipped: int) -> None:
     print(f"{run.folder / 'model.safetensors'} (EMA) and model-raw.safetensors; draw: mar sample {run.folder}")
 
 
-def _evaluation(options: TrainOptions, run: Run, log: Log) -> Callable[[Run], None]:
-    """What judges a run's EMA and raw weights and writes the numbers to its log; broken pictures are no error there."""
+def _evaluation(options: TrainOptions, run: Run, log: Log) -> OnSnapshot:
+    """What judges a run's EMA and raw weights, all processes together; broken pictures are no error there."""
     from mar.evaluation.features import open_extractor
     from mar.evaluation.online import Online
     from mar.sampling.generate import BrokenLatents
-    from mar.training.run import pipeline
+    from mar.training.snapshot import take
 
     extractor = open_extractor(options.eval_features, options.eval_weights).to(run.device)
     judge = Online(extractor, options.eval_reference or options.config.data, options.eval_count)
-    judge.measure(pipeline(run).image_size)  # what is wrong with it is wrong before hours of training, too
+    judge.measure(take(run).pipeline("ema").image_size)  # what is wrong with it is wrong before hours of training, too
 
-    def evaluate(run: Run) -> None:
+    def evaluate(snapshot: Snapshot) -> dict[str, float]:
+        found: dict[str, float] = {}
         for weights in ("ema", "raw"):
             try:
-                report = judge(pipeline(run, weights))
+                report = judge(snapshot.pipeline(weights))
             except BrokenLatents as error:
                 log.note(f"no evaluation of {weights} weights yet: {error}")
                 continue
-            measured = {n: value for n, value in report.to_dict().items() if isinstance(value, float)}
-            log.write(run.progress.images, **{f"{weights}_{name}": value for name, value in measured.items()})
+            found |= {f"{weights}_{n}": value for n, value in report.to_dict().items() if isinstance(value, float)}
             log.note(f"{weights}: " + ", ".join(f"{name} {value}" for name, value in report.lines()))
+        return found
 
     return evaluate

@@ -102,13 +102,15 @@ def _train(arguments: Sequence[str]) -> int:
     options = parse(TokenizerTrainOptions, "tokenizer train", rest, default)
     from mar import runtime
     from mar.training.learner import Hook
-    from mar.training.log import RunLog
+    from mar.training.log import open_log
     from mar.training.loop import train
     from mar.training.tokenizer import finish, judge, open_tokenizer_run
+    from mar.training.writers import require
 
+    require(options.config.log_to)
     device = runtime.choose_device(options.device)
     run = open_tokenizer_run(options.config, options.out, device=device, load_network=_network)
-    log = RunLog(run.folder, options.config.images, run.progress.images)
+    log = open_log(run)
     run.hooks.append(Hook(options.config.sample_every, lambda at: judge(at, log)))
     try:
         finished = train(run, log)

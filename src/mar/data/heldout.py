@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
+import torch
 
 from mar.data.examples import Example, Source
 from mar.data.folder import FolderSource
-from mar.data.sources import open_source
+from mar.data.latents import LatentSource
+from mar.data.sources import StreamSource, open_data, open_source
+from mar.runtime import generator
 
 EVERY = 20
-"""Data without a test part gives every so manieth of its pictures."""
+"""A tokenizer's data without a test part gives one of so many pictures."""
+
+_CHOICE = 0x4E1D
 
 
 @dataclass(frozen=True)
@@ -39,29 +45,72 @@ class Part:
         return self.source[int(self.indices[index])]
 
 
+def choose(length: int, count: int) -> np.ndarray:
+    """The numbers of at most `count` of `length` pictures, ascending, always the same: one of each of as many stretches
+    of equal length, since a source may be sorted by class; which one is drawn, since classes may come in turns."""
+    count = min(count, length)
+    edges = np.arange(count + 1) * length // max(count, 1)
+    places = torch.rand(count, dtype=torch.float64, generator=generator(_CHOICE)).numpy()
+    return edges[:-1] + np.floor(places * np.diff(edges)).astype(np.int64)
+
+
 def spread(source: Source, count: int) -> Part:
-    """At most `count` pictures, evenly over the source, which may be sorted by class."""
-    count = min(count, len(source))
-    return Part(source, np.arange(count) * len(source) // max(count, 1))
+    """At most `count` pictures of a source, as `choose` does it."""
+    return Part(source, choose(len(source), count))
+
+
+@overload
+def divide(source: LatentSource, every: int) -> tuple[LatentSource, LatentSource]: ...
+@overload
+def divide(source: Source, every: int) -> tuple[Source, Source]: ...
+def divide(source: Any, every: int) -> Any:
+    """The pictures to learn from, and one of `every`, chosen by `choose`, to judge by. The same pictures of a latent
+    cache as of what was cached. ValueError for a single picture."""
+    if len(source) < 2:
+        raise ValueError(f"data: got {len(source)} picture, but one to learn from and one to judge by are needed")
+    kept = np.zeros(len(source), dtype=bool)
+    kept[choose(len(source), max(1, len(source) // every))] = True
+    learned, others = np.flatnonzero(~kept), np.flatnonzero(kept)
+    if isinstance(source, LatentSource):
+        return source.part(learned), source.part(others)
+    return Part(source, learned), Part(source, others)
 
 
 def hold_out(spec: str | Path) -> tuple[Source, Source]:
-    """The pictures to learn from, and others to judge by: the data's test part.
-
-    Where it has none, every 20th picture is kept from the first (the last of fewer): a source may be sorted by class,
-    so that its end would be one class. ValueError for a single picture.
-    """
+    """The pictures to learn a tokenizer from, and others to judge it by: the data's test part; where it has none, one
+    of twenty pictures (one of fewer). ValueError for a single picture."""
     source = open_source(spec)
-    if (test := _test_part(spec)) is not None:
+    if (test := for_testing(spec)) is not None:
         return source, test
-    if len(source) < 2:
-        raise ValueError(f"data: {spec} holds one picture, but one to learn from and one to judge by are needed")
-    every = min(EVERY, len(source))
-    kept = np.arange(len(source)) % every == every - 1
-    return Part(source, np.flatnonzero(~kept)), Part(source, np.flatnonzero(kept))
+    return divide(source, EVERY)
 
 
-def _test_part(spec: str | Path) -> Source | None:
+def open_parts(
+    spec: str | Path, *, classes: int = 0, every: int = 0, others: str | Path | None = None
+) -> tuple[Source | LatentSource | StreamSource, Source | LatentSource | None]:
+    """What a run learns from (see `open_data`), and what it is validated on, which it never learns from.
+
+    `others`: other pictures, their test part if they have one. Else, if `every` is not 0, one picture of so many, which
+    is kept from learning in any case. Else the test part of the data, which for a latent cache is that of the pictures
+    that were cached, where they still are; None without. ValueError for a stream that is to be divided: it can't be
+    counted.
+    """
+    learned = open_data(spec, classes)
+    kept: Source | LatentSource | None = None
+    if every:
+        if isinstance(learned, StreamSource):
+            raise ValueError(f"data: {spec} is read in passing, and none of it can be held out; give --validate-on")
+        learned, kept = divide(learned, every)
+    if others is not None:
+        test = for_testing(others)
+        kept = open_source(others) if test is None else test
+    elif not every:
+        kept = for_testing(learned.about.data if isinstance(learned, LatentSource) else spec)
+    return learned, kept
+
+
+def for_testing(spec: str | Path) -> Source | None:
+    """The pictures for testing that come with those of `spec` (see `open_source`); None where none do."""
     path = Path(spec).expanduser()
     if path.is_file() or (path / "state.json").is_file():  # one table
         return None

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
@@ -28,6 +30,7 @@ class LatentSource:
         self.index = read_index(self.folder, self.about)
         self.classes = self.about.classes
         self.flips = self.about.flips
+        self.rows = np.arange(self.about.pictures)
         self._shards: dict[int, Shard] = {}
         for file, size in zip(self.index.files, self.index.sizes, strict=True):
             path = self.folder / file
@@ -39,8 +42,14 @@ class LatentSource:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_shards": {}}  # each process maps files itself
 
+    def part(self, rows: np.ndarray) -> LatentSource:
+        """The same cache with these of its pictures only, numbered anew."""
+        chosen = copy.copy(self)
+        chosen.rows = self.rows[rows]
+        return chosen
+
     def __len__(self) -> int:
-        return self.about.pictures
+        return len(self.rows)
 
     def read(self, index: int, flip: bool) -> tuple[Float[Tensor, "m c h w"], int]:
         """Mean and log-variance (means alone where m is 1) of the raw latents of picture `index`, plain or flipped, in
@@ -49,6 +58,7 @@ class LatentSource:
         Raises UnreadableImage for a picture that could not be read when the cache was made; ConfigError for a flipped
         one where there are only plain ones; DamagedCache.
         """
+        index = int(self.rows[index])
         if index in self.index.skipped:
             raise UnreadableImage(self.index.skipped[index], "it could not be read when the cache was made")
         if flip and not self.flips:
@@ -63,9 +73,12 @@ class LatentSource:
 
     def in_order(self, limit: int | None = None) -> Iterator[LatentMoments]:
         """The plain moments of every picture that could be read, once, by shards; of the first `limit` pictures."""
+        wanted = np.zeros(self.about.pictures, dtype=bool)
+        wanted[self.rows[:limit]] = True
+        wanted[list(self.index.skipped)] = False
         for number in range(self.about.shards):
             span = self.about.span(number)
-            rows = [i - span.start for i in span if i not in self.index.skipped and (limit is None or i < limit)]
+            rows = np.flatnonzero(wanted[span.start : span.stop]).tolist()
             if rows:
                 shard = check_shard(self.folder, self.about, self.index, number)
                 yield unpack(shard.moments[rows, 0].float())

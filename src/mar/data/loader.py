@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -54,6 +54,10 @@ class _Pictures:
         return self.transform(example.image, flip), example.label
 
 
+def _reading(source: Source | LatentSource, transform: Transform) -> Read:
+    return source.read if isinstance(source, LatentSource) else _Pictures(source, transform).read
+
+
 class _Reader(Dataset[Item | ValueError]):
     """(position, index) -> item, or why there is none; what workers run."""
 
@@ -77,6 +81,22 @@ class _Reader(Dataset[Item | ValueError]):
                 continue
             return Item(content, label, position, tuple(skipped))
         raise ValueError(f"{len(skipped)} pictures in a row can't be read, the last of them {skipped[-1]}")
+
+
+def read_plain(source: Source | LatentSource, transform: Transform, numbers: Sequence[int]) -> Batch | None:
+    """The pictures of these numbers, not mirrored, whose positions are their numbers. Those that can't be read are left
+    out, each with a warning; None where none can."""
+    read, items = _reading(source, transform), []
+    for number in numbers:
+        try:
+            items.append(Item(*read(number, False), number, ()))
+        except UnreadableImage as error:
+            logger.warning("skipped a picture that can't be read: %s", error.name)
+    return _building(source)(items) if items else None
+
+
+def _building(source: Source | LatentSource) -> Callable[[Sequence[Item]], Batch]:
+    return latents if isinstance(source, LatentSource) else images
 
 
 def batches(
@@ -105,13 +125,11 @@ def batches(
         )
     order = Order(len(source), seed, batch, rank, world)
     flip = source.flips if flip is None else flip
-    build = latents if isinstance(source, LatentSource) else images
-    read = source.read if isinstance(source, LatentSource) else _Pictures(source, transform).read
     loader = DataLoader(
-        _Reader(read, len(source), seed, flip),
+        _Reader(_reading(source, transform), len(source), seed, flip),
         batch_sampler=order.batches(start),
         num_workers=workers,
-        collate_fn=functools.partial(put_together, build),
+        collate_fn=functools.partial(put_together, _building(source)),
         worker_init_fn=leave_signals_to_the_run,
         generator=torch.Generator(),  # else it would draw from the global one
     )

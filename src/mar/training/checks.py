@@ -1,9 +1,9 @@
-"""What is worth knowing of a tokenizer before a model learns its latents."""
+"""What is worth knowing before a run's first step: of its tokenizer, and of its learning rate."""
 
 from __future__ import annotations
 
 from mar import runtime
-from mar.config import ModelConfig
+from mar.config import ModelConfig, TrainConfig
 from mar.data.heldout import spread
 from mar.data.latents import LatentSource
 from mar.data.loader import in_order
@@ -21,6 +21,8 @@ POOR = 20.0
 WIDE_TOKEN = 32
 WIDE_HEAD = 1024
 """Tokens above the one want a head of the other (16 values a token: FID 3.5; 64 values, the same model: FID 30)."""
+RATE_FACTOR = 4.0
+"""By how much a learning rate may differ from its recipe's."""
 
 
 def check_tokenizer(run: Run, log: Log) -> None:
@@ -54,6 +56,19 @@ def wide_tokens(model: ModelConfig) -> str | None:
     return (
         f"warning: a token has {model.token_width} values, but the head is only {model.head.width} wide, which is "
         f"little above {WIDE_TOKEN} values; set --model.head.width {WIDE_HEAD}, or a smaller --model.patch"
+    )
+
+
+def unusual_rate(config: TrainConfig, usual: TrainConfig, name: str) -> str | None:
+    """The warning for a scaled learning rate, lr * batch / 256, that is more than four times off that of the recipe
+    `usual`, called `name`; None where it is not."""
+    own, its = config.scaled_lr, usual.scaled_lr
+    factor, side = max((own / its, "times above the"), (its / own, "times below the"))
+    if factor <= RATE_FACTOR:
+        return None
+    return (
+        f"warning: the learning rate is {own:.3g} for {config.batch} pictures a step (--lr is for 256), {factor:.3g} "
+        f"{side} {its:.3g} of the recipe {name}; --lr {its * 256 / config.batch:.3g} would be its rate"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -12,6 +13,9 @@ from torch import nn
 from mar.data.loader import Batch
 from mar.training.ema import EMA
 from mar.training.optim import Pace
+
+WATCHED = "watched"
+"""A file in a run's folder that says after how many images its hooks last came to their end."""
 
 
 @dataclass
@@ -25,6 +29,16 @@ class Progress:
     skipped_in_a_row: int = 0
     seconds: float = 0.0
     """Time spent in steps, over all sessions of the run."""
+    watched: int = 0
+    """Images up to which all hooks that were due have come to their end."""
+
+    @classmethod
+    def resumed(cls, folder: Path, saved: dict[str, Any]) -> Progress:
+        """That of a saved state, and what was done after it was saved: hooks of the step that came with it."""
+        progress, note = cls(**saved), folder / WATCHED
+        watched = int(note.read_text(encoding="utf-8")) if note.is_file() else 0
+        progress.watched = max(progress.watched, min(watched, progress.images))
+        return progress
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,7 @@ class Schedule(Pace, Protocol):
 class Learner(Protocol):
     """What `train` brings to its end, step by step."""
 
+    folder: Path
     progress: Progress
     hooks: list[Hook]
     parts: dict[str, float]

@@ -1,17 +1,35 @@
-"""What a run tells: `log.jsonl`, TensorBoard, and a line or a bar of progress with the time left."""
+"""What a run tells: numbers and pictures by images seen, and a line or a bar of progress with the time left.
+
+Numbers go to `log.jsonl` in the run's folder, and to what `TrainConfig.log_to` names (`mar.training.writers`). Each
+line of `log.jsonl` has `images`, the images seen so far, and of these:
+
+- every `log_every` steps and at the end: `step`; `loss`, the mean since the last such line; `gradient_norm` before
+  clipping; `lr`; `images_per_second` since the last such line, looks at the run left out; `skipped_steps`, whose
+  gradient was not finite, in the whole run; `skipped_share`, their share since the last such line; `seconds` spent in
+  steps, over all sessions; and a tokenizer's terms of its loss;
+- before the first step: `tokenizer_psnr`;
+- every `validate_every` images: `val_loss` of held-out pictures, and `val_loss_00` to `val_loss_09`, by tenths of the
+  timesteps from the least noise to the most (`mar.training.validation`);
+- every `--eval-every` images: `ema_distance`, `raw_distance` and what else the network gives; a tokenizer's `psnr`.
+
+What is not finite is null. Pictures, called `samples` and `samples-raw`, are files in `samples/` first.
+"""
 
 from __future__ import annotations
 
-import json
-import logging
-import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mar import runtime
+from mar.config import to_dict
+from mar.training.writers import Writer, open_writers
 
 
 class Log:
@@ -22,6 +40,9 @@ class Log:
 
     def write(self, images: int, **numbers: Any) -> None:
         """Numbers by images seen."""
+
+    def picture(self, images: int, name: str, picture: Image.Image) -> None:
+        """A picture by images seen."""
 
     def advance(self, images: int, loss: float) -> None:
         """How far the run has come."""
@@ -34,16 +55,11 @@ class Log:
 
 
 class RunLog(Log):
-    """Numbers of a run, by images seen. Lines past the image count that a run resumes from are dropped."""
+    """The log of a run of `total_images` that begins or goes on at `images`, by default in its folder alone."""
 
-    def __init__(self, folder: Path, total_images: int, images: int) -> None:
+    def __init__(self, folder: Path, total_images: int, images: int, writers: Sequence[Writer] | None = None) -> None:
         super().__init__()
-        logging.getLogger("tensorboard").setLevel(logging.ERROR)
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        self.path = folder / "log.jsonl"
-        self._forget_after(images)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=images)
+        self.writers = open_writers(["tensorboard"], folder, config={}, images=images) if writers is None else writers
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -58,24 +74,17 @@ class RunLog(Log):
         self.total, self.first, self.begun = total_images, images, time.monotonic()
         self.progress.start()
 
-    def _forget_after(self, images: int) -> None:
-        if not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("images", 0) <= images]
-        if len(kept) < len(lines):
-            self.path.write_text("".join(kept), encoding="utf-8")
-
     def write(self, images: int, **numbers: Any) -> None:
-        """One line of the log; a number that is not finite is null there, as JSON has no other word for it."""
-        finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in numbers.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"images": images, **finite}, allow_nan=False) + "\n")
-        for name, number in numbers.items():
-            if isinstance(number, int | float):
-                self.board.add_scalar(name, number, images)
+        """Numbers, to every writer."""
+        for writer in self.writers:
+            writer.write(images, numbers)
         if not sys.stderr.isatty() and "loss" in numbers:
             print(self._line(images, numbers), file=sys.stderr, flush=True)
+
+    def picture(self, images: int, name: str, picture: Image.Image) -> None:
+        """A picture, to every writer that takes some."""
+        for writer in self.writers:
+            writer.picture(images, name, picture)
 
     def _line(self, images: int, numbers: dict[str, Any]) -> str:
         seconds = time.monotonic() - self.begun
@@ -94,6 +103,21 @@ class RunLog(Log):
         self.progress.console.print(text, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Ends the bar and writes out what TensorBoard holds back."""
+        """Ends the bar and writes out what is held back."""
         self.progress.stop()
-        self.board.close()
+        for writer in self.writers:
+            writer.close()
+
+
+def open_log(run: Any) -> Log:
+    """The log of a run, of a model or a tokenizer, on the first process; on the others one that says nothing.
+
+    ConfigError where something that it is to go to is not installed, or refuses.
+    """
+    if runtime.rank() != 0:
+        return Log()
+    config, progress = run.config, run.progress
+    writers = open_writers(
+        config.log_to, run.folder, config=to_dict(config), images=progress.images, watched=progress.watched
+    )
+    return RunLog(run.folder, config.images, progress.images, writers)

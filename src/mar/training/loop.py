@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from mar import runtime
+from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState
 from mar.config import TrainConfig, to_dict
 from mar.data.latents import LatentSource
@@ -32,7 +33,7 @@ from mar.tokenizer import Tokenizer
 from mar.tokenizer.moments import to_posterior
 from mar.training import engine
 from mar.training.ema import EMA
-from mar.training.learner import Hook, Learner, Progress
+from mar.training.learner import WATCHED, Hook, Learner, Progress
 from mar.training.log import Log
 from mar.training.loss import DiffusionLoss, draw_step
 from mar.training.optim import learning_rate, make_optimizers
@@ -59,6 +60,8 @@ class Run:
     tokenizer: Tokenizer
     model: MAR
     device: torch.device
+    held_out: Source | LatentSource | None = None
+    """What it is validated on."""
     progress: Progress = field(default_factory=Progress)
     hooks: list[Hook] = field(default_factory=list)
     parts: dict[str, float] = field(default_factory=dict)
@@ -93,7 +96,7 @@ class Run:
         self.ema.model.load_state_dict(state["ema"])
         set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
         self.tokenizer.set_statistics(state["tokenizer"]["mean"], state["tokenizer"]["std"])
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress.resumed(self.folder, state["progress"])
         self.told = resume_data(self.source, state.get("data"), self.progress.images)
         return True
 
@@ -115,8 +118,10 @@ def train(run: Learner, log: Log) -> bool:
     config, progress = run.config, run.progress
     loader = run.batches()
     window: list[float] = []
-    since, begun = progress.images, time.monotonic()
+    steps, skipped = progress.step, progress.skipped_steps
     with _stop_signals() as stopped:
+        _call_hooks(run)  # which a killed session may have left undone
+        since, begun = progress.images, time.monotonic()
         while progress.images < config.images and not runtime.anywhere(bool(stopped)):
             tick = time.monotonic()
             before = progress.images
@@ -137,18 +142,30 @@ def train(run: Learner, log: Log) -> bool:
                     lr=learning_rate(config, before),
                     images_per_second=(progress.images - since) / seconds,
                     skipped_steps=progress.skipped_steps,
+                    skipped_share=(progress.skipped_steps - skipped) / (progress.step - steps),
                     seconds=round(progress.seconds, 1),
                     **run.parts,
                 )
                 window, since, begun = [], progress.images, time.monotonic()
+                steps, skipped = progress.step, progress.skipped_steps
             if _due(before, progress.images, config.save_every):
                 run.save()
-            for hook in run.hooks:
-                if _due(before, progress.images, hook.every):
-                    hook.call(run)
-                    begun, since = time.monotonic(), progress.images
+            if _call_hooks(run):
+                begun, since = time.monotonic(), progress.images
     run.save()
     return progress.images >= config.images
+
+
+def _call_hooks(run: Learner) -> bool:
+    """Calls the hooks that have become due since this was last done; whether any had."""
+    progress = run.progress
+    due = [hook for hook in run.hooks if _due(progress.watched, progress.images, hook.every)]
+    for hook in due:
+        hook.call(run)
+    progress.watched = progress.images
+    if due and runtime.rank() == 0:
+        write_text(run.folder / WATCHED, f"{progress.watched}\n")
+    return bool(due)
 
 
 def _mean(losses: list[float]) -> float:
@@ -220,17 +237,22 @@ def _count(progress: Progress, finite: bool) -> None:
         )
 
 
-@torch.no_grad()
 def encode(run: Run, batch: Batch) -> Tensor:
     """images or their cached moments -> latents, drawn from the tokenizer's posterior with noise keyed by position."""
+    return to_latents(run.tokenizer, batch, run.config.seed, run.device)
+
+
+@torch.no_grad()
+def to_latents(tokenizer: Tokenizer, batch: Batch, seed: int, device: torch.device) -> Tensor:
+    """images or their cached moments -> latents on `device`, as for `encode`."""
     if isinstance(batch, LatentBatch):
-        posterior = to_posterior(run.tokenizer, batch.moments.to(run.device))
+        posterior = to_posterior(tokenizer, batch.moments.to(device))
     else:
         assert isinstance(batch, ImageBatch)
-        posterior = run.tokenizer.encode(batch.images.to(run.device))
-    if run.tokenizer.deterministic:
+        posterior = tokenizer.encode(batch.images.to(device))
+    if tokenizer.deterministic:
         return posterior.mean
-    return posterior.sample(posterior_noise(posterior.mean, run.config.seed, batch.positions))
+    return posterior.sample(posterior_noise(posterior.mean, seed, batch.positions))
 
 
 def posterior_noise(like: Tensor, seed: int, positions: Tensor) -> Tensor:

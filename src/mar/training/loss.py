@@ -71,12 +71,18 @@ class DiffusionLoss(nn.Module):
         self, latents: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], draws: StepDraws
     ) -> Float[Tensor, ""]:
         """The loss, averaged over the masked tokens."""
+        return self.rows(latents, labels, draws).mean()
+
+    def rows(
+        self, latents: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], draws: StepDraws
+    ) -> Float[Tensor, " rows"]:
+        """The loss of every (timestep, noise) of every masked token, in the order of `draws.timestep`."""
         config = self.model.config
         tokens = patchify(latents, config.patch)
         labels = torch.where(draws.drop_label, UNCONDITIONAL, labels)
         hidden, visible = split(draws.order, draws.masked)
         z = take(self.model(tokens, labels, visible), hidden)
-        return self.head_loss(take(tokens, hidden), z, draws.timestep, draws.noise).mean()
+        return self.head_loss(take(tokens, hidden), z, draws.timestep, draws.noise)
 
     def head_loss(
         self,

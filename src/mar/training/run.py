@@ -1,4 +1,4 @@
-"""Putting a run together: data, tokenizer, model; and what it leaves behind: grids and weights to use."""
+"""Putting a run together: data, tokenizer, model; and what it leaves behind: weights to use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -21,27 +20,28 @@ from mar.checkpoint import official
 from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState
 from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
+from mar.data.heldout import open_parts
 from mar.data.latents import LatentSource
 from mar.data.loader import in_order
-from mar.data.sources import Source, StreamSource, open_data
+from mar.data.sources import Source, StreamSource
 from mar.data.transforms import Transform
 from mar.model.mar import MAR
-from mar.pictures import grid
 from mar.pipeline import Pipeline
-from mar.sampling.generate import BrokenLatents
 from mar.tokenizer import PixelTokenizer, Tokenizer
 from mar.tokenizer.moments import fingerprint, measure_moments
 from mar.tokenizer.statistics import measure
 from mar.training.engine import whole_state
-from mar.training.log import Log
 from mar.training.loop import Progress, Run
 
 RUN_FILE = "run.json"
 MEASURED = 10_000
 """Pictures of a stream, at most, that a tokenizer's statistics are of."""
+EXPORTS = {"ema": "model.safetensors", "raw": "model-raw.safetensors"}
+"""The files to use in a run's folder, by the weights that they hold."""
 # Settings that may change when a run is resumed: they do not touch what has been learned so far.
 _FREE = {"images", "decay", "workers", "save_every", "sample_every", "log_every", "keep", "sampling"}
-_FREE |= {"strategy", "accumulate", "recompute", "compile"}
+_FREE |= {"strategy", "accumulate", "recompute", "compile", "log_to"}
+_FREE |= {"validate_every", "validate_on", "validate_count"}
 # Settings of a model that may differ from those of the weights it starts from.
 _LEARNING = {"classes", "label_drop", "attention_dropout", "projection_dropout", "mask_ratio_min"}
 
@@ -59,22 +59,39 @@ def open_run(
     ConfigError where the folder holds another run, the data is not what the model is for, or a tokenizer's latents.
     """
     resumed = check_same(config, folder) and bool(RunState(folder).states())
-    source = open_data(config.data, config.model.classes)
+    source, held_out = open_parts(
+        config.data, classes=config.model.classes, every=config.hold_out, others=config.validate_on
+    )
     classes = len(source.classes)
     if config.model.classes not in (0, classes):
         raise ConfigError(
             f"the model has {config.model.classes} classes, but {config.data} has {classes}; "
             f"set --model.classes {classes}, or 0 for an unconditional model"
         )
+    held_out = _of_the_same_classes(config, source, held_out)
     tokenizer = _tokenizer(config, source, load_tokenizer, measured_later=resumed)
     torch.manual_seed(runtime.generator(config.seed).initial_seed())
     model = MAR(config.model)
     if config.init is not None and not resumed:
         initialise_from(model, load_model(config.init).model)
-    run = Run(config, folder, source, tokenizer, model, device)
+    run = Run(config, folder, source, tokenizer, model, device, held_out=held_out)
     run.resume()
     keep_settings(config, folder)
     return run
+
+
+def _of_the_same_classes(
+    config: TrainConfig, source: Source | LatentSource | StreamSource, held_out: Source | LatentSource | None
+) -> Source | LatentSource | None:
+    """The held-out pictures, if their class numbers mean the same. ConfigError for others that were asked for."""
+    if held_out is None or not config.model.classes or tuple(held_out.classes) == tuple(source.classes):
+        return held_out
+    if config.validate_on is None:
+        return None
+    raise ConfigError(
+        f"{config.validate_on} has {len(held_out.classes)} classes that are not the {len(source.classes)} of "
+        f"{config.data}; validate on pictures with the same classes, by the same names"
+    )
 
 
 def check_same(config: Any, folder: Path) -> bool:
@@ -200,7 +217,7 @@ def adopt_official(run: Run, path: Path) -> None:
     state["state"] = {name: dict(moments) for name, moments in read.optimizer.items()}
     set_optimizer_state_dict(run.model, run.optimizers, state)
     images = (read.epoch + 1) * len(run.source)
-    run.progress = Progress(step=images // run.config.batch, images=images)
+    run.progress = Progress(step=images // run.config.batch, images=images, watched=images)
     run.save()
 
 
@@ -221,37 +238,8 @@ def pipeline(run: Run, weights: str = "ema") -> Pipeline:
 
 def export(run: Run) -> list[Path]:
     """Writes the run's EMA and raw weights as files to use; every process takes part, the first writes."""
-    paths = {"ema": run.folder / "model.safetensors", "raw": run.folder / "model-raw.safetensors"}
-    for weights, path in paths.items():
+    for weights, file in EXPORTS.items():
         whole = pipeline(run, weights)
         if runtime.rank() == 0:
-            whole.save(path)
-    return list(paths.values())
-
-
-def snapshot(run: Run, log: Log) -> None:
-    """Exports the weights and draws a grid of every class (at most ten), each process its share of the pictures.
-
-    A broken grid is reported, not fatal.
-    """
-    export(run)
-    drawer = pipeline(run)
-    classes = min(run.config.model.classes, 10)
-    labels: list[Any] = [label for _ in range(4) for label in range(classes)] or [None] * 16
-    rank, world = runtime.rank(), runtime.world_size()
-    mine = range(len(labels) * rank // world, len(labels) * (rank + 1) // world)
-    drawn: list[Image.Image] | str = []
-    try:
-        drawn = drawer.sample([labels[i] for i in mine], list(mine))
-    except BrokenLatents as error:
-        drawn = str(error)
-    shares: list[list[Image.Image] | str] = runtime.gather(drawn)
-    if rank != 0:
-        return
-    if broken := [share for share in shares if isinstance(share, str)]:
-        log.note(f"no samples yet: {broken[0]}")
-        return
-    path = run.folder / "samples" / f"{run.progress.images:012d}.png"
-    path.parent.mkdir(exist_ok=True)
-    grid([picture for share in shares for picture in share if not isinstance(picture, str)], classes or 4).save(path)
-    log.note(f"drew {path}")
+            whole.save(run.folder / file)
+    return [run.folder / file for file in EXPORTS.values()]

@@ -123,7 +123,7 @@ class TokenizerRun:
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
             set_optimizer_state_dict(self.critic, self.critic_optimizer, state["critic_optimizer"])
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress.resumed(self.folder, state["progress"])
         return True
 
     def save(self) -> None:
@@ -223,7 +223,9 @@ def judge(run: TokenizerRun, log: Log, tokenizer: KLTokenizer | None = None) -> 
     path = run.folder / "samples" / f"{run.progress.images:012d}.png"
     for images in in_order(spread(run.held_out, SHOWN), run.transform):  # one batch, or none where none can be read
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet(tokenizer, images).save(path)
+        drawn = sheet(tokenizer, images)
+        drawn.save(path)
+        log.picture(run.progress.images, "reconstructions", drawn)
     log.write(run.progress.images, psnr=found.psnr)
     log.note(f"PSNR {found.psnr:.2f} dB on {found.pictures:,} held-out pictures; see {path}")
     return found

@@ -6,7 +6,7 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
-from mar.config import Precision, _fraction, _positive, _require
+from mar.config import LogTo, Precision, _fraction, _positive, _require
 
 Stride = Literal[2, 4, 8, 16]
 
@@ -68,6 +68,8 @@ class TokenizerTrainConfig:
     """Images between reconstructions of held-out pictures, with their PSNR; 0 makes none but at the end."""
     log_every: int = 50
     """Steps between lines of the log."""
+    log_to: tuple[LogTo, ...] = ("tensorboard",)
+    """What the log goes to beside log.jsonl: tensorboard, wandb, trackio, or several of them."""
 
     def __post_init__(self) -> None:
         _positive(self, "channels", "depth", "images", "batch", "save_every", "keep", "log_every")

@@ -20,7 +20,7 @@ from mar.tokenizer import PixelTokenizer
 from mar.training import loop
 from mar.training.log import RunLog
 from mar.training.loop import Run, TrainingError, train
-from mar.training.run import export, initialise_from, pipeline, snapshot
+from mar.training.run import export, initialise_from, pipeline
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,17 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     assert not all(same(4, 5))
     assert all(tensor.isfinite().all() for tensor in kept[6])
     assert [line["skipped_steps"] for line in lines(run)] == [0, 0, 1, 2, 2, 2]
+    assert [line["skipped_share"] for line in lines(run)] == [0, 0, 1, 1, 0, 0]
     assert [line["loss"] is None for line in lines(run)] == [False, False, True, True, False, False]
+
+
+def test_the_share_of_skipped_steps_is_of_those_since_the_last_line(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = open_tiny(train_config(data, images=24, log_every=4), tmp_path)
+    breaking(run, lambda step: step in (1, 2, 5), monkeypatch)
+    assert go(run)
+    assert [line["skipped_share"] for line in lines(run)] == [2 / 4, 1 / 2]
 
 
 def test_a_gradient_that_is_not_finite_is_skipped_too(
@@ -193,22 +203,6 @@ def test_statistics_are_those_of_the_pictures(data: Path, tmp_path: Path) -> Non
     batch = next(loop._batches(run))
     latents = loop.encode(run, batch)
     torch.testing.assert_close(latents * run.tokenizer.std + run.tokenizer.mean, batch.images)
-
-
-def test_a_snapshot_draws_a_grid_or_says_why_not(data: Path, tmp_path: Path) -> None:
-    noise_model = config(channels=1, grid=(8, 8), patch=2, classes=2, head=replace(HEAD, prediction="noise"))
-    run = open_tiny(train_config(data, model=noise_model), tmp_path)
-    notes: list[str] = []
-    log = RunLog(tmp_path, 40, 0)
-    log.note = notes.append  # type: ignore[method-assign]
-    snapshot(run, log)
-    assert "no samples yet: image 0 is broken" in notes[0]
-    bounded = open_tiny(train_config(data, model=noise_model, sampling=SamplingConfig(3, 4, x0_bound=1.0)), tmp_path)
-    snapshot(bounded, log)
-    log.close()
-    assert notes[1].startswith("drew ")
-    assert (tmp_path / "samples" / "000000000000.png").is_file()
-    assert (tmp_path / "model.safetensors").is_file()
 
 
 def test_data_of_another_class_count_is_refused(data: Path, tmp_path: Path) -> None:

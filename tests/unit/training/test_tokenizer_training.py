@@ -273,7 +273,7 @@ def test_held_out_pictures_are_never_learned_from(data: Path, tmp_path: Path) ->
     Image.new("L", (8, 8)).save(tmp_path / "one.png")
     (tmp_path / "single").mkdir()
     (tmp_path / "one.png").rename(tmp_path / "single" / "one.png")
-    with pytest.raises(ValueError, match="holds one picture, but one to learn from and one to judge by"):
+    with pytest.raises(ValueError, match="got 1 picture, but one to learn from and one to judge by"):
         hold_out(tmp_path / "single")
 
 

@@ -1,0 +1,95 @@
+"""What is held out is never learned from, is of all classes, and is the same of pictures and of a cache of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import pictures
+
+from mar.data.heldout import choose, divide, open_parts
+from mar.data.latents import LatentSource
+from mar.data.sources import FolderSource, open_source
+from mar.tokenizer import PixelTokenizer
+from mar.training.cache import describe, finish, prepare, write_shards
+
+
+def cached(folder: Path, data: Path) -> Path:
+    """The pictures' latents, four a shard."""
+    tokenizer, source = PixelTokenizer(1, 0.0, 1.0), open_source(data)
+    about = describe(source, tokenizer, data=str(data), tokenizer_name="pixels", size=(8, 8), shard=4)
+    shards = prepare(folder, about)
+    assert shards
+    write_shards(folder, about, source, tokenizer, shards, device=torch.device("cpu"))
+    finish(folder, about)
+    return folder
+
+
+def names(source: object) -> list[str]:
+    return [source[i].name for i in range(len(source))]  # type: ignore[index, arg-type]
+
+
+@pytest.mark.parametrize(("length", "count"), [(100, 10), (17, 5), (5, 5), (3, 9), (1, 1), (0, 4)])
+def test_one_of_each_stretch_is_chosen(length: int, count: int) -> None:
+    chosen = choose(length, count)
+    count = min(length, count)
+    assert len(chosen) == count
+    assert all(k * length // count <= i < (k + 1) * length // count for k, i in enumerate(chosen))
+    assert np.array_equal(chosen, choose(length, count))
+
+
+def test_the_choice_is_of_classes_that_come_in_turns_too() -> None:
+    turns = np.bincount(choose(2000, 200) % 10, minlength=10)
+    assert turns.min() >= 10
+    assert np.bincount(choose(2000, 200) // 200).tolist() == [20] * 10
+
+
+def test_pictures_are_learned_from_or_held_out(tmp_path: Path) -> None:
+    learned, kept = divide(FolderSource(pictures(tmp_path)), 4)
+    assert (len(learned), len(kept)) == (15, 5)
+    assert sorted(names(learned) + names(kept)) == sorted(names(FolderSource(tmp_path)))
+    assert {kept[i].label for i in range(5)} == {0, 1}
+    assert [len(part) for part in divide(FolderSource(pictures(tmp_path / "two", 2)), 20)] == [1, 1]
+    with pytest.raises(ValueError, match="got 1 picture, but one to learn from and one to judge by"):
+        divide(FolderSource(pictures(tmp_path / "one", 1)), 20)
+
+
+def test_a_cache_holds_the_same_pictures_out(tmp_path: Path) -> None:
+    data = pictures(tmp_path / "pictures")
+    whole = open_source(data)
+    parts = divide(whole, 4), divide(LatentSource(cached(tmp_path / "cache", data)), 4)
+    for of_pictures, of_latents in zip(*parts, strict=True):
+        assert len(of_pictures) == len(of_latents)
+        for i in range(len(of_pictures)):
+            pixels = torch.from_numpy(np.array(of_pictures[i].image)) / 127.5 - 1
+            moments, label = of_latents.read(i, False)
+            torch.testing.assert_close(moments[0, 0], pixels, atol=1e-3, rtol=0)
+            assert label == of_pictures[i].label
+        read = torch.stack([of_latents.read(i, False)[0][0] for i in range(len(of_latents))])
+        assert torch.equal(torch.cat([moments.mean for moments in of_latents.in_order()]), read)
+        assert torch.equal(torch.cat([moments.mean for moments in of_latents.in_order(3)]), read[:3])
+
+
+def test_what_a_run_is_validated_on(tmp_path: Path) -> None:
+    flat, parted = pictures(tmp_path / "flat", 6), tmp_path / "parted"
+    for name, count in (("train", 8), ("val", 4)):
+        pictures(parted / name, count)
+
+    def sizes(data: Path, every: int = 0, others: Path | None = None) -> tuple[int, int]:
+        learned, kept = open_parts(str(data), every=every, others=None if others is None else str(others))
+        return len(learned), 0 if kept is None else len(kept)
+
+    assert sizes(flat) == (6, 0)
+    assert sizes(parted) == (8, 4)
+    assert sizes(flat, every=3) == (4, 2)
+    assert sizes(parted, every=4) == (6, 2)  # asked for, though there is a test part
+    assert sizes(flat, others=parted) == (6, 4)
+    assert sizes(flat, every=3, others=parted / "train") == (4, 8)
+    cache = cached(tmp_path / "cache", parted)
+    assert sizes(cache) == (8, 4)  # of the pictures that were cached
+    assert sizes(cache, every=4) == (6, 2)
+    assert all(isinstance(part, LatentSource) for part in open_parts(str(cache), every=4))
+    parted.rename(tmp_path / "elsewhere")
+    assert sizes(cache) == (8, 0)
