@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import pytest
 import torch
@@ -160,7 +161,7 @@ def orders(solver: str, x0: Callable[[Tensor, float, float], Tensor], mean: floa
     """By how many powers of two the error falls when the steps are halved, again and again."""
     errors = [float((draw(solver, even(n), x0) - exact(even(n), X, mean)).abs().max()) for n in (16, 32, 64, 128)]
     assert errors[0] < 0.2
-    return (math.log2(coarse / fine) for coarse, fine in zip(errors, errors[1:], strict=False))
+    return (math.log2(coarse / fine) for coarse, fine in pairwise(errors))
 
 
 @pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpm++2m", 2), ("dpm++2s", 2)])
