@@ -15,6 +15,11 @@ from typing import Any, Literal, TypeVar
 
 Prediction = Literal["noise", "v"]
 GuidanceSchedule = Literal["linear", "constant"]
+Solver = Literal["ancestral", "ddim", "dpm++2m", "dpm++2s"]
+Spacing = Literal["time", "log-snr"]
+RevealSchedule = Literal["cosine", "exponential"]
+Order = Literal["random", "checkerboard", "halton"]
+Preset = Literal["exact", "balanced", "fast"]
 Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["adamw", "muon"]
 Strategy = Literal["ddp", "fsdp"]
@@ -34,6 +39,12 @@ def _positive(record: Any, *names: str) -> None:
     for name in names:
         value = getattr(record, name)
         _require(value >= 1, f"{name} is {value}, but it must be at least 1")
+
+
+def _one_of(record: Any, name: str, words: Any) -> None:
+    value, known = getattr(record, name), typing.get_args(words)
+    listed = f"{', '.join(known[:-1])} or {known[-1]}"
+    _require(value in known, f"{name} is {value!r}, but it must be {listed}")
 
 
 def _fraction(record: Any, *names: str) -> None:
@@ -148,28 +159,58 @@ class SamplingConfig:
     guidance_schedule: GuidanceSchedule = "linear"
     """`linear`: from 1 up to the scale as tokens are revealed; `constant`: the scale at every step."""
     temperature: float = 1.0
-    """Factor of the noise added at each diffusion step."""
+    """Factor of the noise added at each diffusion step; of the noise at the start for solvers that add none."""
     x0_bound: float | None = None
     """Clip the predicted clean token to this many standard deviations: for young models; off for official weights."""
+    solver: Solver = "ancestral"
+    """`ancestral` (the paper); without noise on the way `ddim`, `dpm++2m`, `dpm++2s`, which need fewer steps."""
+    spacing: Spacing = "time"
+    """How diffusion timesteps are spaced: evenly in `time` (the paper) or in `log-snr`."""
+    diffusion_steps_end: int | None = None
+    """Diffusion steps at the last reveal step, linear in between (DiSA); by default `diffusion_steps` throughout."""
+    noisiest: float = 1.0
+    """Where diffusion starts, as a share of the trained timesteps; 0.95 skips the noisiest 5% (DiSA)."""
+    guidance_from: float = 0.0
+    """Guide only from where this share of an image's tokens is known."""
+    guidance_until: float = 1.0
+    """Guide only up to where this share of an image's tokens is known."""
+    guidance_refresh: int = 1
+    """Run the trunk without the class at every so many guided steps, and keep its difference in between (LazyMAR)."""
+    reveal_schedule: RevealSchedule = "cosine"
+    """How many tokens are hidden after each step: `cosine` (the paper), or `exponential`, slower at first."""
+    order: Order = "random"
+    """Order of an image's tokens: `random` (the paper), random on a `checkerboard` first, or spread out by `halton`."""
 
     def __post_init__(self) -> None:
-        _positive(self, "steps", "diffusion_steps")
+        _positive(self, "steps", "diffusion_steps", "guidance_refresh")
         _require(math.isfinite(self.guidance) and self.guidance >= 0, f"guidance is {self.guidance}, not 0 or more")
-        _require(
-            self.guidance_schedule in typing.get_args(GuidanceSchedule),
-            f"guidance_schedule is {self.guidance_schedule!r}, but it must be linear or constant",
-        )
+        _one_of(self, "guidance_schedule", GuidanceSchedule)
         _require(
             math.isfinite(self.temperature) and self.temperature >= 0, f"temperature is {self.temperature}, not >= 0"
         )
         _require(self.x0_bound is None or self.x0_bound > 0, f"x0_bound is {self.x0_bound}, but it must be positive")
+        _one_of(self, "solver", Solver)
+        _one_of(self, "spacing", Spacing)
+        _one_of(self, "reveal_schedule", RevealSchedule)
+        _one_of(self, "order", Order)
+        if self.diffusion_steps_end is not None:
+            _positive(self, "diffusion_steps_end")
+        _require(0 < self.noisiest <= 1, f"noisiest is {self.noisiest}, outside (0, 1]")
+        _require(
+            0 <= self.guidance_from <= self.guidance_until <= 1,
+            f"guidance from {self.guidance_from} until {self.guidance_until}: not a part of the range from 0 to 1",
+        )
 
     def check(self, model: ModelConfig) -> None:
         """Raises ConfigError where this way of drawing asks more than `model` has learned."""
-        _require(
-            self.diffusion_steps <= model.head.diffusion_steps,
-            f"diffusion_steps is {self.diffusion_steps}, but the model's schedule has {model.head.diffusion_steps}",
-        )
+        timesteps = round(self.noisiest * (model.head.diffusion_steps - 1)) + 1
+        for name in ("diffusion_steps", "diffusion_steps_end"):
+            steps = getattr(self, name) or 1
+            less = f", of which noisiest {self.noisiest} leaves {timesteps}" if self.noisiest < 1 else ""
+            _require(
+                steps <= timesteps,
+                f"{name} is {steps}, but the model's schedule has {model.head.diffusion_steps}{less}",
+            )
         _require(
             self.guidance == 1.0 or model.guidable,
             f"guidance {self.guidance} needs a model that was trained to do without classes "

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +18,10 @@ import torch
 from PIL import Image
 
 from mar.cli import VERBS, main
-from mar.config import HeadConfig, ModelConfig, SamplingConfig, TrunkConfig
+from mar.config import HeadConfig, ModelConfig, SamplingConfig, TrunkConfig, to_dict
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
+from mar.presets import hastened
 from mar.tokenizer import PixelTokenizer
 
 TRUNK = TrunkConfig(width=16, depth=1, heads=2)
@@ -70,6 +72,12 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         (["--batch", "0"], ["batch", "at least 1"]),
         (["--count", "0"], ["count", "at least 1"]),
         (["--temperature", "-1"], ["temperature", "-1"]),
+        (["--solver", "euler"], ["euler", "ancestral", "mar sample --help"]),
+        (["--preset", "slow"], ["slow", "balanced", "mar sample --help"]),
+        (["--diffusion-steps-end", "1001"], ["diffusion_steps_end is 1001", "1000"]),
+        (["--noisiest", "0"], ["noisiest is 0"]),
+        (["--guidance-from", "0.7", "--guidance-until", "0.2"], ["0.7", "0.2"]),
+        (["--guidance-refresh", "0"], ["guidance_refresh", "at least 1"]),
         (["--device", "tpu"], ["tpu", "cpu"]),
         (["--bogus", "1"], ["--bogus", "mar sample --help"]),
     ],
@@ -80,6 +88,16 @@ def test_a_sample_that_can_not_be(
     said = refused(capsys, "sample", model, "--out", tmp_path / "out", *options)
     assert all(word in said for word in words), said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_preset_with_flags_and_what_the_picture_says_of_it(model: Path, tmp_path: Path) -> None:
+    way = ["--preset", "fast", "--guidance", "2", "--order", "halton", "--diffusion-steps", "3"]
+    assert main(["sample", str(model), "--labels", "dog", "--out", str(tmp_path / "out"), "--device", "cpu", *way]) == 0
+    with Image.open(tmp_path / "out" / "dog-00000.png") as image:
+        facts = json.loads(image.text["mar"])  # type: ignore[attr-defined]
+    expected = hastened(SamplingConfig(steps=2, diffusion_steps=2, x0_bound=3), 4, "fast")
+    expected = replace(expected, guidance=2.0, order="halton", diffusion_steps=3)
+    assert {name: facts[name] for name in to_dict(expected)} == to_dict(expected)
 
 
 def test_guidance_needs_a_class_free_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

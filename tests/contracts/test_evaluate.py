@@ -324,6 +324,26 @@ def test_a_sweep(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"guidance {best['point']['guidance']}, steps {best['point']['steps']}: FD (tiny)" in said.out
 
 
+def test_a_sweep_over_presets_and_solvers(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    axes = [
+        "--sweep",
+        "preset=exact,fast",
+        "--sweep",
+        "solver=ancestral,dpm++2s",
+        "--sweep",
+        "diffusion_steps_end=none,1",
+    ]
+    out = ["--out", str(tmp_path / "sw")]
+    assert evaluate("model.safetensors", "--reference", "statistics.npz", *DRAW, *axes, *out) == 0
+    held = json.loads((tmp_path / "sw" / "sweep.json").read_text())
+    assert len(held["rows"]) == 8
+    assert held["rows"][5]["point"] == {"preset": "fast", "solver": "ancestral", "diffusion_steps_end": 1}
+    assert len({row["report"]["distance"] for row in held["rows"]}) == 8
+    assert held["settings"]["order"] == "random"
+    assert (tmp_path / "sw" / "sweep.png").exists()
+
+
 @pytest.mark.parametrize("moment", [1, 2, 6, 8, 12])
 def test_a_sweep_that_was_stopped_goes_on(
     moment: int, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

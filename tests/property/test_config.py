@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
@@ -15,9 +16,13 @@ from mar.config import (
     HeadConfig,
     ModelConfig,
     Optimizer,
+    Order,
     Precision,
     Prediction,
+    RevealSchedule,
     SamplingConfig,
+    Solver,
+    Spacing,
     Strategy,
     TrainConfig,
     TrunkConfig,
@@ -49,7 +54,9 @@ def models(draw: st.DrawFn) -> ModelConfig:
 
 SAMPLINGS = st.builds(
     SamplingConfig, COUNT, COUNT, st.floats(0, 20), st.sampled_from(get_args(GuidanceSchedule)), st.floats(0, 5),
-    st.none() | POSITIVE,
+    st.none() | POSITIVE, st.sampled_from(get_args(Solver)), st.sampled_from(get_args(Spacing)), st.none() | COUNT,
+    st.floats(0.01, 1), st.floats(0, 0.5), st.floats(0.5, 1), COUNT, st.sampled_from(get_args(RevealSchedule)),
+    st.sampled_from(get_args(Order)),
 )  # fmt: skip
 
 
@@ -57,9 +64,12 @@ SAMPLINGS = st.builds(
 def runs(draw: st.DrawFn) -> TrainConfig:
     model = draw(models())
     drawn = draw(SAMPLINGS)
-    guidance = drawn.guidance if model.guidable else 1.0
-    steps = min(drawn.diffusion_steps, model.head.diffusion_steps)
-    sampling = SamplingConfig(drawn.steps, steps, guidance, drawn.guidance_schedule, drawn.temperature, drawn.x0_bound)
+    timesteps = round(drawn.noisiest * (model.head.diffusion_steps - 1)) + 1
+    sampling = replace(
+        drawn, guidance=drawn.guidance if model.guidable else 1.0,
+        diffusion_steps=min(drawn.diffusion_steps, timesteps),
+        diffusion_steps_end=drawn.diffusion_steps_end and min(drawn.diffusion_steps_end, timesteps),
+    )  # fmt: skip
     return TrainConfig(
         model=model, sampling=sampling, data=draw(st.text()), tokenizer=draw(st.text()), images=draw(COUNT),
         batch=draw(COUNT), lr=draw(POSITIVE), warmup=draw(NOT_NEGATIVE), decay=draw(NOT_NEGATIVE),

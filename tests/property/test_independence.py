@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from parity.support import trained_tiny
 from tiny import model, noise
 from torch import Tensor
+from ways import ways
 
 from mar.config import SamplingConfig
 from mar.model.mar import MAR
@@ -33,20 +35,20 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max() / b.std())
 
 
-@settings(max_examples=12)
+@settings(max_examples=24)
 @given(
     labels=st.lists(st.integers(-1, 2), min_size=2, max_size=4),
-    guidance=st.sampled_from([1.0, 2.5]),
+    way=st.sampled_from([1.0, 2.5]).map(lambda guidance: {"guidance": guidance}) | ways(),
     steps=st.integers(1, 20),
     masked=st.booleans(),
     data=st.data(),
 )
 def test_a_picture_does_not_know_its_neighbours(
-    labels: list[int], guidance: float, steps: int, masked: bool, data: st.DataObject
+    labels: list[int], way: dict[str, Any], steps: int, masked: bool, data: st.DataObject
 ) -> None:
     n = len(labels)
     seeds = data.draw(st.lists(st.integers(0, 2**40), min_size=n, max_size=n))
-    sampling = SamplingConfig(steps=steps, diffusion_steps=3, guidance=guidance, x0_bound=3.0)
+    sampling = SamplingConfig(steps=steps, diffusion_steps=3, x0_bound=3.0, **way)
     rows = st.lists(st.booleans(), min_size=16, max_size=16)
     mask = torch.tensor([data.draw(rows) for _ in labels]).view(n, 4, 4)
     parts = (noise(n, 2, 4, 4), mask) if masked else ()

@@ -6,15 +6,17 @@ import math
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any, get_args
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import model, noise
 from torch import Tensor
+from ways import ways
 
-from mar.config import SamplingConfig
-from mar.model.masking import masked_count, random_order, reveal_schedule, split
+from mar.config import Order, RevealSchedule, SamplingConfig
+from mar.model.masking import arranged, masked_count, random_order, reveal_schedule, split
 from mar.model.tokens import patchify
 from mar.runtime import generator
 from mar.sampling.decode import start
@@ -50,10 +52,41 @@ def test_nothing_to_reveal_takes_no_step() -> None:
     assert reveal_schedule(0, 5) == []
 
 
-@given(unknown=masks(), steps=st.integers(1, 60), seed=st.integers(0, 9))
-def test_every_unknown_token_is_revealed_once(unknown: Tensor, steps: int, seed: int) -> None:
-    tokens = noise(*unknown.shape, 2)
-    state = start(tokens, unknown, steps, SeededDraws([seed + i for i in range(len(unknown))]))
+@given(unknown=st.integers(1, 400), steps=st.integers(1, 500))
+def test_the_exponential_schedule_falls_to_nothing_too(unknown: int, steps: int) -> None:
+    schedule = reveal_schedule(unknown, steps, "exponential")
+    assert len(schedule) == min(steps, unknown)
+    assert schedule[-1] == 0
+    assert all(after < before for before, after in pairwise([unknown, *schedule]))
+    slower = sum(a >= b for a, b in zip(schedule, reveal_schedule(unknown, steps), strict=True))
+    assert slower == len(schedule)
+
+
+@given(
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    kind=st.sampled_from(get_args(Order)),
+    seed=st.integers(0, 99),
+)
+def test_an_order_of_any_kind_has_every_token_once(grid: tuple[int, int], kind: Order, seed: int) -> None:
+    length = grid[0] * grid[1]
+    order = arranged(random_order(length, generator(seed)), grid, kind)
+    assert torch.equal(order.sort().values, torch.arange(length))
+
+
+@given(
+    unknown=masks(),
+    steps=st.integers(1, 60),
+    seed=st.integers(0, 9),
+    reveals=st.sampled_from(get_args(RevealSchedule)),
+    order=st.sampled_from(get_args(Order)),
+)
+def test_every_unknown_token_is_revealed_once(
+    unknown: Tensor, steps: int, seed: int, reveals: RevealSchedule, order: Order
+) -> None:
+    tokens, length = noise(*unknown.shape, 2), unknown.shape[1]
+    columns = next(side for side in (4, 3, 1) if length % side == 0)
+    draws = SeededDraws([seed + i for i in range(len(unknown))])
+    state = start(tokens, unknown, steps, draws, reveals=reveals, order=order, grid=(length // columns, columns))
     assert state.steps == min(steps, int(unknown.sum(1).max()))
     seen: list[Counter[int]] = [Counter() for _ in unknown]
     for step in range(state.steps + 2):  # and none after the end
@@ -70,17 +103,17 @@ def test_every_unknown_token_is_revealed_once(unknown: Tensor, steps: int, seed:
 @given(
     shape=st.sampled_from(sorted(MODELS)),
     steps=st.integers(1, 40),
-    guidance=st.sampled_from([1.0, 2.0]),
+    way=ways(),
     data=st.data(),
 )
 def test_a_generation_keeps_what_is_known(
-    shape: tuple[tuple[int, int], int], steps: int, guidance: float, data: st.DataObject
+    shape: tuple[tuple[int, int], int], steps: int, way: dict[str, Any], data: st.DataObject
 ) -> None:
     tiny, ((height, width), patch) = MODELS[shape], shape
     grid = (height // patch, width // patch)
     mask = data.draw(masks(tokens=grid[0] * grid[1])).view(-1, *grid)
     known = noise(len(mask), 2, height, width)
-    sampling = SamplingConfig(steps=steps, diffusion_steps=2, guidance=guidance)
+    sampling = SamplingConfig(steps=steps, diffusion_steps=2, **way)
     labels, seeds = [0, 1, -1][: len(mask)], list(range(len(mask)))
     hidden, before, given_tokens = mask, None, patchify(known, patch)
     for revealed in generate(tiny, labels, seeds, sampling, known=known, mask=mask, allow_broken=True):

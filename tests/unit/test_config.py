@@ -36,6 +36,12 @@ from mar.config import (
         (SamplingConfig, {"guidance": float("nan")}, "guidance is nan"),
         (SamplingConfig, {"temperature": float("inf")}, "temperature is inf"),
         (SamplingConfig, {"x0_bound": 0.0}, "x0_bound is 0.0"),
+        (SamplingConfig, {"diffusion_steps_end": 0}, "diffusion_steps_end is 0, but it must be at least 1"),
+        (SamplingConfig, {"noisiest": 0.0}, r"noisiest is 0.0, outside \(0, 1\]"),
+        (SamplingConfig, {"noisiest": 1.01}, "noisiest is 1.01"),
+        (SamplingConfig, {"guidance_from": 0.6, "guidance_until": 0.5}, "from 0.6 until 0.5: not a part of"),
+        (SamplingConfig, {"guidance_until": 1.5}, "guidance from 0.0 until 1.5"),
+        (SamplingConfig, {"guidance_refresh": 0}, "guidance_refresh is 0, but it must be at least 1"),
         (TrainConfig, {"batch": 0}, "batch is 0"),
         (TrainConfig, {"lr": 0.0}, "lr is 0.0, but it must be positive"),
         (TrainConfig, {"warmup": -1}, "warmup is -1, but it must not be negative"),
@@ -57,6 +63,10 @@ def test_refused(kind: type, settings: dict[str, Any], words: str) -> None:
     [
         (HeadConfig(), "prediction", "x0", "prediction is 'x0', not noise or v"),
         (SamplingConfig(), "guidance_schedule", "cosine", "'cosine', but it must be linear or constant"),
+        (SamplingConfig(), "solver", "euler", "solver is 'euler', but it must be ancestral, ddim, .* or dpm"),
+        (SamplingConfig(), "spacing", "even", "spacing is 'even', but it must be time or log-snr"),
+        (SamplingConfig(), "reveal_schedule", "linear", "'linear', but it must be cosine or exponential"),
+        (SamplingConfig(), "order", "raster", "'raster', but it must be random, checkerboard or halton"),
         (TrainConfig(), "precision", "fp16", "precision is 'fp16', not fp32 or bf16"),
     ],
 )
@@ -76,6 +86,29 @@ def test_a_grid_from_json_is_a_tuple_again() -> None:
 def test_a_nested_field_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match="HeadConfig has no field steps; it has batch_mul, depth"):
         from_dict(TrainConfig, {"model": {"head": {"steps": 3}}})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"diffusion_steps": 51}, "diffusion_steps is 51, but the model's schedule has 50$"),
+        ({"diffusion_steps": 5, "diffusion_steps_end": 51}, "diffusion_steps_end is 51, but"),
+        ({"diffusion_steps": 49, "noisiest": 0.95}, "49, but the model's schedule has 50, of which noisiest 0.95"),
+    ],
+)
+def test_more_than_a_model_has_learned(settings: dict[str, Any], words: str) -> None:
+    model = ModelConfig(head=HeadConfig(diffusion_steps=50))
+    with pytest.raises(ConfigError, match=words):
+        SamplingConfig(**settings).check(model)
+    SamplingConfig(diffusion_steps=48, noisiest=0.95).check(model)
+
+
+def test_settings_of_an_older_version_draw_as_they_did() -> None:
+    old = {"steps": 20, "diffusion_steps": 25, "guidance": 4.0, "guidance_schedule": "linear", "temperature": 1.0}
+    read = from_dict(SamplingConfig, {**old, "x0_bound": 2.2})
+    assert (read.solver, read.spacing, read.diffusion_steps_end, read.noisiest) == ("ancestral", "time", None, 1.0)
+    assert (read.guidance_from, read.guidance_until, read.guidance_refresh) == (0.0, 1.0, 1)
+    assert (read.reveal_schedule, read.order) == ("cosine", "random")
 
 
 def test_what_follows_from_a_config() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,27 @@ def test_labels_and_seeds_in_pictures_out() -> None:
 def test_seeds_count_from_0_where_none_are_given() -> None:
     assert np.array_equal(pixels(TINY.sample([0, 0])), pixels(TINY.sample([0, 0], seeds=[0, 1])))
     assert not np.array_equal(*pixels(TINY.sample([0, 0])))
+
+
+@pytest.mark.parametrize("preset", ["exact", "balanced", "fast"])
+def test_a_preset_draws_the_same_pictures_again_whatever_the_batch(preset: str) -> None:
+    labels, seeds = [0, 1, 2, None], [7, 8, 9, 10]
+    whole = TINY.sample(labels, seeds, output="tensor", preset=preset, guidance=2.0)
+    assert torch.equal(TINY.sample(labels, seeds, output="tensor", preset=preset, guidance=2.0), whole)
+    cut = TINY.sample(labels, seeds, output="tensor", preset=preset, guidance=2.0, batch=1)
+    assert float((cut - whole).abs().max()) < 1e-4
+    plain = TINY.sample(labels, seeds, output="tensor", guidance=2.0)
+    assert torch.equal(plain, whole) == (preset == "exact")
+
+
+def test_what_is_given_beside_a_preset_has_the_last_word() -> None:
+    fast = TINY.sampling_with("fast")
+    assert TINY.sampling_with("fast", solver="ddim") == replace(fast, solver="ddim")
+    assert TINY.sampling_with() == TINY.sampling_with("exact") == TINY.sampling
+    with pytest.raises(ConfigError, match="preset is 'slow', but it must be one of exact, balanced, fast"):
+        TINY.sampling_with("slow")
+    with pytest.raises(ConfigError, match="diffusion_steps is 2000"):
+        TINY.sampling_with("fast", diffusion_steps=2000)
 
 
 def test_settings_differ_for_one_call_only() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mar.config import ConfigError, from_dict, to_dict
+from mar.config import ConfigError, SamplingConfig, from_dict, to_dict
 from mar.model.mar import MAR
-from mar.presets import MODELS, RECIPES, SAMPLING, recipe
+from mar.presets import HASTE, MODELS, RECIPES, SAMPLING, Haste, hastened, recipe
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,37 @@ def test_the_bundled_recipe_fits_its_pictures_and_its_room() -> None:
 def test_a_recipe_that_is_not_there() -> None:
     with pytest.raises(ConfigError, match="no recipe 'fasion'; there are fashion, imagenet-base"):
         recipe("fasion")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_presets_ask_for_less_and_less(name: str) -> None:
+    config = recipe(name)
+    own, tokens = config.sampling, config.model.tokens
+    exact, balanced, fast = (hastened(own, tokens, preset) for preset in ("exact", "balanced", "fast"))
+    assert exact == own
+    for sooner, later in ((balanced, own), (fast, balanced)):
+        assert sooner.steps < later.steps
+        assert sooner.diffusion_steps <= later.diffusion_steps
+        sooner.check(config.model)
+    kept = ("guidance", "guidance_schedule", "temperature", "x0_bound")
+    assert {tuple(getattr(way, field) for field in kept) for way in (own, balanced, fast)} == {
+        tuple(getattr(own, field) for field in kept)
+    }
+
+
+def test_a_preset_never_asks_for_more_than_a_model_does_by_itself() -> None:
+    few = SamplingConfig(steps=3, diffusion_steps=2)
+    for preset in HASTE:
+        way = hastened(few, 256, preset)
+        assert way.steps <= 3
+        assert max(way.diffusion_steps, way.diffusion_steps_end or 1) <= 2
+
+
+def test_fractions_in_numbers() -> None:
+    haste = Haste(steps=1.5, diffusion_steps=0.3, diffusion_steps_end=0.1, guidance_from=0.2)
+    own = SamplingConfig(steps=64, diffusion_steps=25, guidance=3.0, solver="ddim")
+    way = haste.of(own, 256)
+    assert (way.steps, way.diffusion_steps, way.diffusion_steps_end) == (24, 8, 3)
+    assert (way.solver, way.guidance, way.guidance_from) == ("ddim", 3.0, 0.2)
+    assert haste.of(own, 49).steps == 11
+    assert Haste().of(own, 49) == own

@@ -93,7 +93,7 @@ def sample(arguments: Sequence[str]) -> int:
         labels, seeds, batch=options.batch, progress=True, allow_broken=options.allow_broken, **settings
     )
     seconds = time.perf_counter() - begun
-    facts = {"model": options.model, **to_dict(model.sampling), **settings}
+    facts = {"model": options.model, **to_dict(model.sampling_with(**settings))}
     for label, seed, picture in zip(labels, seeds, pictures, strict=True):
         name = model.classes[label] if isinstance(label, int) and model.classes else str(label).lower()
         save_png(picture, options.out / f"{slug(name)}-{seed:05d}.png", label=label, seed=seed, **facts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,7 +116,7 @@ class _Judge:
 
         options = self.options
         model = options.load(options.what, device)
-        replace(model.sampling, **options.settings()).check(model.model.config)
+        model.sampling_with(**options.settings())
         if options.size() not in (None, model.image_size):
             height, width = model.image_size
             raise ConfigError(f"image-size is {options.image_size}, but {options.what} draws {height}x{width}")
@@ -184,7 +184,7 @@ class _Judge:
             source, count = opened.about.source if opened.about else options.reference, opened.count
         else:
             source, count = opened.name, len(opened)
-        sampling = to_dict(replace(model.sampling, **options.settings()))
+        sampling = to_dict(model.sampling_with(**options.settings()))
         return {
             "weights": model.fingerprint(), "pictures": len(self.plan), "seed": options.seed, "dtype": options.dtype,
             "tf32": options.tf32, "features": self.extractor.fingerprint, "reference": source,
@@ -221,7 +221,7 @@ def _sweep(judge: _Judge) -> int:
         wanted = points(judge.options.sweep)
         assert judge.model is not None
         for point in wanted:
-            replace(judge.model.sampling, **{**judge.options.settings(), **point}).check(judge.model.model.config)
+            judge.model.sampling_with(**{**judge.options.settings(), **point})
         table = Table(folder, judge.settings(wanted))
         missing = [point for point in wanted if not table.has(point)]
     if missing:

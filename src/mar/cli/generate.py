@@ -139,14 +139,11 @@ def _plan(options: GenerateOptions, model: Pipeline) -> Plan:
 
 def _sink(options: GenerateOptions, kind: Format, model: Pipeline) -> Sink:
     """The output, which knows by its manifest everything that its bytes depend on."""
-    import dataclasses
-
     from mar import __version__
     from mar.config import to_dict
     from mar.sampling.sinks import SINKS, Job
 
-    sampling = dataclasses.replace(model.sampling, **options.settings())
-    sampling.check(model.model.config)
+    sampling = model.sampling_with(**options.settings())
     plan = _plan(options, model)
     shape = (model.tokenizer.image_channels, *model.image_size)
     settings = {

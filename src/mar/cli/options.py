@@ -9,14 +9,14 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import tyro
 
-from mar.config import GuidanceSchedule
+from mar.config import GuidanceSchedule, Order, Preset, RevealSchedule, SamplingConfig, Solver, Spacing
 
 if TYPE_CHECKING:
     import torch
@@ -32,8 +32,10 @@ COURTESY = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingFlags:
-    """How pictures are drawn, for every verb that draws. What is None is the model's own default."""
+    """How pictures are drawn, for every verb that draws. What is None is the preset's, or the model's own default."""
 
+    preset: Preset | None = None
+    """exact: the model's own settings; balanced, fast: fewer steps of all kinds. Flags beside it have the last word."""
     guidance: float | None = None
     """Classifier-free guidance scale; 1 is none."""
     guidance_schedule: GuidanceSchedule | None = None
@@ -43,9 +45,27 @@ class SamplingFlags:
     diffusion_steps: int | None = None
     """Diffusion steps for each token."""
     temperature: float | None = None
-    """Factor of the noise of each diffusion step."""
+    """Factor of the noise of each diffusion step; of the first noise for solvers that add none."""
     x0_bound: float | None = None
     """Clip predicted tokens to this many standard deviations: for young models."""
+    solver: Solver | None = None
+    """ancestral; without noise on the way ddim, dpm++2m, dpm++2s, which need fewer diffusion steps."""
+    spacing: Spacing | None = None
+    """Of diffusion timesteps: even in time, or in log-snr."""
+    diffusion_steps_end: int | None = None
+    """Diffusion steps at the last reveal step; linear in between."""
+    noisiest: float | None = None
+    """Where diffusion starts, as a share of the trained timesteps: 0.95 skips the noisiest."""
+    guidance_from: float | None = None
+    """Guide only from where this share of a picture's tokens is known."""
+    guidance_until: float | None = None
+    """Guide only up to where this share is known."""
+    guidance_refresh: int | None = None
+    """Run the trunk without the class at every so many guided steps only."""
+    reveal_schedule: RevealSchedule | None = None
+    """cosine; exponential: slower at first."""
+    order: Order | None = None
+    """Of a picture's tokens: random, checkerboard first, halton."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: Dtype = "fp32"
@@ -56,8 +76,8 @@ class SamplingFlags:
     """Take pictures even where the latents are no pictures, instead of saying why."""
 
     def settings(self) -> dict[str, Any]:
-        """The fields of SamplingConfig that were set, by name."""
-        names = ("guidance", "guidance_schedule", "steps", "diffusion_steps", "temperature", "x0_bound")
+        """What `Pipeline.sampling_with` is to be told: the preset, and the fields of SamplingConfig that were set."""
+        names = ("preset", *(field.name for field in fields(SamplingConfig)))
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def load(self, model: str, device: torch.device | None = None) -> Pipeline:

@@ -1,6 +1,7 @@
 """The noise schedule of the diffusion head, in float64: cosine betas, respaced to fewer steps.
 
-Source: improved DDPM (arXiv 2102.09672), equations 17 and 10 (posterior variance); the paper's section 4.1.
+Source: improved DDPM (arXiv 2102.09672), equations 17 and 10 (posterior variance); the paper's section 4.1. Spacing by
+log-SNR: DPM-Solver (arXiv 2206.00927), section 3.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from functools import cached_property
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from mar.config import Spacing
 
 MAX_BETA = 0.999
 
@@ -35,6 +38,11 @@ class Schedule:
     def alphas_cumprod_prev(self) -> Float[Tensor, " T"]:
         """alpha-bar_{t-1}, 1 before the first step."""
         return torch.cat([torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]])
+
+    @cached_property
+    def log_snr(self) -> Float[Tensor, " T"]:
+        """lambda_t = log(sqrt(alpha-bar_t) / sqrt(1 - alpha-bar_t)): falls with t; half the logarithm of the SNR."""
+        return 0.5 * (self.alphas_cumprod.log() - (-self.alphas_cumprod).log1p())
 
     @cached_property
     def posterior_variance(self) -> Float[Tensor, " T"]:
@@ -69,13 +77,41 @@ def cosine(steps: int) -> Schedule:
     return Schedule(torch.tensor(betas, dtype=torch.float64), torch.arange(steps))
 
 
-def respace(schedule: Schedule, steps: int) -> Schedule:
-    """The schedule of `steps` evenly spaced timesteps of a longer one, both ends included, with the same alpha-bar."""
-    total = len(schedule)
-    if not 1 <= steps <= total:
-        raise ValueError(f"diffusion steps: got {steps}, expected 1 to {total}, the length of the trained schedule")
-    stride = (total - 1) / max(steps - 1, 1)
-    kept = torch.tensor([round(stride * i) for i in range(steps)] if steps > 1 else [total - 1])
+def respace(schedule: Schedule, steps: int, spacing: Spacing = "time", noisiest: float = 1.0) -> Schedule:
+    """The schedule of `steps` timesteps of a longer one, with the same alpha-bar.
+
+    They reach from its first to the share `noisiest` of its length (a single step is that last one), evenly in time or
+    in log-SNR. ValueError for more steps than there are timesteps.
+    """
+    last = last_timestep(len(schedule), noisiest)
+    if not 1 <= steps <= last + 1:
+        raise ValueError(f"diffusion steps: got {steps}, expected 1 to {last + 1}, the length of the trained schedule")
+    if steps == len(schedule):
+        return schedule
+    kept = torch.tensor([last]) if steps == 1 else _SPACINGS[spacing](schedule, steps, last)
     alphas_cumprod = schedule.alphas_cumprod[kept]
     previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
     return Schedule(1 - alphas_cumprod / previous, schedule.timesteps[kept])
+
+
+def last_timestep(length: int, noisiest: float) -> int:
+    """The noisiest timestep that is used, of a schedule of `length` steps counted from 0."""
+    return round(noisiest * (length - 1))
+
+
+def _evenly_in_time(schedule: Schedule, steps: int, last: int) -> Int[Tensor, " steps"]:
+    stride = last / (steps - 1)
+    return torch.tensor([round(stride * i) for i in range(steps)])
+
+
+def _evenly_in_log_snr(schedule: Schedule, steps: int, last: int) -> Int[Tensor, " steps"]:
+    """The timesteps nearest to even steps of log-SNR, each taken once: neighbours move up, or down at the noisy end."""
+    log_snr = schedule.log_snr[: last + 1]
+    wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), steps, dtype=torch.float64)
+    nearest = (log_snr - wanted.unsqueeze(1)).abs().argmin(1)
+    place = torch.arange(steps)
+    distinct = (nearest - place).cummax(0).values + place
+    return torch.minimum(distinct, last - place.flip(0))
+
+
+_SPACINGS = {"time": _evenly_in_time, "log-snr": _evenly_in_log_snr}

@@ -1,17 +1,25 @@
 """Samplers of the diffusion head: each a pure function from noise to tokens, given a network.
 
-Letters of shapes: s diffusion steps, r rows (tokens), d values of a token.
+`ancestral` draws noise at every step. The others follow the probability flow, an ordinary differential equation with
+the same marginals (arXiv 2011.13456, section 4.3), and depend on the noise they start from alone. With alpha and sigma
+the factors of signal and noise, lambda = log(alpha / sigma), and h the step in lambda from s to t, it is solved by
+
+    x_t = sigma_t / sigma_s x_s - alpha_t (e^-h - 1) D,    D: x_0, averaged over the step
+
+and they differ in D. Each asks the network once at every timestep of the schedule, the noisiest first, and ends with
+the x_0 that it sees at the last. Letters of shapes: s diffusion steps, r rows (tokens), d values of a token.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from jaxtyping import Float
 from torch import Tensor
 
-from mar.config import Prediction
-from mar.diffusion.gaussian import Coefficients, reverse
+from mar.config import Prediction, Solver
+from mar.diffusion.gaussian import Coefficients, clean, reverse
 from mar.diffusion.schedule import Schedule
 
 Network = Callable[[Tensor, int], Tensor]
@@ -40,3 +48,116 @@ def ancestral(
             # The reference's order of roundings: what is one rounding here may be a tenth of a deviation at the end.
             x = x + (0.5 * p.log_variance).exp() * noise[drawn] * temperature
     return x
+
+
+def ddim(
+    network: Network,
+    noise: Float[Tensor, "s r d"],
+    schedule: Schedule,
+    prediction: Prediction = "noise",
+    *,
+    temperature: float = 1.0,
+    x0_bound: float | None = None,
+) -> Float[Tensor, "r d"]:
+    """DDIM without noise (arXiv 2010.02502, equation 12 with eta = 0): D is the step's first x_0. Of first order.
+
+    Only noise[0] is read, and the temperature is its factor: with a perfect network of a Gaussian, that of the standard
+    deviation of what is drawn.
+    """
+    flow = _Flow(network, schedule, prediction, x0_bound)
+    x = temperature * noise[0]
+    for index in reversed(range(1, len(schedule))):
+        x = flow.step(x, flow.clean(x, index), index, index - 1)
+    return flow.clean(x, 0)
+
+
+def dpm_2m(
+    network: Network,
+    noise: Float[Tensor, "s r d"],
+    schedule: Schedule,
+    prediction: Prediction = "noise",
+    *,
+    temperature: float = 1.0,
+    x0_bound: float | None = None,
+) -> Float[Tensor, "r d"]:
+    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): D is extrapolated from this and the last x_0. Of second order.
+
+    Noise and temperature as in `ddim`, which the first step is.
+    """
+    flow = _Flow(network, schedule, prediction, x0_bound)
+    x = temperature * noise[0]
+    before: Tensor | None = None
+    for index in reversed(range(1, len(schedule))):
+        x0 = flow.clean(x, index)
+        average = x0
+        if before is not None:
+            half_ratio = 0.5 * flow.h(index, index - 1) / flow.h(index + 1, index)
+            average = x0 + half_ratio * (x0 - before)
+        x = flow.step(x, average, index, index - 1)
+        before = x0
+    return flow.clean(x, 0)
+
+
+def dpm_2s(
+    network: Network,
+    noise: Float[Tensor, "s r d"],
+    schedule: Schedule,
+    prediction: Prediction = "noise",
+    *,
+    temperature: float = 1.0,
+    x0_bound: float | None = None,
+) -> Float[Tensor, "r d"]:
+    """DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1): D from the step's start and a point within. Of second order.
+
+    A step covers two intervals of the schedule, whose middle timestep is that point; an interval left over at the end
+    is a step of `ddim`. Noise and temperature as there.
+    """
+    flow = _Flow(network, schedule, prediction, x0_bound)
+    x = temperature * noise[0]
+    index = len(schedule) - 1
+    while index > 0:
+        x0 = flow.clean(x, index)
+        if index == 1:
+            x, index = flow.step(x, x0, 1, 0), 0
+            continue
+        within = flow.clean(flow.step(x, x0, index, index - 1), index - 1)
+        weight = 0.5 * flow.h(index, index - 2) / flow.h(index, index - 1)
+        x, index = flow.step(x, x0 + weight * (within - x0), index, index - 2), index - 2
+    return flow.clean(x, 0)
+
+
+class _Flow:
+    """What the solvers of the probability flow share: x_0, and the step between two timesteps."""
+
+    def __init__(self, network: Network, schedule: Schedule, prediction: Prediction, x0_bound: float | None) -> None:
+        self.network, self.prediction, self.x0_bound = network, prediction, x0_bound
+        self.at = [Coefficients(*column) for column in Coefficients.table(schedule).T.tolist()]
+        self.log_snr = [math.log(c.signal / c.noise) for c in self.at]
+
+    def clean(self, x: Float[Tensor, "r d"], index: int) -> Float[Tensor, "r d"]:
+        """x_0 as the network sees it at this timestep."""
+        predicted, _ = self.network(x, index).chunk(2, dim=-1)
+        x0 = clean(predicted, x, self.at[index], self.prediction)
+        return x0 if self.x0_bound is None else x0.clamp(-self.x0_bound, self.x0_bound)
+
+    def h(self, start: int, end: int) -> float:
+        """The step in lambda."""
+        return self.log_snr[end] - self.log_snr[start]
+
+    def step(
+        self, x: Float[Tensor, "r d"], average: Float[Tensor, "r d"], start: int, end: int
+    ) -> Float[Tensor, "r d"]:
+        """x at `end` from x at `start`, given the average D of x_0."""
+        noise = self.at[end].noise / self.at[start].noise
+        return noise * x - self.at[end].signal * math.expm1(-self.h(start, end)) * average
+
+
+Sampler = Callable[..., Tensor]
+"""(network, noise, schedule, prediction, temperature=..., x0_bound=...) -> tokens (r, d)."""
+
+SOLVERS: dict[Solver, Sampler] = {"ancestral": ancestral, "ddim": ddim, "dpm++2m": dpm_2m, "dpm++2s": dpm_2s}
+
+
+def noises(solver: Solver, steps: int) -> int:
+    """How many noises a token takes in `steps` diffusion steps."""
+    return steps if solver == "ancestral" else 1

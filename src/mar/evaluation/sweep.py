@@ -21,17 +21,18 @@ MOST = 10_000
 """Points of a sweep; more are a slip of the keyboard."""
 
 Point = dict[str, Any]
-"""Fields of SamplingConfig and their values."""
+"""Fields of SamplingConfig, or the preset, and their values."""
 
 
 def parse_axis(text: str) -> tuple[str, list[Any]]:
     """`guidance=1:5:0.5` (both ends included) or `steps=10,25,50` -> the field's name and its values.
 
-    Names are those of SamplingConfig, `cfg` for guidance and `K` for steps. ConfigError for what can't be read.
+    Names are those of SamplingConfig, `cfg` for guidance, `K` for steps, and `preset`. ConfigError for what can't be
+    read.
     """
     name, equals, values = text.partition("=")
     name = ALIASES.get(name, name).replace("-", "_")
-    kinds = {f.name: str(f.type) for f in fields(SamplingConfig)}
+    kinds = {**{f.name: str(f.type) for f in fields(SamplingConfig)}, "preset": "Preset"}
     if not equals or name not in kinds or not values:
         known = ", ".join(sorted({*kinds, *ALIASES}))
         raise ConfigError(f"sweep: got {text!r}, expected NAME=FIRST:LAST:STEP or NAME=A,B,C with a name of {known}")
@@ -54,9 +55,9 @@ def _range(text: str) -> list[int | float]:
 def _value(text: str, kind: str) -> Any:
     if text == "none" and "None" in kind:
         return None
-    if kind == "int":
+    if kind.startswith("int"):
         return int(text)
-    return float(text) if "float" in kind else text
+    return float(text) if kind.startswith("float") else text
 
 
 def points(axes: Sequence[str]) -> list[Point]:

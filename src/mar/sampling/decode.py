@@ -1,25 +1,28 @@
 """Generation as a function over an explicit state: reveal tokens step by step until none is hidden.
 
 Source: paper, section 3.4 (equation 3, figure 3c) and 4.2. Letters of shapes: n images, L tokens, d values of a token,
-v visible tokens, r rows (tokens revealed in this step, row-major over image and position).
+v visible tokens, f width of z, r rows (tokens revealed in this step, row-major over image and position).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mar.config import SamplingConfig
+from mar.config import Order, RevealSchedule, SamplingConfig
 from mar.diffusion.schedule import Schedule, cosine, respace
-from mar.diffusion.solvers import ancestral
+from mar.diffusion.solvers import SOLVERS, noises
 from mar.model.mar import MAR, UNCONDITIONAL
-from mar.model.masking import reveal_schedule, unknown_order
+from mar.model.masking import arranged, reveal_schedule, unknown_order
 from mar.sampling.draws import Draws
-from mar.sampling.guidance import GuidedHead, guidance_scale
+from mar.sampling.guidance import GuidedHead
+from mar.sampling.pace import Pace, paces
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class DecodeState:
     """For each image how many stay hidden after each of its steps."""
     step: int = 0
     """How many reveal steps are done."""
+    residual: Float[Tensor, "n L f"] | None = None
+    """z without the class minus z with it, where that is kept from one step to the next."""
 
     @property
     def steps(self) -> int:
@@ -51,11 +56,47 @@ class DecodeState:
         return self.orders[image][schedule[self.step] : before].sort().values
 
 
-def start(tokens: Float[Tensor, "n L d"], unknown: Bool[Tensor, "n L"], steps: int, draws: Draws) -> DecodeState:
-    """The state before the first step: `tokens` are kept where `unknown` is false."""
+class Turn(NamedTuple):
+    """What an image does in a reveal step."""
+
+    row: int
+    """Its place among those that are not finished."""
+    image: int
+    positions: Int[Tensor, " r"]
+    """The tokens that it reveals, ascending."""
+    pace: Pace
+
+
+class Conditions(NamedTuple):
+    """z of the images of a reveal step."""
+
+    z: Float[Tensor, "n_and_g L f"]
+    """For each turn; then, for each that is guided, without the class."""
+    without: dict[int, int]
+    """Row of a guided turn -> row of z without the class."""
+    residual: Float[Tensor, "n L f"] | None
+    """What the next step is to know of the difference, for all images of the batch."""
+
+
+def start(
+    tokens: Float[Tensor, "n L d"],
+    unknown: Bool[Tensor, "n L"],
+    steps: int,
+    draws: Draws,
+    *,
+    reveals: RevealSchedule = "cosine",
+    order: Order = "random",
+    grid: tuple[int, int] | None = None,
+) -> DecodeState:
+    """The state before the first step: `tokens` are kept where `unknown` is false.
+
+    `grid` says in how many rows and columns the tokens stand (by default, in a row), for orders that ask for it.
+    """
     unknown = unknown.cpu()
-    orders = tuple(unknown_order(draws.order(i, unknown.shape[1]), mask) for i, mask in enumerate(unknown))
-    schedules = tuple(tuple(reveal_schedule(len(order), steps)) for order in orders)
+    length = unknown.shape[1]
+    drawn = [arranged(draws.order(i, length), grid or (1, length), order) for i in range(len(unknown))]
+    orders = tuple(unknown_order(each, mask) for each, mask in zip(drawn, unknown, strict=True))
+    schedules = tuple(tuple(reveal_schedule(len(each), steps, reveals)) for each in orders)
     kept = torch.where(unknown.unsqueeze(-1).to(tokens.device), 0.0, tokens)
     return DecodeState(kept, unknown, orders, schedules)
 
@@ -68,7 +109,7 @@ def decode(
     Image i of the batch depends on its label, its draws and its known tokens alone.
     """
     sampling.check(model.config)
-    schedule = respace(cosine(model.config.head.diffusion_steps), sampling.diffusion_steps)
+    schedule = cosine(model.config.head.diffusion_steps)
     while state.step < state.steps:
         state = reveal(model, labels, state, sampling, schedule, draws)
         yield state
@@ -83,35 +124,92 @@ def reveal(
     schedule: Schedule,
     draws: Draws,
 ) -> DecodeState:
-    """One reveal step: conditions from the visible tokens, then the diffusion of the tokens to be revealed."""
+    """One reveal step: conditions from the visible tokens, then the diffusion of the tokens to be revealed.
+
+    `schedule` is the one that the diffusion's timesteps are taken from. Images that take as many of them, and are
+    guided alike, are diffused together: all of them, unless known tokens made their reveals differ.
+    """
     device = state.tokens.device
-    positions = [state.revealed(i) for i in range(len(state.orders))]
-    active = [i for i, revealed in enumerate(positions) if len(revealed)]
-    images = torch.tensor([i for i in active for _ in positions[i]])
-    places = torch.cat([positions[i] for i in active])
-    scales = [guidance_scale(sampling, state.schedules[i][state.step], model.config.tokens) for i in active]
-    guided = sampling.guidance != 1.0 and bool((labels != UNCONDITIONAL).any())
+    turns = take_turns(state, sampling, model.config.tokens, guidable=bool((labels != UNCONDITIONAL).any()))
+    found = all_conditions(model, labels, state, turns, sampling.guidance_refresh)
+    tokens, unknown = state.tokens, state.unknown
+    for _, alike in groupby(sorted(turns, key=_kind), key=_kind):
+        group = list(alike)
+        drawn = diffuse(model, found, group, sampling, schedule, draws)
+        images = torch.tensor([turn.image for turn in group for _ in turn.positions])
+        places = torch.cat([turn.positions for turn in group])
+        tokens = tokens.index_put((images.to(device), places.to(device)), drawn)
+        unknown = unknown.index_put((images, places), torch.tensor(False))
+    return replace(state, tokens=tokens, unknown=unknown, step=state.step + 1, residual=found.residual)
 
-    batch = torch.tensor(active, device=device)
-    z = conditions(model, state.tokens[batch], labels[batch], state.unknown[active], guided)
-    rows = torch.tensor([row for row, i in enumerate(active) for _ in positions[i]], device=device)
-    z = z[:, rows, places.to(device)].flatten(0, 1)
-    scale = torch.tensor([[s] for s, i in zip(scales, active, strict=True) for _ in positions[i]], device=device)
 
-    network = GuidedHead(model.head, z, schedule.timesteps, scale if guided else None)
-    count = (len(schedule), model.config.token_width)
-    noise = torch.cat([draws.noise(i, count[0], len(positions[i]), count[1]) for i in active], dim=1)
-    drawn = ancestral(
-        network,
+def _kind(turn: Turn) -> tuple[int, bool]:
+    return turn.pace.diffusion_steps, turn.pace.guided
+
+
+def take_turns(state: DecodeState, sampling: SamplingConfig, tokens: int, guidable: bool) -> list[Turn]:
+    """What each image that is not finished does in the next step; without guidance unless `guidable`."""
+    turns: list[Turn] = []
+    for image, schedule in enumerate(state.schedules):
+        if state.step < len(schedule):
+            pace = paces(sampling, schedule, tokens)[state.step]
+            if not guidable:
+                pace = Pace(pace.diffusion_steps, 1.0, False)
+            turns.append(Turn(len(turns), image, state.revealed(image), pace))
+    return turns
+
+
+def all_conditions(
+    model: MAR, labels: Int[Tensor, " n"], state: DecodeState, turns: Sequence[Turn], guidance_refresh: int
+) -> Conditions:
+    """z with and without the class; what is not refreshed without it is taken to differ as it did before."""
+    device = state.tokens.device
+    active = [turn.image for turn in turns]
+    images = torch.tensor(active, device=device)
+    fresh = torch.tensor([turn.row for turn in turns if turn.pace.refresh], dtype=torch.long, device=device)
+    z = conditions(model, state.tokens[images], labels[images], state.unknown[active], fresh)
+    guided = [turn.row for turn in turns if turn.pace.guided]
+    without = {row: len(turns) + place for place, row in enumerate(guided)}
+    if guidance_refresh == 1:
+        return Conditions(z, without, None)
+    conditional, refreshed, residual = z[: len(turns)], z[len(turns) :], state.residual
+    if residual is None:
+        residual = z.new_zeros(len(state.orders), *z.shape[1:])
+    residual = residual.index_copy(0, images[fresh], refreshed - conditional[fresh])
+    rows = torch.tensor(guided, dtype=torch.long, device=device)
+    return Conditions(torch.cat([conditional, conditional[rows] + residual[images[rows]]]), without, residual)
+
+
+def diffuse(
+    model: MAR,
+    found: Conditions,
+    group: Sequence[Turn],
+    sampling: SamplingConfig,
+    schedule: Schedule,
+    draws: Draws,
+) -> Float[Tensor, "r d"]:
+    """The tokens that the turns of a group, alike in their pace, reveal."""
+    device = found.z.device
+    steps, guided = _kind(group[0])
+    places = torch.cat([turn.positions for turn in group]).to(device)
+    rows = torch.tensor([turn.row for turn in group for _ in turn.positions], device=device)
+    z, scale = found.z[rows, places], None
+    if guided:
+        others = torch.tensor([found.without[turn.row] for turn in group for _ in turn.positions], device=device)
+        z = torch.cat([z, found.z[others, places]])
+        scale = torch.tensor([[turn.pace.scale] for turn in group for _ in turn.positions], device=device)
+
+    respaced = respace(schedule, steps, sampling.spacing, sampling.noisiest)
+    count, width = noises(sampling.solver, steps), model.config.token_width
+    noise = torch.cat([draws.noise(turn.image, count, len(turn.positions), width) for turn in group], dim=1)
+    return SOLVERS[sampling.solver](
+        GuidedHead(model.head, z, respaced.timesteps, scale),
         noise.to(device),
-        schedule,
+        respaced,
         model.config.head.prediction,
         temperature=sampling.temperature,
         x0_bound=sampling.x0_bound,
     )
-    tokens = state.tokens.index_put((images.to(device), places.to(device)), drawn)
-    unknown = state.unknown.index_put((images, places), torch.tensor(False))
-    return replace(state, tokens=tokens, unknown=unknown, step=state.step + 1)
 
 
 def conditions(
@@ -119,16 +217,15 @@ def conditions(
     tokens: Float[Tensor, "n L d"],
     labels: Int[Tensor, " n"],
     unknown: Bool[Tensor, "n L"],
-    guided: bool,
-) -> Float[Tensor, "halves n L f"]:
-    """z from the visible tokens; the second half, where guided, without the class."""
+    without: Int[Tensor, " u"],
+) -> Float[Tensor, "n_and_u L f"]:
+    """z from the visible tokens: of all images, and then of the images `without` once more, without the class."""
     visible, ragged = visible_positions(unknown)
     visible = visible.to(tokens.device)
-    if guided:
-        labels = torch.cat([labels, torch.full_like(labels, UNCONDITIONAL)])
-        tokens, visible = tokens.repeat(2, 1, 1), visible.repeat(2, 1)
-    z = model(tokens, labels, visible, ragged=ragged)
-    return z.unflatten(0, (2 if guided else 1, -1))
+    if len(without):
+        labels = torch.cat([labels, torch.full_like(without, UNCONDITIONAL)])
+        tokens, visible = torch.cat([tokens, tokens[without]]), torch.cat([visible, visible[without]])
+    return model(tokens, labels, visible, ragged=ragged)
 
 
 def visible_positions(unknown: Bool[Tensor, "n L"]) -> tuple[Int[Tensor, "n v"], bool]:

@@ -60,7 +60,15 @@ def generate(
     rows, columns = config.grid[0] // config.patch, config.grid[1] // config.patch
     tokens, unknown = _known_tokens(model, len(labels), known, mask)
     draws = draws if draws is not None else SeededDraws(seeds)
-    first = start(tokens.to(device), unknown, sampling.steps, draws)
+    first = start(
+        tokens.to(device),
+        unknown,
+        sampling.steps,
+        draws,
+        reveals=sampling.reveal_schedule,
+        order=sampling.order,
+        grid=(rows, columns),
+    )
     if not first.steps:
         yield _revealed(model, first, (rows, columns))
     for state in decode(model, as_labels(labels, device), first, sampling, draws):

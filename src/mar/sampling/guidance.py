@@ -20,7 +20,11 @@ def guidance_scale(sampling: SamplingConfig, hidden: int, tokens: int) -> float:
     """The scale of a reveal step after which `hidden` of `tokens` tokens stay hidden (the last step counts as 1).
 
     `linear` rises with the share of tokens that are known (paper, appendix B); `constant` is the same at every step.
+    Where that share is outside of the interval of guidance, the scale is 1: none.
     """
+    known = (tokens - max(hidden, 1)) / tokens
+    if not sampling.guidance_from <= known <= sampling.guidance_until:
+        return 1.0
     if sampling.guidance_schedule == "constant":
         return sampling.guidance
     return 1 + (sampling.guidance - 1) * (tokens - max(hidden, 1)) / tokens

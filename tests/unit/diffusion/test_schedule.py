@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from mar.config import Spacing
 from mar.diffusion.gaussian import Coefficients
 from mar.diffusion.schedule import MAX_BETA, cosine, respace
 
@@ -39,6 +40,36 @@ def test_timesteps_are_those_the_network_knows() -> None:
     assert respace(respace(FULL, 100), 10).timesteps.tolist() == respace(FULL, 100).timesteps[
         [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
     ].tolist()  # fmt: skip
+
+
+@pytest.mark.parametrize("spacing", ["time", "log-snr"])
+@pytest.mark.parametrize("noisiest", [1.0, 0.95, 0.5])
+@pytest.mark.parametrize("steps", [1, 2, 5, 40, 300])
+def test_respacing_reaches_from_the_cleanest_to_the_noisiest_that_is_wanted(
+    spacing: Spacing, noisiest: float, steps: int
+) -> None:
+    short = respace(FULL, steps, spacing, noisiest)
+    assert int(short.timesteps[-1]) == round(noisiest * 999)
+    assert int(short.timesteps[0]) == 0 or steps == 1
+    assert (short.timesteps.diff() > 0).all()  # none twice, where even steps fall between timesteps too
+    assert len(short) == steps
+    torch.testing.assert_close(short.alphas_cumprod, FULL.alphas_cumprod[short.timesteps], rtol=1e-12, atol=1e-16)
+
+
+@pytest.mark.parametrize("steps", [3, 6, 9])
+def test_spacing_by_log_snr_is_as_even_as_timesteps_allow(steps: int) -> None:
+    short = respace(FULL, steps, "log-snr", 0.95)
+    lam = 0.5 * (short.alphas_cumprod / (1 - short.alphas_cumprod)).log()
+    torch.testing.assert_close(short.log_snr, lam, rtol=1e-9, atol=1e-12)
+    assert (lam.diff() / lam.diff().mean() - 1).abs().max() < 0.3
+    by_time = respace(FULL, steps, "time", 0.95).log_snr
+    assert by_time.diff().abs().max() > 1.3 * lam.diff().abs().max()
+
+
+def test_fewer_timesteps_than_steps_are_refused() -> None:
+    assert len(respace(FULL, 500, "log-snr", 0.4995)) == 500
+    with pytest.raises(ValueError, match="got 501, expected 1 to 500"):
+        respace(FULL, 501, "log-snr", 0.4995)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])

@@ -38,6 +38,12 @@ def report(distance: float, seconds: float = 5.0) -> Report:
         ("guidance=3:3:1", "guidance", [3]),
         ("x0_bound=none,3", "x0_bound", [None, 3.0]),
         ("guidance_schedule=linear,constant", "guidance_schedule", ["linear", "constant"]),
+        ("solver=ancestral,dpm++2m", "solver", ["ancestral", "dpm++2m"]),
+        ("diffusion-steps-end=none,5", "diffusion_steps_end", [None, 5]),
+        ("diffusion_steps_end=5:25:10", "diffusion_steps_end", [5, 15, 25]),
+        ("guidance_from=0,0.3", "guidance_from", [0.0, 0.3]),
+        ("order=random,halton", "order", ["random", "halton"]),
+        ("preset=exact,balanced,fast", "preset", ["exact", "balanced", "fast"]),
     ],
 )
 def test_axes(text: str, name: str, values: list[Any]) -> None:
@@ -63,6 +69,7 @@ def test_axes(text: str, name: str, values: list[Any]) -> None:
         ("guidance=0:1e9:1", "1e9"),
         ("guidance=1,,2", "1,,2"),
         ("steps=none", "none"),
+        ("diffusion_steps_end=5.5", "5.5"),
     ],
 )
 def test_axes_that_can_not_be(text: str, words: str) -> None:

@@ -7,7 +7,17 @@ import math
 import pytest
 import torch
 
-from mar.model.masking import draw_mask_ratio, masked_count, random_order, split, unknown_order
+from mar.model.masking import (
+    arranged,
+    draw_mask_ratio,
+    halton_places,
+    hidden_share,
+    masked_count,
+    random_order,
+    reveal_schedule,
+    split,
+    unknown_order,
+)
 from mar.runtime import generator
 
 
@@ -57,3 +67,47 @@ def test_orders_are_fair() -> None:
 def test_an_order_keeps_its_sequence_where_tokens_are_known() -> None:
     order, unknown = torch.tensor([4, 1, 3, 0, 2]), torch.tensor([True, False, True, True, False])
     assert unknown_order(order, unknown).tolist() == [3, 0, 2]
+
+
+def test_a_checkerboard_shows_its_black_squares_first() -> None:
+    order = random_order(6 * 4, generator(3))
+    made = arranged(order, (6, 4), "checkerboard")
+    shown = made.flip(0)
+    assert [(int(t) // 4 + int(t) % 4) % 2 for t in shown] == [0] * 12 + [1] * 12
+    for half in (shown[:12], shown[12:]):  # each half in the order that was drawn
+        assert torch.equal(half, order.flip(0)[torch.isin(order.flip(0), half)])
+
+
+def test_a_random_order_stays_what_was_drawn() -> None:
+    order = random_order(24, generator(3))
+    assert arranged(order, (6, 4), "random") is order
+
+
+def test_halton_spreads_out() -> None:
+    """Of a grid of 2^a x 3^b cells, its first points fall one into each of 2^c x 3^d equal parts."""
+    places = halton_places(4, 9)
+    assert len({tuple(place) for place in places.tolist()}) == 36
+    assert places[0].tolist() == [2, 3]  # 1/2 and 1/3
+    assert places[1].tolist() == [1, 6]  # 1/4 and 2/3
+    shown = arranged(random_order(36, generator(0)), (4, 9), "halton").flip(0)
+    assert len({(int(t) // 9 // 2, int(t) % 9 // 3) for t in shown[:5]}) >= 4  # wrapped, and without the point 0
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (5, 5), (16, 16)])
+def test_every_token_begins_a_halton_order_of_its_own(grid: tuple[int, int]) -> None:
+    length = grid[0] * grid[1]
+    drawn = [torch.arange(length).roll(-first - 1) for first in range(length)]
+    orders = [arranged(order, grid, "halton") for order in drawn]
+    assert [int(order[-1]) for order in orders] == [int(order[-1]) for order in drawn]
+    assert len({tuple(order.tolist()) for order in orders}) == length
+
+
+def test_reveal_schedules_in_numbers() -> None:
+    assert reveal_schedule(256, 4) == [236, 181, 97, 0]
+    assert reveal_schedule(256, 4, "exponential") == [251, 236, 183, 0]
+    for kind in ("cosine", "exponential"):
+        shares = [hidden_share(done, 8, kind) for done in range(9)]  # type: ignore[arg-type]
+        assert shares[0] == 1
+        assert shares[-1] == pytest.approx(0, abs=1e-12)
+        assert shares == sorted(shares, reverse=True)
+    assert hidden_share(1, 2, "exponential") == pytest.approx((1 - math.exp(-2.5)) / (1 - math.exp(-5)))

@@ -1,0 +1,133 @@
+"""One reveal step: who runs the trunk without the class, what is kept of it, and who is diffused with whom."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from tiny import model, noise
+from torch import Tensor
+
+from mar.config import SamplingConfig
+from mar.diffusion.schedule import cosine
+from mar.model.mar import UNCONDITIONAL
+from mar.sampling import decode as decoding
+from mar.sampling.decode import DecodeState, all_conditions, all_unknown, decode, reveal, start, take_turns
+from mar.sampling.draws import SeededDraws
+from mar.sampling.guidance import GuidedHead
+
+TINY = model(seed=3)
+LABELS = torch.tensor([0, 2])
+GUIDED = SamplingConfig(steps=8, diffusion_steps=3, guidance=3.0)
+
+
+def states(sampling: SamplingConfig, unknown: Tensor | None = None) -> Iterator[DecodeState]:
+    unknown = all_unknown(2, 16) if unknown is None else unknown
+    draws = SeededDraws([5, 6])
+    first = start(noise(*unknown.shape, 2), unknown, sampling.steps, draws, grid=(4, 4))
+    yield first
+    yield from decode(TINY, LABELS, first, sampling, draws)
+
+
+class Rows:
+    """Notes for each reveal step how many sequences the encoder saw, and (rows, steps, guided) of each diffusion."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.trunk: list[int] = []
+        self.heads: list[tuple[int, int, bool]] = []
+        encode, notes = TINY.encode, self
+
+        def watched(tokens: Tensor, *rest: Tensor, ragged: bool = False) -> Tensor:
+            notes.trunk.append(len(tokens))
+            return encode(tokens, *rest, ragged=ragged)
+
+        class Watched(GuidedHead):
+            def __init__(self, head: Any, z: Tensor, timesteps: Tensor, scale: Tensor | None = None) -> None:
+                super().__init__(head, z, timesteps, scale)
+                notes.heads.append((len(z), len(timesteps), scale is not None))
+
+        monkeypatch.setattr(TINY, "encode", watched)
+        monkeypatch.setattr(decoding, "GuidedHead", Watched)
+
+
+def ends(sampling: SamplingConfig, unknown: Tensor | None = None) -> DecodeState:
+    *_, end = states(sampling, unknown)
+    return end
+
+
+def test_outside_of_its_interval_guidance_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows(monkeypatch)
+    ends(SamplingConfig(steps=8, diffusion_steps=3, guidance=3.0, guidance_from=0.3, guidance_until=0.8))
+    # after each step 15, 14, 13, 11, 8, 6, 3, 1 of 16 are hidden: 0.31, 0.5 and 0.63 known lie within
+    assert rows.trunk == [2, 2, 2, 4, 4, 4, 2, 2]
+    guided = [guided for _, _, guided in rows.heads]
+    assert guided == [count == 4 for count in rows.trunk]
+
+
+@pytest.mark.parametrize("refresh", [1, 2, 3, 9])
+def test_between_refreshes_the_trunk_runs_once(refresh: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows(monkeypatch)
+    ends(SamplingConfig(steps=8, diffusion_steps=3, guidance=3.0, guidance_refresh=refresh))
+    assert rows.trunk == [2 if step % refresh else 4 for step in range(8)]
+    assert all(guided for _, _, guided in rows.heads)  # the head is guided all the same
+
+
+def test_the_residual_is_the_difference_at_the_last_refresh() -> None:
+    sampling = SamplingConfig(steps=8, diffusion_steps=3, guidance=3.0, guidance_refresh=2)
+    first, after_first, after_second, *_ = states(sampling)
+    assert first.residual is None
+    assert after_first.residual is not None
+    assert after_second.residual is not None
+    turns = take_turns(first, sampling, 16, guidable=True)
+    with torch.no_grad():
+        found = all_conditions(TINY, LABELS, first, turns, 1)  # both halves, as they are
+        torch.testing.assert_close(after_first.residual, found.z[2:] - found.z[:2])
+        turns = take_turns(after_first, sampling, 16, guidable=True)
+        assert not any(turn.pace.refresh for turn in turns)
+        kept = all_conditions(TINY, LABELS, after_first, turns, 2)
+    torch.testing.assert_close(kept.z[2:] - kept.z[:2], after_first.residual)
+    assert torch.equal(after_second.residual, after_first.residual)
+
+
+def test_a_refresh_at_every_step_keeps_nothing() -> None:
+    assert all(state.residual is None for state in states(GUIDED))
+
+
+def test_images_that_are_elsewhere_are_diffused_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve tokens of the first image are known: it has four steps, the other eight; guidance begins at 0.6."""
+    unknown = all_unknown(2, 16)
+    unknown[0, 4:] = False
+    rows = Rows(monkeypatch)
+    sampling = SamplingConfig(
+        steps=8, diffusion_steps=9, diffusion_steps_end=2, guidance=3.0, guidance_from=0.6, solver="ddim"
+    )
+    ends(sampling, unknown)
+    assert rows.trunk[:4] == [3, 3, 3, 3]  # the first image with and without its class, the other with it
+    assert [steps for _, steps, _ in rows.heads[:8]] == [9, 9, 7, 8, 4, 7, 2, 6]
+    assert [guided for _, _, guided in rows.heads[:8]] == [False, True, True, False, True, False, True, False]
+
+
+def test_without_a_class_nothing_is_guided(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows(monkeypatch)
+    draws = SeededDraws([5])
+    state = start(noise(1, 16, 2), all_unknown(1, 16), 4, draws)
+    after = reveal(TINY, torch.tensor([UNCONDITIONAL]), state, GUIDED, cosine(1000), draws)
+    assert rows.trunk == [1]
+    assert after.step == 1
+
+
+def test_solvers_without_noise_draw_one_a_token() -> None:
+    class Counted(SeededDraws):
+        asked: list[int] = []  # noqa: RUF012
+
+        def noise(self, image: int, steps: int, count: int, width: int) -> Tensor:
+            self.asked.append(steps)
+            return super().noise(image, steps, count, width)
+
+    for solver, expected in (("ancestral", {3}), ("dpm++2m", {1})):
+        draws, sampling = Counted([5]), SamplingConfig(steps=4, diffusion_steps=3, solver=solver)  # type: ignore[arg-type]
+        draws.asked.clear()
+        list(decode(TINY, LABELS[:1], start(noise(1, 16, 2), all_unknown(1, 16), 4, draws), sampling, draws))
+        assert set(draws.asked) == expected

@@ -1,0 +1,28 @@
+"""Ways of drawing that are not the paper's: every knob that makes it sooner, in any combination."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from hypothesis import strategies as st
+
+from mar.config import Order, RevealSchedule, Solver, Spacing
+
+
+@st.composite
+def ways(draw: st.DrawFn) -> dict[str, Any]:
+    """Fields of SamplingConfig beside `steps` and `diffusion_steps`; few diffusion steps, guidance or none."""
+    start, end = sorted(draw(st.tuples(*2 * [st.sampled_from([0.0, 0.2, 0.5, 1.0])])))
+    return {
+        "guidance": draw(st.sampled_from([1.0, 2.5])),
+        "guidance_schedule": draw(st.sampled_from(["linear", "constant"])),
+        "solver": draw(st.sampled_from(get_args(Solver))),
+        "spacing": draw(st.sampled_from(get_args(Spacing))),
+        "diffusion_steps_end": draw(st.sampled_from([None, 1, 5])),
+        "noisiest": draw(st.sampled_from([1.0, 0.95])),
+        "guidance_from": start,
+        "guidance_until": end,
+        "guidance_refresh": draw(st.integers(1, 4)),
+        "reveal_schedule": draw(st.sampled_from(get_args(RevealSchedule))),
+        "order": draw(st.sampled_from(get_args(Order))),
+    }
