@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-Prediction = Literal["noise", "v"]
+Prediction = Literal["noise", "v", "x0", "flow"]
+NoisePath = Literal["cosine", "linear"]
+Timesteps = Literal["uniform", "logit-normal"]
 GuidanceSchedule = Literal["linear", "constant"]
 Solver = Literal["ancestral", "ddim", "dpm++2m", "dpm++2s"]
 Spacing = Literal["time", "log-snr"]
@@ -81,15 +83,22 @@ class HeadConfig:
     depth: int = 6
     """Residual blocks."""
     diffusion_steps: int = 1000
-    """Length of the training noise schedule (cosine)."""
+    """Length of the training noise schedule."""
+    path: NoisePath = "cosine"
+    """How noise comes in over the timesteps: by the paper's `cosine`, or `linear`, the path of flow matching."""
     prediction: Prediction = "noise"
-    """What the network predicts: the noise (the paper, official weights) or v = sqrt(a) noise - sqrt(1-a) x0."""
+    """What the network predicts: the noise (the paper, official weights), v = sqrt(a) noise - sqrt(1-a) x0, the clean
+    token x0, or the flow, noise - x0."""
+    timesteps: Timesteps = "uniform"
+    """Which timesteps are learned: all alike (the paper), or more of the middle ones (`logit-normal`)."""
     batch_mul: int = 4
     """How many (timestep, noise) pairs each token is trained on per step."""
 
     def __post_init__(self) -> None:
         _positive(self, "width", "depth", "diffusion_steps", "batch_mul")
-        _require(self.prediction in typing.get_args(Prediction), f"prediction is {self.prediction!r}, not noise or v")
+        _one_of(self, "path", NoisePath)
+        _one_of(self, "prediction", Prediction)
+        _one_of(self, "timesteps", Timesteps)
 
 
 @dataclass(frozen=True)

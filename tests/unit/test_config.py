@@ -61,7 +61,9 @@ def test_refused(kind: type, settings: dict[str, Any], words: str) -> None:
 @pytest.mark.parametrize(
     ("config", "name", "value", "words"),
     [
-        (HeadConfig(), "prediction", "x0", "prediction is 'x0', not noise or v"),
+        (HeadConfig(), "prediction", "x", "prediction is 'x', but it must be noise, v, x0 or flow"),
+        (HeadConfig(), "path", "straight", "path is 'straight', but it must be cosine or linear"),
+        (HeadConfig(), "timesteps", "late", "timesteps is 'late', but it must be uniform or logit-normal"),
         (SamplingConfig(), "guidance_schedule", "cosine", "'cosine', but it must be linear or constant"),
         (SamplingConfig(), "solver", "euler", "solver is 'euler', but it must be ancestral, ddim, .* or dpm"),
         (SamplingConfig(), "spacing", "even", "spacing is 'even', but it must be time or log-snr"),

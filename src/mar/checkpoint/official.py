@@ -256,7 +256,8 @@ def _only_ours(config: ModelConfig) -> str | None:
     reasons = {
         "unconditional models": config.classes == 0,
         "rectangular grids": config.grid[0] != config.grid[1],
-        "prediction of v": config.head.prediction != "noise",
+        f"prediction of {config.head.prediction}": config.head.prediction != "noise",
+        "a linear path to noise": config.head.path != "cosine",
         f"schedule of {config.head.diffusion_steps} steps": config.head.diffusion_steps != 1000,
         "MLPs of different ratios": shape[0] != shape[1],
     }

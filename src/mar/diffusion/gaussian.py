@@ -93,17 +93,31 @@ def clean(
     predicted: Float[Tensor, "r d"], x: Float[Tensor, "r d"], c: Coefficients, prediction: Prediction
 ) -> Float[Tensor, "r d"]:
     """x_0 from what the network predicts."""
-    if prediction == "v":
-        return c.signal * x - c.noise * predicted
-    # factors up to 20,000: roundings are made in the reference's order, or its numbers are not reached
-    return c.per_signal * x - c.noise_per_signal * predicted
+    match prediction:
+        case "noise":
+            # factors up to 20,000: roundings are made in the reference's order, or its numbers are not reached
+            return c.per_signal * x - c.noise_per_signal * predicted
+        case "v":
+            return c.signal * x - c.noise * predicted
+        case "x0":
+            return predicted
+        case "flow":  # x = signal x0 + noise (x0 + predicted)
+            return (x - c.noise * predicted) / (c.signal + c.noise)
 
 
 def target(
     x0: Float[Tensor, "r d"], noise: Float[Tensor, "r d"], c: Coefficients, prediction: Prediction
 ) -> Float[Tensor, "r d"]:
     """What the network is to predict."""
-    return c.signal * noise - c.noise * x0 if prediction == "v" else noise
+    match prediction:
+        case "noise":
+            return noise
+        case "v":
+            return c.signal * noise - c.noise * x0
+        case "x0":
+            return x0
+        case "flow":
+            return noise - x0
 
 
 def loss(

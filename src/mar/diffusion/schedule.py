@@ -1,7 +1,7 @@
-"""The noise schedule of the diffusion head, in float64: cosine betas, respaced to fewer steps.
+"""The noise schedule of the diffusion head, in float64: cosine betas or a linear path, respaced to fewer steps.
 
 Source: improved DDPM (arXiv 2102.09672), equations 17 and 10 (posterior variance); the paper's section 4.1. Spacing by
-log-SNR: DPM-Solver (arXiv 2206.00927), section 3.
+log-SNR: DPM-Solver (arXiv 2206.00927), section 3. The linear path: flow matching (arXiv 2210.02747), example II.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mar.config import Spacing
+from mar.config import HeadConfig, Spacing
 
 MAX_BETA = 0.999
 
@@ -77,6 +77,25 @@ def cosine(steps: int) -> Schedule:
     return Schedule(torch.tensor(betas, dtype=torch.float64), torch.arange(steps))
 
 
+def linear(steps: int) -> Schedule:
+    """The path (1 - u) x_0 + u noise, u = (t + 1/2) / T, of flow matching, divided by its standard deviation.
+
+    Divided, it is a process like the other one, of the same signal-to-noise ratio at every t: sum of squares 1.
+    """
+    u = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
+    return _from_alphas((1 - u).square() / ((1 - u).square() + u.square()), torch.arange(steps))
+
+
+def trained(head: HeadConfig) -> Schedule:
+    """The schedule that a head is trained on."""
+    return (cosine if head.path == "cosine" else linear)(head.diffusion_steps)
+
+
+def _from_alphas(alphas_cumprod: Float[Tensor, " T"], timesteps: Int[Tensor, " T"]) -> Schedule:
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    return Schedule(1 - alphas_cumprod / previous, timesteps)
+
+
 def respace(schedule: Schedule, steps: int, spacing: Spacing = "time", noisiest: float = 1.0) -> Schedule:
     """The schedule of `steps` timesteps of a longer one, with the same alpha-bar.
 
@@ -89,9 +108,7 @@ def respace(schedule: Schedule, steps: int, spacing: Spacing = "time", noisiest:
     if steps == len(schedule):
         return schedule
     kept = torch.tensor([last]) if steps == 1 else _SPACINGS[spacing](schedule, steps, last)
-    alphas_cumprod = schedule.alphas_cumprod[kept]
-    previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-    return Schedule(1 - alphas_cumprod / previous, schedule.timesteps[kept])
+    return _from_alphas(schedule.alphas_cumprod[kept], schedule.timesteps[kept])
 
 
 def last_timestep(length: int, noisiest: float) -> int:

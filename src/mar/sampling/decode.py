@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mar.config import Order, RevealSchedule, SamplingConfig
-from mar.diffusion.schedule import Schedule, cosine, respace
+from mar.diffusion.schedule import Schedule, respace, trained
 from mar.diffusion.solvers import SOLVERS, noises
 from mar.model.mar import MAR, UNCONDITIONAL
 from mar.model.masking import arranged, reveal_schedule, unknown_order
@@ -109,7 +109,7 @@ def decode(
     Image i of the batch depends on its label, its draws and its known tokens alone.
     """
     sampling.check(model.config)
-    schedule = cosine(model.config.head.diffusion_steps)
+    schedule = trained(model.config.head)
     while state.step < state.steps:
         state = reveal(model, labels, state, sampling, schedule, draws)
         yield state

@@ -277,6 +277,7 @@ def test_what_is_written_back_is_what_was_read(tmp_path: Path) -> None:
         (ModelConfig(classes=0), "unconditional models"),
         (ModelConfig(grid=(8, 16)), "rectangular grids"),
         (ModelConfig(head=HeadConfig(prediction="v")), "prediction of v"),
+        (ModelConfig(head=HeadConfig(path="linear")), "a linear path to noise"),
         (ModelConfig(head=HeadConfig(diffusion_steps=500)), "schedule of 500 steps"),
     ],
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mar.config import Prediction
 from mar.diffusion.gaussian import Coefficients, target
-from mar.diffusion.schedule import Schedule, cosine, respace
+from mar.diffusion.schedule import Schedule, cosine, linear, respace
 from mar.diffusion.solvers import SOLVERS, Network, Sampler, ancestral, ddim, dpm_2m, dpm_2s, noises
 from mar.runtime import generator
 
@@ -202,10 +202,24 @@ def test_extrapolation_wants_even_steps_of_log_snr() -> None:
 
 
 @pytest.mark.parametrize("solver", FLOWS)
-def test_both_predictions_draw_the_same(solver: str) -> None:
-    schedule = respace(cosine(1000), 10)
-    one, other = (draw(solver, schedule, bent, p) for p in ("noise", "v"))  # type: ignore[arg-type]
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-7)  # unclipped: the noise's error is amplified by 20,000
+@pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
+def test_all_predictions_draw_the_same(solver: str, prediction: Prediction) -> None:
+    for schedule in (respace(cosine(1000), 10), respace(linear(1000), 10)):
+        one, other = draw(solver, schedule, bent, "noise"), draw(solver, schedule, bent, prediction)
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-7)  # unclipped: the noise's error is amplified by 20,000
+
+
+def test_on_the_linear_path_ddim_is_eulers_method_along_the_flow() -> None:
+    """x_u + (u' - u) velocity, for x at its own scale, not at unit variance."""
+    schedule = respace(linear(1000), 6)
+    u = (schedule.timesteps.double() + 0.5) / 1000
+    x = X * ((1 - u[5]).square() + u[5].square()).sqrt()
+    for index in reversed(range(6)):
+        scale = ((1 - u[index]).square() + u[index].square()).sqrt()
+        x0 = bent(x / scale, *alpha_sigma(schedule, index))
+        velocity = (x - x0) / u[index]
+        x = x - (u[index] - (u[index - 1] if index else 0.0)) * velocity
+    torch.testing.assert_close(draw("ddim", schedule, bent, "flow").flatten(), x.flatten(), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("solver", FLOWS)

@@ -10,12 +10,12 @@ from tiny import noise
 from torch import Tensor
 
 from mar.config import Prediction
-from mar.diffusion.gaussian import Coefficients, diffuse, loss, reverse, target
-from mar.diffusion.schedule import cosine
+from mar.diffusion.gaussian import Coefficients, clean, diffuse, loss, reverse, target
+from mar.diffusion.schedule import cosine, linear
 
 SCHEDULE = cosine(1000)
 TABLE = Coefficients.table(SCHEDULE)
-BOTH: list[Prediction] = ["noise", "v"]
+EVERY: list[Prediction] = ["noise", "v", "x0", "flow"]
 
 
 def drawn(t: Tensor, width: int = 3) -> tuple[Tensor, Tensor, Coefficients, Tensor]:
@@ -25,7 +25,7 @@ def drawn(t: Tensor, width: int = 3) -> tuple[Tensor, Tensor, Coefficients, Tens
     return x0, epsilon, c, diffuse(x0, epsilon, c)
 
 
-@pytest.mark.parametrize("prediction", BOTH)
+@pytest.mark.parametrize("prediction", EVERY)
 def test_a_perfect_prediction_gives_the_clean_token(prediction: Prediction) -> None:
     t = torch.arange(1000)
     x0, epsilon, c, x = drawn(t)
@@ -35,18 +35,33 @@ def test_a_perfect_prediction_gives_the_clean_token(prediction: Prediction) -> N
     torch.testing.assert_close(p.mean, c.mean_x0 * x0 + c.mean_xt * x, rtol=0, atol=1e-9)
 
 
-def test_v_and_noise_are_two_names_of_one_thing() -> None:
+@pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
+def test_predictions_are_names_of_one_thing(prediction: Prediction) -> None:
     _, epsilon, c, x = drawn(torch.tensor([1, 300, 700, 950]))
     wrong = epsilon + 0.1 * noise(4, 3, seed=2).double()
     implied = c.per_signal * x - c.noise_per_signal * wrong  # the x0 that goes with the wrong noise
     variance = noise(4, 3, seed=3).double()
     by_noise = reverse(torch.cat([wrong, variance], -1), x, c, "noise")
-    by_v = reverse(torch.cat([target(implied, wrong, c, "v"), variance], -1), x, c, "v")
-    for one, other in zip(by_noise, by_v, strict=True):
+    by_other = reverse(torch.cat([target(implied, wrong, c, prediction), variance], -1), x, c, prediction)
+    for one, other in zip(by_noise, by_other, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("prediction", BOTH)
+def test_the_flow_is_the_velocity_of_the_linear_path() -> None:
+    """x_u = (1 - u) x0 + u noise, of which x is the one at unit variance: dx_u / du is what is predicted."""
+    t = torch.tensor([0, 250, 700, 999])
+    x0, epsilon = noise(4, 3).double(), noise(4, 3, seed=1).double()
+    c = Coefficients.at(Coefficients.table(linear(1000)), t)
+    u = (t.double().unsqueeze(1) + 0.5) / 1000
+    scale = ((1 - u).square() + u.square()).sqrt()
+    x = diffuse(x0, epsilon, c)
+    torch.testing.assert_close(x * scale, (1 - u) * x0 + u * epsilon, rtol=1e-9, atol=1e-9)
+    velocity = target(x0, epsilon, c, "flow")
+    torch.testing.assert_close(x * scale + (1 - u) * velocity, epsilon, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(clean(velocity, x, c, "flow"), x0, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("prediction", EVERY)
 def test_the_bound_clips_the_clean_token_only(prediction: Prediction) -> None:
     _, _, c, x = drawn(torch.tensor([10, 500, 990]))
     output = 5 * noise(3, 6, seed=4).double()
@@ -69,7 +84,7 @@ def test_the_variance_lies_between_its_two_ends_and_beyond() -> None:
         torch.testing.assert_close(reverse(output, x, c, "noise").log_variance, expected.expand(4, 2))
 
 
-@pytest.mark.parametrize("prediction", BOTH)
+@pytest.mark.parametrize("prediction", EVERY)
 def test_the_best_loss_is_that_of_knowing_the_answer(prediction: Prediction) -> None:
     t = torch.tensor([1, 5, 300, 998])
     x0, epsilon, c, x = drawn(t)
@@ -85,7 +100,7 @@ def test_the_best_loss_is_that_of_knowing_the_answer(prediction: Prediction) -> 
     assert of(right, posterior).dtype == torch.float64
 
 
-@pytest.mark.parametrize("prediction", BOTH)
+@pytest.mark.parametrize("prediction", EVERY)
 def test_the_bound_trains_the_variance_and_the_error_the_prediction(prediction: Prediction) -> None:
     t = torch.tensor([0, 1, 400, 999])
     x0, epsilon, c, x = drawn(t)

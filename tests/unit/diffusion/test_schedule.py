@@ -9,7 +9,7 @@ import torch
 
 from mar.config import Spacing
 from mar.diffusion.gaussian import Coefficients
-from mar.diffusion.schedule import MAX_BETA, cosine, respace
+from mar.diffusion.schedule import MAX_BETA, cosine, linear, respace
 
 FULL = cosine(1000)
 
@@ -20,6 +20,15 @@ def test_alpha_bar_is_the_cosine_until_the_cap() -> None:
     torch.testing.assert_close(FULL.alphas_cumprod[:-1], f, rtol=1e-9, atol=0)
     assert FULL.betas[-1] == MAX_BETA
     assert (FULL.betas[:-1] < MAX_BETA).all()
+
+
+def test_the_linear_path_mixes_evenly() -> None:
+    """Signal and noise in the ratio (1 - u) : u."""
+    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    alphas = linear(1000).alphas_cumprod
+    torch.testing.assert_close((alphas / (1 - alphas)).sqrt(), (1 - u) / u, rtol=1e-9, atol=0)
+    assert linear(1000).betas.min() > 0
+    assert linear(1000).betas.max() < 1
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 50, 999, 1000])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mar.config import Prediction
 from mar.diffusion.gaussian import Coefficients, target
-from mar.diffusion.schedule import Schedule, cosine, respace
+from mar.diffusion.schedule import Schedule, cosine, linear, respace
 from mar.diffusion.solvers import ancestral
 from mar.runtime import generator
 
@@ -36,18 +36,22 @@ def draws(steps: int) -> Tensor:
     return torch.randn(steps, ROWS, 1, generator=generator(3), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("prediction", ["noise", "v"])
-def test_a_gaussian_comes_out_as_it_went_in(prediction: Prediction) -> None:
-    schedule = respace(cosine(1000), 200)
+@pytest.mark.parametrize("prediction", ["noise", "v", "x0", "flow"])
+@pytest.mark.parametrize("path", [cosine, linear])
+def test_a_gaussian_comes_out_as_it_went_in(prediction: Prediction, path: Callable[[int], Schedule]) -> None:
+    schedule = respace(path(1000), 200)
     drawn = ancestral(knowing(schedule, prediction, variance=0.0), draws(200), schedule, prediction)
     # of 20,000 draws: 0.0035 and 0.0025 are one standard error
     assert abs(float(drawn.mean()) - MEAN) < 0.012
     assert abs(float(drawn.std()) - STD) < 0.012
 
 
-def test_both_predictions_draw_the_same() -> None:
-    schedule = respace(cosine(1000), 10)
-    one, other = (ancestral(knowing(schedule, p), draws(10), schedule, p) for p in ("noise", "v"))  # type: ignore[arg-type]
+@pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
+@pytest.mark.parametrize("path", [cosine, linear])
+def test_all_predictions_draw_the_same(prediction: Prediction, path: Callable[[int], Schedule]) -> None:
+    schedule = respace(path(1000), 10)
+    one = ancestral(knowing(schedule, "noise"), draws(10), schedule, "noise")
+    other = ancestral(knowing(schedule, prediction), draws(10), schedule, prediction)
     torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
 
 

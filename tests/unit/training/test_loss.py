@@ -9,9 +9,11 @@ import torch
 from tiny import HEAD, config, model, noise
 from torch import Tensor
 
+from mar.config import NoisePath, Prediction
 from mar.model.mar import MAR
 from mar.model.tokens import patchify, take
-from mar.training.loss import DiffusionLoss, StepDraws, draw_step
+from mar.runtime import generator
+from mar.training.loss import DiffusionLoss, StepDraws, draw_step, draw_timesteps
 
 CONFIG = config(head=replace(HEAD, batch_mul=3))
 
@@ -50,6 +52,27 @@ def test_what_is_drawn_follows_its_distribution() -> None:
     assert abs(float(draws.timestep.float().mean()) - 499.5) < 6
     assert abs(float(draws.noise.std()) - 1) < 0.01
     assert not draw_step(config(label_drop=0.0), 0, 1, range(300)).drop_label.any()
+
+
+def test_logit_normal_timesteps_are_most_often_in_the_middle() -> None:
+    head = replace(HEAD, timesteps="logit-normal")
+    t = draw_timesteps(head, (4, 5000), generator(1)).double()
+    assert (t >= 0).all()
+    assert (t < 1000).all()
+    shares = (t + 0.5) / 1000
+    logits = (shares / (1 - shares)).log()
+    assert abs(float(logits.mean())) < 0.03  # four standard errors
+    assert abs(float(logits.std()) - 1) < 0.03
+
+
+@pytest.mark.parametrize("path", ["cosine", "linear"])
+@pytest.mark.parametrize("prediction", ["noise", "v", "x0", "flow"])
+def test_every_objective_has_a_gradient_for_every_parameter(path: NoisePath, prediction: Prediction) -> None:
+    of = model(head=replace(HEAD, path=path, prediction=prediction))
+    loss = losses(of, noise(2, 2, 4, 4), torch.tensor([0, -1]), draw_step(of.config, 0, 0, [0, 1]))
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in of.parameters())
 
 
 def losses(of: MAR, latents: Tensor, labels: Tensor, draws: StepDraws) -> Tensor:
