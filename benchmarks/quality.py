@@ -1,0 +1,333 @@
+"""How good pictures are after so many minutes of learning: a recipe is trained for a time and judged on the way.
+
+    python benchmarks/quality.py train --data PATH --recipe fashion --minutes 15 --seed 0 --out runs/quality/fashion-0
+    python benchmarks/quality.py plot runs/quality/* --out quality.png
+    python benchmarks/quality.py table runs/quality/*
+
+PATH is the folder of the four gzipped IDX files of Fashion-MNIST, judged by the classifier that `fashion_judge.py
+train` made (`--classifier FILE`), or what `mar train --data` takes, judged by EfficientNet-Lite0. A recipe is one of
+`mar train`'s, or `reference`: the paper's settings at the size of this data's recipe, with EMA warm-up and a bounded
+x0. `--set model.patch=2` changes a setting of it.
+
+Minutes are those of an idle machine: the processor time that learning took, divided by `--threads`, so that a busy
+neighbour changes nothing. How many pictures fit into them is measured before the first step, and warm-up and decay of
+the learning rate are fitted to that; the time it took in the end is told beside. Judging is not counted. The same
+command goes on where a run was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fashion_judge import extractor as fashion_classifier
+from fashion_judge import load_split
+from numpy.typing import NDArray
+from PIL import Image
+
+from mar.assets import FASHION_CLASSES
+from mar.config import ConfigError, HeadConfig, TrainConfig, from_dict, to_dict
+from mar.data.examples import Example, Source
+from mar.data.heldout import hold_out, spread
+from mar.data.loader import in_order
+from mar.data.transforms import Transform
+from mar.evaluation.evaluate import Wanted, collect, compare
+from mar.evaluation.features import Extractor, open_extractor
+from mar.evaluation.streams import DrawnPictures, SourcePictures
+from mar.model.mar import MAR
+from mar.presets import recipe
+from mar.sampling.generate import BrokenLatents
+from mar.sampling.plan import Plan
+from mar.tokenizer import PixelTokenizer
+from mar.tokenizer.statistics import measure
+from mar.training.log import Log, RunLog
+from mar.training.loop import Hook, Run, train
+from mar.training.snapshot import export_and_draw, take
+from mar.training.validation import Validation
+
+MARKS = (1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120)
+"""Minutes after which a run is judged, beside its end."""
+WARM_UP, MEASURED = 2, 6.0
+"""Steps that are not timed, and seconds of processor time that are, to find out how many pictures a minute has."""
+TRIAL, MARKED = "trial.json", "quality.jsonl"
+
+
+@dataclass(frozen=True)
+class Idx:
+    """Fashion-MNIST from its own files."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    classes = FASHION_CLASSES
+    flips = False
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Example:
+        return Example(Image.fromarray(self.images[index]), int(self.labels[index]), f"picture {index}")
+
+
+def is_fashion(data: Path) -> bool:
+    """Whether `data` is the folder of Fashion-MNIST's files."""
+    return (data / "train-images-idx3-ubyte.gz").is_file()
+
+
+def open_parts(data: Path) -> tuple[Source, Source]:
+    """Pictures to learn from, and others to judge by."""
+    if not is_fashion(data):
+        return hold_out(data)
+    train, test = (load_split(data, name) for name in ("train", "t10k"))
+    return Idx(train.images, train.labels), Idx(test.images, test.labels)
+
+
+def settings(name: str, data: Path, changes: Sequence[str]) -> TrainConfig:
+    """The recipe called `name` with `changes` such as model.patch=2. ConfigError for what there is not."""
+    base = reference(recipe("fashion" if is_fashion(data) else "cifar10")) if name == "reference" else recipe(name)
+    values = to_dict(replace(base, data=str(data)))
+    for change in changes:
+        path, _, text = change.partition("=")
+        *rooms, last = path.split(".")
+        inside: Any = values
+        for room in rooms:
+            inside = inside.get(room) if isinstance(inside, dict) else None
+        if not isinstance(inside, dict) or last not in inside:
+            raise ConfigError(f"--set {change}: a recipe has no setting {path}")
+        try:
+            inside[last] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):  # a word
+            inside[last] = text
+    return from_dict(TrainConfig, values)
+
+
+def reference(base: TrainConfig) -> TrainConfig:
+    """The paper's objective, optimizer and dropout around the trunk and the head's size of `base`; constant rate."""
+    head = HeadConfig(width=base.model.head.width, depth=base.model.head.depth)
+    model = replace(base.model, head=head, attention_dropout=0.1, projection_dropout=0.1, mask_ratio_min=0.7)
+    return replace(
+        base, model=model, sampling=replace(base.sampling, x0_bound=3.0), batch=64, lr=3.2e-3, warmup=6_400, decay=0,
+        optimizer="adamw", weight_decay=0.02, ema=0.999, clip=3.0,
+    )  # fmt: skip
+
+
+def open_trial(config: TrainConfig, folder: Path, parts: tuple[Source, Source]) -> Run:
+    """The run of `config` on pixels of the first part, held against the second; resumed where it has saved states."""
+    tokenizer = PixelTokenizer(config.model.channels)
+    transform = Transform(config.model.grid, config.model.channels)
+    found = measure(tokenizer, in_order(spread(parts[0], 1000), transform))
+    tokenizer.set_statistics(found.mean, found.std)
+    torch.manual_seed(config.seed)
+    run = Run(config, folder, parts[0], tokenizer, MAR(config.model), torch.device("cpu"), held_out=parts[1])
+    run.resume()
+    return run
+
+
+def fitted(config: TrainConfig, parts: tuple[Source, Source], minutes: float, threads: int) -> TrainConfig:
+    """The recipe with as many pictures as the minutes have; its decay, and at most its warm-up, in proportion."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = open_trial(config, Path(folder), parts)
+        loader = run.batches()
+        for _ in range(WARM_UP):
+            run.step(next(loader))
+        begun, steps = time.process_time(), 0
+        while time.process_time() - begun < MEASURED * threads:
+            run.step(next(loader))
+            steps += 1
+        a_step = (time.process_time() - begun) / threads / steps
+    images = max(1, round(60 * minutes / a_step)) * config.batch
+    share = images / config.images
+    return replace(
+        config, images=images, decay=round(config.decay * share), warmup=min(config.warmup, images // 8), sample_every=0
+    )
+
+
+class Clock:
+    """Minutes of learning: processor time over threads."""
+
+    def __init__(self, minutes: float, threads: int) -> None:
+        self.minutes, self.threads = minutes, threads
+        self.go()
+
+    def go(self) -> None:
+        """Goes on after a stop."""
+        self.begun = time.process_time()
+
+    def stop(self) -> float:
+        """Minutes until now; what follows is not counted."""
+        self.minutes += (time.process_time() - self.begun) / self.threads / 60
+        return self.minutes
+
+
+class Trial:
+    """A run, its clock, and what is said of it at its marks."""
+
+    def __init__(self, run: Run, log: Log, extractor: Extractor, minutes: float, threads: int) -> None:
+        self.run, self.log, self.extractor = run, log, extractor
+        self.path = run.folder / MARKED
+        said = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        self.lines = [line for line in map(json.loads, said) if line["images"] <= run.progress.images]
+        self.a_minute = run.config.images / minutes
+        held = run.held_out
+        assert isinstance(held, Idx | Source)
+        self.reference = collect(SourcePictures(held, "held out", size=run.config.model.grid), extractor).statistics
+        self.validate = Validation(run, log)
+        self.clock = Clock(self.lines[-1]["minutes"] if self.lines else 0.0, threads)
+
+    def real(self, count: int) -> float:
+        """The distance of as many training pictures, evenly taken."""
+        assert isinstance(self.run.source, Idx | Source)
+        pictures = SourcePictures(spread(self.run.source, count), "learned from", size=self.run.config.model.grid)
+        return compare(collect(pictures, self.extractor), self.reference, self.extractor, Wanted()).distance
+
+    def at_mark(self, count: int) -> None:
+        """Judges the run by `count` pictures and saves it, if it has come to a mark."""
+        minutes = round(self.run.progress.images / self.a_minute)
+        if minutes in MARKS and self.run.progress.images < self.run.config.images:
+            self.judge(count)
+            self.run.save()
+
+    def judge(self, count: int, **changes: Any) -> dict[str, Any]:
+        """A line of what is known of the run now, its pictures drawn with `changes` of the recipe's sampling."""
+        line = {"minutes": self.clock.stop(), "images": self.run.progress.images, **changes}
+        snapshot = take(self.run)
+        line |= {"val_loss": self.validate(snapshot)["val_loss"]}
+        export_and_draw(snapshot, self.log)
+        drawer = snapshot.pipeline("ema")
+        drawer.sampling = replace(drawer.sampling, **changes)
+        plan = Plan.total(count, list(range(self.run.config.model.classes)) or [-1])
+        begun = time.process_time()
+        try:
+            found = collect(DrawnPictures(drawer, plan, name="the run"), self.extractor, batch=100)
+            report = compare(found, self.reference, self.extractor, Wanted())
+            line |= {"pictures": count, "distance": report.distance, "agreement": report.agreement}
+            line |= {"worst_class": report.worst_agreement, "drawing_seconds": time.process_time() - begun}
+        except BrokenLatents as error:
+            line |= {"broken": str(error)}
+        self.lines.append(line)
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        print(json.dumps(line), flush=True)
+        self.clock.go()
+        return line
+
+
+def run_train(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    parts = open_parts(args.data)
+    note = args.out / TRIAL
+    if not note.is_file():
+        wanted = replace(settings(args.recipe, args.data, args.set), seed=args.seed)
+        config = fitted(wanted, parts, args.minutes, args.threads)
+        args.out.mkdir(parents=True, exist_ok=True)
+        told = {"recipe": args.recipe, "set": args.set, "minutes": args.minutes, "threads": args.threads}
+        note.write_text(json.dumps({**told, "config": to_dict(config)}, indent=1), encoding="utf-8")
+    kept = json.loads(note.read_text(encoding="utf-8"))
+    config = from_dict(TrainConfig, kept["config"])
+    run = open_trial(config, args.out, parts)
+    log = RunLog(args.out, config.images, run.progress.images)
+    network = fashion_classifier(args.classifier) if is_fashion(args.data) else open_extractor("efficientnet-lite0")
+    try:
+        trial = Trial(run, log, network, kept["minutes"], kept["threads"])
+        run.hooks.append(Hook(max(config.batch, int(trial.a_minute)), lambda _: trial.at_mark(args.on_the_way)))
+        trial.clock.go()
+        if not train(run, log):
+            return
+        last = trial.judge(args.count)
+        for guidance in args.guidance:
+            trial.judge(args.count, guidance=guidance)
+        print(f"{trial.real(args.count):.3f} is the distance of {args.count:,} training pictures")
+        print(f"wanted {kept['minutes']:g} minutes, took {last['minutes']:.2f}; {config.images:,} pictures")
+    finally:
+        log.close()
+
+
+def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What a trial was, and its lines."""
+    try:
+        kept = json.loads((folder / TRIAL).read_text(encoding="utf-8"))
+        return kept, [json.loads(line) for line in (folder / MARKED).read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError as error:
+        raise ValueError(f"{folder} holds no run that was judged: {error.filename} is not there") from error
+
+
+def run_table(args: argparse.Namespace) -> None:
+    print("| run | minutes | pictures | a second | validation loss | guidance | distance | of the class |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for folder in args.folders:
+        kept, lines = read(folder)
+        for line in lines:
+            guidance = line.get("guidance", kept["config"]["sampling"]["guidance"])
+            shown = (
+                f"{line['distance']:.2f} | {line['agreement'] or float('nan'):.1%}" if "distance" in line else "- | -"
+            )
+            print(
+                f"| {folder.name} | {line['minutes']:.1f} | {line['images']:,} | "
+                f"{line['images'] / line['minutes'] / 60:.0f} | {line['val_loss']:.4f} | {guidance:g} | {shown} |"
+            )
+
+
+def run_plot(args: argparse.Namespace) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for folder in args.folders:
+        kept, lines = read(folder)
+        points = [
+            (line["minutes"], line["distance"]) for line in lines if "distance" in line and "guidance" not in line
+        ]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"{folder.name} ({kept['recipe']})")
+    axes.set(xlabel="minutes of learning", ylabel="Fréchet distance", xscale="log", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.savefig(args.out, dpi=110)
+    print(args.out)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True)
+    verb = verbs.add_parser("train", help="train a recipe for some minutes")
+    verb.add_argument("--data", type=Path, required=True)
+    verb.add_argument("--out", type=Path, required=True)
+    verb.add_argument("--recipe", default="fashion")
+    verb.add_argument("--set", nargs="*", default=[], metavar="SETTING=VALUE")
+    verb.add_argument("--minutes", type=float, default=15.0)
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    verb.add_argument("--classifier", type=Path, help="for Fashion-MNIST: what `fashion_judge.py train` made")
+    verb.add_argument("--count", type=int, default=5000, help="pictures that are drawn and judged at the end")
+    verb.add_argument("--on-the-way", type=int, default=1000, help="and at each mark")
+    verb.add_argument("--guidance", type=float, nargs="*", default=[], help="further scales to judge at the end")
+    verb.set_defaults(run=run_train)
+    verb = verbs.add_parser("table", help="all marks of runs, as Markdown")
+    verb.add_argument("folders", type=Path, nargs="+")
+    verb.set_defaults(run=run_table)
+    verb = verbs.add_parser("plot", help="distance over minutes")
+    verb.add_argument("folders", type=Path, nargs="+")
+    verb.add_argument("--out", type=Path, default=Path("quality.png"))
+    verb.set_defaults(run=run_plot)
+    args = parser.parse_args()
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"quality: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
