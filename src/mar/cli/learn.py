@@ -17,6 +17,7 @@ from mar.presets import RECIPES, recipe
 if TYPE_CHECKING:
     import torch
 
+    from mar.cli.steps import Steps
     from mar.training.log import Log
     from mar.training.loop import Run
 
@@ -52,14 +53,28 @@ def train(arguments: Sequence[str]) -> int:
     """`mar train [RECIPE]`."""
     from mar import runtime
 
+    steps: Steps | None = None
     with one_voice():
-        options = _options(arguments)
+        if arguments[:1] == ["folder"]:
+            from mar.cli.folder import plan
+
+            steps = plan(arguments[1:])
+            options, chosen = steps.train, steps.recipe
+        else:
+            options, chosen = _options(arguments)
         runtime.choose_device(options.device)
     with runtime.process_group(options.device) as device:
+        _warn(options.config, chosen)
+        if steps is not None:
+            from mar.cli.steps import prepare
+
+            if code := prepare(steps):
+                return code
         return _train(options, device)
 
 
-def _options(arguments: Sequence[str]) -> TrainOptions:
+def _options(arguments: Sequence[str]) -> tuple[TrainOptions, TrainConfig]:
+    """The options, and the recipe that they change."""
     named = bool(arguments) and not arguments[0].startswith("-")
     name = arguments[0] if named else "fashion"
     default = TrainOptions(Path("runs", name), recipe(name))
@@ -67,7 +82,15 @@ def _options(arguments: Sequence[str]) -> TrainOptions:
     if "-h" in rest or "--help" in rest:
         print(f"mar train [RECIPE] --out FOLDER ...    recipes: {', '.join(RECIPES)}; shown: {name}\n")
     options = parse(TrainOptions, f"train {name}", rest, default)
-    return replace(options, out=options.out or Path("runs", name))
+    return replace(options, out=options.out or Path("runs", name)), default.config
+
+
+def _warn(config: TrainConfig, recipe: TrainConfig) -> None:
+    from mar import runtime
+    from mar.training.checks import rate_far_off
+
+    if runtime.rank() == 0 and (warning := rate_far_off(config, recipe)) is not None:
+        print(warning, file=sys.stderr)
 
 
 def _train(options: TrainOptions, device: torch.device) -> int:

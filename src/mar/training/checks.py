@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mar import runtime
-from mar.config import ModelConfig
+from mar.config import ModelConfig, TrainConfig
 from mar.data.heldout import spread
 from mar.data.latents import LatentSource
 from mar.data.loader import in_order
@@ -21,6 +21,8 @@ POOR = 20.0
 WIDE_TOKEN = 32
 WIDE_HEAD = 1024
 """Tokens above the one want a head of the other (16 values a token: FID 3.5; 64 values, the same model: FID 30)."""
+FAR_OFF = 4
+"""So many times the recipe's learning rate, or so many times less, is warned of."""
 
 
 def check_tokenizer(run: Run, log: Log) -> None:
@@ -53,6 +55,18 @@ def wide_tokens(model: ModelConfig) -> str | None:
     return (
         f"warning: a token has {model.token_width} values, but the head is only {model.head.width} wide, which is "
         f"little above {WIDE_TOKEN} values; set --model.head.width {WIDE_HEAD}, or a smaller --model.patch"
+    )
+
+
+def rate_far_off(config: TrainConfig, recipe: TrainConfig) -> str | None:
+    """The warning for a learning rate that is far from that of the recipe that `config` came from; None where it is
+    not."""
+    rate, usual = config.scaled_lr, recipe.scaled_lr
+    if usual / FAR_OFF <= rate <= usual * FAR_OFF:
+        return None
+    return (
+        f"warning: a step's learning rate is {rate:.3g} (lr x batch / 256), {rate / usual:.2g} times the recipe's "
+        f"{usual:.3g} at its batch of {recipe.batch}; change --lr if that is not meant"
     )
 
 

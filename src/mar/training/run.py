@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,7 @@ def open_run(
     """
     resumed = check_same(config, folder) and bool(RunState(folder).states())
     source = open_data(config.data)
-    classes = len(source.classes)
-    if config.model.classes not in (0, classes):
-        raise ConfigError(
-            f"the model has {config.model.classes} classes, but {config.data} has {classes}; "
-            f"set --model.classes {classes}, or 0 for an unconditional model"
-        )
+    check_classes(config, source.classes)
     tokenizer = _tokenizer(config, source, load_tokenizer, measured_later=resumed)
     torch.manual_seed(runtime.generator(config.seed).initial_seed())
     model = MAR(config.model)
@@ -73,6 +68,15 @@ def open_run(
     run.resume()
     keep_settings(config, folder)
     return run
+
+
+def check_classes(config: TrainConfig, classes: Sequence[str]) -> None:
+    """Raises ConfigError where the model's classes are not the data's; a model may do without any."""
+    if config.model.classes not in (0, len(classes)):
+        raise ConfigError(
+            f"the model has {config.model.classes} classes, but {config.data} has {len(classes)}; "
+            f"set --model.classes {len(classes)}, or 0 for an unconditional model"
+        )
 
 
 def check_same(config: Any, folder: Path) -> bool:
