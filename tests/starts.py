@@ -19,19 +19,24 @@ _CONTEXT.set_forkserver_preload([*_MODULES, "torch.distributed", "torch._dynamo"
 
 
 def start(
-    arguments: Sequence[str], said: Path, *, die: tuple[int, int] | None = None, world: tuple[int, int, int] = (0, 1, 0)
+    arguments: Sequence[str],
+    said: Path,
+    *,
+    die: tuple[int | str, int] | None = None,
+    world: tuple[int, int, int] = (0, 1, 0),
 ) -> BaseProcess:
     """A process that runs `mar ARGUMENTS`, its stdout and stderr going to the file `said`.
 
     `die` (n, signal): it gets the signal when it asks for the n-th time for a file, or a folder's list of names, to be
-    on the disk: an odd n is before a file gets its name, an even one after. `world`: rank, processes, port.
+    on the disk: an odd n is before a file gets its name, an even one after; a text for n is a part of the path that it
+    first asks for. `world`: rank, processes, port.
     """
     process = _CONTEXT.Process(target=_run, args=(list(arguments), said, die, world))
     process.start()
     return process
 
 
-def run(arguments: Sequence[str], said: Path, **options: tuple[int, int]) -> int:
+def run(arguments: Sequence[str], said: Path, **options: tuple[int | str, int]) -> int:
     """The exit code of `start`, once it has ended: 9 below zero for a process that was killed."""
     process = start(arguments, said, **options)  # type: ignore[arg-type]
     process.join(120)
@@ -57,7 +62,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _run(arguments: list[str], said: Path, die: tuple[int, int] | None, world: tuple[int, int, int]) -> None:
+def _run(arguments: list[str], said: Path, die: tuple[int | str, int] | None, world: tuple[int, int, int]) -> None:
     sys.stdout = sys.stderr = said.open("w", buffering=1)
     rank, processes, port = world
     if processes > 1:
@@ -70,7 +75,7 @@ def _run(arguments: list[str], said: Path, die: tuple[int, int] | None, world: t
     sys.exit(code)
 
 
-def _die(moment: int, signal: int) -> None:
+def _die(moment: int | str, signal: int) -> None:
     from mar.checkpoint import files
 
     flush, seen = files.flush, 0
@@ -79,7 +84,7 @@ def _die(moment: int, signal: int) -> None:
         nonlocal seen
         seen += 1
         flush(path)
-        if seen == moment:
+        if (moment in str(path)) if isinstance(moment, str) else (seen == moment):
             os.kill(os.getpid(), signal)
 
     files.flush = counted

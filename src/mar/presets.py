@@ -16,6 +16,7 @@ from mar.config import (
     TrainConfig,
     TrunkConfig,
 )
+from mar.sizes import Pictures, recipe_for
 
 
 def _official(width: int, depth: int, heads: int, head_depth: int, head_width: int) -> ModelConfig:
@@ -143,8 +144,14 @@ FASHION = TrainConfig(
 The bundled model is this recipe with `precision="bf16"`: 210,000 pictures in 77 minutes on one core that has bfloat16.
 """
 
+_TEN = tuple(map(str, range(10)))
+CIFAR10 = replace(recipe_for(Pictures(50_000, 32, 3, _TEN), (32, 32)), data="cifar10")
+"""What `folder` chooses for CIFAR-10's 50,000 pictures, class folders or Parquet files: raw pixels, 4x4 patches."""
+
 RECIPES: dict[str, TrainConfig] = {
     "fashion": FASHION,
+    "cifar10": CIFAR10,
+    "folder": replace(recipe_for(Pictures(10_000, 32, 3, _TEN), (32, 32)), data="pictures"),
     "imagenet-base": _imagenet("mar-base"),
     "imagenet-large": _imagenet("mar-large"),
     "imagenet-huge": _imagenet("mar-huge"),

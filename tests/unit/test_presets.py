@@ -48,8 +48,20 @@ def test_the_bundled_recipe_fits_its_pictures_and_its_room() -> None:
     assert config.flip is not True  # shoes all face one way
 
 
+def test_cifar10_is_what_a_folder_of_it_would_get() -> None:
+    config = recipe("cifar10")
+    assert (config.model.grid, config.model.channels, config.model.classes, config.tokenizer) == (
+        (32, 32),
+        3,
+        10,
+        "pixels",
+    )
+    assert (config.model.tokens, config.model.token_width, config.model.head.prediction) == (64, 48, "v")
+    assert config.images == 40 * 50_000
+
+
 def test_a_recipe_that_is_not_there() -> None:
-    with pytest.raises(ConfigError, match="no recipe 'fasion'; there are fashion, imagenet-base"):
+    with pytest.raises(ConfigError, match="no recipe 'fasion'; there are fashion, cifar10, folder, imagenet-base"):
         recipe("fasion")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from mar import __version__
 
@@ -53,9 +53,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Threads that spin while they wait make a machine that is busy with something else many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return told(lambda: getattr(importlib.import_module(VERBS[verb][0]), verb)(rest))
+
+
+def told(work: Callable[[], int]) -> int:
+    """The exit code of `work`; what is wrong with what the user asked for is said in one line."""
     try:
-        code: int = getattr(importlib.import_module(VERBS[verb][0]), verb)(rest)
-        return code
+        return work()
     except (ValueError, OSError) as error:
         if os.environ.get("MAR_DEBUG"):
             raise

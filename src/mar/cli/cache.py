@@ -60,17 +60,30 @@ def cache(arguments: Sequence[str]) -> int:
     """`mar cache`."""
     from mar import runtime
 
+    def work(check: Callable[[], None]) -> int:
+        with one_voice():
+            options = parse(CacheOptions, "cache", arguments)
+            if not options.verify:
+                _complete(options)
+                runtime.choose_device(options.device)
+        return _verify(options, check) if options.verify else _cache(options, check)
+
+    return _stoppably(work, "" if "--verify" in arguments else "; the same command goes on")
+
+
+def make_cache(options: CacheOptions) -> int:
+    """Makes a cache, or goes on with one, with all processes. Returns the exit code: 130 where a signal stopped it."""
+    return _stoppably(lambda check: _cache(options, check), "; the same command goes on")
+
+
+def _stoppably(work: Callable[[Callable[[], None]], int], again: str) -> int:
+    from mar import runtime
+
     with stoppable() as check:
         try:
-            with one_voice():
-                options = parse(CacheOptions, "cache", arguments)
-                if not options.verify:
-                    _complete(options)
-                    runtime.choose_device(options.device)
-            return _verify(options, check) if options.verify else _cache(options, check)
+            return work(check)
         except KeyboardInterrupt:
             if runtime.rank() == 0:
-                again = "" if "--verify" in arguments else "; the same command goes on"
                 print(f"mar: stopped{again}", file=sys.stderr)
             return 130
 

@@ -17,6 +17,7 @@ from mar.presets import RECIPES, recipe
 if TYPE_CHECKING:
     import torch
 
+    from mar.cli.steps import Steps
     from mar.training.log import Log
     from mar.training.loop import Run
     from mar.training.snapshot import OnSnapshot, Snapshot
@@ -53,24 +54,38 @@ def train(arguments: Sequence[str]) -> int:
     """`mar train [RECIPE]`."""
     from mar import runtime
 
-    named = bool(arguments) and not arguments[0].startswith("-")
-    name = arguments[0] if named else "fashion"
+    steps: Steps | None = None
     with one_voice():
-        options = _options(name, arguments[1:] if named else arguments)
+        name = arguments[0] if arguments and not arguments[0].startswith("-") else "fashion"
+        if name == "folder":
+            from mar.cli.folder import plan
+
+            steps = plan(arguments[1:])
+            options, chosen = steps.train, steps.recipe
+        else:
+            chosen = recipe(name)
+            options = _options(name, chosen, arguments)
         runtime.choose_device(options.device)
     with runtime.process_group(options.device) as device:
-        return _train(options, device, name)
+        if steps is not None:
+            from mar.cli.steps import prepare
+
+            if code := prepare(steps):
+                return code
+        return _train(options, device, chosen, name)
 
 
-def _options(name: str, rest: Sequence[str]) -> TrainOptions:
-    default = TrainOptions(Path("runs", name), recipe(name))
+def _options(name: str, chosen: TrainConfig, arguments: Sequence[str]) -> TrainOptions:
+    """The recipe `chosen`, called `name`, as the arguments change it."""
+    rest = list(arguments[1:] if arguments[:1] == [name] else arguments)
     if "-h" in rest or "--help" in rest:
         print(f"mar train [RECIPE] --out FOLDER ...    recipes: {', '.join(RECIPES)}; shown: {name}\n")
-    options = parse(TrainOptions, f"train {name}", rest, default)
+    options = parse(TrainOptions, f"train {name}", rest, TrainOptions(Path("runs", name), chosen))
     return replace(options, out=options.out or Path("runs", name))
 
 
-def _train(options: TrainOptions, device: torch.device, name: str) -> int:
+def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, name: str) -> int:
+    """Trains the model; `chosen` is the recipe called `name`, before options changed it."""
     from mar import runtime
     from mar.training.checks import check_tokenizer, unusual_rate
     from mar.training.log import open_log
@@ -83,7 +98,7 @@ def _train(options: TrainOptions, device: torch.device, name: str) -> int:
     try:
         with one_voice():
             _watch(options, run, log)
-            if not run.progress.images and (warning := unusual_rate(options.config, recipe(name), name)):
+            if not run.progress.images and (warning := unusual_rate(options.config, chosen, name)):
                 log.note(warning)
             check_tokenizer(run, log)
             if run.told is not None:

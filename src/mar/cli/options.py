@@ -90,20 +90,27 @@ class SamplingFlags:
         return load(model, device=device or self.device, dtype=torch_dtype(self.dtype))
 
 
-def parse(kind: type[Options], verb: str, arguments: Sequence[str], default: Options | None = None) -> Options:
-    """The options of a verb. Prints help and exits 0 where it is asked for; ValueError for options that can't be."""
-    given = {} if default is None else {"default": default}
+def parse(
+    kind: type[Options], verb: str, arguments: Sequence[str], default: Options | None = None, *, partly: bool = False
+) -> Options:
+    """The options of a verb; `partly`: those that `kind` has, others are left alone.
+
+    Prints help and exits 0 where it is asked for; ValueError for options that can't be.
+    """
+    given: dict[str, Any] = {} if default is None else {"default": default}
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            options: Options = tyro.cli(
+            found: Any = tyro.cli(  # type: ignore[call-overload]
                 kind,
                 prog=f"mar {verb}",
                 args=list(arguments),
                 description=kind.__doc__,
-                **given,  # type: ignore[call-overload]
+                return_unknown_args=partly,
+                **given,
             )
-            return options
+        options: Options = found[0] if partly else found
+        return options
     except SystemExit as stopped:
         if not stopped.code:
             raise

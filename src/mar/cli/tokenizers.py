@@ -100,6 +100,18 @@ def _train(arguments: Sequence[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print("mar tokenizer train DATA --out FOLDER ...\n")
     options = parse(TokenizerTrainOptions, "tokenizer train", rest, default)
+    code = train_tokenizer(options)
+    if not code:
+        command = ["mar", "train", "folder", "--data", options.config.data, "--tokenizer", str(options.out)]
+        height, width = options.config.size
+        oblong = [] if height == width else ["--image-size", str(height), str(width)]
+        print(f"train on it: {shlex.join([*command, *oblong])}")
+    return code
+
+
+def train_tokenizer(options: TokenizerTrainOptions) -> int:
+    """Trains a tokenizer, or goes on with it, and tells what came of it. Returns the exit code: 130 where a signal
+    stopped it."""
     from mar import runtime
     from mar.training.learner import Hook
     from mar.training.log import open_log
@@ -134,7 +146,7 @@ def _network() -> Any:
 
 
 def _tell(run: TokenizerRun, tokenizer: KLTokenizer, found: RoundTrip) -> None:
-    """What came of it, and how to go on."""
+    """What came of it."""
     height, width = run.config.size
     cells = height // tokenizer.stride, width // tokenizer.stride
     before = height * width * tokenizer.image_channels
@@ -142,6 +154,3 @@ def _tell(run: TokenizerRun, tokenizer: KLTokenizer, found: RoundTrip) -> None:
     print(f"PSNR {found.psnr:.2f} dB on {found.pictures:,} held-out pictures")
     print(f"{before:,} values in, {after:,} out: {before / after:.1f} times fewer")
     print(f"{cells[0] * cells[1]} tokens of {tokenizer.channels} values with --model.patch 1")
-    command = ["mar", "train", "fashion", "--data", run.config.data, "--tokenizer", str(run.folder)]
-    command += ["--model.channels", str(tokenizer.channels), "--model.grid", *map(str, cells), "--model.patch", "1"]
-    print(f"train on it: {shlex.join(command)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,12 +62,7 @@ def open_run(
     source, held_out = open_parts(
         config.data, classes=config.model.classes, every=config.hold_out, others=config.validate_on
     )
-    classes = len(source.classes)
-    if config.model.classes not in (0, classes):
-        raise ConfigError(
-            f"the model has {config.model.classes} classes, but {config.data} has {classes}; "
-            f"set --model.classes {classes}, or 0 for an unconditional model"
-        )
+    check_classes(config, source.classes)
     held_out = _of_the_same_classes(config, source, held_out)
     tokenizer = _tokenizer(config, source, load_tokenizer, measured_later=resumed)
     torch.manual_seed(runtime.generator(config.seed).initial_seed())
@@ -78,6 +73,15 @@ def open_run(
     run.resume()
     keep_settings(config, folder)
     return run
+
+
+def check_classes(config: TrainConfig, classes: Sequence[str]) -> None:
+    """Raises ConfigError where the model's classes are not the data's; a model may do without any."""
+    if config.model.classes not in (0, len(classes)):
+        raise ConfigError(
+            f"the model has {config.model.classes} classes, but {config.data} has {len(classes)}; "
+            f"set --model.classes {len(classes)}, or 0 for an unconditional model"
+        )
 
 
 def _of_the_same_classes(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mar.config import LogTo, Precision, _fraction, _positive, _require
+from mar.sizes import Pictures
 
 Stride = Literal[2, 4, 8, 16]
 
@@ -107,3 +108,21 @@ class TokenizerTrainConfig:
     def adversarial_from(self) -> int:
         """Images seen from which on the discriminator takes part."""
         return round(self.images * self.adversarial_start)
+
+
+def tokenizer_for(
+    pictures: Pictures, size: tuple[int, int], stride: int, channels: int, images: int | None = None
+) -> TokenizerTrainConfig:
+    """A tokenizer for pictures of one's own, cut to `size`; the data is still to be named. Each is seen 10 times, and
+    60,000 at least are seen in all, unless `images` says how many."""
+    total = images or max(10 * pictures.count, 60_000)
+    return TokenizerTrainConfig(
+        image_size=size,
+        colours=pictures.colours,
+        stride=stride,  # type: ignore[arg-type]  # checked there
+        channels=channels,
+        width=16 if max(size) <= 64 else 32 if max(size) <= 128 else 64,
+        images=total,
+        decay=total // 4,
+        sample_every=total // 4 + 1,  # the end is judged anyway
+    )

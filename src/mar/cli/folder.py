@@ -1,0 +1,226 @@
+"""`mar train folder`: a model of one's own pictures, with sizes that are chosen from them and steps (`mar.cli.steps`)
+that lead there; every choice may be changed by its option."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import tyro
+
+from mar import zoo
+from mar.cli.cache import CacheOptions
+from mar.cli.learn import TrainOptions
+from mar.cli.options import parse
+from mar.cli.steps import Steps
+from mar.cli.tokenizers import TokenizerTrainOptions
+from mar.config import ConfigError, TrainConfig
+from mar.data.latents import LatentSource
+from mar.data.sources import StreamSource, open_data
+from mar.presets import recipe
+from mar.sizes import ENOUGH, PIXELS_UP_TO, SIDES, Cells, Pictures, cells_for, largest_for, recipe_for, side_for
+from mar.tokenizer import Tokenizer
+from mar.training.run import check_classes
+from mar.training.survey import cached, remembered
+from mar.training.tokenizer_config import Stride, TokenizerTrainConfig, tokenizer_for
+
+OWN = "own"
+"""The tokenizer that is trained first, of the run's own pictures."""
+
+
+@dataclass(frozen=True)
+class OwnTokenizer(TokenizerTrainConfig):
+    """The tokenizer that is trained first where pixels are too many; all else as for `mar tokenizer train`."""
+
+    data: tyro.conf.Suppress[str] = ""
+    image_size: tyro.conf.Suppress[int | tuple[int, int]] = 64
+    colours: tyro.conf.Suppress[int | None] = None
+
+
+@dataclass(frozen=True)
+class FolderOptions(TrainOptions):
+    """Trains a model on pictures of one's own, of sizes that fit them; before that a tokenizer, where it needs one.
+
+    Every option changes one of the choices. The same command goes on where it stopped.
+    """
+
+    image_size: int | tuple[int, int] | None = None
+    """Pictures are cut to squares of so many pixels, or to HEIGHT WIDTH; by default as large as they and their number
+    allow."""
+    vae: OwnTokenizer = field(default_factory=OwnTokenizer)
+
+
+@dataclass(frozen=True)
+class _ModelWishes:
+    classes: int | None = None
+    label_drop: float | None = None
+
+
+@dataclass(frozen=True)
+class _TokenizerWishes:
+    stride: Stride | None = None
+    channels: int | None = None
+    images: int | None = None
+
+
+@dataclass(frozen=True)
+class _Wishes:
+    """The options that other choices follow from."""
+
+    data: str | None = None
+    tokenizer: str | None = None
+    out: Path = Path("runs/folder")
+    image_size: int | tuple[int, int] | None = None
+    images: int | None = None
+    model: _ModelWishes = field(default_factory=_ModelWishes)
+    vae: _TokenizerWishes = field(default_factory=_TokenizerWishes)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """How pictures become tokens."""
+
+    size: tuple[int, int]
+    """Height and width that pictures are cut to."""
+    tokenizer: str
+    """pixels, own, or where one is."""
+    cells: Cells | None
+    """None: pixels."""
+
+
+def plan(arguments: Sequence[str]) -> Steps:
+    """The steps that `mar train folder ARGUMENTS` asks for. ValueError where they can't be; nothing is done yet."""
+    if "-h" in arguments or "--help" in arguments:
+        print("shown: what is chosen for 10,000 colour pictures of 32x32 in ten classes\n")
+        parse(FolderOptions, "train folder", arguments, FolderOptions(_Wishes.out, recipe("folder")))
+    wishes = parse(_Wishes, "train folder", arguments, partly=True)
+    own = any(word.startswith("--vae.") for word in arguments)
+    if wishes.data is None:
+        raise ConfigError("mar train folder needs --data: a folder of pictures, a Parquet file, or a `mar cache`")
+    source = open_data(wishes.data)
+    if isinstance(source, StreamSource):
+        raise ConfigError(f"{wishes.data} can't be counted, as mar train folder has to; name another recipe")
+    if isinstance(source, LatentSource):
+        return _of_a_cache(arguments, wishes, source, own)
+    _keep_apart(wishes.out, wishes.data)
+    pictures, changed = remembered(wishes.out, source, wishes.data)
+    tokens = _tokens(wishes, pictures, own)
+    options, chosen = _options(arguments, wishes, pictures, tokens)
+    check_classes(options.config, source.classes)
+    steps = Steps(options, chosen, (*_told(options, pictures, tokens), *([changed] if changed else [])), pictures)
+    return steps if tokens.cells is None else _with_latents(steps, options, tokens, wishes.out)
+
+
+def _with_latents(steps: Steps, options: FolderOptions, tokens: _Tokens, out: Path) -> Steps:
+    """The same, with what has to be done before latents can be learned."""
+    config, vae = options.config, options.vae
+    assert tokens.cells is not None
+    size = (config.model.grid[0] * tokens.cells.stride, config.model.grid[1] * tokens.cells.stride)
+    tokenizer, name = None, tokens.tokenizer
+    if name == OWN:
+        if config.model.channels != vae.channels:
+            raise ConfigError(
+                f"the model's latents have {config.model.channels} channels, its tokenizer's {vae.channels}; "
+                "choose their number by --vae.channels alone"
+            )
+        flip = config.flip if vae.flip is None else vae.flip
+        settings = {**vars(vae), "data": config.data, "image_size": size, "flip": flip}
+        tokenizer = TokenizerTrainOptions(out / "tokenizer", TokenizerTrainConfig(**settings), options.device)
+        name = str(tokenizer.out)
+    cache = CacheOptions(
+        config.data, out=out / "latents", tokenizer=name, image_size=size, flip=config.flip, workers=config.workers,
+        device=options.device,
+    )  # fmt: skip
+    train = replace(
+        options,
+        config=replace(config, data=str(cache.out), tokenizer=name),
+        eval_reference=options.eval_reference or config.data,
+    )
+    return replace(steps, train=train, tokenizer=tokenizer, cache=cache)
+
+
+def _of_a_cache(arguments: Sequence[str], wishes: _Wishes, source: LatentSource, own: bool) -> Steps:
+    pictures, cells = cached(source)
+    if own or wishes.tokenizer == OWN or wishes.image_size is not None:
+        raise ConfigError(f"{wishes.data} holds cached latents: leave out --image-size, --vae.* and --tokenizer own")
+    tokens = _Tokens(source.about.size, wishes.tokenizer or source.about.tokenizer, cells)
+    options, chosen = _options(arguments, wishes, pictures, tokens)
+    return Steps(options, chosen, _told(options, pictures, tokens))
+
+
+def _keep_apart(out: Path, data: str) -> None:
+    """What a run draws must not become its data."""
+    folder = Path(data).expanduser().resolve()
+    if folder.is_dir() and out.resolve().is_relative_to(folder):
+        raise ConfigError(f"{out} is in {data}, whose pictures are learned from; take another --out")
+
+
+def _tokens(wishes: _Wishes, pictures: Pictures, own: bool) -> _Tokens:
+    """The size that pictures are cut to, and what makes tokens of them."""
+    name = wishes.tokenizer or (OWN if own else None)
+    if own and name != OWN:
+        raise ConfigError(f"--vae.* is for a tokenizer of the run's own, but --tokenizer is {name}; leave one out")
+    if name in (None, OWN):
+        size = _size(wishes, pictures, largest_for(pictures.count))
+        if name is None and max(size) <= PIXELS_UP_TO:
+            return _Tokens(size, "pixels", None)
+        usual = cells_for(size)
+        return _Tokens(size, OWN, Cells(wishes.vae.stride or usual.stride, wishes.vae.channels or usual.channels))
+    if name == "pixels":
+        return _Tokens(_size(wishes, pictures, SIDES[1]), name, None)
+    found = zoo.load_tokenizer(name)
+    size = _size(wishes, pictures, _trained_at(found), found.stride)
+    return _Tokens(size, name, Cells(found.stride, found.channels))
+
+
+def _size(wishes: _Wishes, pictures: Pictures, largest: int, stride: int = 1) -> tuple[int, int]:
+    found = wishes.image_size
+    if found is None:
+        found = side_for(pictures, largest) // stride * stride or stride
+    return (found, found) if isinstance(found, int) else found
+
+
+def _trained_at(tokenizer: Tokenizer) -> int:
+    """The side of the pictures that a tokenizer has learned from, as far as it says so, and up to the largest side."""
+    side = tokenizer.spec().get("config", {}).get("sample_size")
+    told = isinstance(side, int) and side >= 8 * tokenizer.stride  # else diffusers' default, which means nothing
+    return min(side, SIDES[0]) if told else SIDES[0]
+
+
+def _options(
+    arguments: Sequence[str], wishes: _Wishes, pictures: Pictures, tokens: _Tokens
+) -> tuple[FolderOptions, TrainConfig]:
+    """The options, with what is chosen in place of those that were not given; and what was chosen."""
+    labelled = pictures if wishes.model.classes != 0 else replace(pictures, classes=())
+    chosen = recipe_for(labelled, tokens.size, tokens.cells, images=wishes.images)
+    chosen = replace(chosen, data=wishes.data or "", tokenizer=tokens.tokenizer)
+    if wishes.model.label_drop == 0:
+        chosen = replace(chosen, sampling=replace(chosen.sampling, guidance=1.0))
+    vae = OwnTokenizer()
+    if tokens.cells is not None and tokens.tokenizer == OWN:
+        usual = tokenizer_for(pictures, tokens.size, tokens.cells.stride, tokens.cells.channels, wishes.vae.images)
+        vae = OwnTokenizer(**vars(usual))
+    default = FolderOptions(wishes.out, chosen, vae=vae)
+    options = parse(FolderOptions, "train folder", arguments, default)
+    return replace(options, out=wishes.out), chosen
+
+
+def _told(options: FolderOptions, pictures: Pictures, tokens: _Tokens) -> tuple[str, ...]:
+    """Two lines: what the pictures are like and are made to, and the model that was chosen for them."""
+    model, many = options.config.model, f"{pictures.count:,}"
+    kinds = f"in {len(pictures.classes)} classes" if pictures.classes else "without classes"
+    colours = "grey" if pictures.colours == 1 else "colour"
+    limited = next((fewer for fewer, side in ENOUGH if pictures.count < fewer and side < pictures.side), None)
+    free = limited and options.image_size is None
+    more = f" (larger from {limited:,} pictures on, or by --image-size)" if free else ""
+    by = {"pixels": "raw pixels", OWN: "by a tokenizer of their own"}.get(tokens.tokenizer, f"by {tokens.tokenizer}")
+    encoder, decoder, head = model.encoder, model.decoder, model.head
+    stride = tokens.cells.stride if tokens.cells else 1
+    size = f"{model.grid[0] * stride}x{model.grid[1] * stride}"
+    return (
+        f"{options.config.data}: {many} {colours} pictures {kinds}, typically of {pictures.side} pixels, cut to {size}"
+        f"{more}; {by}, {model.tokens} tokens of {model.token_width} values each",
+        f"for so many pictures: {encoder.depth} + {decoder.depth} blocks {encoder.width} wide, head {head.depth} x "
+        f"{head.width}; {options.config.images:,} pictures to be seen in all, {options.config.batch} a step",
+    )

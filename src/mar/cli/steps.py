@@ -1,0 +1,81 @@
+"""What `mar train folder` does before it trains a model: its tokenizer, and the latents of all pictures. Each goes on
+where it stopped, and is left out where it is finished."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+
+from mar import runtime
+from mar.checkpoint.tokenizers import STATISTICS_FILE
+from mar.cli.alone import by_one
+from mar.cli.cache import CacheOptions, make_cache
+from mar.cli.learn import TrainOptions
+from mar.cli.options import one_voice
+from mar.cli.tokenizers import TokenizerTrainOptions, train_tokenizer
+from mar.config import ConfigError, TrainConfig
+from mar.data.shards import INDEX
+from mar.sizes import Pictures
+from mar.training.run import RUN_FILE, check_same
+from mar.training.survey import remember
+
+
+@dataclass(frozen=True)
+class Steps:
+    """What is to be done; what is None needs not be."""
+
+    train: TrainOptions
+    recipe: TrainConfig
+    """What was chosen, before options changed it."""
+    told: tuple[str, ...]
+    """What was chosen, and why, in words."""
+    pictures: Pictures | None = None
+    """What the choices follow from, to be remembered."""
+    tokenizer: TokenizerTrainOptions | None = None
+    cache: CacheOptions | None = None
+
+
+def prepare(steps: Steps) -> int:
+    """Does what comes before the model is trained, with all processes. Returns the exit code: 130 where a signal
+    stopped it."""
+    assert steps.train.out is not None
+    with one_voice():
+        check_same(steps.train.config, steps.train.out)
+        trained = steps.tokenizer is None or _is_trained(steps.tokenizer)
+        if runtime.rank() == 0:
+            for line in steps.told:
+                print(line, file=sys.stderr)
+            if steps.pictures is not None:
+                remember(steps.train.out, steps.pictures)
+    if steps.tokenizer is not None and not trained:
+        _say(f"first, the tokenizer: {steps.tokenizer.out}")
+        if code := by_one(train_tokenizer, steps.tokenizer):
+            return code
+    if steps.cache is not None:
+        assert steps.cache.out is not None
+        if not (steps.cache.out / INDEX).is_file():
+            _say(f"then the latents of all pictures: {steps.cache.out}")
+            if code := make_cache(steps.cache):
+                return code
+        _say(f"then the model: {steps.train.out}")
+    return 0
+
+
+def _say(text: str) -> None:
+    if runtime.rank() == 0:
+        print(text, file=sys.stderr)
+
+
+def _is_trained(options: TokenizerTrainOptions) -> bool:
+    """Whether the tokenizer is finished; ConfigError where another one is."""
+    if not (options.out / STATISTICS_FILE).is_file():
+        return False
+    if check_same(options.config, options.out):
+        saved = json.loads((options.out / RUN_FILE).read_text(encoding="utf-8"))["images"]
+        if saved != options.config.images:
+            raise ConfigError(
+                f"{options.out} is finished: it has seen {saved:,} pictures, not {options.config.images:,}; "
+                "leave out --vae.images, or take another --out"
+            )
+    return True

@@ -1,0 +1,152 @@
+"""A recipe for pictures of one's own: sizes chosen from how many there are, how large, and of what colours."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from mar.config import ConfigError, HeadConfig, ModelConfig, Optimizer, SamplingConfig, TrainConfig, TrunkConfig
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a recipe has to know of pictures (`mar.training.survey` finds it out)."""
+
+    count: int
+    """How many there are."""
+    side: int
+    """Pixels of the shorter side of a typical one."""
+    colours: int
+    """Channels: 1 where all are grey, else 3."""
+    classes: tuple[str, ...] = ()
+    """Their names; empty where pictures have none."""
+    reach: float = 2.5
+    """How many standard deviations of their pixels black and white are from the mean, whichever is farther."""
+
+
+@dataclass(frozen=True)
+class Cells:
+    """What a tokenizer makes of pictures."""
+
+    stride: int
+    """Pixels of a latent cell's side."""
+    channels: int
+
+
+@dataclass(frozen=True)
+class _Size:
+    """A size of model, and how it is trained."""
+
+    pictures: int
+    """It is for fewer pictures than that."""
+    encoder: TrunkConfig
+    decoder: TrunkConfig
+    head: tuple[int, int, int]
+    """Width for tokens of at most 16 values, width for others, depth."""
+    buffer: int
+    batch: int
+    optimizer: Optimizer
+    rate: float
+    """Learning rate of a step."""
+    warmup: int
+    ema: float
+    save_every: int
+
+
+_SIZES = (
+    _Size(20_000, TrunkConfig(192, 3, 6), TrunkConfig(192, 5, 6), (256, 512, 3), buffer=8, batch=32,
+          optimizer="muon", rate=1e-3, warmup=6_000, ema=0.999, save_every=10_000),
+    _Size(200_000, TrunkConfig(256, 4, 8), TrunkConfig(256, 6, 8), (384, 512, 3), buffer=16, batch=64,
+          optimizer="muon", rate=1e-3, warmup=12_000, ema=0.9995, save_every=20_000),
+    _Size(10**18, TrunkConfig(768, 12, 12), TrunkConfig(768, 12, 12), (1024, 1024, 6), buffer=64, batch=256,
+          optimizer="adamw", rate=1e-4, warmup=500_000, ema=0.9999, save_every=200_000),
+)  # fmt: skip
+SIDES = (256, 128, 64, 32)
+"""Sides of the square that pictures are cut to, the largest that they have; smaller ones keep multiples of 4 or 2."""
+ENOUGH = ((5_000, 64), (50_000, 128), (10**18, 256))
+"""Fewer pictures than the one are cut to no more than the other."""
+PIXELS_UP_TO = 32
+"""Larger pictures are learned as a tokenizer's latents."""
+SMALLEST = 8
+
+
+def largest_for(count: int) -> int:
+    """The largest side that so many pictures are cut to."""
+    return next(side for fewer, side in ENOUGH if count < fewer)
+
+
+def side_for(pictures: Pictures, largest: int) -> int:
+    """The side of the square that pictures are cut to: what they have, up to `largest`. ConfigError below 8 pixels."""
+    found = min(pictures.side, largest)
+    if found < SMALLEST:
+        raise ConfigError(
+            f"the pictures are only {pictures.side} pixels wide or high: expected at least {SMALLEST}; --image-size "
+            f"{SMALLEST} enlarges them"
+        )
+    whole = 4 if found >= 16 else 2
+    return next((side for side in SIDES if side <= found), found // whole * whole)
+
+
+def cells_for(size: tuple[int, int]) -> Cells:
+    """The tokenizer to train for pictures of `size` (height, width): 64 to 256 cells for squares of 32 to 256 pixels,
+    each of no more values than a narrow head is enough for."""
+    if max(size) <= PIXELS_UP_TO:
+        return Cells(stride=4, channels=4)
+    return Cells(stride=8 if max(size) < 256 else 16, channels=16)
+
+
+def recipe_for(
+    pictures: Pictures, size: tuple[int, int], cells: Cells | None = None, *, images: int | None = None
+) -> TrainConfig:
+    """A recipe for pictures of one's own, cut to `size` (height, width), as pixels or as a tokenizer's `cells`; where
+    data and tokenizer are is still to be said.
+
+    The model grows with the number of pictures, the head with the width of tokens. Each picture is seen 40 times, and
+    100,000 at least are seen in all, unless `images` says how many. The model predicts v, and is bounded when it draws:
+    pixels by black and white, latents by 4 standard deviations. ConfigError for a size that can't be cut into cells or
+    patches.
+    """
+    chosen = next(size for size in _SIZES if pictures.count < size.pictures)
+    stride, channels = (cells.stride, cells.channels) if cells else (1, pictures.colours)
+    patch = _patch(size, cells)
+    if any(side % (stride * patch) for side in size):
+        raise ConfigError(f"image-size: got {size[0]}x{size[1]}, expected multiples of {stride * patch}")
+    narrow, wide, depth = chosen.head
+    total = images or max(40 * pictures.count, 100_000)
+    now_and_then = max(total // 10, 1)
+    return TrainConfig(
+        model=ModelConfig(
+            channels=channels,
+            grid=(size[0] // stride, size[1] // stride),
+            patch=patch,
+            encoder=chosen.encoder,
+            decoder=chosen.decoder,
+            head=HeadConfig(narrow if channels * patch**2 <= 16 else wide, depth, prediction="v", batch_mul=2),
+            buffer=chosen.buffer,
+            classes=len(pictures.classes),
+            attention_dropout=0.0,
+            projection_dropout=0.0,
+        ),
+        sampling=SamplingConfig(
+            steps=32,
+            diffusion_steps=50,
+            guidance=3.0 if len(pictures.classes) > 1 else 1.0,
+            x0_bound=4.0 if cells else math.ceil(10 * pictures.reach) / 10,
+        ),
+        images=total,
+        batch=chosen.batch,
+        lr=chosen.rate * 256 / chosen.batch,
+        warmup=chosen.warmup,  # not a share of the run, which may be made longer later
+        decay=total // 3,
+        optimizer=chosen.optimizer,
+        ema=chosen.ema,
+        save_every=min(chosen.save_every, now_and_then),
+        sample_every=now_and_then,
+    )
+
+
+def _patch(size: tuple[int, int], cells: Cells | None) -> int:
+    """The side of a token in cells or pixels: not more than 16 tokens along a picture's longer side."""
+    least = 1 if cells else 2 if min(size) < 16 else 4
+    side = max(size) / (cells.stride if cells else 1)
+    return max(least, 2 ** math.ceil(math.log2(side / 16)))

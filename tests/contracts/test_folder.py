@@ -1,0 +1,261 @@
+"""`mar train folder`: from pictures to a model in one command, which may be stopped anywhere and given again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import starts
+import torch
+from PIL import Image
+from tiny import pictures as bars
+
+from mar.checkpoint.tokenizers import save_tokenizer
+from mar.cli import main
+from mar.cli.folder import plan
+from mar.cli.steps import Steps
+from mar.pipeline import Pipeline
+from mar.tokenizer.kl import from_config
+from mar.training.tokenizer import architecture
+from mar.training.tokenizer_config import TokenizerTrainConfig
+
+SMALL = ["--model.encoder.width", "16", "--model.encoder.heads", "2", "--model.encoder.depth", "1"]
+SMALL += ["--model.decoder.width", "16", "--model.decoder.heads", "2", "--model.decoder.depth", "1"]
+SMALL += ["--model.head.width", "16", "--model.head.depth", "1", "--sampling.steps", "2"]
+SMALL += ["--sampling.diffusion-steps", "2", "--sampling.x0-bound", "1", "--device", "cpu"]
+SHORT = ["--images", "16", "--batch", "4", "--log-every", "1", "--save-every", "4"]
+TOKENIZER = ["--vae.width", "8", "--vae.images", "8", "--vae.batch", "4", "--vae.save-every", "4", "--vae.stride", "2"]
+
+
+def command(data: str, out: str, *more: str) -> list[str]:
+    return ["train", "folder", "--data", data, "--out", out, *SMALL, *SHORT, *more]
+
+
+WHOLE = command("pictures", "run", *TOKENIZER)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Twenty grey pictures of 8x8 in two classes."""
+    return bars(tmp_path / "pictures")
+
+
+def planned(data: Path | str, *more: str | Path) -> Steps:
+    return plan(["--data", str(data), *map(str, more)])
+
+
+def colour(folder: Path, count: int, size: tuple[int, int], kinds: int = 2) -> Path:
+    for number in range(count):
+        path = folder / f"kind{number % kinds}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (9 * number % 250, 70, 120)).save(path)
+    return folder
+
+
+def test_small_grey_pictures_become_pixels(data: Path, tmp_path: Path) -> None:
+    steps = planned(data, "--out", tmp_path / "run")
+    config = steps.train.config
+    assert (steps.tokenizer, steps.cache) == (None, None)
+    assert (config.data, config.tokenizer, config.model.classes) == (str(data), "pixels", 2)
+    assert (config.model.channels, config.model.grid, config.model.patch) == (1, (8, 8), 2)
+    assert "20 grey pictures in 2 classes, typically of 8 pixels, cut to 8x8; raw pixels, 16 tokens" in steps.told[0]
+    assert "3 + 5 blocks 192 wide, head 3 x 256; 100,000 pictures to be seen in all, 32 a step" in steps.told[1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_large_colour_pictures_get_a_tokenizer_and_a_cache(tmp_path: Path) -> None:
+    data, out = colour(tmp_path / "data", 20, (90, 140), kinds=3), tmp_path / "run"
+    steps = planned(data, "--out", out, "--flip", "False", "--workers", "2", "--vae.perceptual", "0.5")
+    assert steps.tokenizer is not None
+    assert steps.cache is not None
+    tokenizer, config = steps.tokenizer.config, steps.train.config
+    assert (tokenizer.data, tokenizer.size, tokenizer.stride, tokenizer.channels) == (str(data), (64, 64), 8, 16)
+    assert (tokenizer.image_channels, tokenizer.flip, tokenizer.perceptual) == (3, False, 0.5)
+    assert (steps.cache.data, steps.cache.tokenizer) == (str(data), str(out / "tokenizer"))
+    assert (steps.cache.image_size, steps.cache.flip, steps.cache.workers) == ((64, 64), False, 2)
+    assert (config.data, config.tokenizer) == (str(out / "latents"), str(out / "tokenizer"))
+    assert (config.model.channels, config.model.grid, config.model.classes) == (16, (8, 8), 3)
+    assert steps.train.eval_reference == str(data)
+    assert (
+        "cut to 64x64 (larger from 5,000 pictures on, or by --image-size); by a tokenizer of their own" in steps.told[0]
+    )
+
+
+def test_every_choice_may_be_changed(tmp_path: Path) -> None:
+    data, out = colour(tmp_path / "data", 20, (90, 140)), tmp_path / "run"
+    pixels = planned(data, "--out", out, "--tokenizer", "pixels").train.config
+    assert (pixels.model.grid, pixels.model.patch, pixels.tokenizer) == ((64, 64), 4, "pixels")
+    smaller = planned(data, "--out", out, "--image-size", "32", "24").train.config
+    assert (smaller.model.grid, smaller.tokenizer) == ((32, 24), "pixels")
+    own = planned(data, "--out", out, "--image-size", "32", "--tokenizer", "own", "--vae.channels", "6")
+    assert own.tokenizer is not None
+    assert (own.tokenizer.config.size, own.train.config.model.channels, own.train.config.model.grid) == (
+        (32, 32),
+        6,
+        (8, 8),
+    )
+    larger = planned(data, "--out", out, "--image-size", "128", "--vae.stride", "16", "--images", "320", "--lr", "0.5")
+    assert larger.tokenizer is not None
+    assert (larger.tokenizer.config.stride, larger.train.config.model.grid) == (16, (8, 8))
+    assert (larger.train.config.images, larger.train.config.decay, larger.train.config.lr) == (320, 106, 0.5)
+    assert larger.recipe.lr == 8e-3
+    cells = planned(data, "--out", out, "--model.grid", "4", "6")
+    assert cells.tokenizer is not None
+    assert cells.tokenizer.config.size == (32, 48)
+    assert "cut to 32x48" in cells.told[0]
+    without = planned(data, "--out", out, "--model.classes", "0").train.config
+    assert (without.model.classes, without.sampling.guidance) == (0, 1)
+    assert planned(data, "--out", out, "--model.label-drop", "0").train.config.sampling.guidance == 1
+
+
+def test_a_tokenizer_that_is_there_tells_cells_and_size(tmp_path: Path) -> None:
+    data = colour(tmp_path / "data", 20, (90, 140))
+    torch.manual_seed(0)
+    settings = TokenizerTrainConfig(image_size=32, stride=4, channels=3, width=8)
+    save_tokenizer(from_config(architecture(settings)), tmp_path / "vae")
+    steps = planned(data, "--out", tmp_path / "run", "--tokenizer", tmp_path / "vae")
+    assert steps.tokenizer is None
+    assert steps.cache is not None
+    assert (steps.cache.tokenizer, steps.cache.image_size) == (str(tmp_path / "vae"), (32, 32))
+    config = steps.train.config
+    assert (config.model.channels, config.model.grid, config.tokenizer) == (3, (8, 8), str(tmp_path / "vae"))
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    assert main(["train", "folder", *map(str, arguments)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("mar: ")
+    assert said.err.count("\n") == 1, said.err
+    return said.err
+
+
+def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    file = tmp_path / "notes.txt"
+    file.write_text("no pictures")
+    two = colour(tmp_path / "two", 2, (64, 64))
+    tiny = colour(tmp_path / "tiny", 20, (5, 90))
+    assert "needs --data" in refused(capsys, "--out", out)
+    assert "two has 2 pictures: expected at least 16" in refused(capsys, "--data", two, "--out", out)
+    assert "only 5 pixels wide or high" in refused(capsys, "--data", tiny, "--out", out)
+    assert "neither a folder nor a .parquet file" in refused(capsys, "--data", file, "--out", out)
+    assert "does not exist" in refused(capsys, "--data", tmp_path / "nowhere", "--out", out)
+    assert "expected multiples of 4" in refused(capsys, "--data", data, "--out", out, "--image-size", "30")
+    assert "--bogus" in refused(capsys, "--data", data, "--out", out, "--bogus", "1")
+    assert "set --model.classes 2" in refused(capsys, "--data", data, "--out", out, "--model.classes", "3")
+    assert "--tokenizer is pixels" in refused(
+        capsys, "--data", data, "--out", out, "--tokenizer", "pixels", "--vae.width", "8"
+    )
+    own = ("--data", data, "--out", out, "--tokenizer", "own", "--model.channels", "5")
+    assert "choose their number by --vae.channels alone" in refused(capsys, *own)
+    assert "is in" in refused(capsys, "--data", data, "--out", data / "run")
+    assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `pictures` and the finished `run` of them, made by WHOLE there."""
+    folder = tmp_path_factory.mktemp("made")
+    bars(folder / "pictures")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        assert main(WHOLE) == 0
+    return folder
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, to be changed, as the folder where one is."""
+    shutil.copytree(made, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_from_pictures_to_a_model(made: Path) -> None:
+    model = Pipeline.open(made / "run" / "model.safetensors")
+    assert model.classes == ("across", "down")
+    assert model.image_size == (8, 8)
+    assert model.tokenizer.stride == 2
+    assert (made / "run" / "samples" / "000000000016.png").is_file()
+    assert json.loads((made / "run" / "tokenizer" / "run.json").read_text())["images"] == 8
+    assert (made / "run" / "latents" / "index.json").is_file()
+
+
+def test_the_same_command_does_only_what_is_left(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = starts.tree(place / "run" / "tokenizer"), (place / "run" / "model.safetensors").read_bytes()
+    Image.new("RGB", (300, 300), "red").save(place / "pictures" / "down" / "more.png")
+    assert main([*WHOLE, "--images", "20"]) == 0
+    said = capsys.readouterr().err
+    assert "pictures has 21 pictures now, 20 when the run began" in said
+    assert "then the model" in said
+    assert "first" not in said
+    assert "then the latents" not in said
+    assert (place / "run" / "state-000000000020").is_dir()
+    assert starts.tree(place / "run" / "tokenizer") == before[0]
+    assert (place / "run" / "model.safetensors").read_bytes() != before[1]
+
+
+def test_another_run_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = starts.tree(place)
+    for more, words in (
+        (["--vae.images", "12"], "run/tokenizer is finished: it has seen 8 pictures, not 12"),
+        (["--seed", "1"], "run holds another run (seed 0 -> 1)"),
+        (["--vae.kl", "1"], "run/tokenizer holds another run (kl 1e-06 -> 1.0)"),
+    ):
+        assert main([*WHOLE, *more]) == 2
+        assert words in capsys.readouterr().err
+    (place / "pictures" / "third").mkdir()
+    shutil.copy(place / "pictures" / "down" / "0.png", place / "pictures" / "third")
+    assert main(WHOLE) == 2
+    assert "the classes across, down, third now" in capsys.readouterr().err
+    shutil.rmtree(place / "pictures" / "third")
+    assert starts.tree(place) == before
+
+
+def test_latents_that_are_cached_are_enough(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(place / "pictures")
+    assert main(command("run/latents", "second", "--sample-every", "0")) == 0
+    assert "20 colour pictures in 2 classes" in capsys.readouterr().err
+    assert (place / "second" / "model.safetensors").read_bytes() == (place / "run" / "model.safetensors").read_bytes()
+    assert "leave out --image-size" in refused(capsys, "--data", "run/latents", "--image-size", "8")
+
+
+def test_it_is_killed_anywhere_and_goes_on(place: Path) -> None:
+    """In the tokenizer's training, while latents are cached, in the model's training: the same at the end."""
+    (place / "run").rename(place / "undisturbed")
+    said = place / "said"
+    for file in ("tokenizer/.saving-state-000000000008", "latents/.00000.safetensors", "run/.model.safetensors"):
+        code = starts.run(WHOLE, said, die=(file, signal.SIGKILL))
+        assert code == -signal.SIGKILL, said.read_text()
+    assert starts.run(WHOLE, said) == 0, said.read_text()
+    for name in (
+        "tokenizer/diffusion_pytorch_model.safetensors",
+        "tokenizer/mar_statistics.json",
+        "latents/index.json",
+    ):
+        assert (place / "run" / name).read_bytes() == (place / "undisturbed" / name).read_bytes()
+    ours, theirs = (Pipeline.open(place / name / "model.safetensors").model for name in ("run", "undisturbed"))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_several_processes_let_one_train_the_tokenizer(place: Path) -> None:
+    shutil.rmtree(place / "run")
+    codes = starts.several(2, [*WHOLE, "--sample-every", "0"], place / "said")
+    said = [(place / f"said.{rank}").read_text() for rank in range(2)]
+    assert codes == [0, 0], said
+    assert said[0].count("first, the tokenizer") == 1
+    assert "first" not in said[1]
+    assert Pipeline.open(place / "run" / "model.safetensors").image_size == (8, 8)
+
+
+def test_a_rate_far_off_the_recipes_is_warned_of(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "fashion", *SMALL, "--images", "8", "--batch", "8", "--lr", "0.2", "--sample-every", "0",
+                 "--out", str(tmp_path / "run")]) == 0  # fmt: skip
+    said = capsys.readouterr().err
+    assert "warning: the learning rate is 0.00625 for 8 pictures a step (--lr is for 256), 6.25 times above" in said
+    assert "the 0.001 of the recipe fashion; --lr 0.032 would be its rate" in said

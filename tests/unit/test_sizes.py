@@ -1,0 +1,124 @@
+"""What is chosen for pictures of one's own: how large they are cut, as what they are learned, by how large a model."""
+
+from __future__ import annotations
+
+import pytest
+
+from mar.config import ConfigError, HeadConfig, TrainConfig
+from mar.model.mar import MAR
+from mar.sizes import Cells, Pictures, cells_for, largest_for, recipe_for, side_for
+from mar.training.tokenizer_config import tokenizer_for
+
+KINDS = ("ant", "bee", "cat")
+
+
+def chosen(count: int, side: int, colours: int = 3, classes: tuple[str, ...] = KINDS) -> tuple[int, TrainConfig]:
+    """The side, and the recipe, that pictures get where nothing else is asked for."""
+    pictures = Pictures(count, side, colours, classes)
+    found = side_for(pictures, largest_for(count))
+    cells = cells_for((found, found)) if found > 32 else None
+    return found, recipe_for(pictures, (found, found), cells)
+
+
+@pytest.mark.parametrize(
+    ("count", "pixels", "side", "tokens", "token_width", "trunk", "head"),
+    [
+        (100, 375, 64, 64, 16, 192, 256),  # a few photographs: latents
+        (9_999, 375, 128, 256, 16, 192, 256),
+        (60_000, 375, 256, 256, 16, 256, 384),
+        (1_281_167, 400, 256, 256, 16, 768, 1024),
+        (500, 70, 64, 64, 16, 192, 256),
+        (500, 63, 32, 64, 48, 192, 512),  # small ones: pixels
+        (50_000, 32, 32, 64, 48, 256, 512),
+        (10_000, 28, 28, 49, 48, 192, 512),
+        (10_000, 8, 8, 16, 12, 192, 256),
+        (10_000, 15, 14, 49, 12, 192, 256),
+    ],
+)
+def test_sizes_follow_from_count_and_resolution(
+    count: int, pixels: int, side: int, tokens: int, token_width: int, trunk: int, head: int
+) -> None:
+    found, config = chosen(count, pixels)
+    model = config.model
+    assert (found, model.tokens, model.token_width) == (side, tokens, token_width)
+    assert (model.encoder.width, model.decoder.width, model.head.width) == (trunk, trunk, head)
+    assert model.classes == 3
+
+
+def test_grey_pictures_have_narrower_tokens_and_so_a_narrower_head() -> None:
+    _, grey = chosen(500, 28, colours=1)
+    _, colour = chosen(500, 28)
+    assert (grey.model.token_width, colour.model.token_width) == (16, 48)
+    assert grey.model.head.width < colour.model.head.width
+
+
+def test_guidance_is_for_classes_to_choose_from() -> None:
+    assert chosen(500, 28)[1].sampling.guidance == 3
+    assert chosen(500, 28, classes=())[1].sampling.guidance == 1
+    assert chosen(500, 28, classes=("only",))[1].sampling.guidance == 1
+
+
+@pytest.mark.parametrize("count", [16, 19_999, 20_000, 199_999, 200_000, 10**7])
+@pytest.mark.parametrize("side", [8, 20, 32, 64, 500])
+def test_every_recipe_holds_together(count: int, side: int) -> None:
+    _, config = chosen(count, side)
+    assert config.warmup + config.decay < config.images
+    assert config.images >= max(100_000, 40 * count)
+    assert 1e-4 <= config.scaled_lr <= 1e-3
+    assert config.save_every <= config.images // 10
+    assert 16 <= config.model.tokens <= 256
+
+
+def test_more_pictures_get_a_larger_model() -> None:
+    sizes = []
+    for count in (1_000, 50_000):
+        model = MAR(chosen(count, 32)[1].model)
+        sizes.append(sum(parameter.numel() for parameter in model.parameters()))
+    assert 7e6 < sizes[0] < sizes[1] < 14e6
+
+
+def test_a_foreign_tokenizers_cells_become_at_most_sixteen_tokens_a_side() -> None:
+    pictures = Pictures(60_000, 256, 3)
+    kl8 = recipe_for(pictures, (256, 256), Cells(stride=8, channels=4)).model
+    assert (kl8.grid, kl8.patch, kl8.token_width, kl8.tokens) == ((32, 32), 2, 16, 256)
+    oblong = recipe_for(pictures, (128, 256), Cells(stride=16, channels=16)).model
+    assert (oblong.grid, oblong.patch) == ((8, 16), 1)
+    wide = recipe_for(pictures, (256, 256), Cells(stride=16, channels=64)).model
+    assert wide.head == HeadConfig(512, 3, prediction="v", batch_mul=2)
+
+
+def test_black_and_white_bound_pixels() -> None:
+    dark = Pictures(500, 32, 1, reach=6.21)  # as radiographs are
+    assert recipe_for(dark, (32, 32)).sampling.x0_bound == 6.3
+    assert recipe_for(dark, (32, 32), Cells(4, 4)).sampling.x0_bound == 4
+
+
+def test_a_length_that_is_asked_for_is_shared_out() -> None:
+    config = recipe_for(Pictures(500, 32, 3), (32, 32), images=640)
+    assert (config.images, config.decay) == (640, 213)
+    assert (config.save_every, config.sample_every) == (64, 64)
+    assert config.warmup == recipe_for(Pictures(500, 32, 3), (32, 32)).warmup  # else a run could not be made longer
+    shortest = recipe_for(Pictures(500, 32, 3), (32, 32), images=1)
+    assert (shortest.save_every, shortest.sample_every) == (1, 1)
+
+
+def test_sizes_that_can_not_be() -> None:
+    with pytest.raises(ConfigError, match="only 5 pixels wide or high: expected at least 8; --image-size 8"):
+        side_for(Pictures(500, 5, 3), 256)
+    with pytest.raises(ConfigError, match="image-size: got 30x30, expected multiples of 4"):
+        recipe_for(Pictures(500, 30, 3), (30, 30))
+    with pytest.raises(ConfigError, match="image-size: got 60x64, expected multiples of 8"):
+        recipe_for(Pictures(500, 64, 3), (60, 64), Cells(8, 16))
+
+
+def test_the_tokenizer_grows_with_the_pictures() -> None:
+    pictures = Pictures(500, 300, 1, KINDS)
+    small = tokenizer_for(pictures, (64, 64), 8, 16)
+    assert (small.image_channels, small.size, small.stride, small.channels) == (1, (64, 64), 8, 16)
+    assert small.images == 60_000
+    assert small.warmup + small.decay < small.images
+    large = tokenizer_for(Pictures(100_000, 300, 3), (256, 256), 16, 16)
+    assert large.width > tokenizer_for(pictures, (128, 128), 8, 16).width > small.width
+    assert large.images == 1_000_000
+    short = tokenizer_for(pictures, (64, 64), 8, 16, images=8)
+    assert (short.images, short.warmup, short.decay) == (8, small.warmup, 2)

@@ -1,0 +1,103 @@
+"""What a look at some pictures tells of them all, and that a run remembers it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import pictures as bars
+
+from mar.config import ConfigError
+from mar.data.sources import FashionSource, open_source
+from mar.sizes import Pictures
+from mar.tokenizer import PixelTokenizer
+from mar.tokenizer.statistics import measure
+from mar.training.survey import SURVEY_FILE, look, remember, remembered
+
+
+def fill(folder: Path, *images: Image.Image, copies: int = 8) -> Path:
+    folder.mkdir(parents=True)
+    for number, image in enumerate([*images] * copies):
+        image.save(folder / f"{number}.png")
+    return folder
+
+
+def look_at(folder: Path) -> Pictures:
+    return look(open_source(folder), str(folder))
+
+
+def test_odd_sizes_and_colour_modes(tmp_path: Path) -> None:
+    folder = fill(
+        tmp_path / "odd", Image.new("RGB", (40, 90), "red"), Image.new("L", (50, 60)), Image.new("RGBA", (300, 70)),
+        Image.new("1", (44, 44)),
+    )  # fmt: skip
+    seen = look_at(folder)
+    assert (seen.count, seen.side, seen.colours, seen.classes) == (32, 47, 3, ())
+
+
+def test_grey_pictures_are_grey_whatever_their_mode(tmp_path: Path) -> None:
+    grey = Image.effect_noise((40, 40), 60)
+    assert look_at(fill(tmp_path / "grey", grey, grey.convert("RGB"), grey.convert("I;16"))).colours == 1
+    tinted = Image.merge("RGB", (grey, grey, grey.point(lambda value: min(value + 1, 255))))
+    assert look_at(fill(tmp_path / "tinted", grey, tinted)).colours == 3
+
+
+def test_large_pictures_are_looked_at_in_part(tmp_path: Path) -> None:
+    image = np.zeros((600, 800, 3), np.uint8)
+    image[::2, :, 0] = 255
+    seen = look_at(fill(tmp_path / "large", Image.fromarray(image), copies=16))
+    assert (seen.side, seen.colours) == (600, 3)
+
+
+def test_reach_is_that_of_the_statistics_that_will_be_measured() -> None:
+    source = FashionSource()
+    seen = look(source, "fashion")
+    assert (seen.count, seen.side, seen.colours, len(seen.classes)) == (10_000, 28, 1, 10)
+    images = torch.from_numpy(source.images[:2000]).unsqueeze(1) / 127.5 - 1
+    found = measure(PixelTokenizer(1), [images])
+    assert seen.reach == pytest.approx((1 + abs(found.mean[0])) / found.std[0], rel=0.2)
+
+
+def test_pictures_of_one_colour_have_a_reach_too(tmp_path: Path) -> None:
+    assert look_at(fill(tmp_path / "flat", Image.new("L", (9, 9), 128), copies=16)).reach < 200
+
+
+def test_what_can_not_be_read_is_left_out(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "some", Image.new("L", (9, 9)), copies=20)
+    for number in range(10):
+        (folder / f"{number}.png").write_bytes(b"none")
+    assert look_at(folder).side == 9
+    for path in folder.iterdir():
+        path.write_bytes(b"none")
+    with pytest.raises(ValueError, match=r"none of 20 pictures of .*some that were looked at can be read"):
+        look_at(folder)
+
+
+def test_two_pictures_are_too_few(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"two has 2 pictures: expected at least 16"):
+        look_at(fill(tmp_path / "two", Image.new("L", (9, 9)), copies=2))
+
+
+def test_a_run_remembers_what_its_pictures_were_like(tmp_path: Path) -> None:
+    data, run = bars(tmp_path / "data", 20), tmp_path / "run"
+    seen, changed = remembered(run, open_source(data), "data")
+    assert changed is None
+    assert not run.exists()
+    remember(run, seen)
+    assert remembered(run, open_source(data), "data") == (seen, None)
+    Image.new("RGB", (64, 64), "red").save(data / "down" / "more.png")
+    again, changed = remembered(run, open_source(data), "data")
+    assert again == seen
+    assert changed == "data has 21 pictures now, 20 when the run began"
+    remember(run, look(open_source(data), "data"))
+    assert remembered(run, open_source(data), "data")[0] == seen
+    (data / "new").mkdir()
+    Image.new("L", (8, 8)).save(data / "new" / "1.png")
+    with pytest.raises(ConfigError, match="the classes across, down, new now, but the classes across, down when"):
+        remembered(run, open_source(data), "data")
+    (run / SURVEY_FILE).write_text('{"side": 3}')
+    with pytest.raises(ConfigError, match=r"pictures\.json can't be understood"):
+        remembered(run, open_source(data), "data")
