@@ -141,7 +141,7 @@ def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.Captur
     assert "needs --data" in refused(capsys, "--out", out)
     assert "two has 2 pictures: expected at least 16" in refused(capsys, "--data", two, "--out", out)
     assert "only 5 pixels wide or high" in refused(capsys, "--data", tiny, "--out", out)
-    assert "neither a folder nor a .parquet file" in refused(capsys, "--data", file, "--out", out)
+    assert "neither a folder nor a .parquet or .tar file" in refused(capsys, "--data", file, "--out", out)
     assert "does not exist" in refused(capsys, "--data", tmp_path / "nowhere", "--out", out)
     assert "expected multiples of 4" in refused(capsys, "--data", data, "--out", out, "--image-size", "30")
     assert "--bogus" in refused(capsys, "--data", data, "--out", out, "--bogus", "1")
