@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mar.config import TrunkConfig
+from mar.model.attention import attend
+from mar.model.dropout import Dropout, by_hand
 from mar.runtime import Linear
 
 NORM_EPS = 1e-6
@@ -24,16 +26,22 @@ class Attention(nn.Module):
         self.attention_dropout = attention_dropout
         self.qkv = Linear(width, 3 * width)
         self.out = Linear(width, width)
-        self.dropout = nn.Dropout(projection_dropout)
+        self.dropout = Dropout(projection_dropout)
 
     def forward(self, x: Float[Tensor, "n s e"], keys: Bool[Tensor, "n 1 1 s"] | None = None) -> Float[Tensor, "n s e"]:
         """`keys` says which tokens may be attended to (all where None)."""
-        n, s, e = x.shape
-        q, k, v = self.qkv(x).view(n, s, 3, self.heads, e // self.heads).permute(2, 0, 3, 1, 4)
-        dropout = self.attention_dropout if self.training else 0.0
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=dropout)
-        projected: Tensor = self.dropout(self.out(mixed.transpose(1, 2).reshape(n, s, e)))
+        projected: Tensor = self.dropout(self.out(self.mix(self.qkv(x), keys)))
         return projected
+
+    def mix(self, qkv: Float[Tensor, "n s three_e"], keys: Bool[Tensor, "n 1 1 s"] | None) -> Float[Tensor, "n s e"]:
+        """Values mixed by attention, the heads side by side."""
+        dropout = self.attention_dropout if self.training else 0.0
+        if dropout and keys is None and by_hand(qkv):
+            return attend(qkv, self.heads, dropout)
+        n, s, width = qkv.shape
+        q, k, v = qkv.view(n, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=dropout)
+        return mixed.transpose(1, 2).reshape(n, s, width // 3)
 
 
 class Block(nn.Module):
@@ -47,7 +55,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(trunk.width, eps=NORM_EPS)
         self.fc1 = Linear(trunk.width, hidden)
         self.fc2 = Linear(hidden, trunk.width)
-        self.dropout = nn.Dropout(projection_dropout)
+        self.dropout = Dropout(projection_dropout)
 
     def forward(self, x: Float[Tensor, "n s e"], keys: Bool[Tensor, "n 1 1 s"] | None = None) -> Float[Tensor, "n s e"]:
         x = x + self.attention(self.norm1(x), keys)

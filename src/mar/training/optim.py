@@ -41,7 +41,9 @@ def _adamw(named: Sequence[tuple[str, Tensor]], config: TrainConfig) -> torch.op
 
 def ready_adamw(groups: Sequence[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     """AdamW whose state is there before its first step, to be saved and filled."""
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas)
+    on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])
+    # In one pass over the memory: a tenth of the time there. What GPUs take by themselves is as good.
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True if on_cpu else None)
     for p in (p for group in groups for p in group["params"]):
         # What AdamW makes at its first step. PyTorch's functions that read and write an optimizer's state take one that
         # has none through a step with gradients of zero, and that step would count in the correction of the moments.
