@@ -58,6 +58,7 @@ def test_refused(kind: type, settings: dict[str, Any], words: str) -> None:
         (HeadConfig(), "prediction", "x0", "prediction is 'x0', not noise or v"),
         (SamplingConfig(), "guidance_schedule", "cosine", "'cosine', but it must be linear or constant"),
         (TrainConfig(), "precision", "fp16", "precision is 'fp16', not fp32 or bf16"),
+        (TrainConfig(), "recompute", "half", "recompute is .half., not none, selective, full"),
     ],
 )
 def test_words_that_are_not_known(config: Any, name: str, value: str, words: str) -> None:
