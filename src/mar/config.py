@@ -26,6 +26,7 @@ Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["adamw", "muon"]
 Strategy = Literal["ddp", "fsdp"]
 LogTo = Literal["tensorboard", "wandb", "trackio"]
+Recompute = Literal["none", "selective", "full"]
 
 
 class ConfigError(ValueError):
@@ -249,7 +250,12 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(values) - set(hints))
     _require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(hints))}")
-    return kind(**{name: _typed(hints[name], value) for name, value in values.items()})
+    return kind(**{name: _typed(hints[name], _spelt(name, value)) for name, value in values.items()})
+
+
+def _spelt(name: str, value: Any) -> Any:
+    """A value that an older version wrote, as this one spells it."""
+    return {True: "full", False: "none"}[value] if name == "recompute" and isinstance(value, bool) else value
 
 
 def _typed(hint: Any, value: Any) -> Any:
@@ -302,8 +308,9 @@ class TrainConfig:
     """Several processes: `ddp`, the model on each; `fsdp`, a share of every tensor on each."""
     accumulate: int = 1
     """Parts in which a process works through its share of a batch: less memory, the same step."""
-    recompute: bool = False
-    """Gradient checkpointing: compute the blocks again in the backward pass instead of keeping what they made."""
+    recompute: Recompute = "none"
+    """Gradient checkpointing, what the backward pass computes again instead of keeping it: `selective`, all but matrix
+    products, which costs little time; `full`, whole blocks, which costs a third."""
     compile: bool = False
     """Compile the blocks with torch.compile; needs a compiler on the machine."""
     flip: bool | None = None
@@ -345,6 +352,7 @@ class TrainConfig:
         _require(self.hold_out == 0 or self.hold_out > 1, f"hold_out is {self.hold_out}, not 0 (none) or at least 2")
         unknown = ", ".join(sorted({*self.log_to} - {*typing.get_args(LogTo)}))
         _require(not unknown, f"log_to has {unknown}, but there are only {', '.join(typing.get_args(LogTo))}")
+        _one_of(self, "recompute", Recompute)
         self.sampling.check(self.model)
 
     @property

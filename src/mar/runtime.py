@@ -65,12 +65,17 @@ def choose_device(name: str | None = None) -> torch.device:
 
 def generator(*key: int) -> torch.Generator:
     """A CPU generator whose stream depends on all the numbers of `key`, and on nothing else."""
+    return torch.Generator().manual_seed(mixed(*key))
+
+
+def mixed(*key: int) -> int:
+    """64 bits that look random, each of which depends on all the numbers of `key`."""
     state = 0x9E3779B97F4A7C15
     for number in key:  # splitmix64 over the key, so that (1, 2) and (2, 1), or 12 and (1, 2), differ
         state = (state ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
         state = (state ^ (state >> 30)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
         state = (state ^ (state >> 31)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-    return torch.Generator().manual_seed(state)
+    return state
 
 
 @contextlib.contextmanager

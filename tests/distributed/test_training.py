@@ -121,10 +121,10 @@ def test_two_processes_learn_what_one_does(data: Path, tmp_path: Path, strategy:
 
 
 def test_parts_and_recomputing_change_nothing(data: Path, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
-    for changes in ({"accumulate": 4}, {"recompute": True}):
+    for changes in ({"accumulate": 4}, {"recompute": "full"}):
         got = weights(go(settings(data, **changes), tmp_path / next(iter(changes))))
         assert furthest(got, alone) < 1e-4, changes
-    parts = together(tmp_path / "two", settings(data, strategy="fsdp", accumulate=2, recompute=True))
+    parts = together(tmp_path / "two", settings(data, strategy="fsdp", accumulate=2, recompute="selective"))
     assert furthest(parts, alone) < 2e-4
 
 

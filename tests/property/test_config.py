@@ -15,15 +15,18 @@ from mar.config import (
     GuidanceSchedule,
     HeadConfig,
     ModelConfig,
+    NoisePath,
     Optimizer,
     Order,
     Precision,
     Prediction,
     RevealSchedule,
+    Recompute,
     SamplingConfig,
     Solver,
     Spacing,
     Strategy,
+    Timesteps,
     TrainConfig,
     TrunkConfig,
     from_dict,
@@ -39,7 +42,10 @@ TRUNKS = st.builds(
     lambda heads, per_head, depth, ratio: TrunkConfig(heads * per_head, depth, heads, ratio),
     st.integers(1, 20), st.integers(1, 128), COUNT, st.floats(0.1, 10),
 )  # fmt: skip
-HEADS = st.builds(HeadConfig, COUNT, COUNT, COUNT, st.sampled_from(get_args(Prediction)), COUNT)
+HEADS = st.builds(
+    HeadConfig, COUNT, COUNT, COUNT, st.sampled_from(get_args(NoisePath)), st.sampled_from(get_args(Prediction)),
+    st.sampled_from(get_args(Timesteps)), COUNT,
+)  # fmt: skip
 
 
 @st.composite
@@ -76,7 +82,7 @@ def runs(draw: st.DrawFn) -> TrainConfig:
         optimizer=draw(st.sampled_from(get_args(Optimizer))), muon_factor=draw(POSITIVE), weight_decay=draw(FRACTION),
         beta1=draw(FRACTION), beta2=draw(FRACTION), clip=draw(POSITIVE), ema=draw(FRACTION),
         precision=draw(st.sampled_from(get_args(Precision))), strategy=draw(st.sampled_from(get_args(Strategy))),
-        accumulate=draw(COUNT), recompute=draw(st.booleans()), compile=draw(st.booleans()),
+        accumulate=draw(COUNT), recompute=draw(st.sampled_from(get_args(Recompute))), compile=draw(st.booleans()),
         flip=draw(st.none() | st.booleans()), seed=draw(st.integers()), workers=draw(NOT_NEGATIVE),
         save_every=draw(COUNT), keep=draw(COUNT), sample_every=draw(NOT_NEGATIVE), log_every=draw(COUNT),
         init=draw(st.none() | st.text()),

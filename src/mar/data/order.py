@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mar.runtime import generator
+from mar.runtime import generator, mixed
 
 # Each use of a seed has a stream of its own.
 _ORDER, _FLIP = 0x0DE4, 0xF11B
@@ -28,7 +28,7 @@ def permutation(length: int, seed: int, epoch: int) -> Int[Tensor, "length"]:
 
 def flipped(seed: int, position: int) -> bool:
     """Whether the picture at `position` is mirrored: a fair coin of its own."""
-    return bool(torch.rand((), generator=generator(seed, _FLIP, position)) < 0.5)
+    return bool(mixed(seed, _FLIP, position) >> 63)
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,21 @@ class Order:
 
     def index(self, position: int) -> int:
         """The picture at a position."""
-        epoch, within = divmod(position, self.length)
-        return int(permutation(self.length, self.seed, epoch)[within])
+        return self.indices(position, 1)[0]
+
+    def indices(self, first: int, count: int) -> list[int]:
+        """The pictures at `count` positions from `first` on."""
+        found: list[int] = []
+        while count > len(found):
+            epoch, within = divmod(first + len(found), self.length)
+            order = permutation(self.length, self.seed, epoch)
+            found += order[within : within + count - len(found)].tolist()
+        return found
 
     def batches(self, start: int = 0) -> Iterator[list[tuple[int, int]]]:
         """Lists of (position, index), without end, the first global batch beginning at position `start`."""
         share = self.batch // self.world
         first = start + self.rank * share
         while True:
-            yield [(position, self.index(position)) for position in range(first, first + share)]
+            yield list(zip(range(first, first + share), self.indices(first, share), strict=True))
             first += self.batch

@@ -56,7 +56,11 @@ class ResidualBlock(nn.Module):
         self.fc2 = Linear(width, width)
         self.modulation = Linear(width, 3 * width)
 
-    def forward(self, x: Float[Tensor, "... w"], modulation: Float[Tensor, "... three_w"]) -> Float[Tensor, "... w"]:
+    def forward(self, x: Float[Tensor, "... w"], condition: Float[Tensor, "... w"]) -> Float[Tensor, "... w"]:
+        return self.modulated(x, self.modulation(condition))
+
+    def modulated(self, x: Float[Tensor, "... w"], modulation: Float[Tensor, "... three_w"]) -> Float[Tensor, "... w"]:
+        """The block with its shift, scale and gate already computed."""
         shift, scale, gate = modulation.chunk(3, dim=-1)
         hidden = functional.silu(self.fc1(self.norm(x) * (1 + scale) + shift))
         return x + gate * self.fc2(hidden)
@@ -92,7 +96,11 @@ class DiffusionHead(nn.Module):
         self, x: Float[Tensor, "... d"], t: Int[Tensor, "..."], z: Float[Tensor, "... f"]
     ) -> Float[Tensor, "... two_d"]:
         """The whole network at once, as in training; `t` are timestep numbers of the trained schedule."""
-        return self.denoise(x, self.modulations(self.condition(self.embed_times(t), self.z_embed(z))))
+        condition = self.condition(self.embed_times(t), self.z_embed(z))
+        h = self.input(x).float()
+        for block in self.blocks:
+            h = block(h, condition)
+        return self.final(h, self.final_modulation(condition))
 
     def embed_times(self, t: Int[Tensor, "..."]) -> Float[Tensor, "... w"]:
         """Time embeddings; where there are more rows than timesteps, each timestep is embedded once."""
@@ -123,8 +131,12 @@ class DiffusionHead(nn.Module):
     def denoise_embedded(self, h: Float[Tensor, "... w"], modulations: Modulations) -> Float[Tensor, "... two_d"]:
         """`denoise` behind the input layer, for callers that run one x under several conditions."""
         for block, modulation in zip(self.blocks, modulations, strict=False):
-            h = block(h, modulation)
-        shift, scale = modulations[-1].chunk(2, dim=-1)
+            h = cast(ResidualBlock, block).modulated(h, modulation)
+        return self.final(h, modulations[-1])
+
+    def final(self, h: Float[Tensor, "... w"], modulation: Float[Tensor, "... two_w"]) -> Float[Tensor, "... two_d"]:
+        """The last layer."""
+        shift, scale = modulation.chunk(2, dim=-1)
         h = functional.layer_norm(h, h.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
         out: Tensor = self.output(h)
         return out.float()

@@ -19,12 +19,27 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from mar.config import ConfigError, TrainConfig
 from mar.diffusion.head import DiffusionHead, ResidualBlock
 from mar.model.blocks import Block
 from mar.training.loss import DiffusionLoss
+
+_aten = torch.ops.aten
+_PRODUCTS = [
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+]
+"""What takes the time of a block, and is kept where recomputing is selective."""
+_RECOMPUTE: dict[str, dict[str, Any]] = {
+    "selective": {"context_fn": functools.partial(create_selective_checkpoint_contexts, _PRODUCTS)},
+    "full": {},
+}
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
@@ -50,9 +65,10 @@ def prepare(loss: DiffusionLoss, ema: nn.Module, config: TrainConfig, device: to
             f"batch is {config.batch}, but it must be a multiple of {cuts}: {world} process(es), each with "
             f"{config.accumulate} part(s)"
         )
-    if config.recompute:
+    if config.recompute != "none":
+        options = _RECOMPUTE[config.recompute]
         for block in blocks(loss):
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
     if config.compile:
         for block in blocks(loss):
             block.compile()

@@ -7,13 +7,16 @@ from pathlib import Path
 
 from mar.checkpoint.files import require_room, size_text
 from mar.checkpoint.store import model_shapes
-from mar.config import ModelConfig, TrainConfig
+from mar.config import ModelConfig, Recompute, TrainConfig
 
-# Floats that autograd keeps, fitted to measurements of one step (tests/unit/training/test_estimate.py).
-_BLOCK = 18
-"""Of a transformer block, per token and unit of width."""
-_HEAD_BLOCK = 14
+# Floats that a step keeps for its backward pass, as measured (tests/unit/training/test_estimate.py), by what is
+# recomputed of them.
+_BLOCK = {"none": 18, "selective": 10.5, "full": 1}
+"""Of a transformer block, per token and unit of width; 2 fewer without dropout, where all is kept."""
+_HEAD_BLOCK = {"none": 10, "selective": 6, "full": 1}
 """Of a block of the head, per row and unit of width."""
+_HEAD = 8
+"""Of the head outside its blocks, per row and unit of width."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +49,27 @@ def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
     """The needs of a run, for each of `processes` processes."""
     parameters = sum(shape.numel() for shape in model_shapes(config.model).values())
     state = 4 * 4 * parameters  # weights, EMA, two moments
+    cuts = processes * config.accumulate
     return Estimate(
         parameters=parameters,
         weights=5 * 4 * parameters,
-        activations=4 * activation_floats(config.model, config.batch // processes),
+        activations=4 * activation_floats(config.model, config.batch // cuts, config.recompute),
         state=state,
         disk=(config.keep + 1) * state + 2 * 4 * parameters,  # one state more while it is being written; two exports
     )
 
 
-def activation_floats(model: ModelConfig, images: int) -> int:
-    """Numbers that a step over `images` images keeps, at the mean mask ratio."""
+def activation_floats(model: ModelConfig, images: int, recompute: Recompute = "none") -> int:
+    """Numbers that a step over `images` images keeps, at the mean mask ratio, the block at hand being whole."""
     masked = round(model.tokens * (1 + model.mask_ratio_min) / 2)
     seen = model.buffer + model.tokens - masked
     trunks = ((model.encoder, seen), (model.decoder, model.buffer + model.tokens))
-    blocks = sum(t.depth * tokens * (_BLOCK * t.width + t.heads * tokens) for t, tokens in trunks)
     rows = masked * model.head.batch_mul
-    return images * (blocks + rows * model.head.width * (_HEAD_BLOCK * model.head.depth + 8))
+    kept = sum(t.depth * tokens * t.width * _BLOCK[recompute] for t, tokens in trunks)
+    kept += rows * model.head.width * (_HEAD_BLOCK[recompute] * model.head.depth + _HEAD)
+    if recompute == "none":  # a byte, a quarter of a float, for each weight of attention: its dropout
+        kept += sum(t.depth * t.heads * tokens**2 / 4 for t, tokens in trunks if model.attention_dropout)
+    else:
+        whole = [tokens * t.width * _BLOCK["none"] for t, tokens in trunks]
+        kept += max(*whole, rows * model.head.width * _HEAD_BLOCK["none"])
+    return round(images * kept)

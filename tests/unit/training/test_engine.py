@@ -1,0 +1,41 @@
+"""How a step is computed does not show in what comes out."""
+
+from __future__ import annotations
+
+import tiny
+import torch
+from torch import Tensor, nn
+
+from mar.config import Recompute, TrainConfig, from_dict, to_dict
+from mar.training.engine import prepare
+from mar.training.loss import DiffusionLoss, draw_step
+
+MODEL = tiny.config(attention_dropout=0.2, projection_dropout=0.3)
+
+
+def gradients(recompute: Recompute) -> dict[str, Tensor]:
+    """Of one step, dropout on."""
+    loss = DiffusionLoss(tiny.awake(tiny.MAR(MODEL)).train())
+    settings = TrainConfig(model=MODEL, batch=3, recompute=recompute)
+    forward = prepare(loss, nn.Module(), settings, torch.device("cpu"))
+    torch.manual_seed(0)
+    draws = draw_step(MODEL, 0, 1, range(3))
+    value = forward(tiny.noise(3, 2, 4, 4), torch.tensor([0, 1, 2]), draws)
+    value.backward()
+    return {"loss": value.detach(), **{name: p.grad for name, p in loss.named_parameters() if p.grad is not None}}
+
+
+def test_recomputing_is_the_same_step() -> None:
+    kept = gradients("none")
+    assert kept["model.encoder.0.fc1.weight"].any()
+    assert kept["model.head.blocks.0.modulation.weight"].any()
+    for mode in ("selective", "full"):
+        again = gradients(mode)
+        assert set(again) == set(kept)
+        assert [name for name in kept if not torch.equal(again[name], kept[name])] == []
+
+
+def test_how_older_runs_noted_it() -> None:
+    settings = to_dict(TrainConfig())
+    for noted, meant in ((True, "full"), (False, "none"), ("selective", "selective")):
+        assert from_dict(TrainConfig, {**settings, "recompute": noted}).recompute == meant
