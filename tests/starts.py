@@ -6,15 +6,20 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from mar.cli import main
 
+Moment = tuple[int | str, int]
+"""When a process gets a signal, and which (`start`)."""
+
 _CONTEXT = multiprocessing.get_context("forkserver")
-# Imported once, and not by every process again: all that `mar generate` needs.
+# Imported once, and not by every process again: all that `mar generate` and `mar train folder` need.
 _MODULES = ["mar.zoo", "mar.cli.generate", "mar.sampling.sinks", "mar.sampling.progress"]
+_MODULES += ["mar.cli.folder", "mar.training.tokenizer", "torch.utils.tensorboard.writer"]
 _CONTEXT.set_forkserver_preload([*_MODULES, "torch.distributed", "torch._dynamo", "torch._refs"])
 
 
@@ -36,7 +41,7 @@ def start(
     return process
 
 
-def run(arguments: Sequence[str], said: Path, **options: tuple[int | str, int]) -> int:
+def run(arguments: Sequence[str], said: Path, **options: Moment) -> int:
     """The exit code of `start`, once it has ended: 9 below zero for a process that was killed."""
     process = start(arguments, said, **options)  # type: ignore[arg-type]
     process.join(120)
@@ -62,7 +67,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _run(arguments: list[str], said: Path, die: tuple[int | str, int] | None, world: tuple[int, int, int]) -> None:
+def _run(arguments: list[str], said: Path, die: Moment | None, world: tuple[int, int, int]) -> None:
     sys.stdout = sys.stderr = said.open("w", buffering=1)
     rank, processes, port = world
     if processes > 1:
@@ -88,6 +93,13 @@ def _die(moment: int | str, signal: int) -> None:
             os.kill(os.getpid(), signal)
 
     files.flush = counted
+
+
+def wait(said: Path) -> int:
+    """Work that tells where it belongs, and goes on until it is stopped."""
+    said.write_text(os.environ.get("RANK", "alone"))
+    time.sleep(60)
+    return 0
 
 
 def tree(folder: Path) -> dict[str, bytes]:

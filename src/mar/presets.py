@@ -96,6 +96,12 @@ IMAGENET_IMAGES = 1_281_167
 
 
 def _imagenet(name: str) -> TrainConfig:
+    """The paper's recipe for ImageNet 256x256, for the 800 epochs of the released weights.
+
+    From pictures or from their latents it is the same run: `--data CACHE`. What the reference's authors and users
+    report for theirs: 400 epochs of L in 1 day 7 hours on 32 H100, from cached latents in 1 day 11 hours on 16; the
+    loss stands near 0.25 to 0.35 while pictures keep getting better; the FIDs of `SAMPLING`. None of it was run here.
+    """
     return TrainConfig(
         model=MODELS[name],
         sampling=replace(SAMPLING[name], steps=64),
@@ -146,7 +152,8 @@ The bundled model is this recipe with `precision="bf16"`: 210,000 pictures in 77
 
 _TEN = tuple(map(str, range(10)))
 CIFAR10 = replace(recipe_for(Pictures(50_000, 32, 3, _TEN), (32, 32)), data="cifar10")
-"""What `folder` chooses for CIFAR-10's 50,000 pictures, class folders or Parquet files: raw pixels, 4x4 patches."""
+"""What `folder` chooses for CIFAR-10's 50,000 pictures, from class folders or Parquet files: raw pixels, 4x4 patches,
+13.1 million parameters, 2,000,000 pictures to be seen in all. COST"""
 
 RECIPES: dict[str, TrainConfig] = {
     "fashion": FASHION,

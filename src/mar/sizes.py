@@ -55,9 +55,9 @@ class _Size:
 
 _SIZES = (
     _Size(20_000, TrunkConfig(192, 3, 6), TrunkConfig(192, 5, 6), (256, 512, 3), buffer=8, batch=32,
-          optimizer="muon", rate=1e-3, warmup=6_000, ema=0.999, save_every=10_000),
+          optimizer="muon", rate=1e-3, warmup=6_000, ema=0.999, save_every=5_000),
     _Size(200_000, TrunkConfig(256, 4, 8), TrunkConfig(256, 6, 8), (384, 512, 3), buffer=16, batch=64,
-          optimizer="muon", rate=1e-3, warmup=12_000, ema=0.9995, save_every=20_000),
+          optimizer="muon", rate=1e-3, warmup=12_000, ema=0.9995, save_every=10_000),
     _Size(10**18, TrunkConfig(768, 12, 12), TrunkConfig(768, 12, 12), (1024, 1024, 6), buffer=64, batch=256,
           optimizer="adamw", rate=1e-4, warmup=500_000, ema=0.9999, save_every=200_000),
 )  # fmt: skip

@@ -244,10 +244,10 @@ def test_a_log_that_can_not_be_is_said_before_anything_else(
 
 
 def test_a_tokenizer_of_ones_own_then_a_model_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for i in range(6):
+    for i in range(16):
         path = tmp_path / "pictures" / f"{i % 2}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (20, 16), (40 * i, 250 - 40 * i, 90)).save(path)
+        Image.new("RGB", (20, 16), (16 * i, 250 - 16 * i, 90)).save(path)
     data, vae = str(tmp_path / "pictures"), str(tmp_path / "vae")
     command = ["tokenizer", "train", data, "--out", vae, "--image-size", "16", "--stride", "8", "--channels", "5"]
     command += ["--width", "8", "--batch", "2", "--sample-every", "4", "--device", "cpu"]
@@ -261,12 +261,12 @@ def test_a_tokenizer_of_ones_own_then_a_model_on_it(tmp_path: Path, capsys: pyte
     assert {"config.json", "mar_statistics.json", "run.json", "log.jsonl", "latest", "state-000000000008"} <= names
     assert (Path(vae) / "samples" / "000000000008.png").is_file()
     printed = said.out.splitlines()[-1]
-    assert printed.startswith("train on it: mar train fashion --data ")
-    options = shlex.split(printed)[5:]
-    model = ["--model.classes", "2", "--out", str(tmp_path / "run"), "--images", "4", "--batch", "2", *TINY]
-    assert main(["train", *options, *model, "--sample-every", "0", "--device", "cpu"]) == 0
+    assert printed == f"train on it: mar train folder --data {data} --tokenizer {vae}"
+    options = shlex.split(printed)[4:]
+    model = ["--out", str(tmp_path / "run"), "--images", "4", "--batch", "2", *TINY]
+    assert main([*options, *model, "--sample-every", "0", "--device", "cpu"]) == 0
     told = capsys.readouterr().err
-    assert "the tokenizer brings 6 pictures back with a PSNR of " in told
+    assert "the tokenizer brings 8 pictures back with a PSNR of " in told
     assert "no validation loss: " in told
     assert "--hold-out 20 keeps one of twenty from learning" in told
     assert "tokenizer_psnr" in (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()[0]

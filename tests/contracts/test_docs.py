@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 import mar
 from mar import cli, config, presets
 from mar.assets import FASHION_CLASSES, imagenet_classes
 from mar.checkpoint.download import OFFICIAL
+from mar.cli.folder import OwnTokenizer
 from mar.data.labels import resolve_labels
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
@@ -32,6 +34,7 @@ from mar.zoo import BUNDLED
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
 PAPER = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
 TROUBLE = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
 
@@ -49,9 +52,10 @@ def anchor(heading: str) -> str:
 
 
 def commands(text: str) -> list[str]:
-    """Every `mar ...` line of a document: in blocks, and between backticks where a verb follows."""
+    """Every `mar ...` line of a document, torchrun's too: in blocks, and between backticks where a verb follows."""
     lines = [line for block in blocks(text, "sh") for line in block.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"`([^`]+)`", FENCE.sub("", text))
+    lines = [re.sub(r"^.*torchrun .*-m mar ", "mar ", " ".join(line.split())) for line in lines]
     verbs = "|".join(cli.VERBS)
     return [line for line in lines if re.match(rf"mar ({verbs})\b", line)]
 
@@ -59,6 +63,8 @@ def commands(text: str) -> list[str]:
 def complete(line: str) -> bool:
     """Whether a command is given with all that it needs, rather than only named."""
     words = shlex.split(line, comments=True)
+    if words[-1] == "..." or words[1:] == ["train", "folder"]:  # which needs its data
+        return False
     return len(words) > 2 or words[1:] in (["demo"], ["info"])
 
 
@@ -104,25 +110,35 @@ def test_the_papers_models_have_the_sizes_it_is_said() -> None:
 
     counts = [sum(shape.numel() for shape in model_shapes(c).values()) / 1e6 for c in presets.MODELS.values()]
     assert ", ".join(f"{count:.1f}" for count in counts[:2]) + f" and {counts[2]:.1f} M" in PAPER
-    fashion = sum(shape.numel() for shape in model_shapes(presets.FASHION.model).values()) / 1e6
+    fashion, cifar10 = (
+        sum(shape.numel() for shape in model_shapes(config.model).values()) / 1e6
+        for config in (presets.FASHION, presets.CIFAR10)
+    )
     assert f"{fashion:.1f} million parameters" in README
+    assert f"| {fashion:.1f} M, pixels, v |" in TRAINING
+    assert f"| {cifar10:.1f} M, pixels, v |" in TRAINING
 
 
 DRY = """
-import importlib, json, shlex, sys
+import importlib, json, shlex, sys, types
 from mar import cli
-from mar.cli import options
+from mar.cli import folder, options
 
 class Parsed(Exception):
     pass
 
-def parse(kind, verb, arguments, default=None):
-    raise Parsed(options.parse(kind, verb, arguments, default))
+def parse(kind, verb, arguments, default=None, partly=False):
+    found = options.parse(kind, verb, arguments, default, partly=partly)
+    if partly:
+        return found
+    raise Parsed(found)
 
 real, results = sys.stdout, {}
 sys.stdout = sys.stderr
 for module, _ in cli.VERBS.values():
     importlib.import_module(module).parse = parse
+folder.parse = parse
+folder.zoo.load_tokenizer = lambda name: types.SimpleNamespace(stride=16, channels=16, spec=dict)
 for line in json.load(sys.stdin):
     try:
         results[line] = {"code": cli.main(shlex.split(line, comments=True)[1:])}
@@ -136,9 +152,18 @@ json.dump(results, real)
 
 
 @pytest.fixture(scope="module")
-def understood() -> dict[str, dict[str, Any]]:
-    """For every complete command of the README what it was parsed to, or the exit code."""
-    lines = {line: re.sub(r"\b(FOLDER|FILE)\b", "somewhere", line) for line in commands(README) if complete(line)}
+def understood(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """For every complete command of the README and of docs/training.md what it was parsed to, or the exit code; in a
+    place that has `pictures` and their `latents`."""
+    place = tmp_path_factory.mktemp("place")
+    for number in range(20):
+        path = place / "pictures" / f"kind{number % 5}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (300, 256), (10 * number, 0, 0)).save(path)
+    cache = ["cache", str(place / "pictures"), "--tokenizer", "pixels", "--image-size", "8"]
+    assert cli.main([*cache, "--out", str(place / "latents")]) == 0
+    every = [*commands(README), *commands(TRAINING)]
+    lines = {line: re.sub(r"\b(FOLDER|FILE)\b", "somewhere", line) for line in every if complete(line)}
     environment = {**os.environ, "PYTHONPATH": str(Path(mar.__file__).parents[1]), "COLUMNS": "200"}
     done = subprocess.run(
         [sys.executable, "-c", DRY],
@@ -146,6 +171,7 @@ def understood() -> dict[str, dict[str, Any]]:
         capture_output=True,
         text=True,
         env=environment,
+        cwd=place,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -154,14 +180,15 @@ def understood() -> dict[str, dict[str, Any]]:
     return {line: {**results[run], "said": done.stderr} for line, run in lines.items()}
 
 
-def test_every_command_of_the_readme_is_understood(understood: dict[str, dict[str, Any]]) -> None:
+def test_every_command_is_understood(understood: dict[str, dict[str, Any]]) -> None:
     wrong = [line for line, result in understood.items() if result.get("code", 0) != 0]
     assert not wrong, next(iter(understood.values()))["said"]
     assert all("options" in result or "--help" in line for line, result in understood.items())
 
 
-def test_models_and_labels_of_the_readmes_commands_are_there() -> None:
-    samples = [shlex.split(line, comments=True) for line in commands(README) if line.startswith("mar sample ")]
+def test_models_and_labels_of_the_commands_are_there() -> None:
+    every = [*commands(README), *commands(TRAINING)]
+    samples = [shlex.split(line, comments=True) for line in every if line.startswith("mar sample ")]
     samples = [words for words in samples if len(words) > 2]
     assert len(samples) > 4
     for words in samples:
@@ -173,7 +200,7 @@ def test_models_and_labels_of_the_readmes_commands_are_there() -> None:
         labels = [None if word == "none" else word for word in itertools.takewhile(lambda w: w[0] != "-", after)]
         names = FASHION_CLASSES if model == "fashion" else imagenet_classes()
         assert len(resolve_labels(labels, names, len(names))) == len(labels)
-    inits = re.findall(r"--init (\S+)", "\n".join(commands(README)))
+    inits = re.findall(r"--init (\S+)", "\n".join([*commands(README), *commands(TRAINING)]))
     assert inits
     assert set(inits) <= set(presets.MODELS)
 
@@ -183,17 +210,21 @@ def test_the_readme_shows_every_verb() -> None:
     assert shown == set(cli.VERBS)
 
 
-@pytest.mark.parametrize("text", [README, TROUBLE], ids=["README", "troubleshooting"])
+@pytest.mark.parametrize("text", [README, TRAINING, TROUBLE], ids=["README", "training", "troubleshooting"])
 def test_flags_are_ours_or_the_references(text: str) -> None:
     """Flags of ours have no underscores; what the left column of the table names is the reference's."""
     ours = set(flags(config.TrainConfig)) | set(flags(TokenizerTrainConfig))
     ours |= {f"--{part}" for part in ("out", "init", "help", "device", "resume-official", "sampling")}
-    ours |= {"--nproc-per-node"}  # torchrun's
+    ours |= {
+        f"--{part}" for part in ("nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id")
+    }  # torchrun's
+    ours |= {"--vae", *flags(OwnTokenizer, "vae.")}
     for module, _ in cli.VERBS.values():
         for name, kind in vars(importlib.import_module(module)).items():
             if name.endswith("Options") and dataclasses.is_dataclass(kind):
                 ours |= set(flags(kind))
-    body = "\n".join(line.split("|", 2)[-1] if line.startswith("|") else line for line in text.splitlines())
+    slurm = re.sub(r"^#SBATCH .*$|^srun .*? torchrun", "", text, flags=re.MULTILINE)
+    body = "\n".join(line.split("|", 2)[-1] if line.startswith("|") else line for line in slurm.splitlines())
     named = set(re.findall(r"(?<![\w-])--[a-z0-9][\w.-]*\w", body))
     assert len(named) > 10
     assert not named - ours
@@ -211,13 +242,14 @@ def flags(kind: Any, prefix: str = "") -> Iterator[str]:
 
 
 def test_recipes_and_models_named_are_there() -> None:
-    for text in (README, PAPER, TROUBLE):
+    for text in (README, PAPER, TRAINING, TROUBLE):
         names = set(re.findall(r"\b(?:mar|imagenet)-(?:base|large|huge)\b", text))
         assert names <= {*presets.MODELS, *presets.RECIPES}
     assert {"kl16", *presets.MODELS} == set(OFFICIAL)
     listed = re.search(r"The first word is a recipe: (.+?);", README, re.DOTALL)
     assert listed is not None
     assert set(re.findall(r"`([\w-]+)`", listed[1])) == set(presets.RECIPES)
+    assert set(re.findall(r"^\| `([\w-]+)` \|", TRAINING.split("## A folder")[0], re.MULTILINE)) == set(presets.RECIPES)
 
 
 def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from tiny import pictures as bars
 
 from mar.checkpoint.tokenizers import save_tokenizer
 from mar.cli import main
+from mar.cli.alone import by_one
 from mar.cli.folder import plan
 from mar.cli.steps import Steps
 from mar.pipeline import Pipeline
@@ -190,6 +194,7 @@ def test_the_same_command_does_only_what_is_left(place: Path, capsys: pytest.Cap
     assert main([*WHOLE, "--images", "20"]) == 0
     said = capsys.readouterr().err
     assert "pictures has 21 pictures now, 20 when the run began" in said
+    assert "warning: a step's learning rate is 0.000125 (lr x batch / 256), 0.12 times the recipe's 0.001 at" in said
     assert "then the model" in said
     assert "first" not in said
     assert "then the latents" not in said
@@ -223,11 +228,11 @@ def test_latents_that_are_cached_are_enough(place: Path, capsys: pytest.CaptureF
     assert "leave out --image-size" in refused(capsys, "--data", "run/latents", "--image-size", "8")
 
 
-def test_it_is_killed_anywhere_and_goes_on(place: Path) -> None:
-    """In the tokenizer's training, while latents are cached, in the model's training: the same at the end."""
+def test_killed_before_the_model_it_goes_on(place: Path) -> None:
+    """In the tokenizer's training, and while latents are cached: the same at the end."""
     (place / "run").rename(place / "undisturbed")
     said = place / "said"
-    for file in ("tokenizer/.saving-state-000000000008", "latents/.00000.safetensors", "run/.model.safetensors"):
+    for file in ("tokenizer/.saving-state-000000000008", "latents/.00000.safetensors"):
         code = starts.run(WHOLE, said, die=(file, signal.SIGKILL))
         assert code == -signal.SIGKILL, said.read_text()
     assert starts.run(WHOLE, said) == 0, said.read_text()
@@ -251,11 +256,16 @@ def test_several_processes_let_one_train_the_tokenizer(place: Path) -> None:
     assert Pipeline.open(place / "run" / "model.safetensors").image_size == (8, 8)
 
 
-def test_a_rate_far_off_the_recipes_is_warned_of(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["train", "fashion", *SMALL, "--images", "8", "--batch", "8", "--lr", "0.2", "--sample-every", "0",
-                 "--out", str(tmp_path / "run")]) == 0  # fmt: skip
-    said = capsys.readouterr().err
-    assert "warning: the learning rate is 0.00625 for 8 pictures a step (--lr is for 256), 6.25 times above" in said
-    assert "the 0.001 of the recipe fashion; --lr 0.032 would be its rate" in said
+def test_who_works_alone_gets_the_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = tmp_path / "said"
+
+    def stop() -> None:
+        while not said.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    threading.Thread(target=stop).start()
+    assert by_one(starts.wait, said) == 128 + signal.SIGTERM
+    assert said.read_text() == "alone"

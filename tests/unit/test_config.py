@@ -70,7 +70,7 @@ def test_refused(kind: type, settings: dict[str, Any], words: str) -> None:
         (SamplingConfig(), "reveal_schedule", "linear", "'linear', but it must be cosine or exponential"),
         (SamplingConfig(), "order", "raster", "'raster', but it must be random, checkerboard or halton"),
         (TrainConfig(), "precision", "fp16", "precision is 'fp16', not fp32 or bf16"),
-        (TrainConfig(), "recompute", "half", "recompute is .half., not none, selective, full"),
+        (TrainConfig(), "recompute", "half", "recompute is .half., but it must be none, selective or full"),
     ],
 )
 def test_words_that_are_not_known(config: Any, name: str, value: str, words: str) -> None:

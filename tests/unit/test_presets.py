@@ -57,7 +57,7 @@ def test_cifar10_is_what_a_folder_of_it_would_get() -> None:
         "pixels",
     )
     assert (config.model.tokens, config.model.token_width, config.model.head.prediction) == (64, 48, "v")
-    assert config.images == 40 * 50_000
+    assert (config.images, config.tokenizer) == (40 * 50_000, "pixels")
 
 
 def test_a_recipe_that_is_not_there() -> None:

@@ -15,6 +15,8 @@ from mar import runtime
 from mar.cli import told
 
 Argument = TypeVar("Argument")
+STOPPED = 130
+"""The exit code of what Ctrl-C or SIGTERM ended."""
 
 
 def by_one(work: Callable[[Argument], int], argument: Argument) -> int:
@@ -27,6 +29,8 @@ def by_one(work: Callable[[Argument], int], argument: Argument) -> int:
     if runtime.world_size() == 1:
         return work(argument)
     code = _in_a_process(work, argument) if runtime.rank() == 0 else 0
+    if code == STOPPED:  # the others were stopped too, and may be gone
+        raise SystemExit(code)
     return int(runtime.gather(code)[0])
 
 

@@ -124,5 +124,6 @@ def tokenizer_for(
         width=16 if max(size) <= 64 else 32 if max(size) <= 128 else 64,
         images=total,
         decay=total // 4,
+        save_every=min(5_000, max(total // 10, 1)),
         sample_every=total // 4 + 1,  # the end is judged anyway
     )
