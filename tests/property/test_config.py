@@ -26,7 +26,7 @@ from mar.config import (
     to_dict,
 )
 
-# Of a tuple of any length, the check of types looks at one item, drawn by `random`; hypothesis would rather draw itself.
+# Of a tuple of any length, the check of types looks at one item drawn by `random`; hypothesis would draw all itself.
 beartype_draws = pytest.mark.filterwarnings("ignore:Do not use the .random. module inside strategies")
 
 COUNT = st.integers(1, 5000)
