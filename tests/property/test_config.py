@@ -14,6 +14,7 @@ from mar.config import (
     ConfigError,
     GuidanceSchedule,
     HeadConfig,
+    LogTo,
     ModelConfig,
     NoisePath,
     Optimizer,
@@ -32,6 +33,9 @@ from mar.config import (
     from_dict,
     to_dict,
 )
+
+# Of a tuple of any length, the check of types looks at one item drawn by `random`; hypothesis would draw all itself.
+beartype_draws = pytest.mark.filterwarnings("ignore:Do not use the .random. module inside strategies")
 
 COUNT = st.integers(1, 5000)
 NOT_NEGATIVE = st.integers(0, 10**9)
@@ -85,10 +89,13 @@ def runs(draw: st.DrawFn) -> TrainConfig:
         accumulate=draw(COUNT), recompute=draw(st.sampled_from(get_args(Recompute))), compile=draw(st.booleans()),
         flip=draw(st.none() | st.booleans()), seed=draw(st.integers()), workers=draw(NOT_NEGATIVE),
         save_every=draw(COUNT), keep=draw(COUNT), sample_every=draw(NOT_NEGATIVE), log_every=draw(COUNT),
-        init=draw(st.none() | st.text()),
+        log_to=tuple(draw(st.lists(st.sampled_from(get_args(LogTo))))), validate_every=draw(NOT_NEGATIVE),
+        validate_on=draw(st.none() | st.text()), validate_count=draw(COUNT),
+        hold_out=draw(st.just(0) | st.integers(2, 10**9)), init=draw(st.none() | st.text()),
     )  # fmt: skip
 
 
+@beartype_draws
 @settings(max_examples=30)
 @given(config=TRUNKS | HEADS | models() | SAMPLINGS | runs())
 def test_json_and_back(config: Any) -> None:
@@ -96,6 +103,7 @@ def test_json_and_back(config: Any) -> None:
     assert from_dict(type(config), json.loads(text)) == config
 
 
+@beartype_draws
 @settings(max_examples=10)
 @given(config=runs(), name=st.text(st.characters(categories=["L"]), min_size=1).map(lambda name: f"x_{name}"))
 def test_a_field_of_another_version_is_refused_by_name(config: TrainConfig, name: str) -> None:

@@ -46,6 +46,10 @@ from mar.config import (
         (TrainConfig, {"lr": 0.0}, "lr is 0.0, but it must be positive"),
         (TrainConfig, {"warmup": -1}, "warmup is -1, but it must not be negative"),
         (TrainConfig, {"ema": 1.0}, "ema is 1.0"),
+        (TrainConfig, {"hold_out": 1}, r"hold_out is 1, not 0 \(none\) or at least 2"),
+        (TrainConfig, {"hold_out": -2}, "hold_out is -2"),
+        (TrainConfig, {"validate_count": 0}, "validate_count is 0, but it must be at least 1"),
+        (TrainConfig, {"validate_every": -1}, "validate_every is -1, but it must not be negative"),
         (
             TrainConfig,
             {"model": ModelConfig(classes=0), "sampling": SamplingConfig(guidance=2.0)},
