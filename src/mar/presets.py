@@ -117,6 +117,7 @@ def _imagenet(name: str) -> TrainConfig:
         workers=8,
         save_every=IMAGENET_IMAGES,
         sample_every=5 * IMAGENET_IMAGES,
+        validate_every=5 * IMAGENET_IMAGES,
     )
 
 

@@ -142,6 +142,7 @@ def recipe_for(
         ema=chosen.ema,
         save_every=min(chosen.save_every, now_and_then),
         sample_every=now_and_then,
+        validate_every=now_and_then,
     )
 
 

@@ -141,16 +141,10 @@ def _refuse_others(path: Path) -> None:
         raise CheckpointError(f"{path}: there is no such file")
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        if size == 0:
-            raise CheckpointError(f"{path} is empty: the copy or download of it failed; get it again")
-        if start.startswith(b"PK") or start.startswith(b"\x80"):
-            raise CheckpointError(f"{path} is a PyTorch file, not safetensors; import it with `mar convert`")
-        if start.lstrip().startswith(b"<"):
-            raise CheckpointError(f"{path} is a web page, not weights: the download of it failed; get it again")
-        length = int.from_bytes(start, "little")
-        if size < 8 or length > 100_000_000 or (first := file.read(1)) not in (b"{", b""):
-            raise CheckpointError(f"{path} is not a safetensors file")
+        start, first = file.read(8), file.read(1)
+        length = int.from_bytes(start, "little")  # whose bytes may be any: they tell nothing where a header follows
+        if size < 8 or length > 100_000_000 or first not in (b"{", b""):
+            raise CheckpointError(_other_kind(path, start))
         expected = 8 + length
         if first and size >= expected:
             expected += _data_length(path, first + file.read(length - 1))
@@ -158,6 +152,16 @@ def _refuse_others(path: Path) -> None:
         raise CheckpointError(
             f"{path} is truncated: {size_text(size)} of at least {size_text(expected)}; copy or download it again"
         )
+
+
+def _other_kind(path: Path, start: bytes) -> str:
+    if not start:
+        return f"{path} is empty: the copy or download of it failed; get it again"
+    if start.startswith((b"PK", b"\x80")):
+        return f"{path} is a PyTorch file, not safetensors; import it with `mar convert`"
+    if start.lstrip().startswith(b"<"):
+        return f"{path} is a web page, not weights: the download of it failed; get it again"
+    return f"{path} is not a safetensors file"
 
 
 def _data_length(path: Path, header: bytes) -> int:

@@ -57,6 +57,17 @@ def bits(stored: dict[str, Tensor]) -> dict[str, Any]:
     return {n: (t.dtype, t.shape, t.contiguous().flatten().view(torch.uint8).tolist()) for n, t in stored.items()}
 
 
+def test_a_header_may_be_of_any_length(tmp_path: Path) -> None:
+    """The length comes first in the file, and its bytes may look like the beginning of another kind of file's."""
+    begins = set()
+    for more in range(0, 256, 8):
+        path = tmp_path / f"{more}.safetensors"
+        store.save(path, replace(HEADER, notes={"recipe": "x" * more}), tensors())
+        assert store.read_header(path).notes == {"recipe": "x" * more}
+        begins.add(path.read_bytes()[0])
+    assert 0x80 in begins  # as a pickle
+
+
 def test_a_round_trip_is_bitwise(saved: Path) -> None:
     header, loaded = store.load(saved)
     assert header == HEADER
