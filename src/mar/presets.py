@@ -154,7 +154,12 @@ The bundled model is this recipe with `precision="bf16"`: 210,000 pictures in 77
 _TEN = tuple(map(str, range(10)))
 CIFAR10 = replace(recipe_for(Pictures(50_000, 32, 3, _TEN), (32, 32)), data="cifar10")
 """What `folder` chooses for CIFAR-10's 50,000 pictures, from class folders or Parquet files: raw pixels, 4x4 patches,
-13.1 million parameters, 2,000,000 pictures to be seen in all. COST"""
+13.1 million parameters, 2,000,000 pictures to be seen in all.
+
+Measured: 9 pictures for a second of one core's time (AVX2, float32). In a run with a warm-up of 1,500 pictures the loss
+was 0.92 after 640 pictures, 0.39 after 3,840 and 0.36 after 7,040, where it ended; samples after 6,400 had the colours
+of their classes, no shapes yet.
+"""
 
 RECIPES: dict[str, TrainConfig] = {
     "fashion": FASHION,

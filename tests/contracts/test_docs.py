@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 import mar
-from mar import cli, config, presets
+from mar import cli, config, presets, sizes
 from mar.assets import FASHION_CLASSES, imagenet_classes
 from mar.checkpoint.download import OFFICIAL
 from mar.cli.folder import OwnTokenizer
@@ -250,6 +250,21 @@ def test_recipes_and_models_named_are_there() -> None:
     assert listed is not None
     assert set(re.findall(r"`([\w-]+)`", listed[1])) == set(presets.RECIPES)
     assert set(re.findall(r"^\| `([\w-]+)` \|", TRAINING.split("## A folder")[0], re.MULTILINE)) == set(presets.RECIPES)
+
+
+def test_what_a_folder_gets_is_as_it_is_said() -> None:
+    small, medium, large = sizes._SIZES
+    table = TRAINING.split("### What is chosen")[1].split("### An example")[0]
+    for size in (small, medium):
+        trunk = f"{size.encoder.depth} + {size.decoder.depth} blocks {size.encoder.width} wide"
+        assert f"than {size.pictures:,}: {trunk}" in table
+    assert (large.encoder, large.decoder) == (presets.MODELS["mar-base"].encoder, presets.MODELS["mar-base"].decoder)
+    narrow, wide = zip(*(size.head[:2] for size in sizes._SIZES), strict=True)
+    assert (
+        f"{narrow[0]}, {narrow[1]} or {narrow[2]} wide for tokens of up to 16 values; {wide[0]} or {wide[2]}" in table
+    )
+    for count, side in sizes.ENOUGH[:-1]:
+        assert f"{side} for fewer than {count:,}" in table
 
 
 def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -42,7 +42,8 @@ class OwnTokenizer(TokenizerTrainConfig):
 class FolderOptions(TrainOptions):
     """Trains a model on pictures of one's own, of sizes that fit them; before that a tokenizer, where it needs one.
 
-    Every option changes one of the choices. The same command goes on where it stopped.
+    Every option changes one of the choices; --tokenizer own asks for a tokenizer where there would be none. The same
+    command goes on where it stopped.
     """
 
     image_size: int | tuple[int, int] | None = None

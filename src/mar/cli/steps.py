@@ -17,6 +17,7 @@ from mar.cli.tokenizers import TokenizerTrainOptions, train_tokenizer
 from mar.config import ConfigError, TrainConfig
 from mar.data.shards import INDEX
 from mar.sizes import Pictures
+from mar.training.estimate import estimate
 from mar.training.run import RUN_FILE, check_same
 from mar.training.survey import remember
 
@@ -42,6 +43,7 @@ def prepare(steps: Steps) -> int:
     assert steps.train.out is not None
     with one_voice():
         check_same(steps.train.config, steps.train.out)
+        estimate(steps.train.config, runtime.world_size()).check_disk(steps.train.out)
         trained = steps.tokenizer is None or _is_trained(steps.tokenizer)
         if runtime.rank() == 0:
             for line in steps.told:

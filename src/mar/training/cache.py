@@ -141,7 +141,9 @@ def _compare(out: Path, about: About) -> None:
         "source": f"other pictures, or pictures that have changed since ({before['data']})",
     }
     told = [words.get(key, f"{key} {_short(before[key])}, not {_short(now[key])}") for key in different]
-    raise ConfigError(f"{out} was begun with {'; '.join(told)}; give the same settings, or take another --out")
+    raise ConfigError(
+        f"{out} was begun with {'; '.join(told)}; give the same settings, remove it, or take another --out"
+    )
 
 
 def _short(value: object) -> str:
