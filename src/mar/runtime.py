@@ -38,6 +38,11 @@ class Linear(nn.Linear):
         return functional.linear(input, self.weight, self.bias)
 
 
+def widen(x: Tensor) -> Tensor:
+    """bfloat16 -> float32, in which all but matrix products is computed; other dtypes stay."""
+    return x.float() if x.dtype is torch.bfloat16 else x
+
+
 def set_matrix_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     """Turns the matrices of every `Linear` of a model to `dtype`, in place, for sampling."""
     if dtype not in (torch.float32, torch.bfloat16):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mar.config import HeadConfig
-from mar.runtime import Linear
+from mar.runtime import Linear, widen
 
 FREQUENCIES = 256
 MAX_PERIOD = 10000
@@ -41,7 +41,7 @@ class TimeEmbedding(nn.Module):
         half = FREQUENCIES // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float().unsqueeze(-1) * torch.exp(-math.log(MAX_PERIOD) * exponents)
-        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.fc1.weight.dtype)
         embedded: Tensor = self.fc2(functional.silu(self.fc1(waves)))
         return embedded
 
@@ -97,7 +97,7 @@ class DiffusionHead(nn.Module):
     ) -> Float[Tensor, "... two_d"]:
         """The whole network at once, as in training; `t` are timestep numbers of the trained schedule."""
         condition = self.condition(self.embed_times(t), self.z_embed(z))
-        h = self.input(x).float()
+        h = widen(self.input(x))
         for block in self.blocks:
             h = block(h, condition)
         return self.final(h, self.final_modulation(condition))
@@ -126,7 +126,7 @@ class DiffusionHead(nn.Module):
 
     def denoise(self, x: Float[Tensor, "... d"], modulations: Modulations) -> Float[Tensor, "... two_d"]:
         """The part that depends on the noisy tokens x."""
-        return self.denoise_embedded(self.input(x).float(), modulations)
+        return self.denoise_embedded(widen(self.input(x)), modulations)
 
     def denoise_embedded(self, h: Float[Tensor, "... w"], modulations: Modulations) -> Float[Tensor, "... two_d"]:
         """`denoise` behind the input layer, for callers that run one x under several conditions."""
@@ -139,4 +139,4 @@ class DiffusionHead(nn.Module):
         shift, scale = modulation.chunk(2, dim=-1)
         h = functional.layer_norm(h, h.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
         out: Tensor = self.output(h)
-        return out.float()
+        return widen(out)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mar.config import SamplingConfig
 from mar.diffusion.head import DiffusionHead, Modulations
+from mar.runtime import widen
 
 MODULATION_BYTES = 128 * 2**20
 """How much memory shift, scale and gate of one chunk of diffusion steps may take."""
@@ -65,7 +66,7 @@ class GuidedHead:
         return [layer[index - self.first] for layer in self.ready]
 
     def __call__(self, x: Float[Tensor, "r d"], index: int) -> Float[Tensor, "r two_d"]:
-        embedded = self.head.input(x).float()
+        embedded = widen(self.head.input(x))
         if self.scale is None:
             return self.head.denoise_embedded(embedded, self.modulations(index))
         conditional, unconditional = self.head.denoise_embedded(
