@@ -115,7 +115,8 @@ def go(run: Run, batches: Iterator[object], steps: int) -> None:
         loop.step(run, next(batches))  # type: ignore[arg-type]
 
 
-def read_side_by_side(folder: Path, count: int) -> None:
+def both_stores(folder: Path, count: int) -> tuple[LatentSource, Path]:
+    """The same random latents of KL-16's sizes as a cache, and as the reference stores them."""
     about = About("kl16", "", "random", "", count, (), (256, 256), (16, 16, 16), 2, True, "fp16", 64)
     generator = torch.Generator().manual_seed(0)
     cache, archives = folder / "kl16", folder / "npz"
@@ -128,8 +129,12 @@ def read_side_by_side(folder: Path, count: int) -> None:
         for i, one in zip(about.span(k), moments.float().reshape(len(moments), 2, 32, 16, 16), strict=True):
             np.savez(archives / f"{i}.npz", moments=one[0].numpy(), moments_flip=one[1].numpy())
     write_index(cache, about)
-    source = LatentSource(cache)
-    order = torch.randperm(count, generator=generator).tolist()
+    return LatentSource(cache), archives
+
+
+def read_side_by_side(folder: Path, count: int) -> None:
+    source, archives = both_stores(folder, count)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
 
     def from_cache() -> None:
         for i in order:
@@ -143,7 +148,7 @@ def read_side_by_side(folder: Path, count: int) -> None:
     seconds = in_turns({"npz": from_archives, "cache": from_cache})
     stored = {
         "npz": sum(path.stat().st_size for path in archives.iterdir()),
-        "cache": sum(path.stat().st_size for path in cache.iterdir()),
+        "cache": sum(path.stat().st_size for path in source.folder.iterdir()),
     }
     for name in ("npz", "cache"):
         print(

@@ -1,0 +1,135 @@
+"""A training step of ours and one of the reference's way, whole and taken apart, for `benchmarks/training.py`."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from reference_step import ReferenceStep
+from torch import Tensor, nn
+
+from mar.config import ModelConfig, TrainConfig
+from mar.data.loader import LatentBatch
+from mar.model.mar import MAR, UNCONDITIONAL
+from mar.model.masking import draw_mask_ratio, masked_count, split
+from mar.model.tokens import patchify, take
+from mar.runtime import generator
+from mar.tokenizer import Posterior, Tokenizer
+from mar.tokenizer.moments import LatentMoments
+from mar.training import loop
+from mar.training.loop import Run
+from mar.training.loss import draw_step
+
+Clock = dict[str, float]
+"""Seconds: `wall`, and `cpu` of all of the process's threads."""
+
+
+class Ours:
+    """Our step, as `mar train` takes it."""
+
+    def __init__(self, config: TrainConfig, latents: Tensor, labels: Tensor) -> None:
+        self.config, self.latents, self.labels = config, latents, labels
+        folder = Path(tempfile.gettempdir(), "never-saved")
+        self.model = MAR(config.model)
+        self.run = Run(config, folder, None, Latents(), self.model, torch.device("cpu"))  # type: ignore[arg-type]
+        moments = LatentMoments(latents, torch.zeros_like(latents))
+        self.batch = LatentBatch(labels, torch.arange(len(labels)), (), moments)
+
+    def step(self, number: int) -> None:
+        self.run.progress.step = number  # by which the mask ratio is drawn
+        loop.step(self.run, self.batch)
+
+    def parts(self, number: int) -> dict[str, Clock]:
+        """A step taken apart: the head's loss is computed on a copy of what the trunk made."""
+        run, config, times = self.run, self.config, Times()
+        run.model.zero_grad()
+        draws = times("draws", lambda: draw_step(config.model, 0, number, range(config.batch)))
+        hidden, visible = split(draws.order, draws.masked)
+        tokens = patchify(self.latents, config.model.patch)
+        labels = torch.where(draws.drop_label, UNCONDITIONAL, self.labels)
+        with loop.autocast(run.device, config.precision):
+            z = times("trunk", lambda: take(run.model(tokens, labels, visible), hidden))
+        copy = z.detach().requires_grad_()
+
+        def head() -> None:
+            with loop.autocast(run.device, config.precision):
+                loss = run.loss.head_loss(take(tokens, hidden), copy, draws.timestep, draws.noise).mean()
+            loss.backward()
+
+        times("head", head)
+        times("trunk", lambda: z.backward(copy.grad))
+        times("clipping", lambda: nn.utils.clip_grad_norm_(run.model.parameters(), config.clip))
+        times("optimizer", lambda: [optimizer.step() for optimizer in run.optimizers])
+        times("average", lambda: run.ema.update(run.model, number))
+        return times
+
+
+class Theirs:
+    """The reference's way."""
+
+    def __init__(self, config: TrainConfig, latents: Tensor, labels: Tensor) -> None:
+        self.config, self.latents, self.labels = config, latents, labels
+        self.reference = ReferenceStep(config)
+        self.model = self.reference.model
+
+    def step(self, number: int) -> None:
+        self.reference(self.latents, self.labels, number)
+
+    def parts(self, number: int) -> dict[str, Clock]:
+        """As ours."""
+        model, times, masked = self.model, Times(), masked_of(self.config.model, number)
+        model.zero_grad()
+        tokens = patchify(self.latents, self.config.model.patch)
+        mask = times("draws", lambda: model.draw_mask(len(tokens), masked))
+        z = times("trunk", lambda: model.trunk(tokens, model.embed_labels(self.labels), mask))
+        copy = z.detach().requires_grad_()
+        times("head", lambda: model.head_loss(tokens, copy, mask).backward())
+        times("trunk", lambda: z.backward(copy.grad))
+        times("clipping", lambda: nn.utils.clip_grad_norm_(model.parameters(), self.config.clip))
+        times("optimizer", self.reference.optimizer.step)
+        times("average", self.reference.update_average)
+        return times
+
+
+class Latents(Tokenizer):
+    """Of KL-16's sizes; never asked for pictures."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 16, 16, 0.0, 1.0)
+
+    def encode(self, images: Tensor) -> Posterior:
+        raise AssertionError("latents are cached")
+
+    def decode(self, latents: Tensor) -> Tensor:
+        raise AssertionError("nothing is drawn")
+
+
+class Times(dict[str, Clock]):
+    """Seconds by the name of a part; those of one name are added up."""
+
+    def __call__(self, name: str, call: Callable[[], Any]) -> Any:
+        result: list[Any] = []
+        spent = clocked(lambda: result.append(call()))
+        before = self.get(name, {"wall": 0.0, "cpu": 0.0})
+        self[name] = {kind: before[kind] + spent[kind] for kind in spent}
+        return result[0]
+
+
+def clocked(call: Callable[[], Any]) -> Clock:
+    wall, cpu = time.perf_counter(), time.process_time()
+    call()
+    return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
+def mean_steps(model: ModelConfig, count: int) -> list[int]:
+    """Numbers of steps that hide as many tokens as steps do on average, or one more or fewer."""
+    middle = model.tokens * (1 + model.mask_ratio_min) / 2 + 0.5
+    return [k for k in range(100 * count) if abs(masked_of(model, k) - middle) <= 1.5][:count]
+
+
+def masked_of(model: ModelConfig, number: int) -> int:
+    return masked_count(model.tokens, draw_mask_ratio(model.mask_ratio_min, generator(0, number)))
