@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mar.config import ConfigError
 from mar.data.examples import Source
 from mar.data.latents import LatentSource
 from mar.data.streams import StreamSource
@@ -12,7 +13,9 @@ from mar.data.streams import StreamSource
 
 def data_state(source: Source | LatentSource | StreamSource) -> dict[str, Any]:
     """JSON-able; every process has to ask for it."""
-    return source.state_dict() if isinstance(source, StreamSource) else {"pictures": len(source)}
+    if isinstance(source, StreamSource):
+        return source.state_dict()
+    return {"pictures": len(source), "classes": list(source.classes)}
 
 
 def resume_data(
@@ -21,12 +24,21 @@ def resume_data(
     """Goes on from the data's saved state after `images` pictures; returns what people should know of it, if anything.
 
     `state` is None where an older version saved none. The order of all but streams follows from the position alone, but
-    not if the number of pictures has changed.
+    not if the number of pictures has changed. ConfigError where the classes are others: what was learned of one would
+    go on with another.
     """
     if state is None:
         return None
     if isinstance(source, StreamSource):
         return source.load_state_dict(dict(state), images)
+    now, then = list(source.classes), state.get("classes", list(source.classes))
+    if now != then:
+        names = sorted(set(now) ^ set(then))
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise ConfigError(
+            f"the data has other classes than when the run was saved ({shown or 'in another order'}); put them back, "
+            "or begin another run"
+        )
     if len(source) == state["pictures"]:
         return None
     return (
