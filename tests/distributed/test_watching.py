@@ -101,7 +101,10 @@ def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("watching")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(validation, "GROUP", 2)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as the two have: their number shows in the last bits
         (folder / "alone.json").write_text(json.dumps(seen(opened(data, folder / "alone"), data)))
+        torch.set_num_threads(threads)
     mp.spawn(one_of_two, (folder, data), nprocs=2)
     return folder
 
