@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from mar.data.latents import unpack
 from mar.tokenizer.moments import LatentMoments
@@ -82,7 +85,40 @@ def put_together(build: Callable[[Sequence[Item]], Batch], items: Sequence[Item 
     return failed or build([item for item in items if isinstance(item, Item)])
 
 
-def leave_signals_to_the_run(worker: int) -> None:
+def read_ahead(
+    data: Dataset[Any], *, workers: int, batches: Iterable[list[Any]] | None, collate: Callable[[Any], Any]
+) -> Iterator[Any]:
+    """What `collate` makes of the items of each of `batches`, read by so many workers; None: of each item that an
+    iterable dataset yields. No global random state is used."""
+    reads = iter(
+        DataLoader(
+            data,
+            batch_size=None if batches is None else 1,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=_leave_signals_to_the_run,
+            generator=torch.Generator(),  # else it would draw from the global one
+        )
+    )
+    for worker in getattr(reads, "_workers", ()):
+        worker.terminate = worker.kill  # since they ignore the other signal
+        _reading.add(reads)
+    return reads
+
+
+_reading: WeakSet[Any] = WeakSet()
+"""The iterators that have workers."""
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Of iterators that nobody closed: the process would wait for them without end."""
+    for reads in [*_reading]:
+        reads._shutdown_workers()
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
     """Ctrl-C and SIGTERM reach every process of a group; a worker that dies of them would stop the run from saving."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -91,12 +127,14 @@ def leave_signals_to_the_run(worker: int) -> None:
 def announced(batches: Iterator[Batch | ValueError]) -> Iterator[Batch]:
     """The same batches; what they had to skip is named in a warning, each name once. Raises the errors among them."""
     known: set[str] = set()
-    for batch in batches:
-        if isinstance(batch, ValueError):
-            # Anew: the one at hand would, by its traceback, keep this frame and so the loader's workers alive.
-            raise type(batch)(*batch.args)
-        for name in batch.skipped:
-            if name not in known:
-                known.add(name)
-                logger.warning("skipped a picture that can't be read: %s", name)
-        yield batch
+    try:
+        for batch in batches:
+            if isinstance(batch, ValueError):
+                raise batch
+            for name in batch.skipped:
+                if name not in known:
+                    known.add(name)
+                    logger.warning("skipped a picture that can't be read: %s", name)
+            yield batch
+    finally:
+        del batches  # an error's traceback keeps this frame: it shall not keep the loader's workers, too

@@ -8,9 +8,9 @@ from itertools import count, islice
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
-from mar.data.batch import Batch, ImageBatch, Item, announced, images, leave_signals_to_the_run
+from mar.data.batch import Batch, ImageBatch, Item, announced, images, read_ahead
 from mar.data.examples import UnreadableImage
 from mar.data.lanes import Lane, StreamOrder, Taken
 from mar.data.order import flipped
@@ -96,15 +96,8 @@ def stream_batches(
     feed = _Feed(source, order, transform, source.flips if flip is None else flip, slots, start)
     source.places = {lane: place for lane, place in source.places.items() if lane in feed.lanes}
     workers = min(workers, len(feed.lanes))
-    loader = DataLoader(
-        feed,
-        batch_size=None,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=leave_signals_to_the_run,
-        generator=torch.Generator(),  # else it would draw from the global one
-    )
-    return announced(_joined(iter(loader), source, max(workers, 1)))
+    reads = read_ahead(feed, workers=workers, batches=None, collate=_as_it_is)
+    return announced(_joined(reads, source, max(workers, 1)))
 
 
 def _as_it_is(part: Any) -> Any:

@@ -11,7 +11,7 @@ from itertools import islice
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mar.data.batch import (
     Batch,
@@ -21,8 +21,8 @@ from mar.data.batch import (
     announced,
     images,
     latents,
-    leave_signals_to_the_run,
     put_together,
+    read_ahead,
 )
 from mar.data.classes import check_label
 from mar.data.examples import Example
@@ -125,15 +125,13 @@ def batches(
         )
     order = Order(len(source), seed, batch, rank, world)
     flip = source.flips if flip is None else flip
-    loader = DataLoader(
+    reads = read_ahead(
         _Reader(_reading(source, transform), len(source), seed, flip),
-        batch_sampler=order.batches(start),
-        num_workers=workers,
-        collate_fn=functools.partial(put_together, _building(source)),
-        worker_init_fn=leave_signals_to_the_run,
-        generator=torch.Generator(),  # else it would draw from the global one
+        workers=workers,
+        batches=order.batches(start),
+        collate=functools.partial(put_together, _building(source)),
     )
-    return announced(iter(loader))
+    return announced(reads)
 
 
 def in_order(

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mar import runtime
 from mar.checkpoint.files import require_room
 from mar.config import ConfigError, to_dict
-from mar.data.batch import leave_signals_to_the_run
+from mar.data.batch import read_ahead
 from mar.data.classes import check_label
 from mar.data.digest import source_digest
 from mar.data.examples import Source, UnreadableImage
@@ -183,15 +183,8 @@ def write_shards(
     encode = _Encoder(tokenizer, device, about)
     spans = [[*about.span(k)] for k in shards]
     batches = [span[i : i + batch] for span in spans for i in range(0, len(span), batch)]
-    loader = DataLoader(
-        _Pictures(source, Transform(about.size, tokenizer.image_channels)),
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=list,
-        worker_init_fn=leave_signals_to_the_run,
-        generator=torch.Generator(),  # else it would draw from the global one
-    )
-    reads: Iterator[list[_Read]] = iter(loader)
+    pictures = _Pictures(source, Transform(about.size, tokenizer.image_channels))
+    reads: Iterator[list[_Read]] = read_ahead(pictures, workers=workers, batches=batches, collate=list)
     done = unreadable = 0
     for shard, span in zip(shards, spans, strict=True):
         moments, labels = zeros(about, len(span))

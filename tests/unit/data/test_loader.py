@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import subprocess
+import sys
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
@@ -112,3 +115,36 @@ def test_pictures_without_classes_have_label_minus_one(tmp_path: Path) -> None:
     batch = next(batches(FolderSource(tmp_path), Transform(8), batch=2, seed=0))
     assert batch.labels.tolist() == [-1, -1]
     assert batch.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_ends_the_workers_while_its_traceback_is_kept(tmp_path: Path, workers: int) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.png").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="1 pictures in a row can't be read") as caught:
+        next(batches(FolderSource(tmp_path), Transform(8, 1), batch=1, seed=0, workers=workers))
+    assert multiprocessing.active_children() == []
+    assert caught.value.__traceback__ is not None
+
+
+LEFT_OPEN = """
+import torch
+from mar.data import batch
+
+class Stuck(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        while index:
+            pass
+        return index
+
+if __name__ == "__main__":
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # how long a worker may take to end by itself
+    reads = batch.read_ahead(Stuck(), workers=1, batches=[[0], [1]], collate=list)
+    print(next(reads))
+"""
+
+
+def test_workers_of_an_iterator_that_nobody_closed_end_with_their_process() -> None:
+    """Even one that is stuck, though workers ignore SIGTERM."""
+    done = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[0]\n"
