@@ -27,6 +27,8 @@ Optimizer = Literal["adamw", "muon"]
 Strategy = Literal["ddp", "fsdp"]
 LogTo = Literal["tensorboard", "wandb", "trackio"]
 Recompute = Literal["none", "selective", "full"]
+Norm = Literal["layer", "rms"]
+Mlp = Literal["gelu", "swiglu"]
 
 
 class ConfigError(ValueError):
@@ -68,11 +70,36 @@ class TrunkConfig:
     """Attention heads; they divide the width."""
     mlp_ratio: float = 4.0
     """Width of a block's MLP as a multiple of `width`."""
+    norm: Norm = "layer"
+    """How tokens are normalised in front of attention and MLP: `layer` (the paper), or `rms`, by their size alone."""
+    mlp: Mlp = "gelu"
+    """The MLP: `gelu` (the paper), or `swiglu`, two thirds as wide with a gate, for the same number of weights."""
+    qk_norm: bool = False
+    """Normalise each head's queries and keys by their size."""
+    rotary: bool = False
+    """Let attention see how far tokens are apart on the grid (rotary position embeddings), beside where they stand."""
 
     def __post_init__(self) -> None:
         _positive(self, "width", "depth", "heads")
+        _one_of(self, "norm", Norm)
+        _one_of(self, "mlp", Mlp)
         _require(self.mlp_ratio > 0, f"mlp_ratio is {self.mlp_ratio}, but it must be positive")
         _require(self.width % self.heads == 0, f"width {self.width} is not a multiple of the {self.heads} heads")
+        _require(
+            not self.rotary or self.head_width % 4 == 0,
+            f"heads of {self.head_width} features can't be turned: rotary needs a multiple of 4",
+        )
+
+    @property
+    def head_width(self) -> int:
+        """Features of an attention head."""
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """Features inside a block's MLP; under `swiglu` its first layer makes twice as many."""
+        full = self.width * self.mlp_ratio
+        return 8 * math.ceil(full / 12) if self.mlp == "swiglu" else int(full)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Letters of shapes: n images, s tokens in the sequence, e width.
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
@@ -12,26 +13,52 @@ from torch.nn import functional
 from mar.config import TrunkConfig
 from mar.model.attention import attend
 from mar.model.dropout import Dropout, by_hand
+from mar.model.rotary import turn
 from mar.runtime import Linear
 
 NORM_EPS = 1e-6
 
 
+def make_norm(trunk: TrunkConfig) -> nn.Module:
+    """The normalisation of tokens that a trunk asks for."""
+    return (nn.RMSNorm if trunk.norm == "rms" else nn.LayerNorm)(trunk.width, eps=NORM_EPS)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection for queries, keys and values, in this order."""
 
-    def __init__(self, width: int, heads: int, attention_dropout: float, projection_dropout: float) -> None:
+    def __init__(self, trunk: TrunkConfig, attention_dropout: float, projection_dropout: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads = trunk.heads
         self.attention_dropout = attention_dropout
-        self.qkv = Linear(width, 3 * width)
-        self.out = Linear(width, width)
+        self.qkv = Linear(trunk.width, 3 * trunk.width)
+        self.norms = nn.ModuleList(nn.RMSNorm(trunk.head_width, eps=NORM_EPS) for _ in "qk" if trunk.qk_norm)
+        self.out = Linear(trunk.width, trunk.width)
         self.dropout = Dropout(projection_dropout)
 
-    def forward(self, x: Float[Tensor, "n s e"], keys: Bool[Tensor, "n 1 1 s"] | None = None) -> Float[Tensor, "n s e"]:
-        """`keys` says which tokens may be attended to (all where None)."""
-        projected: Tensor = self.dropout(self.out(self.mix(self.qkv(x), keys)))
+    def forward(
+        self,
+        x: Float[Tensor, "n s e"],
+        keys: Bool[Tensor, "n 1 1 s"] | None = None,
+        turns: Float[Tensor, "#n s half_d two"] | None = None,
+    ) -> Float[Tensor, "n s e"]:
+        """`keys` says which tokens may be attended to (all where None), `turns` where each stands (`rotary`)."""
+        projected: Tensor = self.dropout(self.out(self.mix(self.prepare(self.qkv(x), turns), keys)))
         return projected
+
+    def prepare(
+        self, qkv: Float[Tensor, "n s three_e"], turns: Float[Tensor, "#n s half_d two"] | None
+    ) -> Float[Tensor, "n s three_e"]:
+        """Queries and keys normalised and turned, where the trunk asks for it."""
+        if not self.norms and turns is None:
+            return qkv
+        *queries_and_keys, v = qkv.chunk(3, dim=-1)
+        prepared = [x.unflatten(-1, (self.heads, -1)) for x in queries_and_keys]
+        if self.norms:
+            prepared = [norm(x).to(qkv.dtype) for norm, x in zip(self.norms, prepared, strict=True)]
+        if turns is not None:
+            prepared = [turn(x, turns) for x in prepared]
+        return torch.cat([*(x.flatten(2) for x in prepared), v], dim=-1)
 
     def mix(self, qkv: Float[Tensor, "n s three_e"], keys: Bool[Tensor, "n 1 1 s"] | None) -> Float[Tensor, "n s e"]:
         """Values mixed by attention, the heads side by side."""
@@ -49,18 +76,30 @@ class Block(nn.Module):
 
     def __init__(self, trunk: TrunkConfig, attention_dropout: float, projection_dropout: float) -> None:
         super().__init__()
-        hidden = int(trunk.width * trunk.mlp_ratio)
-        self.norm1 = nn.LayerNorm(trunk.width, eps=NORM_EPS)
-        self.attention = Attention(trunk.width, trunk.heads, attention_dropout, projection_dropout)
-        self.norm2 = nn.LayerNorm(trunk.width, eps=NORM_EPS)
-        self.fc1 = Linear(trunk.width, hidden)
-        self.fc2 = Linear(hidden, trunk.width)
+        self.gated = trunk.mlp == "swiglu"
+        self.norm1 = make_norm(trunk)
+        self.attention = Attention(trunk, attention_dropout, projection_dropout)
+        self.norm2 = make_norm(trunk)
+        self.fc1 = Linear(trunk.width, (1 + self.gated) * trunk.hidden)
+        self.fc2 = Linear(trunk.hidden, trunk.width)
         self.dropout = Dropout(projection_dropout)
 
-    def forward(self, x: Float[Tensor, "n s e"], keys: Bool[Tensor, "n 1 1 s"] | None = None) -> Float[Tensor, "n s e"]:
-        x = x + self.attention(self.norm1(x), keys)
-        hidden = self.dropout(functional.gelu(self.fc1(self.norm2(x))))
+    def forward(
+        self,
+        x: Float[Tensor, "n s e"],
+        keys: Bool[Tensor, "n 1 1 s"] | None = None,
+        turns: Float[Tensor, "#n s half_d two"] | None = None,
+    ) -> Float[Tensor, "n s e"]:
+        x = x + self.attention(self.norm1(x), keys, turns)
+        hidden = self.dropout(self.activate(self.fc1(self.norm2(x))))
         return x + self.dropout(self.fc2(hidden))
+
+    def activate(self, x: Float[Tensor, "n s _"]) -> Float[Tensor, "n s _"]:
+        """The MLP's nonlinearity: GELU, or SiLU of one half as the gate of the other."""
+        if not self.gated:
+            return functional.gelu(x)
+        gate, value = x.chunk(2, dim=-1)
+        return functional.silu(gate) * value
 
 
 def stack(trunk: TrunkConfig, attention_dropout: float, projection_dropout: float) -> nn.ModuleList:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mar.config import ModelConfig
 from mar.diffusion.head import DiffusionHead
-from mar.model.blocks import NORM_EPS, stack
+from mar.model.blocks import NORM_EPS, make_norm, stack
+from mar.model.rotary import turns
 from mar.model.tokens import put, take
 from mar.runtime import Linear
 
@@ -26,6 +27,8 @@ class MAR(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.encoder_turns: Tensor | None
+        self.decoder_turns: Tensor | None
         e, f, length = config.encoder.width, config.decoder.width, config.tokens
         dropouts = (config.attention_dropout, config.projection_dropout)
 
@@ -35,14 +38,19 @@ class MAR(nn.Module):
         self.encoder_position = nn.Parameter(torch.empty(config.buffer + length, e))
         self.embed_norm = nn.LayerNorm(e, eps=NORM_EPS)
         self.encoder = stack(config.encoder, *dropouts)
-        self.encoder_norm = nn.LayerNorm(e, eps=NORM_EPS)
+        self.encoder_norm = make_norm(config.encoder)
 
         self.decoder_embed = Linear(e, f)
         self.mask_token = nn.Parameter(torch.empty(f))
         self.decoder_position = nn.Parameter(torch.empty(config.buffer + length, f))
         self.decoder = stack(config.decoder, *dropouts)
-        self.decoder_norm = nn.LayerNorm(f, eps=NORM_EPS)
+        self.decoder_norm = make_norm(config.decoder)
         self.diffusion_position = nn.Parameter(torch.empty(length, f))
+
+        for name, trunk in (("encoder_turns", config.encoder), ("decoder_turns", config.decoder)):
+            patches = (config.grid[0] // config.patch, config.grid[1] // config.patch)
+            table = turns(config.buffer, patches, trunk.head_width) if trunk.rotary else None
+            self.register_buffer(name, table, persistent=False)
 
         self.head = DiffusionHead(config.token_width, f, config.head)
         self.initialise()
@@ -94,8 +102,12 @@ class MAR(nn.Module):
         keys = None
         if ragged:
             keys = nn.functional.pad(visible < length, (buffer, 0), value=True)[:, None, None, :]
+        stands = None
+        if self.encoder_turns is not None:
+            carried, placed = self.encoder_turns[:buffer].expand(n, -1, -1, -1), self.encoder_turns[buffer:].flatten(1)
+            stands = torch.cat([carried, take(placed.expand(n, -1, -1), visible).unflatten(-1, (-1, 2))], dim=1)
         for block in self.encoder:
-            x = block(x, keys)
+            x = block(x, keys, stands)
         encoded: Tensor = self.encoder_norm(x)
         return encoded
 
@@ -105,8 +117,9 @@ class MAR(nn.Module):
         x = self.decoder_embed(encoded)
         hidden = self.mask_token.to(x.dtype).expand(len(x), length, -1)
         x = torch.cat([x[:, :buffer], put(hidden, visible, x[:, buffer:])], dim=1) + self.decoder_position
+        stands = None if self.decoder_turns is None else self.decoder_turns.unsqueeze(0)
         for block in self.decoder:
-            x = block(x)
+            x = block(x, turns=stands)
         z: Tensor = self.decoder_norm(x)[:, buffer:] + self.diffusion_position
         return z
 

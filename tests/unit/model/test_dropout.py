@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import noise
 
+from mar.config import TrunkConfig
 from mar.model.attention import attend
 from mar.model.blocks import Attention
 from mar.model.dropout import Dropout, keep, share
@@ -61,12 +62,12 @@ def test_attention_is_the_formula(rate: float) -> None:
 
 
 def test_attention_without_dropout_is_pytorchs() -> None:
-    attention, x = Attention(12, 3, 1e-9, 0.0), noise(2, 7, 12)
+    attention, x = Attention(TrunkConfig(12, 1, 3), 1e-9, 0.0), noise(2, 7, 12)
     torch.testing.assert_close(attention.train()(x), attention.eval()(x))
 
 
 def test_attention_in_bfloat16() -> None:
-    attention, x = Attention(12, 3, 0.1, 0.0).train(), noise(2, 7, 12).requires_grad_()
+    attention, x = Attention(TrunkConfig(12, 1, 3), 0.1, 0.0).train(), noise(2, 7, 12).requires_grad_()
     torch.manual_seed(4)
     expected = attention(x)
     torch.manual_seed(4)

@@ -11,6 +11,9 @@ from mar import runtime
 from mar.config import HeadConfig, TrunkConfig
 from mar.model.mar import MAR, UNCONDITIONAL
 
+MODERN = TrunkConfig(width=16, depth=2, heads=2, norm="rms", mlp="swiglu", qk_norm=True, rotary=True)
+trunks = pytest.mark.parametrize("trunk", [TRUNK, MODERN], ids=["paper", "modern"])
+
 VISIBLE = torch.tensor([[0, 3, 7], [2, 9, 15]])
 LABELS = torch.tensor([0, 2])
 
@@ -19,8 +22,9 @@ def changed(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).abs().max() > 1e-3)
 
 
-def test_hidden_tokens_are_not_seen() -> None:
-    of, tokens = model(), noise(2, 16, 2)
+@trunks
+def test_hidden_tokens_are_not_seen(trunk: TrunkConfig) -> None:
+    of, tokens = model(encoder=trunk, decoder=trunk), noise(2, 16, 2)
     z = of(tokens, LABELS, VISIBLE)
     assert z.shape == (2, 16, 16)
     hidden = torch.ones(2, 16, dtype=torch.bool).scatter(1, VISIBLE, False).unsqueeze(-1)
@@ -32,8 +36,9 @@ def test_hidden_tokens_are_not_seen() -> None:
     assert torch.equal(after[1], z[1])
 
 
-def test_it_matters_where_a_visible_token_stands_but_not_its_place_in_the_list() -> None:
-    of, tokens = model(), noise(1, 16, 2).expand(2, -1, -1)
+@trunks
+def test_it_matters_where_a_visible_token_stands_but_not_its_place_in_the_list(trunk: TrunkConfig) -> None:
+    of, tokens = model(encoder=trunk, decoder=trunk), noise(1, 16, 2).expand(2, -1, -1)
     z = of(tokens, LABELS[[0, 0]], torch.tensor([[0, 3, 7], [7, 0, 3]]))
     torch.testing.assert_close(z[0], z[1])
     same = tokens.clone()
@@ -59,8 +64,9 @@ def test_without_a_class_the_null_embedding_stands_in() -> None:
     assert torch.equal(both, unconditional.null_class.expand(2, -1))
 
 
-def test_ragged_equals_each_image_on_its_own() -> None:
-    of, tokens = model(), noise(4, 16, 2)
+@trunks
+def test_ragged_equals_each_image_on_its_own(trunk: TrunkConfig) -> None:
+    of, tokens = model(encoder=trunk, decoder=trunk), noise(4, 16, 2)
     each = [[1, 5, 6], [2], [], list(range(16))]
     padded = torch.tensor([positions + [16] * (16 - len(positions)) for positions in each])
     labels = torch.tensor([0, 1, 2, UNCONDITIONAL])
@@ -71,8 +77,9 @@ def test_ragged_equals_each_image_on_its_own() -> None:
         torch.testing.assert_close(z[row], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_padding_must_be_declared() -> None:
-    of, tokens = model(), noise(1, 16, 2)
+@trunks
+def test_padding_must_be_declared(trunk: TrunkConfig) -> None:
+    of, tokens = model(encoder=trunk, decoder=trunk), noise(1, 16, 2)
     padded = torch.tensor([[1, 5, 16]])
     z = [of(tokens, LABELS[:1], padded, ragged=ragged) for ragged in (True, False)]
     assert changed(*z)  # `ragged` is what keeps padding out of the attention
@@ -85,6 +92,7 @@ def test_padding_must_be_declared() -> None:
         {"grid": (4, 8), "patch": 2, "channels": 3},
         {"encoder": TrunkConfig(8, 2, 2), "decoder": TrunkConfig(24, 1, 3)},
         {"head": HeadConfig(32, 3, diffusion_steps=10), "buffer": 7, "classes": 0},
+        {"encoder": MODERN, "decoder": MODERN, "grid": (4, 8), "patch": 2},
     ],
 )
 def test_any_shape(changes: dict[str, object]) -> None:
@@ -149,8 +157,9 @@ def test_bf16_is_for_matrices_only() -> None:
     assert of(tokens, LABELS, VISIBLE).dtype == torch.float32
 
 
-def test_every_tensor_is_used() -> None:
-    of = model().train()
+@trunks
+def test_every_tensor_is_used(trunk: TrunkConfig) -> None:
+    of = model(encoder=trunk, decoder=trunk).train()
     z = of(noise(3, 16, 2), torch.tensor([0, 1, UNCONDITIONAL]), torch.tensor([[0, 3], [4, 5], [6, 9]]))
     t = torch.arange(48).view(3, 16)
     of.head(noise(3, 16, 2), t, z).square().sum().backward()

@@ -1,0 +1,49 @@
+"""Rotary positions: as complex numbers, and what attention sees of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import noise
+from torch import Tensor
+
+from mar.config import ConfigError, TrunkConfig
+from mar.model.rotary import BASE, turn, turns
+
+ROWS, COLUMNS, WIDTH = 3, 5, 8
+
+
+def seen(q: Tensor, k: Tensor, at: tuple[int, int], other: tuple[int, int]) -> float:
+    """The product of a query at one place and a key at another."""
+    table = turns(2, (ROWS, COLUMNS), WIDTH)[2:].view(1, ROWS, COLUMNS, WIDTH // 2, 2)
+    both = [turn(x.view(1, 1, 1, WIDTH), table[:, row, column, None]) for x, (row, column) in ((q, at), (k, other))]
+    return float((both[0] * both[1]).sum())
+
+
+def test_features_are_turned_as_complex_numbers() -> None:
+    table, x = turns(1, (ROWS, COLUMNS), WIDTH), noise(1, 1 + ROWS * COLUMNS, 2, WIDTH)
+    turned = turn(x, table.unsqueeze(0))
+    torch.testing.assert_close(turned[:, 0], x[:, 0])  # a buffer token
+    for token in range(ROWS * COLUMNS):
+        row, column = divmod(token, COLUMNS)
+        angles = torch.tensor([row, row * BASE**-0.5, column, column * BASE**-0.5])
+        numbers = torch.complex(x[0, 1 + token, :, :4], x[0, 1 + token, :, 4:]) * torch.polar(torch.ones(4), angles)
+        torch.testing.assert_close(turned[0, 1 + token], torch.cat([numbers.real, numbers.imag], -1))
+
+
+def test_attention_sees_the_distance_alone() -> None:
+    q, k = noise(2, WIDTH)
+    near = seen(q, k, (0, 1), (1, 3))
+    assert seen(q, k, (1, 2), (2, 4)) == pytest.approx(near, abs=1e-5)
+    for other in ((0, 3), (1, 2), (2, 3), (1, 4)):
+        assert abs(seen(q, k, (0, 1), other) - near) > 1e-3
+
+
+def test_the_table_is_real_where_weights_are_to_come() -> None:
+    with torch.device("meta"):
+        assert turns(2, (2, 2), 4).device.type == "cpu"
+
+
+def test_heads_that_can_t_be_turned() -> None:
+    with pytest.raises(ConfigError, match="heads of 6 features can't be turned: rotary needs a multiple of 4"):
+        TrunkConfig(width=12, depth=1, heads=2, rotary=True)
