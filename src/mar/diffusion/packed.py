@@ -7,7 +7,7 @@ of a product, and a multiplication goes together with the addition behind it. Le
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from jaxtyping import Float, Int
@@ -17,20 +17,25 @@ from torch.nn import functional
 from mar.diffusion.head import NORM_EPS, DiffusionHead, Modulations, ResidualBlock
 from mar.runtime import Linear
 
-ROWS = 8
-"""For so many rows weights are laid out; with more it runs as well."""
+ROWS, MANY = 8, 64
+"""For how many rows weights are laid out, and from how many on PyTorch's own product is as fast (measured)."""
 
 
 class PackedLinear:
-    """A linear layer, and SiLU behind it where `activation` is swish, by oneDNN on weights in its own order."""
+    """A linear layer, and SiLU behind it where asked for, by oneDNN on weights in its own order."""
 
-    def __init__(self, linear: Linear, activation: Literal["none", "swish"] = "none") -> None:
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), ROWS)
-        self.bias, self.activation = linear.bias.detach(), activation
+    def __init__(self, linear: Linear, silu: bool = False) -> None:
+        self.plain, self.bias = linear.weight.detach(), linear.bias.detach()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(self.plain, ROWS)
+        self.silu = silu
 
     def __call__(self, x: Float[Tensor, "r i"]) -> Float[Tensor, "r o"]:
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, self.activation, [], "")
-        return product
+        if len(x) < MANY:
+            behind = "swish" if self.silu else "none"
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, behind, [], "")
+            return product
+        product = functional.linear(x, self.plain, self.bias)
+        return functional.silu(product, inplace=True) if self.silu else product
 
 
 class PackedHead:
@@ -40,8 +45,9 @@ class PackedHead:
         self.head, self.config, self.token_width = head, head.config, head.token_width
         blocks = [cast(ResidualBlock, block) for block in head.blocks]
         self.norms = [(block.norm.weight.detach(), block.norm.bias.detach()) for block in blocks]
-        self.products = [(PackedLinear(block.fc1, "swish"), PackedLinear(block.fc2)) for block in blocks]
+        self.products = [(PackedLinear(block.fc1, silu=True), PackedLinear(block.fc2)) for block in blocks]
         self.output = PackedLinear(head.output)
+        self.buffers = [layer.weight.new_empty(0, layer.out_features) for layer in head.modulation_layers()]
 
     def embed_times(self, t: Int[Tensor, "..."]) -> Float[Tensor, "... w"]:
         return self.head.embed_times(t)
@@ -53,10 +59,16 @@ class PackedHead:
         return self.head.embed_tokens(x)
 
     def modulations(self, condition: Float[Tensor, "... w"]) -> Modulations:
-        """As the head's, but that scales have 1 added."""
-        found, width = self.head.modulations(condition), self.config.width
-        for layer in found:
-            layer[..., width : 2 * width] += 1
+        """As the head's, but that scales have 1 added. Those of the last call are written over: memory of this size is
+        costly to get."""
+        rows, width = condition.flatten(0, -2), self.config.width
+        found = []
+        for buffer, layer in zip(self.buffers, self.head.modulation_layers(), strict=True):
+            if buffer.shape[0] < len(rows):
+                buffer.resize_(len(rows), layer.out_features)
+            out = torch.addmm(layer.bias, rows, layer.weight.T, out=buffer[: len(rows)])
+            out[:, width : 2 * width] += 1
+            found.append(out.unflatten(0, condition.shape[:-1]))
         return found
 
     def denoise_embedded(self, h: Float[Tensor, "r w"], modulations: Modulations) -> Float[Tensor, "r two_d"]:

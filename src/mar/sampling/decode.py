@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from mar.config import Order, RevealSchedule, SamplingConfig
+from mar.config import ModelConfig, Order, RevealSchedule, SamplingConfig
 from mar.diffusion.head import DiffusionHead
 from mar.diffusion.packed import PackedHead, packed
 from mar.diffusion.schedule import Schedule, respace, trained
@@ -27,6 +27,9 @@ from mar.model.tokens import take
 from mar.sampling.draws import Draws
 from mar.sampling.guidance import GuidedHead
 from mar.sampling.pace import Pace, paces
+
+CACHED_BYTES = 2**24
+"""How much the activations of a transformer block's MLP may take."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +241,15 @@ def conditions(
     if len(without):
         labels = torch.cat([labels, torch.full_like(without, UNCONDITIONAL)])
         tokens, visible, asked = (torch.cat([each, each[without]]) for each in (tokens, visible, asked))
-    return model(tokens, labels, visible, ragged=ragged, only=asked)
+    some = images_at_once(model.config) if tokens.device.type == "cpu" else len(tokens)
+    groups = zip(*(each.split(some) for each in (tokens, labels, visible, asked)), strict=True)
+    return torch.cat([model(*group[:3], ragged=ragged, only=group[3]) for group in groups])
+
+
+def images_at_once(config: ModelConfig) -> int:
+    """How many images a CPU runs through the trunk together: more gain nothing in its products, and leave its cache."""
+    widest = max(trunk.hidden for trunk in (config.encoder, config.decoder))
+    return max(1, CACHED_BYTES // (4 * widest * (config.buffer + config.tokens)))
 
 
 def visible_positions(unknown: Bool[Tensor, "n L"]) -> tuple[Int[Tensor, "n v"], bool]:

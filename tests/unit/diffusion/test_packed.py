@@ -18,7 +18,7 @@ from mar.sampling.guidance import GuidedHead
 STEPS = 7
 
 
-@pytest.mark.parametrize("rows", [1, 2, 8, 33])
+@pytest.mark.parametrize("rows", [1, 2, 8, 70])
 @pytest.mark.parametrize("guided", [False, True])
 def test_it_gives_the_numbers_of_the_head(rows: int, guided: bool) -> None:
     head = model(head=HeadConfig(width=48, depth=3)).head
