@@ -26,6 +26,7 @@ from torch.nn import functional
 from mar.config import SamplingConfig
 from mar.diffusion.gaussian import Coefficients, reverse
 from mar.diffusion.head import DiffusionHead
+from mar.diffusion.packed import packed
 from mar.diffusion.schedule import Schedule, cosine, respace
 from mar.model.mar import MAR
 from mar.presets import HASTE, MODELS, SAMPLING, hastened
@@ -176,9 +177,9 @@ def states(model: MAR, task: Task) -> Iterator[tuple[DecodeState, int]]:
 
 def time_ours(model: MAR, task: Task, state: DecodeState) -> Seconds:
     """Seconds of one reveal step; what is neither encoder nor decoder counts as the head."""
-    draws = SeededDraws(range(len(task.labels)))
+    draws, head = SeededDraws(range(len(task.labels))), packed(model.head)
     with stopwatch(model) as seconds:
-        after, total = timed(lambda: reveal(model, task.labels, state, task.sampling, task.schedule, draws))
+        after, total = timed(lambda: reveal(model, task.labels, state, task.sampling, task.schedule, draws, head))
     assert isinstance(after, DecodeState)
     assert after.tokens.isfinite().all()
     return {**seconds, "head": total - sum(seconds.values())}

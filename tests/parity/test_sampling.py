@@ -124,6 +124,7 @@ def recorded_kernels(model: MAR, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("this machine's matrix products round otherwise than those of the machine that recorded")
     kernels = SimpleNamespace(gelu=recorded_machine.gelu, scaled_dot_product_attention=recorded_machine.attention)
     monkeypatch.setattr("mar.model.blocks.functional", kernels)
+    monkeypatch.setattr(decoding, "packed", lambda head: head)
 
 
 def sampling_of(settings: dict[str, Any], diffusion_steps: int) -> SamplingConfig:

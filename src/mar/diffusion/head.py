@@ -96,8 +96,8 @@ class DiffusionHead(nn.Module):
         self, x: Float[Tensor, "... d"], t: Int[Tensor, "..."], z: Float[Tensor, "... f"]
     ) -> Float[Tensor, "... two_d"]:
         """The whole network at once, as in training; `t` are timestep numbers of the trained schedule."""
-        condition = self.condition(self.embed_times(t), self.z_embed(z))
-        h = widen(self.input(x))
+        condition = self.condition(self.embed_times(t), self.embed_conditions(z))
+        h = self.embed_tokens(x)
         for block in self.blocks:
             h = block(h, condition)
         return self.final(h, self.final_modulation(condition))
@@ -110,6 +110,15 @@ class DiffusionHead(nn.Module):
             return embedded
         table = self.time_embed(torch.arange(steps, device=t.device))
         return functional.embedding(t, table)
+
+    def embed_conditions(self, z: Float[Tensor, "... f"]) -> Float[Tensor, "... w"]:
+        """z as the modulations take it."""
+        embedded: Tensor = self.z_embed(z)
+        return embedded
+
+    def embed_tokens(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... w"]:
+        """Noisy tokens as the first block takes them."""
+        return widen(self.input(x))
 
     @staticmethod
     def condition(time: Float[Tensor, "... w"], z: Float[Tensor, "... w"]) -> Float[Tensor, "... w"]:
@@ -126,7 +135,7 @@ class DiffusionHead(nn.Module):
 
     def denoise(self, x: Float[Tensor, "... d"], modulations: Modulations) -> Float[Tensor, "... two_d"]:
         """The part that depends on the noisy tokens x."""
-        return self.denoise_embedded(widen(self.input(x)), modulations)
+        return self.denoise_embedded(self.embed_tokens(x), modulations)
 
     def denoise_embedded(self, h: Float[Tensor, "... w"], modulations: Modulations) -> Float[Tensor, "... two_d"]:
         """`denoise` behind the input layer, for callers that run one x under several conditions."""

@@ -1,12 +1,12 @@
 """The transformer block of the encoder and the decoder: pre-norm attention and MLP (paper, section 4; ViT).
 
-Letters of shapes: n images, s tokens in the sequence, e width.
+Letters of shapes: n images, s tokens in the sequence, r of them that are asked for, e width.
 """
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -14,6 +14,7 @@ from mar.config import TrunkConfig
 from mar.model.attention import attend
 from mar.model.dropout import Dropout, by_hand
 from mar.model.rotary import turn
+from mar.model.tokens import take
 from mar.runtime import Linear
 
 NORM_EPS = 1e-6
@@ -41,9 +42,12 @@ class Attention(nn.Module):
         x: Float[Tensor, "n s e"],
         keys: Bool[Tensor, "n 1 1 s"] | None = None,
         turns: Float[Tensor, "#n s half_d two"] | None = None,
-    ) -> Float[Tensor, "n s e"]:
-        """`keys` says which tokens may be attended to (all where None), `turns` where each stands (`rotary`)."""
-        projected: Tensor = self.dropout(self.out(self.mix(self.prepare(self.qkv(x), turns), keys)))
+        only: Int[Tensor, "n r"] | None = None,
+    ) -> Float[Tensor, "n r e"]:
+        """`keys` says which tokens may be attended to (all where None), `turns` where each stands (`rotary`), and
+        `only` which ones are asked for (all where None: r = s; an index of s gives what is to be thrown away)."""
+        mixed = self.mix(self.prepare(self.qkv(x), turns), keys)
+        projected: Tensor = self.dropout(self.out(mixed if only is None else take(mixed, only)))
         return projected
 
     def prepare(
@@ -89,8 +93,11 @@ class Block(nn.Module):
         x: Float[Tensor, "n s e"],
         keys: Bool[Tensor, "n 1 1 s"] | None = None,
         turns: Float[Tensor, "#n s half_d two"] | None = None,
-    ) -> Float[Tensor, "n s e"]:
-        x = x + self.attention(self.norm1(x), keys, turns)
+        only: Int[Tensor, "n r"] | None = None,
+    ) -> Float[Tensor, "n r e"]:
+        """All as in `Attention`: the tokens that are asked for, which attend to all."""
+        gathered = self.attention(self.norm1(x), keys, turns, only)
+        x = (x if only is None else take(x, only)) + gathered
         hidden = self.dropout(self.activate(self.fc1(self.norm2(x))))
         return x + self.dropout(self.fc2(hidden))
 

@@ -1,7 +1,7 @@
 """MAR: an encoder of the visible tokens, a decoder of all, a condition z per token, and the head that draws tokens.
 
 Source: paper (arXiv 2406.11838), section 3.4 and figure 2b. Letters of shapes: n images, L tokens, d values of a token,
-b buffer tokens, v visible tokens, s = b + v, e encoder width, f decoder width.
+b buffer tokens, v visible tokens, r tokens that are asked for, s = b + v, e encoder width, f decoder width.
 """
 
 from __future__ import annotations
@@ -76,13 +76,14 @@ class MAR(nn.Module):
         visible: Int[Tensor, "n v"],
         *,
         ragged: bool = False,
-    ) -> Float[Tensor, "n L f"]:
+        only: Int[Tensor, "n r"] | None = None,
+    ) -> Float[Tensor, "n r f"]:
         """tokens -> z. Only tokens at `visible` positions are read.
 
         Labels are class numbers, or UNCONDITIONAL. `ragged`: images see different numbers of tokens; their positions
-        are padded to one length with L.
+        are padded to one length with L. `only`: at these positions, padded with L; at all where None (r = L).
         """
-        return self.decode(self.encode(tokens, labels, visible, ragged=ragged), visible)
+        return self.decode(self.encode(tokens, labels, visible, ragged=ragged), visible, only)
 
     def encode(
         self,
@@ -111,16 +112,25 @@ class MAR(nn.Module):
         encoded: Tensor = self.encoder_norm(x)
         return encoded
 
-    def decode(self, encoded: Float[Tensor, "n s e"], visible: Int[Tensor, "n v"]) -> Float[Tensor, "n L f"]:
-        """Fills in mask tokens at hidden positions, and gives every position its condition z."""
+    def decode(
+        self, encoded: Float[Tensor, "n s e"], visible: Int[Tensor, "n v"], only: Int[Tensor, "n r"] | None = None
+    ) -> Float[Tensor, "n r f"]:
+        """Fills in mask tokens at hidden positions, and gives every position its condition z; `only` as in `forward`.
+
+        All tokens are needed by all blocks but the last: there, only those that are asked for.
+        """
         buffer, length = self.config.buffer, self.config.tokens
         x = self.decoder_embed(encoded)
         hidden = self.mask_token.to(x.dtype).expand(len(x), length, -1)
         x = torch.cat([x[:, :buffer], put(hidden, visible, x[:, buffer:])], dim=1) + self.decoder_position
         stands = None if self.decoder_turns is None else self.decoder_turns.unsqueeze(0)
-        for block in self.decoder:
+        if only is None:
+            only = torch.arange(length, device=x.device).expand(len(x), -1)
+        *blocks, last = self.decoder
+        for block in blocks:
             x = block(x, turns=stands)
-        z: Tensor = self.decoder_norm(x)[:, buffer:] + self.diffusion_position
+        x = last(x, turns=stands, only=buffer + only)
+        z: Tensor = self.decoder_norm(x) + take(self.diffusion_position.expand(len(x), -1, -1), only)
         return z
 
     def embed_labels(self, labels: Int[Tensor, " n"]) -> Float[Tensor, "n e"]:

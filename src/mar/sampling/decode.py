@@ -14,15 +14,22 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from mar.config import Order, RevealSchedule, SamplingConfig
+from mar.config import ModelConfig, Order, RevealSchedule, SamplingConfig
+from mar.diffusion.head import DiffusionHead
+from mar.diffusion.packed import PackedHead, packed
 from mar.diffusion.schedule import Schedule, respace, trained
 from mar.diffusion.solvers import SOLVERS, noises
 from mar.model.mar import MAR, UNCONDITIONAL
 from mar.model.masking import arranged, reveal_schedule, unknown_order
+from mar.model.tokens import take
 from mar.sampling.draws import Draws
 from mar.sampling.guidance import GuidedHead
 from mar.sampling.pace import Pace, paces
+
+CACHED_BYTES = 2**24
+"""How much the activations of a transformer block's MLP may take."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +75,10 @@ class Turn(NamedTuple):
 
 
 class Conditions(NamedTuple):
-    """z of the images of a reveal step."""
+    """z of the tokens that a reveal step reveals."""
 
-    z: Float[Tensor, "n_and_g L f"]
-    """For each turn; then, for each that is guided, without the class."""
+    z: Float[Tensor, "n_and_g r f"]
+    """For each turn, padded; then, for each that is guided, without the class."""
     without: dict[int, int]
     """Row of a guided turn -> row of z without the class."""
     residual: Float[Tensor, "n L f"] | None
@@ -109,9 +116,9 @@ def decode(
     Image i of the batch depends on its label, its draws and its known tokens alone.
     """
     sampling.check(model.config)
-    schedule = trained(model.config.head)
+    schedule, head = trained(model.config.head), packed(model.head)
     while state.step < state.steps:
-        state = reveal(model, labels, state, sampling, schedule, draws)
+        state = reveal(model, labels, state, sampling, schedule, draws, head)
         yield state
 
 
@@ -123,10 +130,12 @@ def reveal(
     sampling: SamplingConfig,
     schedule: Schedule,
     draws: Draws,
+    head: DiffusionHead | PackedHead | None = None,
 ) -> DecodeState:
     """One reveal step: conditions from the visible tokens, then the diffusion of the tokens to be revealed.
 
-    `schedule` is the one that the diffusion's timesteps are taken from. Images that take as many of them, and are
+    `schedule` is the one that the diffusion's timesteps are taken from, and `head` the model's, as it may be packed for
+    all steps (by default, as it is). Images that take as many of them, and are
     guided alike, are diffused together: all of them, unless known tokens made their reveals differ.
     """
     device = state.tokens.device
@@ -135,7 +144,7 @@ def reveal(
     tokens, unknown = state.tokens, state.unknown
     for _, alike in groupby(sorted(turns, key=_kind), key=_kind):
         group = list(alike)
-        drawn = diffuse(model, found, group, sampling, schedule, draws)
+        drawn = diffuse(head or model.head, found, group, sampling, schedule, draws)
         images = torch.tensor([turn.image for turn in group for _ in turn.positions])
         places = torch.cat([turn.positions for turn in group])
         tokens = tokens.index_put((images.to(device), places.to(device)), drawn)
@@ -166,8 +175,12 @@ def all_conditions(
     device = state.tokens.device
     active = [turn.image for turn in turns]
     images = torch.tensor(active, device=device)
+    length = state.unknown.shape[1]
+    wanted = pad_sequence([turn.positions for turn in turns], batch_first=True, padding_value=length).to(device)
+    every = torch.arange(length, device=device).expand(len(turns), -1)
     fresh = torch.tensor([turn.row for turn in turns if turn.pace.refresh], dtype=torch.long, device=device)
-    z = conditions(model, state.tokens[images], labels[images], state.unknown[active], fresh)
+    asked = wanted if guidance_refresh == 1 else every  # a difference that is kept is one of all tokens
+    z = conditions(model, state.tokens[images], labels[images], state.unknown[active], fresh, asked)
     guided = [turn.row for turn in turns if turn.pace.guided]
     without = {row: len(turns) + place for place, row in enumerate(guided)}
     if guidance_refresh == 1:
@@ -177,11 +190,12 @@ def all_conditions(
         residual = z.new_zeros(len(state.orders), *z.shape[1:])
     residual = residual.index_copy(0, images[fresh], refreshed - conditional[fresh])
     rows = torch.tensor(guided, dtype=torch.long, device=device)
-    return Conditions(torch.cat([conditional, conditional[rows] + residual[images[rows]]]), without, residual)
+    both = torch.cat([conditional, conditional[rows] + residual[images[rows]]])
+    return Conditions(take(both, torch.cat([wanted, wanted[rows]])), without, residual)
 
 
 def diffuse(
-    model: MAR,
+    head: DiffusionHead | PackedHead,
     found: Conditions,
     group: Sequence[Turn],
     sampling: SamplingConfig,
@@ -191,7 +205,7 @@ def diffuse(
     """The tokens that the turns of a group, alike in their pace, reveal."""
     device = found.z.device
     steps, guided = _kind(group[0])
-    places = torch.cat([turn.positions for turn in group]).to(device)
+    places = torch.cat([torch.arange(len(turn.positions)) for turn in group]).to(device)
     rows = torch.tensor([turn.row for turn in group for _ in turn.positions], device=device)
     z, scale = found.z[rows, places], None
     if guided:
@@ -200,13 +214,13 @@ def diffuse(
         scale = torch.tensor([[turn.pace.scale] for turn in group for _ in turn.positions], device=device)
 
     respaced = respace(schedule, steps, sampling.spacing, sampling.noisiest)
-    count, width = noises(sampling.solver, steps), model.config.token_width
+    count, width = noises(sampling.solver, steps), head.token_width
     noise = torch.cat([draws.noise(turn.image, count, len(turn.positions), width) for turn in group], dim=1)
     return SOLVERS[sampling.solver](
-        GuidedHead(model.head, z, respaced.timesteps, scale),
+        GuidedHead(head, z, respaced.timesteps, scale),
         noise.to(device),
         respaced,
-        model.config.head.prediction,
+        head.config.prediction,
         temperature=sampling.temperature,
         x0_bound=sampling.x0_bound,
     )
@@ -218,14 +232,24 @@ def conditions(
     labels: Int[Tensor, " n"],
     unknown: Bool[Tensor, "n L"],
     without: Int[Tensor, " u"],
-) -> Float[Tensor, "n_and_u L f"]:
-    """z from the visible tokens: of all images, and then of the images `without` once more, without the class."""
+    asked: Int[Tensor, "n r"],
+) -> Float[Tensor, "n_and_u r f"]:
+    """z of the tokens that are `asked` for, from the visible tokens: of all images, and then of the images `without`
+    once more, without the class."""
     visible, ragged = visible_positions(unknown)
     visible = visible.to(tokens.device)
     if len(without):
         labels = torch.cat([labels, torch.full_like(without, UNCONDITIONAL)])
-        tokens, visible = torch.cat([tokens, tokens[without]]), torch.cat([visible, visible[without]])
-    return model(tokens, labels, visible, ragged=ragged)
+        tokens, visible, asked = (torch.cat([each, each[without]]) for each in (tokens, visible, asked))
+    some = images_at_once(model.config) if tokens.device.type == "cpu" else len(tokens)
+    groups = zip(*(each.split(some) for each in (tokens, labels, visible, asked)), strict=True)
+    return torch.cat([model(*group[:3], ragged=ragged, only=group[3]) for group in groups])
+
+
+def images_at_once(config: ModelConfig) -> int:
+    """How many images a CPU runs through the trunk together: more gain nothing in its products, and leave its cache."""
+    widest = max(trunk.hidden for trunk in (config.encoder, config.decoder))
+    return max(1, CACHED_BYTES // (4 * widest * (config.buffer + config.tokens)))
 
 
 def visible_positions(unknown: Bool[Tensor, "n L"]) -> tuple[Int[Tensor, "n v"], bool]:

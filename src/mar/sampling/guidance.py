@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mar.config import SamplingConfig
 from mar.diffusion.head import DiffusionHead, Modulations
-from mar.runtime import widen
+from mar.diffusion.packed import PackedHead
 
 MODULATION_BYTES = 128 * 2**20
 """How much memory shift, scale and gate of one chunk of diffusion steps may take."""
@@ -40,7 +40,7 @@ class GuidedHead:
 
     def __init__(
         self,
-        head: DiffusionHead,
+        head: DiffusionHead | PackedHead,
         z: Float[Tensor, "rows f"],
         timesteps: Int[Tensor, " t"],
         scale: Float[Tensor, "r 1"] | None = None,
@@ -49,9 +49,9 @@ class GuidedHead:
         self.head = head
         self.scale = scale
         self.times = head.embed_times(timesteps.to(z.device))
-        self.z = head.z_embed(z)
+        self.z = head.embed_conditions(z)
         width, depth = head.config.width, head.config.depth
-        step_bytes = len(z) * width * (3 * depth + 2) * head.input.weight.element_size()
+        step_bytes = len(z) * width * (3 * depth + 2) * self.z.element_size()
         self.chunk = max(1, budget // max(step_bytes, 1))
         self.first = self.end = 0  # steps [first, end) have their modulations in `ready`
         self.ready: Modulations = []
@@ -62,11 +62,11 @@ class GuidedHead:
             self.first, self.end = max(0, index + 1 - self.chunk), index + 1
             times = self.times[self.first : self.end]
             self.ready = []  # frees the last chunk before the next is made
-            self.ready = self.head.modulations(self.head.condition(times.unsqueeze(1), self.z.unsqueeze(0)))
+            self.ready = self.head.modulations(DiffusionHead.condition(times.unsqueeze(1), self.z.unsqueeze(0)))
         return [layer[index - self.first] for layer in self.ready]
 
     def __call__(self, x: Float[Tensor, "r d"], index: int) -> Float[Tensor, "r two_d"]:
-        embedded = widen(self.head.input(x))
+        embedded = self.head.embed_tokens(x)
         if self.scale is None:
             return self.head.denoise_embedded(embedded, self.modulations(index))
         conditional, unconditional = self.head.denoise_embedded(

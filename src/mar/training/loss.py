@@ -89,7 +89,7 @@ class DiffusionLoss(nn.Module):
         tokens = patchify(latents, config.patch)
         labels = torch.where(draws.drop_label, UNCONDITIONAL, labels)
         hidden, visible = split(draws.order, draws.masked)
-        z = take(self.model(tokens, labels, visible), hidden)
+        z = self.model(tokens, labels, visible, only=hidden)
         return self.head_loss(take(tokens, hidden), z, draws.timestep, draws.noise)
 
     def head_loss(

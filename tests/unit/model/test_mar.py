@@ -78,6 +78,16 @@ def test_ragged_equals_each_image_on_its_own(trunk: TrunkConfig) -> None:
 
 
 @trunks
+def test_conditions_of_some_tokens_are_those_among_all(trunk: TrunkConfig) -> None:
+    of, tokens = model(encoder=trunk, decoder=trunk), noise(2, 16, 2)
+    z, some = of(tokens, LABELS, VISIBLE), torch.tensor([[1, 5, 16], [15, 3, 4]])  # 16: padding
+    found = of(tokens, LABELS, VISIBLE, only=some)
+    assert found.shape == (2, 3, 16)
+    for image, place in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2)):
+        torch.testing.assert_close(found[image, place], z[image, some[image, place]])
+
+
+@trunks
 def test_padding_must_be_declared(trunk: TrunkConfig) -> None:
     of, tokens = model(encoder=trunk, decoder=trunk), noise(1, 16, 2)
     padded = torch.tensor([[1, 5, 16]])

@@ -80,14 +80,17 @@ def test_the_residual_is_the_difference_at_the_last_refresh() -> None:
     assert first.residual is None
     assert after_first.residual is not None
     assert after_second.residual is not None
-    turns = take_turns(first, sampling, 16, guidable=True)
+    nothing = torch.empty(2, 0, dtype=torch.long)
     with torch.no_grad():
-        found = all_conditions(TINY, LABELS, first, turns, 1)  # both halves, as they are
-        torch.testing.assert_close(after_first.residual, found.z[2:] - found.z[:2])
+        z, without = (
+            TINY(first.tokens, labels, nothing) for labels in (LABELS, torch.full_like(LABELS, UNCONDITIONAL))
+        )
+        torch.testing.assert_close(after_first.residual, without - z)
         turns = take_turns(after_first, sampling, 16, guidable=True)
         assert not any(turn.pace.refresh for turn in turns)
         kept = all_conditions(TINY, LABELS, after_first, turns, 2)
-    torch.testing.assert_close(kept.z[2:] - kept.z[:2], after_first.residual)
+    drawn = torch.stack([residual[turn.positions] for residual, turn in zip(after_first.residual, turns, strict=True)])
+    torch.testing.assert_close(kept.z[2:] - kept.z[:2], drawn)
     assert torch.equal(after_second.residual, after_first.residual)
 
 

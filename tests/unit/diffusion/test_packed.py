@@ -1,0 +1,57 @@
+"""The packed head says what the head says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import config, model, noise
+
+from mar import runtime
+from mar.config import HeadConfig, SamplingConfig
+from mar.diffusion.head import DiffusionHead
+from mar.diffusion.packed import PackedHead, packed
+from mar.diffusion.schedule import respace, trained
+from mar.sampling.decode import all_unknown, decode, reveal, start
+from mar.sampling.draws import SeededDraws
+from mar.sampling.guidance import GuidedHead
+
+STEPS = 7
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 70])
+@pytest.mark.parametrize("guided", [False, True])
+def test_it_gives_the_numbers_of_the_head(rows: int, guided: bool) -> None:
+    head = model(head=HeadConfig(width=48, depth=3)).head
+    ready = packed(head)
+    assert isinstance(ready, PackedHead)
+    z, x = noise((1 + guided) * rows, 16, seed=1), noise(rows, 2, seed=2)
+    scale = 1 + torch.rand(rows, 1) if guided else None
+    timesteps = respace(trained(head.config), STEPS).timesteps
+    with torch.no_grad():
+        both = [GuidedHead(each, z, timesteps, scale, budget=50_000) for each in (head, ready)]
+        for index in reversed(range(STEPS)):  # over several chunks of modulations
+            plain, fast = (each(x, index) for each in both)
+            torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
+            assert float((fast - plain).abs().max()) < 1e-5 * float(plain.std())
+
+
+def test_pictures_are_those_of_the_head() -> None:
+    of, sampling = model(), SamplingConfig(steps=5, diffusion_steps=6, guidance=2.0)
+    draws, labels = (SeededDraws([0, 1, 2]) for _ in range(2)), torch.tensor([0, 1, 2])
+    first, second = draws
+    state = start(torch.zeros(3, 16, 2), all_unknown(3, 16), sampling.steps, first)
+    *_, fast = decode(of, labels, state, sampling, first)
+    state = start(torch.zeros(3, 16, 2), all_unknown(3, 16), sampling.steps, second)
+    while state.step < state.steps:
+        state = reveal(of, labels, state, sampling, trained(of.config.head), second)
+    torch.testing.assert_close(fast.tokens, state.tokens, rtol=1e-4, atol=1e-4)
+
+
+def test_only_plain_float32_on_a_cpu_is_packed() -> None:
+    for change in (lambda of: runtime.set_matrix_dtype(of, torch.bfloat16), lambda of: of.double()):
+        of = model()
+        change(of)
+        assert packed(of.head) is of.head
+    with torch.device("meta"):
+        head = DiffusionHead(2, 16, config().head)
+    assert packed(head) is head
