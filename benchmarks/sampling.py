@@ -28,6 +28,7 @@ from mar.diffusion.gaussian import Coefficients, reverse
 from mar.diffusion.head import DiffusionHead
 from mar.diffusion.packed import packed
 from mar.diffusion.schedule import Schedule, cosine, respace
+from mar.model.int8 import quantise
 from mar.model.mar import MAR
 from mar.presets import HASTE, MODELS, SAMPLING, hastened
 from mar.runtime import set_matrix_dtype
@@ -79,7 +80,7 @@ def main() -> None:
 
     before = product_speed(torch.float32), product_speed(torch.bfloat16)
     bf16 = options.bf16 == "yes" or (options.bf16 == "auto" and before[1] >= before[0])
-    runs = measure(model, task, options.repeats, bf16)
+    runs = measure(model, task, options.repeats, bf16, options.int8)
     after = product_speed(torch.float32)
     print_settings(options, task, model)
     product = "x".join(map(str, PRODUCT))
@@ -105,6 +106,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--bf16", choices=("auto", "yes", "no"), default="auto", help="auto: where its products are faster"
     )
+    parser.add_argument("--int8", action="store_true", help="measure weights of 8 bits, too")
     options = parser.parse_args()
     for name in ("steps", "diffusion_steps", "images", "every", "repeats"):
         if getattr(options, name) < 1:
@@ -143,12 +145,15 @@ def timed(run: Callable[[], Tensor | DecodeState]) -> tuple[Tensor | DecodeState
     return run(), time.perf_counter() - begin
 
 
-def measure(model: MAR, task: Task, repeats: int, bf16: bool) -> dict[str, Seconds]:
+def measure(model: MAR, task: Task, repeats: int, bf16: bool, int8: bool) -> dict[str, Seconds]:
     """Seconds of all reveal steps by part, for each way of running them."""
     models = {"fp32": model}
     if bf16:
         models["bf16"] = copy.deepcopy(model)
         set_matrix_dtype(models["bf16"], torch.bfloat16)
+    if int8:
+        models["int8"] = copy.deepcopy(model)
+        quantise(models["int8"])
     totals: dict[str, Seconds] = {name: dict.fromkeys(PARTS, 0.0) for name in models} | {LOOP: {"head": 0.0}}
     for state, weight in states(model, task):
         rounds: list[dict[str, Seconds]] = []

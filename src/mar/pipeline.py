@@ -17,9 +17,10 @@ from torch import Tensor
 
 from mar import runtime
 from mar.checkpoint import store
-from mar.config import SamplingConfig, to_dict
+from mar.config import ConfigError, SamplingConfig, to_dict
 from mar.data.labels import resolve_labels
 from mar.data.transforms import Transform
+from mar.model.int8 import quantise, quantised
 from mar.model.mar import MAR
 from mar.presets import hastened
 from mar.sampling.generate import generate
@@ -86,11 +87,18 @@ class Pipeline(
         return height * self.tokenizer.stride, width * self.tokenizer.stride
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
-        """Moves model and tokenizer to a device; `dtype` (float32, bfloat16) is that of the model's matrices."""
+        """Moves model and tokenizer to a device; `dtype` is that of the model's matrices: float32, bfloat16, or int8.
+
+        ConfigError for int8 elsewhere than on a CPU, and for what int8 weights can no longer become.
+        """
+        if quantised(self.model) and not (dtype in (None, torch.int8) and torch.device(device or "cpu").type == "cpu"):
+            raise ConfigError(f"int8 weights stay what and where they are: load the model again for {dtype or device}")
         if device is not None:
             self.model.to(device)
             self.tokenizer.to(device)
-        if dtype is not None:
+        if dtype is torch.int8:
+            quantise(self.model)
+        elif dtype is not None:
             runtime.set_matrix_dtype(self.model, dtype)
         return self
 
@@ -237,8 +245,11 @@ class Pipeline(
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Writes one safetensors file: model, tokenizer, and all that is needed to draw.
 
-        `dtype` bfloat16 halves the file; opened again, its weights are those rounded ones in float32.
+        `dtype` bfloat16 halves the file; opened again, its weights are those rounded ones in float32. ConfigError for
+        a model whose weights were turned to int8.
         """
+        if quantised(self.model):
+            raise ConfigError("int8 weights are for drawing and can't be saved: save the model as it was loaded")
         header = store.Header(
             self.model.config, self.sampling, self.tokenizer.spec(), self.classes, self.weights, self.notes
         )

@@ -32,7 +32,8 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: t
 
     `name` is a bundled model (fashion), an official one (mar-base, mar-large, mar-huge, after `mar download`), a folder
     or a file that mar wrote, an official `checkpoint-last.pth`, or a repository of the Hub. `device`: the best there is
-    by default. `dtype` of the model's matrices: float32 or bfloat16. Raises ValueError where there is no such model.
+    by default. `dtype` of the model's matrices: float32, bfloat16, or int8 on a CPU. Raises ValueError where there is
+    no such model.
     """
     found = device if isinstance(device, torch.device) else runtime.choose_device(device)
     return _open(str(name)).to(found, dtype)

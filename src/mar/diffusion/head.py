@@ -89,8 +89,8 @@ class DiffusionHead(nn.Module):
                 nn.init.zeros_(module.bias)
         for layer in (self.time_embed.fc1, self.time_embed.fc2):
             nn.init.normal_(layer.weight, std=0.02)
-        for layer in (*self.modulation_layers(), self.output):
-            nn.init.zeros_(layer.weight)
+        for last in (*self.modulation_layers(), self.output):
+            nn.init.zeros_(cast(Linear, last).weight)
 
     def forward(
         self, x: Float[Tensor, "... d"], t: Int[Tensor, "..."], z: Float[Tensor, "... f"]
@@ -129,9 +129,9 @@ class DiffusionHead(nn.Module):
         """Shift, scale and gate of every layer."""
         return [layer(condition) for layer in self.modulation_layers()]
 
-    def modulation_layers(self) -> list[Linear]:
-        """The layers that compute them: of each block, and the last."""
-        return [cast(ResidualBlock, block).modulation for block in self.blocks] + [self.final_modulation]
+    def modulation_layers(self) -> list[nn.Module]:
+        """The linear layers that compute them: of each block, and the last."""
+        return [*(cast(ResidualBlock, block).modulation for block in self.blocks), self.final_modulation]
 
     def denoise(self, x: Float[Tensor, "... d"], modulations: Modulations) -> Float[Tensor, "... two_d"]:
         """The part that depends on the noisy tokens x."""

@@ -47,7 +47,8 @@ class PackedHead:
         self.norms = [(block.norm.weight.detach(), block.norm.bias.detach()) for block in blocks]
         self.products = [(PackedLinear(block.fc1, silu=True), PackedLinear(block.fc2)) for block in blocks]
         self.output = PackedLinear(head.output)
-        self.buffers = [layer.weight.new_empty(0, layer.out_features) for layer in head.modulation_layers()]
+        self.layers = [cast(Linear, layer) for layer in head.modulation_layers()]
+        self.buffers = [layer.weight.new_empty(0, layer.out_features) for layer in self.layers]
 
     def embed_times(self, t: Int[Tensor, "..."]) -> Float[Tensor, "... w"]:
         return self.head.embed_times(t)
@@ -63,7 +64,7 @@ class PackedHead:
         costly to get."""
         rows, width = condition.flatten(0, -2), self.config.width
         found = []
-        for buffer, layer in zip(self.buffers, self.head.modulation_layers(), strict=True):
+        for buffer, layer in zip(self.buffers, self.layers, strict=True):
             if buffer.shape[0] < len(rows):
                 buffer.resize_(len(rows), layer.out_features)
             out = torch.addmm(layer.bias, rows, layer.weight.T, out=buffer[: len(rows)])
@@ -84,6 +85,7 @@ class PackedHead:
 def packed(head: DiffusionHead) -> DiffusionHead | PackedHead:
     """The head, packed where that serves: plain float32 weights on a CPU, and a PyTorch that has oneDNN."""
     weights = [parameter for name, parameter in head.named_parameters() if name.endswith("weight")]
-    plain = all(type(w) is torch.nn.Parameter and w.device.type == "cpu" and w.dtype is torch.float32 for w in weights)
+    plain = all(type(cast(ResidualBlock, block).fc1) is Linear for block in head.blocks)
+    plain &= all(type(w) is torch.nn.Parameter and w.device.type == "cpu" and w.dtype is torch.float32 for w in weights)
     can = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     return PackedHead(head) if plain and can else head
