@@ -3,7 +3,7 @@
     python benchmarks/memory.py [--model mar-huge] [--dtype fp32 bf16 int8]
 
 Weights are random, of the size of the official ones. Fewer reveal steps than usual reveal more tokens in each: no step
-of a usual run takes more. Each precision is measured in a process of its own. Linux only, as its kernel counts the peak.
+of a usual run takes more. Each precision is measured in a process of its own. Linux only: its kernel counts the peak.
 """
 
 from __future__ import annotations
@@ -13,13 +13,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
+from sampling import random_model
 
 from mar.cli.options import torch_dtype
 from mar.pipeline import Pipeline
 from mar.presets import MODELS
 from mar.tokenizer.kl import kl16
-from sampling import random_model
 
 
 def resident(line: str) -> int:
@@ -55,7 +54,6 @@ def main() -> None:
         measure(options.model, options.dtype[0], options.steps, options.diffusion_steps)
         return
     for dtype in options.dtype:
-        torch.set_num_threads(2)
         subprocess.run([sys.executable, __file__, "--model", options.model, "--dtype", dtype, *settings], check=True)
 
 
