@@ -73,6 +73,7 @@ def _muon(named: Sequence[tuple[str, Tensor]], config: TrainConfig) -> Muon:
         for decay in (True, False)
     ]
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    groups = [group for group in groups if group["params"]]  # whose state could not be read back
     return Muon(groups, config.scaled_lr, factor=config.muon_factor, dtype=dtype)
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from tiny import config, model, open_tiny, pictures, train_config
 from torch import Tensor
 
 from mar.checkpoint import state_tree
-from mar.config import ConfigError, TrainConfig
+from mar.config import ConfigError, TrainConfig, TrunkConfig
 from mar.pipeline import Pipeline
 from mar.tokenizer import PixelTokenizer
 from mar.training.log import RunLog
@@ -116,8 +117,12 @@ def test_resume_is_bitwise(
         assert [line[name] for line in lines(tmp_path)] == [line[name] for line in whole]
 
 
-def test_muon_resumes_bitwise_too(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("modern", [False, True])
+def test_muon_resumes_bitwise_too(modern: bool, data: Path, tmp_path: Path) -> None:
     settings = train_config(data, optimizer="muon", lr=0.05)
+    if modern:
+        trunk = TrunkConfig(16, 1, 2, norm="rms", mlp="swiglu", qk_norm=True, rotary=True)
+        settings = replace(settings, model=replace(settings.model, encoder=trunk, decoder=trunk))
     whole = open_tiny(settings, tmp_path / "whole")
     assert go(whole)
     again = resumed(settings, tmp_path / "cut", [12], signal.SIGINT)
