@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from mar.config import SamplingConfig
+from mar.diffusion.head import DiffusionHead
+from mar.diffusion.packed import PackedHead, packed
 from mar.diffusion.schedule import cosine, respace
 from mar.model.mar import MAR
 from mar.model.tokens import patchify, unpatchify
@@ -144,12 +146,12 @@ def on_golden_tokens(state: DecodeState, case: str) -> DecodeState:
     return replace(state, tokens=theirs.masked_fill(state.unknown.unsqueeze(-1), 0.0))
 
 
-def step_by_step(model: MAR, case: str) -> Tensor:
+def step_by_step(model: MAR, case: str, head: DiffusionHead | PackedHead | None = None) -> Tensor:
     """All tokens (n, L, d), each drawn by us after the reference's tokens of the earlier steps."""
     state, sampling, draws = begin(case)
     tokens = state.tokens
     while state.step < state.steps:
-        after = reveal(model, golden(TRAINED)[f"{case}/labels"], state, sampling, SCHEDULE, draws)
+        after = reveal(model, golden(TRAINED)[f"{case}/labels"], state, sampling, SCHEDULE, draws, head)
         new = (state.unknown & ~after.unknown).unsqueeze(-1)
         tokens, state = torch.where(new, after.tokens, tokens), on_golden_tokens(after, case)
     return tokens
@@ -177,9 +179,12 @@ def test_latents_on_the_kernels_of_the_recording(model: MAR, case: str, golden_s
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_latents_step_by_step(model: MAR, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fast", [False, True])
+def test_latents_step_by_step(model: MAR, case: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = patchify(golden(TRAINED)[f"{case}/latents"], 1)
-    ours = step_by_step(model, case)
+    head = packed(model.head) if fast else None
+    assert fast == isinstance(head, PackedHead)
+    ours = step_by_step(model, case, head)
     error = (ours - theirs).abs().amax(-1) / theirs.std()
     assert (error < BOUND).float().mean() > 0.9
     assert error.median() < BOUND / 10
@@ -192,7 +197,7 @@ def test_latents_step_by_step(model: MAR, case: str, monkeypatch: pytest.MonkeyP
         return z * (1 + ROUNDING * torch.randn(z.shape, generator=generator))
 
     monkeypatch.setattr(decoding, "conditions", rounded)
-    moved = torch.stack([step_by_step(model, case) - ours for _ in range(6)])
+    moved = torch.stack([step_by_step(model, case, head) - ours for _ in range(6)])
     by_rounding = moved.abs().amax((0, -1)) / theirs.std()
     assert (error < BOUND + 4 * by_rounding).all()
 
