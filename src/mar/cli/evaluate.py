@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from mar.cli.features import FeatureFlags, Split, check_count, interruptible, progress, say_memory
-from mar.cli.options import SamplingFlags, one_voice, parse
+from mar.cli.options import SamplingFlags, one_voice, parse, save_png
 from mar.config import ConfigError, to_dict
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from mar.evaluation.evaluate import Collected, Report
     from mar.evaluation.features import Extractor
+    from mar.evaluation.neighbours import HeldOut
     from mar.evaluation.statistics import Statistics
     from mar.evaluation.streams import PictureSet
     from mar.evaluation.sweep import Table
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class EvaluateOptions(FeatureFlags, SamplingFlags):
     """Judges a model, or pictures that are there: FID or another Fréchet distance, Inception Score, KID, precision,
-    recall, class agreement. For several processes: torchrun --nproc-per-node 8 -m mar evaluate ..."""
+    recall, copies, class agreement. For several processes: torchrun --nproc-per-node 8 -m mar evaluate ..."""
 
     what: Annotated[str, tyro.conf.Positional]
     """A model by name, file or folder; a folder or .npz of pictures; or an .npz of `mar stats`."""
@@ -45,6 +46,14 @@ class EvaluateOptions(FeatureFlags, SamplingFlags):
     """Also the kernel distance, with its standard error."""
     precision: bool = False
     """Also precision and recall."""
+    neighbours: bool = False
+    """Also how near pictures come to those of the reference, which is to be what the model learned from."""
+    held_out: str | None = None
+    """Real pictures that it did not learn from, as for reference: also the share of copies, nearer than 99% of them."""
+    held_out_split: Split = "test"
+    """Which part of them."""
+    neighbours_grid: Path | None = None
+    """A .png of the pictures nearest to a reference picture: left the picture, right that of the reference."""
     splits: int = 10
     """Parts over which the Inception Score is averaged."""
     classifier: str | None = None
@@ -73,10 +82,26 @@ def _evaluate(arguments: Sequence[str], check: Callable[[], None]) -> int:
         check_count(options.count)
         if options.out is not None and options.out.is_dir() and not options.sweep:
             raise ConfigError(f"out is the folder {options.out}, expected a file for the report (.json)")
+        _check_grid(options)
     with runtime.process_group(options.device) as device:
         with one_voice():
             judge = _Judge(options, device, check)
         return _sweep(judge) if options.sweep else _once(judge)
+
+
+def _check_grid(options: EvaluateOptions) -> None:
+    path = options.neighbours_grid
+    if path is None:
+        return
+    from mar.evaluation.inputs import is_statistics
+
+    if path.suffix != ".png" or path.is_dir():
+        raise ConfigError(f"neighbours-grid is {path}, expected a file .png")
+    if options.sweep:
+        raise ConfigError("neighbours-grid shows one way of drawing, but a sweep has several; leave out one of the two")
+    for spec in (options.what, options.reference):
+        if is_statistics(spec):
+            raise ConfigError(f"neighbours-grid needs pictures on both sides, but {spec} has only their statistics")
 
 
 class _Judge:
@@ -86,6 +111,7 @@ class _Judge:
     """
 
     reference: Statistics
+    held_out: HeldOut | None = None
 
     def __init__(self, options: EvaluateOptions, device: torch.device, check: Callable[[], None]) -> None:
         from mar.evaluation.evaluate import Wanted
@@ -99,7 +125,8 @@ class _Judge:
             size = self.model.image_size
         elif options.sweep:
             raise ConfigError(f"a sweep compares ways of drawing, but {options.what} is no model")
-        self.wanted = Wanted(options.kid, options.precision, options.splits)
+        neighbours = options.neighbours or options.held_out is not None or options.neighbours_grid is not None
+        self.wanted = Wanted(options.kid, options.precision, options.splits, neighbours)
         self.extractor = options.extractor(device)
         self.classifier = (
             open_extractor(options.classifier, options.classifier_weights).to(device) if options.classifier else None
@@ -107,9 +134,12 @@ class _Judge:
         if self.model is None:
             self.given = open_either(options.what, self.extractor, self.wanted, size=size, limit=options.count)
             self._require_pictures()
-        self.opened = open_either(
-            options.reference, self.extractor, self.wanted, split=options.reference_split, size=size
-        )
+
+        def opened(spec: str, split: Split) -> Statistics | PictureSet:
+            return open_either(spec, self.extractor, self.wanted, split=split, size=size)
+
+        self.opened = opened(options.reference, options.reference_split)
+        self.opened_held_out = None if options.held_out is None else opened(options.held_out, options.held_out_split)
 
     def _load(self, device: torch.device) -> Pipeline:
         from mar.sampling.plan import Plan
@@ -137,8 +167,14 @@ class _Judge:
                 raise ConfigError(f"{name} needs pictures, but {self.options.what} has only their statistics")
 
     def measure_reference(self) -> None:
-        """Looks at the reference's pictures, unless it is statistics."""
+        """Looks at the reference's pictures, unless it is statistics; and at those that are held out."""
+        from mar.evaluation.neighbours import HeldOut
+
         self.reference = self._collect(self.opened, None).statistics
+        if self.opened_held_out is not None:
+            held_out = self._collect(self.opened_held_out, None).statistics
+            with one_voice():
+                self.held_out = HeldOut.of(held_out, self.reference)
 
     def report(self, **point: Any) -> Report:
         """On the pictures that are there, or on those drawn with the settings of `point`."""
@@ -146,7 +182,20 @@ class _Judge:
 
         collected = self._collect(self._drawn(point) if self.given is None else self.given, self.classifier)
         with one_voice():
-            return compare(collected, self.reference, self.extractor, self.wanted)
+            return compare(collected, self.reference, self.extractor, self.wanted, self.held_out)
+
+    def draw_grid(self, report: Report) -> None:
+        """Writes the nearest pairs as a picture, where that was asked for."""
+        from mar.evaluation.neighbours import sheet
+        from mar.evaluation.statistics import Statistics
+
+        path = self.options.neighbours_grid
+        if path is None:
+            return
+        pictures = self._drawn({}) if self.given is None else self.given
+        assert not isinstance(pictures, Statistics)  # `_check_grid`
+        assert not isinstance(self.opened, Statistics)
+        save_png(sheet(report.pairs, pictures, self.opened), path, pairs=report.to_dict()["pairs"])
 
     def _collect(self, opened: Statistics | PictureSet, classifier: Extractor | None) -> Collected:
         from mar.evaluation.evaluate import Collected, collect
@@ -171,24 +220,29 @@ class _Judge:
         assert self.model is not None
         return DrawnPictures(
             self.model, self.plan, name=self.options.what, allow_broken=self.options.allow_broken,
-            **{**self.options.settings(), **point},
+            advance=lambda done: self.check(), **{**self.options.settings(), **point},
         )  # fmt: skip
 
     def settings(self, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What the numbers of a sweep over `points` depend on, beside the point."""
         from mar.evaluation.statistics import Statistics
 
-        options, model, opened = self.options, self.model, self.opened
+        def named(opened: Statistics | PictureSet, spec: str) -> tuple[str, int | None]:
+            if isinstance(opened, Statistics):
+                return opened.about.source if opened.about else spec, opened.count
+            return opened.name, len(opened)
+
+        options, model, held_out = self.options, self.model, self.opened_held_out
         assert model is not None
-        if isinstance(opened, Statistics):
-            source, count = opened.about.source if opened.about else options.reference, opened.count
-        else:
-            source, count = opened.name, len(opened)
+        source, count = named(self.opened, options.reference)
         sampling = to_dict(model.sampling_with(**options.settings()))
         return {
             "weights": model.fingerprint(), "pictures": len(self.plan), "seed": options.seed, "dtype": options.dtype,
             "tf32": options.tf32, "features": self.extractor.fingerprint, "reference": source,
             "reference_pictures": count, "kid": options.kid, "precision": options.precision, "splits": options.splits,
+            # None is as good as missing: sweeps of before there were neighbours go on
+            "neighbours": self.wanted.neighbours or None,
+            "held_out": None if held_out is None else list(named(held_out, str(options.held_out))),
             "classifier": self.classifier and self.classifier.fingerprint, "swept": ", ".join(sorted(points[0])),
             **{name: value for name, value in sampling.items() if name not in points[0]},
         }  # fmt: skip
@@ -207,6 +261,7 @@ def _once(judge: _Judge) -> int:
             _warn(report)
             if out is not None:
                 write_text(out, json.dumps(report.to_dict(), indent=1) + "\n")
+            judge.draw_grid(report)
     return 0
 
 
