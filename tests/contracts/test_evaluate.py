@@ -162,6 +162,67 @@ def test_pictures_against_themselves(kind: str, tmp_path: Path, capsys: pytest.C
     assert (report["inception_score"] is None) == (kind == "statistics")
 
 
+@pytest.fixture(scope="module")
+def learned(place: Path) -> Path:
+    """What the model draws with seed 0, as if it had learned it by heart; beside it `others.npz`, of seed 1."""
+    for seed, name in enumerate(("learned.npz", "others.npz")):
+        draw = ["--count", "120", "--seed", str(seed), "--out", str(place / name), "--device", "cpu", "--allow-broken"]
+        assert main(["generate", str(place / "model.safetensors"), *draw]) == 0
+    return place / "learned.npz"
+
+
+@pytest.mark.parametrize(("seed", "least", "most"), [(0, 1, 1), (2, 0, 0.1)])
+def test_copies_are_told_from_new_pictures(
+    seed: int, least: float, most: float, learned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seed 0 draws what was learned again; seed 2 as much of it as held-out pictures do."""
+    out, sheet = tmp_path / "r.json", tmp_path / "sheets" / "near.png"
+    more = ["--seed", str(seed), "--held-out", "others.npz", "--neighbours-grid", sheet, "--out", out, "--batch", "50"]
+    assert evaluate("model.safetensors", "--reference", learned, "--count", "120", "--allow-broken", *more) == 0
+    report = json.loads(out.read_text())
+    assert least <= report["copies"] <= most
+    assert report["held_out_distance"] > 0
+    assert (report["neighbour_distance"] < 1e-5) == (seed == 0)
+    assert f"{report['copies']:.2%} (nearer than 99% of held-out pictures)" in capsys.readouterr().out
+    distances = [pair["distance"] for pair in report["pairs"]]
+    assert distances == sorted(distances)
+    assert all(pair["picture"] == pair["reference"] for pair in report["pairs"]) == (seed == 0)
+    with Image.open(sheet) as image:
+        shown = np.asarray(image)
+        assert json.loads(image.info["mar"])["pairs"] == report["pairs"]
+    assert shown.shape == (8 * 112, 2 * 112, 3)
+    with np.load(learned) as held:
+        rows = [held["arr_0"][pair["reference"]] for pair in report["pairs"]]
+    right = np.broadcast_to(np.concatenate(rows), (32, 4, 3))
+    assert np.array_equal(shown[::28, 112::28], right)
+    assert np.array_equal(shown[::28, :112:28], right) == (seed == 0)
+
+
+def test_neighbours_of_statistics_with_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = tmp_path / "kept.npz"
+    assert main(["stats", "pictures", "--out", str(kept), "--image-size", "4", "--keep-features", *JUDGE]) == 0
+    assert evaluate(kept, "--reference", kept, "--neighbours") == 0
+    said = capsys.readouterr().out
+    assert "nearest reference picture        0 (median)" in said
+    assert "copies" not in said
+    assert "are in the reference" in refused(
+        capsys, "evaluate", "model.safetensors", "--reference", kept, "--held-out", kept
+    )
+
+
+def test_a_sweep_of_copies(tmp_path: Path, learned: Path) -> None:
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "sw"
+    near = ["--reference", learned, "--held-out", "others.npz", "--sweep", "K=1,4", "--out", folder]
+    assert evaluate("model.safetensors", *DRAW, *near) == 0
+    one, four = (row["report"]["copies"] for row in json.loads((folder / "sweep.json").read_text())["rows"])
+    assert four == 1  # this is how the pictures were drawn
+    assert one < 0.5
+    header = (folder / "sweep.csv").read_text().splitlines()[0]
+    assert ",copies," in header
+    assert "pairs" not in header
+
+
 def test_fewer_pictures_than_features(capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("pictures", "--reference", "pictures", "--count", "5") == 0
     said = capsys.readouterr()
@@ -179,6 +240,13 @@ def never(*_: object, **__: object) -> None:
     [
         (["model.safetensors", "--reference", "statistics.npz", "--kid"], ["need the features", "--keep-features"]),
         (["model.safetensors", "--reference", "statistics.npz", "--precision"], ["statistics.npz", "--keep-features"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--neighbours"], ["neighbours", "--keep-features"]),
+        (["model.safetensors", "--reference", "pictures", "--held-out", "statistics.npz"], ["--keep-features"]),
+        (["model.safetensors", "--reference", "pictures", "--held-out", "nowhere"], ["nowhere"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--neighbours-grid", "g.png"], ["needs pictures"]),
+        (["statistics.npz", "--reference", "pictures", "--neighbours-grid", "g.png"], ["needs pictures"]),
+        (["model.safetensors", "--reference", "pictures", "--neighbours-grid", "g.jpg"], ["g.jpg", ".png"]),
+        (["model.safetensors", "--reference", "pictures", "--neighbours-grid", "g.png", "--sweep", "K=1"], ["sweep"]),
         (["model.safetensors", "--reference", "large.npz"], ["(8, 8) and (4, 4)", "one resolution"]),
         (["model.safetensors", "--reference", "pictures.npz"], ["8x8", "expected 4x4"]),
         (["model.safetensors", "--reference", "nothing.npz"], ["nothing.npz"]),

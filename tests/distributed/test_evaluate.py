@@ -16,6 +16,7 @@ import tiny
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 from torch import Tensor
 
 from mar import runtime
@@ -117,6 +118,7 @@ def on_each_rank(rank: int, folder: Path) -> None:
 def commands(folder: Path, rank: int, world: int) -> None:
     """`mar evaluate` in this process of the group; what it says and ends with goes into a file."""
     report = ["evaluate", "model.safetensors", "--reference", "pictures", "--kid", "--out", f"report-{world}.json"]
+    report += ["--held-out", "others", "--neighbours-grid", f"near-{world}.png"]
     sweep = ["evaluate", "model.safetensors", "--reference", "s.npz", "--sweep", "K=1,2", "--out", f"sweep-{world}"]
     stats = ["stats", "pictures", "--out", f"stats-{world}.npz", "--image-size", "4"]
     broken = ["stats", "broken", "--out", f"broken-{world}.npz", "--batch", "2"]
@@ -142,12 +144,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny.pictures(folder / name, 8)
     broken = sorted((folder / "broken").glob("*/*.png"))[-1]
     broken.write_bytes(b"no picture")
+    for path in tiny.pictures(folder / "others", 6).glob("*/*.png"):
+        Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
     before = Path.cwd()
     os.chdir(folder)
     try:
         assert main(["stats", "pictures", "--out", "s.npz", "--image-size", "4", *JUDGE]) == 0
         (folder / "only-0.npz").write_bytes((folder / "s.npz").read_bytes())
         report = ["evaluate", "model.safetensors", "--reference", "pictures", "--kid", "--out", "report-1.json"]
+        report += ["--held-out", "others", "--neighbours-grid", "near-1.png"]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("mar.evaluation.evaluate.KERNEL_SUBSETS", 5)
             assert main([*report, *DRAW, *JUDGE]) == 0
@@ -203,7 +208,10 @@ def test_the_commands_of_several_processes(world: int, folder: Path) -> None:
     one, several = (json.loads((folder / f"report-{n}.json").read_text()) for n in (1, world))
     measures = [{k: v for k, v in r.items() if isinstance(v, float) and k != "seconds"} for r in (one, several)]
     assert measures[0] == pytest.approx(measures[1], rel=1e-5)
-    assert len(measures[0]) == 5
+    assert len(measures[0]) == 8
+    assert [pair["reference"] for pair in several["pairs"]] == [pair["reference"] for pair in one["pairs"]]
+    sheets = [np.asarray(Image.open(folder / f"near-{n}.png"), dtype=int) for n in (1, world)]
+    assert np.abs(sheets[0] - sheets[1]).max() <= 1
     assert len(json.loads((folder / f"sweep-{world}" / "sweep.json").read_text())["rows"]) == 2
     with np.load(folder / "s.npz") as mine, np.load(folder / f"stats-{world}.npz") as theirs:
         np.testing.assert_allclose(theirs["mu"], mine["mu"], rtol=1e-5)

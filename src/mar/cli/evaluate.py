@@ -11,25 +11,20 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from mar.cli.features import FeatureFlags, Split, check_count, interruptible, progress, say_memory
+from mar.cli.features import FeatureFlags, Split, check_count, interruptible
+from mar.cli.judge import Judge
 from mar.cli.options import SamplingFlags, one_voice, parse
-from mar.config import ConfigError, to_dict
+from mar.config import ConfigError
 
 if TYPE_CHECKING:
-    import torch
-
-    from mar.evaluation.evaluate import Collected, Report
-    from mar.evaluation.features import Extractor
-    from mar.evaluation.statistics import Statistics
-    from mar.evaluation.streams import PictureSet
+    from mar.evaluation.evaluate import Report
     from mar.evaluation.sweep import Table
-    from mar.pipeline import Pipeline
 
 
 @dataclass(frozen=True)
 class EvaluateOptions(FeatureFlags, SamplingFlags):
     """Judges a model, or pictures that are there: FID or another Fréchet distance, Inception Score, KID, precision,
-    recall, class agreement. For several processes: torchrun --nproc-per-node 8 -m mar evaluate ..."""
+    recall, copies, class agreement. For several processes: torchrun --nproc-per-node 8 -m mar evaluate ..."""
 
     what: Annotated[str, tyro.conf.Positional]
     """A model by name, file or folder; a folder or .npz of pictures; or an .npz of `mar stats`."""
@@ -45,6 +40,14 @@ class EvaluateOptions(FeatureFlags, SamplingFlags):
     """Also the kernel distance, with its standard error."""
     precision: bool = False
     """Also precision and recall."""
+    neighbours: bool = False
+    """Also how near pictures come to those of the reference, which is to be what the model learned from."""
+    held_out: str | None = None
+    """Real pictures that it did not learn from, as for reference: also the share of copies, nearer than 99% of them."""
+    held_out_split: Split = "test"
+    """Which part of them."""
+    neighbours_grid: Path | None = None
+    """A .png of the pictures nearest to a reference picture: left the picture, right that of the reference."""
     splits: int = 10
     """Parts over which the Inception Score is averaged."""
     classifier: str | None = None
@@ -73,128 +76,29 @@ def _evaluate(arguments: Sequence[str], check: Callable[[], None]) -> int:
         check_count(options.count)
         if options.out is not None and options.out.is_dir() and not options.sweep:
             raise ConfigError(f"out is the folder {options.out}, expected a file for the report (.json)")
+        _check_grid(options)
     with runtime.process_group(options.device) as device:
         with one_voice():
-            judge = _Judge(options, device, check)
+            judge = Judge(options, device, check)
         return _sweep(judge) if options.sweep else _once(judge)
 
 
-class _Judge:
-    """What stays the same from one set of pictures to the next: networks, model, reference.
+def _check_grid(options: EvaluateOptions) -> None:
+    path = options.neighbours_grid
+    if path is None:
+        return
+    from mar.evaluation.inputs import is_statistics
 
-    All is opened and checked before the first picture is drawn.
-    """
-
-    reference: Statistics
-
-    def __init__(self, options: EvaluateOptions, device: torch.device, check: Callable[[], None]) -> None:
-        from mar.evaluation.evaluate import Wanted
-        from mar.evaluation.features import open_extractor
-        from mar.evaluation.inputs import is_pictures, open_either
-
-        self.options, self.check = options, check
-        self.model, self.given, size = None, None, options.size()
-        if not is_pictures(options.what):
-            self.model = self._load(device)
-            size = self.model.image_size
-        elif options.sweep:
-            raise ConfigError(f"a sweep compares ways of drawing, but {options.what} is no model")
-        self.wanted = Wanted(options.kid, options.precision, options.splits)
-        self.extractor = options.extractor(device)
-        self.classifier = (
-            open_extractor(options.classifier, options.classifier_weights).to(device) if options.classifier else None
-        )
-        if self.model is None:
-            self.given = open_either(options.what, self.extractor, self.wanted, size=size, limit=options.count)
-            self._require_pictures()
-        self.opened = open_either(
-            options.reference, self.extractor, self.wanted, split=options.reference_split, size=size
-        )
-
-    def _load(self, device: torch.device) -> Pipeline:
-        from mar.sampling.plan import Plan
-
-        options = self.options
-        model = options.load(options.what, device)
-        model.sampling_with(**options.settings())
-        if options.size() not in (None, model.image_size):
-            height, width = model.image_size
-            raise ConfigError(f"image-size is {options.image_size}, but {options.what} draws {height}x{width}")
-        classes = list(range(model.model.config.classes)) or [-1]
-        if options.count is None:
-            self.plan = Plan.per_class(50, classes, options.seed)
-        else:
-            self.plan = Plan.total(options.count, classes, options.seed)
-        return model
-
-    def _require_pictures(self) -> None:
-        from mar.evaluation.statistics import Statistics
-
-        if not isinstance(self.given, Statistics):
-            return
-        for name in ("classifier", "count"):
-            if getattr(self.options, name) is not None:
-                raise ConfigError(f"{name} needs pictures, but {self.options.what} has only their statistics")
-
-    def measure_reference(self) -> None:
-        """Looks at the reference's pictures, unless it is statistics."""
-        self.reference = self._collect(self.opened, None).statistics
-
-    def report(self, **point: Any) -> Report:
-        """On the pictures that are there, or on those drawn with the settings of `point`."""
-        from mar.evaluation.evaluate import compare
-
-        collected = self._collect(self._drawn(point) if self.given is None else self.given, self.classifier)
-        with one_voice():
-            return compare(collected, self.reference, self.extractor, self.wanted)
-
-    def _collect(self, opened: Statistics | PictureSet, classifier: Extractor | None) -> Collected:
-        from mar.evaluation.evaluate import Collected, collect
-        from mar.evaluation.statistics import Statistics
-        from mar.evaluation.streams import DrawnPictures
-
-        if isinstance(opened, Statistics):
-            return Collected(opened)
-        if self.wanted.features:
-            say_memory(len(opened), self.extractor)
-        with one_voice(), progress(len(opened), self.check) as advance:
-            if isinstance(opened, DrawnPictures):
-                opened.advance = advance
-            return collect(
-                opened, self.extractor, wanted=self.wanted, classifier=classifier, batch=self.options.batch,
-                advance=advance,
-            )  # fmt: skip
-
-    def _drawn(self, point: dict[str, Any]) -> PictureSet:
-        from mar.evaluation.streams import DrawnPictures
-
-        assert self.model is not None
-        return DrawnPictures(
-            self.model, self.plan, name=self.options.what, allow_broken=self.options.allow_broken,
-            **{**self.options.settings(), **point},
-        )  # fmt: skip
-
-    def settings(self, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """What the numbers of a sweep over `points` depend on, beside the point."""
-        from mar.evaluation.statistics import Statistics
-
-        options, model, opened = self.options, self.model, self.opened
-        assert model is not None
-        if isinstance(opened, Statistics):
-            source, count = opened.about.source if opened.about else options.reference, opened.count
-        else:
-            source, count = opened.name, len(opened)
-        sampling = to_dict(model.sampling_with(**options.settings()))
-        return {
-            "weights": model.fingerprint(), "pictures": len(self.plan), "seed": options.seed, "dtype": options.dtype,
-            "tf32": options.tf32, "features": self.extractor.fingerprint, "reference": source,
-            "reference_pictures": count, "kid": options.kid, "precision": options.precision, "splits": options.splits,
-            "classifier": self.classifier and self.classifier.fingerprint, "swept": ", ".join(sorted(points[0])),
-            **{name: value for name, value in sampling.items() if name not in points[0]},
-        }  # fmt: skip
+    if path.suffix != ".png" or path.is_dir():
+        raise ConfigError(f"neighbours-grid is {path}, expected a file .png")
+    if options.sweep:
+        raise ConfigError("neighbours-grid shows one way of drawing, but a sweep has several; leave out one of the two")
+    for spec in (options.what, options.reference):
+        if is_statistics(spec):
+            raise ConfigError(f"neighbours-grid needs pictures on both sides, but {spec} has only their statistics")
 
 
-def _once(judge: _Judge) -> int:
+def _once(judge: Judge) -> int:
     from mar import runtime
     from mar.checkpoint.files import write_text
 
@@ -207,10 +111,11 @@ def _once(judge: _Judge) -> int:
             _warn(report)
             if out is not None:
                 write_text(out, json.dumps(report.to_dict(), indent=1) + "\n")
+            judge.draw_grid(report)
     return 0
 
 
-def _sweep(judge: _Judge) -> int:
+def _sweep(judge: Judge) -> int:
     from mar import runtime
     from mar.evaluation.plots import plot, require_matplotlib
     from mar.evaluation.sweep import Table, points

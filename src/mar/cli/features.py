@@ -64,7 +64,7 @@ class StatsOptions(FeatureFlags):
     count: int | None = None
     """Only the first so many."""
     keep_features: bool = False
-    """Keep the features themselves too, as KID, precision and recall need."""
+    """Keep the features themselves too, as KID, precision, recall and neighbours need."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 

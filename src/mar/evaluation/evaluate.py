@@ -22,6 +22,7 @@ from mar.evaluation import metrics
 from mar.evaluation.agreement import Agreement
 from mar.evaluation.features import Extractor, Features
 from mar.evaluation.metrics import ScoreSums
+from mar.evaluation.neighbours import HeldOut, Pair, closest, share_of_copies
 from mar.evaluation.statistics import About, Moments, Statistics, check_comparable, gather_rows
 from mar.evaluation.streams import Pictures, PictureSet, share
 from mar.sampling.generate import BrokenLatents
@@ -43,6 +44,8 @@ class Wanted:
     """Precision and recall. Keeps all features."""
     splits: int = 10
     """Parts over which the Inception Score is averaged; 10 in published figures."""
+    neighbours: bool = False
+    """How near pictures come to those of the reference. Keeps all features."""
 
     def __post_init__(self) -> None:
         if self.splits < 1:
@@ -51,7 +54,7 @@ class Wanted:
     @property
     def features(self) -> bool:
         """Whether all features have to be kept."""
-        return self.kernel or self.precision
+        return self.kernel or self.precision or self.neighbours
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +86,14 @@ class Report:
     kernel_distance_error: float | None = None
     precision: float | None = None
     recall: float | None = None
+    neighbour_distance: float | None = None
+    """The median of the pictures' distances to the nearest reference picture."""
+    held_out_distance: float | None = None
+    """The same of pictures that the model did not learn from."""
+    copies: float | None = None
+    """The share of pictures nearer to a reference picture than all but 1% of those are (`neighbours.HeldOut`)."""
+    pairs: tuple[Pair, ...] = ()
+    """The pictures nearest to a reference picture, the nearest first."""
     agreement: float | None = None
     worst_class: str | None = None
     worst_agreement: float | None = None
@@ -93,7 +104,7 @@ class Report:
         """Plain JSON-able values; None where something was not measured."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         values = {name: None if value != value else value for name, value in values.items()}  # JSON has no nan
-        return {**values, "warnings": list(self.warnings)}
+        return {**values, "pairs": [pair._asdict() for pair in self.pairs], "warnings": list(self.warnings)}
 
     def lines(self) -> list[tuple[str, str]]:
         """Names and values for people to read."""
@@ -104,6 +115,11 @@ class Report:
             found.append(("kernel distance (KID)", f"{self.kernel_distance:.4g} ± {self.kernel_distance_error:.2g}"))
         if self.precision is not None:
             found += [("precision", f"{self.precision:.4f}"), ("recall", f"{self.recall:.4f}")]
+        if self.neighbour_distance is not None:
+            found.append(("nearest reference picture", f"{self.neighbour_distance:.4g} (median)"))
+        if self.copies is not None:
+            found.append(("the same, held-out pictures", f"{self.held_out_distance:.4g} (median)"))
+            found.append(("copies", f"{self.copies:.2%} (nearer than 99% of held-out pictures)"))
         if self.agreement is not None:
             found.append(("of the class asked for", f"{self.agreement:.2%}"))
             found.append(("the same, the worst class", f"{self.worst_agreement:.2%} ({self.worst_class})"))
@@ -211,8 +227,13 @@ class _Sums:
         return (self.scores or self._score_sums(classes)).gather().score()
 
 
-def compare(collected: Collected, reference: Statistics, extractor: Extractor, wanted: Wanted) -> Report:
-    """What `collected` is beside `reference`. ValueError where they can't be compared, or features are missing."""
+def compare(
+    collected: Collected, reference: Statistics, extractor: Extractor, wanted: Wanted, held_out: HeldOut | None = None
+) -> Report:
+    """What `collected` is beside `reference`. ValueError where they can't be compared, or features are missing.
+
+    Where neighbours are wanted, `held_out` says how near is near: without it no share of copies is reported.
+    """
     own = collected.statistics
     if own.about is not None and reference.about is not None:
         check_comparable(own.about, reference.about)
@@ -225,19 +246,21 @@ def compare(collected: Collected, reference: Statistics, extractor: Extractor, w
         inception_score=score,
         inception_score_std=spread,
         seconds=collected.seconds,
-        warnings=doubts(own, reference, extractor.metric),
-        **_from_features(own.features, reference.features, wanted),
+        warnings=doubts(own, reference, extractor.metric) + (held_out.doubts() if held_out else ()),
+        **_from_features(own.features, reference.features, wanted, held_out),
         **_from_classes(collected),
     )
 
 
-def _from_features(own: Tensor | None, reference: Tensor | None, wanted: Wanted) -> dict[str, Any]:
+def _from_features(
+    own: Tensor | None, reference: Tensor | None, wanted: Wanted, held_out: HeldOut | None
+) -> dict[str, Any]:
     if not wanted.features:
         return {}
     if own is None or reference is None:
         raise ValueError(
-            "KID, precision and recall need the features of the reference's pictures, and it has only their mean and "
-            "covariance: give the pictures, or statistics that `mar stats --keep-features` made"
+            "KID, precision, recall and neighbours need the features of the reference's pictures, and it has only "
+            "their mean and covariance: give the pictures, or statistics that `mar stats --keep-features` made"
         )
     found: dict[str, Any] = {}
     if wanted.kernel:
@@ -247,6 +270,11 @@ def _from_features(own: Tensor | None, reference: Tensor | None, wanted: Wanted)
     if wanted.precision:
         precision, recall = metrics.precision_recall(reference, own)
         found |= {"precision": precision, "recall": recall}
+    if wanted.neighbours:
+        distances, numbers = metrics.neighbours(reference, own)
+        found |= {"neighbour_distance": float(distances.quantile(0.5)), "pairs": closest(distances, numbers)}
+        if held_out is not None:
+            found |= {"held_out_distance": held_out.median, "copies": share_of_copies(distances, held_out)}
     return found
 
 

@@ -71,8 +71,8 @@ def open_statistics(
         check_comparable(replace(found.about, source=str(path)), own)
     if wanted.features and found.features is None:
         raise ValueError(
-            f"KID, precision and recall need the features of all pictures, and {path} has only their mean and "
-            "covariance: give the pictures, or statistics that `mar stats --keep-features` made"
+            f"KID, precision, recall and neighbours need the features of all pictures, and {path} has only their mean "
+            "and covariance: give the pictures, or statistics that `mar stats --keep-features` made"
         )
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float, Float64, Int
+from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
 from mar import runtime
@@ -196,11 +196,23 @@ def _covered(points: Tensor, centres: Tensor, radii: Tensor) -> float:
 
 def nearest(real: Float[Tensor, "m d"], fake: Float[Tensor, "n d"]) -> Float64[Tensor, "n"]:
     """The Euclidean distance of each fake feature to the nearest real one; 0 for a copy. ValueError without real."""
+    return neighbours(real, fake)[0]
+
+
+def neighbours(
+    real: Float[Tensor, "m d"], fake: Float[Tensor, "n d"]
+) -> tuple[Float64[Tensor, "n"], Int64[Tensor, "n"]]:
+    """For each fake feature the Euclidean distance to the nearest real one, and which one that is.
+
+    All distances are compared, 64 MiB of them at a time. Raises ValueError without real features.
+    """
     if not len(real):
         raise ValueError("nearest: there are no real features to be near to")
     real, fake = real.double(), fake.double()
-    parts = [_exact(rows, real[_squared_distances(rows, real).argmin(1)]) for rows in fake.split(_rows(*real.shape))]
-    return torch.cat(parts).sqrt() if parts else fake.new_zeros(0)
+    chunks = fake.split(_rows(*real.shape))
+    numbers = torch.cat([_squared_distances(rows, real).argmin(1) for rows in chunks])
+    found = zip(chunks, numbers.split([len(rows) for rows in chunks]), strict=True)
+    return torch.cat([_exact(rows, real[nearest]) for rows, nearest in found]).sqrt(), numbers
 
 
 def agreement(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]) -> float:

@@ -148,7 +148,7 @@ class Table:
     def columns(self) -> list[str]:
         """Swept fields, then what was measured for any row, then seconds a picture."""
         swept = list(dict.fromkeys(name for row in self.rows for name in row.point))
-        left_out = {"metric", "seconds", "warnings", "count", "reference_count"}
+        left_out = {"metric", "seconds", "warnings", "count", "reference_count", "pairs"}
         names = dict.fromkeys(
             name for row in self.rows for name, v in row.report.items() if v is not None and name not in left_out
         )

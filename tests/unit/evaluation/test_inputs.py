@@ -115,7 +115,7 @@ def test_statistics_that_do_not_fit(statistics: str, tmp_path: Path) -> None:
     assert "features of tiny and of other" in refused(statistics, by=judges.other())
     assert "other weights or preprocessing" in refused(statistics, by=judges.retrained())
     assert "(8, 8) and (4, 4)" in refused(statistics, size=(4, 4))
-    assert "KID, precision and recall need the features" in refused(statistics, Wanted(kernel=True))
+    assert "KID, precision, recall and neighbours need the features" in refused(statistics, Wanted(kernel=True))
     assert "--keep-features" in refused(adm(tmp_path / "adm.npz"), Wanted(precision=True))
     found: Statistics | PictureSet = open_either(statistics, judges.tiny(), Wanted(), size=(8, 8))
     assert isinstance(found, Statistics)

@@ -21,6 +21,7 @@ from mar.evaluation.metrics import (
     inception_score,
     kernel_distance,
     nearest,
+    neighbours,
     precision_recall,
 )
 from mar.evaluation.statistics import Moments, Statistics
@@ -258,6 +259,10 @@ def test_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nearest(real, fake)[7] == 0
     small_chunks(monkeypatch)
     torch.testing.assert_close(nearest(real, fake), expected, rtol=1e-12, atol=0)
+    distances, numbers = neighbours(real, fake)
+    assert torch.equal(distances, nearest(real, fake))
+    assert numbers[7] == 299
+    torch.testing.assert_close((fake - real[numbers]).norm(dim=1), expected, rtol=1e-12, atol=0)
     assert nearest(real, fake[:0]).shape == (0,)
     with pytest.raises(ValueError, match="no real features"):
         nearest(real[:0], fake)
