@@ -87,7 +87,7 @@ def _options(name: str, chosen: TrainConfig, arguments: Sequence[str]) -> TrainO
 def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, name: str) -> int:
     """Trains the model; `chosen` is the recipe called `name`, before options changed it."""
     from mar import runtime
-    from mar.training.checks import check_tokenizer, unusual_rate
+    from mar.training.checks import check_tokenizer, copying, unusual_rate
     from mar.training.log import open_log
     from mar.training.loop import train as run_to_end
     from mar.training.run import export
@@ -98,8 +98,10 @@ def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, nam
     try:
         with one_voice():
             _watch(options, run, log)
-            if not run.progress.images and (warning := unusual_rate(options.config, chosen, name)):
-                log.note(warning)
+            if not run.progress.images:
+                warnings = (unusual_rate(options.config, chosen, name), copying(options.config, run.source))
+                for warning in filter(None, warnings):
+                    log.note(warning)
             check_tokenizer(run, log)
             if run.told is not None:
                 log.note(run.told)
