@@ -119,13 +119,15 @@ def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, nam
 
 def _watch(options: TrainOptions, run: Run, log: Log) -> None:
     """Has a run looked at while it learns: samples, the loss of held-out pictures, an evaluation."""
+    from mar.training.patience import Patience
     from mar.training.snapshot import export_and_draw, on_snapshot
     from mar.training.validation import Validation
 
     config = options.config
     on_snapshot(run, log, config.sample_every, lambda snapshot: export_and_draw(snapshot, log))
     if config.validate_every and run.held_out is not None:
-        on_snapshot(run, log, config.validate_every, Validation(run, log))
+        look: OnSnapshot = Validation(run, log)
+        on_snapshot(run, log, config.validate_every, Patience(run, log, look) if config.patience else look)
     elif config.validate_every:
         log.note(
             f"no validation loss: {config.data} has no test part with the same classes; --validate-on names other "

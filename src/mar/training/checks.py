@@ -77,8 +77,8 @@ def unusual_rate(config: TrainConfig, usual: TrainConfig, name: str) -> str | No
 
 def copying(config: TrainConfig, source: Source | LatentSource | StreamSource) -> str | None:
     """The warning for few pictures that are seen so often that a model may give them back as they are; None where they
-    are many or seen seldom, and for a stream, which is not counted."""
-    if isinstance(source, StreamSource) or len(source) >= FEW or config.images < OFTEN * len(source):
+    are many or seen seldom, where the run will stop by itself, and for a stream, which is not counted."""
+    if config.patience or isinstance(source, StreamSource) or len(source) >= FEW or config.images < OFTEN * len(source):
         return None
     return (
         f"warning: {len(source):,} pictures will be seen {config.images // len(source):,} times each, and a model may "

@@ -55,6 +55,7 @@ def test_few_pictures_that_are_seen_often_are_warned_of(tmp_path: Path, monkeypa
     assert warning.endswith("(--hold-out 10 --patience 3)")
     assert "\n" not in warning
     assert copying(replace(config, images=1_999), source) is None
+    assert copying(replace(config, patience=3), source) is None
     learned, _ = divide(source, 5)
     assert "16 pictures will be seen 124 times" in (copying(replace(config, images=1_999), learned) or "")
     monkeypatch.setattr(checks, "FEW", 20)
