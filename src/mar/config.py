@@ -342,6 +342,8 @@ class TrainConfig:
     """Compile the blocks with torch.compile; needs a compiler on the machine."""
     flip: bool | None = None
     """Mirror every other picture; by default, where the data says that its pictures may be."""
+    shift: int = 0
+    """Move each picture by up to so many pixels each way, at random, its edges repeated: for few pictures."""
     seed: int = 0
     workers: int = 0
     """Processes that read pictures ahead."""
@@ -370,7 +372,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "images", "batch", "save_every", "keep", "log_every", "accumulate", "validate_count")
-        for name in ("warmup", "decay", "sample_every", "validate_every", "patience", "workers", "weight_decay"):
+        not_negative = ("warmup", "decay", "shift", "sample_every", "validate_every", "patience", "workers")
+        for name in (*not_negative, "weight_decay"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, but it must not be negative")
         for name in ("lr", "muon_factor", "clip"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but it must be positive")

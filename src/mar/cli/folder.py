@@ -119,6 +119,11 @@ def _with_latents(steps: Steps, options: FolderOptions, tokens: _Tokens, out: Pa
     """The same, with what has to be done before latents can be learned."""
     config, vae = options.config, options.vae
     assert tokens.cells is not None
+    if config.shift:
+        raise ConfigError(
+            f"shift is {config.shift}, but the pictures are cached as latents, which can't be moved; "
+            "leave --shift out, or learn pixels (--tokenizer pixels)"
+        )
     size = (config.model.grid[0] * tokens.cells.stride, config.model.grid[1] * tokens.cells.stride)
     tokenizer, name = None, tokens.tokenizer
     if name == OWN:

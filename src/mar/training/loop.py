@@ -277,16 +277,10 @@ def _batches(run: Run) -> Iterator[Batch]:
     config, grid, stride = run.config, run.model.config.grid, run.tokenizer.stride
     size = (grid[0] * stride, grid[1] * stride)
     return batches(
-        run.source,
-        Transform(size, run.tokenizer.image_channels),
-        batch=config.batch,
-        seed=config.seed,
-        start=run.progress.images,
-        rank=runtime.rank(),
-        world=runtime.world_size(),
-        workers=config.workers,
-        flip=config.flip,
-    )
+        run.source, Transform(size, run.tokenizer.image_channels),
+        batch=config.batch, seed=config.seed, start=run.progress.images, rank=runtime.rank(),
+        world=runtime.world_size(), workers=config.workers, flip=config.flip, shift=config.shift,
+    )  # fmt: skip
 
 
 @contextmanager

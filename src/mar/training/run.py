@@ -169,7 +169,7 @@ def _tokenizer(
 
 
 def _check_cache(config: TrainConfig, source: LatentSource, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where a cache is of another tokenizer or of other sizes, or lacks the flipped pictures."""
+    """Raises ConfigError where a cache is of another tokenizer or of other sizes, or lacks the changed pictures."""
     about = source.about
     if about.fingerprint != (own := fingerprint(tokenizer)):
         raise ConfigError(
@@ -180,6 +180,11 @@ def _check_cache(config: TrainConfig, source: LatentSource, tokenizer: Tokenizer
         raise ConfigError(
             f"{config.data} is of pictures of {about.size[0]}x{about.size[1]}, but the model is for "
             f"{wanted[0]}x{wanted[1]}; set --model.grid {about.shape[1]} {about.shape[2]}, or cache them anew"
+        )
+    if config.shift:
+        raise ConfigError(
+            f"{config.data} holds latents of pictures as they are, which can't be moved by {config.shift} pixels; "
+            "train with --shift 0, or from the pictures"
         )
     if config.flip and not about.flips:
         raise ConfigError(
