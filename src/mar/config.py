@@ -342,6 +342,8 @@ class TrainConfig:
     """Compile the blocks with torch.compile; needs a compiler on the machine."""
     flip: bool | None = None
     """Mirror every other picture; by default, where the data says that its pictures may be."""
+    shift: int = 0
+    """Move each picture by up to so many pixels each way, at random, its edges repeated: for few pictures."""
     seed: int = 0
     workers: int = 0
     """Processes that read pictures ahead."""
@@ -361,6 +363,8 @@ class TrainConfig:
     """Pictures held out; by default the test part of the data (of the pictures that were cached), if it has one."""
     validate_count: int = 1000
     """Held-out pictures to validate on, at most."""
+    patience: int = 0
+    """Stop after so many validations in a row without a lower loss of the held-out pictures; 0 never does."""
     hold_out: int = 0
     """Keep one of every so many pictures from learning, to validate on; 0 learns from all."""
     init: str | None = None
@@ -368,7 +372,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "images", "batch", "save_every", "keep", "log_every", "accumulate", "validate_count")
-        for name in ("warmup", "decay", "sample_every", "validate_every", "workers", "weight_decay"):
+        not_negative = ("warmup", "decay", "shift", "sample_every", "validate_every", "patience", "workers")
+        for name in (*not_negative, "weight_decay"):
             _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, but it must not be negative")
         for name in ("lr", "muon_factor", "clip"):
             _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but it must be positive")
@@ -377,6 +382,10 @@ class TrainConfig:
         _require(self.optimizer in typing.get_args(Optimizer), f"optimizer is {self.optimizer!r}, not adamw or muon")
         _require(self.strategy in typing.get_args(Strategy), f"strategy is {self.strategy!r}, not ddp or fsdp")
         _require(self.hold_out == 0 or self.hold_out > 1, f"hold_out is {self.hold_out}, not 0 (none) or at least 2")
+        _require(
+            self.patience == 0 or self.validate_every > 0,
+            f"patience is {self.patience}, but validate_every 0 measures no loss that it could wait for",
+        )
         unknown = ", ".join(sorted({*self.log_to} - {*typing.get_args(LogTo)}))
         _require(not unknown, f"log_to has {unknown}, but there are only {', '.join(typing.get_args(LogTo))}")
         _one_of(self, "recompute", Recompute)

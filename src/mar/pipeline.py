@@ -229,7 +229,7 @@ class Pipeline(
     def _encode(self, images: Images) -> Tensor:
         if not isinstance(images, Tensor):
             transform = Transform(self.image_size, self.tokenizer.image_channels)
-            images = torch.stack([transform(image, False) for image in images])
+            images = torch.stack([transform(image) for image in images])
         return self.tokenizer.encode(images.to(self.device)).mean
 
     @torch.no_grad()

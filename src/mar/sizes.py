@@ -65,6 +65,10 @@ SIDES = (256, 128, 64, 32)
 """Sides of the square that pictures are cut to, the largest that they have; smaller ones keep multiples of 4 or 2."""
 ENOUGH = ((5_000, 64), (50_000, 128), (10**18, 256))
 """Fewer pictures than the one are cut to no more than the other."""
+FEW = 5_000
+"""Fewer pictures are moved by a few pixels as they are learned."""
+SHIFT = 4
+"""Pixels, at most, that they are moved by."""
 PIXELS_UP_TO = 32
 """Larger pictures are learned as a tokenizer's latents."""
 SMALLEST = 8
@@ -103,8 +107,10 @@ def recipe_for(
 
     The model grows with the number of pictures, the head with the width of tokens. Each picture is seen 40 times, and
     100,000 at least are seen in all, unless `images` says how many. The model predicts v, and is bounded when it draws:
-    pixels by black and white, latents by 4 standard deviations. ConfigError for a size that can't be cut into cells or
-    patches.
+    pixels by black and white, latents by 4 standard deviations. Fewer than 5,000 pictures that are learned as pixels
+    are moved by up to a sixteenth of their shorter side, and by 4 pixels at most; latents are not, which are cached of
+    pictures as they are. Whether pictures are mirrored is left to the data. ConfigError for a size that can't be cut
+    into cells or patches.
     """
     chosen = next(size for size in _SIZES if pictures.count < size.pictures)
     stride, channels = (cells.stride, cells.channels) if cells else (1, pictures.colours)
@@ -140,6 +146,7 @@ def recipe_for(
         decay=total // 3,
         optimizer=chosen.optimizer,
         ema=chosen.ema,
+        shift=min(min(size) // 16, SHIFT) if cells is None and pictures.count < FEW else 0,
         save_every=min(chosen.save_every, now_and_then),
         sample_every=now_and_then,
         validate_every=now_and_then,

@@ -153,6 +153,7 @@ def test_a_cache_is_refused_by_a_run_that_it_is_not_for(caches: Path, tmp_path: 
     larger = tiny.config(channels=4, grid=(8, 8), classes=3)
     refused("is of pictures of 8x8, but the model is for 16x16; set --model.grid 4 4", model=larger)
     refused("the model has 4 classes, but .* has 3", model=tiny.config(channels=4, grid=(4, 4), classes=4))
+    refused("holds latents of pictures as they are, which can't be moved by 2 pixels; train with --shift 0", shift=2)
     assert main(cached(caches, tmp_path / "plain", "--flip", "False")) == 0
     config = settings(caches, str(tmp_path / "plain"), flip=True)
     with pytest.raises(ConfigError, match="holds no flipped pictures; train with --flip False"):

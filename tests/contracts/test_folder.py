@@ -155,6 +155,8 @@ def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.Captur
     )
     own = ("--data", data, "--out", out, "--tokenizer", "own", "--model.channels", "5")
     assert "choose their number by --vae.channels alone" in refused(capsys, *own)
+    moved = ("--data", data, "--out", out, "--tokenizer", "own", "--shift", "2")
+    assert "shift is 2, but the pictures are cached as latents, which can't be moved" in refused(capsys, *moved)
     assert "is in" in refused(capsys, "--data", data, "--out", data / "run")
     assert not out.exists()
 

@@ -80,6 +80,7 @@ def runs(draw: st.DrawFn) -> TrainConfig:
         diffusion_steps=min(drawn.diffusion_steps, timesteps),
         diffusion_steps_end=drawn.diffusion_steps_end and min(drawn.diffusion_steps_end, timesteps),
     )  # fmt: skip
+    validate_every = draw(NOT_NEGATIVE)
     return TrainConfig(
         model=model, sampling=sampling, data=draw(st.text()), tokenizer=draw(st.text()), images=draw(COUNT),
         batch=draw(COUNT), lr=draw(POSITIVE), warmup=draw(NOT_NEGATIVE), decay=draw(NOT_NEGATIVE),
@@ -87,11 +88,12 @@ def runs(draw: st.DrawFn) -> TrainConfig:
         beta1=draw(FRACTION), beta2=draw(FRACTION), clip=draw(POSITIVE), ema=draw(FRACTION),
         precision=draw(st.sampled_from(get_args(Precision))), strategy=draw(st.sampled_from(get_args(Strategy))),
         accumulate=draw(COUNT), recompute=draw(st.sampled_from(get_args(Recompute))), compile=draw(st.booleans()),
-        flip=draw(st.none() | st.booleans()), seed=draw(st.integers()), workers=draw(NOT_NEGATIVE),
+        flip=draw(st.none() | st.booleans()), shift=draw(NOT_NEGATIVE), seed=draw(st.integers()),
+        workers=draw(NOT_NEGATIVE),
         save_every=draw(COUNT), keep=draw(COUNT), sample_every=draw(NOT_NEGATIVE), log_every=draw(COUNT),
-        log_to=tuple(draw(st.lists(st.sampled_from(get_args(LogTo))))), validate_every=draw(NOT_NEGATIVE),
-        validate_on=draw(st.none() | st.text()), validate_count=draw(COUNT),
-        hold_out=draw(st.just(0) | st.integers(2, 10**9)), init=draw(st.none() | st.text()),
+        log_to=tuple(draw(st.lists(st.sampled_from(get_args(LogTo))))), validate_every=validate_every,
+        patience=draw(NOT_NEGATIVE) if validate_every else 0, validate_on=draw(st.none() | st.text()),
+        validate_count=draw(COUNT), hold_out=draw(st.just(0) | st.integers(2, 10**9)), init=draw(st.none() | st.text()),
     )  # fmt: skip
 
 

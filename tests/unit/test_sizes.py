@@ -93,6 +93,25 @@ def test_black_and_white_bound_pixels() -> None:
     assert recipe_for(dark, (32, 32), Cells(4, 4)).sampling.x0_bound == 4
 
 
+@pytest.mark.parametrize(
+    ("count", "size", "cells", "shift"),
+    [
+        (4_999, (32, 32), None, 2),
+        (5_000, (32, 32), None, 0),
+        (500, (28, 28), None, 1),
+        (500, (8, 8), None, 0),
+        (500, (128, 128), None, 4),
+        (500, (32, 64), None, 2),
+        (500, (64, 64), Cells(8, 16), 0),  # cached as they are
+    ],
+)
+def test_few_pictures_are_moved_by_a_few_pixels(
+    count: int, size: tuple[int, int], cells: Cells | None, shift: int
+) -> None:
+    config = recipe_for(Pictures(count, 128, 3), size, cells)
+    assert (config.shift, config.flip) == (shift, None)
+
+
 def test_a_length_that_is_asked_for_is_shared_out() -> None:
     config = recipe_for(Pictures(500, 32, 3), (32, 32), images=640)
     assert (config.images, config.decay) == (640, 213)

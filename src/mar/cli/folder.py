@@ -21,7 +21,7 @@ from mar.data.sources import StreamSource, open_data
 from mar.presets import recipe
 from mar.sizes import ENOUGH, PIXELS_UP_TO, SIDES, Cells, Pictures, cells_for, largest_for, recipe_for, side_for
 from mar.tokenizer import Tokenizer
-from mar.training.run import check_classes
+from mar.training.run import check_classes, open_pictures
 from mar.training.survey import cached, remembered
 from mar.training.tokenizer_config import Stride, TokenizerTrainConfig, tokenizer_for
 
@@ -109,6 +109,8 @@ def plan(arguments: Sequence[str]) -> Steps:
     tokens = _tokens(wishes, pictures, own)
     options, chosen = _options(arguments, wishes, pictures, tokens)
     check_classes(options.config, source.classes)
+    if options.config.patience:  # what it waits for has to be there before a tokenizer is trained
+        open_pictures(options.config)
     steps = Steps(options, chosen, (*_told(options, pictures, tokens), *([changed] if changed else [])), pictures)
     return steps if tokens.cells is None else _with_latents(steps, options, tokens, wishes.out)
 
@@ -117,6 +119,11 @@ def _with_latents(steps: Steps, options: FolderOptions, tokens: _Tokens, out: Pa
     """The same, with what has to be done before latents can be learned."""
     config, vae = options.config, options.vae
     assert tokens.cells is not None
+    if config.shift:
+        raise ConfigError(
+            f"shift is {config.shift}, but the pictures are cached as latents, which can't be moved; "
+            "leave --shift out, or learn pixels (--tokenizer pixels)"
+        )
     size = (config.model.grid[0] * tokens.cells.stride, config.model.grid[1] * tokens.cells.stride)
     tokenizer, name = None, tokens.tokenizer
     if name == OWN:

@@ -87,7 +87,7 @@ def _options(name: str, chosen: TrainConfig, arguments: Sequence[str]) -> TrainO
 def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, name: str) -> int:
     """Trains the model; `chosen` is the recipe called `name`, before options changed it."""
     from mar import runtime
-    from mar.training.checks import check_tokenizer, unusual_rate
+    from mar.training.checks import check_tokenizer, copying, unusual_rate
     from mar.training.log import open_log
     from mar.training.loop import train as run_to_end
     from mar.training.run import export
@@ -98,8 +98,10 @@ def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, nam
     try:
         with one_voice():
             _watch(options, run, log)
-            if not run.progress.images and (warning := unusual_rate(options.config, chosen, name)):
-                log.note(warning)
+            if not run.progress.images:
+                warnings = (unusual_rate(options.config, chosen, name), copying(options.config, run.source))
+                for warning in filter(None, warnings):
+                    log.note(warning)
             check_tokenizer(run, log)
             if run.told is not None:
                 log.note(run.told)
@@ -117,13 +119,15 @@ def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, nam
 
 def _watch(options: TrainOptions, run: Run, log: Log) -> None:
     """Has a run looked at while it learns: samples, the loss of held-out pictures, an evaluation."""
+    from mar.training.patience import Patience
     from mar.training.snapshot import export_and_draw, on_snapshot
     from mar.training.validation import Validation
 
     config = options.config
     on_snapshot(run, log, config.sample_every, lambda snapshot: export_and_draw(snapshot, log))
     if config.validate_every and run.held_out is not None:
-        on_snapshot(run, log, config.validate_every, Validation(run, log))
+        look: OnSnapshot = Validation(run, log)
+        on_snapshot(run, log, config.validate_every, Patience(run, log, look) if config.patience else look)
     elif config.validate_every:
         log.note(
             f"no validation loss: {config.data} has no test part with the same classes; --validate-on names other "

@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mar.data.batch import Batch, ImageBatch, Item, announced, images, read_ahead
+from mar.data.changes import Changes
 from mar.data.examples import UnreadableImage
 from mar.data.lanes import Lane, StreamOrder, Taken
-from mar.data.order import flipped
 from mar.data.streams import Place, StreamSource
 from mar.data.transforms import Transform
 
@@ -29,9 +29,9 @@ class _Feed(IterableDataset[_Part | ValueError]):
     """The parts of a process's batches, without end, or why there are no more; what workers run."""
 
     def __init__(
-        self, source: StreamSource, order: StreamOrder, transform: Transform, flip: bool, slots: range, start: int
+        self, source: StreamSource, order: StreamOrder, transform: Transform, changes: Changes, slots: range, start: int
     ) -> None:
-        self.source, self.order, self.transform, self.flip = source, order, transform, flip
+        self.source, self.order, self.transform, self.changes = source, order, transform, changes
         self.slots, self.start = slots, start
         """Which pictures of a batch are this process's."""
 
@@ -74,14 +74,14 @@ class _Feed(IterableDataset[_Part | ValueError]):
             except UnreadableImage as error:
                 skipped.append(error.name)
                 continue
-            content = self.transform(example.image, self.flip and flipped(self.order.seed, position))
+            content = self.changes.at(position)(self.transform(example.image))
             return Item(content, example.label, position, tuple(skipped))
         raise ValueError(f"{len(skipped)} pictures in a row can't be read, the last of them {skipped[-1]}")
 
 
 def stream_batches(
-    source: StreamSource, transform: Transform, *, batch: int, seed: int, start: int = 0, rank: int = 0,
-    world: int = 1, workers: int = 0, flip: bool | None = None,
+    source: StreamSource, transform: Transform, changes: Changes, *, batch: int, start: int = 0, rank: int = 0,
+    world: int = 1, workers: int = 0,
 ) -> Iterator[Batch]:  # fmt: skip
     """This rank's batches of a stream, without end, from position `start`; `source` keeps up with what was yielded.
 
@@ -90,10 +90,10 @@ def stream_batches(
     """
     if batch % world:
         raise ValueError(f"batch: got {batch}, expected a multiple of the {world} processes")
-    order = StreamOrder(len(source.shards.names), seed, batch, source.begun, source.epoch)
+    order = StreamOrder(len(source.shards.names), changes.seed, batch, source.begun, source.epoch)
     share = batch // world
     slots = range(rank * share, (rank + 1) * share)
-    feed = _Feed(source, order, transform, source.flips if flip is None else flip, slots, start)
+    feed = _Feed(source, order, transform, changes, slots, start)
     source.places = {lane: place for lane, place in source.places.items() if lane in feed.lanes}
     workers = min(workers, len(feed.lanes))
     reads = read_ahead(feed, workers=workers, batches=None, collate=_as_it_is)

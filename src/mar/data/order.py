@@ -17,7 +17,7 @@ from torch import Tensor
 from mar.runtime import generator, mixed
 
 # Each use of a seed has a stream of its own.
-_ORDER, _FLIP = 0x0DE4, 0xF11B
+_ORDER, _FLIP, _MOVE = 0x0DE4, 0xF11B, 0x30BE
 
 
 @functools.lru_cache(maxsize=2)
@@ -29,6 +29,12 @@ def permutation(length: int, seed: int, epoch: int) -> Int[Tensor, "length"]:
 def flipped(seed: int, position: int) -> bool:
     """Whether the picture at `position` is mirrored: a fair coin of its own."""
     return bool(mixed(seed, _FLIP, position) >> 63)
+
+
+def moved(seed: int, position: int, most: int) -> tuple[int, int]:
+    """By how many pixels the picture at `position` is moved down and to the right: each of -most to most alike."""
+    down, right = (mixed(seed, _MOVE, position, axis) % (2 * most + 1) - most for axis in (0, 1))
+    return down, right
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From a picture as it was found to a tensor of a given size: colours, ADM's centre crop, mirror, scale to [-1, 1].
+"""From a picture as it was found to a tensor of a given size: colours, ADM's centre crop, scale to [-1, 1].
 
 The orientation that a camera notes in EXIF is not applied: neither does the reference, whose numbers are compared with.
 """
@@ -76,8 +76,6 @@ class Transform:
         if min(sides) < 1:
             raise ValueError(f"size: got {self.size}, expected at least 1 pixel")
 
-    def __call__(self, image: Image.Image, flip: bool = False) -> Float[Tensor, "c h w"]:
-        """The transformed picture, mirrored if `flip`."""
-        image = adm_center_crop(to_colours(image, self.channels), self.size)
-        pixels = to_tensor(image, self.channels)
-        return pixels.flip(-1) if flip else pixels
+    def __call__(self, image: Image.Image) -> Float[Tensor, "c h w"]:
+        """The transformed picture."""
+        return to_tensor(adm_center_crop(to_colours(image, self.channels), self.size), self.channels)

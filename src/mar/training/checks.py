@@ -1,4 +1,4 @@
-"""What is worth knowing before a run's first step: of its tokenizer, and of its learning rate."""
+"""What is worth knowing before a run's first step: of its tokenizer, its learning rate, and its few pictures."""
 
 from __future__ import annotations
 
@@ -23,6 +23,9 @@ WIDE_HEAD = 1024
 """Tokens above the one want a head of the other (16 values a token: FID 3.5; 64 values, the same model: FID 30)."""
 RATE_FACTOR = 4.0
 """By how much a learning rate may differ from its recipe's."""
+FEW = 5_000
+OFTEN = 100
+"""Fewer pictures than the one, each seen so many times or more, may be learned by heart."""
 
 
 def check_tokenizer(run: Run, log: Log) -> None:
@@ -69,6 +72,17 @@ def unusual_rate(config: TrainConfig, usual: TrainConfig, name: str) -> str | No
     return (
         f"warning: the learning rate is {own:.3g} for {config.batch} pictures a step (--lr is for 256), {factor:.3g} "
         f"{side} {its:.3g} of the recipe {name}; --lr {its * 256 / config.batch:.3g} would be its rate"
+    )
+
+
+def copying(config: TrainConfig, source: Source | LatentSource | StreamSource) -> str | None:
+    """The warning for few pictures that are seen so often that a model may give them back as they are; None where they
+    are many or seen seldom, where the run will stop by itself, and for a stream, which is not counted."""
+    if config.patience or isinstance(source, StreamSource) or len(source) >= FEW or config.images < OFTEN * len(source):
+        return None
+    return (
+        f"warning: {len(source):,} pictures will be seen {config.images // len(source):,} times each, and a model may "
+        "learn them by heart: hold some out and stop when their loss rises (--hold-out 10 --patience 3)"
     )
 
 

@@ -50,12 +50,13 @@ def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
     parameters = sum(shape.numel() for shape in model_shapes(config.model).values())
     state = 4 * 4 * parameters  # weights, EMA, two moments
     cuts = processes * config.accumulate
+    exports = 3 if config.patience else 2  # EMA and raw weights, and the best
     return Estimate(
         parameters=parameters,
         weights=5 * 4 * parameters,
         activations=4 * activation_floats(config.model, config.batch // cuts, config.recompute),
         state=state,
-        disk=(config.keep + 1) * state + 2 * 4 * parameters,  # one state more while it is being written; two exports
+        disk=(config.keep + 1) * state + exports * 4 * parameters,  # one state more while it is being written
     )
 
 

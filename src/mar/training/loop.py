@@ -67,6 +67,8 @@ class Run:
     parts: dict[str, float] = field(default_factory=dict)
     told: str | None = None
     """What the data has to say of being gone on with."""
+    enough: bool = False
+    """Whether it ends before its length is reached (`mar.training.patience`)."""
 
     def __post_init__(self) -> None:
         self.tokenizer.to(self.device).eval()
@@ -104,6 +106,11 @@ class Run:
         """Stores the state."""
         self.store.save(self.progress.images, self.state_dict(), self.config.keep)
 
+    @property
+    def finished(self) -> bool:
+        """Whether it has come to its end."""
+        return self.enough or self.progress.images >= self.config.images
+
     def batches(self) -> Iterator[Batch]:
         """This process's batches, from where the run has come to."""
         return _batches(self)
@@ -122,7 +129,7 @@ def train(run: Learner, log: Log) -> bool:
     with _stop_signals() as stopped:
         _call_hooks(run)  # which a killed session may have left undone
         since, begun = progress.images, time.monotonic()
-        while progress.images < config.images and not runtime.anywhere(bool(stopped)):
+        while not run.finished and not runtime.anywhere(bool(stopped)):
             tick = time.monotonic()
             before = progress.images
             batch = next(loader)
@@ -153,7 +160,7 @@ def train(run: Learner, log: Log) -> bool:
             if _call_hooks(run):
                 begun, since = time.monotonic(), progress.images
     run.save()
-    return progress.images >= config.images
+    return run.finished
 
 
 def _call_hooks(run: Learner) -> bool:
@@ -270,16 +277,10 @@ def _batches(run: Run) -> Iterator[Batch]:
     config, grid, stride = run.config, run.model.config.grid, run.tokenizer.stride
     size = (grid[0] * stride, grid[1] * stride)
     return batches(
-        run.source,
-        Transform(size, run.tokenizer.image_channels),
-        batch=config.batch,
-        seed=config.seed,
-        start=run.progress.images,
-        rank=runtime.rank(),
-        world=runtime.world_size(),
-        workers=config.workers,
-        flip=config.flip,
-    )
+        run.source, Transform(size, run.tokenizer.image_channels),
+        batch=config.batch, seed=config.seed, start=run.progress.images, rank=runtime.rank(),
+        world=runtime.world_size(), workers=config.workers, flip=config.flip, shift=config.shift,
+    )  # fmt: skip
 
 
 @contextmanager

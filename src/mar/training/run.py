@@ -41,7 +41,7 @@ EXPORTS = {"ema": "model.safetensors", "raw": "model-raw.safetensors"}
 # Settings that may change when a run is resumed: they do not touch what has been learned so far.
 _FREE = {"images", "decay", "workers", "save_every", "sample_every", "log_every", "keep", "sampling"}
 _FREE |= {"strategy", "accumulate", "recompute", "compile", "log_to"}
-_FREE |= {"validate_every", "validate_on", "validate_count"}
+_FREE |= {"validate_every", "validate_on", "validate_count", "patience"}
 # Settings of a model that may differ from those of the weights it starts from.
 _LEARNING = {"classes", "label_drop", "attention_dropout", "projection_dropout", "mask_ratio_min"}
 
@@ -59,11 +59,7 @@ def open_run(
     ConfigError where the folder holds another run, the data is not what the model is for, or a tokenizer's latents.
     """
     resumed = check_same(config, folder) and bool(RunState(folder).states())
-    source, held_out = open_parts(
-        config.data, classes=config.model.classes, every=config.hold_out, others=config.validate_on
-    )
-    check_classes(config, source.classes)
-    held_out = _of_the_same_classes(config, source, held_out)
+    source, held_out = open_pictures(config)
     tokenizer = _tokenizer(config, source, load_tokenizer, measured_later=resumed)
     torch.manual_seed(runtime.generator(config.seed).initial_seed())
     model = MAR(config.model)
@@ -73,6 +69,25 @@ def open_run(
     run.resume()
     keep_settings(config, folder)
     return run
+
+
+def open_pictures(config: TrainConfig) -> tuple[Source | LatentSource | StreamSource, Source | LatentSource | None]:
+    """What a run learns from, and what it is validated on.
+
+    ConfigError where the classes are not the model's, or where the run waits for pictures to be validated on that there
+    are none of.
+    """
+    source, held_out = open_parts(
+        config.data, classes=config.model.classes, every=config.hold_out, others=config.validate_on
+    )
+    check_classes(config, source.classes)
+    held_out = _of_the_same_classes(config, source, held_out)
+    if config.patience and held_out is None:
+        raise ConfigError(
+            f"patience is {config.patience}, but there are no held-out pictures: {config.data} has no test part with "
+            "the same classes; --hold-out 10 keeps one of ten from learning, --validate-on names others"
+        )
+    return source, held_out
 
 
 def check_classes(config: TrainConfig, classes: Sequence[str]) -> None:
@@ -154,7 +169,7 @@ def _tokenizer(
 
 
 def _check_cache(config: TrainConfig, source: LatentSource, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where a cache is of another tokenizer or of other sizes, or lacks the flipped pictures."""
+    """Raises ConfigError where a cache is of another tokenizer or of other sizes, or lacks the changed pictures."""
     about = source.about
     if about.fingerprint != (own := fingerprint(tokenizer)):
         raise ConfigError(
@@ -165,6 +180,11 @@ def _check_cache(config: TrainConfig, source: LatentSource, tokenizer: Tokenizer
         raise ConfigError(
             f"{config.data} is of pictures of {about.size[0]}x{about.size[1]}, but the model is for "
             f"{wanted[0]}x{wanted[1]}; set --model.grid {about.shape[1]} {about.shape[2]}, or cache them anew"
+        )
+    if config.shift:
+        raise ConfigError(
+            f"{config.data} holds latents of pictures as they are, which can't be moved by {config.shift} pixels; "
+            "train with --shift 0, or from the pictures"
         )
     if config.flip and not about.flips:
         raise ConfigError(

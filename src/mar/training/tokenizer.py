@@ -135,6 +135,11 @@ class TokenizerRun:
         """What is done to pictures first."""
         return Transform(self.config.size, self.config.image_channels)
 
+    @property
+    def finished(self) -> bool:
+        """Whether it has come to its end."""
+        return self.progress.images >= self.config.images
+
     def batches(self) -> Iterator[Batch]:
         """Training pictures, from where the run has come to."""
         config = self.config

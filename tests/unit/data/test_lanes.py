@@ -5,21 +5,37 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import pickle
+from collections.abc import Iterator
+from dataclasses import replace
+from io import BytesIO
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tars import Numbered, numbers
 
 from mar.data import lanes as lanes_module
-from mar.data.batch import Batch
+from mar.data.batch import Batch, ImageBatch
+from mar.data.changes import Changes
 from mar.data.lanes import Lane, StreamOrder
 from mar.data.loader import batches, in_order
-from mar.data.streams import StreamSource
+from mar.data.streams import Row, StreamSource
 from mar.data.transforms import Transform
 
 TO_TENSOR = Transform(8, 1)
+
+
+class Sloping(Numbered):
+    """The same shards, of pictures in which every pixel differs."""
+
+    def rows(self, shard: int) -> Iterator[Row]:
+        for row in super().rows(shard):
+            file = BytesIO()
+            Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) + 2 * int(row.name[1:])).save(file, "PNG")
+            yield replace(row, data=file.getvalue())
 
 
 def stream(**changes: Any) -> StreamSource:
@@ -54,6 +70,20 @@ def test_positions_labels_and_flips_are_those_of_any_source() -> None:
     batch = some(stream(), 2, start=0)[1]
     assert batch.positions.tolist() == [4, 5, 6, 7]
     assert batch.labels.tolist() == [number % 3 for number in numbers(batch)]
+
+
+def test_changes_are_keyed_by_the_position() -> None:
+    def first(**settings: Any) -> ImageBatch:
+        (found,) = some(StreamSource(Sloping(), "sloping"), 1, **settings)
+        assert isinstance(found, ImageBatch)
+        return found
+
+    plain, changed = first(flip=False), first(flip=True, shift=2)
+    for row, position in enumerate(range(4)):
+        assert torch.equal(changed.images[row], Changes(1, True, 2).at(position)(plain.images[row]))
+    assert not torch.equal(plain.images, changed.images)
+    half = first(flip=True, shift=2, rank=1, world=2, workers=1)
+    assert torch.equal(half.images, changed.images[2:])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -121,6 +121,11 @@ def test_means_alone_of_a_deterministic_tokenizer_and_no_flips(data: Path, tmp_p
         found.read(3, True)
 
 
+def test_latents_are_not_moved(cache: Path) -> None:
+    with pytest.raises(ConfigError, match="cache holds latents, which can't be moved; train with --shift 0"):
+        next(batches(LatentSource(cache), Transform((8, 8), 1), batch=8, seed=0, shift=1))
+
+
 def test_statistics_do_not_matter_to_a_cache_but_are_found_in_it(data: Path, tmp_path: Path) -> None:
     made(data, tmp_path / "a")
     measured = Blurry(1)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mar.data.loader import Batch, batches
+from mar.data.changes import Changes
+from mar.data.loader import Batch, batches, read_plain
 from mar.data.order import Order, flipped
 from mar.data.sources import FashionSource, FolderSource
 from mar.data.transforms import Transform
@@ -54,7 +55,7 @@ def test_batches_hold_what_the_order_says(fashion: FashionSource) -> None:
 
 def test_workers_and_restarts_change_nothing(fashion: FashionSource) -> None:
     def some(start: int, workers: int, count: int) -> list[Batch]:
-        stream = batches(fashion, Transform(28, 1), batch=6, seed=1, start=start, workers=workers, flip=True)
+        stream = batches(fashion, Transform(28, 1), batch=6, seed=1, start=start, workers=workers, flip=True, shift=2)
         return list(islice(stream, count))
 
     state = torch.get_rng_state()
@@ -64,10 +65,11 @@ def test_workers_and_restarts_change_nothing(fashion: FashionSource) -> None:
     assert torch.equal(torch.get_rng_state(), state), "global random state was used"
 
 
-def test_ranks_together_see_the_same_pictures_and_flips(fashion: FashionSource) -> None:
-    transform = Transform(28, 1)
-    alone = next(batches(fashion, transform, batch=6, seed=1, flip=True))
-    parts = [next(batches(fashion, transform, batch=6, seed=1, flip=True, rank=r, world=3)) for r in range(3)]
+def test_ranks_together_see_the_same_pictures_and_changes(fashion: FashionSource) -> None:
+    def first(**share: int) -> Batch:
+        return next(batches(fashion, Transform(28, 1), batch=6, seed=1, flip=True, shift=2, **share))
+
+    alone, parts = first(), [first(rank=r, world=3) for r in range(3)]
     assert torch.equal(torch.cat([part.images for part in parts]), alone.images)
 
 
@@ -81,6 +83,20 @@ def test_flips_follow_the_position_and_the_source_s_will(fashion: FashionSource)
         expected = never.images[row].flip(-1) if flipped(1, position) else never.images[row]
         assert torch.equal(coins.images[row], expected)
     assert FolderSource.flips
+
+
+def test_shifts_follow_the_position(fashion: FashionSource) -> None:
+    transform = Transform(28, 1)
+    plain = next(batches(fashion, transform, batch=32, seed=1, flip=False))
+    moved = next(batches(fashion, transform, batch=32, seed=1, flip=True, shift=3))
+    changes = [Changes(1, True, 3).at(position) for position in moved.positions.tolist()]
+    assert len(set(changes)) > 20
+    for row, change in enumerate(changes):
+        assert torch.equal(moved.images[row], change(plain.images[row]))
+    assert torch.equal(moved.labels, plain.labels)
+    unchanged = read_plain(fashion, transform, [0, 5])
+    assert unchanged is not None
+    assert torch.equal(unchanged.images[1], transform(fashion[5].image))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

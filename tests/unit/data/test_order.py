@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from collections import Counter
 from itertools import islice
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mar.data.order import Order, flipped
+from mar.data.order import Order, flipped, moved
 
 
 def positions(order: Order, start: int, count: int) -> list[tuple[int, int]]:
@@ -42,6 +43,15 @@ def test_flips_are_fair_keyed_and_not_tied_to_the_order() -> None:
     assert 440 < sum(coins) < 560
     assert coins == [flipped(1, p) for p in range(1000)]
     assert coins != [flipped(2, p) for p in range(1000)]
+
+
+def test_shifts_are_all_alike_keyed_and_not_tied_to_the_flips() -> None:
+    found = [moved(1, p, 2) for p in range(5000)]
+    assert found == [moved(1, p, 2) for p in range(5000)]
+    assert found != [moved(2, p, 2) for p in range(5000)]
+    counts = Counter((*way, flipped(1, p)) for p, way in enumerate(found))
+    assert set(counts) == {(down, right, flip) for down in range(-2, 3) for right in range(-2, 3) for flip in (0, 1)}
+    assert 60 < min(counts.values()) < max(counts.values()) < 145  # 100 each are expected
 
 
 @pytest.mark.parametrize(

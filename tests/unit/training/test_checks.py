@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from tars import shards
+from tiny import pictures, train_config
 
+from mar.data.heldout import divide
+from mar.data.sources import open_data, open_source
 from mar.presets import FASHION, recipe
-from mar.training.checks import unusual_rate
+from mar.training import checks
+from mar.training.checks import copying, unusual_rate
 
 
 @pytest.mark.parametrize(
@@ -38,3 +44,24 @@ def test_a_small_batch_of_an_official_recipe_is_warned_of() -> None:
     warning = unusual_rate(replace(usual, batch=64), usual, "imagenet-base")
     assert warning is not None
     assert "32 times below the 0.0008 of the recipe imagenet-base; --lr 0.0032 would be its rate" in warning
+
+
+def test_few_pictures_that_are_seen_often_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(pictures(tmp_path, 20))
+    config = train_config(tmp_path, images=2_000)
+    warning = copying(config, source)
+    assert warning is not None
+    assert warning.startswith("warning: 20 pictures will be seen 100 times each, and a model may learn them by heart: ")
+    assert warning.endswith("(--hold-out 10 --patience 3)")
+    assert "\n" not in warning
+    assert copying(replace(config, images=1_999), source) is None
+    assert copying(replace(config, patience=3), source) is None
+    learned, _ = divide(source, 5)
+    assert "16 pictures will be seen 124 times" in (copying(replace(config, images=1_999), learned) or "")
+    monkeypatch.setattr(checks, "FEW", 20)
+    assert copying(config, source) is None
+
+
+def test_a_stream_is_not_counted(tmp_path: Path) -> None:
+    stream = open_data(f"stream:{shards(tmp_path, (2, 2))}", classes=3)
+    assert copying(FASHION, stream) is None

@@ -15,6 +15,8 @@ from tiny import HEAD, config, model, open_tiny, pictures, train_config
 from torch import Tensor
 
 from mar.config import ConfigError, SamplingConfig
+from mar.data.batch import ImageBatch
+from mar.data.changes import Changes
 from mar.pipeline import Pipeline
 from mar.tokenizer import PixelTokenizer
 from mar.training import loop
@@ -256,3 +258,18 @@ def test_weights_of_another_model_are_refused(changes: dict[str, Any], words: st
     with pytest.raises(ConfigError, match=words):
         initialise_from(own, model(seed=2, **changes))
     assert all(torch.equal(tensor, before[name]) for name, tensor in own.state_dict().items())
+
+
+def test_pictures_are_moved_as_the_run_says(data: Path, tmp_path: Path) -> None:
+    plain, moved = (open_tiny(train_config(data, shift=shift, flip=False), tmp_path / str(shift)) for shift in (0, 2))
+    one, other = next(plain.batches()), next(moved.batches())
+    assert isinstance(one, ImageBatch)
+    assert isinstance(other, ImageBatch)
+    changes = [Changes(5, False, 2).at(position) for position in range(4)]
+    assert len(set(changes)) > 1
+    for row, change in enumerate(changes):
+        assert torch.equal(other.images[row], change(one.images[row]))
+    with pytest.raises(ConfigError, match="shift 2 -> 1"):
+        open_tiny(train_config(data, shift=1, flip=False), moved.folder)
+    with pytest.raises(ConfigError, match="shift is -1, but it must not be negative"):
+        train_config(data, shift=-1)
