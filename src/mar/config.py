@@ -17,7 +17,7 @@ Prediction = Literal["noise", "v", "x0", "flow"]
 NoisePath = Literal["cosine", "linear"]
 Timesteps = Literal["uniform", "logit-normal"]
 GuidanceSchedule = Literal["linear", "constant"]
-Solver = Literal["ancestral", "ddim", "dpm++2m", "dpm++2s"]
+Solver = Literal["ancestral", "ddim", "dpm++2m", "dpm++2m-sde", "dpm++2s"]
 Spacing = Literal["time", "log-snr"]
 RevealSchedule = Literal["cosine", "exponential"]
 Order = Literal["random", "checkerboard", "halton"]
@@ -200,7 +200,8 @@ class SamplingConfig:
     x0_bound: float | None = None
     """Clip the predicted clean token to this many standard deviations: for young models; off for official weights."""
     solver: Solver = "ancestral"
-    """`ancestral` (the paper); without noise on the way `ddim`, `dpm++2m`, `dpm++2s`, which need fewer steps."""
+    """`ancestral` (the paper), or `dpm++2m-sde`, the same in fewer steps; without noise on the way `ddim`, `dpm++2m`,
+    `dpm++2s`."""
     spacing: Spacing = "time"
     """How diffusion timesteps are spaced: evenly in `time` (the paper) or in `log-snr`."""
     diffusion_steps_end: int | None = None

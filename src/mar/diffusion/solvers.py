@@ -1,8 +1,9 @@
 """Samplers of the diffusion head: each a pure function from noise to tokens, given a network.
 
-`ancestral` draws noise at every step. The others follow the probability flow, an ordinary differential equation with
-the same marginals (arXiv 2011.13456, section 4.3), and depend on the noise they start from alone. With alpha and sigma
-the factors of signal and noise, lambda = log(alpha / sigma), and h the step in lambda from s to t, it is solved by
+`ancestral` and `dpm++2m-sde` draw noise at every step. The others follow the probability flow, an ordinary differential
+equation with the same marginals (arXiv 2011.13456, section 4.3), and depend on the noise they start from alone. With
+alpha and sigma the factors of signal and noise, lambda = log(alpha / sigma), and h the step in lambda from s to t, it
+is solved by
 
     x_t = sigma_t / sigma_s x_s - alpha_t (e^-h - 1) D,    D: x_0, averaged over the step
 
@@ -89,11 +90,31 @@ def dpm_2m(
     before: Tensor | None = None
     for index in reversed(range(1, len(schedule))):
         x0 = flow.clean(x, index)
-        average = x0
-        if before is not None:
-            half_ratio = 0.5 * flow.h(index, index - 1) / flow.h(index + 1, index)
-            average = x0 + half_ratio * (x0 - before)
-        x = flow.step(x, average, index, index - 1)
+        x = flow.step(x, flow.extrapolated(x0, before, index), index, index - 1)
+        before = x0
+    return flow.clean(x, 0)
+
+
+def dpm_2m_sde(
+    network: Network,
+    noise: Float[Tensor, "s r d"],
+    schedule: Schedule,
+    prediction: Prediction = "noise",
+    *,
+    temperature: float = 1.0,
+    x0_bound: float | None = None,
+) -> Float[Tensor, "r d"]:
+    """SDE-DPM-Solver++(2M) (arXiv 2211.01095, section 5): D as in `dpm_2m`, and noise[j] comes in at the j-th step.
+
+    What it follows is the process that `ancestral` follows, whose noise mends the errors of earlier steps; of second
+    order for the mean and the deviation of what is drawn. The temperature is that of `ancestral`.
+    """
+    flow = _Flow(network, schedule, prediction, x0_bound)
+    x = noise[0]
+    before: Tensor | None = None
+    for drawn, index in enumerate(reversed(range(1, len(schedule))), start=1):
+        x0 = flow.clean(x, index)
+        x = flow.noisy_step(x, flow.extrapolated(x0, before, index), index, index - 1, temperature * noise[drawn])
         before = x0
     return flow.clean(x, 0)
 
@@ -127,7 +148,7 @@ def dpm_2s(
 
 
 class _Flow:
-    """What the solvers of the probability flow share: x_0, and the step between two timesteps."""
+    """What the solvers but `ancestral` share: x_0, and the step between two timesteps."""
 
     def __init__(self, network: Network, schedule: Schedule, prediction: Prediction, x0_bound: float | None) -> None:
         self.network, self.prediction, self.x0_bound = network, prediction, x0_bound
@@ -151,13 +172,43 @@ class _Flow:
         noise = self.at[end].noise / self.at[start].noise
         return noise * x - self.at[end].signal * math.expm1(-self.h(start, end)) * average
 
+    def noisy_step(
+        self,
+        x: Float[Tensor, "r d"],
+        average: Float[Tensor, "r d"],
+        start: int,
+        end: int,
+        noise: Float[Tensor, "r d"],
+    ) -> Float[Tensor, "r d"]:
+        """The same along the process with noise: what is left of x shrinks by e^-h more, and noise takes its place."""
+        h = self.h(start, end)
+        kept = self.at[end].noise / self.at[start].noise * math.exp(-h)
+        gone = -math.expm1(-2 * h)
+        return kept * x + self.at[end].signal * gone * average + self.at[end].noise * math.sqrt(gone) * noise
+
+    def extrapolated(
+        self, x0: Float[Tensor, "r d"], before: Float[Tensor, "r d"] | None, index: int
+    ) -> Float[Tensor, "r d"]:
+        """x_0 as it will be half a step after `index`, by its change since the step `before`; at first, as it is."""
+        if before is None:
+            return x0
+        return x0 + 0.5 * self.h(index, index - 1) / self.h(index + 1, index) * (x0 - before)
+
 
 Sampler = Callable[..., Tensor]
 """(network, noise, schedule, prediction, temperature=..., x0_bound=...) -> tokens (r, d)."""
 
-SOLVERS: dict[Solver, Sampler] = {"ancestral": ancestral, "ddim": ddim, "dpm++2m": dpm_2m, "dpm++2s": dpm_2s}
+SOLVERS: dict[Solver, Sampler] = {
+    "ancestral": ancestral,
+    "ddim": ddim,
+    "dpm++2m": dpm_2m,
+    "dpm++2m-sde": dpm_2m_sde,
+    "dpm++2s": dpm_2s,
+}
+NOISY: tuple[Solver, ...] = ("ancestral", "dpm++2m-sde")
+"""Those that take noise at every step."""
 
 
 def noises(solver: Solver, steps: int) -> int:
     """How many noises a token takes in `steps` diffusion steps."""
-    return steps if solver == "ancestral" else 1
+    return steps if solver in NOISY else 1

@@ -12,60 +12,16 @@ from itertools import pairwise
 
 import pytest
 import torch
+from gaussians import M, S, alpha_sigma, bent, even, gaussian, network
 from torch import Tensor
 
 from mar.config import Prediction
-from mar.diffusion.gaussian import Coefficients, target
 from mar.diffusion.schedule import Schedule, cosine, linear, respace
-from mar.diffusion.solvers import SOLVERS, Network, Sampler, ancestral, ddim, dpm_2m, dpm_2s, noises
+from mar.diffusion.solvers import SOLVERS, Sampler, ancestral, ddim, dpm_2m, dpm_2s, noises
 from mar.runtime import generator
 
-M, S = 0.7, 0.5
 FLOWS: dict[str, Sampler] = {"ddim": ddim, "dpm++2m": dpm_2m, "dpm++2s": dpm_2s}
 X = torch.linspace(-2, 2, 9, dtype=torch.float64).unsqueeze(1)
-
-
-def even(intervals: int, noisiest: float = -4.0, cleanest: float = 4.0) -> Schedule:
-    """Timesteps at even steps of log-SNR, cleanest first."""
-    log_snr = torch.linspace(cleanest, noisiest, intervals + 1, dtype=torch.float64)
-    alphas_cumprod = torch.sigmoid(2 * log_snr)
-    before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-    return Schedule(1 - alphas_cumprod / before, torch.arange(intervals + 1))
-
-
-def alpha_sigma(schedule: Schedule, index: int) -> tuple[float, float]:
-    alpha_bar = float(schedule.alphas_cumprod[index])
-    return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
-
-
-def network(
-    schedule: Schedule, prediction: Prediction, x0: Callable[[Tensor, float, float], Tensor], asked: list[int]
-) -> Network:
-    """Predicts what comes to this `x0(x, alpha, sigma)`, and notes the steps it was asked for."""
-    table = Coefficients.table(schedule)
-
-    def predict(x: Tensor, index: int) -> Tensor:
-        asked.append(index)
-        alpha, sigma = alpha_sigma(schedule, index)
-        clean = x0(x, alpha, sigma)
-        said = target(clean, (x - alpha * clean) / sigma, Coefficients(*table[:, index].tolist()), prediction)
-        return torch.cat([said, torch.zeros_like(said)], -1)
-
-    return predict
-
-
-def gaussian(mean: float) -> Callable[[Tensor, float, float], Tensor]:
-    """E[x_0 | x_t] for tokens from N(mean, S^2)."""
-
-    def x0(x: Tensor, alpha: float, sigma: float) -> Tensor:
-        return mean + alpha * S**2 / (alpha**2 * S**2 + sigma**2) * (x - alpha * mean)
-
-    return x0
-
-
-def bent(x: Tensor, alpha: float, sigma: float) -> Tensor:
-    """No data's, but not linear."""
-    return torch.tanh(x) + 0.1 * sigma * x**2
 
 
 def exact(schedule: Schedule, start: Tensor, mean: float = M) -> Tensor:

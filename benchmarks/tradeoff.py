@@ -1,0 +1,251 @@
+"""How good pictures are against how long they take: one model, many ways of drawing, and which of them are worth it.
+
+    python benchmarks/tradeoff.py measure --data PATH --classifier FILE --out runs/tradeoff
+    python benchmarks/tradeoff.py measure --data PATH --classifier FILE --out runs/tradeoff --way "K=12 order=halton"
+    python benchmarks/tradeoff.py plot runs/tradeoff --out tradeoff.png
+    python benchmarks/tradeoff.py table runs/tradeoff
+
+PATH and FILE as in `quality.py`: the model (by default the bundled one) is held against pictures of PATH that it did
+not learn from. A way is what `mar evaluate --sweep` takes, one value each: fields of SamplingConfig, K, cfg, preset.
+Without `--way`, those of WAYS are drawn, each knob by itself and some of them together. All ways draw the same labels
+and seeds. Seconds are of the processor, one thread, the pictures of a batch drawn at once, judging not counted. A way
+that was measured is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from fashion_judge import extractor as fashion_classifier
+from quality import is_fashion, open_parts
+
+import mar
+from mar.data.heldout import spread
+from mar.evaluation.evaluate import Wanted, collect, compare
+from mar.evaluation.features import Extractor, open_extractor
+from mar.evaluation.metrics import frechet_distance
+from mar.evaluation.streams import DrawnPictures, Pictures, SourcePictures
+from mar.evaluation.sweep import points
+from mar.pipeline import Pipeline
+from mar.sampling.plan import Plan
+
+FEW = "spacing=log-snr noisiest=0.95"
+"""What belongs to the solvers that need few steps."""
+WAYS = (
+    "preset=exact",
+    "preset=balanced",
+    "preset=fast",
+    # reveal steps
+    "K=14",
+    "K=10",
+    "K=7",
+    "K=5",
+    # diffusion steps, and what solves them
+    "diffusion_steps=15",
+    "diffusion_steps=10",
+    "diffusion_steps=25 diffusion_steps_end=8",
+    "diffusion_steps=10 solver=ddim noisiest=0.95",
+    f"diffusion_steps=10 solver=dpm++2s {FEW}",
+    f"diffusion_steps=8 solver=dpm++2m {FEW}",
+    f"diffusion_steps=8 solver=dpm++2m-sde {FEW}",
+    f"diffusion_steps=12 solver=dpm++2m-sde {FEW}",
+    # guidance
+    "guidance_refresh=2",
+    "guidance_refresh=3",
+    "guidance_from=0.2",
+    # order and schedule, where few steps reveal many tokens each
+    "K=10 order=checkerboard",
+    "K=10 order=halton",
+    "K=10 reveal_schedule=exponential",
+    # together
+    f"K=10 diffusion_steps=8 solver=dpm++2m {FEW}",
+    f"K=10 diffusion_steps=8 solver=dpm++2m-sde {FEW}",
+    f"K=10 diffusion_steps=8 solver=dpm++2m-sde {FEW} order=checkerboard guidance_refresh=2",
+    f"K=7 diffusion_steps=8 solver=dpm++2m-sde {FEW}",
+    f"K=7 diffusion_steps=8 solver=dpm++2m-sde {FEW} order=halton",
+)
+MEASURED, ABOUT = "tradeoff.jsonl", "tradeoff.json"
+
+
+@dataclass
+class Timed:
+    """A set of drawn pictures, and how long drawing them took, in seconds of the processor."""
+
+    drawn: DrawnPictures
+    seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.drawn.name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.drawn.classes
+
+    def __len__(self) -> int:
+        return len(self.drawn)
+
+    def batches(self, batch: int, first: int, end: int) -> Iterator[Pictures]:
+        pictures = self.drawn.batches(batch, first, end)
+        while True:
+            begun = time.process_time()
+            found = next(pictures, None)
+            self.seconds += time.process_time() - begun
+            if found is None:
+                return
+            yield found
+
+
+def settings(way: str) -> dict[str, Any]:
+    """The fields that a way names, and their values."""
+    found = points(way.split())
+    if len(found) != 1:
+        raise ValueError(f"--way {way}: {len(found)} combinations, expected one value for each field")
+    return found[0]
+
+
+class Measurement:
+    """A model, what it is held against, and the file in which the ways are noted."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        torch.set_num_threads(args.threads)
+        self.pipeline: Pipeline = mar.load(args.model)
+        self.count, self.seed, self.batch = args.count, args.seed, args.batch
+        about = {"model": args.model, "data": args.data.name, "count": args.count, "seed": args.seed}
+        args.out.mkdir(parents=True, exist_ok=True)
+        note, self.path = args.out / ABOUT, args.out / MEASURED
+        if note.is_file() and (theirs := json.loads(note.read_text(encoding="utf-8"))) != about:
+            raise ValueError(f"{args.out} holds {theirs}, not {about}; choose another folder")
+        note.write_text(json.dumps(about), encoding="utf-8")
+        parts = open_parts(args.data)
+        fashion = is_fashion(args.data)
+        self.extractor: Extractor = (
+            fashion_classifier(args.classifier) if fashion else open_extractor("efficientnet-lite0")
+        )
+        grid = self.pipeline.model.config.grid
+        self.reference = collect(SourcePictures(parts[1], "held out", size=grid), self.extractor).statistics
+        real = collect(SourcePictures(spread(parts[0], self.count), "learned from", size=grid), self.extractor)
+        distance = frechet_distance(real.statistics, self.reference)
+        print(f"{distance:.3f} is the distance of {self.count:,} training pictures", flush=True)
+
+    def measure(self, way: str) -> dict[str, Any]:
+        """Draws and judges, and notes what came out."""
+        plan = Plan.total(self.count, list(range(self.pipeline.model.config.classes)) or [-1], seed=self.seed)
+        pictures = Timed(DrawnPictures(self.pipeline, plan, name=way, **settings(way)))
+        report = compare(collect(pictures, self.extractor, batch=self.batch), self.reference, self.extractor, Wanted())
+        line = {"way": way, "distance": report.distance, "agreement": report.agreement}
+        line |= {"seconds": pictures.seconds / self.count}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        return line
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """What was measured, each way once."""
+    path = folder / MEASURED
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return list({line["way"]: line for line in map(json.loads, lines)}.values())
+
+
+def front(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The ways of which no other is both sooner and better, the quickest first."""
+    found: list[dict[str, Any]] = []
+    for line in sorted(lines, key=lambda line: (line["seconds"], line["distance"])):
+        if not found or line["distance"] < found[-1]["distance"]:
+            found.append(line)
+    return found
+
+
+def run_measure(args: argparse.Namespace) -> None:
+    ways = args.way or list(WAYS)
+    for way in ways:
+        settings(way)
+    done = {line["way"] for line in read(args.out)}
+    measurement = Measurement(args)
+    for way in ways:
+        if way not in done:
+            print(json.dumps(measurement.measure(way)), flush=True)
+
+
+def run_table(args: argparse.Namespace) -> None:
+    lines = read(args.folder)
+    best = front(lines)
+    print("| way | distance | of its class | seconds |")
+    print("| --- | --- | --- | --- |")
+    for line in lines:
+        way = f"**`{line['way']}`**" if line in best else f"`{line['way']}`"
+        print(f"| {way} | {line['distance']:.2f} | {line['agreement'] or float('nan'):.1%} | {line['seconds']:.3f} |")
+
+
+def run_plot(args: argparse.Namespace) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = read(args.folder)
+    if not lines:
+        raise ValueError(f"{args.folder} holds no measurement")
+    about = json.loads((args.folder / ABOUT).read_text(encoding="utf-8"))
+    best = front(lines)
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot([p["seconds"] for p in best], [p["distance"] for p in best], color="0.6", zorder=1)
+    for line in lines:
+        on_it = line in best
+        axes.scatter(line["seconds"], line["distance"], s=40 if on_it else 16, color="tab:red" if on_it else "0.5")
+        said = line["way"].replace(FEW, "").replace("diffusion_steps", "steps").replace("solver=", "")
+        axes.annotate(
+            " ".join(said.split()),
+            (line["seconds"], line["distance"]),
+            xytext=(4, 3),
+            textcoords="offset points",
+            fontsize=7 if on_it else 5.5,
+            color="black" if on_it else "0.5",
+        )
+    axes.set(xlabel="seconds of the processor per picture", ylabel="Fréchet distance", xscale="log")
+    axes.set_title(f"{about['model']}: {about['count']:,} pictures a way; in red: none is both sooner and better")
+    axes.grid(alpha=0.3, which="both")
+    figure.savefig(args.out, dpi=120)
+    print(args.out)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(required=True)
+    verb = verbs.add_parser("measure", help="draw in all ways and judge")
+    verb.add_argument("--model", default="fashion")
+    verb.add_argument("--data", type=Path, required=True)
+    verb.add_argument("--classifier", type=Path, help="for Fashion-MNIST: what `fashion_judge.py train` made")
+    verb.add_argument("--out", type=Path, required=True)
+    verb.add_argument("--way", action="append", help="fields and values, separated by spaces; may be repeated")
+    verb.add_argument("--count", type=int, default=5000, help="pictures of each way")
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--batch", type=int, default=100)
+    verb.add_argument("--threads", type=int, default=1)
+    verb.set_defaults(run=run_measure)
+    verb = verbs.add_parser("table", help="all ways, as Markdown; those worth it in bold")
+    verb.add_argument("folder", type=Path)
+    verb.set_defaults(run=run_table)
+    verb = verbs.add_parser("plot", help="distance against seconds")
+    verb.add_argument("folder", type=Path)
+    verb.add_argument("--out", type=Path, default=Path("tradeoff.png"))
+    verb.set_defaults(run=run_plot)
+    args = parser.parse_args()
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"tradeoff: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
