@@ -25,6 +25,7 @@ from mar.diffusion.schedule import cosine, respace
 from mar.model.mar import MAR
 from mar.model.tokens import patchify, unpatchify
 from mar.sampling import decode as decoding
+from mar.sampling import loop as looping
 from mar.sampling.decode import DecodeState, all_unknown, conditions, decode, reveal, start
 from mar.sampling.guidance import GuidedHead
 from tests.parity import recorded_machine
@@ -98,7 +99,7 @@ class Spy(GuidedHead):
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> type[Spy]:
     Spy.rows, Spy.scales = [], []
-    monkeypatch.setattr(decoding, "GuidedHead", Spy)
+    monkeypatch.setattr(looping, "GuidedHead", Spy)
     return Spy
 
 

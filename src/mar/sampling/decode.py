@@ -20,12 +20,12 @@ from mar.config import ModelConfig, Order, RevealSchedule, SamplingConfig
 from mar.diffusion.head import DiffusionHead
 from mar.diffusion.packed import PackedHead, packed
 from mar.diffusion.schedule import Schedule, respace, trained
-from mar.diffusion.solvers import SOLVERS, noises
+from mar.diffusion.solvers import noises
 from mar.model.mar import MAR, UNCONDITIONAL
 from mar.model.masking import arranged, reveal_schedule, unknown_order
 from mar.model.tokens import take
 from mar.sampling.draws import Draws
-from mar.sampling.guidance import GuidedHead
+from mar.sampling.loop import Loop, RecordedLoop, cuda_graph, run
 from mar.sampling.pace import Pace, paces
 
 CACHED_BYTES = 2**24
@@ -117,8 +117,9 @@ def decode(
     """
     sampling.check(model.config)
     schedule, head = trained(model.config.head), packed(model.head)
+    loop = RecordedLoop(cuda_graph()) if state.tokens.device.type == "cuda" else run
     while state.step < state.steps:
-        state = reveal(model, labels, state, sampling, schedule, draws, head)
+        state = reveal(model, labels, state, sampling, schedule, draws, head, loop)
         yield state
 
 
@@ -131,11 +132,12 @@ def reveal(
     schedule: Schedule,
     draws: Draws,
     head: DiffusionHead | PackedHead | None = None,
+    loop: Loop = run,
 ) -> DecodeState:
     """One reveal step: conditions from the visible tokens, then the diffusion of the tokens to be revealed.
 
-    `schedule` is the one that the diffusion's timesteps are taken from, and `head` the model's, as it may be packed for
-    all steps (by default, as it is). Images that take as many of them, and are
+    `schedule` is the one that the diffusion's timesteps are taken from, `head` the model's, as it may be packed for all
+    steps (by default, as it is), and `loop` what draws with it. Images that take as many diffusion steps, and are
     guided alike, are diffused together: all of them, unless known tokens made their reveals differ.
     """
     device = state.tokens.device
@@ -144,7 +146,7 @@ def reveal(
     tokens, unknown = state.tokens, state.unknown
     for _, alike in groupby(sorted(turns, key=_kind), key=_kind):
         group = list(alike)
-        drawn = diffuse(head or model.head, found, group, sampling, schedule, draws)
+        drawn = diffuse(head or model.head, found, group, sampling, schedule, draws, loop)
         images = torch.tensor([turn.image for turn in group for _ in turn.positions])
         places = torch.cat([turn.positions for turn in group])
         tokens = tokens.index_put((images.to(device), places.to(device)), drawn)
@@ -201,6 +203,7 @@ def diffuse(
     sampling: SamplingConfig,
     schedule: Schedule,
     draws: Draws,
+    loop: Loop,
 ) -> Float[Tensor, "r d"]:
     """The tokens that the turns of a group, alike in their pace, reveal."""
     device = found.z.device
@@ -216,14 +219,7 @@ def diffuse(
     respaced = respace(schedule, steps, sampling.spacing, sampling.noisiest)
     count, width = noises(sampling.solver, steps), head.token_width
     noise = torch.cat([draws.noise(turn.image, count, len(turn.positions), width) for turn in group], dim=1)
-    return SOLVERS[sampling.solver](
-        GuidedHead(head, z, respaced.timesteps, scale),
-        noise.to(device),
-        respaced,
-        head.config.prediction,
-        temperature=sampling.temperature,
-        x0_bound=sampling.x0_bound,
-    )
+    return loop(head, z, noise.to(device), scale, respaced, sampling)
 
 
 def conditions(

@@ -13,7 +13,7 @@ from torch import Tensor
 from mar.config import SamplingConfig
 from mar.diffusion.schedule import cosine
 from mar.model.mar import UNCONDITIONAL
-from mar.sampling import decode as decoding
+from mar.sampling import loop as looping
 from mar.sampling.decode import DecodeState, all_conditions, all_unknown, decode, reveal, start, take_turns
 from mar.sampling.draws import SeededDraws
 from mar.sampling.guidance import GuidedHead
@@ -49,7 +49,7 @@ class Rows:
                 notes.heads.append((len(z), len(timesteps), scale is not None))
 
         monkeypatch.setattr(TINY, "encode", watched)
-        monkeypatch.setattr(decoding, "GuidedHead", Watched)
+        monkeypatch.setattr(looping, "GuidedHead", Watched)
 
 
 def ends(sampling: SamplingConfig, unknown: Tensor | None = None) -> DecodeState:

@@ -1,0 +1,138 @@
+"""The recorded diffusion loop: what is recorded, and that it draws what the plain one draws."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from tiny import model, noise
+from torch import Tensor
+
+from mar.config import SamplingConfig, Solver
+from mar.diffusion.schedule import respace, trained
+from mar.diffusion.solvers import noises
+from mar.sampling.decode import all_unknown, decode, reveal, start
+from mar.sampling.draws import SeededDraws
+from mar.sampling.loop import RecordedLoop, cuda_graph, filled, run
+
+OF = model()
+HEAD = OF.head
+SCHEDULE = respace(trained(HEAD.config), 5)
+
+
+class Recorder:
+    """Stands in for a graph where there is none: does the work again, on the tensors that it was recorded with."""
+
+    def __init__(self) -> None:
+        self.recorded = self.replayed = 0
+
+    def __call__(self, work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        result = torch.empty_like(work())
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            result.copy_(work())
+
+        return replay, result
+
+
+def inputs(rows: int, guided: bool, seed: int, solver: Solver = "ancestral") -> tuple[Tensor, Tensor, Tensor | None]:
+    z = noise((1 + guided) * rows, 16, seed=seed)
+    scale = 1 + noise(rows, 1, seed=seed + 1).abs() if guided else None
+    return z, noise(noises(solver, 5), rows, 2, seed=seed + 2), scale
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("solver", ["ancestral", "dpm++2m"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@torch.no_grad()
+def test_it_draws_what_the_plain_loop_draws(guided: bool, solver: Solver, device: str) -> None:
+    """On a GPU this is the test of the graphs: of more rows and of fewer, with other numbers each time."""
+    head = model().head.to(device)
+    sampling = SamplingConfig(diffusion_steps=5, solver=solver, x0_bound=2.0)
+    recorder = cuda_graph() if device == "cuda" else Recorder()
+    loop = RecordedLoop(recorder)
+    for seed, rows in enumerate((15, 16, 14, 15, 3, 3, 16)):
+        z, noises, scale = (each if each is None else each.to(device) for each in inputs(rows, guided, seed, solver))
+        expected = run(head, z, noises, scale, SCHEDULE, sampling)
+        torch.testing.assert_close(loop(head, z, noises, scale, SCHEDULE, sampling), expected, rtol=1e-5, atol=1e-5)
+    assert {rows for _, rows, _ in loop.recordings} == {3, 16}  # 15 rows are filled up to 16; 14 came once
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_replay_waits_for_nothing() -> None:
+    head, sampling = model().head.cuda(), SamplingConfig(diffusion_steps=5)
+    z, noises, scale = (each if each is None else each.cuda() for each in inputs(8, True, 0))
+    loop = RecordedLoop(cuda_graph())
+    for _ in range(2):
+        loop(head, z, noises, scale, SCHEDULE, sampling)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loop(head, z, noises, scale, SCHEDULE, sampling)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.no_grad()
+def test_what_comes_once_is_not_recorded() -> None:
+    recorder, sampling = Recorder(), SamplingConfig(diffusion_steps=5)
+    loop = RecordedLoop(recorder)
+    for rows in (1, 2, 4, 8):
+        loop(HEAD, *inputs(rows, False, rows), SCHEDULE, sampling)
+    assert recorder.recorded == 0
+    for rows in (1, 2, 2):
+        loop(HEAD, *inputs(rows, False, rows), SCHEDULE, sampling)
+    loop(HEAD, *inputs(2, True, 0), SCHEDULE, sampling)
+    assert (recorder.recorded, recorder.replayed) == (2, 3)
+
+
+@torch.no_grad()
+def test_results_are_not_written_over() -> None:
+    loop, sampling = RecordedLoop(Recorder()), SamplingConfig(diffusion_steps=5)
+    first, second, third = (loop(HEAD, *inputs(4, True, seed), SCHEDULE, sampling) for seed in (0, 10, 20))
+    kept = second.clone()
+    loop(HEAD, *inputs(4, True, 30), SCHEDULE, sampling)
+    assert torch.equal(second, kept)
+    assert not torch.equal(second, third)
+    assert not torch.equal(first, second)
+
+
+@torch.no_grad()
+def test_where_recording_fails_all_goes_on_and_says_so_once() -> None:
+    def refuse(work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    loop, sampling = RecordedLoop(refuse), SamplingConfig(diffusion_steps=5)
+    expected = run(HEAD, *inputs(4, True, 0), SCHEDULE, sampling)
+    loop(HEAD, *inputs(4, True, 0), SCHEDULE, sampling)
+    with pytest.warns(UserWarning, match="no CUDA graph of the head.*not permitted"):
+        assert torch.equal(loop(HEAD, *inputs(4, True, 0), SCHEDULE, sampling), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(loop(HEAD, *inputs(4, True, 0), SCHEDULE, sampling), expected)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_pictures_are_those_of_the_plain_loop(guidance: float) -> None:
+    sampling = SamplingConfig(steps=16, diffusion_steps=6, guidance=guidance, diffusion_steps_end=5)
+    first, second = (SeededDraws([0, 1, 2]) for _ in range(2))
+    labels, recorder = torch.tensor([0, 1, 2]), Recorder()
+    loop = RecordedLoop(recorder)
+    state = start(torch.zeros(3, 16, 2), all_unknown(3, 16), sampling.steps, first)
+    while state.step < state.steps:
+        state = reveal(OF, labels, state, sampling, trained(OF.config.head), first, loop=loop)
+    other = start(torch.zeros(3, 16, 2), all_unknown(3, 16), sampling.steps, second)
+    *_, plain = decode(OF, labels, other, sampling, second)
+    torch.testing.assert_close(state.tokens, plain.tokens, rtol=1e-4, atol=1e-4)
+    assert recorder.replayed >= 10
+
+
+def test_rows_are_filled_up_to_few_numbers() -> None:
+    numbers = {filled(rows) for rows in range(1, 1025)}
+    assert all(rows <= filled(rows) <= 1.25 * rows for rows in range(1, 1025))
+    assert {1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 1024} <= numbers
+    assert len(numbers) < 40
