@@ -197,13 +197,14 @@ class Trial:
             self.judge(count)
             self.run.save()
 
-    def judge(self, count: int, **changes: Any) -> dict[str, Any]:
+    def judge(self, count: int, weights: str = "ema", **changes: Any) -> dict[str, Any]:
         """A line of what is known of the run now, its pictures drawn with `changes` of the recipe's sampling."""
         line = {"minutes": self.clock.stop(), "images": self.run.progress.images, **changes}
+        line |= {} if weights == "ema" else {"weights": weights}
         snapshot = take(self.run)
         line |= {"val_loss": self.validate(snapshot)["val_loss"]}
         export_and_draw(snapshot, self.log)
-        drawer = snapshot.pipeline("ema")
+        drawer = snapshot.pipeline(weights)
         drawer.sampling = replace(drawer.sampling, **changes)
         plan = Plan.total(count, list(range(self.run.config.model.classes)) or [-1])
         begun = time.process_time()
@@ -245,6 +246,8 @@ def run_train(args: argparse.Namespace) -> None:
         last = trial.judge(args.count)
         for guidance in args.guidance:
             trial.judge(args.count, guidance=guidance)
+        for weights in args.weights:
+            trial.judge(args.count, weights)
         print(f"{trial.real(args.count):.3f} is the distance of {args.count:,} training pictures")
         print(f"wanted {kept['minutes']:g} minutes, took {last['minutes']:.2f}; {config.images:,} pictures")
     finally:
@@ -261,8 +264,8 @@ def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def run_table(args: argparse.Namespace) -> None:
-    print("| run | minutes | pictures | a second | validation loss | guidance | distance | of the class |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    print("| run | minutes | pictures | a second | validation loss | weights | guidance | distance | of the class |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for folder in args.folders:
         kept, lines = read(folder)
         for line in lines:
@@ -270,9 +273,10 @@ def run_table(args: argparse.Namespace) -> None:
             shown = (
                 f"{line['distance']:.2f} | {line['agreement'] or float('nan'):.1%}" if "distance" in line else "- | -"
             )
+            rate = line["images"] / line["minutes"] / 60
             print(
-                f"| {folder.name} | {line['minutes']:.1f} | {line['images']:,} | "
-                f"{line['images'] / line['minutes'] / 60:.0f} | {line['val_loss']:.4f} | {guidance:g} | {shown} |"
+                f"| {folder.name} | {line['minutes']:.1f} | {line['images']:,} | {rate:.0f} | {line['val_loss']:.4f} | "
+                f"{line.get('weights', 'ema')} | {guidance:g} | {shown} |"
             )
 
 
@@ -285,9 +289,8 @@ def run_plot(args: argparse.Namespace) -> None:
     axes = figure.subplots()
     for folder in args.folders:
         kept, lines = read(folder)
-        points = [
-            (line["minutes"], line["distance"]) for line in lines if "distance" in line and "guidance" not in line
-        ]
+        usual = [line for line in lines if "distance" in line and not {"guidance", "weights"} & {*line}]
+        points = [(line["minutes"], line["distance"]) for line in usual]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"{folder.name} ({kept['recipe']})")
     axes.set(xlabel="minutes of learning", ylabel="Fréchet distance", xscale="log", yscale="log")
@@ -312,6 +315,7 @@ def main() -> int:
     verb.add_argument("--count", type=int, default=5000, help="pictures that are drawn and judged at the end")
     verb.add_argument("--on-the-way", type=int, default=1000, help="and at each mark")
     verb.add_argument("--guidance", type=float, nargs="*", default=[], help="further scales to judge at the end")
+    verb.add_argument("--weights", nargs="*", default=[], help="others to judge at the end: raw, ema-0.99 (ema_others)")
     verb.set_defaults(run=run_train)
     verb = verbs.add_parser("table", help="all marks of runs, as Markdown")
     verb.add_argument("folders", type=Path, nargs="+")

@@ -330,6 +330,8 @@ class TrainConfig:
     """The gradient's norm is clipped to this."""
     ema: float = 0.9999
     """Decay of the running average of the weights, reached after a warm-up: min(ema, (1 + steps) / (10 + steps))."""
+    ema_others: tuple[float, ...] = ()
+    """Decays of further averages, each exported beside as model-ema-DECAY.safetensors, to find the best one by."""
     precision: Precision = "fp32"
     """`bf16`: matrix products in bfloat16, all else in float32."""
     strategy: Strategy = "ddp"
@@ -386,6 +388,12 @@ class TrainConfig:
         _require(
             self.patience == 0 or self.validate_every > 0,
             f"patience is {self.patience}, but validate_every 0 measures no loss that it could wait for",
+        )
+        others = self.ema_others
+        _require(
+            all(0 <= decay < 1 for decay in others) and len({self.ema, *others}) == 1 + len(others),
+            f"ema_others has {', '.join(map(str, others))}, but each must be from 0 to less than 1, and none twice or "
+            f"ema's {self.ema}",
         )
         unknown = ", ".join(sorted({*self.log_to} - {*typing.get_args(LogTo)}))
         _require(not unknown, f"log_to has {unknown}, but there are only {', '.join(typing.get_args(LogTo))}")

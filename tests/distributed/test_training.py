@@ -49,8 +49,7 @@ def go(config: TrainConfig, folder: Path, watch: Callable[[Run], None] | None = 
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
-    both = {"raw": run.model, "ema": run.ema.model}
-    return {f"{which}.{name}": t for which, m in both.items() for name, t in whole_state(m.state_dict()).items()}
+    return {f"{which}.{name}": t for which, m in run.weights.items() for name, t in whole_state(m.state_dict()).items()}
 
 
 @contextmanager
@@ -124,8 +123,11 @@ def test_parts_and_recomputing_change_nothing(data: Path, tmp_path: Path, alone:
     for changes in ({"accumulate": 4}, {"recompute": "full"}):
         got = weights(go(settings(data, **changes), tmp_path / next(iter(changes))))
         assert furthest(got, alone) < 1e-4, changes
-    parts = together(tmp_path / "two", settings(data, strategy="fsdp", accumulate=2, recompute="selective"))
-    assert furthest(parts, alone) < 2e-4
+    changed = settings(data, strategy="fsdp", accumulate=2, recompute="selective", ema_others=(0.1,))
+    parts = together(tmp_path / "two", changed)
+    assert furthest({name: tensor for name, tensor in parts.items() if "ema-" not in name}, alone) < 2e-4
+    shorter, usual, raw = (parts[f"{which}.mask_token"] for which in ("ema-0.1", "ema", "raw"))
+    assert 0 < (shorter - raw).norm() < (usual - raw).norm()
 
 
 def test_a_run_goes_on_with_other_processes_and_another_strategy(

@@ -183,7 +183,7 @@ def _evaluation(options: TrainOptions, run: Run, log: Log) -> OnSnapshot:
 
     def evaluate(snapshot: Snapshot) -> dict[str, float]:
         found: dict[str, float] = {}
-        for weights in ("ema", "raw"):
+        for weights in snapshot.weights:
             try:
                 report = judge(snapshot.pipeline(weights))
             except BrokenLatents as error:

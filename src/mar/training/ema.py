@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,16 +15,27 @@ class EMA:
     """A copy of a model that follows it: ema <- d ema + (1 - d) weights.
 
     d = min(decay, (1 + steps) / (10 + steps)), so that a young average does not hold its random start: with a constant
-    0.9999 that is still 37% of it after 10,000 steps.
+    0.9999 that is still 37% of it after 10,000 steps. Further decays have a copy each.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: nn.Module, decay: float, others: Sequence[float] = ()) -> None:
+        self.models = {d: copy.deepcopy(model).eval().requires_grad_(False) for d in (decay, *others)}
         self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @property
+    def model(self) -> nn.Module:
+        """The one that is drawn with."""
+        return self.models[self.decay]
+
+    @property
+    def others(self) -> dict[str, nn.Module]:
+        """Those of the further decays, by the name of their weights, as `ema-0.9999`."""
+        return {f"ema-{decay:g}": model for decay, model in self.models.items() if decay != self.decay}
 
     @torch.no_grad()
     def update(self, model: nn.Module, steps: int) -> None:
         """Takes in the weights after `steps` steps."""
-        decay = min(self.decay, (1 + steps) / (10 + steps))
-        averages: list[Tensor] = [own(p) for p in self.model.parameters()]
-        torch._foreach_lerp_(averages, [own(p.detach()) for p in model.parameters()], 1 - decay)
+        weights: list[Tensor] = [own(p.detach()) for p in model.parameters()]
+        for decay, average in self.models.items():
+            taken_in = 1 - min(decay, (1 + steps) / (10 + steps))
+            torch._foreach_lerp_([own(p) for p in average.parameters()], weights, taken_in)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -52,11 +52,11 @@ def units(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, Block | DiffusionHead)]
 
 
-def prepare(loss: DiffusionLoss, ema: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
+def prepare(loss: DiffusionLoss, averages: Iterable[nn.Module], config: TrainConfig, device: torch.device) -> nn.Module:
     """What to call for the loss, so that the processes' gradients come out as those of the whole batch.
 
-    Changes `loss` and `ema` in place where their tensors are to be shared out; names of parameters stay as they are.
-    Raises ConfigError for a batch that the processes and parts do not divide.
+    Changes `loss` and `averages` in place where their tensors are to be shared out; names of parameters stay. Raises
+    ConfigError for a batch that the processes and parts do not divide.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     cuts = world * config.accumulate
@@ -79,7 +79,7 @@ def prepare(loss: DiffusionLoss, ema: nn.Module, config: TrainConfig, device: to
     # The head's result is a view of its last product; nobody writes into it.
     warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module.* returned a view tensor")
     mesh = init_device_mesh(device.type, (world,))
-    for module in (loss, ema):
+    for module in (loss, *averages):
         for unit in units(module):
             fully_shard(unit, mesh=mesh)
         fully_shard(module, mesh=mesh)

@@ -73,8 +73,8 @@ class Run:
     def __post_init__(self) -> None:
         self.tokenizer.to(self.device).eval()
         self.loss = DiffusionLoss(self.model.to(self.device).train())
-        self.ema = EMA(self.model, self.config.ema)
-        self.forward = engine.prepare(self.loss, self.ema.model, self.config, self.device)
+        self.ema = EMA(self.model, self.config.ema, self.config.ema_others)
+        self.forward = engine.prepare(self.loss, self.ema.models.values(), self.config, self.device)
         self.optimizers = make_optimizers(self.model, self.config)
         self.store = RunState(self.folder, to_dict(self.config))
 
@@ -83,6 +83,7 @@ class Run:
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
+            **{name: model.state_dict() for name, model in self.ema.others.items()},
             "optimizer": get_optimizer_state_dict(self.model, self.optimizers),
             "tokenizer": {"mean": self.tokenizer.mean, "std": self.tokenizer.std},
             "progress": vars(self.progress).copy(),
@@ -96,6 +97,8 @@ class Run:
             return False
         self.model.load_state_dict(state["model"])
         self.ema.model.load_state_dict(state["ema"])
+        for name, model in self.ema.others.items():
+            model.load_state_dict(state[name])
         set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
         self.tokenizer.set_statistics(state["tokenizer"]["mean"], state["tokenizer"]["std"])
         self.progress = Progress.resumed(self.folder, state["progress"])
@@ -105,6 +108,11 @@ class Run:
     def save(self) -> None:
         """Stores the state."""
         self.store.save(self.progress.images, self.state_dict(), self.config.keep)
+
+    @property
+    def weights(self) -> dict[str, nn.Module]:
+        """What can be drawn with: `ema`, the `raw` weights, and averages of other decays, as `ema-0.9999`."""
+        return {"ema": self.ema.model, "raw": self.model, **self.ema.others}
 
     @property
     def finished(self) -> bool:

@@ -36,8 +36,6 @@ from mar.training.loop import Progress, Run
 RUN_FILE = "run.json"
 MEASURED = 10_000
 """Pictures of a stream, at most, that a tokenizer's statistics are of."""
-EXPORTS = {"ema": "model.safetensors", "raw": "model-raw.safetensors"}
-"""The files to use in a run's folder, by the weights that they hold."""
 # Settings that may change when a run is resumed: they do not touch what has been learned so far.
 _FREE = {"images", "decay", "workers", "save_every", "sample_every", "log_every", "keep", "sampling"}
 _FREE |= {"strategy", "accumulate", "recompute", "compile", "log_to"}
@@ -232,7 +230,8 @@ def adopt_official(run: Run, path: Path) -> None:
     if read.optimizer is None or read.raw is None or read.ema is None or read.epoch is None:
         raise ConfigError(f"{path} has no optimizer and epoch to go on with; start from its weights with --init {path}")
     try:
-        for model, weights in ((run.model, read.raw), (run.ema.model, read.ema)):
+        averages = [(average, read.ema) for average in run.ema.models.values()]
+        for model, weights in [(run.model, read.raw), *averages]:
             set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
@@ -246,24 +245,34 @@ def adopt_official(run: Run, path: Path) -> None:
 
 
 def pipeline(run: Run, weights: str = "ema") -> Pipeline:
-    """The run as it stands, ready to draw, on every process; `weights` are ema or raw."""
+    """The run as it stands, ready to draw, on every process; `weights` are one of `run.weights`."""
     model = MAR(run.config.model).to(run.device)
-    model.load_state_dict(whole_state((run.ema.model if weights == "ema" else run.model).state_dict()))
-    notes = {"images": run.progress.images, "steps": run.progress.step, "data": run.config.data}
+    model.load_state_dict(whole_state(run.weights[weights].state_dict()))
+    notes: dict[str, Any] = {"images": run.progress.images, "steps": run.progress.step, "data": run.config.data}
+    kind, _, decay = weights.partition("-")
+    if decay:
+        notes["ema"] = float(decay)
     return Pipeline(
         model,
         run.tokenizer,
         classes=run.source.classes if run.config.model.classes else (),
         sampling=run.config.sampling,
-        weights=weights,
+        weights=kind,
         notes=notes,
     )
 
 
 def export(run: Run) -> list[Path]:
     """Writes the run's EMA and raw weights as files to use; every process takes part, the first writes."""
-    for weights, file in EXPORTS.items():
+    paths = []
+    for weights in run.weights:
         whole = pipeline(run, weights)
+        paths.append(run.folder / file_of(weights))
         if runtime.rank() == 0:
-            whole.save(run.folder / file)
-    return [run.folder / file for file in EXPORTS.values()]
+            whole.save(paths[-1])
+    return paths
+
+
+def file_of(weights: str) -> str:
+    """The file of a run's folder that has these weights."""
+    return "model.safetensors" if weights == "ema" else f"model-{weights}.safetensors"

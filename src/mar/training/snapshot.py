@@ -15,7 +15,7 @@ from mar.pipeline import Pipeline
 from mar.sampling.generate import BrokenLatents
 from mar.training.log import Log
 from mar.training.loop import Hook, Run
-from mar.training.run import EXPORTS, pipeline
+from mar.training.run import file_of, pipeline
 
 CLASSES, ROWS, PLAIN = 10, 4, 16
 """A grid has so many classes, at most, and pictures of each; so many pictures of a model without classes."""
@@ -29,8 +29,10 @@ class Snapshot:
     step: int
     folder: Path
     """The run's."""
+    weights: tuple[str, ...]
+    """What there is to draw with: ema, raw, and averages of other decays, as ema-0.9999."""
     pipeline: Callable[[str], Pipeline]
-    """`pipeline("ema")` or `pipeline("raw")`: ready to draw, with the whole weights on every process, also where they
+    """`pipeline("ema")`, `pipeline("raw")`: ready to draw, with the whole weights on every process, also where they
     are shared out; a copy, made when it is asked for, which all processes have to do."""
 
 
@@ -40,7 +42,8 @@ OnSnapshot = Callable[[Snapshot], Mapping[str, float]]
 
 def take(run: Run) -> Snapshot:
     """The run as it stands."""
-    return Snapshot(run.progress.images, run.progress.step, run.folder, functools.partial(pipeline, run))
+    progress = run.progress
+    return Snapshot(progress.images, progress.step, run.folder, tuple(run.weights), functools.partial(pipeline, run))
 
 
 def on_snapshot(run: Run, log: Log, every: int, look: OnSnapshot) -> None:
@@ -60,10 +63,10 @@ def export_and_draw(snapshot: Snapshot, log: Log) -> dict[str, float]:
     """Exports EMA and raw weights and draws a grid with each, samples/IMAGES.png and samples/IMAGES-raw.png: four
     pictures of every class (at most ten), of which each process draws its share. A broken grid is reported, not fatal.
     """
-    for weights, file in EXPORTS.items():
+    for weights in snapshot.weights:
         drawer = snapshot.pipeline(weights)
         if runtime.rank() == 0:
-            drawer.save(snapshot.folder / file)
+            drawer.save(snapshot.folder / file_of(weights))
         classes = min(drawer.model.config.classes, CLASSES)
         labels: list[int | None] = [label for _ in range(ROWS) for label in range(classes)] or [None] * PLAIN
         shares = runtime.gather(_draw(drawer, labels, runtime.rank(), runtime.world_size()))

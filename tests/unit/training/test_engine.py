@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tiny
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mar.config import Recompute, TrainConfig, from_dict, to_dict
 from mar.training.engine import prepare
@@ -17,7 +17,7 @@ def gradients(recompute: Recompute) -> dict[str, Tensor]:
     """Of one step, dropout on."""
     loss = DiffusionLoss(tiny.awake(tiny.MAR(MODEL)).train())
     settings = TrainConfig(model=MODEL, batch=3, recompute=recompute)
-    forward = prepare(loss, nn.Module(), settings, torch.device("cpu"))
+    forward = prepare(loss, (), settings, torch.device("cpu"))
     torch.manual_seed(0)
     draws = draw_step(MODEL, 0, 1, range(3))
     value = forward(tiny.noise(3, 2, 4, 4), torch.tensor([0, 1, 2]), draws)

@@ -9,7 +9,6 @@ from typing import get_args
 
 import pytest
 import torch
-from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from mar.checkpoint.files import CheckpointError
@@ -35,7 +34,7 @@ CONFIGS = {
 def most(config: ModelConfig, images: int, recompute: Recompute) -> int:
     """Bytes that forward and backward pass of one step hold at once, at most; weights and gradients apart."""
     run = TrainConfig(model=config, batch=images, recompute=recompute)
-    forward = prepare(DiffusionLoss(MAR(config).train()), nn.Module(), run, torch.device("cpu"))
+    forward = prepare(DiffusionLoss(MAR(config).train()), (), run, torch.device("cpu"))
     draws = draw_step(config, 0, 1, range(images))
     latents, labels = torch.randn(images, config.channels, *config.grid), torch.zeros(images, dtype=torch.long)
     forward(latents, labels, draws).backward()  # the gradients are there now

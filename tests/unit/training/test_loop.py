@@ -196,6 +196,28 @@ def test_an_export_is_the_run_as_it_stands(data: Path, tmp_path: Path) -> None:
         assert all(name == other and torch.equal(a, b) for (name, a), (other, b) in pairs)
 
 
+def test_averages_of_several_lengths_are_kept_and_exported(data: Path, tmp_path: Path) -> None:
+    config = train_config(data, images=24, ema=0.2, ema_others=(0.1, 0.3))
+    whole, first = open_tiny(config, tmp_path / "whole"), open_tiny(replace(config, images=12), tmp_path / "parts")
+    assert go(whole)
+    assert go(first)
+    second = open_tiny(config, tmp_path / "parts")
+    assert second.progress.images == 12
+    assert go(second)
+    names = ["model.safetensors", "model-raw.safetensors", "model-ema-0.1.safetensors", "model-ema-0.3.safetensors"]
+    assert [path.name for path in export(second)] == names
+    held = [Pipeline.open(tmp_path / "parts" / name) for name in names]
+    assert [(each.weights, each.notes.get("ema")) for each in held] == [
+        ("ema", None), ("raw", None), ("ema", 0.1), ("ema", 0.3)
+    ]  # fmt: skip
+    states = [each.model.state_dict() for each in held]
+    for name, module in zip(("ema", "raw", "ema-0.1", "ema-0.3"), whole.weights.values(), strict=True):
+        state = states[list(whole.weights).index(name)]
+        assert all(torch.equal(tensor, state[key]) for key, tensor in module.state_dict().items())
+    short, usual, long = (states[i]["mask_token"] - states[1]["mask_token"] for i in (2, 0, 3))
+    assert short.norm() < usual.norm() < long.norm()  # the longer, the farther behind
+
+
 def test_statistics_are_those_of_the_pictures(data: Path, tmp_path: Path) -> None:
     run = open_tiny(train_config(data), tmp_path)
     every = torch.stack([torch.from_numpy(np.array(run.source[i].image)) for i in range(len(run.source))])

@@ -10,7 +10,7 @@ from tiny import model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from mar.config import TrainConfig
+from mar.config import ConfigError, TrainConfig
 from mar.training.ema import EMA
 from mar.training.optim import decays, learning_rate, make_optimizers
 
@@ -92,6 +92,27 @@ def test_the_decay_is_reached() -> None:
     average.update(weights, steps)
     assert float(average.model.weight.detach()) == pytest.approx(0.1)
     EMA(weights, 0.9).update(weights, 1)
+
+
+def test_averages_of_several_lengths_go_side_by_side() -> None:
+    weights = One(0.0)
+    average, alone = EMA(weights, 0.9, (0.5, 0.99)), EMA(weights, 0.99)
+    with torch.no_grad():
+        weights.weight.fill_(1.0)
+    for each in (average, alone):
+        each.update(weights, 10**6)
+        each.update(weights, 10**6)
+    assert list(average.others) == ["ema-0.5", "ema-0.99"]
+    ends = [float(each.weight) for each in (average.model, *average.others.values())]
+    assert ends == pytest.approx([0.19, 0.75, 0.0199])
+    assert torch.equal(average.others["ema-0.99"].weight, alone.model.weight)
+    assert average.model is average.models[0.9]
+
+
+@pytest.mark.parametrize("others", [(0.5, 0.5), (0.9999,), (1.0,), (-0.1,)])
+def test_decays_that_can_not_be(others: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match="ema_others has"):
+        TrainConfig(ema=0.9999, ema_others=others)
 
 
 def test_the_average_is_apart_from_the_model() -> None:

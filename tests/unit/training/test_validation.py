@@ -90,7 +90,7 @@ def test_nothing_random_is_used_up_and_the_run_is_as_it_was(data: Path, tmp_path
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    Validation(run, Log())(Snapshot(0, 0, tmp_path, lambda weights: made))
+    Validation(run, Log())(Snapshot(0, 0, tmp_path, ("ema",), lambda weights: made))
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.state_dict()["ema"].items())
     assert run.model.training
