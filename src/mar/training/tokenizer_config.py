@@ -6,7 +6,8 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
-from mar.config import LogTo, Precision, _fraction, _positive, _require
+from mar.config import LogTo, Precision
+from mar.config.fields import fraction, positive, require
 from mar.sizes import Pictures
 
 Stride = Literal[2, 4, 8, 16]
@@ -73,18 +74,18 @@ class TokenizerTrainConfig:
     """What the log goes to beside log.jsonl: tensorboard, wandb, trackio, or several of them."""
 
     def __post_init__(self) -> None:
-        _positive(self, "channels", "depth", "images", "batch", "save_every", "keep", "log_every")
+        positive(self, "channels", "depth", "images", "batch", "save_every", "keep", "log_every")
         for name in ("warmup", "decay", "sample_every", "workers", "kl", "perceptual", "adversarial"):
-            _require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, but it must not be negative")
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, but it must not be negative")
         for name in ("lr", "clip"):
-            _require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but it must be positive")
-        _fraction(self, "ema", "beta1", "beta2", "adversarial_start")
-        _require(self.precision in typing.get_args(Precision), f"precision is {self.precision!r}, not fp32 or bf16")
-        _require(self.stride in typing.get_args(Stride), f"stride is {self.stride}, but it must be 2, 4, 8 or 16")
-        _require(self.colours in (None, 1, 3), f"colours is {self.colours}, but it must be 1 (grey) or 3")
-        _require(self.width >= 8 and self.width % 8 == 0, f"width is {self.width}, but it must be a multiple of 8")
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but it must be positive")
+        fraction(self, "ema", "beta1", "beta2", "adversarial_start")
+        require(self.precision in typing.get_args(Precision), f"precision is {self.precision!r}, not fp32 or bf16")
+        require(self.stride in typing.get_args(Stride), f"stride is {self.stride}, but it must be 2, 4, 8 or 16")
+        require(self.colours in (None, 1, 3), f"colours is {self.colours}, but it must be 1 (grey) or 3")
+        require(self.width >= 8 and self.width % 8 == 0, f"width is {self.width}, but it must be a multiple of 8")
         height, width = self.size
-        _require(
+        require(
             min(height, width) >= self.stride and height % self.stride == 0 and width % self.stride == 0,
             f"image_size is {height}x{width}, but it must be a multiple of the stride {self.stride}",
         )

@@ -1,0 +1,36 @@
+"""The configuration of a model, of sampling and of a training run: frozen dataclasses, validated on construction.
+
+A field's docstring is its command-line help. `to_dict` and `from_dict` carry a config to JSON and back.
+"""
+
+from mar.config.fields import ConfigError, from_dict, to_dict
+from mar.config.model import HeadConfig, Mlp, ModelConfig, NoisePath, Norm, Prediction, Timesteps, TrunkConfig
+from mar.config.sampling import GuidanceSchedule, Order, Preset, RevealSchedule, SamplingConfig, Solver, Spacing
+from mar.config.training import LogTo, Optimizer, Precision, Recompute, Strategy, TrainConfig
+
+__all__ = [
+    "ConfigError",
+    "GuidanceSchedule",
+    "HeadConfig",
+    "LogTo",
+    "Mlp",
+    "ModelConfig",
+    "NoisePath",
+    "Norm",
+    "Optimizer",
+    "Order",
+    "Precision",
+    "Prediction",
+    "Preset",
+    "Recompute",
+    "RevealSchedule",
+    "SamplingConfig",
+    "Solver",
+    "Spacing",
+    "Strategy",
+    "Timesteps",
+    "TrainConfig",
+    "TrunkConfig",
+    "from_dict",
+    "to_dict",
+]

@@ -1,0 +1,140 @@
+"""The configuration of a model: which latents it models, its encoder, decoder and diffusion head."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mar.config.fields import fraction, one_of, positive, require
+
+Prediction = Literal["noise", "v", "x0", "flow"]
+NoisePath = Literal["cosine", "linear"]
+Timesteps = Literal["uniform", "logit-normal"]
+Norm = Literal["layer", "rms"]
+Mlp = Literal["gelu", "swiglu"]
+
+
+@dataclass(frozen=True)
+class TrunkConfig:
+    """A stack of transformer blocks: the encoder or the decoder."""
+
+    width: int = 768
+    """Features of a token inside the stack."""
+    depth: int = 12
+    """Number of blocks."""
+    heads: int = 12
+    """Attention heads; they divide the width."""
+    mlp_ratio: float = 4.0
+    """Width of a block's MLP as a multiple of `width`."""
+    norm: Norm = "layer"
+    """How tokens are normalised in front of attention and MLP: `layer` (the paper), or `rms`, by their size alone."""
+    mlp: Mlp = "gelu"
+    """The MLP: `gelu` (the paper), or `swiglu`, two thirds as wide with a gate, for the same number of weights."""
+    qk_norm: bool = False
+    """Normalise each head's queries and keys by their size."""
+    rotary: bool = False
+    """Let attention see how far tokens are apart on the grid (rotary position embeddings), beside where they stand."""
+
+    def __post_init__(self) -> None:
+        positive(self, "width", "depth", "heads")
+        one_of(self, "norm", Norm)
+        one_of(self, "mlp", Mlp)
+        require(self.mlp_ratio > 0, f"mlp_ratio is {self.mlp_ratio}, but it must be positive")
+        require(self.width % self.heads == 0, f"width {self.width} is not a multiple of the {self.heads} heads")
+        require(
+            not self.rotary or self.head_width % 4 == 0,
+            f"heads of {self.head_width} features can't be turned: rotary needs a multiple of 4",
+        )
+
+    @property
+    def head_width(self) -> int:
+        """Features of an attention head."""
+        return self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        """Features inside a block's MLP; under `swiglu` its first layer makes twice as many."""
+        full = self.width * self.mlp_ratio
+        return 8 * math.ceil(full / 12) if self.mlp == "swiglu" else int(full)
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The diffusion head: an MLP that draws one token given its condition z (paper, sections 3.2 and 4.1)."""
+
+    width: int = 1024
+    """Features of the MLP."""
+    depth: int = 6
+    """Residual blocks."""
+    diffusion_steps: int = 1000
+    """Length of the training noise schedule."""
+    path: NoisePath = "cosine"
+    """How noise comes in over the timesteps: by the paper's `cosine`, or `linear`, the path of flow matching."""
+    prediction: Prediction = "noise"
+    """What the network predicts: the noise (the paper, official weights), v = sqrt(a) noise - sqrt(1-a) x0, the clean
+    token x0, or the flow, noise - x0."""
+    timesteps: Timesteps = "uniform"
+    """Which timesteps are learned: all alike (the paper), or more of the middle ones (`logit-normal`)."""
+    batch_mul: int = 4
+    """How many (timestep, noise) pairs each token is trained on per step."""
+
+    def __post_init__(self) -> None:
+        positive(self, "width", "depth", "diffusion_steps", "batch_mul")
+        one_of(self, "path", NoisePath)
+        one_of(self, "prediction", Prediction)
+        one_of(self, "timesteps", Timesteps)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A MAR: which latents it models, its encoder, decoder and diffusion head."""
+
+    channels: int = 16
+    """Channels of the tokenizer's latents."""
+    grid: tuple[int, int] = (16, 16)
+    """Height and width of the latents, in latent cells."""
+    patch: int = 1
+    """A token is a patch x patch square of latent cells."""
+    encoder: TrunkConfig = field(default_factory=TrunkConfig)
+    decoder: TrunkConfig = field(default_factory=TrunkConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    buffer: int = 64
+    """Tokens in front of the sequence that carry the class."""
+    classes: int = 1000
+    """Number of classes; 0 for an unconditional model."""
+    label_drop: float = 0.1
+    """Probability of training an image without its class; 0 makes guidance impossible."""
+    attention_dropout: float = 0.1
+    """Dropout of attention weights, in training."""
+    projection_dropout: float = 0.1
+    """Dropout after the projections of attention and MLP, in training."""
+    mask_ratio_min: float = 0.7
+    """Left end of the truncated normal(1, 0.25) from which a batch's mask ratio is drawn."""
+
+    def __post_init__(self) -> None:
+        positive(self, "channels", "patch", "buffer")
+        require(self.classes >= 0, f"classes is {self.classes}, but it must be 0 (unconditional) or more")
+        fraction(self, "label_drop", "attention_dropout", "projection_dropout")
+        require(0 < self.mask_ratio_min <= 1, f"mask_ratio_min is {self.mask_ratio_min}, outside (0, 1]")
+        height, width = self.grid
+        require(
+            min(height, width) >= 1 and height % self.patch == 0 and width % self.patch == 0,
+            f"a latent grid of {height}x{width} cells can't be cut into patches of {self.patch}x{self.patch}: "
+            "choose an image size or a patch that divides it",
+        )
+
+    @property
+    def tokens(self) -> int:
+        """L: the number of tokens of an image."""
+        return (self.grid[0] // self.patch) * (self.grid[1] // self.patch)
+
+    @property
+    def token_width(self) -> int:
+        """d: the number of values of a token."""
+        return self.channels * self.patch**2
+
+    @property
+    def guidable(self) -> bool:
+        """Whether the model has learned to do without the class, as guidance needs."""
+        return self.classes > 0 and self.label_drop > 0

@@ -1,0 +1,90 @@
+"""The configuration of sampling: how pictures are drawn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from mar.config.fields import one_of, positive, require
+from mar.config.model import ModelConfig
+
+GuidanceSchedule = Literal["linear", "constant"]
+Solver = Literal["ancestral", "ddim", "dpm++2m", "dpm++2m-sde", "dpm++2s"]
+Spacing = Literal["time", "log-snr"]
+RevealSchedule = Literal["cosine", "exponential"]
+Order = Literal["random", "checkerboard", "halton"]
+Preset = Literal["exact", "balanced", "fast"]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How pictures are drawn."""
+
+    steps: int = 64
+    """K: reveal steps; more than there are tokens means one token a step."""
+    diffusion_steps: int = 100
+    """Diffusion steps for each token, of the 1000 it was trained on."""
+    guidance: float = 1.0
+    """Classifier-free guidance scale; 1 is none."""
+    guidance_schedule: GuidanceSchedule = "linear"
+    """`linear`: from 1 up to the scale as tokens are revealed; `constant`: the scale at every step."""
+    temperature: float = 1.0
+    """Factor of the noise added at each diffusion step; of the noise at the start for solvers that add none."""
+    x0_bound: float | None = None
+    """Clip the predicted clean token to this many standard deviations: for young models; off for official weights."""
+    solver: Solver = "ancestral"
+    """`ancestral` (the paper), or `dpm++2m-sde`, the same in fewer steps; without noise on the way `ddim`, `dpm++2m`,
+    `dpm++2s`."""
+    spacing: Spacing = "time"
+    """How diffusion timesteps are spaced: evenly in `time` (the paper) or in `log-snr`."""
+    diffusion_steps_end: int | None = None
+    """Diffusion steps at the last reveal step, linear in between (DiSA); by default `diffusion_steps` throughout."""
+    noisiest: float = 1.0
+    """Where diffusion starts, as a share of the trained timesteps; 0.95 skips the noisiest 5% (DiSA)."""
+    guidance_from: float = 0.0
+    """Guide only from where this share of an image's tokens is known."""
+    guidance_until: float = 1.0
+    """Guide only up to where this share of an image's tokens is known."""
+    guidance_refresh: int = 1
+    """Run the trunk without the class at every so many guided steps, and keep its difference in between (LazyMAR)."""
+    reveal_schedule: RevealSchedule = "cosine"
+    """How many tokens are hidden after each step: `cosine` (the paper), or `exponential`, slower at first."""
+    order: Order = "random"
+    """Order of an image's tokens: `random` (the paper), random on a `checkerboard` first, or spread out by `halton`."""
+
+    def __post_init__(self) -> None:
+        positive(self, "steps", "diffusion_steps", "guidance_refresh")
+        require(math.isfinite(self.guidance) and self.guidance >= 0, f"guidance is {self.guidance}, not 0 or more")
+        one_of(self, "guidance_schedule", GuidanceSchedule)
+        require(
+            math.isfinite(self.temperature) and self.temperature >= 0, f"temperature is {self.temperature}, not >= 0"
+        )
+        require(self.x0_bound is None or self.x0_bound > 0, f"x0_bound is {self.x0_bound}, but it must be positive")
+        one_of(self, "solver", Solver)
+        one_of(self, "spacing", Spacing)
+        one_of(self, "reveal_schedule", RevealSchedule)
+        one_of(self, "order", Order)
+        if self.diffusion_steps_end is not None:
+            positive(self, "diffusion_steps_end")
+        require(0 < self.noisiest <= 1, f"noisiest is {self.noisiest}, outside (0, 1]")
+        require(
+            0 <= self.guidance_from <= self.guidance_until <= 1,
+            f"guidance from {self.guidance_from} until {self.guidance_until}: not a part of the range from 0 to 1",
+        )
+
+    def check(self, model: ModelConfig) -> None:
+        """Raises ConfigError where this way of drawing asks more than `model` has learned."""
+        timesteps = round(self.noisiest * (model.head.diffusion_steps - 1)) + 1
+        for name in ("diffusion_steps", "diffusion_steps_end"):
+            steps = getattr(self, name) or 1
+            less = f", of which noisiest {self.noisiest} leaves {timesteps}" if self.noisiest < 1 else ""
+            require(
+                steps <= timesteps,
+                f"{name} is {steps}, but the model's schedule has {model.head.diffusion_steps}{less}",
+            )
+        require(
+            self.guidance == 1.0 or model.guidable,
+            f"guidance {self.guidance} needs a model that was trained to do without classes "
+            f"(this one: {model.classes} classes, label_drop {model.label_drop}); use guidance 1",
+        )

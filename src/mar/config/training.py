@@ -1,0 +1,127 @@
+"""The configuration of a training run."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mar.config.fields import fraction, one_of, positive, require
+from mar.config.model import ModelConfig
+from mar.config.sampling import SamplingConfig
+
+Precision = Literal["fp32", "bf16"]
+Optimizer = Literal["adamw", "muon"]
+Strategy = Literal["ddp", "fsdp"]
+LogTo = Literal["tensorboard", "wandb", "trackio"]
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run: what is learned from what, for how long, and how. Lengths are counted in images."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the run's sample grids are drawn; becomes the default of its exports."""
+    data: str = "fashion"
+    """`fashion` (bundled), a folder of class folders or of pictures, Parquet or .tar (WebDataset) files, OWNER/NAME on
+    the Hub, a `mar cache`; or, read in passing, stream: and files, URLs or OWNER/NAME."""
+    tokenizer: str = "pixels"
+    """`pixels`, or a folder or repository of an AutoencoderKL in diffusers' format, or `kl16`."""
+    images: int = 1_000_000
+    """Length of the run, in images seen."""
+    batch: int = 256
+    """Images per step, over all processes."""
+    lr: float = 1e-4
+    """Learning rate for 256 images a step; the rate used is lr * batch / 256."""
+    warmup: int = 0
+    """Images over which the learning rate rises linearly from 0."""
+    decay: int = 0
+    """Images at the end of the run over which the learning rate falls linearly to 0."""
+    optimizer: Optimizer = "adamw"
+    """`adamw` (the paper), or `muon` for the matrices inside the blocks and AdamW for all else."""
+    muon_factor: float = 2.5
+    """Muon's learning rate as a multiple of `lr`, where an update has the size of AdamW's."""
+    weight_decay: float = 0.02
+    """Decoupled weight decay; never on biases, norms and the head."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip: float = 3.0
+    """The gradient's norm is clipped to this."""
+    ema: float = 0.9999
+    """Decay of the running average of the weights, reached after a warm-up: min(ema, (1 + steps) / (10 + steps))."""
+    ema_others: tuple[float, ...] = ()
+    """Decays of further averages, each exported beside as model-ema-DECAY.safetensors, to find the best one by."""
+    precision: Precision = "fp32"
+    """`bf16`: matrix products in bfloat16, all else in float32."""
+    strategy: Strategy = "ddp"
+    """Several processes: `ddp`, the model on each; `fsdp`, a share of every tensor on each."""
+    accumulate: int = 1
+    """Parts in which a process works through its share of a batch: less memory, the same step."""
+    recompute: Recompute = "none"
+    """Gradient checkpointing, what the backward pass computes again instead of keeping it: `selective`, all but matrix
+    products, which costs little time; `full`, whole blocks, which costs a third."""
+    compile: bool = False
+    """Compile the blocks with torch.compile; needs a compiler on the machine."""
+    flip: bool | None = None
+    """Mirror every other picture; by default, where the data says that its pictures may be."""
+    shift: int = 0
+    """Move each picture by up to so many pixels each way, at random, its edges repeated: for few pictures."""
+    seed: int = 0
+    workers: int = 0
+    """Processes that read pictures ahead."""
+    save_every: int = 50_000
+    """Images between saved states."""
+    keep: int = 2
+    """How many of the newest states are kept."""
+    sample_every: int = 50_000
+    """Images between sample grids; 0 draws none."""
+    log_every: int = 50
+    """Steps between lines of the log."""
+    log_to: tuple[LogTo, ...] = ("tensorboard",)
+    """What the log goes to beside log.jsonl: tensorboard, wandb, trackio, or several of them."""
+    validate_every: int = 50_000
+    """Images between losses of held-out pictures, by the EMA weights; 0 measures none."""
+    validate_on: str | None = None
+    """Pictures held out; by default the test part of the data (of the pictures that were cached), if it has one."""
+    validate_count: int = 1000
+    """Held-out pictures to validate on, at most."""
+    patience: int = 0
+    """Stop after so many validations in a row without a lower loss of the held-out pictures; 0 never does."""
+    hold_out: int = 0
+    """Keep one of every so many pictures from learning, to validate on; 0 learns from all."""
+    init: str | None = None
+    """Weights to start from: a name, a file, a folder; classes that differ start anew."""
+
+    def __post_init__(self) -> None:
+        positive(self, "images", "batch", "save_every", "keep", "log_every", "accumulate", "validate_count")
+        not_negative = ("warmup", "decay", "shift", "sample_every", "validate_every", "patience", "workers")
+        for name in (*not_negative, "weight_decay"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, but it must not be negative")
+        for name in ("lr", "muon_factor", "clip"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but it must be positive")
+        fraction(self, "ema", "beta1", "beta2")
+        require(self.precision in typing.get_args(Precision), f"precision is {self.precision!r}, not fp32 or bf16")
+        require(self.optimizer in typing.get_args(Optimizer), f"optimizer is {self.optimizer!r}, not adamw or muon")
+        require(self.strategy in typing.get_args(Strategy), f"strategy is {self.strategy!r}, not ddp or fsdp")
+        require(self.hold_out == 0 or self.hold_out > 1, f"hold_out is {self.hold_out}, not 0 (none) or at least 2")
+        require(
+            self.patience == 0 or self.validate_every > 0,
+            f"patience is {self.patience}, but validate_every 0 measures no loss that it could wait for",
+        )
+        others = self.ema_others
+        require(
+            all(0 <= decay < 1 for decay in others) and len({self.ema, *others}) == 1 + len(others),
+            f"ema_others has {', '.join(map(str, others))}, but each must be from 0 to less than 1, and none twice or "
+            f"ema's {self.ema}",
+        )
+        unknown = ", ".join(sorted({*self.log_to} - {*typing.get_args(LogTo)}))
+        require(not unknown, f"log_to has {unknown}, but there are only {', '.join(typing.get_args(LogTo))}")
+        one_of(self, "recompute", Recompute)
+        self.sampling.check(self.model)
+
+    @property
+    def scaled_lr(self) -> float:
+        """The learning rate after warm-up and before decay."""
+        return self.lr * self.batch / 256
