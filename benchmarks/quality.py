@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mar.assets import FASHION_CLASSES
-from mar.config import ConfigError, HeadConfig, TrainConfig, from_dict, to_dict
+from mar.config import ConfigError, HeadConfig, TrainConfig, TrunkConfig, from_dict, to_dict
 from mar.data.examples import Example, Source
 from mar.data.heldout import hold_out, spread
 from mar.data.loader import in_order
@@ -114,7 +114,11 @@ def settings(name: str, data: Path, changes: Sequence[str]) -> TrainConfig:
 def reference(base: TrainConfig) -> TrainConfig:
     """The paper's objective, optimizer and dropout around the trunk and the head's size of `base`; constant rate."""
     head = HeadConfig(width=base.model.head.width, depth=base.model.head.depth)
-    model = replace(base.model, head=head, attention_dropout=0.1, projection_dropout=0.1, mask_ratio_min=0.7)
+    encoder, decoder = (TrunkConfig(t.width, t.depth, t.heads) for t in (base.model.encoder, base.model.decoder))
+    model = replace(
+        base.model, encoder=encoder, decoder=decoder, head=head,
+        attention_dropout=0.1, projection_dropout=0.1, mask_ratio_min=0.7,
+    )  # fmt: skip
     return replace(
         base, model=model, sampling=replace(base.sampling, x0_bound=3.0), batch=64, lr=3.2e-3, warmup=6_400, decay=0,
         optimizer="adamw", weight_decay=0.02, ema=0.999, clip=3.0,

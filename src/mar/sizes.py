@@ -39,8 +39,8 @@ class _Size:
 
     pictures: int
     """It is for fewer pictures than that."""
-    encoder: TrunkConfig
-    decoder: TrunkConfig
+    trunk: tuple[int, int, int, int]
+    """Width, heads, blocks of the encoder and of the decoder."""
     head: tuple[int, int, int]
     """Width for tokens of at most 16 values, width for others, depth."""
     buffer: int
@@ -52,13 +52,20 @@ class _Size:
     ema: float
     save_every: int
 
+    @property
+    def trunks(self) -> tuple[TrunkConfig, TrunkConfig]:
+        """Encoder and decoder."""
+        width, heads, *depths = self.trunk
+        encoder, decoder = (TrunkConfig(width, depth, heads, rotary=True) for depth in depths)
+        return encoder, decoder
+
 
 _SIZES = (
-    _Size(20_000, TrunkConfig(192, 3, 6), TrunkConfig(192, 5, 6), (256, 512, 3), buffer=8, batch=32,
-          optimizer="muon", rate=1e-3, warmup=6_000, ema=0.999, save_every=5_000),
-    _Size(200_000, TrunkConfig(256, 4, 8), TrunkConfig(256, 6, 8), (384, 512, 3), buffer=16, batch=64,
+    _Size(20_000, (192, 6, 3, 5), (256, 512, 3), buffer=8, batch=32,
+          optimizer="muon", rate=1.5e-3, warmup=6_000, ema=0.999, save_every=5_000),
+    _Size(200_000, (256, 8, 4, 6), (384, 512, 3), buffer=16, batch=64,
           optimizer="muon", rate=1e-3, warmup=12_000, ema=0.9995, save_every=10_000),
-    _Size(10**18, TrunkConfig(768, 12, 12), TrunkConfig(768, 12, 12), (1024, 1024, 6), buffer=64, batch=256,
+    _Size(10**18, (768, 12, 12, 12), (1024, 1024, 6), buffer=64, batch=256,
           optimizer="adamw", rate=1e-4, warmup=500_000, ema=0.9999, save_every=200_000),
 )  # fmt: skip
 SIDES = (256, 128, 64, 32)
@@ -105,12 +112,12 @@ def recipe_for(
     """A recipe for pictures of one's own, cut to `size` (height, width), as pixels or as a tokenizer's `cells`; where
     data and tokenizer are is still to be said.
 
-    The model grows with the number of pictures, the head with the width of tokens. Each picture is seen 40 times, and
-    100,000 at least are seen in all, unless `images` says how many. The model predicts v, and is bounded when it draws:
-    pixels by black and white, latents by 4 standard deviations. Fewer than 5,000 pictures that are learned as pixels
-    are moved by up to a sixteenth of their shorter side, and by 4 pixels at most; latents are not, which are cached of
-    pictures as they are. Whether pictures are mirrored is left to the data. ConfigError for a size that can't be cut
-    into cells or patches.
+    The model grows with the number of pictures, the head with the width of tokens. Each picture is seen 40 times,
+    and 100,000 at least are seen in all, unless `images` says how many. The model predicts v, has rotary positions,
+    and is bounded when it draws: pixels by black and white, latents by 4 standard deviations. Fewer than 5,000
+    pictures that are learned as pixels are moved by up to a sixteenth of their shorter side, and by 4 pixels at
+    most; latents are not, which are cached of pictures as they are. Whether pictures are mirrored is left to the
+    data. ConfigError for a size that can't be cut into cells or patches.
     """
     chosen = next(size for size in _SIZES if pictures.count < size.pictures)
     stride, channels = (cells.stride, cells.channels) if cells else (1, pictures.colours)
@@ -118,6 +125,7 @@ def recipe_for(
     if any(side % (stride * patch) for side in size):
         raise ConfigError(f"image-size: got {size[0]}x{size[1]}, expected multiples of {stride * patch}")
     narrow, wide, depth = chosen.head
+    encoder, decoder = chosen.trunks
     total = images or max(40 * pictures.count, 100_000)
     now_and_then = max(total // 10, 1)
     return TrainConfig(
@@ -125,8 +133,8 @@ def recipe_for(
             channels=channels,
             grid=(size[0] // stride, size[1] // stride),
             patch=patch,
-            encoder=chosen.encoder,
-            decoder=chosen.decoder,
+            encoder=encoder,
+            decoder=decoder,
             head=HeadConfig(narrow if channels * patch**2 <= 16 else wide, depth, prediction="v", batch_mul=2),
             buffer=chosen.buffer,
             classes=len(pictures.classes),

@@ -57,16 +57,12 @@ def test_the_bundled_recipe_fits_its_pictures_and_its_room() -> None:
     assert config.flip is not True  # shoes all face one way
 
 
-def test_cifar10_is_what_a_folder_of_it_would_get() -> None:
+def test_cifar10_is_as_small_as_fashion() -> None:
     config = recipe("cifar10")
-    assert (config.model.grid, config.model.channels, config.model.classes, config.tokenizer) == (
-        (32, 32),
-        3,
-        10,
-        "pixels",
-    )
+    assert (config.model.grid, config.model.channels, config.model.classes) == ((32, 32), 3, 10)
     assert (config.model.tokens, config.model.token_width, config.model.head.prediction) == (64, 48, "v")
-    assert (config.images, config.tokenizer) == (40 * 50_000, "pixels")
+    assert (config.model.encoder, config.tokenizer) == (recipe("fashion").model.encoder, "pixels")
+    assert config.flip is None  # as the data says
 
 
 def test_a_recipe_that_is_not_there() -> None:
