@@ -117,7 +117,8 @@ def decode(
     """
     sampling.check(model.config)
     schedule, head = trained(model.config.head), packed(model.head)
-    loop = RecordedLoop(cuda_graph()) if state.tokens.device.type == "cuda" else run
+    device = state.tokens.device
+    loop = RecordedLoop(cuda_graph(device)) if device.type == "cuda" else run
     while state.step < state.steps:
         state = reveal(model, labels, state, sampling, schedule, draws, head, loop)
         yield state

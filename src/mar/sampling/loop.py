@@ -50,13 +50,14 @@ Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 """Runs a function of fixed tensors, and gives what does the same once more and the tensor where results will be."""
 
 
-def cuda_graph() -> Record:
-    """What records on the current CUDA device. All that it records shares the memory of what lies between."""
+def cuda_graph(device: torch.device) -> Record:
+    """What records on a CUDA device, and lets other threads use it meanwhile. All that it records shares the memory of
+    what lies between."""
     pool = torch.cuda.graph_pool_handle()
 
     def record(work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             result = work()
         return graph.replay, result
 

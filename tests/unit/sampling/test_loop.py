@@ -53,7 +53,7 @@ def test_it_draws_what_the_plain_loop_draws(guided: bool, solver: Solver, device
     """On a GPU this is the test of the graphs: of more rows and of fewer, with other numbers each time."""
     head = model().head.to(device)
     sampling = SamplingConfig(diffusion_steps=5, solver=solver, x0_bound=2.0)
-    recorder = cuda_graph() if device == "cuda" else Recorder()
+    recorder = cuda_graph(torch.device(device)) if device == "cuda" else Recorder()
     loop = RecordedLoop(recorder)
     for seed, rows in enumerate((15, 16, 14, 15, 3, 3, 16)):
         z, noises, scale = (each if each is None else each.to(device) for each in inputs(rows, guided, seed, solver))
@@ -67,7 +67,7 @@ def test_it_draws_what_the_plain_loop_draws(guided: bool, solver: Solver, device
 def test_a_replay_waits_for_nothing() -> None:
     head, sampling = model().head.cuda(), SamplingConfig(diffusion_steps=5)
     z, noises, scale = (each if each is None else each.cuda() for each in inputs(8, True, 0))
-    loop = RecordedLoop(cuda_graph())
+    loop = RecordedLoop(cuda_graph(torch.device("cuda")))
     for _ in range(2):
         loop(head, z, noises, scale, SCHEDULE, sampling)
     torch.cuda.set_sync_debug_mode("error")
