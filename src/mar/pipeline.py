@@ -261,7 +261,7 @@ class Pipeline(
     def open(cls, path: str | Path) -> Pipeline:
         """Reads a file that `save` wrote. Raises CheckpointError for any other."""
         header, tensors = store.load(path)
-        with torch.device("meta"):
+        with runtime.shapes_only():
             model, tokenizer = MAR(header.model), build(header.tokenizer)
         for name, module in (("model.", model), ("tokenizer.", tokenizer)):
             own = {key.removeprefix(name): t.float() for key, t in tensors.items() if key.startswith(name)}

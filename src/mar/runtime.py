@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from mar.config import ConfigError
 
@@ -50,6 +51,30 @@ def set_matrix_dtype(model: nn.Module, dtype: torch.dtype) -> None:
     for module in model.modules():
         if isinstance(module, Linear):
             module.to(dtype)
+
+
+class _NothingIsFilled(TorchFunctionMode):
+    """Lets initialisers of tensors do nothing."""
+
+    fillers = frozenset(function for name, function in vars(nn.init).items() if name.endswith("_") and name[0] != "_")
+    fillers |= {Tensor.normal_, Tensor.uniform_}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self.fillers:
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Modules made within have tensors without memory, on the meta device, for weights that are there already.
+
+    Nothing is initialised: on that device, drawing from a normal distribution takes PyTorch's compiler and sympy, whose
+    import alone is a third of what it takes to load a small model.
+    """
+    with torch.device("meta"), _NothingIsFilled():
+        yield
 
 
 def choose_device(name: str | None = None) -> torch.device:

@@ -99,7 +99,7 @@ def import_official(
     if tokenizer is None:
         raise CheckpointError(f"{path} needs the KL-16 tokenizer beside it; get it with `mar download kl16`")
     read = official.read_mar(path, weights, heads=heads, patch=patch)
-    with torch.device("meta"):
+    with runtime.shapes_only():
         model = MAR(read.model_config)
     model.load_state_dict(read.state, assign=True)
     name = next((name for name, config in MODELS.items() if config == read.model_config), None)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
+from tiny import model
 
 from mar import runtime
 from mar.config import ConfigError
+from mar.model.mar import MAR
 
 
 def test_the_cpu_is_always_there() -> None:
@@ -69,3 +73,19 @@ def test_rank_and_world_are_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert (runtime.rank(), runtime.world_size()) == (3, 4)
+
+
+def test_shapes_alone_are_those_of_the_model() -> None:
+    made = model()
+    with runtime.shapes_only():
+        hollow = MAR(made.config)
+    assert {n: t.shape for n, t in hollow.state_dict().items()} == {n: t.shape for n, t in made.state_dict().items()}
+    assert all(t.is_meta for t in hollow.state_dict().values())
+    assert torch.nn.Linear(2, 2).weight.abs().sum() > 0  # what is made later is filled
+
+
+def test_a_model_is_loaded_without_the_compiler() -> None:
+    """Whose import takes longer than all else in front of a first picture."""
+    code = "import sys, mar; mar.load('fashion'); print([m for m in ('torch._dynamo', 'sympy') if m in sys.modules])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"

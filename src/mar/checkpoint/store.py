@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mar import runtime
 from mar.checkpoint.files import CheckpointError, size_text, write_atomically
 from mar.checkpoint.official_names import shape_differences
 from mar.config import ModelConfig, SamplingConfig, from_dict, to_dict
@@ -101,7 +102,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 def model_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Name and shape of every tensor of a model, without making it."""
-    with torch.device("meta"):
+    with runtime.shapes_only():
         return {name: tensor.shape for name, tensor in MAR(config).state_dict().items()}
 
 
