@@ -50,7 +50,10 @@ class TrainConfig:
     clip: float = 3.0
     """The gradient's norm is clipped to this."""
     ema: float = 0.9999
-    """Decay of the running average of the weights, reached after a warm-up: min(ema, (1 + steps) / (10 + steps))."""
+    """Decay of the running average of the weights."""
+    ema_warmup: bool = True
+    """Reach that decay slowly: min(ema, (1 + steps) / (10 + steps)). Without it (the reference) a young average is still
+    mostly what the weights were before the first step."""
     ema_others: tuple[float, ...] = ()
     """Decays of further averages, each exported beside as model-ema-DECAY.safetensors, to find the best one by."""
     precision: Precision = "fp32"

@@ -15,12 +15,12 @@ class EMA:
     """A copy of a model that follows it: ema <- d ema + (1 - d) weights.
 
     d = min(decay, (1 + steps) / (10 + steps)), so that a young average does not hold its random start: with a constant
-    0.9999 that is still 37% of it after 10,000 steps. Further decays have a copy each.
+    0.9999 (`warm_up` false) that is still 37% of it after 10,000 steps. Further decays have a copy each.
     """
 
-    def __init__(self, model: nn.Module, decay: float, others: Sequence[float] = ()) -> None:
+    def __init__(self, model: nn.Module, decay: float, others: Sequence[float] = (), *, warm_up: bool = True) -> None:
         self.models = {d: copy.deepcopy(model).eval().requires_grad_(False) for d in (decay, *others)}
-        self.decay = decay
+        self.decay, self.warm_up = decay, warm_up
 
     @property
     def model(self) -> nn.Module:
@@ -37,5 +37,5 @@ class EMA:
         """Takes in the weights after `steps` steps."""
         weights: list[Tensor] = [own(p.detach()) for p in model.parameters()]
         for decay, average in self.models.items():
-            taken_in = 1 - min(decay, (1 + steps) / (10 + steps))
+            taken_in = 1 - (min(decay, (1 + steps) / (10 + steps)) if self.warm_up else decay)
             torch._foreach_lerp_([own(p) for p in average.parameters()], weights, taken_in)

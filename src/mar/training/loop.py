@@ -73,7 +73,7 @@ class Run:
     def __post_init__(self) -> None:
         self.tokenizer.to(self.device).eval()
         self.loss = DiffusionLoss(self.model.to(self.device).train())
-        self.ema = EMA(self.model, self.config.ema, self.config.ema_others)
+        self.ema = EMA(self.model, self.config.ema, self.config.ema_others, warm_up=self.config.ema_warmup)
         self.forward = engine.prepare(self.loss, self.ema.models.values(), self.config, self.device)
         self.optimizers = make_optimizers(self.model, self.config)
         self.store = RunState(self.folder, to_dict(self.config))

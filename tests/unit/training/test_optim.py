@@ -81,7 +81,17 @@ def test_a_young_average_forgets_its_start() -> None:
         average.update(weights, step)
         left *= min(0.9999, (1 + step) / (10 + step))
     assert float(average.model.weight.detach()) == pytest.approx(left)
-    assert left < 1e-12  # a constant 0.9999 would hold 90% of it
+    assert left < 1e-12
+
+
+def test_without_a_warm_up_it_holds_its_start() -> None:
+    weights = One(1.0)
+    average = EMA(weights, 0.9999, warm_up=False)
+    with torch.no_grad():
+        weights.weight.fill_(0.0)
+    for step in range(1, 1001):
+        average.update(weights, step)
+    assert float(average.model.weight.detach()) == pytest.approx(0.9999**1000)  # 90%
 
 
 def test_the_decay_is_reached() -> None:
