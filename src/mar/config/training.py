@@ -52,7 +52,7 @@ class TrainConfig:
     ema: float = 0.9999
     """Decay of the running average of the weights."""
     ema_warmup: bool = True
-    """Reach that decay slowly: min(ema, (1 + steps) / (10 + steps)). Without it (the reference) a young average is still
+    """Reach that decay slowly: min(ema, (1 + steps) / (10 + steps)). Without it (the reference) a young average is
     mostly what the weights were before the first step."""
     ema_others: tuple[float, ...] = ()
     """Decays of further averages, each exported beside as model-ema-DECAY.safetensors, to find the best one by."""
