@@ -7,7 +7,8 @@
 PATH is the folder of the four gzipped IDX files of Fashion-MNIST, judged by the classifier that `fashion_judge.py
 train` made (`--classifier FILE`), or what `mar train --data` takes, judged by EfficientNet-Lite0. A recipe is one of
 `mar train`'s, or `reference`: the paper's settings at the size of this data's recipe, with EMA warm-up and a bounded
-x0. `--set model.patch=2` changes a setting of it.
+x0. `--set model.patch=2` changes a setting of it; `--set tokenizer=FOLDER` with channels and grid to match, what is
+learned from raw pixels otherwise.
 
 Minutes are those of an idle machine: the processor time that learning took, divided by `--threads`, so that a busy
 neighbour changes nothing. How many pictures fit into them is measured before the first step, and warm-up and decay of
@@ -49,12 +50,13 @@ from mar.model.mar import MAR
 from mar.presets import recipe
 from mar.sampling.generate import BrokenLatents
 from mar.sampling.plan import Plan
-from mar.tokenizer import PixelTokenizer
+from mar.tokenizer import PixelTokenizer, Tokenizer
 from mar.tokenizer.statistics import measure
 from mar.training.log import Log, RunLog
 from mar.training.loop import Hook, Run, train
 from mar.training.snapshot import export_and_draw, take
 from mar.training.validation import Validation
+from mar.zoo import load_tokenizer
 
 MARKS = (1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120)
 """Minutes after which a run is judged, beside its end."""
@@ -125,10 +127,16 @@ def reference(base: TrainConfig) -> TrainConfig:
     )  # fmt: skip
 
 
+def image_size(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Height and width of the pictures, in pixels."""
+    return config.model.grid[0] * tokenizer.stride, config.model.grid[1] * tokenizer.stride
+
+
 def open_trial(config: TrainConfig, folder: Path, parts: tuple[Source, Source]) -> Run:
-    """The run of `config` on pixels of the first part, held against the second; resumed where it has saved states."""
-    tokenizer = PixelTokenizer(config.model.channels)
-    transform = Transform(config.model.grid, config.model.channels)
+    """The run of `config` on the first part, held against the second; resumed where it has saved states."""
+    pixels = config.tokenizer == "pixels"
+    tokenizer = PixelTokenizer(config.model.channels) if pixels else load_tokenizer(config.tokenizer)
+    transform = Transform(image_size(config, tokenizer), tokenizer.image_channels)
     found = measure(tokenizer, in_order(spread(parts[0], 1000), transform))
     tokenizer.set_statistics(found.mean, found.std)
     torch.manual_seed(config.seed)
@@ -184,14 +192,15 @@ class Trial:
         self.a_minute = run.config.images / minutes
         held = run.held_out
         assert isinstance(held, Idx | Source)
-        self.reference = collect(SourcePictures(held, "held out", size=run.config.model.grid), extractor).statistics
+        self.size = image_size(run.config, run.tokenizer)
+        self.reference = collect(SourcePictures(held, "held out", size=self.size), extractor).statistics
         self.validate = Validation(run, log)
         self.clock = Clock(self.lines[-1]["minutes"] if self.lines else 0.0, threads)
 
     def real(self, count: int) -> float:
         """The distance of as many training pictures, evenly taken."""
         assert isinstance(self.run.source, Idx | Source)
-        pictures = SourcePictures(spread(self.run.source, count), "learned from", size=self.run.config.model.grid)
+        pictures = SourcePictures(spread(self.run.source, count), "learned from", size=self.size)
         return compare(collect(pictures, self.extractor), self.reference, self.extractor, Wanted()).distance
 
     def at_mark(self, count: int) -> None:
