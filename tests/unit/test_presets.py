@@ -94,11 +94,11 @@ def test_a_preset_never_asks_for_more_than_a_model_does_by_itself() -> None:
         assert max(way.diffusion_steps, way.diffusion_steps_end or 1) <= 2
 
 
-def test_fractions_in_numbers() -> None:
-    haste = Haste(steps=1.5, diffusion_steps=0.3, diffusion_steps_end=0.1, guidance_from=0.2)
-    own = SamplingConfig(steps=64, diffusion_steps=25, guidance=3.0, solver="ddim")
+def test_a_preset_in_numbers() -> None:
+    haste = Haste(steps=1.5, diffusion_steps=8, guidance_refresh=2)
+    own = SamplingConfig(steps=64, diffusion_steps=25, diffusion_steps_end=5, guidance=3.0, solver="ddim")
     way = haste.of(own, 256)
-    assert (way.steps, way.diffusion_steps, way.diffusion_steps_end) == (24, 8, 3)
-    assert (way.solver, way.guidance, way.guidance_from) == ("ddim", 3.0, 0.2)
+    assert (way.steps, way.diffusion_steps, way.diffusion_steps_end) == (24, 8, 5)
+    assert (way.solver, way.guidance, way.guidance_refresh) == ("ddim", 3.0, 2)
     assert haste.of(own, 49).steps == 11
     assert Haste().of(own, 49) == own
