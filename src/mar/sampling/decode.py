@@ -25,7 +25,7 @@ from mar.model.mar import MAR, UNCONDITIONAL
 from mar.model.masking import arranged, reveal_schedule, unknown_order
 from mar.model.tokens import take
 from mar.sampling.draws import Draws
-from mar.sampling.loop import Loop, RecordedLoop, cuda_graph, run
+from mar.sampling.loop import Loop, loop_for, run
 from mar.sampling.pace import Pace, paces
 
 CACHED_BYTES = 2**24
@@ -117,8 +117,7 @@ def decode(
     """
     sampling.check(model.config)
     schedule, head = trained(model.config.head), packed(model.head)
-    device = state.tokens.device
-    loop = RecordedLoop(cuda_graph(device)) if device.type == "cuda" else run
+    loop = loop_for(model.head, state.tokens.device)
     while state.step < state.steps:
         state = reveal(model, labels, state, sampling, schedule, draws, head, loop)
         yield state

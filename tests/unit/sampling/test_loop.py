@@ -15,7 +15,7 @@ from mar.diffusion.schedule import respace, trained
 from mar.diffusion.solvers import noises
 from mar.sampling.decode import all_unknown, decode, reveal, start
 from mar.sampling.draws import SeededDraws
-from mar.sampling.loop import RecordedLoop, cuda_graph, filled, run
+from mar.sampling.loop import RecordedLoop, cuda_graph, filled, loop_for, run
 
 OF = model()
 HEAD = OF.head
@@ -59,7 +59,7 @@ def test_it_draws_what_the_plain_loop_draws(guided: bool, solver: Solver, device
         z, noises, scale = (each if each is None else each.to(device) for each in inputs(rows, guided, seed, solver))
         expected = run(head, z, noises, scale, SCHEDULE, sampling)
         torch.testing.assert_close(loop(head, z, noises, scale, SCHEDULE, sampling), expected, rtol=1e-5, atol=1e-5)
-    assert {rows for _, rows, _ in loop.recordings} == {3, 16}  # 15 rows are filled up to 16; 14 came once
+    assert {key[0] for key in loop.recordings} == {3, 16}  # 15 rows are filled up to 16; 14 came once
 
 
 @pytest.mark.gpu
@@ -88,6 +88,44 @@ def test_what_comes_once_is_not_recorded() -> None:
         loop(HEAD, *inputs(rows, False, rows), SCHEDULE, sampling)
     loop(HEAD, *inputs(2, True, 0), SCHEDULE, sampling)
     assert (recorder.recorded, recorder.replayed) == (2, 3)
+
+
+@torch.no_grad()
+def test_the_recordings_last_used_are_kept() -> None:
+    recorder, sampling = Recorder(), SamplingConfig(diffusion_steps=5)
+    loop = RecordedLoop(recorder, most=2)
+    for rows in (1, 1, 2, 2, 1, 3, 3, 1):  # 2 was used longest ago when 3 came again
+        loop(HEAD, *inputs(rows, False, rows), SCHEDULE, sampling)
+    assert recorder.recorded == 3
+    assert [key[0] for key in loop.recordings] == [3, 1]
+
+
+@torch.no_grad()
+def test_another_way_of_drawing_is_another_recording() -> None:
+    loop, first = RecordedLoop(Recorder()), inputs(4, False, 0)
+    for sampling in (SamplingConfig(diffusion_steps=5), SamplingConfig(diffusion_steps=5, temperature=0.5)):
+        expected = run(HEAD, *first, SCHEDULE, sampling)
+        for _ in range(3):
+            torch.testing.assert_close(loop(HEAD, *first, SCHEDULE, sampling), expected, rtol=1e-5, atol=1e-5)
+    assert len(loop.recordings) == 2
+
+
+@pytest.mark.gpu
+def test_a_loop_is_kept_while_weights_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, device = model().head.cuda(), torch.device("cuda")
+    kept = loop_for(head, device)
+    assert isinstance(kept, RecordedLoop)
+    assert loop_for(head, device) is kept
+    head.cpu().cuda()
+    moved = loop_for(head, device)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert loop_for(head, device) is not moved
+    monkeypatch.setenv("MAR_CUDA_GRAPHS", "0")
+    assert loop_for(head, device) is run
+
+
+def test_a_cpu_runs_it_plainly() -> None:
+    assert loop_for(HEAD, torch.device("cpu")) is run
 
 
 @torch.no_grad()
