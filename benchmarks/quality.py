@@ -110,6 +110,8 @@ def settings(name: str, data: Path, changes: Sequence[str]) -> TrainConfig:
             inside[last] = ast.literal_eval(text)
         except (ValueError, SyntaxError):  # a word
             inside[last] = text
+        if isinstance(inside[last], float) and path == "ema_others":
+            inside[last] = [inside[last]]
     return from_dict(TrainConfig, values)
 
 
@@ -215,8 +217,9 @@ class Trial:
         line = {"minutes": self.clock.stop(), "images": self.run.progress.images, **changes}
         line |= {} if weights == "ema" else {"weights": weights}
         snapshot = take(self.run)
-        line |= {"val_loss": self.validate(snapshot)["val_loss"]}
-        export_and_draw(snapshot, self.log)
+        if weights == "ema" and not changes:
+            line |= {"val_loss": self.validate(snapshot)["val_loss"]}
+            export_and_draw(snapshot, self.log)
         drawer = snapshot.pipeline(weights)
         drawer.sampling = replace(drawer.sampling, **changes)
         plan = Plan.total(count, list(range(self.run.config.model.classes)) or [-1])
@@ -251,6 +254,8 @@ def run_train(args: argparse.Namespace) -> None:
     log = RunLog(args.out, config.images, run.progress.images)
     network = fashion_classifier(args.classifier) if is_fashion(args.data) else open_extractor("efficientnet-lite0")
     try:
+        if unknown := {*args.weights} - {*run.weights}:
+            raise ValueError(f"--weights {' '.join(sorted(unknown))}: this run has {', '.join(run.weights)}")
         trial = Trial(run, log, network, kept["minutes"], kept["threads"])
         run.hooks.append(Hook(max(config.batch, int(trial.a_minute)), lambda _: trial.at_mark(args.on_the_way)))
         trial.clock.go()
@@ -286,9 +291,9 @@ def run_table(args: argparse.Namespace) -> None:
             shown = (
                 f"{line['distance']:.2f} | {line['agreement'] or float('nan'):.1%}" if "distance" in line else "- | -"
             )
-            rate = line["images"] / line["minutes"] / 60
+            rate, loss = line["images"] / line["minutes"] / 60, line.get("val_loss", float("nan"))
             print(
-                f"| {folder.name} | {line['minutes']:.1f} | {line['images']:,} | {rate:.0f} | {line['val_loss']:.4f} | "
+                f"| {folder.name} | {line['minutes']:.1f} | {line['images']:,} | {rate:.0f} | {loss:.4f} | "
                 f"{line.get('weights', 'ema')} | {guidance:g} | {shown} |"
             )
 

@@ -35,6 +35,7 @@ from mar.evaluation.metrics import frechet_distance
 from mar.evaluation.streams import DrawnPictures, Pictures, SourcePictures
 from mar.evaluation.sweep import points
 from mar.pipeline import Pipeline
+from mar.sampling.generate import BrokenLatents
 from mar.sampling.plan import Plan
 
 FEW = "spacing=log-snr noisiest=0.95"
@@ -117,9 +118,12 @@ class Measurement:
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
-        self.pipeline: Pipeline = mar.load(args.model)
+        self.pipeline: Pipeline = mar.load(args.model, device="cpu")
+        for way in args.way or WAYS:
+            self.pipeline.sampling_with(**settings(way))  # what is wrong is wrong before hours of drawing
         self.count, self.seed, self.batch = args.count, args.seed, args.batch
         about = {"model": args.model, "data": args.data.name, "count": args.count, "seed": args.seed}
+        about |= {"batch": args.batch, "threads": args.threads}
         args.out.mkdir(parents=True, exist_ok=True)
         note, self.path = args.out / ABOUT, args.out / MEASURED
         if note.is_file() and (theirs := json.loads(note.read_text(encoding="utf-8"))) != about:
@@ -130,9 +134,9 @@ class Measurement:
         self.extractor: Extractor = (
             fashion_classifier(args.classifier) if fashion else open_extractor("efficientnet-lite0")
         )
-        grid = self.pipeline.model.config.grid
-        self.reference = collect(SourcePictures(parts[1], "held out", size=grid), self.extractor).statistics
-        real = collect(SourcePictures(spread(parts[0], self.count), "learned from", size=grid), self.extractor)
+        size = self.pipeline.image_size
+        self.reference = collect(SourcePictures(parts[1], "held out", size=size), self.extractor).statistics
+        real = collect(SourcePictures(spread(parts[0], self.count), "learned from", size=size), self.extractor)
         distance = frechet_distance(real.statistics, self.reference)
         print(f"{distance:.3f} is the distance of {self.count:,} training pictures", flush=True)
 
@@ -140,19 +144,24 @@ class Measurement:
         """Draws and judges, and notes what came out."""
         plan = Plan.total(self.count, list(range(self.pipeline.model.config.classes)) or [-1], seed=self.seed)
         pictures = Timed(DrawnPictures(self.pipeline, plan, name=way, **settings(way)))
-        report = compare(collect(pictures, self.extractor, batch=self.batch), self.reference, self.extractor, Wanted())
-        line = {"way": way, "distance": report.distance, "agreement": report.agreement}
-        line |= {"seconds": pictures.seconds / self.count}
+        line: dict[str, Any] = {"way": way}
+        try:
+            found = collect(pictures, self.extractor, batch=self.batch)
+            report = compare(found, self.reference, self.extractor, Wanted())
+            line |= {"distance": report.distance, "agreement": report.agreement}
+            line |= {"seconds": pictures.seconds / self.count}
+        except BrokenLatents as error:
+            line |= {"broken": str(error)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         return line
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
-    """What was measured, each way once."""
+    """What was measured, each way once; those that drew no pictures are left out."""
     path = folder / MEASURED
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return list({line["way"]: line for line in map(json.loads, lines)}.values())
+    return [line for line in {line["way"]: line for line in map(json.loads, lines)}.values() if "distance" in line]
 
 
 def front(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -166,10 +175,8 @@ def front(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def run_measure(args: argparse.Namespace) -> None:
     ways = args.way or list(WAYS)
-    for way in ways:
-        settings(way)
-    done = {line["way"] for line in read(args.out)}
     measurement = Measurement(args)
+    done = {line["way"] for line in read(args.out)}
     for way in ways:
         if way not in done:
             print(json.dumps(measurement.measure(way)), flush=True)
@@ -182,7 +189,8 @@ def run_table(args: argparse.Namespace) -> None:
     print("| --- | --- | --- | --- |")
     for line in lines:
         way = f"**`{line['way']}`**" if line in best else f"`{line['way']}`"
-        print(f"| {way} | {line['distance']:.2f} | {line['agreement'] or float('nan'):.1%} | {line['seconds']:.3f} |")
+        agreement = "-" if line["agreement"] is None else f"{line['agreement']:.1%}"
+        print(f"| {way} | {line['distance']:.2f} | {agreement} | {line['seconds']:.3f} |")
 
 
 def run_plot(args: argparse.Namespace) -> None:

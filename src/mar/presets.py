@@ -46,25 +46,27 @@ class Haste:
     steps: float | None = None
     """K: reveal steps as a multiple of the square root of L, the side of a square grid of tokens."""
     diffusion_steps: int | None = None
-    """Diffusion steps: a solver of few steps needs as many of any model."""
+    """The same number for every model: what a solver needs does not depend on how many a model takes by itself."""
     solver: Solver | None = None
     spacing: Spacing | None = None
-    noisiest: float = 1.0
-    guidance_refresh: int = 1
+    noisiest: float | None = None
+    guidance_refresh: int | None = None
 
     def of(self, sampling: SamplingConfig, tokens: int) -> SamplingConfig:
         """`sampling` so hastened, for pictures of L `tokens`."""
         reveals = sampling.steps if self.steps is None else math.ceil(self.steps * math.sqrt(tokens))
-        most, end = self.diffusion_steps or sampling.diffusion_steps, sampling.diffusion_steps_end
+        first, end = sampling.diffusion_steps, sampling.diffusion_steps_end
+        if self.diffusion_steps is not None:
+            first, end = min(first, self.diffusion_steps), None if end is None else min(end, self.diffusion_steps)
         return replace(
             sampling,
             steps=min(sampling.steps, reveals),
-            diffusion_steps=min(sampling.diffusion_steps, most),
-            diffusion_steps_end=None if end is None else min(end, most),
+            diffusion_steps=first,
+            diffusion_steps_end=end,
             solver=self.solver or sampling.solver,
             spacing=self.spacing or sampling.spacing,
-            noisiest=self.noisiest,
-            guidance_refresh=self.guidance_refresh,
+            noisiest=min(self.noisiest or 1.0, sampling.noisiest),
+            guidance_refresh=max(self.guidance_refresh or 1, sampling.guidance_refresh),
         )
 
 

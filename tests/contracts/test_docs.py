@@ -256,9 +256,10 @@ def test_what_a_folder_gets_is_as_it_is_said() -> None:
     small, medium, large = sizes._SIZES
     table = TRAINING.split("### What is chosen")[1].split("### An example")[0]
     for size in (small, medium):
-        trunk = f"{size.encoder.depth} + {size.decoder.depth} blocks {size.encoder.width} wide"
+        encoder, decoder = size.trunks
+        trunk = f"{encoder.depth} + {decoder.depth} blocks {encoder.width} wide"
         assert f"than {size.pictures:,}: {trunk}" in table
-    assert (large.encoder, large.decoder) == (presets.MODELS["mar-base"].encoder, presets.MODELS["mar-base"].decoder)
+    assert large.trunks == (presets.RECIPES["imagenet-256-modern"].model.encoder,) * 2
     narrow, wide = zip(*(size.head[:2] for size in sizes._SIZES), strict=True)
     assert (
         f"{narrow[0]}, {narrow[1]} or {narrow[2]} wide for tokens of up to 16 values; {wide[0]} or {wide[2]}" in table

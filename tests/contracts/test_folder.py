@@ -105,7 +105,7 @@ def test_every_choice_may_be_changed(tmp_path: Path) -> None:
     assert larger.tokenizer is not None
     assert (larger.tokenizer.config.stride, larger.train.config.model.grid) == (16, (8, 8))
     assert (larger.train.config.images, larger.train.config.decay, larger.train.config.lr) == (320, 106, 0.5)
-    assert larger.recipe.lr == 8e-3
+    assert larger.recipe.lr == 1.2e-2
     cells = planned(data, "--out", out, "--model.grid", "4", "6")
     assert cells.tokenizer is not None
     assert cells.tokenizer.config.size == (32, 48)

@@ -101,4 +101,9 @@ def test_a_preset_in_numbers() -> None:
     assert (way.steps, way.diffusion_steps, way.diffusion_steps_end) == (24, 8, 5)
     assert (way.solver, way.guidance, way.guidance_refresh) == ("ddim", 3.0, 2)
     assert haste.of(own, 49).steps == 11
+    unusual = SamplingConfig(
+        steps=100, diffusion_steps=10, diffusion_steps_end=25, solver="dpm++2m", noisiest=0.9, guidance_refresh=3
+    )
     assert Haste().of(own, 49) == own
+    assert Haste().of(unusual, 49) == unusual
+    assert Haste(noisiest=0.95, guidance_refresh=2).of(unusual, 49) == unusual

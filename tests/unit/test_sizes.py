@@ -64,7 +64,7 @@ def test_every_recipe_holds_together(count: int, side: int) -> None:
     _, config = chosen(count, side)
     assert config.warmup + config.decay < config.images
     assert config.images >= max(100_000, 40 * count)
-    assert 1e-4 <= config.scaled_lr <= 1e-3
+    assert 1e-4 <= config.scaled_lr <= 1.5e-3
     assert config.save_every <= config.images // 10
     assert 16 <= config.model.tokens <= 256
 

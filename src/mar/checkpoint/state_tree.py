@@ -66,10 +66,10 @@ def unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Lines that say which settings of two nested configs differ: `model.encoder.width was 64, now 96`."""
+    """Lines that say which settings of two nested configs differ: `model.encoder.width 64 -> 96`."""
     before, after = _leaves(saved), _leaves(now)
     names = [name for name in before if name in after and before[name] != after[name]]
-    return [f"{name} was {before[name]}, now {after[name]}" for name in names]
+    return [f"{name} {before[name]} -> {after[name]}" for name in names]
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -50,7 +50,7 @@ class SamplingFlags:
     x0_bound: float | None = None
     """Clip predicted tokens to this many standard deviations: for young models."""
     solver: Solver | None = None
-    """ancestral; without noise on the way ddim, dpm++2m, dpm++2s, which need fewer diffusion steps."""
+    """ancestral; in fewer diffusion steps dpm++2m-sde, and without noise on the way ddim, dpm++2m, dpm++2s."""
     spacing: Spacing | None = None
     """Of diffusion timesteps: even in time, or in log-snr."""
     diffusion_steps_end: int | None = None

@@ -55,7 +55,7 @@ class TrainConfig:
     """Reach that decay slowly: min(ema, (1 + steps) / (10 + steps)). Without it (the reference) a young average is
     mostly what the weights were before the first step."""
     ema_others: tuple[float, ...] = ()
-    """Decays of further averages, each exported beside as model-ema-DECAY.safetensors, to find the best one by."""
+    """Decays of further averages, each exported as model-ema-DECAY.safetensors: their pictures tell which is best."""
     precision: Precision = "fp32"
     """`bf16`: matrix products in bfloat16, all else in float32."""
     strategy: Strategy = "ddp"

@@ -65,7 +65,7 @@ def ddim(
     Only noise[0] is read, and the temperature is its factor: with a perfect network of a Gaussian, that of the standard
     deviation of what is drawn.
     """
-    flow = _Flow(network, schedule, prediction, x0_bound)
+    flow = _Integrator(network, schedule, prediction, x0_bound)
     x = temperature * noise[0]
     for index in reversed(range(1, len(schedule))):
         x = flow.step(x, flow.clean(x, index), index, index - 1)
@@ -85,7 +85,7 @@ def dpm_2m(
 
     Noise and temperature as in `ddim`, which the first step is.
     """
-    flow = _Flow(network, schedule, prediction, x0_bound)
+    flow = _Integrator(network, schedule, prediction, x0_bound)
     x = temperature * noise[0]
     before: Tensor | None = None
     for index in reversed(range(1, len(schedule))):
@@ -109,14 +109,14 @@ def dpm_2m_sde(
     What it follows is the process that `ancestral` follows, whose noise mends the errors of earlier steps; of second
     order for the mean and the deviation of what is drawn. The temperature is that of `ancestral`.
     """
-    flow = _Flow(network, schedule, prediction, x0_bound)
+    process = _Integrator(network, schedule, prediction, x0_bound)
     x = noise[0]
     before: Tensor | None = None
     for drawn, index in enumerate(reversed(range(1, len(schedule))), start=1):
-        x0 = flow.clean(x, index)
-        x = flow.noisy_step(x, flow.extrapolated(x0, before, index), index, index - 1, temperature * noise[drawn])
+        x0 = process.clean(x, index)
+        x = process.noisy_step(x, process.extrapolated(x0, before, index), index, index - 1, temperature * noise[drawn])
         before = x0
-    return flow.clean(x, 0)
+    return process.clean(x, 0)
 
 
 def dpm_2s(
@@ -133,7 +133,7 @@ def dpm_2s(
     A step covers two intervals of the schedule, whose middle timestep is that point; an interval left over at the end
     is a step of `ddim`. Noise and temperature as there.
     """
-    flow = _Flow(network, schedule, prediction, x0_bound)
+    flow = _Integrator(network, schedule, prediction, x0_bound)
     x = temperature * noise[0]
     index = len(schedule) - 1
     while index > 0:
@@ -147,8 +147,8 @@ def dpm_2s(
     return flow.clean(x, 0)
 
 
-class _Flow:
-    """What the solvers but `ancestral` share: x_0, and the step between two timesteps."""
+class _Integrator:
+    """What the solvers but `ancestral` share, which are exponential integrators: x_0, and a step between timesteps."""
 
     def __init__(self, network: Network, schedule: Schedule, prediction: Prediction, x0_bound: float | None) -> None:
         self.network, self.prediction, self.x0_bound = network, prediction, x0_bound

@@ -15,7 +15,8 @@ class EMA:
     """A copy of a model that follows it: ema <- d ema + (1 - d) weights.
 
     d = min(decay, (1 + steps) / (10 + steps)), so that a young average does not hold its random start: with a constant
-    0.9999 (`warm_up` false) that is still 37% of it after 10,000 steps. Further decays have a copy each.
+    decay of 0.9999 (`warm_up` false), 37% of the average is still that start after 10,000 steps. Further decays have a
+    copy each.
     """
 
     def __init__(self, model: nn.Module, decay: float, others: Sequence[float] = (), *, warm_up: bool = True) -> None:
@@ -30,7 +31,7 @@ class EMA:
     @property
     def others(self) -> dict[str, nn.Module]:
         """Those of the further decays, by the name of their weights, as `ema-0.9999`."""
-        return {f"ema-{decay:g}": model for decay, model in self.models.items() if decay != self.decay}
+        return {f"ema-{decay!r}": model for decay, model in self.models.items() if decay != self.decay}
 
     @torch.no_grad()
     def update(self, model: nn.Module, steps: int) -> None:

@@ -48,12 +48,13 @@ class Estimate:
 def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
     """The needs of a run, for each of `processes` processes."""
     parameters = sum(shape.numel() for shape in model_shapes(config.model).values())
-    state = 4 * 4 * parameters  # weights, EMA, two moments
+    others = len(config.ema_others)
+    state = 4 * (4 + others) * parameters  # weights, EMA, two moments
     cuts = processes * config.accumulate
-    exports = 3 if config.patience else 2  # EMA and raw weights, and the best
+    exports = (3 if config.patience else 2) + others  # EMA and raw weights, and the best
     return Estimate(
         parameters=parameters,
-        weights=5 * 4 * parameters,
+        weights=4 * (5 + others) * parameters,
         activations=4 * activation_floats(config.model, config.batch // cuts, config.recompute),
         state=state,
         disk=(config.keep + 1) * state + exports * 4 * parameters,  # one state more while it is being written

@@ -19,6 +19,7 @@ from mar import runtime
 from mar.checkpoint import official
 from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState
+from mar.checkpoint.state_tree import changed_settings
 from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
 from mar.data.heldout import open_parts
 from mar.data.latents import LatentSource
@@ -121,8 +122,7 @@ def check_same(config: Any, folder: Path) -> bool:
     except ConfigError as error:
         raise ConfigError(f"{folder} holds a run of another kind or version ({error}); use another folder") from error
     before, now = to_dict(saved), to_dict(config)
-    different = [f"{k} {before.get(k)} -> {now[k]}" for k in now if k not in _FREE and before.get(k) != now[k]]
-    if different:
+    if different := changed_settings({k: v for k, v in before.items() if k not in _FREE}, now):
         raise ConfigError(
             f"{folder} holds another run ({'; '.join(different)}); "
             "use its settings to go on with it, or another folder for a new one"

@@ -261,7 +261,7 @@ def test_a_state_of_another_config_says_which_settings_differ(tmp_path: Path) ->
     RunState(tmp_path, small).save(5, {"model": {"w": torch.ones(3)}, "step": 7})
     state = {"model": {"w": torch.zeros(4), "b": torch.zeros(1)}, "step": 0}
     large = {"model": {"width": 4, "depth": 2}, "batch": 64}
-    with pytest.raises(CheckpointError, match=r"another model .*: model\.width was 3, now 4; model/b was not saved"):
+    with pytest.raises(CheckpointError, match=r"another model .*: model\.width 3 -> 4; model/b was not saved"):
         RunState(tmp_path, large).load(state)
     assert state["step"] == 0
     assert state["model"]["w"].tolist() == [0, 0, 0, 0]

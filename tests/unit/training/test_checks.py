@@ -24,8 +24,11 @@ from mar.training.checks import copying, unusual_rate
         ({"lr": 4 * FASHION.lr}, None),
         ({"batch": 8}, None),
         ({"batch": 128, "lr": 2e-3}, None),
-        ({"lr": 4.1 * FASHION.lr}, r"rate is 0.0041 for 32 pictures .*, 4.1 times above the 0.001 of .*; --lr 0.008 "),
-        ({"batch": 4}, r"rate is 0.000125 for 4 pictures a step .*, 8 times below the 0.001 .*; --lr 0.064 "),
+        (
+            {"lr": 4.1 * FASHION.lr},
+            r"rate is 0.00615 for 32 pictures .*, 4.1 times above the 0.0015 .*; --lr 0.012 ",
+        ),
+        ({"batch": 4}, r"rate is 0.000188 for 4 pictures a step .*, 8 times below the 0.0015 .*; --lr 0.096 "),
     ],
 )
 def test_a_rate_far_off_the_recipes_is_warned_of(changes: dict[str, float], words: str | None) -> None:

@@ -74,3 +74,10 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("mar.checkpoint.files.shutil.disk_usage", lambda path: SimpleNamespace(free=1))
     with pytest.raises(CheckpointError, match="make room"):
         estimate(FASHION).check_disk(tmp_path / "run")
+
+
+def test_further_averages_take_memory_and_disk() -> None:
+    one, three = (estimate(TrainConfig(ema_others=others)) for others in ((), (0.9, 0.99)))
+    assert three.weights - one.weights == 2 * 4 * one.parameters
+    assert three.state - one.state == 2 * 4 * one.parameters
+    assert three.disk - one.disk == 3 * (three.state - one.state) + 2 * 4 * one.parameters
