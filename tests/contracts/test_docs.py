@@ -239,6 +239,8 @@ def flags(kind: Any, prefix: str = "") -> Iterator[str]:
             yield from flags(type(default), f"{name}.")
         else:
             yield f"--{name}"
+            if isinstance(default, bool):
+                yield f"--{prefix}no-{field.name.replace('_', '-')}"
 
 
 def test_recipes_and_models_named_are_there() -> None:
