@@ -104,7 +104,7 @@ def settings(name: str, data: Path, changes: Sequence[str]) -> TrainConfig:
         inside: Any = values
         for room in rooms:
             inside = inside.get(room) if isinstance(inside, dict) else None
-        if not isinstance(inside, dict) or last not in inside:
+        if not isinstance(inside, dict) or last not in inside or isinstance(inside[last], dict):
             raise ConfigError(f"--set {change}: a recipe has no setting {path}")
         try:
             inside[last] = ast.literal_eval(text)
