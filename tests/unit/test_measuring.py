@@ -43,8 +43,8 @@ def test_settings_are_changed_by_their_paths(quality: ModuleType) -> None:
     config = quality.settings("fashion", Path("pictures"), changes)
     assert (config.model.patch, config.sampling.solver, config.optimizer) == (7, "ddim", "adamw")
     assert (config.ema_others, config.lr, config.data) == ((0.99,), FASHION.lr, "pictures")
-    for wrong in ("model.patches=7", "patch=7", "model.encoder=3.width"):
-        with pytest.raises(ConfigError, match="a recipe has no setting|encoder"):
+    for wrong in ("model.patches=7", "patch=7", "model.encoder=3"):
+        with pytest.raises(ConfigError, match=f"a recipe has no setting {wrong[:5]}"):
             quality.settings("fashion", Path("pictures"), [wrong])
 
 
