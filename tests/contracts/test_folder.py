@@ -279,5 +279,5 @@ def test_a_rate_far_off_the_recipes_is_warned_of(
     assert main(["train", "fashion", *SMALL, "--images", "8", "--batch", "8", "--lr", "0.2", "--sample-every", "0",
                  "--out", str(tmp_path / "run")]) == 0  # fmt: skip
     said = capsys.readouterr().err
-    assert "warning: the learning rate is 0.00625 for 8 pictures a step (--lr is for 256), 6.25 times above" in said
-    assert "the 0.001 of the recipe fashion; --lr 0.032 would be its rate" in said
+    assert "warning: the learning rate is 0.00625 for 8 pictures a step (--lr is for 256), 4.17 times above" in said
+    assert "the 0.0015 of the recipe fashion; --lr 0.048 would be its rate" in said
