@@ -107,11 +107,11 @@ def settings(name: str, data: Path, changes: Sequence[str]) -> TrainConfig:
         if not isinstance(inside, dict) or last not in inside or isinstance(inside[last], dict):
             raise ConfigError(f"--set {change}: a recipe has no setting {path}")
         try:
-            inside[last] = ast.literal_eval(text)
+            value = ast.literal_eval(text)
         except (ValueError, SyntaxError):  # a word
-            inside[last] = text
-        if isinstance(inside[last], float) and path == "ema_others":
-            inside[last] = [inside[last]]
+            value = text
+        one_of_several = isinstance(inside[last], list) and not isinstance(value, list | tuple)
+        inside[last] = [value] if one_of_several else value
     return from_dict(TrainConfig, values)
 
 
