@@ -59,7 +59,7 @@ from mar.training.validation import Validation
 from mar.zoo import load_tokenizer
 
 MARKS = (1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120)
-"""Minutes after which a run is judged, beside its end."""
+"""Minutes after which a run is judged, beside its end, where no others are wanted."""
 WARM_UP, MEASURED = 2, 6.0
 """Steps that are not timed, and seconds of processor time that are, to find out how many pictures a minute has."""
 TRIAL, MARKED = "trial.json", "quality.jsonl"
@@ -186,8 +186,10 @@ class Clock:
 class Trial:
     """A run, its clock, and what is said of it at its marks."""
 
-    def __init__(self, run: Run, log: Log, extractor: Extractor, minutes: float, threads: int) -> None:
-        self.run, self.log, self.extractor = run, log, extractor
+    def __init__(
+        self, run: Run, log: Log, extractor: Extractor, minutes: float, threads: int, marks: Sequence[int] = MARKS
+    ) -> None:
+        self.run, self.log, self.extractor, self.marks = run, log, extractor, marks
         self.path = run.folder / MARKED
         said = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
         self.lines = [line for line in map(json.loads, said) if line["images"] <= run.progress.images]
@@ -208,7 +210,7 @@ class Trial:
     def at_mark(self, count: int) -> None:
         """Judges the run by `count` pictures and saves it, if it has come to a mark."""
         minutes = round(self.run.progress.images / self.a_minute)
-        if minutes in MARKS and self.run.progress.images < self.run.config.images:
+        if minutes in self.marks and self.run.progress.images < self.run.config.images:
             self.judge(count)
             self.run.save()
 
@@ -256,7 +258,7 @@ def run_train(args: argparse.Namespace) -> None:
     try:
         if unknown := {*args.weights} - {*run.weights}:
             raise ValueError(f"--weights {' '.join(sorted(unknown))}: this run has {', '.join(run.weights)}")
-        trial = Trial(run, log, network, kept["minutes"], kept["threads"])
+        trial = Trial(run, log, network, kept["minutes"], kept["threads"], args.marks)
         run.hooks.append(Hook(max(config.batch, int(trial.a_minute)), lambda _: trial.at_mark(args.on_the_way)))
         trial.clock.go()
         if not train(run, log):
@@ -332,6 +334,7 @@ def main() -> int:
     verb.add_argument("--classifier", type=Path, help="for Fashion-MNIST: what `fashion_judge.py train` made")
     verb.add_argument("--count", type=int, default=5000, help="pictures that are drawn and judged at the end")
     verb.add_argument("--on-the-way", type=int, default=1000, help="and at each mark")
+    verb.add_argument("--marks", type=int, nargs="*", default=MARKS, metavar="MINUTES", help="when, beside the end")
     verb.add_argument("--guidance", type=float, nargs="*", default=[], help="further scales to judge at the end")
     verb.add_argument("--weights", nargs="*", default=[], help="others to judge at the end: raw, ema-0.99 (ema_others)")
     verb.set_defaults(run=run_train)
