@@ -50,8 +50,8 @@ from mar.model.mar import MAR
 from mar.presets import recipe
 from mar.sampling.generate import BrokenLatents
 from mar.sampling.plan import Plan
-from mar.tokenizer import PixelTokenizer, Tokenizer
-from mar.tokenizer.statistics import measure
+from mar.tokenizer import Tokenizer, from_pixels
+from mar.tokenizer.statistics import fit
 from mar.training.log import Log, RunLog
 from mar.training.loop import Hook, Run, train
 from mar.training.snapshot import export_and_draw, take
@@ -136,11 +136,12 @@ def image_size(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, int]:
 
 def open_trial(config: TrainConfig, folder: Path, parts: tuple[Source, Source]) -> Run:
     """The run of `config` on the first part, held against the second; resumed where it has saved states."""
-    pixels = config.tokenizer == "pixels"
-    tokenizer = PixelTokenizer(config.model.channels) if pixels else load_tokenizer(config.tokenizer)
+    channels = config.model.channels
+    colours = channels if config.tokenizer == "pixels" else 1 if is_fashion(Path(config.data)) else 3
+    tokenizer = from_pixels(config.tokenizer, colours, channels) or load_tokenizer(config.tokenizer)
     transform = Transform(image_size(config, tokenizer), tokenizer.image_channels)
-    found = measure(tokenizer, in_order(spread(parts[0], 1000), transform))
-    tokenizer.set_statistics(found.mean, found.std)
+    if not tokenizer.measured:
+        fit(tokenizer, in_order(spread(parts[0], 1000), transform))
     torch.manual_seed(config.seed)
     run = Run(config, folder, parts[0], tokenizer, MAR(config.model), torch.device("cpu"), held_out=parts[1])
     run.resume()

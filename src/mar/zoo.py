@@ -18,7 +18,7 @@ from mar.config import SamplingConfig
 from mar.model.mar import MAR
 from mar.pipeline import WEIGHTS_FILE, Pipeline
 from mar.presets import MODELS, SAMPLING
-from mar.tokenizer import Tokenizer
+from mar.tokenizer import COMPONENTS, Tokenizer
 
 BUNDLED = ("fashion",)
 """Models that come with the package."""
@@ -123,6 +123,11 @@ def load_tokenizer(name: str) -> Tokenizer:
         return load_kl16(path)
     if Path(name).suffix in _TORCH_FILES:
         return load_kl16(Path(name))
+    if COMPONENTS.fullmatch(name) and not Path(name).exists():
+        raise CheckpointError(
+            f"{name} is taken from the pictures that a model learns from, and kept in it: name it to `mar train` only, "
+            "elsewhere the model"
+        )
     if Path(name).suffix == ".safetensors" or name in BUNDLED:
         return _open(name).tokenizer
     return load_diffusers(name)

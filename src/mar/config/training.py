@@ -28,7 +28,8 @@ class TrainConfig:
     """`fashion` (bundled), a folder of class folders or of pictures, Parquet or .tar (WebDataset) files, OWNER/NAME on
     the Hub, a `mar cache`; or, read in passing, stream: and files, URLs or OWNER/NAME."""
     tokenizer: str = "pixels"
-    """`pixels`, or a folder or repository of an AutoencoderKL in diffusers' format, or `kl16`."""
+    """`pixels`; `pca4`: the first principal components of squares of 4 x 4 pixels, as many as the model has channels;
+    or a folder or repository of an AutoencoderKL in diffusers' format, or `kl16`."""
     images: int = 1_000_000
     """Length of the run, in images seen."""
     batch: int = 256

@@ -71,6 +71,14 @@ class Tokenizer(nn.Module, ABC):
         self.mean, self.std = (value.clone().to(device) for value in torch.broadcast_tensors(*new))
         self.measured = True
 
+    def found(self) -> dict[str, Tensor]:
+        """What it has taken from pictures, by name: a run saves it, and gives it to `take` when it goes on."""
+        return {"mean": self.mean, "std": self.std}
+
+    def take(self, found: Mapping[str, Tensor]) -> None:
+        """Takes over what another of its kind has `found`."""
+        self.set_statistics(found["mean"], found["std"])
+
     @abstractmethod
     def encode(self, images: Float[Tensor, "n c H W"]) -> Posterior:
         """images in [-1, 1] -> posterior of their normalised latents (n, channels, H / stride, W / stride)."""
@@ -106,9 +114,10 @@ class Tokenizer(nn.Module, ABC):
         self.measured = bool(spec.get("measured", False))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """`.to(...)` and its kin; the statistics move along but stay in float32."""
-        mean, std = self.mean, self.std
+        """`.to(...)` and its kin; what was found in pictures moves along but stays in float32."""
+        found = self.found()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if not mean.is_meta:
-            self.mean, self.std = mean.to(self.mean.device), std.to(self.std.device)
+        if not found["mean"].is_meta:
+            for name, value in found.items():
+                setattr(self, name, value.to(self.mean.device))
         return self

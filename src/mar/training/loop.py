@@ -85,7 +85,7 @@ class Run:
             "ema": self.ema.model.state_dict(),
             **{name: model.state_dict() for name, model in self.ema.others.items()},
             "optimizer": get_optimizer_state_dict(self.model, self.optimizers),
-            "tokenizer": {"mean": self.tokenizer.mean, "std": self.tokenizer.std},
+            "tokenizer": self.tokenizer.found(),
             "progress": vars(self.progress).copy(),
             "data": data_state(self.source),
         }
@@ -100,7 +100,7 @@ class Run:
         for name, model in self.ema.others.items():
             model.load_state_dict(state[name])
         set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
-        self.tokenizer.set_statistics(state["tokenizer"]["mean"], state["tokenizer"]["std"])
+        self.tokenizer.take(state["tokenizer"])
         self.progress = Progress.resumed(self.folder, state["progress"])
         self.told = resume_data(self.source, state.get("data"), self.progress.images)
         return True

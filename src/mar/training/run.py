@@ -28,9 +28,9 @@ from mar.data.sources import Source, StreamSource
 from mar.data.transforms import Transform
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
-from mar.tokenizer import PixelTokenizer, Tokenizer
+from mar.tokenizer import Tokenizer, from_pixels
 from mar.tokenizer.moments import fingerprint, measure_moments
-from mar.tokenizer.statistics import measure
+from mar.tokenizer.statistics import fit
 from mar.training.engine import whole_state
 from mar.training.loop import Progress, Run
 
@@ -146,11 +146,14 @@ def _tokenizer(
 ) -> Tokenizer:
     channels = config.model.channels
     if config.tokenizer == "pixels" and channels not in (1, 3):
-        found = source.about.tokenizer if isinstance(source, LatentSource) else "kl16, or one in diffusers' format"
+        found = (
+            source.about.tokenizer if isinstance(source, LatentSource) else "pca4, kl16, or one in diffusers' format"
+        )
         raise ConfigError(
             f"pixels have 1 or 3 channels, but the model's latents {channels}; choose --tokenizer {found}"
         )
-    tokenizer = PixelTokenizer(channels) if config.tokenizer == "pixels" else load_tokenizer(config.tokenizer)
+    colours = channels if config.tokenizer == "pixels" else 1 if config.data == "fashion" else 3
+    tokenizer = from_pixels(config.tokenizer, colours, channels) or load_tokenizer(config.tokenizer)
     if isinstance(source, LatentSource):
         _check_cache(config, source, tokenizer)
     if tokenizer.channels != channels:
@@ -158,11 +161,11 @@ def _tokenizer(
     if not tokenizer.measured and not measured_later:  # a resumed run has the statistics in its state
         if isinstance(source, LatentSource):
             statistics = measure_moments(source.in_order())
+            tokenizer.set_statistics(statistics.mean, statistics.std)
         else:
             transform = Transform(_image_size(config, tokenizer), tokenizer.image_channels)
             limit = MEASURED if isinstance(source, StreamSource) else None
-            statistics = measure(tokenizer, in_order(source, transform, limit=limit))
-        tokenizer.set_statistics(statistics.mean, statistics.std)
+            fit(tokenizer, in_order(source, transform, limit=limit))
     return tokenizer
 
 

@@ -1,0 +1,170 @@
+"""Principal components of squares of pixels: what they hold, and that a run keeps them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from tiny import open_tiny, pictures, train_config
+from torch import Tensor
+
+from mar import zoo
+from mar.checkpoint.files import CheckpointError
+from mar.config import ConfigError
+from mar.pipeline import Pipeline
+from mar.tokenizer import PCATokenizer, build, from_pixels
+from mar.training.log import RunLog
+from mar.training.loop import train
+from mar.training.snapshot import export_and_draw, take
+
+
+def smooth(count: int = 40, channels: int = 3, seed: int = 0) -> Tensor:
+    """Coarse random pictures, enlarged: (count, channels, 8, 12) within [-1, 1]."""
+    coarse = torch.rand(count, channels, 3, 4, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    return torch.nn.functional.interpolate(coarse, size=(8, 12), mode="bilinear")
+
+
+def fitted(channels: int, images: Tensor, stride: int = 4) -> PCATokenizer:
+    tokenizer = PCATokenizer(images.shape[1], stride, channels)
+    tokenizer.fit(images.split(16))
+    return tokenizer
+
+
+def squares(images: Tensor, side: int = 4) -> Tensor:
+    """(squares, values), cut by hand: colour, row, column."""
+    found = [
+        image[:, top : top + side, left : left + side].flatten()
+        for image in images
+        for top in range(0, image.shape[1], side)
+        for left in range(0, image.shape[2], side)
+    ]
+    return torch.stack(found)
+
+
+def test_latents_are_the_principal_components_by_definition() -> None:
+    """By a singular value decomposition of squares that were cut by hand; the sign of a component is free."""
+    images = smooth()
+    latents = fitted(5, images).encode(images).mean
+    assert latents.shape == (40, 5, 2, 3)
+    x = squares(images).double()
+    x = x - x.mean(0)
+    _, singular, rows = torch.linalg.svd(x, full_matrices=False)
+    deviations = singular[:5] / len(x) ** 0.5
+    expected = x @ rows[:5].T / (deviations * deviations.mean()).sqrt()
+    found = latents.permute(0, 2, 3, 1).reshape(-1, 5).double()
+    torch.testing.assert_close(found.abs(), expected.abs(), rtol=1e-3, atol=1e-4)
+
+
+def test_latents_have_mean_0_and_together_variance_1() -> None:
+    images = smooth()
+    latents = fitted(6, images).encode(images).mean
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-5
+    assert latents.square().mean().item() == pytest.approx(1, rel=1e-4)
+    deviations = latents.std((0, 2, 3))
+    assert (deviations[:-1] > deviations[1:]).all(), "the largest first"
+
+
+def test_all_components_bring_a_picture_back_and_fewer_the_nearest_there_is() -> None:
+    images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    whole = fitted(16, images)
+    torch.testing.assert_close(whole.decode(whole.encode(images).mean), images, rtol=0, atol=1e-5)
+    errors = []
+    for count in (1, 4, 12):
+        tokenizer = fitted(count, images)
+        errors.append((tokenizer.decode(tokenizer.encode(images).mean) - images).square().mean().item())
+    assert errors[0] > errors[1] > errors[2] > 1e-3
+    x = squares(images)
+    left = torch.linalg.eigvalsh(torch.cov(x.T, correction=0))[:12].sum() / 16  # what 4 components can't hold
+    assert errors[1] <= left.item() * 1.01, "clipping to [-1, 1] can only help"
+
+
+def test_the_sign_of_a_component_is_settled() -> None:
+    """Of a component and its opposite one is taken, whatever the solver gave: its largest value is positive."""
+    basis = fitted(6, smooth()).basis
+    largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
+    assert (largest > 0).all()
+
+
+def test_spec_and_state_make_the_same_tokenizer_again() -> None:
+    images = smooth()
+    tokenizer = fitted(5, images)
+    again = build(json.loads(json.dumps(tokenizer.spec())))
+    again.load_state_dict(tokenizer.state_dict())
+    assert again.measured
+    assert torch.equal(again.encode(images).mean, tokenizer.encode(images).mean)
+
+
+def test_what_was_found_stays_float32() -> None:
+    tokenizer = fitted(5, smooth())
+    before = {name: value.clone() for name, value in tokenizer.found().items()}
+    tokenizer.to(torch.bfloat16)
+    assert all(torch.equal(value, before[name]) for name, value in tokenizer.found().items())
+
+
+def test_too_few_ways_to_vary_are_refused() -> None:
+    grey = torch.rand(40, 1, 8, 8).repeat(1, 3, 1, 1)  # three colours that are one
+    fitted(16, grey)
+    with pytest.raises(ValueError, match="got 16 from the images, expected 20"):
+        fitted(20, grey)
+    with pytest.raises(ValueError, match="no images"):
+        PCATokenizer().fit(iter(()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [((3, 4, 49), "got 49, expected 1 to 48"), ((1, 4, 0), "expected 1 to 16"), ((2, 4, 4), "image_channels: got 2")],
+)
+def test_impossible_sizes_are_refused(settings: tuple[int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PCATokenizer(*settings)
+
+
+def test_names() -> None:
+    found = from_pixels("pca8", 3, 32)
+    assert isinstance(found, PCATokenizer)
+    assert (found.stride, found.channels, found.image_channels) == (8, 32, 3)
+    assert from_pixels("pixels", 1, 1) is not None
+    assert from_pixels("pca0", 3, 16) is None
+    assert from_pixels("kl16", 3, 16) is None
+
+
+def test_by_name_it_is_only_for_training() -> None:
+    with pytest.raises(CheckpointError, match="name it to `mar train` only"):
+        zoo.load_tokenizer("pca4")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return pictures(tmp_path / "data")
+
+
+def test_a_run_takes_them_from_its_pictures_keeps_them_and_exports_them(data: Path, tmp_path: Path) -> None:
+    config = train_config(data, tokenizer="pca4", save_every=20)
+    config = replace(config, model=replace(config.model, channels=3, grid=(2, 2), patch=1))
+    run = open_tiny(replace(config, images=20), tmp_path / "run")
+    basis = run.tokenizer.found()["basis"].clone()
+    log = RunLog(run.folder, run.config.images, 0)
+    assert train(run, log)
+    for path in data.rglob("*.png"):  # others by now: the run goes on with what it began with
+        Image.open(path).rotate(45).save(path)
+    again = open_tiny(config, tmp_path / "run")
+    assert torch.equal(again.tokenizer.found()["basis"], basis)
+    assert train(again, log)
+    export_and_draw(take(again), log)
+    log.close()
+    pipeline = Pipeline.open(tmp_path / "run" / "model.safetensors")
+    assert torch.equal(pipeline.tokenizer.found()["basis"], basis)
+    assert pipeline.image_size == (8, 8)
+    drawn = pipeline.sample([0, 1], seeds=[0, 1], steps=2, diffusion_steps=3, output="tensor")
+    assert drawn.shape == (2, 3, 8, 8)
+
+
+def test_more_components_than_values_are_refused_before_the_run(data: Path, tmp_path: Path) -> None:
+    config = train_config(data, tokenizer="pca2")
+    config = replace(config, model=replace(config.model, channels=13, grid=(4, 4), patch=1))
+    with pytest.raises((ConfigError, ValueError), match="got 13, expected 1 to 12"):
+        open_tiny(config, tmp_path / "run")
