@@ -116,16 +116,19 @@ def settings(name: str, data: Path, changes: Sequence[str]) -> TrainConfig:
 
 
 def reference(base: TrainConfig) -> TrainConfig:
-    """The paper's objective, optimizer and dropout around the trunk and the head's size of `base`; constant rate."""
+    """The paper's objective, optimizer and dropout around the trunk and the head's size of `base`, on raw pixels in
+    patches of 4 x 4; constant rate."""
     head = HeadConfig(width=base.model.head.width, depth=base.model.head.depth)
     encoder, decoder = (TrunkConfig(t.width, t.depth, t.heads) for t in (base.model.encoder, base.model.decoder))
+    grey = base.model.channels == 1
+    channels, side = (1, 28) if grey else (3, 32)
     model = replace(
-        base.model, encoder=encoder, decoder=decoder, head=head,
+        base.model, channels=channels, grid=(side, side), patch=4, encoder=encoder, decoder=decoder, head=head,
         attention_dropout=0.1, projection_dropout=0.1, mask_ratio_min=0.7,
     )  # fmt: skip
     return replace(
-        base, model=model, sampling=replace(base.sampling, x0_bound=3.0), batch=64, lr=3.2e-3, warmup=6_400, decay=0,
-        optimizer="adamw", weight_decay=0.02, ema=0.999, clip=3.0,
+        base, model=model, tokenizer="pixels", sampling=replace(base.sampling, x0_bound=3.0), batch=64, lr=3.2e-3,
+        warmup=6_400, decay=0, optimizer="adamw", weight_decay=0.02, ema=0.999, clip=3.0,
     )  # fmt: skip
 
 

@@ -31,6 +31,9 @@ class Cells:
     stride: int
     """Pixels of a latent cell's side."""
     channels: int
+    components: bool = False
+    """They are principal components, taken as pictures are read, rather than an autoencoder's latents, which are cached
+    before."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,9 @@ FEW = 5_000
 SHIFT = 4
 """Pixels, at most, that they are moved by."""
 PIXELS_UP_TO = 32
-"""Larger pictures are learned as a tokenizer's latents."""
+"""Larger pictures are learned as the latents of a tokenizer of their own."""
+PIXELS_BELOW = 16
+"""Smaller ones have too few squares of 4 x 4 pixels for their components."""
 SMALLEST = 8
 
 
@@ -106,6 +111,20 @@ def cells_for(size: tuple[int, int]) -> Cells:
     return Cells(stride=8 if max(size) < 256 else 16, channels=16)
 
 
+def usual_cells(pictures: Pictures, size: tuple[int, int]) -> Cells | None:
+    """What makes tokens of pictures cut to `size` (height, width) where nothing is asked for: a tokenizer to be trained
+    for large ones, principal components for small ones, and None, their pixels, for the smallest and for grey ones."""
+    if max(size) > PIXELS_UP_TO:
+        return cells_for(size)
+    return None if pictures.colours == 1 or min(size) < PIXELS_BELOW else components()
+
+
+def components(stride: int = 4) -> Cells:
+    """The principal components to keep of squares of `stride` pixels: a third of the values that they have in colour,
+    and what is left of CIFAR-10's variance without them is 0.3%."""
+    return Cells(stride, stride**2, components=True)
+
+
 def recipe_for(
     pictures: Pictures, size: tuple[int, int], cells: Cells | None = None, *, images: int | None = None
 ) -> TrainConfig:
@@ -113,17 +132,19 @@ def recipe_for(
     data and tokenizer are is still to be said.
 
     The model grows with the number of pictures, the head with the width of tokens. Each picture is seen 40 times,
-    and 100,000 at least are seen in all, unless `images` says how many. The model predicts v, has rotary positions,
-    and is bounded when it draws: pixels by black and white, latents by 4 standard deviations. Fewer than 5,000
-    pictures that are learned as pixels are moved by up to a sixteenth of their shorter side, and by 4 pixels at
-    most; latents are not, which are cached of pictures as they are. Whether pictures are mirrored is left to the
-    data. ConfigError for a size that can't be cut into cells or patches.
+    and 100,000 at least are seen in all, unless `images` says how many. The model predicts v, or x0 of principal
+    components, has rotary positions, and is bounded when it draws: pixels by black and white, latents by 4 standard
+    deviations, components, whose rare values are far out, by 10. Fewer than 5,000 pictures are moved by up to a
+    sixteenth of their shorter side, and by 4 pixels at most, but not where latents are cached of them as they are.
+    Whether pictures are mirrored is left to the data. ConfigError for a size that can't be cut into cells or patches.
     """
     chosen = next(size for size in _SIZES if pictures.count < size.pictures)
     stride, channels = (cells.stride, cells.channels) if cells else (1, pictures.colours)
     patch = _patch(size, cells)
     if any(side % (stride * patch) for side in size):
         raise ConfigError(f"image-size: got {size[0]}x{size[1]}, expected multiples of {stride * patch}")
+    taken = cells is not None and cells.components
+    bound = 10.0 if taken else 4.0 if cells else math.ceil(10 * pictures.reach) / 10
     narrow, wide, depth = chosen.head
     encoder, decoder = chosen.trunks
     total = images or max(40 * pictures.count, 100_000)
@@ -135,7 +156,9 @@ def recipe_for(
             patch=patch,
             encoder=encoder,
             decoder=decoder,
-            head=HeadConfig(narrow if channels * patch**2 <= 16 else wide, depth, prediction="v", batch_mul=2),
+            head=HeadConfig(
+                narrow if channels * patch**2 <= 16 else wide, depth, prediction="x0" if taken else "v", batch_mul=2
+            ),
             buffer=chosen.buffer,
             classes=len(pictures.classes),
             attention_dropout=0.0,
@@ -145,7 +168,7 @@ def recipe_for(
             steps=32,
             diffusion_steps=50,
             guidance=3.0 if len(pictures.classes) > 1 else 1.0,
-            x0_bound=4.0 if cells else math.ceil(10 * pictures.reach) / 10,
+            x0_bound=bound,
         ),
         images=total,
         batch=chosen.batch,
@@ -154,7 +177,7 @@ def recipe_for(
         decay=total // 3,
         optimizer=chosen.optimizer,
         ema=chosen.ema,
-        shift=min(min(size) // 16, SHIFT) if cells is None and pictures.count < FEW else 0,
+        shift=min(min(size) // 16, SHIFT) if (cells is None or taken) and pictures.count < FEW else 0,
         save_every=min(chosen.save_every, now_and_then),
         sample_every=now_and_then,
         validate_every=now_and_then,

@@ -93,7 +93,12 @@ def test_every_choice_may_be_changed(tmp_path: Path) -> None:
     pixels = planned(data, "--out", out, "--tokenizer", "pixels").train.config
     assert (pixels.model.grid, pixels.model.patch, pixels.tokenizer) == ((64, 64), 4, "pixels")
     smaller = planned(data, "--out", out, "--image-size", "32", "24").train.config
-    assert (smaller.model.grid, smaller.tokenizer) == ((32, 24), "pixels")
+    assert (smaller.model.grid, smaller.model.channels, smaller.tokenizer) == ((8, 6), 16, "pca4")
+    taken = planned(data, "--out", out, "--tokenizer", "pca8", "--model.channels", "40")
+    assert (taken.tokenizer, taken.cache) == (None, None), "components are taken as pictures are read"
+    model = taken.train.config.model
+    assert (model.grid, model.channels, taken.train.config.tokenizer) == ((8, 8), 40, "pca8")
+    assert "as principal components, 64 tokens of 40 values each" in taken.told[0]
     own = planned(data, "--out", out, "--image-size", "32", "--tokenizer", "own", "--vae.channels", "6")
     assert own.tokenizer is not None
     assert (own.tokenizer.config.size, own.train.config.model.channels, own.train.config.model.grid) == (

@@ -59,9 +59,9 @@ def test_the_bundled_recipe_fits_its_pictures_and_its_room() -> None:
 
 def test_cifar10_is_as_small_as_fashion() -> None:
     config = recipe("cifar10")
-    assert (config.model.grid, config.model.channels, config.model.classes) == ((32, 32), 3, 10)
-    assert (config.model.tokens, config.model.token_width, config.model.head.prediction) == (64, 48, "v")
-    assert (config.model.encoder, config.tokenizer) == (recipe("fashion").model.encoder, "pixels")
+    assert (config.model.grid, config.model.channels, config.model.classes) == ((8, 8), 16, 10)
+    assert (config.model.tokens, config.model.token_width, config.model.head.prediction) == (64, 16, "x0")
+    assert (config.model.encoder, config.tokenizer) == (recipe("fashion").model.encoder, "pca4")
     assert config.flip is None  # as the data says
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from mar.config import ConfigError, HeadConfig, TrainConfig
 from mar.model.mar import MAR
-from mar.sizes import Cells, Pictures, cells_for, largest_for, recipe_for, side_for
+from mar.sizes import Cells, Pictures, components, largest_for, recipe_for, side_for, usual_cells
 from mar.training.tokenizer_config import tokenizer_for
 
 KINDS = ("ant", "bee", "cat")
@@ -16,8 +16,7 @@ def chosen(count: int, side: int, colours: int = 3, classes: tuple[str, ...] = K
     """The side, and the recipe, that pictures get where nothing else is asked for."""
     pictures = Pictures(count, side, colours, classes)
     found = side_for(pictures, largest_for(count))
-    cells = cells_for((found, found)) if found > 32 else None
-    return found, recipe_for(pictures, (found, found), cells)
+    return found, recipe_for(pictures, (found, found), usual_cells(pictures, (found, found)))
 
 
 @pytest.mark.parametrize(
@@ -28,10 +27,10 @@ def chosen(count: int, side: int, colours: int = 3, classes: tuple[str, ...] = K
         (60_000, 375, 256, 256, 16, 256, 384),
         (1_281_167, 400, 256, 256, 16, 768, 1024),
         (500, 70, 64, 64, 16, 192, 256),
-        (500, 63, 32, 64, 48, 192, 512),  # small ones: pixels
-        (50_000, 32, 32, 64, 48, 256, 512),
-        (10_000, 28, 28, 49, 48, 192, 512),
-        (10_000, 8, 8, 16, 12, 192, 256),
+        (500, 63, 32, 64, 16, 192, 256),  # small ones: principal components
+        (50_000, 32, 32, 64, 16, 256, 384),
+        (10_000, 28, 28, 49, 16, 192, 256),
+        (10_000, 8, 8, 16, 12, 192, 256),  # the smallest: pixels
         (10_000, 15, 14, 49, 12, 192, 256),
     ],
 )
@@ -45,11 +44,18 @@ def test_sizes_follow_from_count_and_resolution(
     assert model.classes == 3
 
 
-def test_grey_pictures_have_narrower_tokens_and_so_a_narrower_head() -> None:
+def test_wide_tokens_get_a_wide_head() -> None:
     _, grey = chosen(500, 28, colours=1)
-    _, colour = chosen(500, 28)
+    colour = recipe_for(Pictures(500, 28, 3, KINDS), (28, 28))  # pixels, as they may be asked for
     assert (grey.model.token_width, colour.model.token_width) == (16, 48)
     assert grey.model.head.width < colour.model.head.width
+
+
+def test_principal_components_are_predicted_clean_and_their_rare_values_kept() -> None:
+    _, config = chosen(500, 32)
+    assert (config.model.channels, config.model.grid, config.model.patch) == (16, (8, 8), 1)
+    assert (config.model.head.prediction, config.sampling.x0_bound) == ("x0", 10)
+    assert chosen(500, 64)[1].model.head.prediction == chosen(500, 32, colours=1)[1].model.head.prediction == "v"
 
 
 def test_guidance_is_for_classes_to_choose_from() -> None:
@@ -74,7 +80,7 @@ def test_more_pictures_get_a_larger_model() -> None:
     for count in (1_000, 50_000):
         model = MAR(chosen(count, 32)[1].model)
         sizes.append(sum(parameter.numel() for parameter in model.parameters()))
-    assert 7e6 < sizes[0] < sizes[1] < 14e6
+    assert 4e6 < sizes[0] < sizes[1] < 14e6
 
 
 def test_a_foreign_tokenizers_cells_become_at_most_sixteen_tokens_a_side() -> None:
@@ -103,6 +109,7 @@ def test_black_and_white_bound_pixels() -> None:
         (500, (128, 128), None, 4),
         (500, (32, 64), None, 2),
         (500, (64, 64), Cells(8, 16), 0),  # cached as they are
+        (500, (64, 64), components(), 4),
     ],
 )
 def test_few_pictures_are_moved_by_a_few_pixels(

@@ -19,8 +19,19 @@ from mar.config import ConfigError, TrainConfig
 from mar.data.latents import LatentSource
 from mar.data.sources import StreamSource, open_data
 from mar.presets import recipe
-from mar.sizes import ENOUGH, PIXELS_UP_TO, SIDES, Cells, Pictures, cells_for, largest_for, recipe_for, side_for
-from mar.tokenizer import Tokenizer
+from mar.sizes import (
+    ENOUGH,
+    SIDES,
+    Cells,
+    Pictures,
+    cells_for,
+    components,
+    largest_for,
+    recipe_for,
+    side_for,
+    usual_cells,
+)
+from mar.tokenizer import COMPONENTS, Tokenizer
 from mar.training.run import check_classes, open_pictures
 from mar.training.survey import cached, remembered
 from mar.training.tokenizer_config import Stride, TokenizerTrainConfig, tokenizer_for
@@ -85,9 +96,14 @@ class _Tokens:
     size: tuple[int, int]
     """Height and width that pictures are cut to."""
     tokenizer: str
-    """pixels, own, or where one is."""
+    """pixels, pca4, own, or where one is."""
     cells: Cells | None
     """None: pixels."""
+
+    @property
+    def cached(self) -> bool:
+        """Whether latents are cached before the model is trained."""
+        return self.cells is not None and not self.cells.components
 
 
 def plan(arguments: Sequence[str]) -> Steps:
@@ -112,7 +128,7 @@ def plan(arguments: Sequence[str]) -> Steps:
     if options.config.patience:  # what it waits for has to be there before a tokenizer is trained
         open_pictures(options.config)
     steps = Steps(options, chosen, (*_told(options, pictures, tokens), *([changed] if changed else [])), pictures)
-    return steps if tokens.cells is None else _with_latents(steps, options, tokens, wishes.out)
+    return _with_latents(steps, options, tokens, wishes.out) if tokens.cached else steps
 
 
 def _with_latents(steps: Steps, options: FolderOptions, tokens: _Tokens, out: Path) -> Steps:
@@ -171,12 +187,17 @@ def _tokens(wishes: _Wishes, pictures: Pictures, own: bool) -> _Tokens:
         raise ConfigError(f"--vae.* is for a tokenizer of the run's own, but --tokenizer is {name}; leave one out")
     if name in (None, OWN):
         size = _size(wishes, pictures, largest_for(pictures.count))
-        if name is None and max(size) <= PIXELS_UP_TO:
+        cells = usual_cells(pictures, size) if name is None else cells_for(size)
+        if cells is None:
             return _Tokens(size, "pixels", None)
-        usual = cells_for(size)
-        return _Tokens(size, OWN, Cells(wishes.vae.stride or usual.stride, wishes.vae.channels or usual.channels))
+        if cells.components:
+            return _Tokens(size, f"pca{cells.stride}", cells)
+        return _Tokens(size, OWN, Cells(wishes.vae.stride or cells.stride, wishes.vae.channels or cells.channels))
     if name == "pixels":
         return _Tokens(_size(wishes, pictures, SIDES[1]), name, None)
+    if taken := COMPONENTS.fullmatch(name):
+        stride = int(taken[1])
+        return _Tokens(_size(wishes, pictures, SIDES[1], stride), name, components(stride))
     found = zoo.load_tokenizer(name)
     size = _size(wishes, pictures, _trained_at(found), found.stride)
     return _Tokens(size, name, Cells(found.stride, found.channels))
@@ -222,7 +243,10 @@ def _told(options: FolderOptions, pictures: Pictures, tokens: _Tokens) -> tuple[
     limited = next((fewer for fewer, side in ENOUGH if pictures.count < fewer and side < pictures.side), None)
     free = limited and options.image_size is None
     more = f" (larger from {limited:,} pictures on, or by --image-size)" if free else ""
-    by = {"pixels": "raw pixels", OWN: "by a tokenizer of their own"}.get(tokens.tokenizer, f"by {tokens.tokenizer}")
+    names = {"pixels": "raw pixels", OWN: "by a tokenizer of their own"}
+    if tokens.cells is not None and tokens.cells.components:
+        names[tokens.tokenizer] = "as principal components"
+    by = names.get(tokens.tokenizer, f"by {tokens.tokenizer}")
     encoder, decoder, head = model.encoder, model.decoder, model.head
     stride = tokens.cells.stride if tokens.cells else 1
     size = f"{model.grid[0] * stride}x{model.grid[1] * stride}"
