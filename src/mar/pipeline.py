@@ -150,7 +150,8 @@ class Pipeline(
         `settings` are those of `sampling_with`: a preset, and fields of SamplingConfig (guidance, steps, ...) that
         differ from the model's own. `known` pictures are kept where `mask`, one flag a token, is false. Returns PIL
         images, or a float32 tensor (n, channels, height, width) in [-1, 1]. A picture depends on its label, seed, known
-        part and the settings alone, not on `batch`. Raises BrokenLatents for noise, unless `allow_broken`.
+        part and the settings alone, not on `batch`, unless the weights are int8. Raises BrokenLatents for noise, unless
+        `allow_broken`.
         """
         request = self._request(labels, seeds, known, mask, settings, batch)
         with bar(progress, len(request.labels)) as advance:

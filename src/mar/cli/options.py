@@ -70,7 +70,7 @@ class SamplingFlags:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: DrawnDtype = "fp32"
-    """Precision of the model's matrices; int8, on CPUs: sooner, less exact, and depending a little on the batch."""
+    """Precision of the model's matrices; int8, on CPUs: sooner, less exact, and depending on the batch."""
     tf32: bool = False
     """Let GPUs round inputs of float32 products to TF32: faster, and less exact."""
     allow_broken: bool = False

@@ -2,7 +2,7 @@
 
 A weight is a whole number times a scale of its output feature. What comes in is rounded to 7 bits as it comes, by the
 range of the whole input, and products are of whole numbers: a quarter of the memory to read, and more arithmetic at a
-time. A picture then depends a little on those that are drawn beside it.
+time. A picture then depends on those that are drawn beside it, by as much as the 8 bits change it.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def generate(
 
     `labels` are class numbers, -1 for none. `known` latents are kept where `mask` (one flag a token) is false, and
     generated where it is true; masks may differ between images. Image i depends on its own label, seed, known latents
-    and mask, and not on the batch. Raises BrokenLatents unless `allow_broken`.
+    and mask, and not on the batch, unless the weights are int8. Raises BrokenLatents unless `allow_broken`.
     """
     config = model.config
     if len(labels) != len(seeds) or not len(labels):
