@@ -58,9 +58,9 @@ class SamplingFlags:
     noisiest: float | None = None
     """Where diffusion starts, as a share of the trained timesteps: 0.95 skips the noisiest."""
     guidance_from: float | None = None
-    """Guide only from where this share of a picture's tokens is known."""
+    """Guide only from the step after which this share of a picture's tokens is known."""
     guidance_until: float | None = None
-    """Guide only up to where this share is known."""
+    """Guide only up to the last step after which no more than this share is known."""
     guidance_refresh: int | None = None
     """Run the trunk without the class at every so many guided steps only."""
     reveal_schedule: RevealSchedule | None = None
