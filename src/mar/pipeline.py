@@ -20,7 +20,7 @@ from mar.checkpoint import store
 from mar.config import ConfigError, SamplingConfig, to_dict
 from mar.data.labels import resolve_labels
 from mar.data.transforms import Transform
-from mar.model.int8 import quantise, quantised
+from mar.model.int8 import quantise, quantised, require_int8
 from mar.model.mar import MAR
 from mar.presets import hastened
 from mar.sampling.generate import generate
@@ -93,6 +93,8 @@ class Pipeline(
         """
         if quantised(self.model) and not (dtype in (None, torch.int8) and torch.device(device or "cpu").type == "cpu"):
             raise ConfigError(f"int8 weights stay what and where they are: load the model again for {dtype or device}")
+        if dtype is torch.int8:
+            require_int8(torch.device(device) if device is not None else self.device)
         if device is not None:
             self.model.to(device)
             self.tokenizer.to(device)

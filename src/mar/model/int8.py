@@ -40,13 +40,18 @@ class Int8Linear(nn.Module):
         return product
 
 
-def quantise(model: MAR) -> None:
-    """Turns the matrices of the blocks of a model on a CPU to 8 bits, in place. ConfigError where that can't be."""
-    if model.mask_token.device.type != "cpu":
-        raise ConfigError(f"int8 weights: got a model on {model.mask_token.device}, expected one on the CPU")
+def require_int8(device: torch.device) -> None:
+    """Raises ConfigError where a model on `device` can't have weights of 8 bits."""
+    if device.type != "cpu":
+        raise ConfigError(f"int8 weights: got a model on {device}, expected one on the CPU")
     there = hasattr(torch, "quantize_per_channel") and hasattr(torch.ops.quantized, "linear_dynamic")
     if not there or torch.backends.quantized.engine == "none":
         raise ConfigError(f"int8 weights: PyTorch {torch.__version__} has no products of 8 bits on this machine")
+
+
+def quantise(model: MAR) -> None:
+    """Turns the matrices of the blocks of a model on a CPU to 8 bits, in place. ConfigError where that can't be."""
+    require_int8(model.mask_token.device)
     for block in (*model.encoder, *model.decoder, *model.head.blocks):
         for parent in list(block.modules()):
             for name, child in list(parent.named_children()):
