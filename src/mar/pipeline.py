@@ -207,7 +207,7 @@ class Pipeline(
 
     def _request(
         self, labels: Sequence[Label], seeds: Sequence[int] | None, known: Images | None, mask: Tensor | None,
-        settings: dict[str, Any], batch: int = 1,
+        settings: dict[str, Any], batch: int = 64,
     ) -> _Request:  # fmt: skip
         if batch < 1:
             raise ValueError(f"batch is {batch}, but it must be at least 1")
@@ -219,7 +219,7 @@ class Pipeline(
         for name, given in (("known", known), ("mask", mask)):
             if given is not None and len(given) != len(numbers):
                 raise ValueError(f"{name}: got {len(given)} for {len(numbers)} labels, expected one a picture")
-        latents = None if known is None else self._encode(known)
+        latents = None if known is None or not numbers else self._encode(known, batch)
         return _Request(numbers, seeds, sampling, latents, mask)
 
     def _generate(self, request: _Request, allow_broken: bool) -> Iterator[Any]:
@@ -229,11 +229,13 @@ class Pipeline(
         )  # fmt: skip
 
     @torch.no_grad()
-    def _encode(self, images: Images) -> Tensor:
-        if not isinstance(images, Tensor):
-            transform = Transform(self.image_size, self.tokenizer.image_channels)
-            images = torch.stack([transform(image) for image in images])
-        return self.tokenizer.encode(images.to(self.device)).mean
+    def _encode(self, images: Images, batch: int) -> Tensor:
+        transform = Transform(self.image_size, self.tokenizer.image_channels)
+        parts = (images[first : first + batch] for first in range(0, len(images), batch))
+        pixels = (
+            part if isinstance(part, Tensor) else torch.stack([transform(image) for image in part]) for part in parts
+        )
+        return torch.cat([self.tokenizer.encode(part.to(self.device)).mean for part in pixels])
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> Tensor:

@@ -92,6 +92,7 @@ def test_the_batch_size_is_only_a_matter_of_speed(batch: int, capsys: pytest.Cap
 def test_nothing_asked_nothing_drawn() -> None:
     assert TINY.sample([]) == []
     assert TINY.sample([], output="tensor").shape == (0, 1, 4, 4)
+    assert TINY.sample([], known=[], mask=LEFT[:0]) == []
 
 
 @pytest.mark.parametrize(
@@ -143,6 +144,17 @@ def test_known_pixels_are_kept() -> None:
     torch.testing.assert_close(as_tensor[1:], alone, rtol=0, atol=1e-4)
     cut = TINY.sample([0, 1], known=grey(2), mask=LEFT, output="tensor", batch=1)
     torch.testing.assert_close(cut, as_tensor, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("known", [grey(5), to_pil(grey(5))])
+def test_known_pictures_are_encoded_a_batch_at_a_time(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, sizes = pipeline(), []
+    encode = ours.tokenizer.encode
+    monkeypatch.setattr(ours.tokenizer, "encode", lambda images: sizes.append(len(images)) or encode(images))
+    nothing = torch.zeros(5, 4, 4, dtype=torch.bool)
+    kept = ours.sample([0] * 5, known=known, mask=nothing, batch=2)
+    assert sizes == [2, 2, 1]
+    assert np.array_equal(pixels(kept), pixels(to_pil(grey(5))))
 
 
 def test_known_pictures_of_another_size_and_colour_are_brought_to_the_models() -> None:
