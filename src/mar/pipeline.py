@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+import operator
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, SupportsIndex, overload
 
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
@@ -28,7 +30,7 @@ from mar.sampling.progress import bar
 from mar.tokenizer import Tokenizer, build
 
 WEIGHTS_FILE = "model.safetensors"
-Label = int | str | None
+Label = SupportsIndex | str | None
 Images = Sequence[Image.Image] | Float[Tensor, "n c H W"]
 
 
@@ -127,17 +129,17 @@ class Pipeline(
         return sampling
 
     @overload
-    def sample(self, labels: Sequence[Label], seeds: Sequence[int] | None = ..., *, output: Literal["pil"] = ...,
+    def sample(self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None = ..., *, output: Literal["pil"] = ...,
                **options: Any) -> list[Image.Image]: ...  # fmt: skip
 
     @overload
-    def sample(self, labels: Sequence[Label], seeds: Sequence[int] | None = ..., *, output: Literal["tensor"],
+    def sample(self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None = ..., *, output: Literal["tensor"],
                **options: Any) -> Tensor: ...  # fmt: skip
 
     def sample(
         self,
-        labels: Sequence[Label],
-        seeds: Sequence[int] | None = None,
+        labels: Iterable[Label],
+        seeds: Iterable[SupportsIndex] | None = None,
         *,
         output: Literal["pil", "tensor"] = "pil",
         batch: int = 64,
@@ -163,8 +165,8 @@ class Pipeline(
 
     def stream(
         self,
-        labels: Sequence[Label],
-        seeds: Sequence[int] | None = None,
+        labels: Iterable[Label],
+        seeds: Iterable[SupportsIndex] | None = None,
         *,
         batch: int = 64,
         allow_broken: bool = False,
@@ -190,8 +192,8 @@ class Pipeline(
 
     def reveal(
         self,
-        labels: Sequence[Label],
-        seeds: Sequence[int] | None = None,
+        labels: Iterable[Label],
+        seeds: Iterable[SupportsIndex] | None = None,
         *,
         known: Images | None = None,
         mask: Bool[Tensor, "n rows columns"] | None = None,
@@ -206,21 +208,21 @@ class Pipeline(
             yield Growing(revealed.step, revealed.steps, to_pil(images))
 
     def _request(
-        self, labels: Sequence[Label], seeds: Sequence[int] | None, known: Images | None, mask: Tensor | None,
+        self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None, known: Images | None, mask: Tensor | None,
         settings: dict[str, Any], batch: int = 64,
     ) -> _Request:  # fmt: skip
         if batch < 1:
             raise ValueError(f"batch is {batch}, but it must be at least 1")
         sampling = self.sampling_with(**settings)
         numbers = resolve_labels(labels, self.classes, self.model.config.classes)
-        seeds = list(range(len(numbers))) if seeds is None else list(seeds)
-        if len(seeds) != len(numbers):
-            raise ValueError(f"seeds: got {len(seeds)} for {len(numbers)} labels, expected one a picture")
+        whole = list(range(len(numbers))) if seeds is None else _whole(seeds)
+        if len(whole) != len(numbers):
+            raise ValueError(f"seeds: got {len(whole)} for {len(numbers)} labels, expected one a picture")
         for name, given in (("known", known), ("mask", mask)):
             if given is not None and len(given) != len(numbers):
                 raise ValueError(f"{name}: got {len(given)} for {len(numbers)} labels, expected one a picture")
         latents = None if known is None or not numbers else self._encode(known, batch)
-        return _Request(numbers, seeds, sampling, latents, mask)
+        return _Request(numbers, whole, sampling, latents, mask)
 
     def _generate(self, request: _Request, allow_broken: bool) -> Iterator[Any]:
         return generate(
@@ -305,6 +307,14 @@ class _Request:
         known = None if self.known is None else self.known[first:end]
         mask = None if self.mask is None else self.mask[first:end]
         return _Request(self.labels[first:end], self.seeds[first:end], self.sampling, known, mask)
+
+
+def _whole(seeds: Iterable[SupportsIndex]) -> list[int]:
+    """Seeds as Python's own numbers, of which all 64 bits count; ValueError for what is no whole number."""
+    try:
+        return [operator.index(seed) for seed in seeds]
+    except TypeError:
+        raise ValueError(f"seeds: got {reprlib.repr(seeds)}, expected whole numbers, one a picture") from None
 
 
 def to_uint8(images: Float[Tensor, "n c H W"]) -> UInt8[Tensor, "n c H W"]:

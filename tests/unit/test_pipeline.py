@@ -50,6 +50,19 @@ def test_seeds_count_from_0_where_none_are_given() -> None:
     assert not np.array_equal(*pixels(TINY.sample([0, 0])))
 
 
+@pytest.mark.parametrize("seeds", [np.arange(3, 5), torch.arange(3, 5), [np.int64(3), np.int32(4)], (3, 4), range(3, 5)])
+def test_whole_numbers_of_any_kind_are_seeds(seeds: Any) -> None:
+    drawn = TINY.sample(np.array([0, 1]), seeds, output="tensor")
+    assert torch.equal(drawn, TINY.sample([0, 1], [3, 4], output="tensor"))
+
+
+@pytest.mark.parametrize("seeds", [[0.0, 1.5], np.array([0.0, 1.0]), torch.zeros(2), "12", 7])
+@pytest.mark.usefixtures("untyped")
+def test_other_seeds_are_refused(seeds: Any) -> None:
+    with pytest.raises(ValueError, match="^seeds: got .*, expected whole numbers, one a picture"):
+        TINY.sample([0, 1], seeds)
+
+
 @pytest.mark.parametrize("preset", ["exact", "balanced", "fast"])
 def test_a_preset_draws_the_same_pictures_again_whatever_the_batch(preset: str) -> None:
     labels, seeds = [0, 1, 2, None], [7, 8, 9, 10]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import difflib
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from typing import SupportsIndex
 
 from mar.assets import imagenet
 
 
-def resolve_labels(labels: Iterable[int | str | None], classes: Sequence[str], count: int) -> list[int]:
+def resolve_labels(labels: Iterable[SupportsIndex | str | None], classes: Sequence[str], count: int) -> list[int]:
     """The class numbers of `labels` for a model with `count` classes called `classes` (may be empty); None gives -1.
 
     A name may be in any case, or any part of one that only one class has. Where all classes are ImageNet's, by name or
@@ -22,7 +23,9 @@ def resolve_labels(labels: Iterable[int | str | None], classes: Sequence[str], c
     return [_resolve(label, names, classes, count) for label in labels]
 
 
-def _resolve(label: int | str | None, names: list[tuple[str, ...]], classes: Sequence[str], count: int) -> int:
+def _resolve(
+    label: SupportsIndex | str | None, names: list[tuple[str, ...]], classes: Sequence[str], count: int
+) -> int:
     if label is None:
         return -1
     exact = [i for i, name in enumerate(classes) if name == label] if isinstance(label, str) else []
