@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, overload
 
+import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
 from jaxtyping import Bool, Float, UInt8
@@ -31,7 +32,8 @@ from mar.tokenizer import Tokenizer, build
 
 WEIGHTS_FILE = "model.safetensors"
 Label = SupportsIndex | str | None
-Images = Sequence[Image.Image] | Float[Tensor, "n c H W"]
+Images = Sequence[Image.Image] | Float[Tensor, "n c H W"] | Float[np.ndarray, "n c H W"]
+Mask = Bool[Tensor, "n rows columns"] | Bool[np.ndarray, "n rows columns"] | Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ class Pipeline(
         output: Literal["pil", "tensor"] = "pil",
         batch: int = 64,
         known: Images | None = None,
-        mask: Bool[Tensor, "n rows columns"] | None = None,
+        mask: Mask | None = None,
         progress: bool = False,
         allow_broken: bool = False,
         **settings: Any,
@@ -196,7 +198,7 @@ class Pipeline(
         seeds: Iterable[SupportsIndex] | None = None,
         *,
         known: Images | None = None,
-        mask: Bool[Tensor, "n rows columns"] | None = None,
+        mask: Mask | None = None,
         allow_broken: bool = False,
         **settings: Any,
     ) -> Iterator[Growing]:
@@ -208,7 +210,7 @@ class Pipeline(
             yield Growing(revealed.step, revealed.steps, to_pil(images))
 
     def _request(
-        self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None, known: Images | None, mask: Tensor | None,
+        self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None, known: Images | None, mask: Mask | None,
         settings: dict[str, Any], batch: int = 64,
     ) -> _Request:  # fmt: skip
         if batch < 1:
@@ -218,11 +220,13 @@ class Pipeline(
         whole = list(range(len(numbers))) if seeds is None else _whole(seeds)
         if len(whole) != len(numbers):
             raise ValueError(f"seeds: got {len(whole)} for {len(numbers)} labels, expected one a picture")
-        for name, given in (("known", known), ("mask", mask)):
+        pictures = None if known is None else _pictures(known)
+        flags = None if mask is None else _flags(mask)
+        for name, given in (("known", pictures), ("mask", flags)):
             if given is not None and len(given) != len(numbers):
                 raise ValueError(f"{name}: got {len(given)} for {len(numbers)} labels, expected one a picture")
-        latents = None if known is None or not numbers else self._encode(known, batch)
-        return _Request(numbers, whole, sampling, latents, mask)
+        latents = None if pictures is None or not numbers else self._encode(pictures, batch)
+        return _Request(numbers, whole, sampling, latents, flags)
 
     def _generate(self, request: _Request, allow_broken: bool) -> Iterator[Any]:
         return generate(
@@ -231,7 +235,7 @@ class Pipeline(
         )  # fmt: skip
 
     @torch.no_grad()
-    def _encode(self, images: Images, batch: int) -> Tensor:
+    def _encode(self, images: Sequence[Image.Image] | Tensor, batch: int) -> Tensor:
         transform = Transform(self.image_size, self.tokenizer.image_channels)
         parts = (images[first : first + batch] for first in range(0, len(images), batch))
         pixels = (
@@ -315,6 +319,31 @@ def _whole(seeds: Iterable[SupportsIndex]) -> list[int]:
         return [operator.index(seed) for seed in seeds]
     except TypeError:
         raise ValueError(f"seeds: got {reprlib.repr(seeds)}, expected whole numbers, one a picture") from None
+
+
+def _pictures(known: Images) -> Sequence[Image.Image] | Tensor:
+    """Known pictures as they can be encoded; ValueError for what is none."""
+    if isinstance(known, Tensor | np.ndarray):
+        values = torch.as_tensor(known)
+        if values.ndim == 4 and values.is_floating_point():
+            return values.float()
+        got = f"{tuple(values.shape)} of {values.dtype}"
+    elif isinstance(known, Sequence) and all(isinstance(picture, Image.Image) for picture in known):
+        return known
+    else:
+        got = reprlib.repr(known)
+    raise ValueError(f"known: got {got}, expected PIL pictures, or floats in [-1, 1], (n, channels, height, width)")
+
+
+def _flags(mask: Mask) -> Tensor:
+    """A mask as a tensor, whose shape and type the generation judges; ValueError for what can be none."""
+    try:
+        flags = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError):
+        flags = torch.empty(())
+    if not flags.ndim:
+        raise ValueError(f"mask: got {reprlib.repr(mask)}, expected bools (n, rows, columns), one a token")
+    return flags
 
 
 def to_uint8(images: Float[Tensor, "n c H W"]) -> UInt8[Tensor, "n c H W"]:

@@ -170,6 +170,34 @@ def test_known_pictures_are_encoded_a_batch_at_a_time(known: Any, monkeypatch: p
     assert np.array_equal(pixels(kept), pixels(to_pil(grey(5))))
 
 
+@pytest.mark.parametrize("known", [grey(2), grey(2).double(), grey(2).numpy(), to_pil(grey(2)), tuple(to_pil(grey(2)))])
+@pytest.mark.parametrize("mask", [LEFT, LEFT.numpy(), LEFT.tolist()])
+def test_known_pictures_and_masks_of_any_kind(known: Any, mask: Any) -> None:
+    drawn = pixels(TINY.sample([0, 1], known=known, mask=mask))
+    assert np.array_equal(drawn[:, :, 2:], pixels(to_pil(grey(2)))[:, :, 2:])
+    assert not np.array_equal(drawn[:, :, :2], pixels(to_pil(grey(2)))[:, :, :2])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"known": to_pil(grey(1))[0]}, "known: got <PIL.Image.*, expected PIL pictures, or floats in"),
+        ({"known": 5}, "known: got 5, expected PIL pictures"),
+        ({"known": ["a.png"]}, "known: got .*a.png.*, expected PIL pictures"),
+        ({"known": grey(1)[0]}, r"known: got \(1, 4, 4\) of torch.float32, expected PIL pictures"),
+        ({"known": (grey(1) + 1).byte().numpy()}, r"known: got \(1, 1, 4, 4\) of torch.uint8, expected PIL pictures"),
+        ({"mask": LEFT[:1].int().tolist()}, r"mask: got \(1, 4, 4\) of torch.int64, expected \(1, 4, 4\) of bool"),
+        ({"mask": [[[True], [False, True]]]}, "mask: got .*True.*, expected bools"),
+        ({"mask": "left"}, "mask: got 'left', expected bools"),
+        ({"mask": True}, "mask: got True, expected bools"),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_what_is_no_picture_and_no_mask(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{words}"):
+        TINY.sample([0], **{"known": grey(1), "mask": LEFT[:1], **options})
+
+
 def test_known_pictures_of_another_size_and_colour_are_brought_to_the_models() -> None:
     large = [Image.new("RGB", (16, 12), (200, 200, 200))] * 2
     drawn = pixels(TINY.sample([0, 1], known=large, mask=LEFT))
