@@ -131,12 +131,12 @@ class Pipeline(
         return sampling
 
     @overload
-    def sample(self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None = ..., *, output: Literal["pil"] = ...,
-               **options: Any) -> list[Image.Image]: ...  # fmt: skip
+    def sample(self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None = ..., *,
+               output: Literal["pil"] = ..., **options: Any) -> list[Image.Image]: ...  # fmt: skip
 
     @overload
-    def sample(self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None = ..., *, output: Literal["tensor"],
-               **options: Any) -> Tensor: ...  # fmt: skip
+    def sample(self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None = ..., *,
+               output: Literal["tensor"], **options: Any) -> Tensor: ...  # fmt: skip
 
     def sample(
         self,
@@ -231,7 +231,7 @@ class Pipeline(
     def _generate(self, request: _Request, allow_broken: bool) -> Iterator[Any]:
         return generate(
             self.model, request.labels, request.seeds, request.sampling,
-            known=request.known, mask=request.mask, allow_broken=allow_broken,
+            known=request.known, mask=request.mask, allow_broken=allow_broken, first=request.first,
         )  # fmt: skip
 
     @torch.no_grad()
@@ -306,11 +306,13 @@ class _Request:
     sampling: SamplingConfig
     known: Tensor | None
     mask: Tensor | None
+    first: int = 0
+    """The number of its first picture in the whole request."""
 
     def part(self, first: int, end: int) -> _Request:
         known = None if self.known is None else self.known[first:end]
         mask = None if self.mask is None else self.mask[first:end]
-        return _Request(self.labels[first:end], self.seeds[first:end], self.sampling, known, mask)
+        return _Request(self.labels[first:end], self.seeds[first:end], self.sampling, known, mask, first)
 
 
 def _whole(seeds: Iterable[SupportsIndex]) -> list[int]:
@@ -326,6 +328,8 @@ def _pictures(known: Images) -> Sequence[Image.Image] | Tensor:
     if isinstance(known, Tensor | np.ndarray):
         values = torch.as_tensor(known)
         if values.ndim == 4 and values.is_floating_point():
+            if not values.isfinite().all():
+                raise ValueError("known: got values that are no finite numbers, expected them in [-1, 1]")
             return values.float()
         got = f"{tuple(values.shape)} of {values.dtype}"
     elif isinstance(known, Sequence) and all(isinstance(picture, Image.Image) for picture in known):

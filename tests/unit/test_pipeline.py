@@ -50,7 +50,9 @@ def test_seeds_count_from_0_where_none_are_given() -> None:
     assert not np.array_equal(*pixels(TINY.sample([0, 0])))
 
 
-@pytest.mark.parametrize("seeds", [np.arange(3, 5), torch.arange(3, 5), [np.int64(3), np.int32(4)], (3, 4), range(3, 5)])
+@pytest.mark.parametrize(
+    "seeds", [np.arange(3, 5), torch.arange(3, 5), [np.int64(3), np.int32(4)], (3, 4), range(3, 5)]
+)
 def test_whole_numbers_of_any_kind_are_seeds(seeds: Any) -> None:
     drawn = TINY.sample(np.array([0, 1]), seeds, output="tensor")
     assert torch.equal(drawn, TINY.sample([0, 1], [3, 4], output="tensor"))
@@ -59,7 +61,7 @@ def test_whole_numbers_of_any_kind_are_seeds(seeds: Any) -> None:
 @pytest.mark.parametrize("seeds", [[0.0, 1.5], np.array([0.0, 1.0]), torch.zeros(2), "12", 7])
 @pytest.mark.usefixtures("untyped")
 def test_other_seeds_are_refused(seeds: Any) -> None:
-    with pytest.raises(ValueError, match="^seeds: got .*, expected whole numbers, one a picture"):
+    with pytest.raises(ValueError, match=r"^seeds: got .*, expected whole numbers, one a picture"):
         TINY.sample([0, 1], seeds)
 
 
@@ -184,6 +186,7 @@ def test_known_pictures_and_masks_of_any_kind(known: Any, mask: Any) -> None:
         ({"known": to_pil(grey(1))[0]}, "known: got <PIL.Image.*, expected PIL pictures, or floats in"),
         ({"known": 5}, "known: got 5, expected PIL pictures"),
         ({"known": ["a.png"]}, "known: got .*a.png.*, expected PIL pictures"),
+        ({"known": grey(1).log()}, "known: got values that are no finite numbers"),
         ({"known": grey(1)[0]}, r"known: got \(1, 4, 4\) of torch.float32, expected PIL pictures"),
         ({"known": (grey(1) + 1).byte().numpy()}, r"known: got \(1, 1, 4, 4\) of torch.uint8, expected PIL pictures"),
         ({"mask": LEFT[:1].int().tolist()}, r"mask: got \(1, 4, 4\) of torch.int64, expected \(1, 4, 4\) of bool"),
@@ -248,6 +251,17 @@ def test_noise_is_no_picture() -> None:
     with torch.no_grad():
         young.model.head.output.bias.fill_(torch.nan)
     assert pixels(young.sample([0], allow_broken=True)).shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize("batch", [2, 64])
+def test_the_broken_picture_of_all_is_named(batch: int) -> None:
+    ours = pipeline()
+    with torch.no_grad():
+        ours.model.class_embed.weight[2] = torch.inf
+    with pytest.raises(BrokenLatents, match=r"^image 3 is broken"):
+        ours.sample([0, 1, 0, 2, 1], batch=batch)
+    with pytest.raises(BrokenLatents, match=r"^image 3 is broken"):
+        list(ours.stream([0, 1, 0, 2, 1], batch=batch))
 
 
 def test_no_gradients_are_kept_and_no_global_randomness_is_used() -> None:
