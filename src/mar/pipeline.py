@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import operator
-import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, overload
 
-import numpy as np
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -28,12 +25,11 @@ from mar.model.mar import MAR
 from mar.presets import hastened
 from mar.sampling.generate import generate
 from mar.sampling.progress import bar
+from mar.sampling.request import Images, Mask, Request, as_mask, as_pictures, whole_numbers
 from mar.tokenizer import Tokenizer, build
 
 WEIGHTS_FILE = "model.safetensors"
 Label = SupportsIndex | str | None
-Images = Sequence[Image.Image] | Float[Tensor, "n c H W"] | Float[np.ndarray, "n c H W"]
-Mask = Bool[Tensor, "n rows columns"] | Bool[np.ndarray, "n rows columns"] | Sequence[Any]
 
 
 @dataclass(frozen=True)
@@ -183,7 +179,7 @@ class Pipeline(
         return map(to_uint8, self._batches(request, batch, allow_broken, advance or (lambda done: None)))
 
     def _batches(
-        self, request: _Request, batch: int, allow_broken: bool, advance: Callable[[float], None]
+        self, request: Request, batch: int, allow_broken: bool, advance: Callable[[float], None]
     ) -> Iterator[Tensor]:
         for first in range(0, len(request.labels), batch):
             part = request.part(first, first + batch)
@@ -212,23 +208,23 @@ class Pipeline(
     def _request(
         self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None, known: Images | None, mask: Mask | None,
         settings: dict[str, Any], batch: int = 64,
-    ) -> _Request:  # fmt: skip
+    ) -> Request:  # fmt: skip
         if batch < 1:
             raise ValueError(f"batch is {batch}, but it must be at least 1")
         sampling = self.sampling_with(**settings)
         numbers = resolve_labels(labels, self.classes, self.model.config.classes)
-        whole = list(range(len(numbers))) if seeds is None else _whole(seeds)
+        whole = list(range(len(numbers))) if seeds is None else whole_numbers(seeds)
         if len(whole) != len(numbers):
             raise ValueError(f"seeds: got {len(whole)} for {len(numbers)} labels, expected one a picture")
-        pictures = None if known is None else _pictures(known)
-        flags = None if mask is None else _flags(mask)
+        pictures = None if known is None else as_pictures(known)
+        flags = None if mask is None else as_mask(mask)
         for name, given in (("known", pictures), ("mask", flags)):
             if given is not None and len(given) != len(numbers):
                 raise ValueError(f"{name}: got {len(given)} for {len(numbers)} labels, expected one a picture")
         latents = None if pictures is None or not numbers else self._encode(pictures, batch)
-        return _Request(numbers, whole, sampling, latents, flags)
+        return Request(numbers, whole, sampling, latents, flags)
 
-    def _generate(self, request: _Request, allow_broken: bool) -> Iterator[Any]:
+    def _generate(self, request: Request, allow_broken: bool) -> Iterator[Any]:
         return generate(
             self.model, request.labels, request.seeds, request.sampling,
             known=request.known, mask=request.mask, allow_broken=allow_broken, first=request.first,
@@ -297,57 +293,6 @@ class Pipeline(
             local_files_only=local_files_only, token=token,
         )  # fmt: skip
         return cls.open(path)
-
-
-@dataclass(frozen=True)
-class _Request:
-    labels: list[int]
-    seeds: list[int]
-    sampling: SamplingConfig
-    known: Tensor | None
-    mask: Tensor | None
-    first: int = 0
-    """The number of its first picture in the whole request."""
-
-    def part(self, first: int, end: int) -> _Request:
-        known = None if self.known is None else self.known[first:end]
-        mask = None if self.mask is None else self.mask[first:end]
-        return _Request(self.labels[first:end], self.seeds[first:end], self.sampling, known, mask, first)
-
-
-def _whole(seeds: Iterable[SupportsIndex]) -> list[int]:
-    """Seeds as Python's own numbers, of which all 64 bits count; ValueError for what is no whole number."""
-    try:
-        return [operator.index(seed) for seed in seeds]
-    except TypeError:
-        raise ValueError(f"seeds: got {reprlib.repr(seeds)}, expected whole numbers, one a picture") from None
-
-
-def _pictures(known: Images) -> Sequence[Image.Image] | Tensor:
-    """Known pictures as they can be encoded; ValueError for what is none."""
-    if isinstance(known, Tensor | np.ndarray):
-        values = torch.as_tensor(known)
-        if values.ndim == 4 and values.is_floating_point():
-            if not values.isfinite().all():
-                raise ValueError("known: got values that are no finite numbers, expected them in [-1, 1]")
-            return values.float()
-        got = f"{tuple(values.shape)} of {values.dtype}"
-    elif isinstance(known, Sequence) and all(isinstance(picture, Image.Image) for picture in known):
-        return known
-    else:
-        got = reprlib.repr(known)
-    raise ValueError(f"known: got {got}, expected PIL pictures, or floats in [-1, 1], (n, channels, height, width)")
-
-
-def _flags(mask: Mask) -> Tensor:
-    """A mask as a tensor, whose shape and type the generation judges; ValueError for what can be none."""
-    try:
-        flags = torch.as_tensor(mask)
-    except (TypeError, ValueError, RuntimeError):
-        flags = torch.empty(())
-    if not flags.ndim:
-        raise ValueError(f"mask: got {reprlib.repr(mask)}, expected bools (n, rows, columns), one a token")
-    return flags
 
 
 def to_uint8(images: Float[Tensor, "n c H W"]) -> UInt8[Tensor, "n c H W"]:
