@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 # Before anything imports huggingface_hub, which reads them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -10,6 +11,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import hypothesis
+import jaxtyping
 import pytest
 import torch
 
@@ -22,6 +24,14 @@ hypothesis.settings.load_profile("mar")
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a test downloads or keeps goes to a folder of its own, never to the user's."""
     monkeypatch.setenv("MAR_HOME", str(tmp_path_factory.getbasetemp() / "mar-home"))
+
+
+@pytest.fixture
+def untyped() -> Iterator[None]:
+    """Calls as users make them, of whom nobody asks the types."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

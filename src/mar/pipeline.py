@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, SupportsIndex, overload
 
 import torch
 from huggingface_hub import ModelHubMixin, hf_hub_download
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -20,16 +20,16 @@ from mar.checkpoint import store
 from mar.config import ConfigError, SamplingConfig, to_dict
 from mar.data.labels import resolve_labels
 from mar.data.transforms import Transform
-from mar.model.int8 import quantise, quantised
+from mar.model.int8 import quantise, quantised, require_int8
 from mar.model.mar import MAR
 from mar.presets import hastened
 from mar.sampling.generate import generate
 from mar.sampling.progress import bar
+from mar.sampling.request import Images, Mask, Request, as_mask, as_pictures, whole_numbers
 from mar.tokenizer import Tokenizer, build
 
 WEIGHTS_FILE = "model.safetensors"
-Label = int | str | None
-Images = Sequence[Image.Image] | Float[Tensor, "n c H W"]
+Label = SupportsIndex | str | None
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ class Pipeline(
         """
         if quantised(self.model) and not (dtype in (None, torch.int8) and torch.device(device or "cpu").type == "cpu"):
             raise ConfigError(f"int8 weights stay what and where they are: load the model again for {dtype or device}")
+        if dtype is torch.int8:
+            require_int8(torch.device(device) if device is not None else self.device)
         if device is not None:
             self.model.to(device)
             self.tokenizer.to(device)
@@ -125,22 +127,22 @@ class Pipeline(
         return sampling
 
     @overload
-    def sample(self, labels: Sequence[Label], seeds: Sequence[int] | None = ..., *, output: Literal["pil"] = ...,
-               **options: Any) -> list[Image.Image]: ...  # fmt: skip
+    def sample(self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None = ..., *,
+               output: Literal["pil"] = ..., **options: Any) -> list[Image.Image]: ...  # fmt: skip
 
     @overload
-    def sample(self, labels: Sequence[Label], seeds: Sequence[int] | None = ..., *, output: Literal["tensor"],
-               **options: Any) -> Tensor: ...  # fmt: skip
+    def sample(self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None = ..., *,
+               output: Literal["tensor"], **options: Any) -> Tensor: ...  # fmt: skip
 
     def sample(
         self,
-        labels: Sequence[Label],
-        seeds: Sequence[int] | None = None,
+        labels: Iterable[Label],
+        seeds: Iterable[SupportsIndex] | None = None,
         *,
         output: Literal["pil", "tensor"] = "pil",
         batch: int = 64,
         known: Images | None = None,
-        mask: Bool[Tensor, "n rows columns"] | None = None,
+        mask: Mask | None = None,
         progress: bool = False,
         allow_broken: bool = False,
         **settings: Any,
@@ -150,7 +152,8 @@ class Pipeline(
         `settings` are those of `sampling_with`: a preset, and fields of SamplingConfig (guidance, steps, ...) that
         differ from the model's own. `known` pictures are kept where `mask`, one flag a token, is false. Returns PIL
         images, or a float32 tensor (n, channels, height, width) in [-1, 1]. A picture depends on its label, seed, known
-        part and the settings alone, not on `batch`. Raises BrokenLatents for noise, unless `allow_broken`.
+        part and the settings alone, not on `batch`, unless the weights are int8. Raises BrokenLatents for noise, unless
+        `allow_broken`.
         """
         request = self._request(labels, seeds, known, mask, settings, batch)
         with bar(progress, len(request.labels)) as advance:
@@ -160,8 +163,8 @@ class Pipeline(
 
     def stream(
         self,
-        labels: Sequence[Label],
-        seeds: Sequence[int] | None = None,
+        labels: Iterable[Label],
+        seeds: Iterable[SupportsIndex] | None = None,
         *,
         batch: int = 64,
         allow_broken: bool = False,
@@ -176,7 +179,7 @@ class Pipeline(
         return map(to_uint8, self._batches(request, batch, allow_broken, advance or (lambda done: None)))
 
     def _batches(
-        self, request: _Request, batch: int, allow_broken: bool, advance: Callable[[float], None]
+        self, request: Request, batch: int, allow_broken: bool, advance: Callable[[float], None]
     ) -> Iterator[Tensor]:
         for first in range(0, len(request.labels), batch):
             part = request.part(first, first + batch)
@@ -187,11 +190,11 @@ class Pipeline(
 
     def reveal(
         self,
-        labels: Sequence[Label],
-        seeds: Sequence[int] | None = None,
+        labels: Iterable[Label],
+        seeds: Iterable[SupportsIndex] | None = None,
         *,
         known: Images | None = None,
-        mask: Bool[Tensor, "n rows columns"] | None = None,
+        mask: Mask | None = None,
         allow_broken: bool = False,
         **settings: Any,
     ) -> Iterator[Growing]:
@@ -203,34 +206,38 @@ class Pipeline(
             yield Growing(revealed.step, revealed.steps, to_pil(images))
 
     def _request(
-        self, labels: Sequence[Label], seeds: Sequence[int] | None, known: Images | None, mask: Tensor | None,
-        settings: dict[str, Any], batch: int = 1,
-    ) -> _Request:  # fmt: skip
+        self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None, known: Images | None, mask: Mask | None,
+        settings: dict[str, Any], batch: int = 64,
+    ) -> Request:  # fmt: skip
         if batch < 1:
             raise ValueError(f"batch is {batch}, but it must be at least 1")
         sampling = self.sampling_with(**settings)
         numbers = resolve_labels(labels, self.classes, self.model.config.classes)
-        seeds = list(range(len(numbers))) if seeds is None else list(seeds)
-        if len(seeds) != len(numbers):
-            raise ValueError(f"seeds: got {len(seeds)} for {len(numbers)} labels, expected one a picture")
-        for name, given in (("known", known), ("mask", mask)):
+        whole = list(range(len(numbers))) if seeds is None else whole_numbers(seeds)
+        if len(whole) != len(numbers):
+            raise ValueError(f"seeds: got {len(whole)} for {len(numbers)} labels, expected one a picture")
+        pictures = None if known is None else as_pictures(known)
+        flags = None if mask is None else as_mask(mask)
+        for name, given in (("known", pictures), ("mask", flags)):
             if given is not None and len(given) != len(numbers):
                 raise ValueError(f"{name}: got {len(given)} for {len(numbers)} labels, expected one a picture")
-        latents = None if known is None else self._encode(known)
-        return _Request(numbers, seeds, sampling, latents, mask)
+        latents = None if pictures is None or not numbers else self._encode(pictures, batch)
+        return Request(numbers, whole, sampling, latents, flags)
 
-    def _generate(self, request: _Request, allow_broken: bool) -> Iterator[Any]:
+    def _generate(self, request: Request, allow_broken: bool) -> Iterator[Any]:
         return generate(
             self.model, request.labels, request.seeds, request.sampling,
-            known=request.known, mask=request.mask, allow_broken=allow_broken,
+            known=request.known, mask=request.mask, allow_broken=allow_broken, first=request.first,
         )  # fmt: skip
 
     @torch.no_grad()
-    def _encode(self, images: Images) -> Tensor:
-        if not isinstance(images, Tensor):
-            transform = Transform(self.image_size, self.tokenizer.image_channels)
-            images = torch.stack([transform(image) for image in images])
-        return self.tokenizer.encode(images.to(self.device)).mean
+    def _encode(self, images: Sequence[Image.Image] | Tensor, batch: int) -> Tensor:
+        transform = Transform(self.image_size, self.tokenizer.image_channels)
+        parts = (images[first : first + batch] for first in range(0, len(images), batch))
+        pixels = (
+            part if isinstance(part, Tensor) else torch.stack([transform(image) for image in part]) for part in parts
+        )
+        return torch.cat([self.tokenizer.encode(part.to(self.device)).mean for part in pixels])
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> Tensor:
@@ -286,20 +293,6 @@ class Pipeline(
             local_files_only=local_files_only, token=token,
         )  # fmt: skip
         return cls.open(path)
-
-
-@dataclass(frozen=True)
-class _Request:
-    labels: list[int]
-    seeds: list[int]
-    sampling: SamplingConfig
-    known: Tensor | None
-    mask: Tensor | None
-
-    def part(self, first: int, end: int) -> _Request:
-        known = None if self.known is None else self.known[first:end]
-        mask = None if self.mask is None else self.mask[first:end]
-        return _Request(self.labels[first:end], self.seeds[first:end], self.sampling, known, mask)
 
 
 def to_uint8(images: Float[Tensor, "n c H W"]) -> UInt8[Tensor, "n c H W"]:

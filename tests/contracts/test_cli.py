@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 
 from mar.cli import VERBS, main
+from mar.cli.draw import SampleOptions
+from mar.cli.options import parse
 from mar.config import HeadConfig, ModelConfig, SamplingConfig, TrunkConfig, to_dict
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
@@ -74,6 +76,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         (["--temperature", "-1"], ["temperature", "-1"]),
         (["--solver", "euler"], ["euler", "ancestral", "mar sample --help"]),
         (["--preset", "slow"], ["slow", "balanced", "mar sample --help"]),
+        (["--x0-bound", "None"], ["--x0-bound", "got 'None', expected FLOAT or off"]),
+        (["--diffusion-steps-end", "None"], ["--diffusion-steps-end", "got 'None', expected INT or off"]),
         (["--diffusion-steps-end", "1001"], ["diffusion_steps_end is 1001", "1000"]),
         (["--noisiest", "0"], ["noisiest is 0"]),
         (["--guidance-from", "0.7", "--guidance-until", "0.2"], ["0.7", "0.2"]),
@@ -98,6 +102,14 @@ def test_a_preset_with_flags_and_what_the_picture_says_of_it(model: Path, tmp_pa
     expected = hastened(SamplingConfig(steps=2, diffusion_steps=2, x0_bound=3), 4, "fast")
     expected = replace(expected, guidance=2.0, order="halton", diffusion_steps=3)
     assert {name: facts[name] for name in to_dict(expected)} == to_dict(expected)
+
+
+def test_off_is_another_thing_than_the_models_own() -> None:
+    off = parse(SampleOptions, "sample", ["fashion", "--x0-bound", "off", "--diffusion-steps-end", "off"])
+    assert off.settings() == {"x0_bound": None, "diffusion_steps_end": None}
+    numbers = parse(SampleOptions, "sample", ["fashion", "--x0-bound", "2.5", "--diffusion-steps-end", "5"])
+    assert numbers.settings() == {"x0_bound": 2.5, "diffusion_steps_end": 5}
+    assert parse(SampleOptions, "sample", ["fashion"]).settings() == {}
 
 
 def test_guidance_needs_a_class_free_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

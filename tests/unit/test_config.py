@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mar.config import (
@@ -60,6 +61,15 @@ from mar.config import (
 def test_refused(kind: type, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         kind(**settings)
+
+
+@pytest.mark.parametrize("name", ["steps", "diffusion_steps", "diffusion_steps_end", "guidance_refresh"])
+@pytest.mark.usefixtures("untyped")
+def test_half_a_step_is_refused(name: str) -> None:
+    assert getattr(SamplingConfig(**{name: np.int64(2)}), name) == 2
+    for value in (2.5, "2"):
+        with pytest.raises(ConfigError, match=f"{name} is {value!r}, but it must be a whole number"):
+            SamplingConfig(**{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

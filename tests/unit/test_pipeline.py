@@ -50,6 +50,21 @@ def test_seeds_count_from_0_where_none_are_given() -> None:
     assert not np.array_equal(*pixels(TINY.sample([0, 0])))
 
 
+@pytest.mark.parametrize(
+    "seeds", [np.arange(3, 5), torch.arange(3, 5), [np.int64(3), np.int32(4)], (3, 4), range(3, 5)]
+)
+def test_whole_numbers_of_any_kind_are_seeds(seeds: Any) -> None:
+    drawn = TINY.sample(np.array([0, 1]), seeds, output="tensor")
+    assert torch.equal(drawn, TINY.sample([0, 1], [3, 4], output="tensor"))
+
+
+@pytest.mark.parametrize("seeds", [[0.0, 1.5], np.array([0.0, 1.0]), torch.zeros(2), "12", 7])
+@pytest.mark.usefixtures("untyped")
+def test_other_seeds_are_refused(seeds: Any) -> None:
+    with pytest.raises(ValueError, match=r"^seeds: got .*, expected whole numbers, one a picture"):
+        TINY.sample([0, 1], seeds)
+
+
 @pytest.mark.parametrize("preset", ["exact", "balanced", "fast"])
 def test_a_preset_draws_the_same_pictures_again_whatever_the_batch(preset: str) -> None:
     labels, seeds = [0, 1, 2, None], [7, 8, 9, 10]
@@ -92,6 +107,7 @@ def test_the_batch_size_is_only_a_matter_of_speed(batch: int, capsys: pytest.Cap
 def test_nothing_asked_nothing_drawn() -> None:
     assert TINY.sample([]) == []
     assert TINY.sample([], output="tensor").shape == (0, 1, 4, 4)
+    assert TINY.sample([], known=[], mask=LEFT[:0]) == []
 
 
 @pytest.mark.parametrize(
@@ -145,6 +161,46 @@ def test_known_pixels_are_kept() -> None:
     torch.testing.assert_close(cut, as_tensor, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("known", [grey(5), to_pil(grey(5))])
+def test_known_pictures_are_encoded_a_batch_at_a_time(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, sizes = pipeline(), []
+    encode = ours.tokenizer.encode
+    monkeypatch.setattr(ours.tokenizer, "encode", lambda images: sizes.append(len(images)) or encode(images))
+    nothing = torch.zeros(5, 4, 4, dtype=torch.bool)
+    kept = ours.sample([0] * 5, known=known, mask=nothing, batch=2)
+    assert sizes == [2, 2, 1]
+    assert np.array_equal(pixels(kept), pixels(to_pil(grey(5))))
+
+
+@pytest.mark.parametrize("known", [grey(2), grey(2).double(), grey(2).numpy(), to_pil(grey(2)), tuple(to_pil(grey(2)))])
+@pytest.mark.parametrize("mask", [LEFT, LEFT.numpy(), LEFT.tolist()])
+def test_known_pictures_and_masks_of_any_kind(known: Any, mask: Any) -> None:
+    drawn = pixels(TINY.sample([0, 1], known=known, mask=mask))
+    assert np.array_equal(drawn[:, :, 2:], pixels(to_pil(grey(2)))[:, :, 2:])
+    assert not np.array_equal(drawn[:, :, :2], pixels(to_pil(grey(2)))[:, :, :2])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"known": to_pil(grey(1))[0]}, "known: got <PIL.Image.*, expected PIL pictures, or floats in"),
+        ({"known": 5}, "known: got 5, expected PIL pictures"),
+        ({"known": ["a.png"]}, "known: got .*a.png.*, expected PIL pictures"),
+        ({"known": grey(1).log()}, "known: got values that are no finite numbers"),
+        ({"known": grey(1)[0]}, r"known: got \(1, 4, 4\) of torch.float32, expected PIL pictures"),
+        ({"known": (grey(1) + 1).byte().numpy()}, r"known: got \(1, 1, 4, 4\) of torch.uint8, expected PIL pictures"),
+        ({"mask": LEFT[:1].int().tolist()}, r"mask: got \(1, 4, 4\) of torch.int64, expected \(1, 4, 4\) of bool"),
+        ({"mask": [[[True], [False, True]]]}, "mask: got .*True.*, expected bools"),
+        ({"mask": "left"}, "mask: got 'left', expected bools"),
+        ({"mask": True}, "mask: got True, expected bools"),
+    ],
+)
+@pytest.mark.usefixtures("untyped")
+def test_what_is_no_picture_and_no_mask(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{words}"):
+        TINY.sample([0], **{"known": grey(1), "mask": LEFT[:1], **options})
+
+
 def test_known_pictures_of_another_size_and_colour_are_brought_to_the_models() -> None:
     large = [Image.new("RGB", (16, 12), (200, 200, 200))] * 2
     drawn = pixels(TINY.sample([0, 1], known=large, mask=LEFT))
@@ -195,6 +251,17 @@ def test_noise_is_no_picture() -> None:
     with torch.no_grad():
         young.model.head.output.bias.fill_(torch.nan)
     assert pixels(young.sample([0], allow_broken=True)).shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize("batch", [2, 64])
+def test_the_broken_picture_of_all_is_named(batch: int) -> None:
+    ours = pipeline()
+    with torch.no_grad():
+        ours.model.class_embed.weight[2] = torch.inf
+    with pytest.raises(BrokenLatents, match=r"^image 3 is broken"):
+        ours.sample([0, 1, 0, 2, 1], batch=batch)
+    with pytest.raises(BrokenLatents, match=r"^image 3 is broken"):
+        list(ours.stream([0, 1, 0, 2, 1], batch=batch))
 
 
 def test_no_gradients_are_kept_and_no_global_randomness_is_used() -> None:

@@ -72,7 +72,7 @@ class SampleOptions(SamplingFlags):
     out: Path = Path("out")
     """Folder for the PNGs."""
     batch: int = 16
-    """Pictures drawn at once; changes memory and speed, not the pictures."""
+    """Pictures drawn at once; changes memory and speed, and pictures with int8 weights only."""
 
 
 def sample(arguments: Sequence[str]) -> int:

@@ -49,7 +49,7 @@ class GenerateOptions(SamplingFlags):
     seed: int = 0
     """Pictures of another seed are others."""
     batch: int = 64
-    """Pictures drawn at once by each process; changes memory and speed, not the pictures."""
+    """Pictures drawn at once by each process; changes memory and speed, and pictures with int8 weights only."""
 
 
 def generate(arguments: Sequence[str]) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -31,6 +31,25 @@ COURTESY = 5.0
 """Seconds that a process leaves another one to say what went wrong."""
 
 
+def _or_off(number: type[float]) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
+    """How a number, or `off`, is read: a None that is typed would be taken for a flag that was left out."""
+    kind = number.__name__.upper()
+
+    def read(words: list[str]) -> float | str:
+        try:
+            return "off" if words == ["off"] else number(words[0])
+        except ValueError:
+            raise ValueError(f"got {words[0]!r}, expected {kind} or off") from None
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{kind}|off",
+        instance_from_str=read,
+        is_instance=lambda value: value in (None, "off") or isinstance(value, int | float),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingFlags:
     """How pictures are drawn, for every verb that draws. What is None is the preset's, or the model's own default."""
@@ -47,20 +66,20 @@ class SamplingFlags:
     """Diffusion steps for each token."""
     temperature: float | None = None
     """Factor of the noise of each diffusion step; of the first noise for solvers that add none."""
-    x0_bound: float | None = None
-    """Clip predicted tokens to this many standard deviations: for young models."""
+    x0_bound: Annotated[float | Literal["off"] | None, _or_off(float)] = None
+    """Clip predicted tokens to this many standard deviations: for young models; off: not at all."""
     solver: Solver | None = None
     """ancestral; in fewer diffusion steps dpm++2m-sde, and without noise on the way ddim, dpm++2m, dpm++2s."""
     spacing: Spacing | None = None
     """Of diffusion timesteps: even in time, or in log-snr."""
-    diffusion_steps_end: int | None = None
-    """Diffusion steps at the last reveal step; linear in between."""
+    diffusion_steps_end: Annotated[int | Literal["off"] | None, _or_off(int)] = None
+    """Diffusion steps at the last reveal step, linear in between; off: the same number throughout."""
     noisiest: float | None = None
     """Where diffusion starts, as a share of the trained timesteps: 0.95 skips the noisiest."""
     guidance_from: float | None = None
-    """Guide only from where this share of a picture's tokens is known."""
+    """Guide only from the step after which this share of a picture's tokens is known."""
     guidance_until: float | None = None
-    """Guide only up to where this share is known."""
+    """Guide only up to the last step after which no more than this share is known."""
     guidance_refresh: int | None = None
     """Run the trunk without the class at every so many guided steps only."""
     reveal_schedule: RevealSchedule | None = None
@@ -70,7 +89,7 @@ class SamplingFlags:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: DrawnDtype = "fp32"
-    """Precision of the model's matrices; int8, on CPUs: sooner, less exact, and depending a little on the batch."""
+    """Precision of the model's matrices; int8, on CPUs: sooner, less exact, and depending on the batch."""
     tf32: bool = False
     """Let GPUs round inputs of float32 products to TF32: faster, and less exact."""
     allow_broken: bool = False
@@ -79,7 +98,8 @@ class SamplingFlags:
     def settings(self) -> dict[str, Any]:
         """What `Pipeline.sampling_with` is to be told: the preset, and the fields of SamplingConfig that were set."""
         names = ("preset", *(field.name for field in fields(SamplingConfig)))
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {name: None if value == "off" else value for name, value in given.items()}
 
     def load(self, model: str, device: torch.device | None = None) -> Pipeline:
         """The model of this name, on `device` (by default the one asked for), in the precision asked for."""

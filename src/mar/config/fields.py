@@ -6,6 +6,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any, TypeVar
 
 
@@ -20,9 +21,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def positive(record: Any, *names: str) -> None:
-    """Requires fields to be at least 1."""
+    """Requires fields to be whole numbers, at least 1."""
     for name in names:
         value = getattr(record, name)
+        require(isinstance(value, Integral), f"{name} is {value!r}, but it must be a whole number")
         require(value >= 1, f"{name} is {value}, but it must be at least 1")
 
 

@@ -43,9 +43,9 @@ class SamplingConfig:
     noisiest: float = 1.0
     """Where diffusion starts, as a share of the trained timesteps; 0.95 skips the noisiest 5% (DiSA)."""
     guidance_from: float = 0.0
-    """Guide only from where this share of an image's tokens is known."""
+    """Guide only from the step after which this share of an image's tokens is known."""
     guidance_until: float = 1.0
-    """Guide only up to where this share of an image's tokens is known."""
+    """Guide only up to the last step after which no more than this share is known."""
     guidance_refresh: int = 1
     """Run the trunk without the class at every so many guided steps, and keep its difference in between (LazyMAR)."""
     reveal_schedule: RevealSchedule = "cosine"

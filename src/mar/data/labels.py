@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from typing import SupportsIndex
 
 from mar.assets import imagenet
 
 
-def resolve_labels(labels: Sequence[int | str | None], classes: Sequence[str], count: int) -> list[int]:
+def resolve_labels(labels: Iterable[SupportsIndex | str | None], classes: Sequence[str], count: int) -> list[int]:
     """The class numbers of `labels` for a model with `count` classes called `classes` (may be empty); None gives -1.
 
     A name may be in any case, or any part of one that only one class has. Where all classes are ImageNet's, by name or
-    WordNet number, so may their synonyms. Raises ValueError for a number out of range, and for a name that no class or
-    more than one has.
+    WordNet number, so may their synonyms. Raises ValueError for a number out of range, for a name that no class or
+    more than one has, and for what is neither.
     """
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
+        raise ValueError(f"labels: got {labels!r}, expected a list of them, as [{labels!r}]")
     names = _all_names(classes)
     return [_resolve(label, names, classes, count) for label in labels]
 
 
-def _resolve(label: int | str | None, names: list[tuple[str, ...]], classes: Sequence[str], count: int) -> int:
+def _resolve(
+    label: SupportsIndex | str | None, names: list[tuple[str, ...]], classes: Sequence[str], count: int
+) -> int:
     if label is None:
         return -1
-    exact = [] if isinstance(label, int) else [i for i, name in enumerate(classes) if name == label]
+    exact = [i for i, name in enumerate(classes) if name == label] if isinstance(label, str) else []
     if len(exact) == 1:  # first, since a class may be called "7"
         return exact[0]
     try:
-        number = int(label)
+        number = int(label) if isinstance(label, str) else operator.index(label)
     except ValueError:
         return _by_name(str(label), names, classes)
+    except TypeError:
+        raise ValueError(f"label {label!r}: expected a whole number, a name, or None") from None
     if count == 0:
         raise ValueError(f"label {number}: this model has no classes; leave the labels out")
     if not 0 <= number < count:

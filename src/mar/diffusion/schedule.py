@@ -104,7 +104,8 @@ def respace(schedule: Schedule, steps: int, spacing: Spacing = "time", noisiest:
     """
     last = last_timestep(len(schedule), noisiest)
     if not 1 <= steps <= last + 1:
-        raise ValueError(f"diffusion steps: got {steps}, expected 1 to {last + 1}, the length of the trained schedule")
+        reach = f"the timesteps up to the share {noisiest} of the trained schedule's {len(schedule)}"
+        raise ValueError(f"diffusion steps: got {steps}, expected 1 to {last + 1}, {reach}")
     if steps == len(schedule):
         return schedule
     kept = torch.tensor([last]) if steps == 1 else _SPACINGS[spacing](schedule, steps, last)

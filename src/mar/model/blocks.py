@@ -15,7 +15,7 @@ from mar.model.attention import attend
 from mar.model.dropout import Dropout, by_hand
 from mar.model.rotary import turn
 from mar.model.tokens import take
-from mar.runtime import Linear
+from mar.runtime import Linear, widen
 
 NORM_EPS = 1e-6
 
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         *queries_and_keys, v = qkv.chunk(3, dim=-1)
         prepared = [x.unflatten(-1, (self.heads, -1)) for x in queries_and_keys]
         if self.norms:
-            prepared = [norm(x).to(qkv.dtype) for norm, x in zip(self.norms, prepared, strict=True)]
+            prepared = [norm(widen(x)).to(qkv.dtype) for norm, x in zip(self.norms, prepared, strict=True)]
         if turns is not None:
             prepared = [turn(x, turns) for x in prepared]
         return torch.cat([*(x.flatten(2) for x in prepared), v], dim=-1)

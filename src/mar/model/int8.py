@@ -2,7 +2,7 @@
 
 A weight is a whole number times a scale of its output feature. What comes in is rounded to 7 bits as it comes, by the
 range of the whole input, and products are of whole numbers: a quarter of the memory to read, and more arithmetic at a
-time. A picture then depends a little on those that are drawn beside it.
+time. A picture then depends on those that are drawn beside it, by as much as the 8 bits change it.
 """
 
 from __future__ import annotations
@@ -40,13 +40,18 @@ class Int8Linear(nn.Module):
         return product
 
 
-def quantise(model: MAR) -> None:
-    """Turns the matrices of the blocks of a model on a CPU to 8 bits, in place. ConfigError where that can't be."""
-    if model.mask_token.device.type != "cpu":
-        raise ConfigError(f"int8 weights: got a model on {model.mask_token.device}, expected one on the CPU")
+def require_int8(device: torch.device) -> None:
+    """Raises ConfigError where a model on `device` can't have weights of 8 bits."""
+    if device.type != "cpu":
+        raise ConfigError(f"int8 weights: got a model on {device}, expected one on the CPU")
     there = hasattr(torch, "quantize_per_channel") and hasattr(torch.ops.quantized, "linear_dynamic")
     if not there or torch.backends.quantized.engine == "none":
         raise ConfigError(f"int8 weights: PyTorch {torch.__version__} has no products of 8 bits on this machine")
+
+
+def quantise(model: MAR) -> None:
+    """Turns the matrices of the blocks of a model on a CPU to 8 bits, in place. ConfigError where that can't be."""
+    require_int8(model.mask_token.device)
     for block in (*model.encoder, *model.decoder, *model.head.blocks):
         for parent in list(block.modules()):
             for name, child in list(parent.named_children()):

@@ -46,12 +46,14 @@ def generate(
     mask: Bool[Tensor, "n rows columns"] | None = None,
     draws: Draws | None = None,
     allow_broken: bool = False,
+    first: int = 0,
 ) -> Iterator[Revealed]:
     """Draws one image per label and seed; yields after every reveal step, the last with the whole latents.
 
     `labels` are class numbers, -1 for none. `known` latents are kept where `mask` (one flag a token) is false, and
     generated where it is true; masks may differ between images. Image i depends on its own label, seed, known latents
-    and mask, and not on the batch. Raises BrokenLatents unless `allow_broken`.
+    and mask, and not on the batch, unless the weights are int8. Raises BrokenLatents, which counts the
+    images from `first`, unless `allow_broken`.
     """
     config = model.config
     if len(labels) != len(seeds) or not len(labels):
@@ -60,7 +62,7 @@ def generate(
     rows, columns = config.grid[0] // config.patch, config.grid[1] // config.patch
     tokens, unknown = _known_tokens(model, len(labels), known, mask)
     draws = draws if draws is not None else SeededDraws(seeds)
-    first = start(
+    begin = start(
         tokens.to(device),
         unknown,
         sampling.steps,
@@ -69,11 +71,11 @@ def generate(
         order=sampling.order,
         grid=(rows, columns),
     )
-    if not first.steps:
-        yield _revealed(model, first, (rows, columns))
-    for state in decode(model, as_labels(labels, device), first, sampling, draws):
+    if not begin.steps:
+        yield _revealed(model, begin, (rows, columns))
+    for state in decode(model, as_labels(labels, device), begin, sampling, draws):
         if not allow_broken:
-            check(state, unknown, sampling, model)
+            check(state, unknown, sampling, model, first)
         yield _revealed(model, state, (rows, columns))
 
 
@@ -91,6 +93,8 @@ def _known_tokens(model: MAR, count: int, known: Tensor | None, mask: Tensor | N
     expected = (count, config.channels, *config.grid)
     if known.shape != expected:
         raise ValueError(f"known latents: got shape {tuple(known.shape)}, expected {expected}")
+    if not known.isfinite().all():
+        raise ValueError("known latents: got values that are no finite numbers")
     grid = (config.grid[0] // config.patch, config.grid[1] // config.patch)
     if mask.shape != (count, *grid) or mask.dtype != torch.bool:
         raise ValueError(
@@ -99,14 +103,17 @@ def _known_tokens(model: MAR, count: int, known: Tensor | None, mask: Tensor | N
     return patchify(known.float(), config.patch), mask.flatten(1).cpu()
 
 
-def check(state: DecodeState, generated: Bool[Tensor, "n L"], sampling: SamplingConfig, model: MAR) -> None:
+def check(
+    state: DecodeState, generated: Bool[Tensor, "n L"], sampling: SamplingConfig, model: MAR, first: int = 0
+) -> None:
     """Raises BrokenLatents where generated tokens are not finite, or spread far wider than any picture's.
 
-    The spread is judged once a quarter of an image's tokens are there, each image on its own.
+    The spread is judged once a quarter of an image's tokens are there, each image on its own; `first` is the number of
+    the first.
     """
     done = (generated & ~state.unknown).to(state.tokens.device)
     count = done.sum(1) * state.tokens.shape[-1]
-    values = state.tokens * done.unsqueeze(-1)
+    values = torch.where(done.unsqueeze(-1), state.tokens, 0.0)  # whatever the others hold
     finite = values.isfinite().flatten(1).all(1)
     mean = values.sum((1, 2)) / count.clamp(min=1)
     spread = ((values.square().sum((1, 2)) / count.clamp(min=1)) - mean.square()).clamp(min=0).sqrt()
@@ -119,7 +126,7 @@ def check(state: DecodeState, generated: Bool[Tensor, "n L"], sampling: Sampling
         f"a standard deviation of {float(spread[image]):,.1f} where pictures have 1" if finite[image] else "no numbers"
     )
     raise BrokenLatents(
-        f"image {image} is broken at reveal step {state.step} of {state.steps}: its latents have {what}. "
+        f"image {first + image} is broken at reveal step {state.step} of {state.steps}: its latents have {what}. "
         + _remedy(sampling, model)
     )
 

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
+import torch
 
 from mar.assets import FASHION_CLASSES, imagenet, imagenet_classes
 from mar.data.labels import resolve_labels
@@ -57,6 +61,26 @@ def test_an_unknown_name_gets_what_is_close_to_it() -> None:
 def test_a_number_out_of_range_names_the_range(label: int | str) -> None:
     with pytest.raises(ValueError, match="out of range: this model has classes 0 to 999"):
         one(label)
+
+
+@pytest.mark.parametrize("label", [1.7, np.float32(2), torch.tensor(3.0), b"ant", [1]])
+@pytest.mark.usefixtures("untyped")
+def test_what_is_neither_number_nor_name_is_refused(label: Any) -> None:
+    with pytest.raises(ValueError, match=r"^label .*: expected a whole number, a name, or None"):
+        one(label)
+
+
+@pytest.mark.parametrize("labels", ["12", 12])
+@pytest.mark.usefixtures("untyped")
+def test_one_label_is_not_a_list_of_them(labels: Any) -> None:
+    with pytest.raises(ValueError, match=f"^labels: got {labels!r}, expected a list of them"):
+        resolve_labels(labels, NAMES, 1000)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_numbers_of_arrays_are_numbers() -> None:
+    labels: Any = [np.int64(3), torch.tensor(4)]
+    assert resolve_labels(labels, NAMES, 1000) == [3, 4]
 
 
 def test_a_class_called_by_a_number_is_found_by_name_first() -> None:

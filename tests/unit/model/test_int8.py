@@ -74,3 +74,8 @@ def test_they_stay_what_and_where_they_are(tmp_path: Path) -> None:
 def test_elsewhere_they_are_refused() -> None:
     with pytest.raises(ConfigError, match="got a model on meta, expected one on the CPU"):
         quantise(model().to("meta"))
+    pipeline = tiny.pipeline()
+    with pytest.raises(ConfigError, match="got a model on meta, expected one on the CPU"):
+        pipeline.to("meta", torch.int8)
+    assert pipeline.device.type == "cpu"  # it stays where it was
+    assert not quantised(pipeline.model)

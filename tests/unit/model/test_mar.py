@@ -167,6 +167,17 @@ def test_bf16_is_for_matrices_only() -> None:
     assert of(tokens, LABELS, VISIBLE).dtype == torch.float32
 
 
+@torch.no_grad()
+def test_bf16_norms_take_float32() -> None:
+    """Others warn that they are not the fused kernel, once a process; so it is their input that is looked at."""
+    of, seen = model(encoder=MODERN, decoder=MODERN), set()
+    runtime.set_matrix_dtype(of, torch.bfloat16)
+    for norm in (module for module in of.modules() if isinstance(module, nn.RMSNorm)):
+        norm.register_forward_pre_hook(lambda norm, given: seen.add(given[0].dtype))
+    of(noise(2, 16, 2), LABELS, VISIBLE)
+    assert seen == {torch.float32}
+
+
 @trunks
 def test_every_tensor_is_used(trunk: TrunkConfig) -> None:
     of = model(encoder=trunk, decoder=trunk).train()

@@ -103,6 +103,7 @@ def test_any_model_draws(changes: dict[str, Any]) -> None:
         ({"known": noise(1, 2, 4, 4)}, "only one of them"),
         ({"mask": ONE}, "only one of them"),
         ({"known": noise(1, 2, 4, 5), "mask": ONE}, r"shape \(1, 2, 4, 5\), expected \(1, 2, 4, 4\)"),
+        ({"known": noise(1, 2, 4, 4) / 0, "mask": ONE}, "known latents: got values that are no finite numbers"),
         ({"known": noise(1, 2, 4, 4), "mask": ONE[:, :2]}, r"mask: got \(1, 2, 4\).*expected \(1, 4, 4\)"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,12 +103,13 @@ def test_the_recordings_last_used_are_kept() -> None:
 
 @torch.no_grad()
 def test_another_way_of_drawing_is_another_recording() -> None:
-    loop, first = RecordedLoop(Recorder()), inputs(4, False, 0)
-    for sampling in (SamplingConfig(diffusion_steps=5), SamplingConfig(diffusion_steps=5, temperature=0.5)):
+    loop, first, plain = RecordedLoop(Recorder()), inputs(4, False, 0), SamplingConfig(diffusion_steps=5)
+    ways = (plain, replace(plain, temperature=0.5), replace(plain, solver="dpm++2m-sde"), replace(plain, x0_bound=0.5))
+    for sampling in ways:
         expected = run(HEAD, *first, SCHEDULE, sampling)
         for _ in range(3):
             torch.testing.assert_close(loop(HEAD, *first, SCHEDULE, sampling), expected, rtol=1e-5, atol=1e-5)
-    assert len(loop.recordings) == 2
+    assert len(loop.recordings) == len(ways)
 
 
 @pytest.mark.gpu
