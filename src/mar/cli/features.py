@@ -62,7 +62,7 @@ class StatsOptions(FeatureFlags):
     split: Split = "train"
     """Which part of a data set that has several."""
     count: int | None = None
-    """Only the first so many."""
+    """Only so many, spread evenly over them."""
     keep_features: bool = False
     """Keep the features themselves too, as KID, precision, recall and neighbours need."""
     device: str = "auto"

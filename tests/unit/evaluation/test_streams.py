@@ -70,6 +70,29 @@ def test_an_npz_without_labels_and_with_a_limit(tmp_path: Path) -> None:
     assert len(NpzPictures(tmp_path / "a.npz", limit=50)) == 11
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_limit_takes_pictures_of_all_classes(compressed: bool, tmp_path: Path) -> None:
+    """Of a set that comes class by class, as many of each; the same pictures in any batches and shares."""
+    classes = np.arange(12) // 4
+    values = np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(4, 1)
+    by_class = tmp_path / "p"
+    for number, label in enumerate(classes):
+        (by_class / f"c{label}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values[number, :, :, 0].repeat(4, 1)).save(by_class / f"c{label}" / f"{number}.png")
+    found: list[PictureSet] = [
+        NpzPictures(write(tmp_path / "a.npz", compressed, arr_0=values, arr_1=classes), limit=6),
+        SourcePictures(open_source(by_class), "p", limit=6),
+    ]
+    for pictures in found:
+        whole = walk(pictures, 6)
+        numbers = whole.images[:, 0, 0, 0].tolist()
+        assert whole.labels.tolist() == [0, 0, 1, 1, 2, 2] == classes[numbers].tolist()
+        assert whole.indices.tolist() == list(range(6))
+        part = walk(pictures, 2, 1, 5)
+        assert part.images[:, 0, 0, 0].tolist() == numbers[1:5]
+        assert part.indices.tolist() == [1, 2, 3, 4]
+
+
 class Payload:
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return print, ("unpickled",)
