@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -465,6 +466,15 @@ def test_a_sweep_of_other_settings_is_refused_and_its_folder_left_alone(
     assert "holds another sweep" in said
     assert words in said
     assert {path.name: path.read_bytes() for path in undisturbed.iterdir()} == before
+
+
+def test_a_sweep_against_another_reference_of_the_same_name_and_count(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Statistics.load(Path("statistics.npz"))
+    replace(first, mean=first.mean + 1).save(tmp_path / "statistics.npz")
+    said = refused(capsys, *sweep(undisturbed), "--reference", tmp_path / "statistics.npz")
+    assert f"reference_digest {first.digest()} -> " in said
 
 
 def test_a_sweep_with_more_values_measures_only_these(

@@ -143,15 +143,17 @@ class Judge:
     def settings(self, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What the numbers of a sweep over `points` depend on, beside the point."""
         from mar.evaluation.statistics import Statistics
+        from mar.evaluation.streams import digest
 
-        def named(opened: Statistics | PictureSet, spec: str) -> tuple[str, int | None]:
+        def named(opened: Statistics | PictureSet, spec: str) -> tuple[str, int | None, str]:
             if isinstance(opened, Statistics):
-                return opened.about.source if opened.about else spec, opened.count
-            return opened.name, len(opened)
+                return opened.about.source if opened.about else spec, opened.count, opened.digest()
+            return opened.name, len(opened), digest(opened)
 
         options, model, held_out = self.options, self.model, self.opened_held_out
         assert model is not None
-        source, count = named(self.opened, options.reference)
+        source, count, held = named(self.opened, options.reference)
+        *others, held_others = (None, None) if held_out is None else named(held_out, str(options.held_out))
         sampling = to_dict(model.sampling_with(**options.settings()))
         return {
             "weights": model.fingerprint(), "pictures": len(self.plan), "seed": options.seed, "dtype": options.dtype,
@@ -159,7 +161,8 @@ class Judge:
             "reference_pictures": count, "kid": options.kid, "precision": options.precision, "splits": options.splits,
             # None is as good as missing: sweeps of before there were neighbours go on
             "neighbours": self.wanted.neighbours or None,
-            "held_out": None if held_out is None else list(named(held_out, str(options.held_out))),
+            "held_out": None if held_out is None else others,
+            "reference_digest": held, "held_out_digest": held_others,
             "classifier": self.classifier and self.classifier.fingerprint, "swept": ", ".join(sorted(points[0])),
             **{name: value for name, value in sampling.items() if name not in points[0]},
         }  # fmt: skip

@@ -6,6 +6,7 @@ Letters of shapes: n pictures of a batch, c colours (1 or 3), h x w pixels.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -55,6 +56,16 @@ class PictureSet(Protocol):
 def share(count: int, rank: int, world: int) -> tuple[int, int]:
     """[first, end) of `count` pictures for process `rank` of `world`; shares differ by one at most."""
     return count * rank // world, count * (rank + 1) // world
+
+
+def digest(pictures: PictureSet, count: int = 32) -> str:
+    """sha256, in hex, of `count` pictures spread over the set: tells sets of one name and size apart in a moment."""
+    held = hashlib.sha256()
+    for number in choose(len(pictures), count).tolist():
+        for part in pictures.batches(1, number, number + 1):
+            held.update(f"{number} {tuple(part.images.shape)}".encode())
+            held.update(part.images.contiguous().numpy().tobytes())
+    return held.hexdigest()
 
 
 class SourcePictures:

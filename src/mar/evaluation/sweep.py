@@ -17,6 +17,8 @@ from mar.config import ConfigError, SamplingConfig
 from mar.evaluation.evaluate import Report
 
 ALIASES = {"cfg": "guidance", "K": "steps"}
+SINCE = ("reference_digest", "held_out_digest")
+"""Settings that older tables do not have; their sweeps are gone on with as if they had the same."""
 MOST = 10_000
 """Points of a sweep; more are a slip of the keyboard."""
 
@@ -119,7 +121,7 @@ class Table:
         raise ConfigError(f"{path} is not the table of a sweep ({why}); choose another folder")
 
     def _require_same(self, theirs: Mapping[str, Any]) -> None:
-        names = list(dict.fromkeys([*theirs, *self.settings]))
+        names = [name for name in dict.fromkeys([*theirs, *self.settings]) if name in theirs or name not in SINCE]
         different = [name for name in names if theirs.get(name) != self.settings.get(name)]
         if different:
             changes = "; ".join(f"{name} {theirs.get(name)} -> {self.settings.get(name)}" for name in different)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mar.data.sources import open_source
-from mar.evaluation.streams import DrawnPictures, NpzPictures, Pictures, PictureSet, SourcePictures, share
+from mar.evaluation.streams import DrawnPictures, NpzPictures, Pictures, PictureSet, SourcePictures, digest, share
 from mar.sampling.plan import Plan
 
 
@@ -91,6 +91,13 @@ def test_a_limit_takes_pictures_of_all_classes(compressed: bool, tmp_path: Path)
         part = walk(pictures, 2, 1, 5)
         assert part.images[:, 0, 0, 0].tolist() == numbers[1:5]
         assert part.indices.tolist() == [1, 2, 3, 4]
+
+
+def test_sets_of_one_name_and_size_are_told_apart(tmp_path: Path) -> None:
+    def held(values: np.ndarray) -> str:
+        return digest(NpzPictures(write(tmp_path / "a.npz", arr_0=values)))
+
+    assert held(pixels()) == held(pixels()) != held(255 - pixels())
 
 
 class Payload:

@@ -152,6 +152,14 @@ def test_a_folder_of_another_sweep_is_refused_and_left_alone(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_a_table_from_before_references_had_digests_goes_on(tmp_path: Path) -> None:
+    fill(tmp_path, ROWS[:1])
+    table = Table(tmp_path, {**SETTINGS, "reference_digest": "ab"})
+    table.add(ROWS[1][0], report(1.5))
+    with pytest.raises(ConfigError, match="reference_digest ab -> cd"):
+        Table(tmp_path, {**SETTINGS, "reference_digest": "cd"})
+
+
 @pytest.mark.parametrize(
     "text",
     [
