@@ -309,7 +309,10 @@ def test_pictures_that_do_not_fit_together(tmp_path: Path, capsys: pytest.Captur
     assert "(6, 6) and (8, 8)" in said
 
 
-def test_a_classifier_that_shares_no_class(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_classifier_that_shares_no_class(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mar.evaluation.evaluate.collect", never)
     judge = ["--classifier", f"{judges.__file__}:brightness"]
     said = refused(capsys, "evaluate", "model.safetensors", "--reference", "statistics.npz", *DRAW, *judge)
     assert "brightness knows the classes dark, middling, bright" in said

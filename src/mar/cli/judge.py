@@ -55,6 +55,7 @@ class Judge:
         def opened(spec: str, split: Split) -> Statistics | PictureSet:
             return open_either(spec, self.extractor, self.wanted, split=split, size=size)
 
+        self._require_shared_classes()
         self.opened = opened(options.reference, options.reference_split)
         self.opened_held_out = None if options.held_out is None else opened(options.held_out, options.held_out_split)
 
@@ -82,6 +83,15 @@ class Judge:
         for name in ("classifier", "count"):
             if getattr(self.options, name) is not None:
                 raise ConfigError(f"{name} needs pictures, but {self.options.what} has only their statistics")
+
+    def _require_shared_classes(self) -> None:
+        """ValueError for a classifier that knows none of the classes, before the reference is looked at."""
+        from mar.evaluation.agreement import Agreement
+        from mar.evaluation.statistics import Statistics
+
+        pictures = self._drawn({}) if self.given is None else self.given
+        if self.classifier is not None and not isinstance(pictures, Statistics):
+            Agreement(pictures, self.extractor, self.classifier)
 
     def measure_reference(self) -> None:
         """Looks at the reference's pictures, unless it is statistics; and at those that are held out."""

@@ -202,6 +202,7 @@ def test_each_class_has_a_folder_of_its_own() -> None:
     assert class_folders(("a b/c", "None", "../..", "x", "X")) == {
         0: "a-b-c", 1: "None-1", 2: "2", 3: "x-3", 4: "X-4", -1: "none",
     }  # fmt: skip
+    assert class_folders(("a/b", "a b", "a-b-0")) == {0: "a-b-0-0", 1: "a-b-1", 2: "a-b-0-2", -1: "none"}
     folders = class_folders(imagenet_classes())
     assert len({name.casefold() for name in folders.values()}) == 1001
     assert folders[207] == "golden-retriever"
