@@ -358,3 +358,32 @@ def test_help_and_import_do_without_torch() -> None:
     begun = time.monotonic()
     subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)
     assert time.monotonic() - begun < 30  # quick is told by what is not imported; this only says that it ends
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+
+class AsTorchIsImported:
+    asked = 0
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            self.asked += 1
+            if self.asked > 1:
+                os._exit(99)  # half imported, it would crash
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+sys.meta_path.insert(0, AsTorchIsImported())
+from mar.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "stats", "generate"])
+def test_stopped_while_torch_is_imported(verb: str) -> None:
+    for rank, lines in (("0", 1), ("1", 0)):
+        process = subprocess.run(
+            [sys.executable, "-c", INTERRUPTED, verb], capture_output=True, text=True, env={**os.environ, "RANK": rank},
+        )  # fmt: skip
+        assert process.returncode == 130
+        assert process.stderr.count("mar: stopped; ") == process.stderr.count("\n") == lines

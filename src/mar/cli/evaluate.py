@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from mar.cli.features import FeatureFlags, Split, check_count, interruptible
+from mar.cli.features import FeatureFlags, Split, check_count
 from mar.cli.judge import Judge
-from mar.cli.options import SamplingFlags, one_voice, parse
+from mar.cli.options import SamplingFlags, interruptible, one_voice, parse
 from mar.config import ConfigError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from mar.cli.options import one_voice, parse, stoppable
+from mar.cli.options import interruptible, one_voice, parse
 from mar.config import ConfigError
 
 if TYPE_CHECKING:
@@ -116,19 +116,6 @@ def check_count(count: int | None) -> None:
     """ConfigError for fewer pictures than have a covariance."""
     if count is not None and count < 2:
         raise ConfigError(f"count is {count}, but it must be at least 2")
-
-
-def interruptible(note: str, run: Callable[[Callable[[], None]], int]) -> int:
-    """Runs a verb, which Ctrl-C and SIGTERM end in one line that closes with `note`; exit code 130 then."""
-    with stoppable() as check:
-        try:
-            return run(check)
-        except KeyboardInterrupt:
-            from mar import runtime
-
-            if runtime.rank() == 0:
-                print(f"mar: stopped; {note}", file=sys.stderr)
-            return 130
 
 
 @contextlib.contextmanager
