@@ -100,6 +100,7 @@ def test_stats_of_statistics_as_adm_publishes_them(tmp_path: Path, capsys: pytes
     [
         (["nowhere", "--out", "o.npz"], ["nowhere", "does not exist"]),
         (["pictures", "--out", "o.txt"], ["o.txt", ".npz"]),
+        (["statistics.npz", "--out", "statistics.npz"], ["out is statistics.npz, and so is pictures"]),
         (["pictures", "--out", "o.npz", "--count", "1"], ["count is 1", "at least 2"]),
         (["pictures", "--out", "o.npz", "--batch", "0"], ["batch is 0"]),
         (["pictures", "--out", "o.npz", "--image-size", "0"], ["image-size is 0"]),
@@ -258,6 +259,11 @@ def never(*_: object, **__: object) -> None:
         (["model.safetensors", "--reference", "statistics.npz", "--steps", "0"], ["steps is 0"]),
         (["model.safetensors", "--reference", "statistics.npz", "--image-size", "8"], ["image-size is 8", "4x4"]),
         (["model.safetensors", "--reference", "statistics.npz", "--out", "empty"], ["out is the folder empty"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--out", "r.txt"], ["out is r.txt", ".json"]),
+        (["pictures", "--reference", "statistics.npz", "--out", "statistics.npz"], ["out is statistics.npz", ".json"]),
+        (["model.safetensors", "--reference", "pictures", "--neighbours-grid", "g.png", "--out", "g.png"], [".json"]),
+        (["model.safetensors", "--reference", "r.json", "--out", "./r.json"], ["out is r.json, and so is reference"]),
+        (["model.safetensors", "--reference", "pictures", "--sweep", "K=1", "--out", "pictures"], ["so is reference"]),
         (["no-model", "--reference", "statistics.npz"], ["no-model"]),
         (["empty", "--reference", "statistics.npz"], ["no pictures in empty"]),
         (["nothing.npz", "--reference", "statistics.npz"], ["nothing.npz"]),
@@ -347,6 +353,21 @@ def test_stopped_it_says_one_line(
     assert main([*arguments, *JUDGE]) == 130
     said = capsys.readouterr().err
     assert said == f"mar: stopped; {'the same command goes on' if verb == 'sweep' else 'nothing was written'}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stopped_while_the_neighbours_are_shown_nothing_was_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("mar.evaluation.neighbours._picture", stop)
+    out = ["--out", tmp_path / "r.json", "--neighbours-grid", tmp_path / "g.png"]
+    assert evaluate("pictures", "--reference", "pictures", *out) == 130
+    said = capsys.readouterr()
+    assert "FD (tiny)" in said.out
+    assert said.err.endswith("mar: stopped; nothing was written\n")
     assert list(tmp_path.iterdir()) == []
 
 

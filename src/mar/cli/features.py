@@ -82,6 +82,7 @@ def _stats(arguments: Sequence[str], check: Callable[[], None]) -> int:
         runtime.choose_device(options.device)
         if options.out.suffix != ".npz":
             raise ConfigError(f"out is {options.out}, expected a file .npz")
+        check_out(options.out, pictures=options.pictures, weights=options.weights)
         check_count(options.count)
     from mar.evaluation.evaluate import Wanted, collect
     from mar.evaluation.inputs import is_statistics, open_pictures
@@ -116,6 +117,13 @@ def check_count(count: int | None) -> None:
     """ConfigError for fewer pictures than have a covariance."""
     if count is not None and count < 2:
         raise ConfigError(f"count is {count}, but it must be at least 2")
+
+
+def check_out(out: Path, **others: str | Path | None) -> None:
+    """ConfigError where what is to be written is also something else that was named: it would be overwritten."""
+    for name, other in others.items():
+        if other is not None and out.resolve() == Path(other).resolve():
+            raise ConfigError(f"out is {out}, and so is {name.replace('_', '-')}; take another --out")
 
 
 @contextlib.contextmanager

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mar.cli.features import Split, progress, say_memory
-from mar.cli.options import one_voice, save_png
+from mar.cli.options import one_voice
 from mar.config import ConfigError, to_dict
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
     from mar.cli.evaluate import EvaluateOptions
     from mar.evaluation.evaluate import Collected, Report
@@ -111,18 +112,17 @@ class Judge:
         with one_voice():
             return compare(collected, self.reference, self.extractor, self.wanted, self.held_out)
 
-    def draw_grid(self, report: Report) -> None:
-        """Writes the nearest pairs as a picture, where that was asked for."""
+    def grid(self, report: Report) -> Image.Image | None:
+        """The nearest pairs as a picture, where that was asked for."""
         from mar.evaluation.neighbours import sheet
         from mar.evaluation.statistics import Statistics
 
-        path = self.options.neighbours_grid
-        if path is None:
-            return
+        if self.options.neighbours_grid is None:
+            return None
         pictures = self._drawn({}) if self.given is None else self.given
         assert not isinstance(pictures, Statistics)  # `_check_grid`
         assert not isinstance(self.opened, Statistics)
-        save_png(sheet(report.pairs, pictures, self.opened), path, pairs=report.to_dict()["pairs"])
+        return sheet(report.pairs, pictures, self.opened)
 
     def _collect(self, opened: Statistics | PictureSet, classifier: Extractor | None) -> Collected:
         from mar.evaluation.evaluate import Collected, collect
