@@ -342,6 +342,49 @@ def test_convert_to_the_official_format_and_half_the_size(tmp_path: Path) -> Non
         assert torch.equal(a.bfloat16().float(), b)
 
 
+def small(weights: str = "ema", seed: int = 0) -> Pipeline:
+    noise = ModelConfig(channels=1, grid=(4, 4), encoder=TRUNK, decoder=TRUNK, head=HeadConfig(16, 1), buffer=2)
+    torch.manual_seed(seed)
+    return Pipeline(MAR(noise), PixelTokenizer(1, 0.0, 1.0), weights=weights)
+
+
+def test_convert_takes_the_weights_of_a_run_that_are_asked_for(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    small().save(run / "model.safetensors")
+    small("raw", seed=1).save(run / "model-raw.safetensors")
+    for weights, name in (("raw", "model-raw"), ("ema", "model")):
+        out = tmp_path / f"{weights}.safetensors"
+        assert main(["convert", str(run), str(out), "--weights", weights]) == 0
+        assert out.read_bytes() == (run / f"{name}.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["m.safetensors", "o.safetensors", "--weights", "raw"], "--weights says nothing of m.safetensors"),
+        (["m.safetensors", "o.safetensors", "--heads", "2"], "--heads says nothing of m.safetensors"),
+        (["run", "o.safetensors", "--tokenizer", "kl16.ckpt"], "--tokenizer says nothing of run"),
+        (["run", "o.safetensors", "--weights", "raw"], "model-raw.safetensors"),
+        (["m.safetensors", "o.pth", "--dtype", "bf16"], "--dtype says nothing of the official format"),
+        (["m.safetensors", "o.pth", "--weights", "ema"], "--weights says nothing of the official format"),
+        (["m.safetensors", "m.safetensors", "--dtype", "bf16"], "is the source, which would be lost"),
+        (["raw.safetensors", "o.pth"], "raw.safetensors holds raw weights"),
+        (["x.pth", "o.pth"], "x.pth -> o.pth: only files and run folders of ours"),
+    ],
+)
+def test_what_convert_can_not_do_is_said_and_not_left_out(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, weights in (("m", "ema"), ("raw", "raw"), ("run/model", "ema")):
+        small(weights).save(Path(f"{name}.safetensors"))
+    Path("x.pth").touch()
+    before = Path("m.safetensors").read_bytes()
+    assert words in refused(capsys, "convert", *arguments)
+    assert not list(Path().glob("o.*"))
+    assert Path("m.safetensors").read_bytes() == before
+
+
 def test_help_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
