@@ -55,7 +55,7 @@ def _open(name: str) -> Pipeline:
         return import_official(path, kl16_path(path.parent))
     if path.suffix == ".safetensors" or path.is_file():
         return Pipeline.open(path)
-    if _REPOSITORY.fullmatch(name) and not path.suffix and not path.parent.is_dir():
+    if _REPOSITORY.fullmatch(name) and path.suffix not in _TORCH_FILES and not path.parent.is_dir():
         return _from_hub(name)
     known = ", ".join((*BUNDLED, *MODELS))
     raise CheckpointError(
