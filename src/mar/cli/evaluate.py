@@ -75,6 +75,8 @@ def _evaluate(arguments: Sequence[str], check: Callable[[], None]) -> int:
         options = parse(EvaluateOptions, "evaluate", arguments)
         runtime.choose_device(options.device)
         check_count(options.count)
+        if options.classifier_weights is not None and options.classifier is None:
+            raise ConfigError("classifier-weights are of a classifier; name it with --classifier")
         _check_out(options)
         _check_grid(options)
     with runtime.process_group(options.device) as device:

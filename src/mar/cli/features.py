@@ -91,6 +91,10 @@ def _stats(arguments: Sequence[str], check: Callable[[], None]) -> int:
     with runtime.process_group(options.device) as device:
         with one_voice():
             if is_statistics(options.pictures):
+                for name in ("image_size", "count", "keep_features"):
+                    if getattr(options, name):
+                        name = name.replace("_", "-")
+                        raise ConfigError(f"{name} needs pictures, but {options.pictures} has only their statistics")
                 return _write(Statistics.load(Path(options.pictures)), options.out)
             extractor, wanted = options.extractor(device), Wanted(kernel=options.keep_features)
             pictures = open_pictures(options.pictures, split=options.split, size=options.size(), limit=options.count)

@@ -50,6 +50,7 @@ class Judge:
             open_extractor(options.classifier, options.classifier_weights).to(device) if options.classifier else None
         )
         if self.model is None:
+            self._require_nothing_drawn()
             self.given = open_either(options.what, self.extractor, self.wanted, size=size, limit=options.count)
             self._require_pictures()
 
@@ -75,6 +76,14 @@ class Judge:
         else:
             self.plan = Plan.total(options.count, classes, options.seed)
         return model
+
+    def _require_nothing_drawn(self) -> None:
+        options = self.options
+        given = [*options.settings(), *(n for n in ("seed", "tf32", "allow_broken") if getattr(options, n))]
+        given += ["dtype"] if options.dtype != "fp32" else []
+        if given:
+            name = given[0].replace("_", "-")
+            raise ConfigError(f"{name} is of drawing, but {options.what} is no model; leave --{name} out")
 
     def _require_pictures(self) -> None:
         from mar.evaluation.statistics import Statistics
