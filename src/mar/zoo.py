@@ -133,7 +133,11 @@ def load_kl16(path: Path) -> Tokenizer:
     from mar.tokenizer.kl import kl16
 
     tokenizer = kl16()
-    tokenizer.autoencoder.load_state_dict(to_diffusers(official.read_kl16(path)))
+    try:
+        tokenizer.autoencoder.load_state_dict(to_diffusers(official.read_kl16(path)))
+    except RuntimeError as error:  # names or shapes, a line for each kind
+        reason = " ".join(str(error).splitlines()[1].split())
+        raise CheckpointError(f"{path} is not the KL-16 tokenizer: {reason[:200]}") from None
     return tokenizer
 
 

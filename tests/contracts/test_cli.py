@@ -342,6 +342,17 @@ def test_convert_to_the_official_format_and_half_the_size(tmp_path: Path) -> Non
         assert torch.equal(a.bfloat16().float(), b)
 
 
+def test_too_little_memory_is_one_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(Pipeline, "sample", full)
+    said = refused(capsys, "sample", model, "--out", tmp_path / "out", "--device", "cpu")
+    assert "not enough memory; take a smaller --batch (CUDA out of memory. Tried to allocate 2 GiB)" in said
+
+
 def small(weights: str = "ema", seed: int = 0) -> Pipeline:
     noise = ModelConfig(channels=1, grid=(4, 4), encoder=TRUNK, decoder=TRUNK, head=HeadConfig(16, 1), buffer=2)
     torch.manual_seed(seed)

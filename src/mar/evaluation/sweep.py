@@ -39,19 +39,23 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
         known = ", ".join(sorted({*kinds, *ALIASES}))
         raise ConfigError(f"sweep: got {text!r}, expected NAME=FIRST:LAST:STEP or NAME=A,B,C with a name of {known}")
     try:
-        found = _range(values) if ":" in values else [_value(v, kinds[name]) for v in values.split(",")]
+        found = _range(values, kinds[name]) if ":" in values else [_value(v, kinds[name]) for v in values.split(",")]
         return name, list(dict.fromkeys(found))
     except (ValueError, OverflowError):  # 1:inf:1
         raise ConfigError(f"sweep: {values!r} of {text!r} is neither FIRST:LAST:STEP nor values for {name}") from None
 
 
-def _range(text: str) -> list[int | float]:
+def _range(text: str, kind: str) -> list[int | float]:
     first, last, step = (float(part) for part in text.split(":"))
     count = math.floor((last - first) / step + 1e-9) + 1 if step else 0
     if not 1 <= count <= MOST:
         raise ValueError
     values = [round(first + i * step, 10) for i in range(count)]
-    return [int(value) for value in values] if all(value == int(value) for value in values) else list(values)
+    if all(value == int(value) for value in values):
+        return [int(value) for value in values]
+    if not kind.startswith("float"):
+        raise ValueError
+    return list(values)
 
 
 def _value(text: str, kind: str) -> Any:

@@ -60,6 +60,8 @@ def test_axes(text: str, name: str, values: list[Any]) -> None:
         ("guidance=", "NAME=FIRST:LAST:STEP"),
         ("batch=1,2", "guidance"),
         ("steps=1.5", "1.5"),
+        ("K=1:2:0.5", "1:2:0.5"),
+        ("diffusion_steps_end=1:2:0.5", "1:2:0.5"),
         ("steps=ten", "ten"),
         ("guidance=1:5", "1:5"),
         ("guidance=1:5:0", "1:5:0"),
