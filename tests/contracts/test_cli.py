@@ -98,6 +98,9 @@ def test_a_preset_with_flags_and_what_the_picture_says_of_it(model: Path, tmp_pa
     expected = hastened(SamplingConfig(steps=2, diffusion_steps=2, x0_bound=3), 4, "fast")
     expected = replace(expected, guidance=2.0, order="halton", diffusion_steps=3)
     assert {name: facts[name] for name in to_dict(expected)} == to_dict(expected)
+    held = Pipeline.open(model)
+    assert (facts["label"], facts["dtype"], facts["seed"]) == (held.classes.index("dog"), "fp32", 0)
+    assert facts["weights"] == held.fingerprint()
 
 
 def test_guidance_needs_a_class_free_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
