@@ -387,7 +387,11 @@ def test_convert_takes_the_weights_of_a_run_that_are_asked_for(tmp_path: Path) -
     ],
 )
 def test_what_convert_can_not_do_is_said_and_not_left_out(
-    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, weights in (("m", "ema"), ("raw", "raw"), ("run/model", "ema")):

@@ -274,7 +274,7 @@ def never(*_: object, **__: object) -> None:
         (["floats.npz", "--reference", "statistics.npz"], ["float32", "expected uint8"]),
         (["unnamed.npz", "--reference", "statistics.npz"], ["no arr_0"]),
         (["statistics.npz", "--reference", "statistics.npz", "--count", "9"], ["count needs pictures"]),
-        (["pictures", "--reference", "pictures", "--guidance", "4"], ["guidance is of drawing", "pictures is no model"]),
+        (["pictures", "--reference", "pictures", "--guidance", "4"], ["guidance is of drawing", "is no model"]),
         (["pictures", "--reference", "pictures", "--preset", "fast"], ["leave --preset out"]),
         (["pictures", "--reference", "pictures", "--dtype", "int8"], ["leave --dtype out"]),
         (["pictures", "--reference", "pictures", "--seed", "7"], ["leave --seed out"]),
@@ -324,9 +324,7 @@ def test_pictures_that_do_not_fit_together(tmp_path: Path, capsys: pytest.Captur
     assert "(6, 6) and (8, 8)" in said
 
 
-def test_a_classifier_that_shares_no_class(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_classifier_that_shares_no_class(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mar.evaluation.evaluate.collect", never)
     judge = ["--classifier", f"{judges.__file__}:brightness"]
     said = refused(capsys, "evaluate", "model.safetensors", "--reference", "statistics.npz", *DRAW, *judge)

@@ -33,8 +33,8 @@ class EvaluateOptions(FeatureFlags, SamplingFlags):
     reference_split: Split = "test"
     """Which part of a reference that has several."""
     count: int | None = None
-    """Pictures in all: of a model the classes take turns, of a set they are spread over it. By default 50 of each class,
-    or the whole set."""
+    """Pictures in all: of a model in turns of its classes, of a set spread over it. By default 50 of each class, or the
+    whole set."""
     seed: int = 0
     """Pictures of another seed are others."""
     kid: bool = False

@@ -91,7 +91,7 @@ def _export(source: Path, target: Path) -> int:
     path = source / WEIGHTS_FILE if source.is_dir() else source
     pipeline, raw_path = Pipeline.open(path), _raw(path)
     if pipeline.weights != "ema":
-        raise ValueError(f"{path} holds raw weights, and an official file needs those of the EMA; give the run's folder")
+        raise ValueError(f"{path} holds raw weights, but an official file needs the EMA's; give the run's folder")
     averaged = pipeline.model
     raw = Pipeline.open(raw_path).model if raw_path.is_file() else averaged
     write_mar(target, averaged.config, raw.state_dict(), averaged.state_dict())

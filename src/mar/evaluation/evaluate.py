@@ -250,7 +250,9 @@ def compare(
         inception_score_std=spread,
         seconds=collected.seconds,
         warnings=(
-            *doubts(own, reference, extractor.metric), *(held_out.doubts() if held_out else ()), *_unjudged(collected)
+            *doubts(own, reference, extractor.metric),
+            *(held_out.doubts() if held_out else ()),
+            *_unjudged(collected),
         ),
         **_from_features(own.features, reference.features, wanted, held_out),
         **_from_classes(collected),

@@ -54,8 +54,8 @@ def open_pictures(
     path = Path(spec)
     if (path / RUN_FILE).is_file():
         raise ValueError(
-            f"{path} is the folder of a run, whose pictures are samples of its training; expected a folder of pictures, "
-            f"or the model of a run that has saved its {WEIGHTS_FILE}"
+            f"{path} is the folder of a run, whose pictures are samples of its training; expected a folder of "
+            f"pictures, or the model of a run that has saved its {WEIGHTS_FILE}"
         )
     if path.suffix != ".npz":
         return SourcePictures(open_source(spec, split), f"{spec} ({split})", size=size, limit=limit)

@@ -43,7 +43,7 @@ def _root(covariance: Tensor) -> Tensor:
 
 
 class ScoreSums:
-    """Sums for the Inception Score of `total` pictures in `splits` parts, which are equally large, or one picture apart.
+    """Sums for the Inception Score of `total` pictures in `splits` parts of one size, or one picture apart.
 
     Which part picture i goes to is drawn, always the same for the same `total`: a set may come class by class, and a
     part of a few classes would have a low score. There are kept each picture's part and, for each part, a count, the

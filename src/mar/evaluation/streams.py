@@ -58,20 +58,11 @@ def share(count: int, rank: int, world: int) -> tuple[int, int]:
     return count * rank // world, count * (rank + 1) // world
 
 
-def digest(pictures: PictureSet, count: int = 32) -> str:
-    """sha256, in hex, of `count` pictures spread over the set: tells sets of one name and size apart in a moment."""
-    held = hashlib.sha256()
-    for number in choose(len(pictures), count).tolist():
-        for part in pictures.batches(1, number, number + 1):
-            held.update(f"{number} {tuple(part.images.shape)}".encode())
-            held.update(part.images.contiguous().numpy().tobytes())
-    return held.hexdigest()
-
-
 class SourcePictures:
     """A data source's pictures, each as it is, or brought to `size` (height, width) by ADM's centre crop.
 
-    `limit` takes at most so many, spread evenly over the source (`spread`), which may be sorted by class. Raises ValueError where pictures differ in size and none was asked for.
+    `limit` takes at most so many, spread evenly over the source (`spread`), which may be sorted by class. Raises
+    ValueError where pictures differ in size and none was asked for.
     """
 
     def __init__(
@@ -153,11 +144,12 @@ class NpzPictures:
                 yield Pictures(images, indices, self.labels[start : start + len(numbers)])
 
     def _kind(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Shape and dtype of `arr_0`."""
+        """Shape and dtype of `arr_0`, whose checksum is kept."""
         with self._reading("pictures"), zipfile.ZipFile(self.path) as archive:
             if "arr_0.npy" not in archive.namelist():
                 names = ", ".join(archive.namelist()) or "nothing"
                 raise ValueError(f"it has {names}, but no arr_0, uint8 (count, height, width, 1 or 3)")
+            self.checksum = archive.getinfo("arr_0.npy").CRC
             with archive.open("arr_0.npy") as file:
                 return _header(file)
 
@@ -191,6 +183,19 @@ def _header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
     if fortran:
         raise ValueError("its pictures lie in Fortran's order; save them in C's")
     return shape, dtype
+
+
+def digest(pictures: PictureSet, count: int = 32) -> str:
+    """sha256, in hex, that tells sets of one name and size apart in a moment: of `count` pictures spread over the set,
+    or of the checksum that an `.npz` has of all of its pictures."""
+    if isinstance(pictures, NpzPictures):
+        return hashlib.sha256(f"{len(pictures)} {pictures.shape} {pictures.checksum}".encode()).hexdigest()
+    held = hashlib.sha256()
+    for number in choose(len(pictures), count).tolist():
+        for part in pictures.batches(1, number, number + 1):
+            held.update(f"{number} {tuple(part.images.shape)}".encode())
+            held.update(part.images.contiguous().numpy().tobytes())
+    return held.hexdigest()
 
 
 class DrawnPictures:

@@ -98,6 +98,11 @@ def test_sets_of_one_name_and_size_are_told_apart(tmp_path: Path) -> None:
         return digest(NpzPictures(write(tmp_path / "a.npz", arr_0=values)))
 
     assert held(pixels()) == held(pixels()) != held(255 - pixels())
+    one, same_, other = (
+        digest(SourcePictures(open_source(folder(tmp_path / name, Image.new("L", (8, 6), value))), "p"))
+        for name, value in (("one", 1), ("same", 1), ("other", 2))
+    )
+    assert one == same_ != other
 
 
 class Payload:
