@@ -62,7 +62,7 @@ class SamplingConfig:
         )
         require(
             self.x0_bound is None or (math.isfinite(self.x0_bound) and self.x0_bound > 0),
-            f"x0_bound is {self.x0_bound}, but it must be positive",
+            f"x0_bound is {self.x0_bound}, but it must be positive and finite",
         )
         one_of(self, "solver", Solver)
         one_of(self, "spacing", Spacing)
