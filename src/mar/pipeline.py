@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, SupportsIndex, overload
 
 import torch
-from huggingface_hub import ModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
@@ -30,6 +30,22 @@ from mar.tokenizer import Tokenizer, build
 
 WEIGHTS_FILE = "model.safetensors"
 Label = SupportsIndex | str | None
+CARD = """\
+---
+{data}
+---
+
+Draws pictures of {size} pixels: {millions:.1f} million parameters{classes}. A masked autoregressive transformer with a
+diffusion loss, after [Autoregressive Image Generation without Vector Quantization](https://arxiv.org/abs/2406.11838).
+
+```python
+import mar
+
+model = mar.load("OWNER/NAME")  # this repository, or a folder of these files
+images = model.sample(labels={labels})
+```
+"""
+"""A model's README on the Hub."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +62,6 @@ class Pipeline(
     ModelHubMixin,
     library_name="mar",
     pipeline_tag="unconditional-image-generation",
-    license="mit",
     tags=["image-generation", "masked-autoregressive"],
 ):
     """A model with its tokenizer: labels and seeds in, pictures out.
@@ -277,6 +292,17 @@ class Pipeline(
             model, tokenizer, classes=header.classes, sampling=header.sampling, weights=header.weights,
             notes=header.notes,
         )  # fmt: skip
+
+    def generate_model_card(self, *args: Any, license: str | None = None, **unused: Any) -> ModelCard:
+        """The README of `save_pretrained` and `push_to_hub`; of a licence only where `model_card_kwargs` has one."""
+        data = ModelCardData(**{**self._hub_mixin_info.model_card_data.to_dict(), "license": license})
+        classes = self.model.config.classes
+        text = CARD.format(
+            data=data.to_yaml(), millions=sum(p.numel() for p in self.model.parameters()) / 1e6,
+            size="x".join(map(str, self.image_size)), classes=f", {classes} classes" if classes else "",
+            labels="[0]" if classes else "[None]",
+        )  # fmt: skip
+        return ModelCard(text)
 
     def _save_pretrained(self, save_directory: Path) -> None:
         self.save(save_directory / WEIGHTS_FILE)

@@ -84,8 +84,11 @@ def choose_device(name: str | None = None) -> torch.device:
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
     try:
         device = torch.device(name)
+        known = device.type in ("cpu", "cuda", "mps")
     except RuntimeError:
-        raise ConfigError(f"device: got {name!r}, expected auto, cpu, cuda, cuda:N or mps") from None
+        known = False
+    if not known:  # torch has more: meta, xpu, ...
+        raise ConfigError(f"device: got {name!r}, expected auto, cpu, cuda, cuda:N or mps")
     if (device.type == "cuda" and not cuda) or (device.type == "mps" and not mps):
         raise ConfigError(f"device {name!r} is not on this machine; leave it out to take the best there is")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():

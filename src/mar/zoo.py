@@ -55,7 +55,7 @@ def _open(name: str) -> Pipeline:
         return import_official(path, kl16_path(path.parent))
     if path.suffix == ".safetensors" or path.is_file():
         return Pipeline.open(path)
-    if _REPOSITORY.fullmatch(name) and not path.suffix and not path.parent.is_dir():
+    if _REPOSITORY.fullmatch(name) and path.suffix not in _TORCH_FILES and not path.parent.is_dir():
         return _from_hub(name)
     known = ", ".join((*BUNDLED, *MODELS))
     raise CheckpointError(
@@ -138,7 +138,11 @@ def load_kl16(path: Path) -> Tokenizer:
     from mar.tokenizer.kl import kl16
 
     tokenizer = kl16()
-    tokenizer.autoencoder.load_state_dict(to_diffusers(official.read_kl16(path)))
+    try:
+        tokenizer.autoencoder.load_state_dict(to_diffusers(official.read_kl16(path)))
+    except RuntimeError as error:  # names or shapes, a line for each kind
+        reason = " ".join(str(error).splitlines()[1].split())
+        raise CheckpointError(f"{path} is not the KL-16 tokenizer: {reason[:200]}") from None
     return tokenizer
 
 

@@ -102,6 +102,9 @@ def test_a_preset_with_flags_and_what_the_picture_says_of_it(model: Path, tmp_pa
     expected = hastened(SamplingConfig(steps=2, diffusion_steps=2, x0_bound=3), 4, "fast")
     expected = replace(expected, guidance=2.0, order="halton", diffusion_steps=3)
     assert {name: facts[name] for name in to_dict(expected)} == to_dict(expected)
+    held = Pipeline.open(model)
+    assert (facts["label"], facts["dtype"], facts["seed"]) == (held.classes.index("dog"), "fp32", 0)
+    assert facts["weights"] == held.fingerprint()
 
 
 def test_off_is_another_thing_than_the_models_own() -> None:
@@ -354,6 +357,64 @@ def test_convert_to_the_official_format_and_half_the_size(tmp_path: Path) -> Non
         assert torch.equal(a.bfloat16().float(), b)
 
 
+def test_too_little_memory_is_one_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(Pipeline, "sample", full)
+    said = refused(capsys, "sample", model, "--out", tmp_path / "out", "--device", "cpu")
+    assert "not enough memory; take a smaller --batch (CUDA out of memory. Tried to allocate 2 GiB)" in said
+
+
+def small(weights: str = "ema", seed: int = 0) -> Pipeline:
+    noise = ModelConfig(channels=1, grid=(4, 4), encoder=TRUNK, decoder=TRUNK, head=HeadConfig(16, 1), buffer=2)
+    torch.manual_seed(seed)
+    return Pipeline(MAR(noise), PixelTokenizer(1, 0.0, 1.0), weights=weights)
+
+
+def test_convert_takes_the_weights_of_a_run_that_are_asked_for(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    small().save(run / "model.safetensors")
+    small("raw", seed=1).save(run / "model-raw.safetensors")
+    for weights, name in (("raw", "model-raw"), ("ema", "model")):
+        out = tmp_path / f"{weights}.safetensors"
+        assert main(["convert", str(run), str(out), "--weights", weights]) == 0
+        assert out.read_bytes() == (run / f"{name}.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["m.safetensors", "o.safetensors", "--weights", "raw"], "--weights says nothing of m.safetensors"),
+        (["m.safetensors", "o.safetensors", "--heads", "2"], "--heads says nothing of m.safetensors"),
+        (["run", "o.safetensors", "--tokenizer", "kl16.ckpt"], "--tokenizer says nothing of run"),
+        (["run", "o.safetensors", "--weights", "raw"], "model-raw.safetensors"),
+        (["m.safetensors", "o.pth", "--dtype", "bf16"], "--dtype says nothing of the official format"),
+        (["m.safetensors", "o.pth", "--weights", "ema"], "--weights says nothing of the official format"),
+        (["m.safetensors", "m.safetensors", "--dtype", "bf16"], "is the source, which would be lost"),
+        (["raw.safetensors", "o.pth"], "raw.safetensors holds raw weights"),
+        (["x.pth", "o.pth"], "x.pth -> o.pth: only files and run folders of ours"),
+    ],
+)
+def test_what_convert_can_not_do_is_said_and_not_left_out(
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, weights in (("m", "ema"), ("raw", "raw"), ("run/model", "ema")):
+        small(weights).save(Path(f"{name}.safetensors"))
+    Path("x.pth").touch()
+    before = Path("m.safetensors").read_bytes()
+    assert words in refused(capsys, "convert", *arguments)
+    assert not list(Path().glob("o.*"))
+    assert Path("m.safetensors").read_bytes() == before
+
+
 def test_help_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
@@ -370,3 +431,32 @@ def test_help_and_import_do_without_torch() -> None:
     begun = time.monotonic()
     subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)
     assert time.monotonic() - begun < 30  # quick is told by what is not imported; this only says that it ends
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+
+class AsTorchIsImported:
+    asked = 0
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            self.asked += 1
+            if self.asked > 1:
+                os._exit(99)  # half imported, it would crash
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+sys.meta_path.insert(0, AsTorchIsImported())
+from mar.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "stats", "generate"])
+def test_stopped_while_torch_is_imported(verb: str) -> None:
+    for rank, lines in (("0", 1), ("1", 0)):
+        process = subprocess.run(
+            [sys.executable, "-c", INTERRUPTED, verb], capture_output=True, text=True, env={**os.environ, "RANK": rank},
+        )  # fmt: skip
+        assert process.returncode == 130
+        assert process.stderr.count("mar: stopped; ") == process.stderr.count("\n") == lines

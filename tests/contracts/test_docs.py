@@ -36,6 +36,8 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
 PAPER = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
+SAMPLING = (ROOT / "docs/sampling.md").read_text(encoding="utf-8")
+EVALUATION = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
 TROUBLE = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
 
 LINK = re.compile(r"\[([^\]]*)\]\(([^)\s]+)\)")
@@ -153,8 +155,8 @@ json.dump(results, real)
 
 @pytest.fixture(scope="module")
 def understood(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """For every complete command of the README and of docs/training.md what it was parsed to, or the exit code; in a
-    place that has `pictures` and their `latents`."""
+    """For every complete command of the README, docs/training.md, sampling.md and evaluation.md what it was parsed to,
+    or the exit code; in a place that has `pictures` and their `latents`."""
     place = tmp_path_factory.mktemp("place")
     for number in range(20):
         path = place / "pictures" / f"kind{number % 5}" / f"{number}.png"
@@ -162,7 +164,7 @@ def understood(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
         Image.new("RGB", (300, 256), (10 * number, 0, 0)).save(path)
     cache = ["cache", str(place / "pictures"), "--tokenizer", "pixels", "--image-size", "8"]
     assert cli.main([*cache, "--out", str(place / "latents")]) == 0
-    every = [*commands(README), *commands(TRAINING)]
+    every = [line for text in (README, TRAINING, SAMPLING, EVALUATION) for line in commands(text)]
     lines = {line: re.sub(r"\b(FOLDER|FILE)\b", "somewhere", line) for line in every if complete(line)}
     environment = {**os.environ, "PYTHONPATH": str(Path(mar.__file__).parents[1]), "COLUMNS": "200"}
     done = subprocess.run(
@@ -184,6 +186,22 @@ def test_every_command_is_understood(understood: dict[str, dict[str, Any]]) -> N
     wrong = [line for line, result in understood.items() if result.get("code", 0) != 0]
     assert not wrong, next(iter(understood.values()))["said"]
     assert all("options" in result or "--help" in line for line, result in understood.items())
+
+
+def test_statistics_are_compared_with_by_the_features_they_were_made_with() -> None:
+    def option(words: list[str], name: str) -> str | None:
+        return words[words.index(name) + 1] if name in words else None
+
+    for text in (README, SAMPLING + EVALUATION):
+        lines = [shlex.split(line, comments=True) for line in commands(text)]
+        made = {option(words, "--out"): words for words in lines if words[1] == "stats"}
+        judged = [words for words in lines if words[1] == "evaluate" and option(words, "--reference") in made]
+        assert judged
+        for words in judged:
+            by = made[option(words, "--reference")]
+            assert [option(words, n) for n in ("--features", "--weights")] == [
+                option(by, n) for n in ("--features", "--weights")
+            ]
 
 
 def test_models_and_labels_of_the_commands_are_there() -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,10 @@ def test_stats_of_statistics_as_adm_publishes_them(tmp_path: Path, capsys: pytes
     [
         (["nowhere", "--out", "o.npz"], ["nowhere", "does not exist"]),
         (["pictures", "--out", "o.txt"], ["o.txt", ".npz"]),
+        (["statistics.npz", "--out", "statistics.npz"], ["out is statistics.npz, and so is pictures"]),
+        (["statistics.npz", "--out", "o.npz", "--count", "5"], ["count needs pictures"]),
+        (["statistics.npz", "--out", "o.npz", "--keep-features"], ["keep-features needs pictures"]),
+        (["statistics.npz", "--out", "o.npz", "--image-size", "8"], ["image-size needs pictures"]),
         (["pictures", "--out", "o.npz", "--count", "1"], ["count is 1", "at least 2"]),
         (["pictures", "--out", "o.npz", "--batch", "0"], ["batch is 0"]),
         (["pictures", "--out", "o.npz", "--image-size", "0"], ["image-size is 0"]),
@@ -257,6 +262,11 @@ def never(*_: object, **__: object) -> None:
         (["model.safetensors", "--reference", "statistics.npz", "--steps", "0"], ["steps is 0"]),
         (["model.safetensors", "--reference", "statistics.npz", "--image-size", "8"], ["image-size is 8", "4x4"]),
         (["model.safetensors", "--reference", "statistics.npz", "--out", "empty"], ["out is the folder empty"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--out", "r.txt"], ["out is r.txt", ".json"]),
+        (["pictures", "--reference", "statistics.npz", "--out", "statistics.npz"], ["out is statistics.npz", ".json"]),
+        (["model.safetensors", "--reference", "pictures", "--neighbours-grid", "g.png", "--out", "g.png"], [".json"]),
+        (["model.safetensors", "--reference", "r.json", "--out", "./r.json"], ["out is r.json, and so is reference"]),
+        (["model.safetensors", "--reference", "pictures", "--sweep", "K=1", "--out", "pictures"], ["so is reference"]),
         (["no-model", "--reference", "statistics.npz"], ["no-model"]),
         (["empty", "--reference", "statistics.npz"], ["no pictures in empty"]),
         (["nothing.npz", "--reference", "statistics.npz"], ["nothing.npz"]),
@@ -264,6 +274,12 @@ def never(*_: object, **__: object) -> None:
         (["floats.npz", "--reference", "statistics.npz"], ["float32", "expected uint8"]),
         (["unnamed.npz", "--reference", "statistics.npz"], ["no arr_0"]),
         (["statistics.npz", "--reference", "statistics.npz", "--count", "9"], ["count needs pictures"]),
+        (["pictures", "--reference", "pictures", "--guidance", "4"], ["guidance is of drawing", "is no model"]),
+        (["pictures", "--reference", "pictures", "--preset", "fast"], ["leave --preset out"]),
+        (["pictures", "--reference", "pictures", "--dtype", "int8"], ["leave --dtype out"]),
+        (["pictures", "--reference", "pictures", "--seed", "7"], ["leave --seed out"]),
+        (["statistics.npz", "--reference", "statistics.npz", "--allow-broken"], ["leave --allow-broken out"]),
+        (["pictures", "--reference", "pictures", "--classifier-weights", "w.pt"], ["name it with --classifier"]),
         (["pictures", "--reference", "statistics.npz", "--sweep", "cfg=1,2"], ["sweep", "pictures is no model"]),
         (["statistics.npz", "--reference", "statistics.npz", "--sweep", "cfg=1,2"], ["is no model"]),
         (["no-model", "--reference", "statistics.npz", "--sweep", "cfg=1,2"], ["no-model"]),
@@ -308,7 +324,8 @@ def test_pictures_that_do_not_fit_together(tmp_path: Path, capsys: pytest.Captur
     assert "(6, 6) and (8, 8)" in said
 
 
-def test_a_classifier_that_shares_no_class(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_classifier_that_shares_no_class(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mar.evaluation.evaluate.collect", never)
     judge = ["--classifier", f"{judges.__file__}:brightness"]
     said = refused(capsys, "evaluate", "model.safetensors", "--reference", "statistics.npz", *DRAW, *judge)
     assert "brightness knows the classes dark, middling, bright" in said
@@ -343,6 +360,21 @@ def test_stopped_it_says_one_line(
     assert main([*arguments, *JUDGE]) == 130
     said = capsys.readouterr().err
     assert said == f"mar: stopped; {'the same command goes on' if verb == 'sweep' else 'nothing was written'}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stopped_while_the_neighbours_are_shown_nothing_was_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("mar.evaluation.neighbours._picture", stop)
+    out = ["--out", tmp_path / "r.json", "--neighbours-grid", tmp_path / "g.png"]
+    assert evaluate("pictures", "--reference", "pictures", *out) == 130
+    said = capsys.readouterr()
+    assert "FD (tiny)" in said.out
+    assert said.err.endswith("mar: stopped; nothing was written\n")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -465,6 +497,15 @@ def test_a_sweep_of_other_settings_is_refused_and_its_folder_left_alone(
     assert "holds another sweep" in said
     assert words in said
     assert {path.name: path.read_bytes() for path in undisturbed.iterdir()} == before
+
+
+def test_a_sweep_against_another_reference_of_the_same_name_and_count(
+    undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = Statistics.load(Path("statistics.npz"))
+    replace(first, mean=first.mean + 1).save(tmp_path / "statistics.npz")
+    said = refused(capsys, *sweep(undisturbed), "--reference", tmp_path / "statistics.npz")
+    assert f"reference_digest {first.digest()} -> " in said
 
 
 def test_a_sweep_with_more_values_measures_only_these(

@@ -37,6 +37,7 @@ from mar.config import (
         (SamplingConfig, {"guidance": float("nan")}, "guidance is nan"),
         (SamplingConfig, {"temperature": float("inf")}, "temperature is inf"),
         (SamplingConfig, {"x0_bound": 0.0}, "x0_bound is 0.0"),
+        (SamplingConfig, {"x0_bound": float("inf")}, "x0_bound is inf"),
         (SamplingConfig, {"diffusion_steps_end": 0}, "diffusion_steps_end is 0, but it must be at least 1"),
         (SamplingConfig, {"noisiest": 0.0}, r"noisiest is 0.0, outside \(0, 1\]"),
         (SamplingConfig, {"noisiest": 1.01}, "noisiest is 1.01"),

@@ -312,3 +312,11 @@ def test_the_hubs_folder_format(tmp_path: Path) -> None:
         Pipeline.from_pretrained(str(tmp_path / "empty"))
     for file in (tmp_path / "mine").glob("*.json"):
         json.loads(file.read_text(encoding="utf-8"))
+    card = (tmp_path / "mine" / "README.md").read_text(encoding="utf-8")
+    assert "library_name: mar\n" in card
+    assert 'mar.load("' in card
+    assert "https://arxiv.org/abs/2406.11838" in card
+    assert "license" not in card  # of which we know nothing
+    assert "More Information Needed" not in card
+    TINY.save_pretrained(tmp_path / "free", model_card_kwargs={"license": "mit"})
+    assert "license: mit\n" in (tmp_path / "free" / "README.md").read_text(encoding="utf-8")

@@ -35,8 +35,9 @@ def test_the_best_device_is_chosen(monkeypatch: pytest.MonkeyPatch, cuda: bool, 
     else:
         with pytest.raises(ConfigError, match="'cuda' is not on this machine"):
             runtime.choose_device("cuda")
-    with pytest.raises(ConfigError, match="'gpu', expected auto, cpu, cuda"):
-        runtime.choose_device("gpu")
+    for name in ("gpu", "xpu", "meta", "hpu", "cuda:-1"):
+        with pytest.raises(ConfigError, match=f"'{name}', expected auto, cpu, cuda"):
+            runtime.choose_device(name)
 
 
 def test_streams_follow_from_the_whole_key_and_its_order() -> None:

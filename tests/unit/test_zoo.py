@@ -69,6 +69,32 @@ def test_names_that_lead_nowhere(tmp_path: Path) -> None:
         zoo.load(tmp_path)
 
 
+def test_names_of_repositories_may_have_dots_and_those_of_files_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def from_hub(name: str) -> Pipeline:
+        asked.append(name)
+        return Pipeline(MAR(CONFIG), PixelTokenizer(3, 0.0, 1.0))
+
+    monkeypatch.setattr(zoo, "_from_hub", from_hub)
+    names = ["owner/mar", "owner/mar-v1.5", "own.er/mar-1.0-base"]
+    for name in names:
+        zoo.load(name, device="cpu")
+    assert asked == names
+    for name in ("owner/mar.pth", "owner/mar.ckpt", "owner/mar.safetensors"):
+        with pytest.raises(CheckpointError):
+            zoo.load(name, device="cpu")
+    assert asked == names
+
+
+def test_a_tokenizer_of_other_shapes_is_one_line(tmp_path: Path) -> None:
+    parts = ("encoder.conv_in", "decoder.conv_in", "quant_conv")
+    torch.save({"model": {f"{part}.weight": torch.zeros(1) for part in parts}}, tmp_path / "other.ckpt")
+    with pytest.raises(CheckpointError, match=r"other\.ckpt is not the KL-16 tokenizer: ") as refused:
+        zoo.load_tokenizer(str(tmp_path / "other.ckpt"))
+    assert "\n" not in str(refused.value)
+
+
 def test_an_official_file_needs_its_tokenizer_and_gets_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mine.pth"
     model, _ = official_file(path)

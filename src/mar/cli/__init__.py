@@ -64,8 +64,17 @@ def told(work: Callable[[], int]) -> int:
         if os.environ.get("MAR_DEBUG"):
             raise
         return _fail(" ".join(str(error).split()) or type(error).__name__)
+    except (RuntimeError, MemoryError) as error:
+        if os.environ.get("MAR_DEBUG") or not _is_want_of_memory(error):
+            raise
+        return _fail(f"there is not enough memory; take a smaller --batch ({' '.join(str(error).split())[:100]})")
     except KeyboardInterrupt:
         return _fail("stopped", 130)
+
+
+def _is_want_of_memory(error: Exception) -> bool:
+    """Also torch's, by its name: torch may not be there."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def _fail(message: str, code: int = 2) -> int:

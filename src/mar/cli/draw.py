@@ -78,6 +78,7 @@ class SampleOptions(SamplingFlags):
 def sample(arguments: Sequence[str]) -> int:
     """`mar sample`."""
     options = parse(SampleOptions, "sample", arguments)
+    from mar.data.labels import resolve_labels
     from mar.pictures import grid
     from mar.sampling.sinks.folder import slug
 
@@ -93,12 +94,17 @@ def sample(arguments: Sequence[str]) -> int:
         labels, seeds, batch=options.batch, progress=True, allow_broken=options.allow_broken, **settings
     )
     seconds = time.perf_counter() - begun
-    facts = {"model": options.model, **to_dict(model.sampling_with(**settings))}
-    for label, seed, picture in zip(labels, seeds, pictures, strict=True):
+    facts = {
+        "model": options.model, "weights": model.fingerprint(), "dtype": options.dtype,
+        **to_dict(model.sampling_with(**settings)),
+    }  # fmt: skip
+    numbers = resolve_labels(labels, model.classes, model.model.config.classes)
+    for label, number, seed, picture in zip(labels, numbers, seeds, pictures, strict=True):
         name = model.classes[label] if isinstance(label, int) and model.classes else str(label).lower()
-        save_png(picture, options.out / f"{slug(name)}-{seed:05d}.png", label=label, seed=seed, **facts)
+        drawn = {"label": None if number < 0 else number, "seed": seed}  # as `mar generate` has it
+        save_png(picture, options.out / f"{slug(name)}-{seed:05d}.png", **drawn, **facts)
     sheet = grid(pictures, columns=options.count if options.count > 1 else min(len(pictures), 10))
-    save_png(sheet, options.out / "grid.png", labels=labels, seeds=seeds, **facts)
+    save_png(sheet, options.out / "grid.png", labels=[None if n < 0 else n for n in numbers], seeds=seeds, **facts)
     print(f"{len(pictures)} pictures and grid.png in {options.out}")
     print(f"{seconds:.1f} s, {seconds / len(pictures):.2f} s a picture, on {model.device}")
     return 0

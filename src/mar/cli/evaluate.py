@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from mar.cli.features import FeatureFlags, Split, check_count, interruptible
+from mar.cli.features import FeatureFlags, Split, check_count, check_out
 from mar.cli.judge import Judge
-from mar.cli.options import SamplingFlags, one_voice, parse
+from mar.cli.options import SamplingFlags, interruptible, one_voice, parse, save_png
 from mar.config import ConfigError
 
 if TYPE_CHECKING:
@@ -33,7 +33,8 @@ class EvaluateOptions(FeatureFlags, SamplingFlags):
     reference_split: Split = "test"
     """Which part of a reference that has several."""
     count: int | None = None
-    """Pictures in all, the classes taking turns. By default 50 of each class, or all that are there."""
+    """Pictures in all: of a model in turns of its classes, of a set spread over it. By default 50 of each class, or the
+    whole set."""
     seed: int = 0
     """Pictures of another seed are others."""
     kid: bool = False
@@ -74,13 +75,25 @@ def _evaluate(arguments: Sequence[str], check: Callable[[], None]) -> int:
         options = parse(EvaluateOptions, "evaluate", arguments)
         runtime.choose_device(options.device)
         check_count(options.count)
-        if options.out is not None and options.out.is_dir() and not options.sweep:
-            raise ConfigError(f"out is the folder {options.out}, expected a file for the report (.json)")
+        if options.classifier_weights is not None and options.classifier is None:
+            raise ConfigError("classifier-weights are of a classifier; name it with --classifier")
+        _check_out(options)
         _check_grid(options)
     with runtime.process_group(options.device) as device:
         with one_voice():
             judge = Judge(options, device, check)
         return _sweep(judge) if options.sweep else _once(judge)
+
+
+def _check_out(options: EvaluateOptions) -> None:
+    out = options.out
+    if out is None:
+        return
+    if not options.sweep and (out.suffix != ".json" or out.is_dir()):
+        kind = "the folder " if out.is_dir() else ""
+        raise ConfigError(f"out is {kind}{out}, expected a file .json for the report")
+    names = ("what", "reference", "held_out", "weights", "classifier_weights")
+    check_out(out, **{name: getattr(options, name) for name in names})
 
 
 def _check_grid(options: EvaluateOptions) -> None:
@@ -103,15 +116,17 @@ def _once(judge: Judge) -> int:
     from mar.checkpoint.files import write_text
 
     judge.measure_reference()
-    report, out = judge.report(), judge.options.out
+    report, out, grid = judge.report(), judge.options.out, judge.options.neighbours_grid
     with one_voice():
         if runtime.rank() == 0:
             for name, value in report.lines():
                 print(f"{name:<32} {value}")
             _warn(report)
+            sheet = judge.grid(report)  # pictures are drawn again: nothing is written before all is there
+            if sheet is not None and grid is not None:
+                save_png(sheet, grid, pairs=report.to_dict()["pairs"])
             if out is not None:
                 write_text(out, json.dumps(report.to_dict(), indent=1) + "\n")
-            judge.draw_grid(report)
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from mar.cli.options import one_voice, parse, stoppable
+from mar.cli.options import interruptible, one_voice, parse
 from mar.config import ConfigError
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class StatsOptions(FeatureFlags):
     split: Split = "train"
     """Which part of a data set that has several."""
     count: int | None = None
-    """Only the first so many."""
+    """Only so many, spread evenly over them."""
     keep_features: bool = False
     """Keep the features themselves too, as KID, precision, recall and neighbours need."""
     device: str = "auto"
@@ -82,6 +82,7 @@ def _stats(arguments: Sequence[str], check: Callable[[], None]) -> int:
         runtime.choose_device(options.device)
         if options.out.suffix != ".npz":
             raise ConfigError(f"out is {options.out}, expected a file .npz")
+        check_out(options.out, pictures=options.pictures, weights=options.weights)
         check_count(options.count)
     from mar.evaluation.evaluate import Wanted, collect
     from mar.evaluation.inputs import is_statistics, open_pictures
@@ -90,6 +91,10 @@ def _stats(arguments: Sequence[str], check: Callable[[], None]) -> int:
     with runtime.process_group(options.device) as device:
         with one_voice():
             if is_statistics(options.pictures):
+                for name in ("image_size", "count", "keep_features"):
+                    if getattr(options, name):
+                        name = name.replace("_", "-")
+                        raise ConfigError(f"{name} needs pictures, but {options.pictures} has only their statistics")
                 return _write(Statistics.load(Path(options.pictures)), options.out)
             extractor, wanted = options.extractor(device), Wanted(kernel=options.keep_features)
             pictures = open_pictures(options.pictures, split=options.split, size=options.size(), limit=options.count)
@@ -118,17 +123,11 @@ def check_count(count: int | None) -> None:
         raise ConfigError(f"count is {count}, but it must be at least 2")
 
 
-def interruptible(note: str, run: Callable[[Callable[[], None]], int]) -> int:
-    """Runs a verb, which Ctrl-C and SIGTERM end in one line that closes with `note`; exit code 130 then."""
-    with stoppable() as check:
-        try:
-            return run(check)
-        except KeyboardInterrupt:
-            from mar import runtime
-
-            if runtime.rank() == 0:
-                print(f"mar: stopped; {note}", file=sys.stderr)
-            return 130
+def check_out(out: Path, **others: str | Path | None) -> None:
+    """ConfigError where what is to be written is also something else that was named: it would be overwritten."""
+    for name, other in others.items():
+        if other is not None and out.resolve() == Path(other).resolve():
+            raise ConfigError(f"out is {out}, and so is {name.replace('_', '-')}; take another --out")
 
 
 @contextlib.contextmanager

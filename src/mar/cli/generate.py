@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from mar.cli.options import SamplingFlags, one_voice, parse, stoppable
+from mar.cli.options import SamplingFlags, interruptible, one_voice, parse
 from mar.config import ConfigError
 
 if TYPE_CHECKING:
@@ -54,15 +53,7 @@ class GenerateOptions(SamplingFlags):
 
 def generate(arguments: Sequence[str]) -> int:
     """`mar generate`."""
-    with stoppable() as check:
-        try:
-            return _generate(arguments, check)
-        except KeyboardInterrupt:
-            from mar import runtime
-
-            if runtime.rank() == 0:
-                print("mar: stopped; the same command goes on", file=sys.stderr)
-            return 130
+    return interruptible("the same command goes on", lambda check: _generate(arguments, check))
 
 
 def _generate(arguments: Sequence[str], check: Callable[[], None]) -> int:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mar.cli.features import Split, progress, say_memory
-from mar.cli.options import one_voice, save_png
+from mar.cli.options import one_voice
 from mar.config import ConfigError, to_dict
 
 if TYPE_CHECKING:
     import torch
+    from PIL import Image
 
     from mar.cli.evaluate import EvaluateOptions
     from mar.evaluation.evaluate import Collected, Report
@@ -49,12 +50,14 @@ class Judge:
             open_extractor(options.classifier, options.classifier_weights).to(device) if options.classifier else None
         )
         if self.model is None:
+            self._require_nothing_drawn()
             self.given = open_either(options.what, self.extractor, self.wanted, size=size, limit=options.count)
             self._require_pictures()
 
         def opened(spec: str, split: Split) -> Statistics | PictureSet:
             return open_either(spec, self.extractor, self.wanted, split=split, size=size)
 
+        self._require_shared_classes()
         self.opened = opened(options.reference, options.reference_split)
         self.opened_held_out = None if options.held_out is None else opened(options.held_out, options.held_out_split)
 
@@ -74,6 +77,14 @@ class Judge:
             self.plan = Plan.total(options.count, classes, options.seed)
         return model
 
+    def _require_nothing_drawn(self) -> None:
+        options = self.options
+        given = [*options.settings(), *(n for n in ("seed", "tf32", "allow_broken") if getattr(options, n))]
+        given += ["dtype"] if options.dtype != "fp32" else []
+        if given:
+            name = given[0].replace("_", "-")
+            raise ConfigError(f"{name} is of drawing, but {options.what} is no model; leave --{name} out")
+
     def _require_pictures(self) -> None:
         from mar.evaluation.statistics import Statistics
 
@@ -82,6 +93,15 @@ class Judge:
         for name in ("classifier", "count"):
             if getattr(self.options, name) is not None:
                 raise ConfigError(f"{name} needs pictures, but {self.options.what} has only their statistics")
+
+    def _require_shared_classes(self) -> None:
+        """ValueError for a classifier that knows none of the classes, before the reference is looked at."""
+        from mar.evaluation.agreement import Agreement
+        from mar.evaluation.statistics import Statistics
+
+        pictures = self._drawn({}) if self.given is None else self.given
+        if self.classifier is not None and not isinstance(pictures, Statistics):
+            Agreement(pictures, self.extractor, self.classifier)
 
     def measure_reference(self) -> None:
         """Looks at the reference's pictures, unless it is statistics; and at those that are held out."""
@@ -101,18 +121,17 @@ class Judge:
         with one_voice():
             return compare(collected, self.reference, self.extractor, self.wanted, self.held_out)
 
-    def draw_grid(self, report: Report) -> None:
-        """Writes the nearest pairs as a picture, where that was asked for."""
+    def grid(self, report: Report) -> Image.Image | None:
+        """The nearest pairs as a picture, where that was asked for."""
         from mar.evaluation.neighbours import sheet
         from mar.evaluation.statistics import Statistics
 
-        path = self.options.neighbours_grid
-        if path is None:
-            return
+        if self.options.neighbours_grid is None:
+            return None
         pictures = self._drawn({}) if self.given is None else self.given
         assert not isinstance(pictures, Statistics)  # `_check_grid`
         assert not isinstance(self.opened, Statistics)
-        save_png(sheet(report.pairs, pictures, self.opened), path, pairs=report.to_dict()["pairs"])
+        return sheet(report.pairs, pictures, self.opened)
 
     def _collect(self, opened: Statistics | PictureSet, classifier: Extractor | None) -> Collected:
         from mar.evaluation.evaluate import Collected, collect
@@ -143,15 +162,17 @@ class Judge:
     def settings(self, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What the numbers of a sweep over `points` depend on, beside the point."""
         from mar.evaluation.statistics import Statistics
+        from mar.evaluation.streams import digest
 
-        def named(opened: Statistics | PictureSet, spec: str) -> tuple[str, int | None]:
+        def named(opened: Statistics | PictureSet, spec: str) -> tuple[str, int | None, str]:
             if isinstance(opened, Statistics):
-                return opened.about.source if opened.about else spec, opened.count
-            return opened.name, len(opened)
+                return opened.about.source if opened.about else spec, opened.count, opened.digest()
+            return opened.name, len(opened), digest(opened)
 
         options, model, held_out = self.options, self.model, self.opened_held_out
         assert model is not None
-        source, count = named(self.opened, options.reference)
+        source, count, held = named(self.opened, options.reference)
+        *others, held_others = (None, None) if held_out is None else named(held_out, str(options.held_out))
         sampling = to_dict(model.sampling_with(**options.settings()))
         return {
             "weights": model.fingerprint(), "pictures": len(self.plan), "seed": options.seed, "dtype": options.dtype,
@@ -159,7 +180,8 @@ class Judge:
             "reference_pictures": count, "kid": options.kid, "precision": options.precision, "splits": options.splits,
             # None is as good as missing: sweeps of before there were neighbours go on
             "neighbours": self.wanted.neighbours or None,
-            "held_out": None if held_out is None else list(named(held_out, str(options.held_out))),
+            "held_out": None if held_out is None else others,
+            "reference_digest": held, "held_out_digest": held_others,
             "classifier": self.classifier and self.classifier.fingerprint, "swept": ", ".join(sorted(points[0])),
             **{name: value for name, value in sampling.items() if name not in points[0]},
         }  # fmt: skip

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -172,6 +174,20 @@ def stoppable() -> Iterator[Callable[[], None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def interruptible(note: str, run: Callable[[Callable[[], None]], int]) -> int:
+    """Runs a verb, which Ctrl-C and SIGTERM end in one line that closes with `note`; exit code 130 then.
+
+    They may come while torch is half imported, which must not be asked for again then: it would crash.
+    """
+    with stoppable() as check:
+        try:
+            return run(check)
+        except KeyboardInterrupt:
+            if os.environ.get("RANK", "0") == "0":  # `runtime.rank`
+                print(f"mar: stopped; {note}", file=sys.stderr)
+            return 130
 
 
 @contextlib.contextmanager

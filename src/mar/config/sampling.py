@@ -60,7 +60,10 @@ class SamplingConfig:
         require(
             math.isfinite(self.temperature) and self.temperature >= 0, f"temperature is {self.temperature}, not >= 0"
         )
-        require(self.x0_bound is None or self.x0_bound > 0, f"x0_bound is {self.x0_bound}, but it must be positive")
+        require(
+            self.x0_bound is None or (math.isfinite(self.x0_bound) and self.x0_bound > 0),
+            f"x0_bound is {self.x0_bound}, but it must be positive and finite",
+        )
         one_of(self, "solver", Solver)
         one_of(self, "spacing", Spacing)
         one_of(self, "reveal_schedule", RevealSchedule)

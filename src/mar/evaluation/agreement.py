@@ -9,6 +9,7 @@ from torch import Tensor
 from mar.evaluation.features import Extractor, Features
 from mar.evaluation.statistics import sum_over_ranks
 from mar.evaluation.streams import Pictures, PictureSet
+from mar.sampling.sinks.folder import class_folders
 
 
 class Agreement:
@@ -20,7 +21,7 @@ class Agreement:
 
     def __init__(self, pictures: PictureSet, extractor: Extractor, classifier: Extractor | None) -> None:
         judge = classifier or extractor
-        self._classifier = classifier
+        self._classifier, self._classes = classifier, pictures.classes
         self._table = class_numbers(pictures.classes, judge.classes)
         if classifier is not None and self._table is None:
             raise ValueError(
@@ -41,6 +42,13 @@ class Agreement:
         self._asked.index_add_(0, part.labels[known], torch.ones_like(part.labels[known]))
         self._right.index_add_(0, part.labels[known], hits.long())
 
+    def left_out(self) -> tuple[str, ...]:
+        """The names of the classes that the judge does not know; () without a judge."""
+        if self._table is None:
+            return ()
+        known = set(self._table.tolist())
+        return tuple(name for i, name in enumerate(self._classes) if i not in known)
+
     def counts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """For each class how many pictures were right, and how many judged, over all processes; () without a judge."""
         if self._table is None:
@@ -49,10 +57,24 @@ class Agreement:
 
 
 def class_numbers(theirs: tuple[str, ...], judges: tuple[str, ...]) -> Int[Tensor, " k"] | None:
-    """For each class of the judge its number among `theirs`, -1 where there is none; None where no name is shared."""
-    numbers = {name.casefold(): i for i, name in enumerate(theirs)}
-    table = torch.tensor([numbers.get(name.casefold(), -1) for name in judges], dtype=torch.int64)
+    """For each class of the judge its number among `theirs`, -1 where there is none; None where no name is shared.
+
+    Classes are the same where their names are, in any case, or those of the folders that `mar generate` makes for them:
+    pictures that it wrote know only these.
+    """
+    names = {name.casefold(): i for i, name in enumerate(theirs)}
+    numbers = names | {folder: i for i, folder in enumerate(_folders(theirs))}
+    found = [
+        numbers.get(folder, numbers.get(name.casefold(), -1))
+        for folder, name in zip(_folders(judges), judges, strict=True)
+    ]
+    table = torch.tensor(found, dtype=torch.int64)
     return table if bool((table >= 0).any()) else None
+
+
+def _folders(names: tuple[str, ...]) -> list[str]:
+    folders = class_folders(names)
+    return [folders[i].casefold() for i in range(len(names))]
 
 
 def _few(names: tuple[str, ...]) -> str:

@@ -69,6 +69,8 @@ class Collected:
     """For each class how many of its pictures the judge takes for it; empty where there is no judge."""
     judged: tuple[int, ...] = ()
     """For each class how many of its pictures were judged: 0 where the judge does not know it."""
+    left_out: tuple[str, ...] = ()
+    """The classes that the judge does not know."""
     seconds: float = 0.0
 
 
@@ -158,6 +160,7 @@ def collect(
         classes=pictures.classes,
         right=right,
         judged=judged,
+        left_out=agreement.left_out(),
         seconds=time.perf_counter() - begun,
     )
 
@@ -246,7 +249,11 @@ def compare(
         inception_score=score,
         inception_score_std=spread,
         seconds=collected.seconds,
-        warnings=doubts(own, reference, extractor.metric) + (held_out.doubts() if held_out else ()),
+        warnings=(
+            *doubts(own, reference, extractor.metric),
+            *(held_out.doubts() if held_out else ()),
+            *_unjudged(collected),
+        ),
         **_from_features(own.features, reference.features, wanted, held_out),
         **_from_classes(collected),
     )
@@ -286,6 +293,18 @@ def _from_classes(collected: Collected) -> dict[str, Any]:
     lowest, worst = min(shares)
     mean = sum(collected.right) / sum(collected.judged)
     return {"agreement": mean, "worst_class": worst, "worst_agreement": lowest}
+
+
+def _unjudged(collected: Collected) -> tuple[str, ...]:
+    """One line where class agreement says nothing of some classes."""
+    names = collected.left_out
+    if not names or not sum(collected.judged):
+        return ()
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return (
+        f"class agreement leaves out {len(names):,} of {len(collected.classes):,} classes, which the classifier does "
+        f"not know: {shown}",
+    )
 
 
 def doubts(own: Statistics, reference: Statistics, metric: str) -> tuple[str, ...]:

@@ -13,6 +13,10 @@ from mar.evaluation.features import Extractor
 from mar.evaluation.statistics import About, Statistics, check_comparable
 from mar.evaluation.streams import NpzPictures, PictureSet, SourcePictures
 from mar.pipeline import WEIGHTS_FILE
+from mar.zoo import BUNDLED
+
+RUN_FILE = "run.json"
+"""What tells the folder of a run (`mar.training.run`, which this room does not know)."""
 
 
 def is_statistics(spec: str) -> bool:
@@ -28,7 +32,12 @@ def is_statistics(spec: str) -> bool:
 
 
 def is_pictures(spec: str) -> bool:
-    """Whether `spec` is an `.npz`, a Parquet or .tar file, or a folder without a model in it."""
+    """Whether `spec` is an `.npz`, a Parquet or .tar file, or a folder without a model in it.
+
+    The name of a bundled model is not, whatever folder there is: to `zoo.load` it means the model.
+    """
+    if spec in BUNDLED:
+        return False
     path = Path(spec)
     return path.suffix in (".npz", *SHARDS) or (path.is_dir() and not (path / WEIGHTS_FILE).exists())
 
@@ -38,9 +47,16 @@ def open_pictures(
 ) -> PictureSet:
     """The pictures of an `.npz`, or of a data source as `open_source` knows them. ValueError where there are none.
 
+    The folder of a run is refused: what pictures it has were drawn, or looked at, on the way.
+
     `size` (height, width) is what those of a source are brought to; an `.npz` has to have it already.
     """
     path = Path(spec)
+    if (path / RUN_FILE).is_file():
+        raise ValueError(
+            f"{path} is the folder of a run, whose pictures are samples of its training; expected a folder of "
+            f"pictures, or the model of a run that has saved its {WEIGHTS_FILE}"
+        )
     if path.suffix != ".npz":
         return SourcePictures(open_source(spec, split), f"{spec} ({split})", size=size, limit=limit)
     if not path.is_file():

@@ -14,6 +14,8 @@ from mar.evaluation.statistics import Moments, Statistics, grouped, sum_over_ran
 CHUNK = 2**23
 """How many distances or kernel values there are at a time: 64 MiB of float64."""
 
+_PARTS = 0x15C0
+
 
 def frechet_distance(a: Statistics | Moments, b: Statistics | Moments) -> float:
     """The squared Fréchet distance of two Gaussians, |μa - μb|² + Tr(Σa) + Tr(Σb) - 2 Tr((Σa Σb)^½).
@@ -41,16 +43,20 @@ def _root(covariance: Tensor) -> Tensor:
 
 
 class ScoreSums:
-    """Sums for the Inception Score of `total` pictures in `splits` parts: picture i goes to part i*splits//total.
+    """Sums for the Inception Score of `total` pictures in `splits` parts of one size, or one picture apart.
 
-    Memory does not grow with the pictures: for each part a count, the sum of p(y|x), and the sum of p(y|x) log p(y|x).
-    `device` is where the sums are made (it needs float64: CPU or CUDA).
+    Which part picture i goes to is drawn, always the same for the same `total`: a set may come class by class, and a
+    part of a few classes would have a low score. There are kept each picture's part and, for each part, a count, the
+    sum of p(y|x), and the sum of p(y|x) log p(y|x). `device` is where the sums are made (it needs float64: CPU or
+    CUDA).
     """
 
     def __init__(self, splits: int, classes: int, total: int, device: torch.device | str = "cpu") -> None:
         if not 1 <= splits <= total:
             raise ValueError(f"Inception Score: got {splits} splits, expected 1 to the number of pictures, {total}")
         self.splits, self.classes, self.total = splits, classes, total
+        places = torch.randperm(total, generator=runtime.generator(_PARTS))
+        self._parts = places * splits // total
         self._counts = torch.zeros(splits, dtype=torch.float64, device=device)
         self._certainty = torch.zeros_like(self._counts)
         self._sums = self._counts.new_zeros(splits, classes)
@@ -73,7 +79,7 @@ class ScoreSums:
         if numbers.min() < 0 or numbers.max() >= self.total:
             worst = int(numbers.min() if numbers.min() < 0 else numbers.max())
             raise ValueError(f"Inception Score: got picture number {worst}, expected 0 to {self.total - 1}")
-        part = (numbers * self.splits // self.total).to(self._sums.device)
+        part = self._parts[numbers].to(self._sums.device)
         p = logits.detach().to(self._sums.device, torch.float64).softmax(1)
         self._counts.index_add_(0, part, torch.ones_like(p[:, 0]))
         self._certainty.index_add_(0, part, -torch.special.entr(p).sum(1))
@@ -108,7 +114,7 @@ class ScoreSums:
 
 
 def inception_score(logits: Float[Tensor, "n k"], splits: int = 1) -> tuple[float, float]:
-    """Mean and standard deviation over splits of consecutive pictures; see `ScoreSums`."""
+    """Mean and standard deviation over splits of pictures; see `ScoreSums`."""
     sums = ScoreSums(splits, logits.shape[1], len(logits))
     sums.update(logits)
     return sums.score()

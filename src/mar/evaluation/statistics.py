@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
 import zlib
@@ -205,6 +206,13 @@ class Statistics:
 
     def __post_init__(self) -> None:
         _check(self.mean, self.covariance, self.count, self.features)
+
+    def digest(self) -> str:
+        """sha256, in hex, of mean and covariance: of what distances are measured to."""
+        held = hashlib.sha256()
+        for values in (self.mean, self.covariance):
+            held.update(values.cpu().contiguous().numpy().tobytes())
+        return held.hexdigest()
 
     def save(self, path: Path) -> None:
         """Writes an npz file, at once or not at all: mu, sigma, and count, about (JSON), features where known.

@@ -6,6 +6,7 @@ Letters of shapes: n pictures of a batch, c colours (1 or 3), h x w pixels.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from mar.data.examples import Source
+from mar.data.heldout import choose, spread
 from mar.data.transforms import adm_center_crop, to_colours
 from mar.pipeline import Pipeline
 from mar.sampling.plan import STRIDE, Plan
@@ -59,19 +61,20 @@ def share(count: int, rank: int, world: int) -> tuple[int, int]:
 class SourcePictures:
     """A data source's pictures, each as it is, or brought to `size` (height, width) by ADM's centre crop.
 
-    Raises ValueError where pictures differ in size and none was asked for.
+    `limit` takes at most so many, spread evenly over the source (`spread`), which may be sorted by class. Raises
+    ValueError where pictures differ in size and none was asked for.
     """
 
     def __init__(
         self, source: Source, name: str, *, size: tuple[int, int] | None = None, limit: int | None = None
     ) -> None:
-        self.source, self.name, self.size = source, name, size
+        self.source = source if limit is None else spread(source, limit)
+        self.name, self.size = name, size
         self.classes = tuple(source.classes)
-        self.count = len(source) if limit is None else min(limit, len(source))
         self.first: tuple[int, int] | None = None
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.source)
 
     def batches(self, batch: int, first: int, end: int) -> Iterator[Pictures]:
         for start in range(first, end, batch):
@@ -101,7 +104,8 @@ class SourcePictures:
 class NpzPictures:
     """The pictures of an `.npz` as ADM's evaluation suite reads them: `arr_0`, uint8 (count, h, w, 1 or 3).
 
-    Class numbers are taken from `arr_1` where it is there. Read piece by piece, compressed or not.
+    Class numbers are taken from `arr_1` where it is there. `limit` takes at most so many, spread evenly
+    (`choose`). Read piece by piece, compressed or not.
     """
 
     classes: tuple[str, ...] = ()
@@ -112,33 +116,40 @@ class NpzPictures:
         if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3) or 0 in shape:
             raise ValueError(f"{path}: arr_0 is {dtype} {shape}, expected uint8 (count, height, width, 1 or 3)")
         self.shape = shape
-        self.count = shape[0] if limit is None else min(limit, shape[0])
-        self.labels = self._labels()
+        self.numbers = choose(shape[0], shape[0] if limit is None else limit)
+        self.labels = self._labels()[self.numbers]
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.numbers)
 
     def batches(self, batch: int, first: int, end: int) -> Iterator[Pictures]:
         _, height, width, channels = self.shape
         size = height * width * channels
         with self._reading("its pictures"), zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
             _header(file)
-            file.seek(first * size, 1)
+            at = 0
             for start in range(first, end, batch):
-                count = min(batch, end - start)
-                data = file.read(count * size)
-                if len(data) < count * size:
+                numbers = self.numbers[start : min(start + batch, end)]
+                data = bytearray()
+                for number in numbers.tolist():
+                    if number != at:
+                        file.seek((number - at) * size, 1)
+                    data += file.read(size)
+                    at = number + 1
+                if len(data) < len(numbers) * size:
                     raise EOFError("it ends before its last picture")
-                pixels = np.frombuffer(data, np.uint8).reshape(count, height, width, channels)
+                pixels = np.frombuffer(data, np.uint8).reshape(len(numbers), height, width, channels)
                 images = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
-                yield Pictures(images, torch.arange(start, start + count), self.labels[start : start + count])
+                indices = torch.arange(start, start + len(numbers))
+                yield Pictures(images, indices, self.labels[start : start + len(numbers)])
 
     def _kind(self) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Shape and dtype of `arr_0`."""
+        """Shape and dtype of `arr_0`, whose checksum is kept."""
         with self._reading("pictures"), zipfile.ZipFile(self.path) as archive:
             if "arr_0.npy" not in archive.namelist():
                 names = ", ".join(archive.namelist()) or "nothing"
                 raise ValueError(f"it has {names}, but no arr_0, uint8 (count, height, width, 1 or 3)")
+            self.checksum = archive.getinfo("arr_0.npy").CRC
             with archive.open("arr_0.npy") as file:
                 return _header(file)
 
@@ -172,6 +183,19 @@ def _header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
     if fortran:
         raise ValueError("its pictures lie in Fortran's order; save them in C's")
     return shape, dtype
+
+
+def digest(pictures: PictureSet, count: int = 32) -> str:
+    """sha256, in hex, that tells sets of one name and size apart in a moment: of `count` pictures spread over the set,
+    or of the checksum that an `.npz` has of all of its pictures."""
+    if isinstance(pictures, NpzPictures):
+        return hashlib.sha256(f"{len(pictures)} {pictures.shape} {pictures.checksum}".encode()).hexdigest()
+    held = hashlib.sha256()
+    for number in choose(len(pictures), count).tolist():
+        for part in pictures.batches(1, number, number + 1):
+            held.update(f"{number} {tuple(part.images.shape)}".encode())
+            held.update(part.images.contiguous().numpy().tobytes())
+    return held.hexdigest()
 
 
 class DrawnPictures:

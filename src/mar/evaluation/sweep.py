@@ -17,6 +17,8 @@ from mar.config import ConfigError, SamplingConfig
 from mar.evaluation.evaluate import Report
 
 ALIASES = {"cfg": "guidance", "K": "steps"}
+SINCE = ("reference_digest", "held_out_digest")
+"""Settings that older tables do not have; their sweeps are gone on with as if they had the same."""
 MOST = 10_000
 """Points of a sweep; more are a slip of the keyboard."""
 
@@ -37,19 +39,23 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
         known = ", ".join(sorted({*kinds, *ALIASES}))
         raise ConfigError(f"sweep: got {text!r}, expected NAME=FIRST:LAST:STEP or NAME=A,B,C with a name of {known}")
     try:
-        found = _range(values) if ":" in values else [_value(v, kinds[name]) for v in values.split(",")]
+        found = _range(values, kinds[name]) if ":" in values else [_value(v, kinds[name]) for v in values.split(",")]
         return name, list(dict.fromkeys(found))
     except (ValueError, OverflowError):  # 1:inf:1
         raise ConfigError(f"sweep: {values!r} of {text!r} is neither FIRST:LAST:STEP nor values for {name}") from None
 
 
-def _range(text: str) -> list[int | float]:
+def _range(text: str, kind: str) -> list[int | float]:
     first, last, step = (float(part) for part in text.split(":"))
     count = math.floor((last - first) / step + 1e-9) + 1 if step else 0
     if not 1 <= count <= MOST:
         raise ValueError
     values = [round(first + i * step, 10) for i in range(count)]
-    return [int(value) for value in values] if all(value == int(value) for value in values) else list(values)
+    if all(value == int(value) for value in values):
+        return [int(value) for value in values]
+    if not kind.startswith("float"):
+        raise ValueError
+    return list(values)
 
 
 def _value(text: str, kind: str) -> Any:
@@ -119,7 +125,7 @@ class Table:
         raise ConfigError(f"{path} is not the table of a sweep ({why}); choose another folder")
 
     def _require_same(self, theirs: Mapping[str, Any]) -> None:
-        names = list(dict.fromkeys([*theirs, *self.settings]))
+        names = [name for name in dict.fromkeys([*theirs, *self.settings]) if name in theirs or name not in SINCE]
         different = [name for name in names if theirs.get(name) != self.settings.get(name)]
         if different:
             changes = "; ".join(f"{name} {theirs.get(name)} -> {self.settings.get(name)}" for name in different)

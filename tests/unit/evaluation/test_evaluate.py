@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from mar import runtime
+from mar.assets import FASHION_CLASSES, imagenet_classes
 from mar.evaluation import metrics
 from mar.evaluation.agreement import class_numbers
 from mar.evaluation.evaluate import Report, Wanted, collect, compare
 from mar.evaluation.features import Extractor
 from mar.evaluation.statistics import Statistics
 from mar.evaluation.streams import Pictures
+from mar.sampling.sinks.folder import class_folders
 
 ALL = Wanted(kernel=True, precision=True, splits=3)
 
@@ -188,6 +190,18 @@ def test_class_names_are_matched_whatever_their_order() -> None:
     assert class_numbers(("ant",), ()) is None
 
 
+def test_folders_of_generated_pictures_are_matched_with_the_names_of_their_classes() -> None:
+    for names in (FASHION_CLASSES, imagenet_classes(), ("a/b", "a b", "none")):
+        folders = tuple(class_folders(names)[i] for i in range(len(names)))
+        for theirs, judges_ in ((folders, names), (names, folders), (names, names)):
+            numbers = class_numbers(theirs, judges_)
+            assert numbers is not None
+            assert numbers.tolist() == list(range(len(names)))  # ImageNet has two classes called crane
+    some = class_numbers(("Ankle-boot", "t-shirt-TOP"), FASHION_CLASSES)
+    assert some is not None
+    assert some.tolist() == [1, *[-1] * 8, 0]
+
+
 @pytest.mark.parametrize("batch", [1, 3, 64])
 @pytest.mark.parametrize("as_classifier", [False, True])
 def test_agreement_maps_classes_by_name(batch: int, as_classifier: bool) -> None:
@@ -210,6 +224,7 @@ def test_classes_that_the_judge_does_not_know_and_pictures_without_one() -> None
     assert found.judged == (2, 0, 0, 0)
     report = compare(found, found.statistics, judges.brightness(), Wanted())
     assert (report.agreement, report.worst_class) == (0.5, "dark")  # not one without pictures
+    assert "leaves out 1 of 4 classes, which the classifier does not know: purple" in report.warnings[-1]
 
 
 def test_no_labels_no_agreement() -> None:

@@ -11,10 +11,12 @@ import pytest
 import tiny
 import torch
 
+from mar.evaluation import inputs
 from mar.evaluation.evaluate import Wanted, collect
 from mar.evaluation.inputs import is_pictures, is_statistics, open_either, open_pictures, open_reference
 from mar.evaluation.statistics import Statistics
 from mar.evaluation.streams import PictureSet
+from mar.training import run
 
 
 def npz(path: Path, **arrays: Any) -> str:
@@ -63,6 +65,23 @@ def test_models_and_pictures_are_told_apart(pictures: str, tmp_path: Path) -> No
     (tmp_path / "run").mkdir()
     tiny.pipeline().save(tmp_path / "run" / "model.safetensors")
     assert not is_pictures(str(tmp_path / "run"))
+
+
+def test_a_bundled_model_is_meant_whatever_folder_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("fashion", "mar-base"):
+        tiny.pictures(Path(name), 4)
+    assert not is_pictures("fashion")
+    assert is_pictures("./fashion")
+    assert is_pictures("mar-base")  # as to `zoo.load`, for which what is there comes before an official model
+
+
+def test_samples_of_a_run_are_not_judged(tmp_path: Path) -> None:
+    assert inputs.RUN_FILE == run.RUN_FILE
+    tiny.pictures(tmp_path / "young" / "samples", 4)
+    (tmp_path / "young" / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"young is the folder of a run, .* saved its model\.safetensors"):
+        open_pictures(str(tmp_path / "young"))
 
 
 def test_an_npz_has_its_size(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mar.data.sources import open_source
-from mar.evaluation.streams import DrawnPictures, NpzPictures, Pictures, PictureSet, SourcePictures, share
+from mar.evaluation.streams import DrawnPictures, NpzPictures, Pictures, PictureSet, SourcePictures, digest, share
 from mar.sampling.plan import Plan
 
 
@@ -68,6 +68,41 @@ def test_an_npz_without_labels_and_with_a_limit(tmp_path: Path) -> None:
     assert len(found) == 6
     assert walk(found, 4).labels.tolist() == [-1] * 6
     assert len(NpzPictures(tmp_path / "a.npz", limit=50)) == 11
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_limit_takes_pictures_of_all_classes(compressed: bool, tmp_path: Path) -> None:
+    """Of a set that comes class by class, as many of each; the same pictures in any batches and shares."""
+    classes = np.arange(12) // 4
+    values = np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(4, 1)
+    by_class = tmp_path / "p"
+    for number, label in enumerate(classes):
+        (by_class / f"c{label}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values[number, :, :, 0].repeat(4, 1)).save(by_class / f"c{label}" / f"{number}.png")
+    found: list[PictureSet] = [
+        NpzPictures(write(tmp_path / "a.npz", compressed, arr_0=values, arr_1=classes), limit=6),
+        SourcePictures(open_source(by_class), "p", limit=6),
+    ]
+    for pictures in found:
+        whole = walk(pictures, 6)
+        numbers = whole.images[:, 0, 0, 0].tolist()
+        assert whole.labels.tolist() == [0, 0, 1, 1, 2, 2] == classes[numbers].tolist()
+        assert whole.indices.tolist() == list(range(6))
+        part = walk(pictures, 2, 1, 5)
+        assert part.images[:, 0, 0, 0].tolist() == numbers[1:5]
+        assert part.indices.tolist() == [1, 2, 3, 4]
+
+
+def test_sets_of_one_name_and_size_are_told_apart(tmp_path: Path) -> None:
+    def held(values: np.ndarray) -> str:
+        return digest(NpzPictures(write(tmp_path / "a.npz", arr_0=values)))
+
+    assert held(pixels()) == held(pixels()) != held(255 - pixels())
+    one, same_, other = (
+        digest(SourcePictures(open_source(folder(tmp_path / name, Image.new("L", (8, 6), value))), "p"))
+        for name, value in (("one", 1), ("same", 1), ("other", 2))
+    )
+    assert one == same_ != other
 
 
 class Payload:

@@ -60,6 +60,8 @@ def test_axes(text: str, name: str, values: list[Any]) -> None:
         ("guidance=", "NAME=FIRST:LAST:STEP"),
         ("batch=1,2", "guidance"),
         ("steps=1.5", "1.5"),
+        ("K=1:2:0.5", "1:2:0.5"),
+        ("diffusion_steps_end=1:2:0.5", "1:2:0.5"),
         ("steps=ten", "ten"),
         ("guidance=1:5", "1:5"),
         ("guidance=1:5:0", "1:5:0"),
@@ -150,6 +152,14 @@ def test_a_folder_of_another_sweep_is_refused_and_left_alone(
         Table(tmp_path, settings)
     assert words in str(refused.value)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_table_from_before_references_had_digests_goes_on(tmp_path: Path) -> None:
+    fill(tmp_path, ROWS[:1])
+    table = Table(tmp_path, {**SETTINGS, "reference_digest": "ab"})
+    table.add(ROWS[1][0], report(1.5))
+    with pytest.raises(ConfigError, match="reference_digest ab -> cd"):
+        Table(tmp_path, {**SETTINGS, "reference_digest": "cd"})
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,10 @@ def test_an_npz_of_others_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_other_settings_are_another_run(kind: str, tmp_path: Path) -> None:
-    assert prepare(SINKS[kind](job(tmp_path / FORMATS[kind])))
+    sink = SINKS[kind](job(tmp_path / FORMATS[kind]))
+    units = prepare(sink)
+    assert units
+    sink.write(units[0], pictures(units[0]))
     with pytest.raises(ConfigError, match=r"begun with guidance 1.0, not 2.0, steps None, not 4; give the same"):
         prepare(SINKS[kind](job(tmp_path / FORMATS[kind], guidance=2.0, steps=4)))
     sink = SINKS[kind](job(tmp_path / FORMATS[kind], mar="another version"))
@@ -157,6 +160,19 @@ def test_other_settings_are_another_run(kind: str, tmp_path: Path) -> None:
     sink.manifest.write_text('{"guidance": ')
     with pytest.raises(ConfigError, match="damaged"):
         prepare(sink)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_run_without_a_picture_may_be_begun_again_with_other_settings(kind: str, tmp_path: Path) -> None:
+    assert prepare(SINKS[kind](job(tmp_path / FORMATS[kind])))
+    sink = SINKS[kind](job(tmp_path / FORMATS[kind], guidance=2.0))
+    units = prepare(sink)
+    assert units
+    assert json.loads(sink.manifest.read_text())["guidance"] == 2.0
+    sink.manifest.write_text('{"mine": 1}')
+    with pytest.raises(ConfigError, match=r"begun with guidance None, not 2\.0"):
+        prepare(sink)
+    assert sink.manifest.read_text() == '{"mine": 1}'
 
 
 def test_leftovers_of_killed_runs_go_and_hidden_files_stay(tmp_path: Path) -> None:
@@ -202,6 +218,7 @@ def test_each_class_has_a_folder_of_its_own() -> None:
     assert class_folders(("a b/c", "None", "../..", "x", "X")) == {
         0: "a-b-c", 1: "None-1", 2: "2", 3: "x-3", 4: "X-4", -1: "none",
     }  # fmt: skip
+    assert class_folders(("a/b", "a b", "a-b-0")) == {0: "a-b-0-0", 1: "a-b-1", 2: "a-b-0-2", -1: "none"}
     folders = class_folders(imagenet_classes())
     assert len({name.casefold() for name in folders.values()}) == 1001
     assert folders[207] == "golden-retriever"

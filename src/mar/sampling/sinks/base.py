@@ -110,13 +110,16 @@ class Sink(ABC):
 def prepare(sink: Sink) -> list[Unit] | None:
     """Makes an output ready to be written or gone on with: the units still to be drawn; None where it is finished.
 
-    Raises ConfigError, and touches nothing, where the output was begun with other settings or holds other files.
+    Raises ConfigError, and touches nothing, where the output was begun with other settings or holds other files. A run
+    that left nothing but its manifest, as one for which memory did not suffice, has not begun.
     """
     out = sink.job.out
     if sink.folder.exists() and not sink.folder.is_dir():
         raise ConfigError(f"{sink.folder} is a file, but pictures go into a folder; take another --out")
     there, leftovers, foreign = _survey(sink)
-    if sink.manifest.is_file():
+    held = bool(there or foreign or sink.others())
+    begun = sink.manifest.is_file() and (held or not _is_manifest(sink))
+    if begun:
         _compare(sink)
     else:
         foreign = foreign or next(iter(sorted(there)), None)
@@ -128,7 +131,7 @@ def prepare(sink: Sink) -> list[Unit] | None:
     to_draw = None if sink.complete(there) else sink.missing(there)
     for path in leftovers:
         path.unlink(missing_ok=True)
-    if not sink.manifest.is_file():
+    if not begun:
         write_text(sink.manifest, json.dumps(sink.job.settings, indent=1) + "\n")
     return to_draw
 
@@ -158,14 +161,25 @@ def _survey(sink: Sink) -> tuple[set[str], list[Path], str | None]:
     return there - {MANIFEST}, leftovers, min(foreign, default=None)
 
 
+def _read(manifest: Path) -> dict[str, Any] | None:
+    """What is in a manifest; None where that can't be."""
+    try:
+        begun = json.loads(manifest.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return begun if isinstance(begun, dict) else None
+
+
+def _is_manifest(sink: Sink) -> bool:
+    """Whether the manifest is one, by the names of its settings, and not a file of someone's own."""
+    return (_read(sink.manifest) or {}).keys() == sink.job.settings.keys()
+
+
 def _compare(sink: Sink) -> None:
     """Raises ConfigError where a manifest is not that of this run."""
     path, ours = sink.manifest, json.loads(json.dumps(sink.job.settings))
-    try:
-        begun = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        begun = None
-    if not isinstance(begun, dict):
+    begun = _read(path)
+    if begun is None:
         raise ConfigError(f"{path} is damaged, so what is there can't be gone on with; take another --out")
     keys = [key for key in (*ours, *begun) if key not in FOR_PEOPLE and begun.get(key) != ours.get(key)]
     if keys:

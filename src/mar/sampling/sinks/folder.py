@@ -51,7 +51,9 @@ def slug(name: str) -> str:
 
 def class_folders(classes: Sequence[str]) -> dict[int, str]:
     """A folder's name for each class; one that two classes share gets the number too."""
-    slugs = [slug(name) or str(i) for i, name in enumerate(classes)]
-    count = Counter([*(name.casefold() for name in slugs), "none"])
-    folders = {i: name if count[name.casefold()] == 1 else f"{name}-{i}" for i, name in enumerate(slugs)}
-    return {**folders, -1: "none"}
+    names = [slug(name) or str(i) for i, name in enumerate(classes)]
+    while True:  # a name with its number may be another one's, which then gets its number as well
+        count = Counter([*(name.casefold() for name in names), "none"])
+        if max(count.values()) == 1:
+            return {**dict(enumerate(names)), -1: "none"}
+        names = [name if count[name.casefold()] == 1 else f"{name}-{i}" for i, name in enumerate(names)]
