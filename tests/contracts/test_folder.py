@@ -230,6 +230,18 @@ def test_latents_that_are_cached_are_enough(place: Path, capsys: pytest.CaptureF
     assert "leave out --image-size" in refused(capsys, "--data", "run/latents", "--image-size", "8")
 
 
+def test_pixels_that_are_cached_are_not_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert planned(colour(tmp_path / "data", 20, (16, 16))).train.config.shift == 1
+    assert main(["cache", "data", "--tokenizer", "pixels", "--image-size", "16", "--out", "cache"]) == 0
+    assert main(command("cache", "moved", "--shift", "1")) == 2
+    assert "can't be moved by 1 pixels; train with --shift 0" in capsys.readouterr().err
+    assert main(command("cache", "run", "--sample-every", "0")) == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
 def test_killed_before_the_model_it_goes_on(place: Path) -> None:
     """In the tokenizer's training, and while latents are cached: the same at the end."""
     (place / "run").rename(place / "undisturbed")
