@@ -9,6 +9,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 
+from mar.data.digest import source_digest
 from mar.data.examples import Example, Source
 from mar.data.folder import FolderSource
 from mar.data.latents import LatentSource
@@ -92,8 +93,8 @@ def open_parts(
 
     `others`: other pictures, their test part if they have one. Else, if `every` is not 0, one picture of so many, which
     is kept from learning in any case. Else the test part of the data, which for a latent cache is that of the pictures
-    that were cached, where they still are; None without. ValueError for a stream that is to be divided: it can't be
-    counted.
+    that were cached, where they still are, unless it is what was cached; None without. ValueError for a stream that is
+    to be divided: it can't be counted.
     """
     learned = open_data(spec, classes)
     kept: Source | LatentSource | None = None
@@ -106,6 +107,8 @@ def open_parts(
         kept = open_source(others) if test is None else test
     elif not every:
         kept = for_testing(learned.about.data if isinstance(learned, LatentSource) else spec)
+        if kept is not None and isinstance(learned, LatentSource) and source_digest(kept) == learned.about.source:
+            kept = None
     return learned, kept
 
 

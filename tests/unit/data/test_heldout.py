@@ -16,9 +16,9 @@ from mar.tokenizer import PixelTokenizer
 from mar.training.cache import describe, finish, prepare, write_shards
 
 
-def cached(folder: Path, data: Path) -> Path:
+def cached(folder: Path, data: Path, split: str = "train") -> Path:
     """The pictures' latents, four a shard."""
-    tokenizer, source = PixelTokenizer(1, 0.0, 1.0), open_source(data)
+    tokenizer, source = PixelTokenizer(1, 0.0, 1.0), open_source(data, split)
     about = describe(source, tokenizer, data=str(data), tokenizer_name="pixels", size=(8, 8), shard=4)
     shards = prepare(folder, about)
     assert shards
@@ -91,5 +91,8 @@ def test_what_a_run_is_validated_on(tmp_path: Path) -> None:
     assert sizes(cache) == (8, 4)  # of the pictures that were cached
     assert sizes(cache, every=4) == (6, 2)
     assert all(isinstance(part, LatentSource) for part in open_parts(str(cache), every=4))
+    of_test = cached(tmp_path / "cached test", parted, "test")
+    assert sizes(of_test) == (4, 0)  # not what it learns from
+    assert sizes(of_test, others=parted) == (4, 4)  # unless it is asked for
     parted.rename(tmp_path / "elsewhere")
     assert sizes(cache) == (8, 0)
