@@ -148,6 +148,8 @@ def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.Captur
     assert "neither a folder nor a .parquet or .tar file" in refused(capsys, "--data", file, "--out", out)
     assert "does not exist" in refused(capsys, "--data", tmp_path / "nowhere", "--out", out)
     assert "expected multiples of 4" in refused(capsys, "--data", data, "--out", out, "--image-size", "30")
+    for size in ("0", "-4"):
+        assert f"got {size}x{size}, expected" in refused(capsys, "--data", data, "--out", out, f"--image-size={size}")
     assert "--bogus" in refused(capsys, "--data", data, "--out", out, "--bogus", "1")
     assert "set --model.classes 2" in refused(capsys, "--data", data, "--out", out, "--model.classes", "3")
     assert "--tokenizer is pixels" in refused(
