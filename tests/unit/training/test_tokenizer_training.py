@@ -307,6 +307,19 @@ def test_a_step_without_finite_gradient_changes_nothing(data: Path, tmp_path: Pa
     assert not torch.equal(before["model/decoder.conv_out.weight"], after["model/decoder.conv_out.weight"])
 
 
+def test_a_discriminator_that_has_begun_stays_where_the_run_is_made_longer(data: Path, tmp_path: Path) -> None:
+    losses = {"adversarial": 0.7, "adversarial_start": 0.5}  # from 12 of 24 pictures on
+    assert not train(opened(settings(data, **losses), tmp_path / "early"), Stopping(12))
+    assert not train(opened(settings(data, **losses), tmp_path / "begun"), Stopping(16))
+    parts = {}
+    for name, at in (("early", 16), ("begun", 20)):
+        longer = opened(settings(data, **losses, images=80), tmp_path / name)
+        assert not train(longer, Stopping(at))
+        parts[name] = set(longer.parts)
+    assert "critic" not in parts["early"]
+    assert "critic" in parts["begun"]
+
+
 def test_the_average_lags_and_is_what_is_exported(data: Path, tmp_path: Path) -> None:
     run = opened(settings(data), tmp_path)
     train(run, Log())
