@@ -24,6 +24,7 @@ from mar import runtime
 from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState
 from mar.config import ConfigError, TrainConfig, to_dict
+from mar.data.heldout import HELD_OUT
 from mar.data.latents import LatentSource
 from mar.data.loader import Batch, ImageBatch, LatentBatch, batches
 from mar.data.resume import data_state, resume_data
@@ -113,7 +114,8 @@ class Run:
         set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
         self.tokenizer.take(state["tokenizer"])
         self.progress = Progress.resumed(self.folder, state["progress"])
-        self.told = resume_data(self.source, state.get("data"), self.progress.images)
+        by_place = self.config.hold_out > 0 and not (self.folder / HELD_OUT).is_file()
+        self.told = resume_data(self.source, state.get("data"), self.progress.images, by_place=by_place)
         return True
 
     def _check_tokenizer(self, saved: str | None) -> None:

@@ -24,7 +24,7 @@ from mar import runtime
 from mar.checkpoint.run_state import RunState
 from mar.checkpoint.tokenizers import save_tokenizer
 from mar.config import ConfigError, to_dict
-from mar.data.heldout import hold_out, spread
+from mar.data.heldout import hold_out, keep_note, read_note, spread
 from mar.data.loader import Batch, ImageBatch, batches, in_order
 from mar.data.sources import Source
 from mar.data.transforms import Transform
@@ -210,13 +210,14 @@ def open_tokenizer_run(
     if runtime.world_size() > 1:
         raise ConfigError(f"got {runtime.world_size()} processes, but a tokenizer is trained by one; start it without")
     check_same(config, folder)
-    source, held_out = hold_out(config.data)
+    source, held_out = hold_out(config.data, read_note(folder))
     network = load_network() if config.perceptual else None
     torch.manual_seed(runtime.generator(config.seed).initial_seed())
     tokenizer = from_config(architecture(config))
     run = TokenizerRun(config, folder, source, held_out, tokenizer, device, network)
     run.resume()
     keep_settings(config, folder)
+    keep_note(folder, source)
     return run
 
 
