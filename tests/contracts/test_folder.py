@@ -232,6 +232,17 @@ def test_latents_that_are_cached_are_enough(place: Path, capsys: pytest.CaptureF
     assert "leave out --image-size" in refused(capsys, "--data", "run/latents", "--image-size", "8")
 
 
+def test_learning_by_heart_is_warned_of_where_a_run_becomes_long_enough(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mar.training.checks.OFTEN", 1)  # in place of 100 times
+    warned = []
+    for images in ("16", "20", "24"):
+        assert main(command(str(data), str(tmp_path / "run"), "--sample-every", "0", "--images", images)) == 0
+        warned.append("20 pictures will be seen 1 times each" in capsys.readouterr().err)
+    assert warned == [False, True, False]
+
+
 def test_pixels_that_are_cached_are_not_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -135,6 +135,14 @@ def check_same(config: Any, folder: Path) -> bool:
     return True
 
 
+def length_before(folder: Path) -> int:
+    """Images that the run in `folder` was to see in all when it was last begun; 0 where it has yet to save a state."""
+    path = folder / RUN_FILE
+    if not path.is_file() or not RunState(folder).states():
+        return 0
+    return int(json.loads(path.read_text(encoding="utf-8")).get("images", 0))
+
+
 def keep_settings(config: Any, folder: Path) -> None:
     """Notes in `folder` which run it holds, on the first process."""
     if runtime.rank() == 0:
