@@ -13,7 +13,8 @@ learned from raw pixels otherwise.
 Minutes are those of an idle machine: the processor time that learning took, divided by `--threads`, so that a busy
 neighbour changes nothing. How many pictures fit into them is measured before the first step, and warm-up and decay of
 the learning rate are fitted to that; the time it took in the end is told beside. Judging is not counted. The same
-command goes on where a run was stopped.
+command goes on where a run was stopped; of one at its end it judges what was not judged yet: another `--count`,
+`--guidance` or `--weights`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mar.assets import FASHION_CLASSES
+from mar.checkpoint.files import write_text
 from mar.config import ConfigError, HeadConfig, TrainConfig, TrunkConfig, from_dict, to_dict
 from mar.data.examples import Example, Source
 from mar.data.heldout import hold_out, spread
@@ -62,7 +64,7 @@ MARKS = (1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120)
 """Minutes after which a run is judged, beside its end, where no others are wanted."""
 WARM_UP, MEASURED = 2, 6.0
 """Steps that are not timed, and seconds of processor time that are, to find out how many pictures a minute has."""
-TRIAL, MARKED = "trial.json", "quality.jsonl"
+TRIAL, MARKED, MINUTES = "trial.json", "quality.jsonl", "minutes.json"
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,29 @@ def image_size(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, int]:
     return config.model.grid[0] * tokenizer.stride, config.model.grid[1] * tokenizer.stride
 
 
-def open_trial(config: TrainConfig, folder: Path, parts: tuple[Source, Source]) -> Run:
+class TimedRun(Run):
+    """A run that keeps in its folder, for each state it saves, the minutes that a clock shows then."""
+
+    clock: Clock | None = None
+
+    def save(self) -> None:
+        """The minutes first: those of a state that was not saved in the end are never asked for."""
+        if self.clock is not None:
+            kept = {**self._kept(), str(self.progress.images): self.clock.now()}
+            write_text(self.folder / MINUTES, json.dumps(kept, indent=1))
+        super().save()
+
+    def saved_minutes(self) -> float | None:
+        """Those of the state that it has gone on from; None where none were kept."""
+        return self._kept().get(str(self.progress.images))
+
+    def _kept(self) -> dict[str, float]:
+        path = self.folder / MINUTES
+        kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return kept
+
+
+def open_trial(config: TrainConfig, folder: Path, parts: tuple[Source, Source]) -> TimedRun:
     """The run of `config` on the first part, held against the second; resumed where it has saved states."""
     channels = config.model.channels
     colours = channels if config.tokenizer == "pixels" else 1 if is_fashion(Path(config.data)) else 3
@@ -146,7 +170,7 @@ def open_trial(config: TrainConfig, folder: Path, parts: tuple[Source, Source]) 
     if not tokenizer.measured:
         fit(tokenizer, in_order(spread(parts[0], 1000), transform))
     torch.manual_seed(config.seed)
-    run = Run(config, folder, parts[0], tokenizer, MAR(config.model), torch.device("cpu"), held_out=parts[1])
+    run = TimedRun(config, folder, parts[0], tokenizer, MAR(config.model), torch.device("cpu"), held_out=parts[1])
     run.resume()
     return run
 
@@ -181,9 +205,13 @@ class Clock:
         """Goes on after a stop."""
         self.begun = time.process_time()
 
+    def now(self) -> float:
+        """Minutes until now, going on."""
+        return self.minutes + (time.process_time() - self.begun) / self.threads / 60
+
     def stop(self) -> float:
         """Minutes until now; what follows is not counted."""
-        self.minutes += (time.process_time() - self.begun) / self.threads / 60
+        self.minutes = self.now()
         return self.minutes
 
 
@@ -191,7 +219,7 @@ class Trial:
     """A run, its clock, and what is said of it at its marks."""
 
     def __init__(
-        self, run: Run, log: Log, extractor: Extractor, minutes: float, threads: int, marks: Sequence[int] = MARKS
+        self, run: TimedRun, log: Log, extractor: Extractor, minutes: float, threads: int, marks: Sequence[int] = MARKS
     ) -> None:
         self.run, self.log, self.extractor, self.marks = run, log, extractor, marks
         self.path = run.folder / MARKED
@@ -203,7 +231,10 @@ class Trial:
         self.size = image_size(run.config, run.tokenizer)
         self.reference = collect(SourcePictures(held, "held out", size=self.size), extractor).statistics
         self.validate = Validation(run, log)
-        self.clock = Clock(self.lines[-1]["minutes"] if self.lines else 0.0, threads)
+        so_far = run.saved_minutes()
+        if so_far is None:  # saved by an older version
+            so_far = self.lines[-1]["minutes"] if self.lines else 0.0
+        self.clock = run.clock = Clock(so_far, threads)
 
     def real(self, count: int) -> float:
         """The distance of as many training pictures, evenly taken."""
@@ -215,13 +246,24 @@ class Trial:
         """Judges the run by `count` pictures and saves it, if it has come to a mark."""
         minutes = round(self.run.progress.images / self.a_minute)
         if minutes in self.marks and self.run.progress.images < self.run.config.images:
-            self.judge(count)
+            self.once(count)
             self.run.save()
+
+    def once(self, count: int, weights: str = "ema", **changes: Any) -> dict[str, Any]:
+        """The line that `judge` wrote of the run as it is now, or writes where there is none yet."""
+        wanted = self._about(count, weights, **changes)
+        names = {"images", "pictures", "weights", "guidance"}
+        written = (line for line in self.lines if {n: v for n, v in line.items() if n in names} == wanted)
+        return next(written, None) or self.judge(count, weights, **changes)
+
+    def _about(self, count: int, weights: str, **changes: Any) -> dict[str, Any]:
+        """What a line is of."""
+        about = {"images": self.run.progress.images, **changes}
+        return about | ({} if weights == "ema" else {"weights": weights}) | {"pictures": count}
 
     def judge(self, count: int, weights: str = "ema", **changes: Any) -> dict[str, Any]:
         """A line of what is known of the run now, its pictures drawn with `changes` of the recipe's sampling."""
-        line = {"minutes": self.clock.stop(), "images": self.run.progress.images, **changes}
-        line |= {} if weights == "ema" else {"weights": weights}
+        line = {"minutes": self.clock.stop(), **self._about(count, weights, **changes)}
         snapshot = take(self.run)
         if weights == "ema" and not changes:
             line |= {"val_loss": self.validate(snapshot)["val_loss"]}
@@ -233,7 +275,7 @@ class Trial:
         try:
             found = collect(DrawnPictures(drawer, plan, name="the run"), self.extractor, batch=100)
             report = compare(found, self.reference, self.extractor, Wanted())
-            line |= {"pictures": count, "distance": report.distance, "agreement": report.agreement}
+            line |= {"distance": report.distance, "agreement": report.agreement}
             line |= {"worst_class": report.worst_agreement, "drawing_seconds": time.process_time() - begun}
         except BrokenLatents as error:
             line |= {"broken": str(error)}
@@ -267,11 +309,11 @@ def run_train(args: argparse.Namespace) -> None:
         trial.clock.go()
         if not train(run, log):
             return
-        last = trial.judge(args.count)
+        last = trial.once(args.count)
         for guidance in args.guidance:
-            trial.judge(args.count, guidance=guidance)
+            trial.once(args.count, guidance=guidance)
         for weights in args.weights:
-            trial.judge(args.count, weights)
+            trial.once(args.count, weights)
         print(f"{trial.real(args.count):.3f} is the distance of {args.count:,} training pictures")
         print(f"wanted {kept['minutes']:g} minutes, took {last['minutes']:.2f}; {config.images:,} pictures")
     finally:

@@ -157,11 +157,16 @@ class Measurement:
         return line
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """What was measured, each way once; those that drew no pictures are left out."""
+def noted(folder: Path) -> dict[str, dict[str, Any]]:
+    """What was measured, by ways; also of those that drew no pictures."""
     path = folder / MEASURED
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [line for line in {line["way"]: line for line in map(json.loads, lines)}.values() if "distance" in line]
+    return {line["way"]: line for line in map(json.loads, lines)}
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    """What was measured, each way once; those that drew no pictures are left out."""
+    return [line for line in noted(folder).values() if "distance" in line]
 
 
 def front(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -176,7 +181,7 @@ def front(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def run_measure(args: argparse.Namespace) -> None:
     ways = args.way or list(WAYS)
     measurement = Measurement(args)
-    done = {line["way"] for line in read(args.out)}
+    done = noted(args.out)
     for way in ways:
         if way not in done:
             print(json.dumps(measurement.measure(way)), flush=True)

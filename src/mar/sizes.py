@@ -138,6 +138,8 @@ def recipe_for(
     sixteenth of their shorter side, and by 4 pixels at most, but not where latents are cached of them as they are.
     Whether pictures are mirrored is left to the data. ConfigError for a size that can't be cut into cells or patches.
     """
+    if min(size) < 1:
+        raise ConfigError(f"image-size: got {size[0]}x{size[1]}, expected a height and a width of at least 1 pixel")
     chosen = next(size for size in _SIZES if pictures.count < size.pictures)
     stride, channels = (cells.stride, cells.channels) if cells else (1, pictures.colours)
     patch = _patch(size, cells)

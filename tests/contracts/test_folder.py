@@ -153,6 +153,8 @@ def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.Captur
     assert "neither a folder nor a .parquet or .tar file" in refused(capsys, "--data", file, "--out", out)
     assert "does not exist" in refused(capsys, "--data", tmp_path / "nowhere", "--out", out)
     assert "expected multiples of 4" in refused(capsys, "--data", data, "--out", out, "--image-size", "30")
+    for size in ("0", "-4"):
+        assert f"got {size}x{size}, expected" in refused(capsys, "--data", data, "--out", out, f"--image-size={size}")
     assert "--bogus" in refused(capsys, "--data", data, "--out", out, "--bogus", "1")
     assert "set --model.classes 2" in refused(capsys, "--data", data, "--out", out, "--model.classes", "3")
     assert "--tokenizer is pixels" in refused(
@@ -233,6 +235,29 @@ def test_latents_that_are_cached_are_enough(place: Path, capsys: pytest.CaptureF
     assert "20 colour pictures in 2 classes" in capsys.readouterr().err
     assert (place / "second" / "model.safetensors").read_bytes() == (place / "run" / "model.safetensors").read_bytes()
     assert "leave out --image-size" in refused(capsys, "--data", "run/latents", "--image-size", "8")
+
+
+def test_learning_by_heart_is_warned_of_where_a_run_becomes_long_enough(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mar.training.checks.OFTEN", 1)  # in place of 100 times
+    warned = []
+    for images in ("16", "20", "24"):
+        assert main(command(str(data), str(tmp_path / "run"), "--sample-every", "0", "--images", images)) == 0
+        warned.append("20 pictures will be seen 1 times each" in capsys.readouterr().err)
+    assert warned == [False, True, False]
+
+
+def test_pixels_that_are_cached_are_not_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert planned(colour(tmp_path / "data", 20, (16, 16))).train.config.shift == 1
+    assert main(["cache", "data", "--tokenizer", "pixels", "--image-size", "16", "--out", "cache"]) == 0
+    assert main(command("cache", "moved", "--shift", "1")) == 2
+    assert "can't be moved by 1 pixels; train with --shift 0" in capsys.readouterr().err
+    assert main(command("cache", "run", "--sample-every", "0")) == 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
 def test_killed_before_the_model_it_goes_on(place: Path) -> None:

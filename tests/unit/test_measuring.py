@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import signal
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+from tiny import pictures, train_config
 
 from mar.config import ConfigError, HeadConfig
+from mar.data.heldout import hold_out
 from mar.presets import CIFAR10, FASHION
+from mar.training.log import RunLog
+from mar.training.loop import Hook, train
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -48,6 +55,86 @@ def test_settings_are_changed_by_their_paths(quality: ModuleType) -> None:
             quality.settings("fashion", Path("pictures"), [wrong])
 
 
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return pictures(tmp_path / "pictures")
+
+
+@pytest.fixture
+def no_judge(quality: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is drawn to be judged, and every distance is 1."""
+    report = SimpleNamespace(distance=1.0, agreement=None, worst_agreement=None)
+    monkeypatch.setattr(quality, "collect", lambda *_, **__: SimpleNamespace(statistics=None))
+    monkeypatch.setattr(quality, "compare", lambda *_: report)
+
+
+def open_trial(quality: ModuleType, data: Path, folder: Path, minutes: float = 10) -> tuple[Any, RunLog]:
+    """A trial of ten steps, one of them a minute, and its log."""
+    config = train_config(data)
+    run = quality.open_trial(config, folder, hold_out(data))
+    log = RunLog(folder, config.images, run.progress.images)
+    trial = quality.Trial(run, log, None, minutes, 1, marks=(3,))
+    run.hooks.append(Hook(config.batch, lambda _: trial.at_mark(5)))
+    return trial, log
+
+
+@pytest.mark.usefixtures("no_judge")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_trial_goes_on_with_the_minutes_of_its_state(
+    quality: ModuleType, data: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    trial, log = open_trial(quality, data, tmp_path / "trial")
+    trial.clock.minutes = 3.0
+
+    def stop(run: Any) -> None:
+        if run.progress.images == 20:  # two minutes after it was judged
+            trial.clock.minutes += 2.0
+            os.kill(os.getpid(), number)
+
+    trial.run.hooks.append(Hook(4, stop))
+    assert not train(trial.run, log)
+    log.close()
+    again, log = open_trial(quality, data, tmp_path / "trial")
+    assert (again.run.progress.images, [line["images"] for line in again.lines]) == (20, [12])
+    assert 3 <= again.lines[0]["minutes"] < 4
+    assert 5 <= again.clock.minutes < 6
+    log.close()
+    for state in again.run.store.states()[1:]:  # that of the mark is left
+        state.rename(tmp_path / state.name)
+    earlier, log = open_trial(quality, data, tmp_path / "trial")
+    assert (earlier.run.progress.images, 3 <= earlier.clock.minutes < 4) == (12, True)
+    log.close()
+
+
+@pytest.mark.usefixtures("no_judge")
+def test_what_was_judged_is_not_judged_again(quality: ModuleType, data: Path, tmp_path: Path) -> None:
+    trial, log = open_trial(quality, data, tmp_path / "trial")
+    assert train(trial.run, log)
+    trial.once(5)
+    log.close()
+    again, log = open_trial(quality, data, tmp_path / "trial")
+    about = [{"images": 12, "pictures": 5}, {"images": 40, "pictures": 5}]
+    for wanted in (
+        {},
+        {"pictures": 6},
+        {"guidance": 1.5},
+        {"guidance": 2.0},
+        {"weights": "raw"},
+        {"weights": "raw"},
+        {"guidance": 1.5},
+    ):
+        changes: dict[str, Any] = {"pictures": 5, **wanted}
+        line = again.once(changes.pop("pictures"), **changes)
+        wanted = {"images": 40, "pictures": 5, **wanted}
+        assert {name: line.get(name) for name in wanted} == wanted
+        about += [] if wanted in about else [wanted]
+    log.close()
+    written = (tmp_path / "trial" / quality.MARKED).read_text(encoding="utf-8").splitlines()
+    names = ("images", "pictures", "guidance", "weights")
+    assert [{name: line[name] for name in names if name in line} for line in map(json.loads, written)] == about
+    assert len(about) == 6
+
+
 def test_on_the_front_no_other_is_sooner_and_better(tradeoff: ModuleType) -> None:
     def line(seconds: float, distance: float) -> dict[str, float]:
         return {"seconds": seconds, "distance": distance}
@@ -75,4 +162,16 @@ def test_what_drew_no_pictures_is_no_point(tradeoff: ModuleType, tmp_path: Path)
     ]
     (tmp_path / tradeoff.MEASURED).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     assert [line["way"] for line in tradeoff.read(tmp_path)] == ["b"]
+    assert {*tradeoff.noted(tmp_path)} == {"a", "b"}
     assert tradeoff.read(tmp_path / "nowhere") == []
+
+
+def test_a_way_that_was_measured_is_not_measured_again(
+    tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"way": "K=5", "broken": "step 3"}, {"way": "K=7", "distance": 2, "seconds": 1}]
+    (tmp_path / tradeoff.MEASURED).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    measured: list[str] = []
+    monkeypatch.setattr(tradeoff, "Measurement", lambda _: SimpleNamespace(measure=measured.append))
+    tradeoff.run_measure(SimpleNamespace(way=["K=5", "K=10", "K=7"], out=tmp_path))
+    assert measured == ["K=10"]

@@ -135,6 +135,10 @@ def test_sizes_that_can_not_be() -> None:
         recipe_for(Pictures(500, 30, 3), (30, 30))
     with pytest.raises(ConfigError, match="image-size: got 60x64, expected multiples of 8"):
         recipe_for(Pictures(500, 64, 3), (60, 64), Cells(8, 16))
+    for size in ((0, 0), (-4, -4), (32, 0), (-32, 32)):
+        for cells in (None, Cells(8, 16)):
+            with pytest.raises(ConfigError, match=rf"image-size: got {size[0]}x{size[1]}, expected a height and a"):
+                recipe_for(Pictures(500, 32, 3), size, cells)
 
 
 def test_the_tokenizer_grows_with_the_pictures() -> None:

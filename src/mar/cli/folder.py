@@ -169,7 +169,7 @@ def _of_a_cache(arguments: Sequence[str], wishes: _Wishes, source: LatentSource,
     if own or wishes.tokenizer == OWN or wishes.image_size is not None:
         raise ConfigError(f"{wishes.data} holds cached latents: leave out --image-size, --vae.* and --tokenizer own")
     tokens = _Tokens(source.about.size, wishes.tokenizer or source.about.tokenizer, cells)
-    options, chosen = _options(arguments, wishes, pictures, tokens)
+    options, chosen = _options(arguments, wishes, pictures, tokens, cached=True)
     return Steps(options, chosen, _told(options, pictures, tokens))
 
 
@@ -218,12 +218,14 @@ def _trained_at(tokenizer: Tokenizer) -> int:
 
 
 def _options(
-    arguments: Sequence[str], wishes: _Wishes, pictures: Pictures, tokens: _Tokens
+    arguments: Sequence[str], wishes: _Wishes, pictures: Pictures, tokens: _Tokens, *, cached: bool = False
 ) -> tuple[FolderOptions, TrainConfig]:
-    """The options, with what is chosen in place of those that were not given; and what was chosen."""
+    """The options, with what is chosen in place of those that were not given; and what was chosen. What is `cached`,
+    be it pixels, can't be moved."""
     labelled = pictures if wishes.model.classes != 0 else replace(pictures, classes=())
     chosen = recipe_for(labelled, tokens.size, tokens.cells, images=wishes.images)
-    chosen = replace(chosen, data=wishes.data or "", tokenizer=tokens.tokenizer)
+    shift = 0 if cached else chosen.shift
+    chosen = replace(chosen, data=wishes.data or "", tokenizer=tokens.tokenizer, shift=shift)
     if wishes.model.label_drop == 0:
         chosen = replace(chosen, sampling=replace(chosen.sampling, guidance=1.0))
     vae = OwnTokenizer()

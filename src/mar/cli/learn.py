@@ -90,18 +90,19 @@ def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, nam
     from mar.training.checks import check_tokenizer, copying, unusual_rate
     from mar.training.log import open_log
     from mar.training.loop import train as run_to_end
-    from mar.training.run import export
+    from mar.training.run import export, length_before
 
     with one_voice():
+        assert options.out is not None
+        before = length_before(options.out)
         run = _open(options, device)
         log = open_log(run)
     try:
         with one_voice():
             _watch(options, run, log)
-            if not run.progress.images:
-                warnings = (unusual_rate(options.config, chosen, name), copying(options.config, run.source))
-                for warning in filter(None, warnings):
-                    log.note(warning)
+            rate = None if run.progress.images else unusual_rate(options.config, chosen, name)
+            for warning in filter(None, (rate, copying(options.config, run.source, before))):
+                log.note(warning)
             check_tokenizer(run, log)
             if run.told is not None:
                 log.note(run.told)

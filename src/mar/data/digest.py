@@ -35,6 +35,19 @@ def source_digest(source: Source) -> str:
     return digest.hexdigest()
 
 
+def picture_names(source: Source) -> list[str] | None:
+    """What tells each picture of a source from the others, also once more have come: its path in the folder, or shard
+    and member. None for sources that have no names, or the same for several."""
+    names: list[str] = []
+    if isinstance(source, FolderSource):
+        names = [os.fsdecode(file).replace(os.sep, "/") for file in source._files.tolist()]
+    elif isinstance(source, TarSource):
+        shards = [file.name for file in source.files]
+        places = source._places[:, 0].tolist()
+        names = [f"{shards[place]}/{source.member(index)[0]}" for index, place in enumerate(places)]
+    return names if names and len({*names}) == len(names) else None
+
+
 def _add_files(digest: hashlib._Hash, source: FolderSource) -> None:
     for file, label in zip(source._files, source.labels, strict=True):
         name = file.item()

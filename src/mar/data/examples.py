@@ -20,6 +20,7 @@ _DAMAGE = (
     IndexError,
     struct.error,
     zlib.error,
+    RuntimeError,
     Image.DecompressionBombError,
 )
 

@@ -19,13 +19,17 @@ def data_state(source: Source | LatentSource | StreamSource) -> dict[str, Any]:
 
 
 def resume_data(
-    source: Source | LatentSource | StreamSource, state: Mapping[str, Any] | None, images: int
+    source: Source | LatentSource | StreamSource,
+    state: Mapping[str, Any] | None,
+    images: int,
+    *,
+    by_place: bool = False,
 ) -> str | None:
     """Goes on from the data's saved state after `images` pictures; returns what people should know of it, if anything.
 
     `state` is None where an older version saved none. The order of all but streams follows from the position alone, but
     not if the number of pictures has changed. ConfigError where the classes are others: what was learned of one would
-    go on with another.
+    go on with another; and where the number is another and pictures are held out `by_place`, as older versions did.
     """
     if state is None:
         return None
@@ -41,6 +45,12 @@ def resume_data(
         )
     if len(source) == state["pictures"]:
         return None
+    if by_place:
+        raise ConfigError(
+            f"the data has {len(source):,} pictures to learn from, but {state['pictures']:,} when the run was saved by "
+            "an older version, which did not note those it held out: they would be mixed with those learned from; put "
+            "the pictures back, or begin another run"
+        )
     return (
         f"warning: the data holds {len(source):,} pictures, but {state['pictures']:,} when the run was saved: it goes "
         "on in another order, in which pictures of this epoch may come twice or not at all"

@@ -69,14 +69,18 @@ def measure_moments(batches: Iterable[LatentMoments]) -> Statistics:
     return Statistics((mean_of_all,), (max(second / values - mean_of_all**2, 0.0) ** 0.5,), images)
 
 
-def fingerprint(tokenizer: Tokenizer) -> str:
-    """sha256, in hex, of all that raw moments depend on: the tokenizer's kind and weights, not its statistics."""
+def fingerprint(tokenizer: Tokenizer, without: Iterable[str] = ("mean", "std")) -> str:
+    """sha256, in hex, of all that raw moments depend on: the tokenizer's kind and weights, not its statistics.
+
+    `without`: tensors that are left out.
+    """
+    left_out = {*without}
     spec = {name: value for name, value in tokenizer.spec().items() if name not in ("measured", "per_channel")}
     if "config" in spec:
         spec["config"] = {name: spec["config"].get(name) for name in _ARITHMETIC}
     digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
     for name, tensor in sorted(tokenizer.state_dict().items()):
-        if name not in ("mean", "std"):
+        if name not in left_out:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -75,14 +75,20 @@ def unusual_rate(config: TrainConfig, usual: TrainConfig, name: str) -> str | No
     )
 
 
-def copying(config: TrainConfig, source: Source | LatentSource | StreamSource) -> str | None:
+def copying(config: TrainConfig, source: Source | LatentSource | StreamSource, before: int = 0) -> str | None:
     """The warning for few pictures that are seen so often that a model may give them back as they are; None where they
-    are many or seen seldom, where the run will stop by itself, and for a stream, which is not counted."""
-    if config.patience or isinstance(source, StreamSource) or len(source) >= FEW or config.images < OFTEN * len(source):
+    are many or seen seldom, where the run will stop by itself, and for a stream, which is not counted.
+
+    `before`: how many were to be seen in all when the run was last begun; None too, where that was as often.
+    """
+    if config.patience or isinstance(source, StreamSource) or len(source) >= FEW:
+        return None
+    if not before < OFTEN * len(source) <= config.images:
         return None
     return (
         f"warning: {len(source):,} pictures will be seen {config.images // len(source):,} times each, and a model may "
-        "learn them by heart: hold some out and stop when their loss rises (--hold-out 10 --patience 3)"
+        "learn them by heart: hold some out and stop when their loss rises (--hold-out 10 --patience 3, and another "
+        "--out)"
     )
 
 

@@ -17,6 +17,8 @@ _HEAD_BLOCK = {"none": 10, "selective": 6, "full": 1}
 """Of a block of the head, per row and unit of width."""
 _HEAD = 8
 """Of the head outside its blocks, per row and unit of width."""
+_KEPT = ("state-*", ".saving-*", "model*.safetensors")
+"""What a run keeps in its folder, and what a killed one left there, which goes before the next state is written."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,13 @@ class Estimate:
         )
 
     def check_disk(self, folder: Path) -> None:
-        """Raises CheckpointError where the disk of `folder` has too little room for the run."""
-        require_room(folder, self.disk)
+        """Raises CheckpointError where the disk of `folder` has too little room for the run.
+
+        What it holds of the run already is written over or removed; but a state, or a file of weights, is only given up
+        once the next one is there.
+        """
+        there = sum(_size(path) for pattern in _KEPT for path in folder.glob(pattern))
+        require_room(folder, max(self.disk - there, self.state + 4 * self.parameters))
 
 
 def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
@@ -59,6 +66,11 @@ def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
         state=state,
         disk=(config.keep + 1) * state + exports * 4 * parameters,  # one state more while it is being written
     )
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all in a folder."""
+    return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
 def activation_floats(model: ModelConfig, images: int, recompute: Recompute = "none") -> int:

@@ -100,7 +100,8 @@ class RunLog(Log):
 
     def note(self, text: str) -> None:
         """A line for people."""
-        self.progress.console.print(text, highlight=False, soft_wrap=True)
+        # as it is: the brackets of a path or a pattern are no markup
+        self.progress.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def close(self) -> None:
         """Ends the bar and writes out what is held back."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from mar import runtime
 from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState
-from mar.config import TrainConfig, to_dict
+from mar.config import ConfigError, TrainConfig, to_dict
+from mar.data.heldout import HELD_OUT
 from mar.data.latents import LatentSource
 from mar.data.loader import Batch, ImageBatch, LatentBatch, batches
 from mar.data.resume import data_state, resume_data
@@ -30,7 +32,7 @@ from mar.data.sources import Source, StreamSource
 from mar.data.transforms import Transform
 from mar.model.mar import MAR
 from mar.tokenizer import Tokenizer
-from mar.tokenizer.moments import to_posterior
+from mar.tokenizer.moments import fingerprint, to_posterior
 from mar.training import engine
 from mar.training.ema import EMA
 from mar.training.learner import WATCHED, Hook, Learner, Progress
@@ -86,15 +88,25 @@ class Run:
             **{name: model.state_dict() for name, model in self.ema.others.items()},
             "optimizer": get_optimizer_state_dict(self.model, self.optimizers),
             "tokenizer": self.tokenizer.found(),
+            "tokenizer_fingerprint": self.tokenizer_fingerprint,
             "progress": vars(self.progress).copy(),
             "data": data_state(self.source),
         }
 
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Of all of its tokenizer that is not taken from the pictures, and does not change."""
+        return fingerprint(self.tokenizer, without=self.tokenizer.found())
+
     def resume(self) -> bool:
-        """Goes on from the folder's latest state; False where there is none."""
+        """Goes on from the folder's latest state; False where there is none.
+
+        ConfigError where its latents were another tokenizer's.
+        """
         state = self.state_dict()
         if not self.store.load(state):
             return False
+        self._check_tokenizer(state.get("tokenizer_fingerprint"))
         self.model.load_state_dict(state["model"])
         self.ema.model.load_state_dict(state["ema"])
         for name, model in self.ema.others.items():
@@ -102,8 +114,18 @@ class Run:
         set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
         self.tokenizer.take(state["tokenizer"])
         self.progress = Progress.resumed(self.folder, state["progress"])
-        self.told = resume_data(self.source, state.get("data"), self.progress.images)
+        by_place = self.config.hold_out > 0 and not (self.folder / HELD_OUT).is_file()
+        self.told = resume_data(self.source, state.get("data"), self.progress.images, by_place=by_place)
         return True
+
+    def _check_tokenizer(self, saved: str | None) -> None:
+        """`saved`: the fingerprint in a state; None where an older version saved none."""
+        own = self.tokenizer_fingerprint
+        if saved is not None and saved != own:
+            raise ConfigError(
+                f"{self.folder} holds a run of another tokenizer's latents ({saved[:12]}) than {self.config.tokenizer} "
+                f"is now ({own[:12]}); put that one back to go on, or begin another run in another folder"
+            )
 
     def save(self) -> None:
         """Stores the state."""

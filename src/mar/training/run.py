@@ -21,7 +21,7 @@ from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState
 from mar.checkpoint.state_tree import changed_settings
 from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
-from mar.data.heldout import open_parts
+from mar.data.heldout import keep_note, open_parts, read_note
 from mar.data.latents import LatentSource
 from mar.data.loader import in_order
 from mar.data.sources import Source, StreamSource
@@ -58,7 +58,7 @@ def open_run(
     ConfigError where the folder holds another run, the data is not what the model is for, or a tokenizer's latents.
     """
     resumed = check_same(config, folder) and bool(RunState(folder).states())
-    source, held_out = open_pictures(config)
+    source, held_out = open_pictures(config, folder)
     tokenizer = _tokenizer(config, source, load_tokenizer, measured_later=resumed)
     torch.manual_seed(runtime.generator(config.seed).initial_seed())
     model = MAR(config.model)
@@ -67,18 +67,23 @@ def open_run(
     run = Run(config, folder, source, tokenizer, model, device, held_out=held_out)
     run.resume()
     keep_settings(config, folder)
+    if config.hold_out and runtime.rank() == 0:
+        keep_note(folder, source)
     return run
 
 
-def open_pictures(config: TrainConfig) -> tuple[Source | LatentSource | StreamSource, Source | LatentSource | None]:
-    """What a run learns from, and what it is validated on.
+def open_pictures(
+    config: TrainConfig, folder: Path | None = None
+) -> tuple[Source | LatentSource | StreamSource, Source | LatentSource | None]:
+    """What a run, in `folder` if it has begun, learns from, and what it is validated on.
 
     ConfigError where the classes are not the model's, or where the run waits for pictures to be validated on that there
     are none of.
     """
     source, held_out = open_parts(
-        config.data, classes=config.model.classes, every=config.hold_out, others=config.validate_on
-    )
+        config.data, classes=config.model.classes, every=config.hold_out, others=config.validate_on,
+        noted=read_note(folder) if folder is not None and config.hold_out else None,
+    )  # fmt: skip
     check_classes(config, source.classes)
     held_out = _of_the_same_classes(config, source, held_out)
     if config.patience and held_out is None:
@@ -128,6 +133,14 @@ def check_same(config: Any, folder: Path) -> bool:
             "use its settings to go on with it, or another folder for a new one"
         )
     return True
+
+
+def length_before(folder: Path) -> int:
+    """Images that the run in `folder` was to see in all when it was last begun; 0 where it has yet to save a state."""
+    path = folder / RUN_FILE
+    if not path.is_file() or not RunState(folder).states():
+        return 0
+    return int(json.loads(path.read_text(encoding="utf-8")).get("images", 0))
 
 
 def keep_settings(config: Any, folder: Path) -> None:

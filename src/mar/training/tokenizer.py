@@ -24,7 +24,7 @@ from mar import runtime
 from mar.checkpoint.run_state import RunState
 from mar.checkpoint.tokenizers import save_tokenizer
 from mar.config import ConfigError, to_dict
-from mar.data.heldout import hold_out, spread
+from mar.data.heldout import hold_out, keep_note, read_note, spread
 from mar.data.loader import Batch, ImageBatch, batches, in_order
 from mar.data.sources import Source
 from mar.data.transforms import Transform
@@ -91,6 +91,8 @@ class TokenizerRun:
         self.store = RunState(self.folder, to_dict(config))
         self.perceptual = None if self.network is None else PerceptualDistance(self.network.to(self.device))
         self.critic: PatchDiscriminator | None = None
+        self.critic_from = config.adversarial_from
+        """Images seen from which on it takes part: once it has begun, it stays, also where the run is made longer."""
         if config.adversarial:
             self.critic = PatchDiscriminator(config.image_channels, config.width).to(self.device)
             self.critic_optimizer = self._optimizer(self.critic)
@@ -124,6 +126,8 @@ class TokenizerRun:
             self.critic.load_state_dict(state["critic"])
             set_optimizer_state_dict(self.critic, self.critic_optimizer, state["critic_optimizer"])
         self.progress = Progress.resumed(self.folder, state["progress"])
+        if self.critic is not None and any(each["step"] > 0 for each in self.critic_optimizer.state.values()):
+            self.critic_from = min(self.critic_from, self.progress.images)
         return True
 
     def save(self) -> None:
@@ -160,7 +164,7 @@ class TokenizerRun:
             if self.perceptual is not None:
                 terms["perceptual"] = self.perceptual(images, back)
                 loss = loss + self.config.perceptual * terms["perceptual"]
-            critic = self.critic if self.progress.images >= self.config.adversarial_from else None
+            critic = self.critic if self.progress.images >= self.critic_from else None
             total = loss
             if critic is not None:
                 terms["adversarial"] = -critic(back).mean()
@@ -206,13 +210,14 @@ def open_tokenizer_run(
     if runtime.world_size() > 1:
         raise ConfigError(f"got {runtime.world_size()} processes, but a tokenizer is trained by one; start it without")
     check_same(config, folder)
-    source, held_out = hold_out(config.data)
+    source, held_out = hold_out(config.data, read_note(folder))
     network = load_network() if config.perceptual else None
     torch.manual_seed(runtime.generator(config.seed).initial_seed())
     tokenizer = from_config(architecture(config))
     run = TokenizerRun(config, folder, source, held_out, tokenizer, device, network)
     run.resume()
     keep_settings(config, folder)
+    keep_note(folder, source)
     return run
 
 

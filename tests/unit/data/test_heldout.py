@@ -7,18 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tars import png, shards, write_tar
 from tiny import pictures
 
-from mar.data.heldout import choose, divide, open_parts
+from mar.config import ConfigError
+from mar.data.heldout import HELD_OUT, choose, divide, hold_out, keep_note, open_parts, read_note
 from mar.data.latents import LatentSource
 from mar.data.sources import FolderSource, open_source
 from mar.tokenizer import PixelTokenizer
 from mar.training.cache import describe, finish, prepare, write_shards
 
 
-def cached(folder: Path, data: Path) -> Path:
+def cached(folder: Path, data: Path, split: str = "train") -> Path:
     """The pictures' latents, four a shard."""
-    tokenizer, source = PixelTokenizer(1, 0.0, 1.0), open_source(data)
+    tokenizer, source = PixelTokenizer(1, 0.0, 1.0), open_source(data, split)
     about = describe(source, tokenizer, data=str(data), tokenizer_name="pixels", size=(8, 8), shard=4)
     shards = prepare(folder, about)
     assert shards
@@ -72,6 +74,50 @@ def test_a_cache_holds_the_same_pictures_out(tmp_path: Path) -> None:
         assert torch.equal(torch.cat([moments.mean for moments in of_latents.in_order(3)]), read[:3])
 
 
+def test_what_was_held_out_stays_so_where_a_folder_grows(tmp_path: Path) -> None:
+    data, run = pictures(tmp_path / "pictures", 20), tmp_path / "run"
+    learned, kept = map(names, parts := divide(FolderSource(data), 4))
+    assert read_note(run) is None
+    keep_note(run, parts[0])
+    assert [*map(names, divide(FolderSource(data), 4, read_note(run)))] == [learned, kept]
+    pictures(data, 40)
+    for name in ("across/0.png", "down/1.png"):  # in between
+        Path(kept[0]).with_suffix(".bak").write_bytes(Path(kept[0]).read_bytes())
+        Path(kept[0]).with_suffix(".bak").rename(data / name)
+    grown = divide(FolderSource(data), 4, read_note(run))
+    assert names(grown[1]) == kept
+    assert set(learned) < set(names(grown[0]))
+    assert len(grown[0]) == 15 + 20 + 2
+    aside = Path(kept[0]).rename(tmp_path / "aside.png")
+    less = divide(FolderSource(data), 4, read_note(run))
+    assert names(less[1]) == kept[1:]
+    keep_note(run, less[0])  # which forgets nothing
+    aside.rename(kept[0])
+    assert names(divide(FolderSource(data), 4, read_note(run))[1]) == kept
+
+
+def test_what_was_held_out_of_shards_of_a_table_and_of_a_cache(tmp_path: Path) -> None:
+    tars, tar_run = shards(tmp_path / "tars"), tmp_path / "run of tars"
+    learned, kept = hold_out(tars)
+    keep_note(tar_run, learned)
+    write_tar(tars / "a.tar", [("first.png", png(1)), ("first.cls", b"0")])
+    more = hold_out(tars, read_note(tar_run))
+    assert (names(more[1]), len(more[0])) == (names(kept), len(learned) + 1)
+    data, run = pictures(tmp_path / "pictures", 20), tmp_path / "run"
+    cache = LatentSource(cached(tmp_path / "cache", data))
+    first, others = divide(cache, 4)
+    keep_note(run, first)
+    note = read_note(run)
+    assert np.array_equal(divide(cache, 4, note)[1].rows, others.rows)
+    with pytest.raises(ConfigError, match="which of its pictures were held out can't be told"):
+        divide(LatentSource(cached(tmp_path / "larger", pictures(data, 24))), 4, note)
+    with pytest.raises(ConfigError, match="which of its pictures were held out can't be told"):
+        divide(FolderSource(data), 4, read_note(tar_run))
+    (run / HELD_OUT).write_text("[]")
+    with pytest.raises(ConfigError, match=r"held-out\.json can't be read"):
+        read_note(run)
+
+
 def test_what_a_run_is_validated_on(tmp_path: Path) -> None:
     flat, parted = pictures(tmp_path / "flat", 6), tmp_path / "parted"
     for name, count in (("train", 8), ("val", 4)):
@@ -91,5 +137,8 @@ def test_what_a_run_is_validated_on(tmp_path: Path) -> None:
     assert sizes(cache) == (8, 4)  # of the pictures that were cached
     assert sizes(cache, every=4) == (6, 2)
     assert all(isinstance(part, LatentSource) for part in open_parts(str(cache), every=4))
+    of_test = cached(tmp_path / "cached test", parted, "test")
+    assert sizes(of_test) == (4, 0)  # not what it learns from
+    assert sizes(of_test, others=parted) == (4, 4)  # unless it is asked for
     parted.rename(tmp_path / "elsewhere")
     assert sizes(cache) == (8, 0)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from mar.data.sources import FashionSource, FolderSource, UnreadableImage, open_source
 
@@ -99,3 +99,12 @@ def test_damaged_files_are_unreadable_images(tmp_path: Path, damage: str) -> Non
         source[0]
     assert error.value.name == str(path)
     assert error.value.why
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")
+def test_a_damaged_avif_is_an_unreadable_image(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8), (9, 80, 200)).save(tmp_path / "x.avif")
+    whole = (tmp_path / "x.avif").read_bytes()
+    (tmp_path / "x.avif").write_bytes(whole[:-24] + b"\xff" * 24)
+    with pytest.raises(UnreadableImage, match=r"can't read the picture .*x\.avif: .*[Dd]ecod"):
+        FolderSource(tmp_path)[0]

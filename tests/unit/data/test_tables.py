@@ -48,6 +48,9 @@ def test_labels_that_are_bare_numbers_or_names(tmp_path: Path) -> None:
     numbers = open_source(tmp_path / "numbers.parquet")
     assert numbers.classes == ("0", "1", "2")
     assert [numbers[i].label for i in range(3)] == [2, -1, 0]
+    table([True, None, False], datasets.Value("bool")).to_parquet(tmp_path / "yes.parquet")
+    yes = open_source(tmp_path / "yes.parquet")
+    assert (yes.classes, [yes[i].label for i in range(3)]) == (("0", "1"), [1, -1, 0])
     table(["b10", "b2", "b10"], datasets.Value("string")).to_parquet(tmp_path / "names.parquet")
     named = open_source(tmp_path / "names.parquet")
     assert named.classes == ("b2", "b10")

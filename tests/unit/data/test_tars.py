@@ -71,6 +71,15 @@ def test_what_belongs_together_and_what_does_not(tmp_path: Path) -> None:
     assert labels(source) == [2, 1, -1, -1, 0]
 
 
+def test_labels_of_no_and_yes(tmp_path: Path) -> None:
+    said = [True, False, True]
+    members = [(f"{k}.{kind}", data) for k, label in enumerate(said) for kind, data in (
+        ("png", png(k)), ("json", json.dumps({"label": label}).encode()),
+    )]  # fmt: skip
+    source = open_source(write_tar(tmp_path / "a.tar", members))
+    assert (source.classes, labels(source)) == (("0", "1"), [1, 0, 1])
+
+
 def test_long_names_and_none_below_zero(tmp_path: Path) -> None:
     long = "a/" + "b" * 150
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):

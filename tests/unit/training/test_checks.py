@@ -55,10 +55,12 @@ def test_few_pictures_that_are_seen_often_are_warned_of(tmp_path: Path, monkeypa
     warning = copying(config, source)
     assert warning is not None
     assert warning.startswith("warning: 20 pictures will be seen 100 times each, and a model may learn them by heart: ")
-    assert warning.endswith("(--hold-out 10 --patience 3)")
+    assert warning.endswith("(--hold-out 10 --patience 3, and another --out)")
     assert "\n" not in warning
     assert copying(replace(config, images=1_999), source) is None
     assert copying(replace(config, patience=3), source) is None
+    assert copying(config, source, before=1_999) == warning
+    assert copying(config, source, before=2_000) is None  # it was said
     learned, _ = divide(source, 5)
     assert "16 pictures will be seen 124 times" in (copying(replace(config, images=1_999), learned) or "")
     monkeypatch.setattr(checks, "FEW", 20)

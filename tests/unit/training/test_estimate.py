@@ -76,6 +76,42 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         estimate(FASHION).check_disk(tmp_path / "run")
 
 
+def test_a_run_that_goes_on_needs_room_for_what_is_not_there_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs, disk = estimate(replace(FASHION, keep=2)), SimpleNamespace(free=0)
+    weights = 4 * needs.parameters
+    monkeypatch.setattr("mar.checkpoint.files.shutil.disk_usage", lambda path: disk)
+
+    def write(name: str, size: int) -> None:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        with path.open("wb") as file:
+            file.truncate(size)
+
+    def enough(free: int) -> bool:
+        disk.free = free
+        try:
+            needs.check_disk(tmp_path)
+        except CheckpointError:
+            return False
+        return True
+
+    def exactly(free: int) -> bool:
+        return enough(free) and not enough(free - 1)
+
+    assert needs.disk == 3 * needs.state + 2 * weights
+    assert exactly(needs.disk)
+    write("pictures.bin", needs.disk)  # not of what it keeps
+    write("state-000000000010/__0_0.distcp", needs.state)
+    assert exactly(2 * needs.state + 2 * weights)
+    write("model.safetensors", weights)
+    assert exactly(2 * needs.state + weights)
+    write("state-000000000020/__0_0.distcp", needs.state)
+    write("model-raw.safetensors", weights)
+    assert exactly(needs.state + weights)  # the next of each, beside those
+
+
 def test_further_averages_take_memory_and_disk() -> None:
     one, three = (estimate(TrainConfig(ema_others=others)) for others in ((), (0.9, 0.99)))
     assert three.weights - one.weights == 2 * 4 * one.parameters

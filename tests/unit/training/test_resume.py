@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mar.checkpoint import state_tree
 from mar.config import ConfigError, TrainConfig, TrunkConfig
+from mar.data.heldout import HELD_OUT
 from mar.pipeline import Pipeline
 from mar.tokenizer import PixelTokenizer
 from mar.training.log import RunLog
@@ -198,6 +199,42 @@ def test_a_longer_run_goes_on_from_a_shorter_one(data: Path, tmp_path: Path) -> 
     assert (run.progress.images, run.progress.step) == (8, 2)
     assert go(run)
     assert [line["images"] for line in lines(tmp_path)] == [4, 8, 12]
+
+
+def names(part: Any) -> list[str]:
+    return [part[i].name for i in range(len(part))]
+
+
+def test_held_out_pictures_stay_so_where_the_folder_grows(tmp_path: Path) -> None:
+    data, folder = pictures(tmp_path / "pictures"), tmp_path / "run"
+    settings = train_config(data, hold_out=4)
+    run = open_tiny(settings, folder)
+    assert not go(run, at=8)
+    learned, kept = names(run.source), names(run.held_out)
+    pictures(data, 40)
+    grown = open_tiny(settings, folder)
+    assert (names(grown.held_out), len(grown.source)) == (kept, 35)
+    assert set(learned) < set(names(grown.source))
+    assert grown.told is not None
+    assert grown.told.startswith("warning: the data holds 35 pictures, but 15 when the run was saved")
+
+
+def test_a_run_that_did_not_note_what_it_holds_out(tmp_path: Path) -> None:
+    data, folder = pictures(tmp_path / "pictures"), tmp_path / "run"
+    settings = train_config(data, hold_out=4)
+    run = open_tiny(settings, folder)
+    assert not go(run, at=8)
+    (folder / HELD_OUT).unlink()  # as an older version left it
+    pictures(data, 21)
+    with pytest.raises(
+        ConfigError, match="16 pictures to learn from, but 15 when the run was saved by an older version"
+    ):
+        open_tiny(settings, folder)
+    assert not (folder / HELD_OUT).exists()
+    (data / "down" / "20.png").unlink()
+    again = open_tiny(settings, folder)
+    assert (names(again.source), names(again.held_out)) == (names(run.source), names(run.held_out))
+    assert (folder / HELD_OUT).is_file()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from tiny import config as model_config
 from torch import nn
 
 from mar.checkpoint import state_tree
-from mar.checkpoint.tokenizers import load_tokenizer
+from mar.checkpoint.tokenizers import load_tokenizer, save_tokenizer
 from mar.cli import main
 from mar.config import ConfigError, TrainConfig, from_dict, to_dict
 from mar.data.heldout import hold_out, spread
@@ -208,6 +208,33 @@ def test_a_model_trains_on_it(trained: tuple[Path, float, float], data: Path, tm
     assert again.notes == []
 
 
+def test_a_run_of_another_tokenizers_latents_is_refused(
+    trained: tuple[Path, float, float], data: Path, tmp_path: Path
+) -> None:
+    tokenizer, folder = load_tokenizer(trained[0]), tmp_path / "vae"
+    assert isinstance(tokenizer, KLTokenizer)
+    save_tokenizer(tokenizer, folder)
+    config = latents_config(data, folder)
+    assert not train(latent_run(config, tmp_path / "run"), Stopping(4))
+    statistics = tokenizer.mean.clone(), tokenizer.std.clone()
+    tokenizer.set_statistics(torch.full((3,), 0.5), torch.full((3,), 2.0))
+    save_tokenizer(tokenizer, folder)
+    kept = latent_run(config, tmp_path / "run")  # which has its own
+    assert torch.equal(kept.tokenizer.mean, statistics[0])
+    assert torch.equal(kept.tokenizer.std, statistics[1])
+    with torch.no_grad():
+        tokenizer.autoencoder.encoder.conv_out.weight.mul_(1.01)
+    save_tokenizer(tokenizer, folder)
+    with pytest.raises(ConfigError, match=r"run of another tokenizer's latents \(\w{12}\) than .*vae is now") as said:
+        latent_run(config, tmp_path / "run")
+    assert "\n" not in str(said.value)
+    state = tmp_path / "run" / "state-000000000004" / "state.json"
+    older = json.loads(state.read_text(encoding="utf-8"))
+    del older["tokenizer_fingerprint"]
+    state.write_text(json.dumps(older), encoding="utf-8")
+    assert latent_run(config, tmp_path / "run").progress.images == 4
+
+
 def test_a_poor_tokenizer_and_wide_tokens_are_warned_of(data: Path, tmp_path: Path) -> None:
     poor = opened(settings(data, images=4), tmp_path / "poor")
     assert train(poor, Log())
@@ -305,6 +332,19 @@ def test_a_step_without_finite_gradient_changes_nothing(data: Path, tmp_path: Pa
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     run.step(batch)
     assert not torch.equal(before["model/decoder.conv_out.weight"], after["model/decoder.conv_out.weight"])
+
+
+def test_a_discriminator_that_has_begun_stays_where_the_run_is_made_longer(data: Path, tmp_path: Path) -> None:
+    losses = {"adversarial": 0.7, "adversarial_start": 0.5}  # from 12 of 24 pictures on
+    assert not train(opened(settings(data, **losses), tmp_path / "early"), Stopping(12))
+    assert not train(opened(settings(data, **losses), tmp_path / "begun"), Stopping(16))
+    parts = {}
+    for name, at in (("early", 16), ("begun", 20)):
+        longer = opened(settings(data, **losses, images=80), tmp_path / name)
+        assert not train(longer, Stopping(at))
+        parts[name] = set(longer.parts)
+    assert "critic" not in parts["early"]
+    assert "critic" in parts["begun"]
 
 
 def test_the_average_lags_and_is_what_is_exported(data: Path, tmp_path: Path) -> None:

@@ -149,6 +149,13 @@ def test_what_is_not_installed_is_said(name: str, monkeypatch: pytest.MonkeyPatc
     require([])
 
 
+def test_brackets_of_a_name_are_told_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path, 40, 0, [])
+    log.note("drew runs/a[/b]/:dog:/[old]*.png")
+    log.close()
+    assert "drew runs/a[/b]/:dog:/[old]*.png\n" in capsys.readouterr().err
+
+
 def test_lines_that_are_to_come_again_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     log = JsonLines(path)
