@@ -37,7 +37,8 @@ def tradeoff(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_the_papers_settings_are_the_papers(quality: ModuleType) -> None:
     config = quality.settings("reference", Path("pictures"), [])
     model, own = config.model, CIFAR10.model
-    assert (model.head, model.grid) == (HeadConfig(own.head.width, own.head.depth), own.grid)
+    assert model.head == HeadConfig(own.head.width, own.head.depth)
+    assert (config.tokenizer, model.channels, model.grid, model.patch) == ("pixels", 3, (32, 32), 4)
     assert not model.encoder.rotary
     assert (model.encoder.width, model.decoder.depth) == (own.encoder.width, own.decoder.depth)
     assert (model.attention_dropout, model.projection_dropout, model.mask_ratio_min) == (0.1, 0.1, 0.7)
