@@ -172,7 +172,11 @@ CIFAR10 = replace(
     sample_every=50_000,
 )
 """The trunk and the rates of `FASHION` for CIFAR-10's 50,000 pictures, from class folders or Parquet files: 16
-principal components of each square of 4x4 pixels, whose clean values are predicted; 3.5 million parameters.
+principal components of each square of 4x4 pixels, whose clean values are predicted; 3.6 million parameters.
+
+By minutes of one core (AVX2, float32, 29 pictures a second; docs/quality.md): after 5 minutes colours and their layout,
+after 15 skies, ground and the beginnings of shapes, at a Fréchet distance of 726 (EfficientNet-Lite0; real ones: 56),
+where the paper's settings after an hour have 1,963. An hour of it has not been run.
 """
 
 RECIPES: dict[str, TrainConfig] = {
