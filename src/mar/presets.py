@@ -72,8 +72,8 @@ class Haste:
 
 HASTE: dict[Preset, Haste] = {
     "exact": Haste(),
-    "balanced": Haste(steps=1.4, solver="dpm++2m", spacing="log-snr", diffusion_steps=8, noisiest=0.95),
-    "fast": Haste(steps=1.0, solver="dpm++2m", spacing="log-snr", diffusion_steps=8, noisiest=0.95),
+    "balanced": Haste(steps=1.4, solver="dpm++2m-sde", spacing="log-snr", diffusion_steps=12, noisiest=0.95),
+    "fast": Haste(steps=1.0, solver="dpm++2m-sde", spacing="log-snr", diffusion_steps=8, noisiest=0.95),
 }
 """Ways to draw, by name. On the bundled model `balanced` takes 0.44 and `fast` 0.34 of the processor time of `exact`,
 at distances of 3.09 and 3.24 instead of 2.59 (docs/sampling.md); on larger models they have not been measured."""
