@@ -10,11 +10,11 @@ train` made (`--classifier FILE`), or what `mar train --data` takes, judged by E
 x0. `--set model.patch=2` changes a setting of it; `--set tokenizer=FOLDER` with channels and grid to match, what is
 learned from raw pixels otherwise.
 
-Minutes are those of an idle machine: the processor time that learning took, divided by `--threads`, so that a busy
-neighbour changes nothing. How many pictures fit into them is measured before the first step, and warm-up and decay of
-the learning rate are fitted to that; the time it took in the end is told beside. Judging is not counted. The same
-command goes on where a run was stopped; of one at its end it judges what was not judged yet: another `--count`,
-`--guidance` or `--weights`.
+Minutes are the processor time that learning took, divided by `--threads`: a busy neighbour takes none of them, though
+fewer pictures are seen in each while it works. How many pictures fit into them is measured before the first step, and
+warm-up and decay of the learning rate are fitted to that; the time it took in the end is told beside. Judging is not
+counted. The same command goes on where a run was stopped; of one at its end it judges what was not judged yet: another
+`--count`, `--guidance` or `--weights`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ from mar.presets import recipe
 from mar.sampling.generate import BrokenLatents
 from mar.sampling.plan import Plan
 from mar.tokenizer import Tokenizer, from_pixels
-from mar.tokenizer.statistics import fit
 from mar.training.log import Log, RunLog
 from mar.training.loop import Hook, Run, train
 from mar.training.snapshot import export_and_draw, take
@@ -168,7 +167,7 @@ def open_trial(config: TrainConfig, folder: Path, parts: tuple[Source, Source]) 
     tokenizer = from_pixels(config.tokenizer, colours, channels) or load_tokenizer(config.tokenizer)
     transform = Transform(image_size(config, tokenizer), tokenizer.image_channels)
     if not tokenizer.measured:
-        fit(tokenizer, in_order(spread(parts[0], 1000), transform))
+        tokenizer.fit(in_order(spread(parts[0], 1000), transform))
     torch.manual_seed(config.seed)
     run = TimedRun(config, folder, parts[0], tokenizer, MAR(config.model), torch.device("cpu"), held_out=parts[1])
     run.resume()

@@ -6,7 +6,7 @@ The scale of the raw latents is kept here, in two buffers, and no other room kno
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,6 +70,14 @@ class Tokenizer(nn.Module, ABC):
         device = torch.device("cpu") if self.mean.is_meta else self.mean.device
         self.mean, self.std = (value.clone().to(device) for value in torch.broadcast_tensors(*new))
         self.measured = True
+
+    def fit(self, batches: Iterable[Tensor]) -> None:
+        """Takes what it lacks, one mean and one deviation of all raw latents, from `batches` of images (n, c, H, W) in
+        [-1, 1]. ValueError without images."""
+        from mar.tokenizer.statistics import measure  # which knows this class
+
+        statistics = measure(self, batches)
+        self.set_statistics(statistics.mean, statistics.std)
 
     def found(self) -> dict[str, Tensor]:
         """What it has taken from pictures, by name: a run saves it, and gives it to `take` when it goes on."""

@@ -34,12 +34,7 @@ class PCATokenizer(Tokenizer):
     centre: Float[Tensor, " d"]
     """The mean square."""
 
-    def __init__(
-        self,
-        image_channels: int = 3,
-        stride: int = 4,
-        channels: int = 16,
-    ) -> None:
+    def __init__(self, image_channels: int = 3, stride: int = 4, channels: int = 16) -> None:
         values = image_channels * stride**2
         if image_channels not in (1, 3):
             raise ValueError(f"image_channels: got {image_channels}, expected 1 (grey) or 3 (colour)")

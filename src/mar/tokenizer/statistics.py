@@ -1,4 +1,4 @@
-"""What a tokenizer has to know of pictures, by one pass over them: mean and standard deviation of its raw latents."""
+"""Mean and standard deviation of a tokenizer's raw latents, by one pass over images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from mar.tokenizer.base import Tokenizer
-from mar.tokenizer.pca import PCATokenizer
 
 
 @dataclass(frozen=True)
@@ -44,15 +43,3 @@ def measure(tokenizer: Tokenizer, batches: Iterable[Tensor], per_channel: bool =
     first, second = (sums if per_channel else sums.mean(1, keepdim=True)) / values
     std = (second - first.square()).clamp(min=0).sqrt()
     return Statistics(tuple(first.tolist()), tuple(std.tolist()), images)
-
-
-def fit(tokenizer: Tokenizer, batches: Iterable[Tensor]) -> None:
-    """Gives `tokenizer` what it lacks: one mean and one deviation of all latents, or its principal components.
-
-    `batches` as for `measure`. ValueError without images.
-    """
-    if isinstance(tokenizer, PCATokenizer):
-        tokenizer.fit(batches)
-    else:
-        statistics = measure(tokenizer, batches)
-        tokenizer.set_statistics(statistics.mean, statistics.std)

@@ -30,7 +30,6 @@ from mar.model.mar import MAR
 from mar.pipeline import Pipeline
 from mar.tokenizer import Tokenizer, from_pixels
 from mar.tokenizer.moments import fingerprint, measure_moments
-from mar.tokenizer.statistics import fit
 from mar.training.engine import whole_state
 from mar.training.loop import Progress, Run
 
@@ -178,7 +177,7 @@ def _tokenizer(
         else:
             transform = Transform(_image_size(config, tokenizer), tokenizer.image_channels)
             limit = MEASURED if isinstance(source, StreamSource) else None
-            fit(tokenizer, in_order(source, transform, limit=limit))
+            tokenizer.fit(in_order(source, transform, limit=limit))
     return tokenizer
 
 
