@@ -44,6 +44,8 @@ WAYS = (
     "preset=exact",
     "preset=balanced",
     "preset=fast",
+    "preset=balanced guidance_refresh=2",
+    "preset=fast guidance_refresh=1",
     # reveal steps
     "K=14",
     "K=10",

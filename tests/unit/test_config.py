@@ -78,7 +78,6 @@ def test_half_a_step_is_refused(name: str) -> None:
     [
         (HeadConfig(), "prediction", "x", "prediction is 'x', but it must be noise, v, x0 or flow"),
         (HeadConfig(), "path", "straight", "path is 'straight', but it must be cosine or linear"),
-        (HeadConfig(), "timesteps", "late", "timesteps is 'late', but it must be uniform or logit-normal"),
         (SamplingConfig(), "guidance_schedule", "cosine", "'cosine', but it must be linear or constant"),
         (SamplingConfig(), "solver", "euler", "solver is 'euler', but it must be ancestral, ddim, .* or dpm"),
         (SamplingConfig(), "spacing", "even", "spacing is 'even', but it must be time or log-snr"),
@@ -99,6 +98,13 @@ def test_a_grid_from_json_is_a_tuple_again() -> None:
     assert config.grid == (8, 4)
     assert config.encoder == TrunkConfig(width=32, heads=4)
     assert hash(config) == hash(from_dict(ModelConfig, to_dict(config)))
+
+
+def test_what_an_older_version_could_choose_is_left_out_where_it_chose_as_this_one_does() -> None:
+    assert from_dict(TrunkConfig, {"width": 32, "heads": 4, "norm": "layer", "mlp": "gelu"}) == TrunkConfig(32, heads=4)
+    assert from_dict(HeadConfig, {"timesteps": "uniform"}) == HeadConfig()
+    with pytest.raises(ConfigError, match="TrunkConfig has no field mlp; it has depth"):
+        from_dict(TrunkConfig, {"norm": "layer", "mlp": "swiglu"})
 
 
 def test_a_nested_field_that_is_not_there_is_named() -> None:

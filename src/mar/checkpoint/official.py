@@ -260,9 +260,8 @@ def _only_ours(config: ModelConfig) -> str | None:
         "a linear path to noise": config.head.path != "cosine",
         f"schedule of {config.head.diffusion_steps} steps": config.head.diffusion_steps != 1000,
         "MLPs of different ratios": shape[0] != shape[1],
-        "RMS norms, SwiGLU, normalised queries or rotary positions": any(
-            trunk.norm != "layer" or trunk.mlp != "gelu" or trunk.qk_norm or trunk.rotary
-            for trunk in (config.encoder, config.decoder)
+        "normalised queries or rotary positions": any(
+            trunk.qk_norm or trunk.rotary for trunk in (config.encoder, config.decoder)
         ),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -4,7 +4,7 @@ A field's docstring is its command-line help. `to_dict` and `from_dict` carry a 
 """
 
 from mar.config.fields import ConfigError, from_dict, to_dict
-from mar.config.model import HeadConfig, Mlp, ModelConfig, NoisePath, Norm, Prediction, Timesteps, TrunkConfig
+from mar.config.model import HeadConfig, ModelConfig, NoisePath, Prediction, TrunkConfig
 from mar.config.sampling import GuidanceSchedule, Order, Preset, RevealSchedule, SamplingConfig, Solver, Spacing
 from mar.config.training import LogTo, Optimizer, Precision, Recompute, Strategy, TrainConfig
 
@@ -13,10 +13,8 @@ __all__ = [
     "GuidanceSchedule",
     "HeadConfig",
     "LogTo",
-    "Mlp",
     "ModelConfig",
     "NoisePath",
-    "Norm",
     "Optimizer",
     "Order",
     "Precision",
@@ -28,7 +26,6 @@ __all__ = [
     "Solver",
     "Spacing",
     "Strategy",
-    "Timesteps",
     "TrainConfig",
     "TrunkConfig",
     "from_dict",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,9 +9,6 @@ from mar.config.fields import fraction, one_of, positive, require
 
 Prediction = Literal["noise", "v", "x0", "flow"]
 NoisePath = Literal["cosine", "linear"]
-Timesteps = Literal["uniform", "logit-normal"]
-Norm = Literal["layer", "rms"]
-Mlp = Literal["gelu", "swiglu"]
 
 
 @dataclass(frozen=True)
@@ -27,10 +23,6 @@ class TrunkConfig:
     """Attention heads; they divide the width."""
     mlp_ratio: float = 4.0
     """Width of a block's MLP as a multiple of `width`."""
-    norm: Norm = "layer"
-    """How tokens are normalised in front of attention and MLP: `layer` (the paper), or `rms`, by their size alone."""
-    mlp: Mlp = "gelu"
-    """The MLP: `gelu` (the paper), or `swiglu`, two thirds as wide with a gate, for the same number of weights."""
     qk_norm: bool = False
     """Normalise each head's queries and keys by their size."""
     rotary: bool = False
@@ -38,8 +30,6 @@ class TrunkConfig:
 
     def __post_init__(self) -> None:
         positive(self, "width", "depth", "heads")
-        one_of(self, "norm", Norm)
-        one_of(self, "mlp", Mlp)
         require(self.mlp_ratio > 0, f"mlp_ratio is {self.mlp_ratio}, but it must be positive")
         require(self.width % self.heads == 0, f"width {self.width} is not a multiple of the {self.heads} heads")
         require(
@@ -54,9 +44,8 @@ class TrunkConfig:
 
     @property
     def hidden(self) -> int:
-        """Features inside a block's MLP; under `swiglu` its first layer makes twice as many."""
-        full = self.width * self.mlp_ratio
-        return 8 * math.ceil(full / 12) if self.mlp == "swiglu" else int(full)
+        """Features inside a block's MLP."""
+        return int(self.width * self.mlp_ratio)
 
 
 @dataclass(frozen=True)
@@ -74,8 +63,6 @@ class HeadConfig:
     prediction: Prediction = "noise"
     """What the network predicts: the noise (the paper, official weights), v = sqrt(a) noise - sqrt(1-a) x0, the clean
     token x0, or the flow, noise - x0."""
-    timesteps: Timesteps = "uniform"
-    """Which timesteps are learned: all alike (the paper), or more of the middle ones (`logit-normal`)."""
     batch_mul: int = 4
     """How many (timestep, noise) pairs each token is trained on per step."""
 
@@ -83,7 +70,6 @@ class HeadConfig:
         positive(self, "width", "depth", "diffusion_steps", "batch_mul")
         one_of(self, "path", NoisePath)
         one_of(self, "prediction", Prediction)
-        one_of(self, "timesteps", Timesteps)
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,6 @@ from mar.runtime import Linear, widen
 NORM_EPS = 1e-6
 
 
-def make_norm(trunk: TrunkConfig) -> nn.Module:
-    """The normalisation of tokens that a trunk asks for."""
-    return (nn.RMSNorm if trunk.norm == "rms" else nn.LayerNorm)(trunk.width, eps=NORM_EPS)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with one fused projection for queries, keys and values, in this order."""
 
@@ -80,11 +75,10 @@ class Block(nn.Module):
 
     def __init__(self, trunk: TrunkConfig, attention_dropout: float, projection_dropout: float) -> None:
         super().__init__()
-        self.gated = trunk.mlp == "swiglu"
-        self.norm1 = make_norm(trunk)
+        self.norm1 = nn.LayerNorm(trunk.width, eps=NORM_EPS)
         self.attention = Attention(trunk, attention_dropout, projection_dropout)
-        self.norm2 = make_norm(trunk)
-        self.fc1 = Linear(trunk.width, (1 + self.gated) * trunk.hidden)
+        self.norm2 = nn.LayerNorm(trunk.width, eps=NORM_EPS)
+        self.fc1 = Linear(trunk.width, trunk.hidden)
         self.fc2 = Linear(trunk.hidden, trunk.width)
         self.dropout = Dropout(projection_dropout)
 
@@ -98,15 +92,8 @@ class Block(nn.Module):
         """All as in `Attention`: the tokens that are asked for, which attend to all."""
         gathered = self.attention(self.norm1(x), keys, turns, only)
         x = (x if only is None else take(x, only)) + gathered
-        hidden = self.dropout(self.activate(self.fc1(self.norm2(x))))
+        hidden = self.dropout(functional.gelu(self.fc1(self.norm2(x))))
         return x + self.dropout(self.fc2(hidden))
-
-    def activate(self, x: Float[Tensor, "n s _"]) -> Float[Tensor, "n s _"]:
-        """The MLP's nonlinearity: GELU, or SiLU of one half as the gate of the other."""
-        if not self.gated:
-            return functional.gelu(x)
-        gate, value = x.chunk(2, dim=-1)
-        return functional.silu(gate) * value
 
 
 def stack(trunk: TrunkConfig, attention_dropout: float, projection_dropout: float) -> nn.ModuleList:

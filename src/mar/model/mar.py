@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mar.config import ModelConfig
 from mar.diffusion.head import DiffusionHead
-from mar.model.blocks import NORM_EPS, make_norm, stack
+from mar.model.blocks import NORM_EPS, stack
 from mar.model.rotary import turns
 from mar.model.tokens import put, take
 from mar.runtime import Linear
@@ -38,13 +38,13 @@ class MAR(nn.Module):
         self.encoder_position = nn.Parameter(torch.empty(config.buffer + length, e))
         self.embed_norm = nn.LayerNorm(e, eps=NORM_EPS)
         self.encoder = stack(config.encoder, *dropouts)
-        self.encoder_norm = make_norm(config.encoder)
+        self.encoder_norm = nn.LayerNorm(config.encoder.width, eps=NORM_EPS)
 
         self.decoder_embed = Linear(e, f)
         self.mask_token = nn.Parameter(torch.empty(f))
         self.decoder_position = nn.Parameter(torch.empty(config.buffer + length, f))
         self.decoder = stack(config.decoder, *dropouts)
-        self.decoder_norm = make_norm(config.decoder)
+        self.decoder_norm = nn.LayerNorm(config.decoder.width, eps=NORM_EPS)
         self.diffusion_position = nn.Parameter(torch.empty(length, f))
 
         for name, trunk in (("encoder_turns", config.encoder), ("decoder_turns", config.decoder)):

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mar import runtime
-from mar.config import HeadConfig, ModelConfig
+from mar.config import ModelConfig
 from mar.diffusion import gaussian
 from mar.diffusion.gaussian import Coefficients
 from mar.diffusion.schedule import trained
@@ -51,17 +51,9 @@ def draw_step(config: ModelConfig, seed: int, step: int, positions: Sequence[int
         generator = runtime.generator(seed, 1, position)
         orders.append(random_order(config.tokens, generator))
         drops.append(torch.rand((), generator=generator) < config.label_drop)
-        timesteps.append(draw_timesteps(config.head, (k, masked), generator))
+        timesteps.append(torch.randint(config.head.diffusion_steps, (k, masked), generator=generator))
         noises.append(torch.randn(k, masked, config.token_width, generator=generator))
     return StepDraws(torch.stack(orders), masked, torch.stack(drops), torch.stack(timesteps, 1), torch.stack(noises, 1))
-
-
-def draw_timesteps(head: HeadConfig, shape: tuple[int, ...], generator: torch.Generator) -> Int[Tensor, "..."]:
-    """Timesteps to learn: uniform, or with a standard logistic-normal share t / T (arXiv 2403.03206, section 3.1)."""
-    if head.timesteps == "uniform":
-        return torch.randint(head.diffusion_steps, shape, generator=generator)
-    shares = torch.randn(shape, generator=generator).sigmoid()
-    return (shares * head.diffusion_steps).long().clamp(max=head.diffusion_steps - 1)
 
 
 class DiffusionLoss(nn.Module):

@@ -53,15 +53,9 @@ def ready_adamw(groups: Sequence[dict[str, Any]], lr: float, betas: tuple[float,
 
 
 def _muon(named: Sequence[tuple[str, Tensor]], config: TrainConfig) -> Muon:
-    gated = tuple(
-        f"{name}." for name, trunk in (("encoder", config.model.encoder), ("decoder", config.model.decoder))
-        if trunk.mlp == "swiglu"
-    )  # fmt: skip
-
     def parts(name: str) -> int:
-        if name.endswith(("qkv.weight", "modulation.weight")):  # queries, keys, values; shift, scale, gate
-            return 3
-        return 2 if name.startswith(gated) and name.endswith("fc1.weight") else 1  # gate, value
+        """Queries, keys and values are three matrices in one; shift, scale and gate, too."""
+        return 3 if name.endswith(("qkv.weight", "modulation.weight")) else 1
 
     groups = [
         {
@@ -69,7 +63,7 @@ def _muon(named: Sequence[tuple[str, Tensor]], config: TrainConfig) -> Muon:
             "parts": count,
             "weight_decay": config.weight_decay if decay else 0.0,
         }
-        for count in (1, 2, 3)
+        for count in (1, 3)
         for decay in (True, False)
     ]
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32

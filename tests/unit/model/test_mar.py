@@ -11,7 +11,7 @@ from mar import runtime
 from mar.config import HeadConfig, TrunkConfig
 from mar.model.mar import MAR, UNCONDITIONAL
 
-MODERN = TrunkConfig(width=16, depth=2, heads=2, norm="rms", mlp="swiglu", qk_norm=True, rotary=True)
+MODERN = TrunkConfig(width=16, depth=2, heads=2, qk_norm=True, rotary=True)
 trunks = pytest.mark.parametrize("trunk", [TRUNK, MODERN], ids=["paper", "modern"])
 
 VISIBLE = torch.tensor([[0, 3, 7], [2, 9, 15]])

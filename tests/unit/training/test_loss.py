@@ -12,8 +12,7 @@ from torch import Tensor
 from mar.config import NoisePath, Prediction
 from mar.model.mar import MAR
 from mar.model.tokens import patchify, take
-from mar.runtime import generator
-from mar.training.loss import DiffusionLoss, StepDraws, draw_step, draw_timesteps
+from mar.training.loss import DiffusionLoss, StepDraws, draw_step
 
 CONFIG = config(head=replace(HEAD, batch_mul=3))
 
@@ -52,17 +51,6 @@ def test_what_is_drawn_follows_its_distribution() -> None:
     assert abs(float(draws.timestep.float().mean()) - 499.5) < 6
     assert abs(float(draws.noise.std()) - 1) < 0.01
     assert not draw_step(config(label_drop=0.0), 0, 1, range(300)).drop_label.any()
-
-
-def test_logit_normal_timesteps_are_most_often_in_the_middle() -> None:
-    head = replace(HEAD, timesteps="logit-normal")
-    t = draw_timesteps(head, (4, 5000), generator(1)).double()
-    assert (t >= 0).all()
-    assert (t < 1000).all()
-    shares = (t + 0.5) / 1000
-    logits = (shares / (1 - shares)).log()
-    assert abs(float(logits.mean())) < 0.03  # four standard errors
-    assert abs(float(logits.std()) - 1) < 0.03
 
 
 @pytest.mark.parametrize("path", ["cosine", "linear"])
