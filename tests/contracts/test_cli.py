@@ -254,7 +254,7 @@ def test_a_log_that_can_not_be_is_said_before_anything_else(
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     for verb in (["train", "fashion"], ["tokenizer", "train", "fashion"]):
         said = refused(capsys, *verb, "--log-to", "tensorboard", "wandb", "--out", tmp_path / "run")
-        assert said == 'mar: --log-to wandb needs the extra `wandb`: pip install "mar[wandb]"\n'
+        assert said == 'mar: --log-to wandb needs the extra `wandb`: pip install ".[wandb]" in the clone of mar\n'
     assert not (tmp_path / "run").exists()
 
 

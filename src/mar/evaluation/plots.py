@@ -10,7 +10,7 @@ from typing import Any
 from mar.checkpoint.files import write_atomically
 from mar.evaluation.sweep import Row, Table
 
-MISSING = 'plots need matplotlib: pip install "mar[eval]"'
+MISSING = 'plots need matplotlib: pip install ".[eval]" in the clone of mar'
 
 
 def require_matplotlib() -> None:

@@ -201,7 +201,7 @@ def package(name: str) -> Any:
     except ImportError:
         module = None
     if not hasattr(module, "init"):
-        raise ConfigError(f'--log-to {name} needs the extra `{name}`: pip install "mar[{name}]"')
+        raise ConfigError(f'--log-to {name} needs the extra `{name}`: pip install ".[{name}]" in the clone of mar')
     return module
 
 

