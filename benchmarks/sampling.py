@@ -250,7 +250,7 @@ def reference_network(head: DiffusionHead, x: Tensor, t: Tensor, z: Tensor) -> T
     """The head as one network, which activates the condition anew for every layer."""
     condition = head.time_embed(t) + head.z_embed(z)
     layers = [*(block.modulation for block in head.blocks), head.final_modulation]
-    return head.denoise(x, [layer(functional.silu(condition)) for layer in layers])
+    return head.denoise_embedded(head.embed_tokens(x), [layer(functional.silu(condition)) for layer in layers])
 
 
 def print_settings(options: argparse.Namespace, task: Task, model: MAR) -> None:

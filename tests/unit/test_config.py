@@ -105,6 +105,8 @@ def test_what_an_older_version_could_choose_is_left_out_where_it_chose_as_this_o
     assert from_dict(HeadConfig, {"timesteps": "uniform"}) == HeadConfig()
     with pytest.raises(ConfigError, match="TrunkConfig has no field mlp; it has depth"):
         from_dict(TrunkConfig, {"norm": "layer", "mlp": "swiglu"})
+    with pytest.raises(ConfigError, match="HeadConfig has no field steps"):
+        from_dict(HeadConfig, {"steps": None})
 
 
 def test_a_nested_field_that_is_not_there_is_named() -> None:

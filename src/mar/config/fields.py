@@ -43,7 +43,7 @@ def fraction(record: Any, *names: str) -> None:
 
 
 Config = TypeVar("Config")
-_GONE = {"norm": "layer", "mlp": "gelu", "timesteps": "uniform"}
+_GONE = (("norm", "layer"), ("mlp", "gelu"), ("timesteps", "uniform"))
 """Fields of older versions, and what they said where it was as it always is now."""
 
 
@@ -64,7 +64,7 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
     Raises ConfigError for a field that `kind` does not have: it was written by another version, or is not a config.
     """
     hints = typing.get_type_hints(kind)
-    values = {name: value for name, value in values.items() if name in hints or value != _GONE.get(name)}
+    values = {name: value for name, value in values.items() if name in hints or (name, value) not in _GONE}
     unknown = sorted(set(values) - set(hints))
     require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(hints))}")
     return kind(**{name: _typed(hints[name], _spelt(name, value)) for name, value in values.items()})

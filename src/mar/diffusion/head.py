@@ -133,12 +133,8 @@ class DiffusionHead(nn.Module):
         """The linear layers that compute them: of each block, and the last."""
         return [*(cast(ResidualBlock, block).modulation for block in self.blocks), self.final_modulation]
 
-    def denoise(self, x: Float[Tensor, "... d"], modulations: Modulations) -> Float[Tensor, "... two_d"]:
-        """The part that depends on the noisy tokens x."""
-        return self.denoise_embedded(self.embed_tokens(x), modulations)
-
     def denoise_embedded(self, h: Float[Tensor, "... w"], modulations: Modulations) -> Float[Tensor, "... two_d"]:
-        """`denoise` behind the input layer, for callers that run one x under several conditions."""
+        """The part that depends on noisy tokens, embedded already: callers run one x under several conditions."""
         for block, modulation in zip(self.blocks, modulations, strict=False):
             h = cast(ResidualBlock, block).modulated(h, modulation)
         return self.final(h, modulations[-1])

@@ -29,12 +29,14 @@ OFTEN = 100
 
 
 def check_tokenizer(run: Run, log: Log) -> None:
-    """Tells the log, before the first step, how well a tokenizer that is not pixels brings pictures back, and warns
-    where it does so badly or where its tokens are wide for the head. On the first process; nothing is refused."""
-    if runtime.rank() != 0 or run.progress.images or isinstance(run.tokenizer, PixelTokenizer):
+    """Warns, before the first step, of tokens that are wide for the head, and tells how well a tokenizer that is not
+    pixels brings pictures back, with a warning where it does so badly. On the first process; nothing is refused."""
+    if runtime.rank() != 0 or run.progress.images:
         return
     if (warning := wide_tokens(run.config.model)) is not None:
         log.note(warning)
+    if isinstance(run.tokenizer, PixelTokenizer):
+        return
     pictures = _pictures(run.source)
     if pictures is None:
         log.note("the tokenizer was not tried: the pictures that were cached are not where they were")

@@ -269,8 +269,8 @@ def _count(progress: Progress, finite: bool) -> None:
     if progress.skipped_in_a_row >= PATIENCE:
         raise TrainingError(
             f"the loss was not finite for {PATIENCE} steps in a row, up to image {progress.images:,}: the learning "
-            "rate is too high for this batch, or the latents are not normalised. Start again from an older state with "
-            "a lower --lr; the saved states are untouched"
+            "rate is too high for this batch, or the latents are not normalised. Take a lower --lr and another --out, "
+            "with --init and this folder to start from the weights it last wrote; the saved states are untouched"
         )
 
 

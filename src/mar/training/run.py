@@ -30,6 +30,7 @@ from mar.model.mar import MAR
 from mar.pipeline import Pipeline
 from mar.tokenizer import Tokenizer, from_pixels
 from mar.tokenizer.moments import fingerprint, measure_moments
+from mar.tokenizer.pca import PCATokenizer
 from mar.training.engine import whole_state
 from mar.training.loop import Progress, Run
 
@@ -58,11 +59,14 @@ def open_run(
     """
     resumed = check_same(config, folder) and bool(RunState(folder).states())
     source, held_out = open_pictures(config, folder)
-    tokenizer = _tokenizer(config, source, load_tokenizer, measured_later=resumed)
+    start = load_model(config.init) if config.init is not None and not resumed else None
+    learned = start.tokenizer if start is not None else None
+    tokenizer = _tokenizer(config, source, load_tokenizer, learned, measured_later=resumed)
     torch.manual_seed(runtime.generator(config.seed).initial_seed())
     model = MAR(config.model)
-    if config.init is not None and not resumed:
-        initialise_from(model, load_model(config.init).model)
+    if start is not None:
+        initialise_from(model, start.model)
+        _check_components(tokenizer, start.tokenizer)
     run = Run(config, folder, source, tokenizer, model, device, held_out=held_out)
     run.resume()
     keep_settings(config, folder)
@@ -153,9 +157,11 @@ def _tokenizer(
     config: TrainConfig,
     source: Source | LatentSource | StreamSource,
     load_tokenizer: Callable[[str], Tokenizer],
+    learned: Tokenizer | None = None,
     *,
     measured_later: bool,
 ) -> Tokenizer:
+    """What makes latents of the pictures; it takes over the components that weights to start from have `learned`."""
     channels = config.model.channels
     if config.tokenizer == "pixels" and channels not in (1, 3):
         found = (
@@ -171,7 +177,9 @@ def _tokenizer(
     if tokenizer.channels != channels:
         raise ConfigError(f"the tokenizer's latents have {tokenizer.channels} channels, the model's {channels}")
     if not tokenizer.measured and not measured_later:  # a resumed run has the statistics in its state
-        if isinstance(source, LatentSource):
+        if learned is not None and _components(learned) == _components(tokenizer) is not None:
+            tokenizer.take(learned.found())
+        elif isinstance(source, LatentSource):
             statistics = measure_moments(source.in_order())
             tokenizer.set_statistics(statistics.mean, statistics.std)
         else:
@@ -179,6 +187,24 @@ def _tokenizer(
             limit = MEASURED if isinstance(source, StreamSource) else None
             tokenizer.fit(in_order(source, transform, limit=limit))
     return tokenizer
+
+
+def _components(tokenizer: Tokenizer) -> tuple[int, ...] | None:
+    """What principal components are of; None for another tokenizer."""
+    if not isinstance(tokenizer, PCATokenizer):
+        return None
+    return tokenizer.image_channels, tokenizer.stride, tokenizer.channels
+
+
+def _check_components(own: Tokenizer, learned: Tokenizer) -> None:
+    """Raises ConfigError where weights that learned principal components would be given other latents, or the reverse.
+
+    Two autoencoders are not compared: what one has learned of another's latents may be a start.
+    """
+    components = [isinstance(tokenizer, PCATokenizer) for tokenizer in (own, learned)]
+    if any(components) and fingerprint(own) != fingerprint(learned):
+        remedy = f"--tokenizer pca{learned.stride} takes theirs" if components[1] else "take theirs"
+        raise ConfigError(f"the weights to start from have learned other latents than this tokenizer makes; {remedy}")
 
 
 def _check_cache(config: TrainConfig, source: LatentSource, tokenizer: Tokenizer) -> None:

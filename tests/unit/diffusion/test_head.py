@@ -40,7 +40,7 @@ def test_its_parts_are_the_whole() -> None:
     of, x, z, t = head(), noise(6, 3), noise(6, 5, seed=1), torch.arange(6) * 7 % 40
     modulations = of.modulations(of.condition(of.embed_times(t), of.z_embed(z)))
     assert [m.shape[-1] for m in modulations] == [36, 36, 24]
-    assert torch.equal(of.denoise(x, modulations), of(x, t, z))
+    assert torch.equal(of.denoise_embedded(of.embed_tokens(x), modulations), of(x, t, z))
     assert torch.equal(of.denoise_embedded(of.input(x), modulations), of(x, t, z))
     assert of(x, t, z).shape == (6, 6)
 

@@ -42,7 +42,7 @@ def test_a_bound_saves_the_young_model() -> None:
     assert 0.3 < float(end.latents.std()) < 1.6
     with pytest.raises(BrokenLatents) as info:
         last(untrained(), [0], [0], replace(FAST, x0_bound=1e4))
-    assert "x0_bound" not in str(info.value)  # it is there already
+    assert "x0-bound" not in str(info.value)  # it is there already
 
 
 def test_broken_pictures_are_drawn_where_they_are_wanted() -> None:

@@ -101,7 +101,6 @@ def test_the_decay_is_reached() -> None:
         weights.weight.fill_(1.0)
     average.update(weights, steps)
     assert float(average.model.weight.detach()) == pytest.approx(0.1)
-    EMA(weights, 0.9).update(weights, 1)
 
 
 def test_averages_of_several_lengths_go_side_by_side() -> None:

@@ -248,6 +248,10 @@ def test_a_poor_tokenizer_and_wide_tokens_are_warned_of(data: Path, tmp_path: Pa
     pixels, silent = open_tiny(train_config(data), tmp_path / "pixels"), Told()
     check_tokenizer(pixels, silent)
     assert silent.notes == []
+    wide = train_config(data)
+    run = open_tiny(replace(wide, model=replace(wide.model, patch=8)), tmp_path / "wide")
+    check_tokenizer(run, silent)
+    assert ["a token has 64 values" in note for note in silent.notes] == [True]
 
 
 def test_with_cached_latents_the_pictures_are_looked_for(trained: tuple[Path, float, float], tmp_path: Path) -> None:
