@@ -20,36 +20,31 @@ counted. The same command goes on where a run was stopped; of one at its end it 
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from fashion_judge import extractor as fashion_classifier
-from fashion_judge import load_split
-from numpy.typing import NDArray
-from PIL import Image
+from quality_data import Idx, is_fashion, open_judge, open_parts
+from quality_recipes import settings
+from quality_report import MARKED, TRIAL, run_plot, run_table
 
-from mar.assets import FASHION_CLASSES
 from mar.checkpoint.files import write_text
-from mar.config import ConfigError, HeadConfig, TrainConfig, TrunkConfig, from_dict, to_dict
-from mar.data.examples import Example, Source
-from mar.data.heldout import hold_out, spread
+from mar.config import TrainConfig, from_dict, to_dict
+from mar.data.examples import Source
+from mar.data.heldout import spread
 from mar.data.loader import in_order
 from mar.data.transforms import Transform
 from mar.evaluation.evaluate import Wanted, collect, compare
-from mar.evaluation.features import Extractor, open_extractor
+from mar.evaluation.features import Extractor
 from mar.evaluation.streams import DrawnPictures, SourcePictures
 from mar.model.mar import MAR
-from mar.presets import recipe
 from mar.sampling.generate import BrokenLatents
 from mar.sampling.plan import Plan
 from mar.tokenizer import Tokenizer, from_pixels
@@ -63,74 +58,7 @@ MARKS = (1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120)
 """Minutes after which a run is judged, beside its end, where no others are wanted."""
 WARM_UP, MEASURED = 2, 6.0
 """Steps that are not timed, and seconds of processor time that are, to find out how many pictures a minute has."""
-TRIAL, MARKED, MINUTES = "trial.json", "quality.jsonl", "minutes.json"
-
-
-@dataclass(frozen=True)
-class Idx:
-    """Fashion-MNIST from its own files."""
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-    classes = FASHION_CLASSES
-    flips = False
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Example:
-        return Example(Image.fromarray(self.images[index]), int(self.labels[index]), f"picture {index}")
-
-
-def is_fashion(data: Path) -> bool:
-    """Whether `data` is the folder of Fashion-MNIST's files."""
-    return (data / "train-images-idx3-ubyte.gz").is_file()
-
-
-def open_parts(data: Path) -> tuple[Source, Source]:
-    """Pictures to learn from, and others to judge by."""
-    if not is_fashion(data):
-        return hold_out(data)
-    train, test = (load_split(data, name) for name in ("train", "t10k"))
-    return Idx(train.images, train.labels), Idx(test.images, test.labels)
-
-
-def settings(name: str, data: Path, changes: Sequence[str]) -> TrainConfig:
-    """The recipe called `name` with `changes` such as model.patch=2. ConfigError for what there is not."""
-    base = reference(recipe("fashion" if is_fashion(data) else "cifar10")) if name == "reference" else recipe(name)
-    values = to_dict(replace(base, data=str(data)))
-    for change in changes:
-        path, _, text = change.partition("=")
-        *rooms, last = path.split(".")
-        inside: Any = values
-        for room in rooms:
-            inside = inside.get(room) if isinstance(inside, dict) else None
-        if not isinstance(inside, dict) or last not in inside or isinstance(inside[last], dict):
-            raise ConfigError(f"--set {change}: a recipe has no setting {path}")
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):  # a word
-            value = text
-        one_of_several = isinstance(inside[last], list) and not isinstance(value, list | tuple)
-        inside[last] = [value] if one_of_several else value
-    return from_dict(TrainConfig, values)
-
-
-def reference(base: TrainConfig) -> TrainConfig:
-    """The paper's objective, optimizer and dropout around the trunk and the head's size of `base`, on raw pixels in
-    patches of 4 x 4; constant rate."""
-    head = HeadConfig(width=base.model.head.width, depth=base.model.head.depth)
-    encoder, decoder = (TrunkConfig(t.width, t.depth, t.heads) for t in (base.model.encoder, base.model.decoder))
-    grey = base.model.channels == 1
-    channels, side = (1, 28) if grey else (3, 32)
-    model = replace(
-        base.model, channels=channels, grid=(side, side), patch=4, encoder=encoder, decoder=decoder, head=head,
-        attention_dropout=0.1, projection_dropout=0.1, mask_ratio_min=0.7,
-    )  # fmt: skip
-    return replace(
-        base, model=model, tokenizer="pixels", sampling=replace(base.sampling, x0_bound=3.0), batch=64, lr=3.2e-3,
-        warmup=6_400, decay=0, optimizer="adamw", weight_decay=0.02, ema=0.999, clip=3.0,
-    )  # fmt: skip
+MINUTES = "minutes.json"
 
 
 def image_size(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, int]:
@@ -299,7 +227,7 @@ def run_train(args: argparse.Namespace) -> None:
     config = from_dict(TrainConfig, kept["config"])
     run = open_trial(config, args.out, parts)
     log = RunLog(args.out, config.images, run.progress.images)
-    network = fashion_classifier(args.classifier) if is_fashion(args.data) else open_extractor("efficientnet-lite0")
+    network = open_judge(args.data, args.classifier)
     try:
         if unknown := {*args.weights} - {*run.weights}:
             raise ValueError(f"--weights {' '.join(sorted(unknown))}: this run has {', '.join(run.weights)}")
@@ -317,52 +245,6 @@ def run_train(args: argparse.Namespace) -> None:
         print(f"wanted {kept['minutes']:g} minutes, took {last['minutes']:.2f}; {config.images:,} pictures")
     finally:
         log.close()
-
-
-def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a trial was, and its lines."""
-    try:
-        kept = json.loads((folder / TRIAL).read_text(encoding="utf-8"))
-        return kept, [json.loads(line) for line in (folder / MARKED).read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} holds no run that was judged: {error.filename} is not there") from error
-
-
-def run_table(args: argparse.Namespace) -> None:
-    print("| run | minutes | pictures | a second | validation loss | weights | guidance | distance | of the class |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for folder in args.folders:
-        kept, lines = read(folder)
-        for line in lines:
-            guidance = line.get("guidance", kept["config"]["sampling"]["guidance"])
-            shown = (
-                f"{line['distance']:.2f} | {line['agreement'] or float('nan'):.1%}" if "distance" in line else "- | -"
-            )
-            rate, loss = line["images"] / line["minutes"] / 60, line.get("val_loss", float("nan"))
-            print(
-                f"| {folder.name} | {line['minutes']:.1f} | {line['images']:,} | {rate:.0f} | {loss:.4f} | "
-                f"{line.get('weights', 'ema')} | {guidance:g} | {shown} |"
-            )
-
-
-def run_plot(args: argparse.Namespace) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for folder in args.folders:
-        kept, lines = read(folder)
-        usual = [line for line in lines if "distance" in line and not {"guidance", "weights"} & {*line}]
-        points = [(line["minutes"], line["distance"]) for line in usual]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"{folder.name} ({kept['recipe']})")
-    axes.set(xlabel="minutes of learning", ylabel="Fréchet distance", xscale="log", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    figure.savefig(args.out, dpi=110)
-    print(args.out)
 
 
 def main() -> int:

@@ -24,13 +24,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fashion_judge import extractor as fashion_classifier
-from quality import is_fashion, open_parts
+from quality_data import open_judge, open_parts
 
 import mar
 from mar.data.heldout import spread
 from mar.evaluation.evaluate import Wanted, collect, compare
-from mar.evaluation.features import Extractor, open_extractor
 from mar.evaluation.metrics import frechet_distance
 from mar.evaluation.streams import DrawnPictures, Pictures, SourcePictures
 from mar.evaluation.sweep import points
@@ -132,10 +130,7 @@ class Measurement:
             raise ValueError(f"{args.out} holds {theirs}, not {about}; choose another folder")
         note.write_text(json.dumps(about), encoding="utf-8")
         parts = open_parts(args.data)
-        fashion = is_fashion(args.data)
-        self.extractor: Extractor = (
-            fashion_classifier(args.classifier) if fashion else open_extractor("efficientnet-lite0")
-        )
+        self.extractor = open_judge(args.data, args.classifier)
         size = self.pipeline.image_size
         self.reference = collect(SourcePictures(parts[1], "held out", size=size), self.extractor).statistics
         real = collect(SourcePictures(spread(parts[0], self.count), "learned from", size=size), self.extractor)
