@@ -20,6 +20,11 @@ def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         raise ValueError(f"{folder} holds no run that was judged: {error.filename} is not there") from error
 
 
+def shown(value: float | None, form: str) -> str:
+    """A cell of the table."""
+    return "-" if value is None else format(value, form)
+
+
 def run_table(args: argparse.Namespace) -> None:
     print("| run | minutes | pictures | a second | validation loss | weights | guidance | distance | of the class |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -27,13 +32,11 @@ def run_table(args: argparse.Namespace) -> None:
         kept, lines = read(folder)
         for line in lines:
             guidance = line.get("guidance", kept["config"]["sampling"]["guidance"])
-            shown = (
-                f"{line['distance']:.2f} | {line['agreement'] or float('nan'):.1%}" if "distance" in line else "- | -"
-            )
-            rate, loss = line["images"] / line["minutes"] / 60, line.get("val_loss", float("nan"))
+            rate = line["images"] / line["minutes"] / 60
+            loss, distance = shown(line.get("val_loss"), ".4f"), shown(line.get("distance"), ".2f")
             print(
-                f"| {folder.name} | {line['minutes']:.1f} | {line['images']:,} | {rate:.0f} | {loss:.4f} | "
-                f"{line.get('weights', 'ema')} | {guidance:g} | {shown} |"
+                f"| {folder.name} | {line['minutes']:.1f} | {line['images']:,} | {rate:.0f} | {loss} | "
+                f"{line.get('weights', 'ema')} | {guidance:g} | {distance} | {shown(line.get('agreement'), '.1%')} |"
             )
 
 

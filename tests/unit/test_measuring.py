@@ -136,6 +136,25 @@ def test_what_was_judged_is_not_judged_again(quality: ModuleType, data: Path, tm
     assert len(about) == 6
 
 
+def test_what_is_nothing_is_not_what_is_not_known(
+    quality: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines: list[dict[str, Any]] = [
+        {"minutes": 1, "images": 600, "val_loss": 1.5, "distance": 90, "agreement": 0.0},
+        {"minutes": 1, "images": 600, "weights": "raw", "distance": 80, "agreement": None},
+        {"minutes": 1, "images": 600, "val_loss": 1.5, "broken": "step 3"},
+    ]
+    (tmp_path / quality.TRIAL).write_text(json.dumps({"config": {"sampling": {"guidance": 4.0}}}), encoding="utf-8")
+    (tmp_path / quality.MARKED).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    quality.run_table(SimpleNamespace(folders=[tmp_path]))
+    cells = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [[row[4], *row[7:]] for row in cells] == [
+        ["1.5000", "90.00", "0.0%"],
+        ["-", "80.00", "-"],
+        ["1.5000", "-", "-"],
+    ]
+
+
 def test_on_the_front_no_other_is_sooner_and_better(tradeoff: ModuleType) -> None:
     def line(seconds: float, distance: float) -> dict[str, float]:
         return {"seconds": seconds, "distance": distance}
