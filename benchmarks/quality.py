@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from quality_data import Idx, is_fashion, open_judge, open_parts
+from quality_notes import read_lines, write_lines
 from quality_recipes import settings
 from quality_report import MARKED, TRIAL, run_plot, run_table
 
@@ -150,8 +151,7 @@ class Trial:
     ) -> None:
         self.run, self.log, self.extractor, self.marks = run, log, extractor, marks
         self.path = run.folder / MARKED
-        said = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        self.lines = [line for line in map(json.loads, said) if line["images"] <= run.progress.images]
+        self.lines = [line for line in read_lines(self.path) if line["images"] <= run.progress.images]
         self.a_minute = run.config.images / minutes
         held = run.held_out
         assert isinstance(held, Idx | Source)
@@ -207,7 +207,7 @@ class Trial:
         except BrokenLatents as error:
             line |= {"broken": str(error)}
         self.lines.append(line)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        write_lines(self.path, self.lines)
         print(json.dumps(line), flush=True)
         self.clock.go()
         return line
@@ -220,9 +220,8 @@ def run_train(args: argparse.Namespace) -> None:
     if not note.is_file():
         wanted = replace(settings(args.recipe, args.data, args.set), seed=args.seed)
         config = fitted(wanted, parts, args.minutes, args.threads)
-        args.out.mkdir(parents=True, exist_ok=True)
         told = {"recipe": args.recipe, "set": args.set, "minutes": args.minutes, "threads": args.threads}
-        note.write_text(json.dumps({**told, "config": to_dict(config)}, indent=1), encoding="utf-8")
+        write_text(note, json.dumps({**told, "config": to_dict(config)}, indent=1))
     kept = json.loads(note.read_text(encoding="utf-8"))
     config = from_dict(TrainConfig, kept["config"])
     run = open_trial(config, args.out, parts)

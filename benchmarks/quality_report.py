@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from quality_notes import read_lines
+
 TRIAL, MARKED = "trial.json", "quality.jsonl"
 """What a trial is, and what was said of it at its marks: files of its folder."""
 
@@ -15,9 +17,11 @@ def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """What a trial was, and its lines."""
     try:
         kept = json.loads((folder / TRIAL).read_text(encoding="utf-8"))
-        return kept, [json.loads(line) for line in (folder / MARKED).read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError as error:
         raise ValueError(f"{folder} holds no run that was judged: {error.filename} is not there") from error
+    if not (lines := read_lines(folder / MARKED)):
+        raise ValueError(f"{folder} holds no run that was judged: {folder / MARKED} is not there, or empty")
+    return kept, lines
 
 
 def shown(value: float | None, form: str) -> str:

@@ -25,8 +25,10 @@ from typing import Any
 
 import torch
 from quality_data import open_judge, open_parts
+from quality_notes import read_lines, write_lines
 
 import mar
+from mar.checkpoint.files import write_text
 from mar.data.heldout import spread
 from mar.evaluation.evaluate import Wanted, collect, compare
 from mar.evaluation.metrics import frechet_distance
@@ -124,11 +126,10 @@ class Measurement:
         self.count, self.seed, self.batch = args.count, args.seed, args.batch
         about = {"model": args.model, "data": args.data.name, "count": args.count, "seed": args.seed}
         about |= {"batch": args.batch, "threads": args.threads}
-        args.out.mkdir(parents=True, exist_ok=True)
         note, self.path = args.out / ABOUT, args.out / MEASURED
         if note.is_file() and (theirs := json.loads(note.read_text(encoding="utf-8"))) != about:
             raise ValueError(f"{args.out} holds {theirs}, not {about}; choose another folder")
-        note.write_text(json.dumps(about), encoding="utf-8")
+        write_text(note, json.dumps(about))
         parts = open_parts(args.data)
         self.extractor = open_judge(args.data, args.classifier)
         size = self.pipeline.image_size
@@ -149,16 +150,13 @@ class Measurement:
             line |= {"seconds": pictures.seconds / self.count}
         except BrokenLatents as error:
             line |= {"broken": str(error)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        write_lines(self.path, [*read_lines(self.path), line])
         return line
 
 
 def noted(folder: Path) -> dict[str, dict[str, Any]]:
     """What was measured, by ways; also of those that drew no pictures."""
-    path = folder / MEASURED
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {line["way"]: line for line in map(json.loads, lines)}
+    return {line["way"]: line for line in read_lines(folder / MEASURED)}
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

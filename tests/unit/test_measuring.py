@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import pictures, train_config
+from tiny import pictures, pipeline, train_config
 
 from mar.config import ConfigError, HeadConfig
 from mar.data.heldout import hold_out
@@ -153,6 +153,58 @@ def test_what_is_nothing_is_not_what_is_not_known(
         ["-", "80.00", "-"],
         ["1.5000", "-", "-"],
     ]
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is written, half a line gets there."""
+    write = Path.write_text
+
+    def break_off(path: Path, text: str, **how: Any) -> int:
+        write(path, text[: len(text) // 2], **how)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", break_off)
+
+
+@pytest.mark.usefixtures("no_judge", "full_disk")
+def test_a_mark_that_cannot_be_kept_leaves_those_before(quality: ModuleType, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "trial"
+    folder.mkdir()
+    (folder / quality.MARKED).write_bytes(b'{"images": 0, "minutes": 0}\n')
+    trial, log = open_trial(quality, data, folder)
+    with pytest.raises(ValueError, match="No space left"):
+        trial.judge(5, guidance=2.0)
+    log.close()
+    assert (folder / quality.MARKED).read_bytes() == b'{"images": 0, "minutes": 0}\n'
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_way_that_cannot_be_noted_leaves_those_before(
+    tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / tradeoff.MEASURED
+    path.write_bytes(b'{"way": "K=5", "broken": "step 3"}\n')
+    monkeypatch.setattr(tradeoff, "collect", lambda *_, **__: None)
+    report = SimpleNamespace(distance=1.0, agreement=None)
+    monkeypatch.setattr(tradeoff, "compare", lambda *_: report)
+    measurement = object.__new__(tradeoff.Measurement)
+    vars(measurement).update(pipeline=pipeline(), path=path, count=2, seed=0, batch=2, extractor=None, reference=None)
+    with pytest.raises(ValueError, match="No space left"):
+        measurement.measure("K=2")
+    assert path.read_bytes() == b'{"way": "K=5", "broken": "step 3"}\n'
+
+
+def test_half_a_line_at_the_end_was_not_written(quality: ModuleType, tradeoff: ModuleType, tmp_path: Path) -> None:
+    report = importlib.import_module("quality_report")
+    lines = '{"way": "K=5", "distance": 2}\n{"way": "K=7", "dis'
+    for name in (quality.MARKED, tradeoff.MEASURED):
+        (tmp_path / name).write_text(lines, encoding="utf-8")
+    (tmp_path / quality.TRIAL).write_text("{}", encoding="utf-8")
+    assert report.read(tmp_path)[1] == tradeoff.read(tmp_path) == [{"way": "K=5", "distance": 2}]
+    (tmp_path / tradeoff.MEASURED).write_text(lines + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{tradeoff.MEASURED}, line 2 is not JSON"):
+        tradeoff.read(tmp_path)
 
 
 def test_on_the_front_no_other_is_sooner_and_better(tradeoff: ModuleType) -> None:
