@@ -14,7 +14,8 @@ Minutes are the processor time that learning took, divided by `--threads`: a bus
 fewer pictures are seen in each while it works. How many pictures fit into them is measured before the first step, and
 warm-up and decay of the learning rate are fitted to that; the time it took in the end is told beside. Judging is not
 counted. The same command goes on where a run was stopped; of one at its end it judges what was not judged yet: another
-`--count`, `--guidance` or `--weights`.
+`--count`, `--guidance` or `--weights`. All else has to be as it was when the run was begun; the data and the classifier
+may have been moved.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_data import Idx, is_fashion, open_judge, open_parts
-from quality_notes import read_lines, write_lines
-from quality_recipes import settings
+from quality_clock import Clock, TimedRun
+from quality_data import Idx, fingerprints, is_fashion, open_judge, open_parts
+from quality_notes import read_lines, require_same, write_lines
+from quality_recipes import changed, settings
 from quality_report import MARKED, TRIAL, run_plot, run_table
 
 from mar.checkpoint.files import write_text
@@ -50,7 +52,8 @@ from mar.sampling.generate import BrokenLatents
 from mar.sampling.plan import Plan
 from mar.tokenizer import Tokenizer, from_pixels
 from mar.training.log import Log, RunLog
-from mar.training.loop import Hook, Run, train
+from mar.training.loop import Hook, train
+from mar.training.run import check_classes
 from mar.training.snapshot import export_and_draw, take
 from mar.training.validation import Validation
 from mar.zoo import load_tokenizer
@@ -59,7 +62,6 @@ MARKS = (1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120)
 """Minutes after which a run is judged, beside its end, where no others are wanted."""
 WARM_UP, MEASURED = 2, 6.0
 """Steps that are not timed, and seconds of processor time that are, to find out how many pictures a minute has."""
-MINUTES = "minutes.json"
 
 
 def image_size(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, int]:
@@ -67,32 +69,11 @@ def image_size(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, int]:
     return config.model.grid[0] * tokenizer.stride, config.model.grid[1] * tokenizer.stride
 
 
-class TimedRun(Run):
-    """A run that keeps in its folder, for each state it saves, the minutes that a clock shows then."""
-
-    clock: Clock | None = None
-
-    def save(self) -> None:
-        """The minutes first: those of a state that was not saved in the end are never asked for."""
-        if self.clock is not None:
-            kept = {**self._kept(), str(self.progress.images): self.clock.now()}
-            write_text(self.folder / MINUTES, json.dumps(kept, indent=1))
-        super().save()
-
-    def saved_minutes(self) -> float | None:
-        """Those of the state that it has gone on from; None where none were kept."""
-        return self._kept().get(str(self.progress.images))
-
-    def _kept(self) -> dict[str, float]:
-        path = self.folder / MINUTES
-        kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return kept
-
-
 def open_trial(config: TrainConfig, folder: Path, parts: tuple[Source, Source]) -> TimedRun:
     """The run of `config` on the first part, held against the second; resumed where it has saved states."""
     channels = config.model.channels
     colours = channels if config.tokenizer == "pixels" else 1 if is_fashion(Path(config.data)) else 3
+    check_classes(config, parts[0].classes)
     tokenizer = from_pixels(config.tokenizer, colours, channels) or load_tokenizer(config.tokenizer)
     transform = Transform(image_size(config, tokenizer), tokenizer.image_channels)
     if not tokenizer.measured:
@@ -120,27 +101,6 @@ def fitted(config: TrainConfig, parts: tuple[Source, Source], minutes: float, th
     return replace(
         config, images=images, decay=round(config.decay * share), warmup=min(config.warmup, images // 8), sample_every=0
     )
-
-
-class Clock:
-    """Minutes of learning: processor time over threads."""
-
-    def __init__(self, minutes: float, threads: int) -> None:
-        self.minutes, self.threads = minutes, threads
-        self.go()
-
-    def go(self) -> None:
-        """Goes on after a stop."""
-        self.begun = time.process_time()
-
-    def now(self) -> float:
-        """Minutes until now, going on."""
-        return self.minutes + (time.process_time() - self.begun) / self.threads / 60
-
-    def stop(self) -> float:
-        """Minutes until now; what follows is not counted."""
-        self.minutes = self.now()
-        return self.minutes
 
 
 class Trial:
@@ -213,20 +173,36 @@ class Trial:
         return line
 
 
+def begin(args: argparse.Namespace, parts: tuple[Source, Source]) -> dict[str, Any]:
+    """What is noted of a trial: how it was asked for, and the recipe as it came out. Begun, where it was not yet; else
+    ValueError where it was another one."""
+    told: dict[str, Any] = {"recipe": args.recipe, "minutes": args.minutes, "threads": args.threads}
+    told |= {"seed": args.seed, "data": args.data.name, **fingerprints(args.data, parts, args.classifier)}
+    note = args.out / TRIAL
+    if note.is_file():
+        kept: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+        before, now = changed(kept["set"]), changed(args.set)
+        config = {"seed": kept["config"]["seed"], "data": Path(kept["config"]["data"]).name}  # of an older version
+        every = dict.fromkeys(sorted({*before, *now}), "as in the recipe")
+        require_same(args.out, {**config, **kept, **every, **before}, {**told, **every, **now})
+        kept["config"]["data"] = str(args.data)  # where it is now
+        return kept
+    config = fitted(
+        replace(settings(args.recipe, args.data, args.set), seed=args.seed), parts, args.minutes, args.threads
+    )
+    kept = {**told, "set": args.set, "config": to_dict(config)}
+    write_text(note, json.dumps(kept, indent=1))
+    return kept
+
+
 def run_train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     parts = open_parts(args.data)
-    note = args.out / TRIAL
-    if not note.is_file():
-        wanted = replace(settings(args.recipe, args.data, args.set), seed=args.seed)
-        config = fitted(wanted, parts, args.minutes, args.threads)
-        told = {"recipe": args.recipe, "set": args.set, "minutes": args.minutes, "threads": args.threads}
-        write_text(note, json.dumps({**told, "config": to_dict(config)}, indent=1))
-    kept = json.loads(note.read_text(encoding="utf-8"))
+    network = open_judge(args.data, args.classifier)
+    kept = begin(args, parts)
     config = from_dict(TrainConfig, kept["config"])
     run = open_trial(config, args.out, parts)
     log = RunLog(args.out, config.images, run.progress.images)
-    network = open_judge(args.data, args.classifier)
     try:
         if unknown := {*args.weights} - {*run.weights}:
             raise ValueError(f"--weights {' '.join(sorted(unknown))}: this run has {', '.join(run.weights)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,9 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mar.assets import FASHION_CLASSES
+from mar.data.digest import source_digest
 from mar.data.examples import Example, Source
-from mar.data.heldout import hold_out
+from mar.data.heldout import Part, hold_out
 from mar.evaluation.features import Extractor, open_extractor
+
+DIGITS = 16
+"""Of a fingerprint, as it is noted."""
 
 
 @dataclass(frozen=True)
@@ -49,3 +54,28 @@ def open_parts(data: Path) -> tuple[Source, Source]:
 def open_judge(data: Path, classifier: Path | None) -> Extractor:
     """The network in whose features pictures like those of `data` are judged."""
     return fashion_classifier(classifier) if is_fashion(data) else open_extractor("efficientnet-lite0")
+
+
+def fingerprints(data: Path, parts: tuple[Source, Source], classifier: Path | None) -> dict[str, str | None]:
+    """What is noted of the pictures and of the judge, so that nothing is measured with others under the same name."""
+    return {"pictures": of_pictures(parts), "classifier": of_file(classifier) if is_fashion(data) else None}
+
+
+def of_file(path: Path | None) -> str | None:
+    """What tells a file from others, wherever it is; None of none."""
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:DIGITS]
+
+
+def of_pictures(parts: tuple[Source, Source]) -> str:
+    """What tells the pictures of a data set, and which of them are held out, from others, wherever they are."""
+    found = hashlib.sha256()
+    for part in parts:
+        whole = part
+        if isinstance(part, Part):
+            whole = part.source
+            found.update(part.indices.tobytes())
+        if isinstance(whole, Idx):
+            found.update(whole.images.tobytes() + whole.labels.tobytes())
+        else:
+            found.update(source_digest(whole).encode())
+    return found.hexdigest()[:DIGITS]

@@ -35,6 +35,12 @@ def settings(name: str, data: Path, changes: Sequence[str]) -> TrainConfig:
     return from_dict(TrainConfig, values)
 
 
+def changed(changes: Sequence[str]) -> dict[str, str]:
+    """The values of `--set`, by the options that set them; the last one of each counts."""
+    parts = (change.partition("=") for change in changes)
+    return {f"--set {path}": value for path, _, value in parts}
+
+
 def reference(base: TrainConfig) -> TrainConfig:
     """The paper's objective, optimizer and dropout around the trunk and the head's size of `base`, on raw pixels in
     patches of 4 x 4; constant rate."""

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import pictures, pipeline, train_config
+import torch
+from tiny import config, pictures, pipeline, train_config
 
-from mar.config import ConfigError, HeadConfig
+from mar.config import ConfigError, HeadConfig, TrainConfig
 from mar.data.heldout import hold_out
 from mar.presets import CIFAR10, FASHION
 from mar.training.log import RunLog
@@ -134,6 +137,116 @@ def test_what_was_judged_is_not_judged_again(quality: ModuleType, data: Path, tm
     names = ("images", "pictures", "guidance", "weights")
     assert [{name: line[name] for name in names if name in line} for line in map(json.loads, written)] == about
     assert len(about) == 6
+
+
+def fashion_files(folder: Path, brightness: int = 1) -> Path:
+    """A folder of Fashion-MNIST's files, ten pictures in each part, one of a class."""
+    folder.mkdir()
+    for split in ("train", "t10k"):
+        images = bytes(brightness * label for label in range(10) for _ in range(28 * 28))
+        for name, sides, values in (("images-idx3", (10, 28, 28), images), ("labels-idx1", (10,), bytes(range(10)))):
+            header = bytes([0, 0, 8, len(sides)]) + b"".join(side.to_bytes(4, "big") for side in sides)
+            (folder / f"{split}-{name}-ubyte.gz").write_bytes(gzip.compress(header + values))
+    return folder
+
+
+@pytest.fixture
+def command(quality: ModuleType, no_judge: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`quality.py train` of ten steps, its judge made up; called with what is given beside the usual."""
+
+    def settings(_: str, data: Path, changes: Any) -> TrainConfig:
+        return train_config(data, model=config(channels=1, grid=(28, 28), patch=14, classes=10))
+
+    monkeypatch.setattr(quality, "settings", settings)
+    monkeypatch.setattr(quality, "fitted", lambda config, *_: config)
+    monkeypatch.setattr(quality, "open_judge", lambda *_: None)
+    fashion_files(tmp_path / "fashion")
+    (tmp_path / "judge").write_bytes(b"a judge")
+    usual = {"data": tmp_path / "fashion", "classifier": tmp_path / "judge", "recipe": "fashion", "minutes": 10}
+    usual |= {"seed": 0, "threads": torch.get_num_threads(), "count": 5, "out": tmp_path / "trial", "marks": 60}
+
+    def run(*others: str, **changes: Any) -> int:
+        options = [text for name, value in {**usual, **changes}.items() for text in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["quality.py", "train", *options, "--set", "lr=0.5", "ema=0.99", *others])
+        code: int = quality.main()
+        return code
+
+    return run
+
+
+OTHERWISE: dict[str, tuple[dict[str, Any], list[str], str]] = {
+    "recipe": ({"recipe": "reference"}, [], "recipe fashion, here reference"),
+    "seed": ({"seed": 1}, [], "seed 0, here 1"),
+    "minutes": ({"minutes": 20}, [], "minutes 10.0, here 20.0"),
+    "threads": ({"threads": 64}, [], "threads 1, here 64"),
+    "set": ({}, ["lr=0.25"], "--set lr 0.5, here 0.25"),
+    "set more": ({}, ["clip=1"], "--set clip as in the recipe, here 1"),
+    "data": ({"data": "others"}, [], "data fashion, here others"),
+}
+
+
+@pytest.mark.parametrize("which", OTHERWISE)
+@pytest.mark.parametrize("older", [False, True])
+def test_a_trial_is_gone_on_with_as_it_was_begun(
+    quality: ModuleType,
+    command: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    which: str,
+    older: bool,
+) -> None:
+    changes, others, said = OTHERWISE[which]
+    note = tmp_path / "trial" / quality.TRIAL
+    monkeypatch.setattr(quality, "train", lambda *_: False)  # stopped at once
+    monkeypatch.setattr(quality.torch, "set_num_threads", lambda _: None)
+    assert command(threads=1) == 0
+    if older:
+        begun = json.loads(note.read_text(encoding="utf-8"))
+        names = ("recipe", "set", "minutes", "threads", "config")
+        note.write_text(json.dumps({name: begun[name] for name in names}), encoding="utf-8")
+    elif which == "data":
+        said = f"pictures {json.loads(note.read_text(encoding='utf-8'))['pictures']}, here "
+    if which == "data":
+        changes = {"data": fashion_files(tmp_path / "others", brightness=2)}
+    before = note.read_bytes()
+    assert command(*others, **{"threads": 1, **changes}) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"quality: {tmp_path / 'trial'} was begun otherwise ({said}")
+    assert error.count("\n") == 1
+    assert (command(threads=1), note.read_bytes()) == (0, before)
+
+
+def test_other_judges_and_pictures_are_refused_moved_ones_are_not(
+    quality: ModuleType, command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command() == 0
+    for name in ("fashion", "judge"):
+        (tmp_path / name).rename(tmp_path / f"moved-{name}")
+    moved = {"data": tmp_path / "moved-fashion", "classifier": tmp_path / "moved-judge"}
+    assert command("ema=0.99", **moved, guidance=2) == 0
+    written = (tmp_path / "trial" / quality.MARKED).read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line).get("guidance") for line in written] == [None, 2.0]
+    capsys.readouterr()
+    moved["classifier"].write_bytes(b"another judge")
+    assert command(**moved, guidance=3) == 2
+    assert "was begun otherwise (classifier " in capsys.readouterr().err
+    assert len((tmp_path / "trial" / quality.MARKED).read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_the_pictures_of_a_folder_are_known_wherever_it_is(quality: ModuleType, data: Path, tmp_path: Path) -> None:
+    of = importlib.import_module("quality_data").of_pictures
+    before = of(hold_out(data))
+    moved = data.rename(tmp_path / "moved")
+    assert of(hold_out(moved)) == before
+    next((moved / "down").iterdir()).unlink()
+    assert of(hold_out(moved)) != before
+
+
+def test_a_trials_classes_are_the_datas(quality: ModuleType, data: Path, tmp_path: Path) -> None:
+    three = train_config(data, model=config(channels=1, grid=(8, 8), patch=2, classes=3))
+    with pytest.raises(ConfigError, match=r"the model has 3 classes, but .* has 2"):
+        quality.open_trial(three, tmp_path / "trial", hold_out(data))
 
 
 def test_what_is_nothing_is_not_what_is_not_known(
