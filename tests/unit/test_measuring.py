@@ -1,4 +1,4 @@
-"""What the benchmarks decide by themselves: which settings a trial has, and which ways of drawing are worth it."""
+"""What `quality.py` decides by itself: which settings a trial has, how it goes on, and what is kept of it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import config, pictures, pipeline, train_config
+from tiny import config, pictures, train_config
 
 from mar.config import ConfigError, HeadConfig, TrainConfig
 from mar.data.heldout import hold_out
@@ -29,12 +29,6 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def quality(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(BENCHMARKS)  # as Python does for a script
     return importlib.import_module("quality")
-
-
-@pytest.fixture
-def tradeoff(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("tradeoff")
 
 
 def test_the_papers_settings_are_the_papers(quality: ModuleType) -> None:
@@ -268,18 +262,6 @@ def test_what_is_nothing_is_not_what_is_not_known(
     ]
 
 
-@pytest.fixture
-def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what is written, half a line gets there."""
-    write = Path.write_text
-
-    def break_off(path: Path, text: str, **how: Any) -> int:
-        write(path, text[: len(text) // 2], **how)
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", break_off)
-
-
 @pytest.mark.usefixtures("no_judge", "full_disk")
 def test_a_mark_that_cannot_be_kept_leaves_those_before(quality: ModuleType, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "trial"
@@ -292,71 +274,7 @@ def test_a_mark_that_cannot_be_kept_leaves_those_before(quality: ModuleType, dat
     assert (folder / quality.MARKED).read_bytes() == b'{"images": 0, "minutes": 0}\n'
 
 
-@pytest.mark.usefixtures("full_disk")
-def test_a_way_that_cannot_be_noted_leaves_those_before(
-    tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / tradeoff.MEASURED
-    path.write_bytes(b'{"way": "K=5", "broken": "step 3"}\n')
-    monkeypatch.setattr(tradeoff, "collect", lambda *_, **__: None)
-    report = SimpleNamespace(distance=1.0, agreement=None)
-    monkeypatch.setattr(tradeoff, "compare", lambda *_: report)
-    measurement = object.__new__(tradeoff.Measurement)
-    vars(measurement).update(pipeline=pipeline(), path=path, count=2, seed=0, batch=2, extractor=None, reference=None)
-    with pytest.raises(ValueError, match="No space left"):
-        measurement.measure("K=2")
-    assert path.read_bytes() == b'{"way": "K=5", "broken": "step 3"}\n'
-
-
-def test_half_a_line_at_the_end_was_not_written(quality: ModuleType, tradeoff: ModuleType, tmp_path: Path) -> None:
-    report = importlib.import_module("quality_report")
-    lines = '{"way": "K=5", "distance": 2}\n{"way": "K=7", "dis'
-    for name in (quality.MARKED, tradeoff.MEASURED):
-        (tmp_path / name).write_text(lines, encoding="utf-8")
+def test_half_a_mark_at_the_end_was_not_written(quality: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / quality.MARKED).write_text('{"images": 4}\n{"images": 8, "dis', encoding="utf-8")
     (tmp_path / quality.TRIAL).write_text("{}", encoding="utf-8")
-    assert report.read(tmp_path)[1] == tradeoff.read(tmp_path) == [{"way": "K=5", "distance": 2}]
-    (tmp_path / tradeoff.MEASURED).write_text(lines + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=f"{tradeoff.MEASURED}, line 2 is not JSON"):
-        tradeoff.read(tmp_path)
-
-
-def test_on_the_front_no_other_is_sooner_and_better(tradeoff: ModuleType) -> None:
-    def line(seconds: float, distance: float) -> dict[str, float]:
-        return {"seconds": seconds, "distance": distance}
-
-    quick, slow, waste, same, best = line(1, 9), line(3, 4), line(2, 10), line(3, 4.5), line(8, 3)
-    assert tradeoff.front([slow, best, waste, same, quick]) == [quick, slow, best]
-
-
-def test_a_way_has_one_value_for_each_field(tradeoff: ModuleType) -> None:
-    assert tradeoff.settings("K=10 solver=dpm++2m noisiest=0.95") == {
-        "steps": 10,
-        "solver": "dpm++2m",
-        "noisiest": 0.95,
-    }
-    with pytest.raises(ValueError, match="2 combinations, expected one value"):
-        tradeoff.settings("K=10,20")
-    assert [tradeoff.settings(way) for way in tradeoff.WAYS]
-
-
-def test_what_drew_no_pictures_is_no_point(tradeoff: ModuleType, tmp_path: Path) -> None:
-    lines = [
-        {"way": "a", "broken": "step 3"},
-        {"way": "b", "distance": 2, "seconds": 1},
-        {"way": "a", "broken": "step 4"},
-    ]
-    (tmp_path / tradeoff.MEASURED).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    assert [line["way"] for line in tradeoff.read(tmp_path)] == ["b"]
-    assert {*tradeoff.noted(tmp_path)} == {"a", "b"}
-    assert tradeoff.read(tmp_path / "nowhere") == []
-
-
-def test_a_way_that_was_measured_is_not_measured_again(
-    tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lines = [{"way": "K=5", "broken": "step 3"}, {"way": "K=7", "distance": 2, "seconds": 1}]
-    (tmp_path / tradeoff.MEASURED).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    measured: list[str] = []
-    monkeypatch.setattr(tradeoff, "Measurement", lambda _: SimpleNamespace(measure=measured.append))
-    tradeoff.run_measure(SimpleNamespace(way=["K=5", "K=10", "K=7"], out=tmp_path))
-    assert measured == ["K=10"]
+    assert importlib.import_module("quality_report").read(tmp_path)[1] == [{"images": 4}]
