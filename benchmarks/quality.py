@@ -182,9 +182,9 @@ def begin(args: argparse.Namespace, parts: tuple[Source, Source]) -> dict[str, A
     if note.is_file():
         kept: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
         before, now = changed(kept["set"]), changed(args.set)
-        config = {"seed": kept["config"]["seed"], "data": Path(kept["config"]["data"]).name}  # of an older version
+        older = {"seed": kept["config"]["seed"], "data": Path(kept["config"]["data"]).name}  # did not note them apart
         every = dict.fromkeys(sorted({*before, *now}), "as in the recipe")
-        require_same(args.out, {**config, **kept, **every, **before}, {**told, **every, **now})
+        require_same(args.out, {**older, **kept, **every, **before}, {**told, **every, **now})
         kept["config"]["data"] = str(args.data)  # where it is now
         return kept
     config = fitted(
