@@ -14,47 +14,46 @@ Minutes are the processor time that learning took, divided by `--threads`: a bus
 fewer pictures are seen in each while it works. How many pictures fit into them is measured before the first step, and
 warm-up and decay of the learning rate are fitted to that; the time it took in the end is told beside. Judging is not
 counted. The same command goes on where a run was stopped; of one at its end it judges what was not judged yet: another
-`--count`, `--guidance` or `--weights`.
+`--count`, `--guidance` or `--weights`. All else has to be as it was when the run was begun; the data and the classifier
+may have been moved.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import os
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from fashion_judge import extractor as fashion_classifier
-from fashion_judge import load_split
-from numpy.typing import NDArray
-from PIL import Image
+from quality_clock import Clock, TimedRun
+from quality_data import Idx, fingerprints, is_fashion, open_judge, open_parts
+from quality_notes import read_lines, require_same, write_lines
+from quality_recipes import changed, settings
+from quality_report import MARKED, TRIAL, run_plot, run_table
 
-from mar.assets import FASHION_CLASSES
 from mar.checkpoint.files import write_text
-from mar.config import ConfigError, HeadConfig, TrainConfig, TrunkConfig, from_dict, to_dict
-from mar.data.examples import Example, Source
-from mar.data.heldout import hold_out, spread
+from mar.config import TrainConfig, from_dict, to_dict
+from mar.data.examples import Source
+from mar.data.heldout import spread
 from mar.data.loader import in_order
 from mar.data.transforms import Transform
 from mar.evaluation.evaluate import Wanted, collect, compare
-from mar.evaluation.features import Extractor, open_extractor
+from mar.evaluation.features import Extractor
 from mar.evaluation.streams import DrawnPictures, SourcePictures
 from mar.model.mar import MAR
-from mar.presets import recipe
 from mar.sampling.generate import BrokenLatents
 from mar.sampling.plan import Plan
 from mar.tokenizer import Tokenizer, from_pixels
 from mar.training.log import Log, RunLog
-from mar.training.loop import Hook, Run, train
+from mar.training.loop import Hook, train
+from mar.training.run import check_classes
 from mar.training.snapshot import export_and_draw, take
 from mar.training.validation import Validation
 from mar.zoo import load_tokenizer
@@ -63,74 +62,6 @@ MARKS = (1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120)
 """Minutes after which a run is judged, beside its end, where no others are wanted."""
 WARM_UP, MEASURED = 2, 6.0
 """Steps that are not timed, and seconds of processor time that are, to find out how many pictures a minute has."""
-TRIAL, MARKED, MINUTES = "trial.json", "quality.jsonl", "minutes.json"
-
-
-@dataclass(frozen=True)
-class Idx:
-    """Fashion-MNIST from its own files."""
-
-    images: NDArray[np.uint8]
-    labels: NDArray[np.int64]
-    classes = FASHION_CLASSES
-    flips = False
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Example:
-        return Example(Image.fromarray(self.images[index]), int(self.labels[index]), f"picture {index}")
-
-
-def is_fashion(data: Path) -> bool:
-    """Whether `data` is the folder of Fashion-MNIST's files."""
-    return (data / "train-images-idx3-ubyte.gz").is_file()
-
-
-def open_parts(data: Path) -> tuple[Source, Source]:
-    """Pictures to learn from, and others to judge by."""
-    if not is_fashion(data):
-        return hold_out(data)
-    train, test = (load_split(data, name) for name in ("train", "t10k"))
-    return Idx(train.images, train.labels), Idx(test.images, test.labels)
-
-
-def settings(name: str, data: Path, changes: Sequence[str]) -> TrainConfig:
-    """The recipe called `name` with `changes` such as model.patch=2. ConfigError for what there is not."""
-    base = reference(recipe("fashion" if is_fashion(data) else "cifar10")) if name == "reference" else recipe(name)
-    values = to_dict(replace(base, data=str(data)))
-    for change in changes:
-        path, _, text = change.partition("=")
-        *rooms, last = path.split(".")
-        inside: Any = values
-        for room in rooms:
-            inside = inside.get(room) if isinstance(inside, dict) else None
-        if not isinstance(inside, dict) or last not in inside or isinstance(inside[last], dict):
-            raise ConfigError(f"--set {change}: a recipe has no setting {path}")
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):  # a word
-            value = text
-        one_of_several = isinstance(inside[last], list) and not isinstance(value, list | tuple)
-        inside[last] = [value] if one_of_several else value
-    return from_dict(TrainConfig, values)
-
-
-def reference(base: TrainConfig) -> TrainConfig:
-    """The paper's objective, optimizer and dropout around the trunk and the head's size of `base`, on raw pixels in
-    patches of 4 x 4; constant rate."""
-    head = HeadConfig(width=base.model.head.width, depth=base.model.head.depth)
-    encoder, decoder = (TrunkConfig(t.width, t.depth, t.heads) for t in (base.model.encoder, base.model.decoder))
-    grey = base.model.channels == 1
-    channels, side = (1, 28) if grey else (3, 32)
-    model = replace(
-        base.model, channels=channels, grid=(side, side), patch=4, encoder=encoder, decoder=decoder, head=head,
-        attention_dropout=0.1, projection_dropout=0.1, mask_ratio_min=0.7,
-    )  # fmt: skip
-    return replace(
-        base, model=model, tokenizer="pixels", sampling=replace(base.sampling, x0_bound=3.0), batch=64, lr=3.2e-3,
-        warmup=6_400, decay=0, optimizer="adamw", weight_decay=0.02, ema=0.999, clip=3.0,
-    )  # fmt: skip
 
 
 def image_size(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, int]:
@@ -138,32 +69,11 @@ def image_size(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, int]:
     return config.model.grid[0] * tokenizer.stride, config.model.grid[1] * tokenizer.stride
 
 
-class TimedRun(Run):
-    """A run that keeps in its folder, for each state it saves, the minutes that a clock shows then."""
-
-    clock: Clock | None = None
-
-    def save(self) -> None:
-        """The minutes first: those of a state that was not saved in the end are never asked for."""
-        if self.clock is not None:
-            kept = {**self._kept(), str(self.progress.images): self.clock.now()}
-            write_text(self.folder / MINUTES, json.dumps(kept, indent=1))
-        super().save()
-
-    def saved_minutes(self) -> float | None:
-        """Those of the state that it has gone on from; None where none were kept."""
-        return self._kept().get(str(self.progress.images))
-
-    def _kept(self) -> dict[str, float]:
-        path = self.folder / MINUTES
-        kept: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        return kept
-
-
 def open_trial(config: TrainConfig, folder: Path, parts: tuple[Source, Source]) -> TimedRun:
     """The run of `config` on the first part, held against the second; resumed where it has saved states."""
     channels = config.model.channels
     colours = channels if config.tokenizer == "pixels" else 1 if is_fashion(Path(config.data)) else 3
+    check_classes(config, parts[0].classes)
     tokenizer = from_pixels(config.tokenizer, colours, channels) or load_tokenizer(config.tokenizer)
     transform = Transform(image_size(config, tokenizer), tokenizer.image_channels)
     if not tokenizer.measured:
@@ -193,27 +103,6 @@ def fitted(config: TrainConfig, parts: tuple[Source, Source], minutes: float, th
     )
 
 
-class Clock:
-    """Minutes of learning: processor time over threads."""
-
-    def __init__(self, minutes: float, threads: int) -> None:
-        self.minutes, self.threads = minutes, threads
-        self.go()
-
-    def go(self) -> None:
-        """Goes on after a stop."""
-        self.begun = time.process_time()
-
-    def now(self) -> float:
-        """Minutes until now, going on."""
-        return self.minutes + (time.process_time() - self.begun) / self.threads / 60
-
-    def stop(self) -> float:
-        """Minutes until now; what follows is not counted."""
-        self.minutes = self.now()
-        return self.minutes
-
-
 class Trial:
     """A run, its clock, and what is said of it at its marks."""
 
@@ -222,8 +111,7 @@ class Trial:
     ) -> None:
         self.run, self.log, self.extractor, self.marks = run, log, extractor, marks
         self.path = run.folder / MARKED
-        said = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        self.lines = [line for line in map(json.loads, said) if line["images"] <= run.progress.images]
+        self.lines = [line for line in read_lines(self.path) if line["images"] <= run.progress.images]
         self.a_minute = run.config.images / minutes
         held = run.held_out
         assert isinstance(held, Idx | Source)
@@ -279,27 +167,42 @@ class Trial:
         except BrokenLatents as error:
             line |= {"broken": str(error)}
         self.lines.append(line)
-        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
+        write_lines(self.path, self.lines)
         print(json.dumps(line), flush=True)
         self.clock.go()
         return line
 
 
+def begin(args: argparse.Namespace, parts: tuple[Source, Source]) -> dict[str, Any]:
+    """What is noted of a trial: how it was asked for, and the recipe as it came out. Begun, where it was not yet; else
+    ValueError where it was another one."""
+    told: dict[str, Any] = {"recipe": args.recipe, "minutes": args.minutes, "threads": args.threads}
+    told |= {"seed": args.seed, "data": args.data.name, **fingerprints(args.data, parts, args.classifier)}
+    note = args.out / TRIAL
+    if note.is_file():
+        kept: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+        before, now = changed(kept["set"]), changed(args.set)
+        older = {"seed": kept["config"]["seed"], "data": Path(kept["config"]["data"]).name}  # did not note them apart
+        every = dict.fromkeys(sorted({*before, *now}), "as in the recipe")
+        require_same(args.out, {**older, **kept, **every, **before}, {**told, **every, **now})
+        kept["config"]["data"] = str(args.data)  # where it is now
+        return kept
+    config = fitted(
+        replace(settings(args.recipe, args.data, args.set), seed=args.seed), parts, args.minutes, args.threads
+    )
+    kept = {**told, "set": args.set, "config": to_dict(config)}
+    write_text(note, json.dumps(kept, indent=1))
+    return kept
+
+
 def run_train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     parts = open_parts(args.data)
-    note = args.out / TRIAL
-    if not note.is_file():
-        wanted = replace(settings(args.recipe, args.data, args.set), seed=args.seed)
-        config = fitted(wanted, parts, args.minutes, args.threads)
-        args.out.mkdir(parents=True, exist_ok=True)
-        told = {"recipe": args.recipe, "set": args.set, "minutes": args.minutes, "threads": args.threads}
-        note.write_text(json.dumps({**told, "config": to_dict(config)}, indent=1), encoding="utf-8")
-    kept = json.loads(note.read_text(encoding="utf-8"))
+    network = open_judge(args.data, args.classifier)
+    kept = begin(args, parts)
     config = from_dict(TrainConfig, kept["config"])
     run = open_trial(config, args.out, parts)
     log = RunLog(args.out, config.images, run.progress.images)
-    network = fashion_classifier(args.classifier) if is_fashion(args.data) else open_extractor("efficientnet-lite0")
     try:
         if unknown := {*args.weights} - {*run.weights}:
             raise ValueError(f"--weights {' '.join(sorted(unknown))}: this run has {', '.join(run.weights)}")
@@ -317,52 +220,6 @@ def run_train(args: argparse.Namespace) -> None:
         print(f"wanted {kept['minutes']:g} minutes, took {last['minutes']:.2f}; {config.images:,} pictures")
     finally:
         log.close()
-
-
-def read(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What a trial was, and its lines."""
-    try:
-        kept = json.loads((folder / TRIAL).read_text(encoding="utf-8"))
-        return kept, [json.loads(line) for line in (folder / MARKED).read_text(encoding="utf-8").splitlines()]
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} holds no run that was judged: {error.filename} is not there") from error
-
-
-def run_table(args: argparse.Namespace) -> None:
-    print("| run | minutes | pictures | a second | validation loss | weights | guidance | distance | of the class |")
-    print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
-    for folder in args.folders:
-        kept, lines = read(folder)
-        for line in lines:
-            guidance = line.get("guidance", kept["config"]["sampling"]["guidance"])
-            shown = (
-                f"{line['distance']:.2f} | {line['agreement'] or float('nan'):.1%}" if "distance" in line else "- | -"
-            )
-            rate, loss = line["images"] / line["minutes"] / 60, line.get("val_loss", float("nan"))
-            print(
-                f"| {folder.name} | {line['minutes']:.1f} | {line['images']:,} | {rate:.0f} | {loss:.4f} | "
-                f"{line.get('weights', 'ema')} | {guidance:g} | {shown} |"
-            )
-
-
-def run_plot(args: argparse.Namespace) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for folder in args.folders:
-        kept, lines = read(folder)
-        usual = [line for line in lines if "distance" in line and not {"guidance", "weights"} & {*line}]
-        points = [(line["minutes"], line["distance"]) for line in usual]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"{folder.name} ({kept['recipe']})")
-    axes.set(xlabel="minutes of learning", ylabel="Fréchet distance", xscale="log", yscale="log")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
-    figure.savefig(args.out, dpi=110)
-    print(args.out)
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ PATH and FILE as in `quality.py`: the model (by default the bundled one) is held
 not learn from. A way is what `mar evaluate --sweep` takes, one value each: fields of SamplingConfig, K, cfg, preset.
 Without `--way`, those of WAYS are drawn, each knob by itself and some of them together. All ways draw the same labels
 and seeds. Seconds are of the processor, one thread, the pictures of a batch drawn at once, judging not counted. A way
-that was measured is not measured again.
+that was measured is not measured again. A folder has one model, `--dtype`, data and classifier; these two may be moved.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from fashion_judge import extractor as fashion_classifier
-from quality import is_fashion, open_parts
+from quality_data import fingerprints, open_judge, open_parts
+from quality_notes import read_lines, require_same, write_lines
 
 import mar
+from mar.checkpoint.files import write_text
+from mar.cli.options import DrawnDtype, torch_dtype
 from mar.data.heldout import spread
 from mar.evaluation.evaluate import Wanted, collect, compare
-from mar.evaluation.features import Extractor, open_extractor
 from mar.evaluation.metrics import frechet_distance
 from mar.evaluation.streams import DrawnPictures, Pictures, SourcePictures
 from mar.evaluation.sweep import points
@@ -115,27 +116,31 @@ def settings(way: str) -> dict[str, Any]:
     return found[0]
 
 
+def note_or_check(args: argparse.Namespace, judged_by: dict[str, str | None]) -> None:
+    """Notes in a new folder what is measured; ValueError for one in which something else was."""
+    about = {"model": args.model, "data": args.data.name, "count": args.count, "seed": args.seed}
+    about |= {"batch": args.batch, "threads": args.threads, "dtype": args.dtype, **judged_by}
+    note = args.out / ABOUT
+    if note.is_file():
+        noted = json.loads(note.read_text(encoding="utf-8"))
+        require_same(args.out, {"dtype": "fp32", **noted}, about)  # older versions knew no other
+    else:
+        write_text(note, json.dumps(about))
+
+
 class Measurement:
     """A model, what it is held against, and the file in which the ways are noted."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
-        self.pipeline: Pipeline = mar.load(args.model, device="cpu")
+        self.pipeline: Pipeline = mar.load(args.model, device="cpu", dtype=torch_dtype(args.dtype))
         for way in args.way or WAYS:
             self.pipeline.sampling_with(**settings(way))  # what is wrong is wrong before hours of drawing
         self.count, self.seed, self.batch = args.count, args.seed, args.batch
-        about = {"model": args.model, "data": args.data.name, "count": args.count, "seed": args.seed}
-        about |= {"batch": args.batch, "threads": args.threads}
-        args.out.mkdir(parents=True, exist_ok=True)
-        note, self.path = args.out / ABOUT, args.out / MEASURED
-        if note.is_file() and (theirs := json.loads(note.read_text(encoding="utf-8"))) != about:
-            raise ValueError(f"{args.out} holds {theirs}, not {about}; choose another folder")
-        note.write_text(json.dumps(about), encoding="utf-8")
         parts = open_parts(args.data)
-        fashion = is_fashion(args.data)
-        self.extractor: Extractor = (
-            fashion_classifier(args.classifier) if fashion else open_extractor("efficientnet-lite0")
-        )
+        self.extractor = open_judge(args.data, args.classifier)
+        note_or_check(args, fingerprints(args.data, parts, args.classifier))
+        self.path = args.out / MEASURED
         size = self.pipeline.image_size
         self.reference = collect(SourcePictures(parts[1], "held out", size=size), self.extractor).statistics
         real = collect(SourcePictures(spread(parts[0], self.count), "learned from", size=size), self.extractor)
@@ -154,16 +159,13 @@ class Measurement:
             line |= {"seconds": pictures.seconds / self.count}
         except BrokenLatents as error:
             line |= {"broken": str(error)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        write_lines(self.path, [*read_lines(self.path), line])
         return line
 
 
 def noted(folder: Path) -> dict[str, dict[str, Any]]:
     """What was measured, by ways; also of those that drew no pictures."""
-    path = folder / MEASURED
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return {line["way"]: line for line in map(json.loads, lines)}
+    return {line["way"]: line for line in read_lines(folder / MEASURED)}
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -245,6 +247,7 @@ def main() -> int:
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--batch", type=int, default=100)
     verb.add_argument("--threads", type=int, default=1)
+    verb.add_argument("--dtype", choices=get_args(DrawnDtype), default="fp32", help="of the model's matrices")
     verb.set_defaults(run=run_measure)
     verb = verbs.add_parser("table", help="all ways, as Markdown; those worth it in bold")
     verb.add_argument("folder", type=Path)

@@ -1,19 +1,22 @@
-"""What the benchmarks decide by themselves: which settings a trial has, and which ways of drawing are worth it."""
+"""What `quality.py` decides by itself: which settings a trial has, how it goes on, and what is kept of it."""
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from tiny import pictures, train_config
+import torch
+from tiny import config, pictures, train_config
 
-from mar.config import ConfigError, HeadConfig
+from mar.config import ConfigError, HeadConfig, TrainConfig
 from mar.data.heldout import hold_out
 from mar.presets import CIFAR10, FASHION
 from mar.training.log import RunLog
@@ -26,12 +29,6 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def quality(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(BENCHMARKS)  # as Python does for a script
     return importlib.import_module("quality")
-
-
-@pytest.fixture
-def tradeoff(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("tradeoff")
 
 
 def test_the_papers_settings_are_the_papers(quality: ModuleType) -> None:
@@ -136,43 +133,148 @@ def test_what_was_judged_is_not_judged_again(quality: ModuleType, data: Path, tm
     assert len(about) == 6
 
 
-def test_on_the_front_no_other_is_sooner_and_better(tradeoff: ModuleType) -> None:
-    def line(seconds: float, distance: float) -> dict[str, float]:
-        return {"seconds": seconds, "distance": distance}
-
-    quick, slow, waste, same, best = line(1, 9), line(3, 4), line(2, 10), line(3, 4.5), line(8, 3)
-    assert tradeoff.front([slow, best, waste, same, quick]) == [quick, slow, best]
-
-
-def test_a_way_has_one_value_for_each_field(tradeoff: ModuleType) -> None:
-    assert tradeoff.settings("K=10 solver=dpm++2m noisiest=0.95") == {
-        "steps": 10,
-        "solver": "dpm++2m",
-        "noisiest": 0.95,
-    }
-    with pytest.raises(ValueError, match="2 combinations, expected one value"):
-        tradeoff.settings("K=10,20")
-    assert [tradeoff.settings(way) for way in tradeoff.WAYS]
+def fashion_files(folder: Path, brightness: int = 1) -> Path:
+    """A folder of Fashion-MNIST's files, ten pictures in each part, one of a class."""
+    folder.mkdir()
+    for split in ("train", "t10k"):
+        images = bytes(brightness * label for label in range(10) for _ in range(28 * 28))
+        for name, sides, values in (("images-idx3", (10, 28, 28), images), ("labels-idx1", (10,), bytes(range(10)))):
+            header = bytes([0, 0, 8, len(sides)]) + b"".join(side.to_bytes(4, "big") for side in sides)
+            (folder / f"{split}-{name}-ubyte.gz").write_bytes(gzip.compress(header + values))
+    return folder
 
 
-def test_what_drew_no_pictures_is_no_point(tradeoff: ModuleType, tmp_path: Path) -> None:
-    lines = [
-        {"way": "a", "broken": "step 3"},
-        {"way": "b", "distance": 2, "seconds": 1},
-        {"way": "a", "broken": "step 4"},
-    ]
-    (tmp_path / tradeoff.MEASURED).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    assert [line["way"] for line in tradeoff.read(tmp_path)] == ["b"]
-    assert {*tradeoff.noted(tmp_path)} == {"a", "b"}
-    assert tradeoff.read(tmp_path / "nowhere") == []
+@pytest.fixture
+def command(quality: ModuleType, no_judge: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`quality.py train` of ten steps, its judge made up; called with what is given beside the usual."""
+
+    def settings(_: str, data: Path, changes: Any) -> TrainConfig:
+        return train_config(data, model=config(channels=1, grid=(28, 28), patch=14, classes=10))
+
+    monkeypatch.setattr(quality, "settings", settings)
+    monkeypatch.setattr(quality, "fitted", lambda config, *_: config)
+    monkeypatch.setattr(quality, "open_judge", lambda *_: None)
+    fashion_files(tmp_path / "fashion")
+    (tmp_path / "judge").write_bytes(b"a judge")
+    usual = {"data": tmp_path / "fashion", "classifier": tmp_path / "judge", "recipe": "fashion", "minutes": 10}
+    usual |= {"seed": 0, "threads": torch.get_num_threads(), "count": 5, "out": tmp_path / "trial", "marks": 60}
+
+    def run(*others: str, **changes: Any) -> int:
+        options = [text for name, value in {**usual, **changes}.items() for text in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", ["quality.py", "train", *options, "--set", "lr=0.5", "ema=0.99", *others])
+        code: int = quality.main()
+        return code
+
+    return run
 
 
-def test_a_way_that_was_measured_is_not_measured_again(
-    tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+OTHERWISE: dict[str, tuple[dict[str, Any], list[str], str]] = {
+    "recipe": ({"recipe": "reference"}, [], "recipe fashion, here reference"),
+    "seed": ({"seed": 1}, [], "seed 0, here 1"),
+    "minutes": ({"minutes": 20}, [], "minutes 10.0, here 20.0"),
+    "threads": ({"threads": 64}, [], "threads 1, here 64"),
+    "set": ({}, ["lr=0.25"], "--set lr 0.5, here 0.25"),
+    "set more": ({}, ["clip=1"], "--set clip as in the recipe, here 1"),
+    "data": ({"data": "others"}, [], "data fashion, here others"),
+}
+
+
+@pytest.mark.parametrize("which", OTHERWISE)
+@pytest.mark.parametrize("older", [False, True])
+def test_a_trial_is_gone_on_with_as_it_was_begun(
+    quality: ModuleType,
+    command: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    which: str,
+    older: bool,
 ) -> None:
-    lines = [{"way": "K=5", "broken": "step 3"}, {"way": "K=7", "distance": 2, "seconds": 1}]
-    (tmp_path / tradeoff.MEASURED).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    measured: list[str] = []
-    monkeypatch.setattr(tradeoff, "Measurement", lambda _: SimpleNamespace(measure=measured.append))
-    tradeoff.run_measure(SimpleNamespace(way=["K=5", "K=10", "K=7"], out=tmp_path))
-    assert measured == ["K=10"]
+    changes, others, said = OTHERWISE[which]
+    note = tmp_path / "trial" / quality.TRIAL
+    monkeypatch.setattr(quality, "train", lambda *_: False)  # stopped at once
+    monkeypatch.setattr(quality.torch, "set_num_threads", lambda _: None)
+    assert command(threads=1) == 0
+    if older:
+        begun = json.loads(note.read_text(encoding="utf-8"))
+        names = ("recipe", "set", "minutes", "threads", "config")
+        note.write_text(json.dumps({name: begun[name] for name in names}), encoding="utf-8")
+    elif which == "data":
+        said = f"pictures {json.loads(note.read_text(encoding='utf-8'))['pictures']}, here "
+    if which == "data":
+        changes = {"data": fashion_files(tmp_path / "others", brightness=2)}
+    before = note.read_bytes()
+    assert command(*others, **{"threads": 1, **changes}) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"quality: {tmp_path / 'trial'} was begun otherwise ({said}")
+    assert error.count("\n") == 1
+    assert (command(threads=1), note.read_bytes()) == (0, before)
+
+
+def test_other_judges_and_pictures_are_refused_moved_ones_are_not(
+    quality: ModuleType, command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command() == 0
+    for name in ("fashion", "judge"):
+        (tmp_path / name).rename(tmp_path / f"moved-{name}")
+    moved = {"data": tmp_path / "moved-fashion", "classifier": tmp_path / "moved-judge"}
+    assert command("ema=0.99", **moved, guidance=2) == 0
+    written = (tmp_path / "trial" / quality.MARKED).read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line).get("guidance") for line in written] == [None, 2.0]
+    capsys.readouterr()
+    moved["classifier"].write_bytes(b"another judge")
+    assert command(**moved, guidance=3) == 2
+    assert "was begun otherwise (classifier " in capsys.readouterr().err
+    assert len((tmp_path / "trial" / quality.MARKED).read_text(encoding="utf-8").splitlines()) == 2
+
+
+def test_the_pictures_of_a_folder_are_known_wherever_it_is(quality: ModuleType, data: Path, tmp_path: Path) -> None:
+    of = importlib.import_module("quality_data").of_pictures
+    before = of(hold_out(data))
+    moved = data.rename(tmp_path / "moved")
+    assert of(hold_out(moved)) == before
+    next((moved / "down").iterdir()).unlink()
+    assert of(hold_out(moved)) != before
+
+
+def test_a_trials_classes_are_the_datas(quality: ModuleType, data: Path, tmp_path: Path) -> None:
+    three = train_config(data, model=config(channels=1, grid=(8, 8), patch=2, classes=3))
+    with pytest.raises(ConfigError, match=r"the model has 3 classes, but .* has 2"):
+        quality.open_trial(three, tmp_path / "trial", hold_out(data))
+
+
+def test_what_is_nothing_is_not_what_is_not_known(
+    quality: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines: list[dict[str, Any]] = [
+        {"minutes": 1, "images": 600, "val_loss": 1.5, "distance": 90, "agreement": 0.0},
+        {"minutes": 1, "images": 600, "weights": "raw", "distance": 80, "agreement": None},
+        {"minutes": 1, "images": 600, "val_loss": 1.5, "broken": "step 3"},
+    ]
+    (tmp_path / quality.TRIAL).write_text(json.dumps({"config": {"sampling": {"guidance": 4.0}}}), encoding="utf-8")
+    (tmp_path / quality.MARKED).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    quality.run_table(SimpleNamespace(folders=[tmp_path]))
+    cells = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [[row[4], *row[7:]] for row in cells] == [
+        ["1.5000", "90.00", "0.0%"],
+        ["-", "80.00", "-"],
+        ["1.5000", "-", "-"],
+    ]
+
+
+@pytest.mark.usefixtures("no_judge", "full_disk")
+def test_a_mark_that_cannot_be_kept_leaves_those_before(quality: ModuleType, data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "trial"
+    folder.mkdir()
+    (folder / quality.MARKED).write_bytes(b'{"images": 0, "minutes": 0}\n')
+    trial, log = open_trial(quality, data, folder)
+    with pytest.raises(ValueError, match="No space left"):
+        trial.judge(5, guidance=2.0)
+    log.close()
+    assert (folder / quality.MARKED).read_bytes() == b'{"images": 0, "minutes": 0}\n'
+
+
+def test_half_a_mark_at_the_end_was_not_written(quality: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / quality.MARKED).write_text('{"images": 4}\n{"images": 8, "dis', encoding="utf-8")
+    (tmp_path / quality.TRIAL).write_text("{}", encoding="utf-8")
+    assert importlib.import_module("quality_report").read(tmp_path)[1] == [{"images": 4}]

@@ -1,0 +1,158 @@
+"""What `tradeoff.py` decides by itself: which ways of drawing are worth it, and what it has measured already."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny import pictures, pipeline
+
+from mar.data.heldout import hold_out
+from mar.model.int8 import quantised
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def tradeoff(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return importlib.import_module("tradeoff")
+
+
+def test_on_the_front_no_other_is_sooner_and_better(tradeoff: ModuleType) -> None:
+    def line(seconds: float, distance: float) -> dict[str, float]:
+        return {"seconds": seconds, "distance": distance}
+
+    quick, slow, waste, same, best = line(1, 9), line(3, 4), line(2, 10), line(3, 4.5), line(8, 3)
+    assert tradeoff.front([slow, best, waste, same, quick]) == [quick, slow, best]
+
+
+def test_a_way_has_one_value_for_each_field(tradeoff: ModuleType) -> None:
+    assert tradeoff.settings("K=10 solver=dpm++2m noisiest=0.95") == {
+        "steps": 10,
+        "solver": "dpm++2m",
+        "noisiest": 0.95,
+    }
+    with pytest.raises(ValueError, match="2 combinations, expected one value"):
+        tradeoff.settings("K=10,20")
+    assert [tradeoff.settings(way) for way in tradeoff.WAYS]
+
+
+def test_what_drew_no_pictures_is_no_point(tradeoff: ModuleType, tmp_path: Path) -> None:
+    lines = [
+        {"way": "a", "broken": "step 3"},
+        {"way": "b", "distance": 2, "seconds": 1},
+        {"way": "a", "broken": "step 4"},
+    ]
+    (tmp_path / tradeoff.MEASURED).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert [line["way"] for line in tradeoff.read(tmp_path)] == ["b"]
+    assert {*tradeoff.noted(tmp_path)} == {"a", "b"}
+    assert tradeoff.read(tmp_path / "nowhere") == []
+
+
+def test_a_way_that_was_measured_is_not_measured_again(
+    tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"way": "K=5", "broken": "step 3"}, {"way": "K=7", "distance": 2, "seconds": 1}]
+    (tmp_path / tradeoff.MEASURED).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    measured: list[str] = []
+    monkeypatch.setattr(tradeoff, "Measurement", lambda _: SimpleNamespace(measure=measured.append))
+    tradeoff.run_measure(SimpleNamespace(way=["K=5", "K=10", "K=7"], out=tmp_path))
+    assert measured == ["K=10"]
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_way_that_cannot_be_noted_leaves_those_before(
+    tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / tradeoff.MEASURED
+    path.write_bytes(b'{"way": "K=5", "broken": "step 3"}\n')
+    monkeypatch.setattr(tradeoff, "collect", lambda *_, **__: None)
+    report = SimpleNamespace(distance=1.0, agreement=None)
+    monkeypatch.setattr(tradeoff, "compare", lambda *_: report)
+    measurement = object.__new__(tradeoff.Measurement)
+    vars(measurement).update(pipeline=pipeline(), path=path, count=2, seed=0, batch=2, extractor=None, reference=None)
+    with pytest.raises(ValueError, match="No space left"):
+        measurement.measure("K=2")
+    assert path.read_bytes() == b'{"way": "K=5", "broken": "step 3"}\n'
+
+
+def test_half_a_line_at_the_end_was_not_written(tradeoff: ModuleType, tmp_path: Path) -> None:
+    path, lines = tmp_path / tradeoff.MEASURED, '{"way": "K=5", "distance": 2}\n{"way": "K=7", "dis'
+    path.write_text(lines, encoding="utf-8")
+    assert tradeoff.read(tmp_path) == [{"way": "K=5", "distance": 2}]
+    path.write_text(lines + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{tradeoff.MEASURED}, line 2 is not JSON"):
+        tradeoff.read(tmp_path)
+
+
+@pytest.fixture
+def measure(tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Opens a measurement of a tiny model, held against a folder of pictures, with nothing but what is given changed;
+    its judge is made up."""
+    monkeypatch.setattr(tradeoff, "collect", lambda *_, **__: SimpleNamespace(statistics=None))
+    monkeypatch.setattr(tradeoff, "frechet_distance", lambda *_: 0.5)
+    monkeypatch.setattr(tradeoff, "open_judge", lambda *_: None)
+    pipeline().save(tmp_path / "model.safetensors")
+    usual: dict[str, Any] = {
+        "model": str(tmp_path / "model.safetensors"), "data": pictures(tmp_path / "pictures"), "classifier": None,
+        "out": tmp_path / "out", "way": ["K=2"], "count": 2, "seed": 0, "batch": 2, "threads": torch.get_num_threads(),
+        "dtype": "fp32",
+    }  # fmt: skip
+    return lambda **changes: tradeoff.Measurement(SimpleNamespace(**{**usual, **changes}))
+
+
+def test_the_model_is_drawn_with_in_the_precision_that_was_asked_for(measure: Any, tmp_path: Path) -> None:
+    for dtype, expected in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model = measure(dtype=dtype, out=tmp_path / dtype).pipeline.model
+        assert {parameter.dtype for parameter in model.parameters() if parameter.ndim > 1} >= {expected}
+    assert quantised(measure(dtype="int8", out=tmp_path / "int8").pipeline.model)
+
+
+def test_a_folder_has_one_model_precision_and_set_of_pictures(
+    measure: Any, tradeoff: ModuleType, tmp_path: Path
+) -> None:
+    measure()
+    note = tmp_path / "out" / tradeoff.ABOUT
+    before = note.read_bytes()
+    measure(data=(tmp_path / "pictures").rename(tmp_path / "moved"))
+    for changes, said in (({"dtype": "bf16"}, "dtype fp32, here bf16"), ({"seed": 1}, "seed 0, here 1")):
+        with pytest.raises(ValueError, match=f"was begun otherwise \\({said}\\)"):
+            measure(data=tmp_path / "moved", **changes)
+    next((tmp_path / "moved" / "down").iterdir()).unlink()
+    with pytest.raises(ValueError, match=r"was begun otherwise \(pictures "):
+        measure(data=tmp_path / "moved")
+    assert note.read_bytes() == before
+
+
+def test_a_folder_has_one_classifier(
+    measure: Any, tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("quality_data"), "is_fashion", lambda data: data.name == "pictures")
+    for name in ("one", "other"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    parts = hold_out(tmp_path / "pictures")
+    monkeypatch.setattr(tradeoff, "open_parts", lambda _: parts)
+    measure(classifier=tmp_path / "one")
+    measure(classifier=(tmp_path / "one").rename(tmp_path / "moved"))
+    with pytest.raises(ValueError, match=r"was begun otherwise \(classifier [0-9a-f]{16}, here [0-9a-f]{16}\)"):
+        measure(classifier=tmp_path / "other")
+
+
+def test_older_notes_are_read_as_they_are(measure: Any, tradeoff: ModuleType, tmp_path: Path) -> None:
+    measure()
+    note = tmp_path / "out" / tradeoff.ABOUT
+    about = json.loads(note.read_text(encoding="utf-8"))
+    older = {name: about[name] for name in ("model", "data", "count", "seed", "batch", "threads")}
+    note.write_text(json.dumps(older), encoding="utf-8")
+    measure()
+    assert json.loads(note.read_text(encoding="utf-8")) == older
+    with pytest.raises(ValueError, match="dtype fp32, here int8"):
+        measure(dtype="int8")
+    with pytest.raises(ValueError, match="data pictures, here others"):
+        measure(data=pictures(tmp_path / "others"))
