@@ -88,6 +88,13 @@ def test_large_colour_pictures_get_a_tokenizer_and_a_cache(tmp_path: Path) -> No
     )
 
 
+def test_flat_pictures_are_no_mistake(tmp_path: Path) -> None:
+    """Which vary in fewer ways than there are components, by default: nobody has asked for so many."""
+    data, out = colour(tmp_path / "data", 20, (16, 16)), tmp_path / "run"
+    assert main(command(str(data), str(out), "--sample-every", "0", "--images", "4")) == 0
+    assert Pipeline.open(out / "model.safetensors").tokenizer.channels == 16
+
+
 def test_every_choice_may_be_changed(tmp_path: Path) -> None:
     data, out = colour(tmp_path / "data", 20, (90, 140)), tmp_path / "run"
     pixels = planned(data, "--out", out, "--tokenizer", "pixels").train.config
