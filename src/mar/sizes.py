@@ -32,8 +32,7 @@ class Cells:
     """Pixels of a latent cell's side."""
     channels: int
     components: bool = False
-    """They are principal components, taken as pictures are read, rather than an autoencoder's latents, which are cached
-    before."""
+    """They are principal components, which need no cache, rather than an autoencoder's latents."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +100,21 @@ def side_for(pictures: Pictures, largest: int) -> int:
         )
     whole = 4 if found >= 16 else 2
     return next((side for side in SIDES if side <= found), found // whole * whole)
+
+
+def larger_from(pictures: Pictures) -> int | None:
+    """So many of these pictures, at least, would be cut to larger squares; None where more of them would not."""
+    side = side_for(pictures, largest_for(pictures.count))
+    return next(
+        (count for count, _ in ENOUGH[:-1] if pictures.count < count and side < side_for(pictures, largest_for(count))),
+        None,
+    )
+
+
+def whole(side: int, cells: Cells | None) -> int:
+    """The side of the largest square within one of `side` pixels that can be cut into tokens; of one cell at least."""
+    step = (cells.stride if cells else 1) * _patch((side, side), cells)
+    return max(side // step, 1) * step
 
 
 def cells_for(size: tuple[int, int]) -> Cells:

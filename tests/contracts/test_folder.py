@@ -8,10 +8,12 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import starts
+import tiny
 import torch
 from PIL import Image
 from tiny import pictures as bars
@@ -22,6 +24,7 @@ from mar.cli.alone import by_one
 from mar.cli.folder import plan
 from mar.cli.steps import Steps
 from mar.pipeline import Pipeline
+from mar.tokenizer import PCATokenizer
 from mar.tokenizer.kl import from_config
 from mar.training.tokenizer import architecture
 from mar.training.tokenizer_config import TokenizerTrainConfig
@@ -71,7 +74,7 @@ def test_small_grey_pictures_become_pixels(data: Path, tmp_path: Path) -> None:
 
 
 def test_large_colour_pictures_get_a_tokenizer_and_a_cache(tmp_path: Path) -> None:
-    data, out = colour(tmp_path / "data", 20, (90, 140), kinds=3), tmp_path / "run"
+    data, out = colour(tmp_path / "data", 20, (130, 140), kinds=3), tmp_path / "run"
     steps = planned(data, "--out", out, "--flip", "False", "--workers", "2", "--vae.perceptual", "0.5")
     assert steps.tokenizer is not None
     assert steps.cache is not None
@@ -138,6 +141,68 @@ def test_a_tokenizer_that_is_there_tells_cells_and_size(tmp_path: Path) -> None:
     assert (steps.cache.tokenizer, steps.cache.image_size) == (str(tmp_path / "vae"), (32, 32))
     config = steps.train.config
     assert (config.model.channels, config.model.grid, config.tokenizer) == (3, (8, 8), str(tmp_path / "vae"))
+
+
+def test_components_of_a_file_or_a_cache_are_learned_as_those_taken_here(tmp_path: Path) -> None:
+    """Not as an autoencoder's latents are."""
+    data = colour(tmp_path / "data", 20, (140, 140))
+    tokenizer = PCATokenizer(3, 4, 16)
+    tokenizer.fit([torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1])
+    file = tmp_path / "other.safetensors"
+    Pipeline(tiny.model(channels=16), tokenizer, classes=("ant", "bee", "cat"), sampling=tiny.FAST).save(file)
+    steps = planned(data, "--out", tmp_path / "run", "--tokenizer", file)
+    named = planned(data, "--out", tmp_path / "run", "--tokenizer", "pca4").train.config
+    assert steps.cache is None
+    assert steps.train.config == replace(named, tokenizer=str(file))
+    assert (named.shift, named.model.head.prediction, named.sampling.x0_bound) == (4, "x0", 10)
+    assert "as principal components, 256 tokens" in steps.told[0]
+    cache = tmp_path / "cache"
+    assert main(["cache", str(data), "--tokenizer", str(file), "--image-size", "128", "--out", str(cache)]) == 0
+    from_cache = planned(cache).train.config
+    assert from_cache == replace(named, data=str(cache), tokenizer=str(file), shift=0)
+
+
+def test_pixels_are_bounded_alike_from_pictures_and_from_a_cache(tmp_path: Path) -> None:
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    data.mkdir()
+    for number in range(24):  # nearly black
+        image = Image.new("RGB", (16, 16))
+        image.putpixel((number % 16, 3), (220, 210, 200))
+        image.save(data / f"{number}.png")
+    assert main(["cache", str(data), "--tokenizer", "pixels", "--image-size", "16", "--out", str(cache)]) == 0
+    bounds = [
+        planned(where, "--tokenizer", "pixels", "--out", tmp_path / "run").train.config.sampling.x0_bound
+        for where in (data, cache)
+    ]
+    assert bounds[0] == bounds[1]
+    assert bounds[0] is not None
+    assert bounds[0] > 15
+
+
+@pytest.mark.parametrize(
+    ("side", "asked", "said"),
+    [
+        (140, "", True),
+        (140, "--tokenizer own", True),
+        (140, "--tokenizer pixels", False),
+        (140, "--tokenizer pca8", False),
+        (140, "--image-size 32", False),
+        (140, "--model.grid 4 4", False),
+        (100, "", False),
+    ],
+)
+def test_larger_is_said_where_more_pictures_would_be(side: int, asked: str, said: bool, tmp_path: Path) -> None:
+    steps = planned(colour(tmp_path / "data", 20, (side, side)), "--out", tmp_path / "run", *asked.split())
+    assert ("(larger from 5,000 pictures on" in steps.told[0]) == said
+
+
+def test_a_size_that_nobody_asked_for_fits_the_tokenizer(tmp_path: Path) -> None:
+    data, out = colour(tmp_path / "data", 20, (140, 140)), tmp_path / "run"
+    model = planned(data, "--out", out, "--tokenizer", "pca3").train.config.model
+    assert (model.grid, model.patch) == ((40, 40), 4)
+    small = planned(colour(tmp_path / "small", 20, (28, 28)), "--out", out, "--vae.stride", "8", "--tokenizer", "own")
+    assert small.tokenizer is not None
+    assert small.tokenizer.config.size == (24, 24)
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
