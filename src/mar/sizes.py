@@ -135,7 +135,8 @@ def usual_cells(pictures: Pictures, size: tuple[int, int]) -> Cells | None:
 
 def components(stride: int = 4) -> Cells:
     """The principal components to keep of squares of `stride` pixels: a third of the values that they have in colour,
-    and what is left of CIFAR-10's variance without them is 0.3%."""
+    and what is left of CIFAR-10's variance without them is 0.3%; all that they have in grey, where nothing is so much
+    alike as colours are (a third of them brings Fashion-MNIST back at 22 dB)."""
     return Cells(stride, stride**2, components=True)
 
 

@@ -98,6 +98,19 @@ def test_flat_pictures_are_no_mistake(tmp_path: Path) -> None:
     assert Pipeline.open(out / "model.safetensors").tokenizer.channels == 16
 
 
+def test_grey_pictures_have_grey_components(data: Path, tmp_path: Path) -> None:
+    """Of colours that are all the same, there would be three times the values, and pictures in colour."""
+    out = tmp_path / "run"
+    assert planned(data, "--out", out, "--tokenizer", "pca4").train.config.colours == 1
+    run = command(str(data), str(out), "--tokenizer", "pca4", "--sample-every", "0", "--images", "4")
+    assert main(run) == 0
+    model = Pipeline.open(out / "model.safetensors")
+    assert (model.tokenizer.image_channels, model.tokenizer.channels) == (1, 16)
+    assert model.sample([0], steps=1, diffusion_steps=2)[0].mode == "L"
+    assert planned(data, "--out", out).train.config.colours is None, "pixels say it themselves"
+    assert planned("fashion", "--tokenizer", "pca4").train.config.colours is None, "the bundled ones are known"
+
+
 def test_every_choice_may_be_changed(tmp_path: Path) -> None:
     data, out = colour(tmp_path / "data", 20, (90, 140)), tmp_path / "run"
     pixels = planned(data, "--out", out, "--tokenizer", "pixels").train.config

@@ -15,7 +15,7 @@ from mar.cli.learn import TrainOptions
 from mar.cli.options import parse
 from mar.cli.steps import Steps
 from mar.cli.tokenizers import TokenizerTrainOptions
-from mar.config import ConfigError, TrainConfig
+from mar.config import ConfigError, TrainConfig, image_channels
 from mar.data.latents import LatentSource
 from mar.data.sources import StreamSource, open_data
 from mar.presets import recipe
@@ -238,13 +238,16 @@ def _options(
     labelled = pictures if wishes.model.classes != 0 else replace(pictures, classes=())
     chosen = recipe_for(labelled, tokens.size, tokens.cells, images=wishes.images)
     shift = 0 if cached else chosen.shift
-    chosen = replace(chosen, data=wishes.data or "", tokenizer=tokens.tokenizer, shift=shift)
+    data, name = wishes.data or "", tokens.tokenizer
+    usual = COMPONENTS.fullmatch(name) is None or image_channels(data) == pictures.colours
+    colours = None if usual else pictures.colours
+    chosen = replace(chosen, data=data, tokenizer=name, colours=colours, shift=shift)
     if wishes.model.label_drop == 0:
         chosen = replace(chosen, sampling=replace(chosen.sampling, guidance=1.0))
     vae = OwnTokenizer()
     if tokens.cells is not None and tokens.tokenizer == OWN:
-        usual = tokenizer_for(pictures, tokens.size, tokens.cells.stride, tokens.cells.channels, wishes.vae.images)
-        vae = OwnTokenizer(**vars(usual))
+        own = tokenizer_for(pictures, tokens.size, tokens.cells.stride, tokens.cells.channels, wishes.vae.images)
+        vae = OwnTokenizer(**vars(own))
     default = FolderOptions(wishes.out, chosen, vae=vae)
     options = parse(FolderOptions, "train folder", arguments, default)
     return replace(options, out=wishes.out), chosen

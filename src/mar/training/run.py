@@ -20,7 +20,7 @@ from mar.checkpoint import official
 from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState
 from mar.checkpoint.state_tree import changed_settings
-from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
+from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, image_channels, to_dict
 from mar.data.heldout import keep_note, open_parts, read_note
 from mar.data.latents import LatentSource
 from mar.data.loader import in_order
@@ -164,12 +164,17 @@ def _tokenizer(
         raise ConfigError(
             f"pixels have 1 or 3 channels, but the model's latents {channels}; choose --tokenizer {found}"
         )
-    colours = channels if config.tokenizer == "pixels" else 1 if config.data == "fashion" else 3
+    colours = channels if config.tokenizer == "pixels" else image_channels(config.data, config.colours)
     tokenizer = from_pixels(config.tokenizer, colours, channels) or load_tokenizer(config.tokenizer)
     if isinstance(source, LatentSource):
         _check_cache(config, source, tokenizer)
     if tokenizer.channels != channels:
         raise ConfigError(f"the tokenizer's latents have {tokenizer.channels} channels, the model's {channels}")
+    if config.colours not in (None, tokenizer.image_channels):
+        raise ConfigError(
+            f"colours is {config.colours}, but the tokenizer takes pictures of {tokenizer.image_channels}; leave "
+            "--colours out, which is for components that a run takes itself (--tokenizer pca4)"
+        )
     if not tokenizer.measured and not measured_later:  # a resumed run has the statistics in its state
         if isinstance(source, LatentSource):
             statistics = measure_moments(source.in_order())

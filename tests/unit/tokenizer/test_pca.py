@@ -181,3 +181,11 @@ def test_more_components_than_values_are_refused_before_the_run(data: Path, tmp_
     config = replace(config, model=replace(config.model, channels=13, grid=(4, 4), patch=1))
     with pytest.raises((ConfigError, ValueError), match="got 13, expected 1 to 12"):
         open_tiny(config, tmp_path / "run")
+
+
+def test_colours_are_of_components_only(data: Path, tmp_path: Path) -> None:
+    grey = train_config(data, tokenizer="pca4", colours=1)
+    run = open_tiny(replace(grey, model=replace(grey.model, channels=3, grid=(2, 2), patch=1)), tmp_path / "run")
+    assert run.tokenizer.image_channels == 1
+    with pytest.raises(ConfigError, match="colours is 3, but the tokenizer takes pictures of 1; leave --colours out"):
+        open_tiny(train_config(data, colours=3), tmp_path / "other")
