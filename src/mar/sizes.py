@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from mar.config import ConfigError, HeadConfig, ModelConfig, Optimizer, SamplingConfig, TrainConfig, TrunkConfig
+from mar.config.fields import positive, require
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,14 @@ class Pictures:
     """Their names; empty where pictures have none."""
     reach: float = 2.5
     """How many standard deviations of their pixels black and white are from the mean, whichever is farther."""
+
+    def __post_init__(self) -> None:
+        positive(self, "count", "side")
+        require(self.colours in (1, 3), f"colours is {self.colours!r}, but it must be 1 (grey) or 3")
+        names = isinstance(self.classes, tuple) and all(isinstance(name, str) for name in self.classes)
+        require(names, f"classes is {self.classes!r}, but it must be their names")
+        reach = isinstance(self.reach, int | float) and 0 < self.reach < math.inf
+        require(reach, f"reach is {self.reach!r}, but it must be positive and finite")
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from mar.cli.steps import Steps
 from mar.pipeline import Pipeline
 from mar.tokenizer import PCATokenizer
 from mar.tokenizer.kl import from_config
+from mar.training.run import keep_settings
+from mar.training.survey import remember
 from mar.training.tokenizer import architecture
 from mar.training.tokenizer_config import TokenizerTrainConfig
 
@@ -251,6 +253,38 @@ def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.Captur
     assert "shift is 2, but the pictures are cached as latents, which can't be moved" in refused(capsys, *moved)
     assert "is in" in refused(capsys, "--data", data, "--out", data / "run")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("pictures.json", "[]", "can't be understood"),
+        ("pictures.json", {"count": "many"}, "count is 'many', but it must be a whole number"),
+        ("pictures.json", {"classes": 2}, "classes is 2, but it must be their names"),
+        ("pictures.json", {"reach": "far"}, "reach is 'far', but it must be positive"),
+        ("run.json", "", "is damaged"),
+        ("run.json", "[]", "is damaged"),
+        ("run.json", {"lr": "high"}, "is damaged"),
+        ("run.json", {"model": []}, "is damaged"),
+    ],
+)
+def test_damaged_notes_are_one_line(file: str, content: str | dict[str, object], words: str, tmp_path: Path) -> None:
+    """In a process of its own: pytest's checks of types would speak first."""
+    data, run = bars(tmp_path / "data"), tmp_path / "run"
+    steps = planned(data, "--out", run)
+    assert steps.pictures is not None
+    remember(run, steps.pictures)
+    keep_settings(steps.train.config, run)
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads((run / file).read_text()), **content})
+    (run / file).write_text(content)
+    code = starts.run(["train", "folder", "--data", str(data), "--out", str(run)], tmp_path / "said")
+    said = (tmp_path / "said").read_text()
+    assert code == 2, said
+    assert said.startswith("mar: ")
+    assert said.count("\n") == 1, said
+    assert file in said
+    assert words in said
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed.checkpoint.state_dict import (
@@ -32,6 +32,8 @@ from mar.tokenizer import Tokenizer, from_pixels
 from mar.tokenizer.moments import fingerprint, measure_moments
 from mar.training.engine import whole_state
 from mar.training.loop import Progress, Run
+
+Config = TypeVar("Config")
 
 RUN_FILE = "run.json"
 MEASURED = 10_000
@@ -116,15 +118,25 @@ def _of_the_same_classes(
     )
 
 
-def check_same(config: Any, folder: Path) -> bool:
-    """Whether `folder` holds this run already; ConfigError where it holds another."""
+def saved_settings(kind: type[Config], folder: Path) -> Config | None:
+    """The settings of the run that `folder` holds, None where it holds none. ConfigError where they are not of this
+    kind, or damaged."""
     path = folder / RUN_FILE
     if not path.is_file():
-        return False
+        return None
     try:
-        saved = from_dict(type(config), json.loads(path.read_text(encoding="utf-8")))  # older ones lack some settings
+        return from_dict(kind, json.loads(path.read_text(encoding="utf-8")))  # older ones lack some settings
     except ConfigError as error:
         raise ConfigError(f"{folder} holds a run of another kind or version ({error}); use another folder") from error
+    except (AttributeError, TypeError, ValueError) as error:  # what JSON, or a config, is not made of
+        raise ConfigError(f"{path} is damaged ({error}); put it back as it was, or use another folder") from error
+
+
+def check_same(config: Any, folder: Path) -> bool:
+    """Whether `folder` holds this run already; ConfigError where it holds another."""
+    saved = saved_settings(type(config), folder)
+    if saved is None:
+        return False
     before, now = to_dict(saved), to_dict(config)
     if different := changed_settings({k: v for k, v in before.items() if k not in _FREE}, now):
         raise ConfigError(
@@ -136,10 +148,8 @@ def check_same(config: Any, folder: Path) -> bool:
 
 def length_before(folder: Path) -> int:
     """Images that the run in `folder` was to see in all when it was last begun; 0 where it has yet to save a state."""
-    path = folder / RUN_FILE
-    if not path.is_file() or not RunState(folder).states():
-        return 0
-    return int(json.loads(path.read_text(encoding="utf-8")).get("images", 0))
+    saved = saved_settings(TrainConfig, folder)
+    return 0 if saved is None or not RunState(folder).states() else saved.images
 
 
 def keep_settings(config: Any, folder: Path) -> None:

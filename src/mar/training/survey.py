@@ -93,7 +93,7 @@ def remembered(folder: Path, source: Source, name: str) -> tuple[Pictures, str |
         return look(source, name), None
     try:
         then = from_dict(Pictures, json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:  # what JSON, or a record, is not made of
         raise ConfigError(f"{path} can't be understood ({error}); take another --out") from error
     if then.classes != tuple(source.classes):
         raise ConfigError(
