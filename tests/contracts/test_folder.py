@@ -8,10 +8,12 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import starts
+import tiny
 import torch
 from PIL import Image
 from tiny import pictures as bars
@@ -22,7 +24,10 @@ from mar.cli.alone import by_one
 from mar.cli.folder import plan
 from mar.cli.steps import Steps
 from mar.pipeline import Pipeline
+from mar.tokenizer import PCATokenizer
 from mar.tokenizer.kl import from_config
+from mar.training.run import keep_settings
+from mar.training.survey import remember
 from mar.training.tokenizer import architecture
 from mar.training.tokenizer_config import TokenizerTrainConfig
 
@@ -71,7 +76,7 @@ def test_small_grey_pictures_become_pixels(data: Path, tmp_path: Path) -> None:
 
 
 def test_large_colour_pictures_get_a_tokenizer_and_a_cache(tmp_path: Path) -> None:
-    data, out = colour(tmp_path / "data", 20, (90, 140), kinds=3), tmp_path / "run"
+    data, out = colour(tmp_path / "data", 20, (130, 140), kinds=3), tmp_path / "run"
     steps = planned(data, "--out", out, "--flip", "False", "--workers", "2", "--vae.perceptual", "0.5")
     assert steps.tokenizer is not None
     assert steps.cache is not None
@@ -86,6 +91,26 @@ def test_large_colour_pictures_get_a_tokenizer_and_a_cache(tmp_path: Path) -> No
     assert (
         "cut to 64x64 (larger from 5,000 pictures on, or by --image-size); by a tokenizer of their own" in steps.told[0]
     )
+
+
+def test_flat_pictures_are_no_mistake(tmp_path: Path) -> None:
+    """Which vary in fewer ways than there are components, by default: nobody has asked for so many."""
+    data, out = colour(tmp_path / "data", 20, (16, 16)), tmp_path / "run"
+    assert main(command(str(data), str(out), "--sample-every", "0", "--images", "4")) == 0
+    assert Pipeline.open(out / "model.safetensors").tokenizer.channels == 16
+
+
+def test_grey_pictures_have_grey_components(data: Path, tmp_path: Path) -> None:
+    """Of colours that are all the same, there would be three times the values, and pictures in colour."""
+    out = tmp_path / "run"
+    assert planned(data, "--out", out, "--tokenizer", "pca4").train.config.colours == 1
+    run = command(str(data), str(out), "--tokenizer", "pca4", "--sample-every", "0", "--images", "4")
+    assert main(run) == 0
+    model = Pipeline.open(out / "model.safetensors")
+    assert (model.tokenizer.image_channels, model.tokenizer.channels) == (1, 16)
+    assert model.sample([0], steps=1, diffusion_steps=2)[0].mode == "L"
+    assert planned(data, "--out", out).train.config.colours is None, "pixels say it themselves"
+    assert planned("fashion", "--tokenizer", "pca4").train.config.colours is None, "the bundled ones are known"
 
 
 def test_every_choice_may_be_changed(tmp_path: Path) -> None:
@@ -133,6 +158,68 @@ def test_a_tokenizer_that_is_there_tells_cells_and_size(tmp_path: Path) -> None:
     assert (config.model.channels, config.model.grid, config.tokenizer) == (3, (8, 8), str(tmp_path / "vae"))
 
 
+def test_components_of_a_file_or_a_cache_are_learned_as_those_taken_here(tmp_path: Path) -> None:
+    """Not as an autoencoder's latents are."""
+    data = colour(tmp_path / "data", 20, (140, 140))
+    tokenizer = PCATokenizer(3, 4, 16)
+    tokenizer.fit([torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1])
+    file = tmp_path / "other.safetensors"
+    Pipeline(tiny.model(channels=16), tokenizer, classes=("ant", "bee", "cat"), sampling=tiny.FAST).save(file)
+    steps = planned(data, "--out", tmp_path / "run", "--tokenizer", file)
+    named = planned(data, "--out", tmp_path / "run", "--tokenizer", "pca4").train.config
+    assert steps.cache is None
+    assert steps.train.config == replace(named, tokenizer=str(file))
+    assert (named.shift, named.model.head.prediction, named.sampling.x0_bound) == (4, "x0", 10)
+    assert "as principal components, 256 tokens" in steps.told[0]
+    cache = tmp_path / "cache"
+    assert main(["cache", str(data), "--tokenizer", str(file), "--image-size", "128", "--out", str(cache)]) == 0
+    from_cache = planned(cache).train.config
+    assert from_cache == replace(named, data=str(cache), tokenizer=str(file), shift=0)
+
+
+def test_pixels_are_bounded_alike_from_pictures_and_from_a_cache(tmp_path: Path) -> None:
+    data, cache = tmp_path / "data", tmp_path / "cache"
+    data.mkdir()
+    for number in range(24):  # nearly black
+        image = Image.new("RGB", (16, 16))
+        image.putpixel((number % 16, 3), (220, 210, 200))
+        image.save(data / f"{number}.png")
+    assert main(["cache", str(data), "--tokenizer", "pixels", "--image-size", "16", "--out", str(cache)]) == 0
+    bounds = [
+        planned(where, "--tokenizer", "pixels", "--out", tmp_path / "run").train.config.sampling.x0_bound
+        for where in (data, cache)
+    ]
+    assert bounds[0] == bounds[1]
+    assert bounds[0] is not None
+    assert bounds[0] > 15
+
+
+@pytest.mark.parametrize(
+    ("side", "asked", "said"),
+    [
+        (140, "", True),
+        (140, "--tokenizer own", True),
+        (140, "--tokenizer pixels", False),
+        (140, "--tokenizer pca8", False),
+        (140, "--image-size 32", False),
+        (140, "--model.grid 4 4", False),
+        (100, "", False),
+    ],
+)
+def test_larger_is_said_where_more_pictures_would_be(side: int, asked: str, said: bool, tmp_path: Path) -> None:
+    steps = planned(colour(tmp_path / "data", 20, (side, side)), "--out", tmp_path / "run", *asked.split())
+    assert ("(larger from 5,000 pictures on" in steps.told[0]) == said
+
+
+def test_a_size_that_nobody_asked_for_fits_the_tokenizer(tmp_path: Path) -> None:
+    data, out = colour(tmp_path / "data", 20, (140, 140)), tmp_path / "run"
+    model = planned(data, "--out", out, "--tokenizer", "pca3").train.config.model
+    assert (model.grid, model.patch) == ((40, 40), 4)
+    small = planned(colour(tmp_path / "small", 20, (28, 28)), "--out", out, "--vae.stride", "8", "--tokenizer", "own")
+    assert small.tokenizer is not None
+    assert small.tokenizer.config.size == (24, 24)
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     assert main(["train", "folder", *map(str, arguments)]) == 2
     said = capsys.readouterr()
@@ -166,6 +253,38 @@ def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.Captur
     assert "shift is 2, but the pictures are cached as latents, which can't be moved" in refused(capsys, *moved)
     assert "is in" in refused(capsys, "--data", data, "--out", data / "run")
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("pictures.json", "[]", "can't be understood"),
+        ("pictures.json", {"count": "many"}, "count is 'many', but it must be a whole number"),
+        ("pictures.json", {"classes": 2}, "classes is 2, but it must be their names"),
+        ("pictures.json", {"reach": "far"}, "reach is 'far', but it must be positive"),
+        ("run.json", "", "is damaged"),
+        ("run.json", "[]", "is damaged"),
+        ("run.json", {"lr": "high"}, "is damaged"),
+        ("run.json", {"model": []}, "is damaged"),
+    ],
+)
+def test_damaged_notes_are_one_line(file: str, content: str | dict[str, object], words: str, tmp_path: Path) -> None:
+    """In a process of its own: pytest's checks of types would speak first."""
+    data, run = bars(tmp_path / "data"), tmp_path / "run"
+    steps = planned(data, "--out", run)
+    assert steps.pictures is not None
+    remember(run, steps.pictures)
+    keep_settings(steps.train.config, run)
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads((run / file).read_text()), **content})
+    (run / file).write_text(content)
+    code = starts.run(["train", "folder", "--data", str(data), "--out", str(run)], tmp_path / "said")
+    said = (tmp_path / "said").read_text()
+    assert code == 2, said
+    assert said.startswith("mar: ")
+    assert said.count("\n") == 1, said
+    assert file in said
+    assert words in said
 
 
 @pytest.fixture(scope="module")

@@ -50,6 +50,7 @@ from mar.config import (
         (TrainConfig, {"ema": 1.0}, "ema is 1.0"),
         (TrainConfig, {"hold_out": 1}, r"hold_out is 1, not 0 \(none\) or at least 2"),
         (TrainConfig, {"hold_out": -2}, "hold_out is -2"),
+        (TrainConfig, {"colours": 2}, r"colours is 2, but it must be 1 \(grey\) or 3"),
         (TrainConfig, {"validate_count": 0}, "validate_count is 0, but it must be at least 1"),
         (TrainConfig, {"validate_every": -1}, "validate_every is -1, but it must not be negative"),
         (

@@ -6,7 +6,17 @@ import pytest
 
 from mar.config import ConfigError, HeadConfig, TrainConfig
 from mar.model.mar import MAR
-from mar.sizes import Cells, Pictures, components, largest_for, recipe_for, side_for, usual_cells
+from mar.sizes import (
+    Cells,
+    Pictures,
+    components,
+    larger_from,
+    largest_for,
+    recipe_for,
+    side_for,
+    usual_cells,
+    whole,
+)
 from mar.training.tokenizer_config import tokenizer_for
 
 KINDS = ("ant", "bee", "cat")
@@ -139,6 +149,34 @@ def test_sizes_that_can_not_be() -> None:
         for cells in (None, Cells(8, 16)):
             with pytest.raises(ConfigError, match=rf"image-size: got {size[0]}x{size[1]}, expected a height and a"):
                 recipe_for(Pictures(500, 32, 3), size, cells)
+
+
+@pytest.mark.parametrize(
+    ("count", "side", "more"),
+    [
+        (1_000, 500, 5_000),
+        (3_000, 128, 5_000),
+        (5_000, 500, 50_000),
+        (3_000, 100, None),  # 64 of 100 pixels, however many there are
+        (3_000, 64, None),
+        (60_000, 500, None),
+    ],
+)
+def test_how_many_pictures_would_be_larger(count: int, side: int, more: int | None) -> None:
+    assert larger_from(Pictures(count, side, 3)) == more
+    if more is not None:
+        assert chosen(more, side)[0] > chosen(count, side)[0]
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 33, 99])
+@pytest.mark.parametrize("side", [8, 14, 28, 32, 64, 128, 256])
+def test_a_size_that_was_chosen_can_be_cut(side: int, stride: int) -> None:
+    cells = components(stride)
+    found = whole(side, cells)
+    assert side - found < max(side / 8, 2 * stride)
+    config = recipe_for(Pictures(6_000, side, 3), (found, found), cells)
+    assert config.model.grid[0] * stride == found
+    assert whole(side, None) == side
 
 
 def test_the_tokenizer_grows_with_the_pictures() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mar.cli.options import one_voice, parse, stoppable
-from mar.config import ConfigError
+from mar.config import ConfigError, image_channels
 
 if TYPE_CHECKING:
     import torch
@@ -153,8 +153,8 @@ def _prepared(options: CacheOptions, out: Path) -> tuple[Source, Tokenizer, Abou
     found: tuple[About, list[int] | None] | None = None
     with one_voice():
         source = open_source(options.data, options.split)
-        name, channels = options.tokenizer, 1 if options.data == "fashion" else 3
-        tokenizer = PixelTokenizer(channels) if name == "pixels" else load_tokenizer(name)
+        name = options.tokenizer
+        tokenizer = PixelTokenizer(image_channels(options.data)) if name == "pixels" else load_tokenizer(name)
         side = options.image_size
         if runtime.rank() == 0:
             about = describe(

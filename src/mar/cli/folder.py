@@ -15,23 +15,24 @@ from mar.cli.learn import TrainOptions
 from mar.cli.options import parse
 from mar.cli.steps import Steps
 from mar.cli.tokenizers import TokenizerTrainOptions
-from mar.config import ConfigError, TrainConfig
+from mar.config import ConfigError, TrainConfig, image_channels
 from mar.data.latents import LatentSource
 from mar.data.sources import StreamSource, open_data
 from mar.presets import recipe
 from mar.sizes import (
-    ENOUGH,
     SIDES,
     Cells,
     Pictures,
     cells_for,
     components,
+    larger_from,
     largest_for,
     recipe_for,
     side_for,
     usual_cells,
+    whole,
 )
-from mar.tokenizer import COMPONENTS, Tokenizer
+from mar.tokenizer import COMPONENTS, PCATokenizer, Tokenizer
 from mar.training.run import check_classes, open_pictures
 from mar.training.survey import cached, remembered
 from mar.training.tokenizer_config import Stride, TokenizerTrainConfig, tokenizer_for
@@ -99,6 +100,8 @@ class _Tokens:
     """pixels, pca4, own, or where one is."""
     cells: Cells | None
     """None: pixels."""
+    larger_from: int | None = None
+    """So many pictures would be cut to larger squares; None where that does not follow from their number."""
 
     @property
     def cached(self) -> bool:
@@ -185,28 +188,38 @@ def _tokens(wishes: _Wishes, pictures: Pictures, own: bool) -> _Tokens:
     name = wishes.tokenizer or (OWN if own else None)
     if own and name != OWN:
         raise ConfigError(f"--vae.* is for a tokenizer of the run's own, but --tokenizer is {name}; leave one out")
-    if name in (None, OWN):
-        size = _size(wishes, pictures, largest_for(pictures.count))
-        cells = usual_cells(pictures, size) if name is None else cells_for(size)
-        if cells is None:
-            return _Tokens(size, "pixels", None)
-        if cells.components:
-            return _Tokens(size, f"pca{cells.stride}", cells)
-        return _Tokens(size, OWN, Cells(wishes.vae.stride or cells.stride, wishes.vae.channels or cells.channels))
+    if name is not None and name != OWN:
+        cells, largest = _named(name)
+        return _Tokens(_size(wishes, pictures, largest, cells), name, cells)
+    largest = largest_for(pictures.count)
+    size = _size(wishes, pictures, largest)
+    cells = usual_cells(pictures, size) if name is None else cells_for(size)
+    if cells is None:
+        name = "pixels"
+    elif cells.components:
+        name = f"pca{cells.stride}"
+    else:
+        name, cells = OWN, Cells(wishes.vae.stride or cells.stride, wishes.vae.channels or cells.channels)
+    larger = larger_from(pictures) if wishes.image_size is None else None
+    return _Tokens(_size(wishes, pictures, largest, cells), name, cells, larger)
+
+
+def _named(name: str) -> tuple[Cells | None, int]:
+    """The cells of a tokenizer that is asked for, and the side that pictures are cut to for it, if they have it."""
     if name == "pixels":
-        return _Tokens(_size(wishes, pictures, SIDES[1]), name, None)
+        return None, SIDES[1]
     if taken := COMPONENTS.fullmatch(name):
-        stride = int(taken[1])
-        return _Tokens(_size(wishes, pictures, SIDES[1], stride), name, components(stride))
+        return components(int(taken[1])), SIDES[1]
     found = zoo.load_tokenizer(name)
-    size = _size(wishes, pictures, _trained_at(found), found.stride)
-    return _Tokens(size, name, Cells(found.stride, found.channels))
+    if isinstance(found, PCATokenizer):
+        return Cells(found.stride, found.channels, components=True), SIDES[1]
+    return Cells(found.stride, found.channels), _trained_at(found)
 
 
-def _size(wishes: _Wishes, pictures: Pictures, largest: int, stride: int = 1) -> tuple[int, int]:
+def _size(wishes: _Wishes, pictures: Pictures, largest: int, cells: Cells | None = None) -> tuple[int, int]:
     found = wishes.image_size
     if found is None:
-        found = side_for(pictures, largest) // stride * stride or stride
+        found = whole(side_for(pictures, largest), cells)
     return (found, found) if isinstance(found, int) else found
 
 
@@ -225,13 +238,16 @@ def _options(
     labelled = pictures if wishes.model.classes != 0 else replace(pictures, classes=())
     chosen = recipe_for(labelled, tokens.size, tokens.cells, images=wishes.images)
     shift = 0 if cached else chosen.shift
-    chosen = replace(chosen, data=wishes.data or "", tokenizer=tokens.tokenizer, shift=shift)
+    data, name = wishes.data or "", tokens.tokenizer
+    usual = COMPONENTS.fullmatch(name) is None or image_channels(data) == pictures.colours
+    colours = None if usual else pictures.colours
+    chosen = replace(chosen, data=data, tokenizer=name, colours=colours, shift=shift)
     if wishes.model.label_drop == 0:
         chosen = replace(chosen, sampling=replace(chosen.sampling, guidance=1.0))
     vae = OwnTokenizer()
     if tokens.cells is not None and tokens.tokenizer == OWN:
-        usual = tokenizer_for(pictures, tokens.size, tokens.cells.stride, tokens.cells.channels, wishes.vae.images)
-        vae = OwnTokenizer(**vars(usual))
+        own = tokenizer_for(pictures, tokens.size, tokens.cells.stride, tokens.cells.channels, wishes.vae.images)
+        vae = OwnTokenizer(**vars(own))
     default = FolderOptions(wishes.out, chosen, vae=vae)
     options = parse(FolderOptions, "train folder", arguments, default)
     return replace(options, out=wishes.out), chosen
@@ -242,19 +258,18 @@ def _told(options: FolderOptions, pictures: Pictures, tokens: _Tokens) -> tuple[
     model, many = options.config.model, f"{pictures.count:,}"
     kinds = f"in {len(pictures.classes)} classes" if pictures.classes else "without classes"
     colours = "grey" if pictures.colours == 1 else "colour"
-    limited = next((fewer for fewer, side in ENOUGH if pictures.count < fewer and side < pictures.side), None)
-    free = limited and options.image_size is None
-    more = f" (larger from {limited:,} pictures on, or by --image-size)" if free else ""
     names = {"pixels": "raw pixels", OWN: "by a tokenizer of their own"}
     if tokens.cells is not None and tokens.cells.components:
         names[tokens.tokenizer] = "as principal components"
     by = names.get(tokens.tokenizer, f"by {tokens.tokenizer}")
     encoder, decoder, head = model.encoder, model.decoder, model.head
     stride = tokens.cells.stride if tokens.cells else 1
-    size = f"{model.grid[0] * stride}x{model.grid[1] * stride}"
+    size = model.grid[0] * stride, model.grid[1] * stride
+    larger = tokens.larger_from if size == tokens.size else None
+    more = f" (larger from {larger:,} pictures on, or by --image-size)" if larger else ""
     return (
-        f"{options.config.data}: {many} {colours} pictures {kinds}, typically of {pictures.side} pixels, cut to {size}"
-        f"{more}; {by}, {model.tokens} tokens of {model.token_width} values each",
+        f"{options.config.data}: {many} {colours} pictures {kinds}, typically of {pictures.side} pixels, cut to "
+        f"{size[0]}x{size[1]}{more}; {by}, {model.tokens} tokens of {model.token_width} values each",
         f"for so many pictures: {encoder.depth} + {decoder.depth} blocks {encoder.width} wide, head {head.depth} x "
         f"{head.width}; {options.config.images:,} pictures to be seen in all, {options.config.batch} a step",
     )

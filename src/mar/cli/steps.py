@@ -3,7 +3,6 @@ where it stopped, and is left out where it is finished."""
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import dataclass
 
@@ -18,8 +17,9 @@ from mar.config import ConfigError, TrainConfig
 from mar.data.shards import INDEX
 from mar.sizes import Pictures
 from mar.training.estimate import estimate
-from mar.training.run import RUN_FILE, check_same
+from mar.training.run import check_same, saved_settings
 from mar.training.survey import remember
+from mar.training.tokenizer_config import TokenizerTrainConfig
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ def _is_trained(options: TokenizerTrainOptions) -> bool:
     """Whether the tokenizer is finished; ConfigError where another one is."""
     if not (options.out / STATISTICS_FILE).is_file():
         return False
-    if check_same(options.config, options.out):
-        saved = json.loads((options.out / RUN_FILE).read_text(encoding="utf-8"))["images"]
-        if saved != options.config.images:
-            raise ConfigError(
-                f"{options.out} is finished: it has seen {saved:,} pictures, not {options.config.images:,}; "
-                "leave out --vae.images, or take another --out"
-            )
+    check_same(options.config, options.out)
+    saved = saved_settings(TokenizerTrainConfig, options.out)
+    if saved is not None and saved.images != options.config.images:
+        raise ConfigError(
+            f"{options.out} is finished: it has seen {saved.images:,} pictures, not {options.config.images:,}; "
+            "leave out --vae.images, or take another --out"
+        )
     return True

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mar.cli.options import parse
+from mar.config import image_channels
 from mar.training.tokenizer_config import TokenizerTrainConfig
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ def _stats(arguments: Sequence[str]) -> int:
     from mar.tokenizer.statistics import measure
 
     source = open_source(options.data)
-    channels = 1 if options.data == "fashion" else 3
-    found = PixelTokenizer(channels) if options.tokenizer == "pixels" else zoo.load_tokenizer(options.tokenizer)
+    pixels = options.tokenizer == "pixels"
+    found = PixelTokenizer(image_channels(options.data)) if pixels else zoo.load_tokenizer(options.tokenizer)
     transform = Transform(options.image_size, found.image_channels)
     statistics = measure(found, in_order(source, transform, limit=options.limit), per_channel=options.per_channel)
     for name, values in (("mean", statistics.mean), ("std", statistics.std)):

@@ -6,7 +6,7 @@ A field's docstring is its command-line help. `to_dict` and `from_dict` carry a 
 from mar.config.fields import ConfigError, from_dict, to_dict
 from mar.config.model import HeadConfig, ModelConfig, NoisePath, Prediction, TrunkConfig
 from mar.config.sampling import GuidanceSchedule, Order, Preset, RevealSchedule, SamplingConfig, Solver, Spacing
-from mar.config.training import LogTo, Optimizer, Precision, Recompute, Strategy, TrainConfig
+from mar.config.training import LogTo, Optimizer, Precision, Recompute, Strategy, TrainConfig, image_channels
 
 __all__ = [
     "ConfigError",
@@ -29,5 +29,6 @@ __all__ = [
     "TrainConfig",
     "TrunkConfig",
     "from_dict",
+    "image_channels",
     "to_dict",
 ]

@@ -17,6 +17,12 @@ LogTo = Literal["tensorboard", "wandb", "trackio"]
 Recompute = Literal["none", "selective", "full"]
 
 
+def image_channels(data: str, colours: int | None = None) -> int:
+    """Channels that the pictures of `data` are read with: `colours` where that is said, else 1 (grey) for the bundled
+    ones and 3 for all else."""
+    return colours or (1 if data == "fashion" else 3)
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run: what is learned from what, for how long, and how. Lengths are counted in images."""
@@ -30,6 +36,9 @@ class TrainConfig:
     tokenizer: str = "pixels"
     """`pixels`; `pca4`: the first principal components of squares of 4 x 4 pixels, as many as the model has channels;
     or a folder or repository of an AutoencoderKL in diffusers' format, or `kl16`."""
+    colours: int | None = None
+    """Channels of the pictures that principal components are taken of: 1 (grey) or 3; by default 1 for fashion and 3
+    for all else."""
     images: int = 1_000_000
     """Length of the run, in images seen."""
     batch: int = 256
@@ -120,6 +129,7 @@ class TrainConfig:
             f"ema_others has {', '.join(map(str, others))}, but each must be from 0 to less than 1, and none twice or "
             f"ema's {self.ema}",
         )
+        require(self.colours in (None, 1, 3), f"colours is {self.colours}, but it must be 1 (grey) or 3")
         unknown = ", ".join(sorted({*self.log_to} - {*typing.get_args(LogTo)}))
         require(not unknown, f"log_to has {unknown}, but there are only {', '.join(typing.get_args(LogTo))}")
         one_of(self, "recompute", Recompute)

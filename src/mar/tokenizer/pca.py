@@ -17,9 +17,15 @@ from torch.nn import functional
 
 from mar.tokenizer.base import Posterior, Tokenizer
 
+ROUNDING = 1e-10
+"""A variance that is a smaller share of the mean square is nothing but the last digits of sums."""
+
 
 class PCATokenizer(Tokenizer):
     """Squares of `stride` x `stride` pixels -> `channels` principal components of mean 0, all together of variance 1.
+
+    Flat or enlarged pictures vary in fewer ways than that: the components that are left over are 0, whatever the
+    picture, and nothing that is drawn for them shows.
 
     The variance of each is in proportion to its deviation in pixels: between pixels, where the first components are
     nearly all that a loss is about, and equal variances, where the last, which hardly show, count as much as the first.
@@ -30,7 +36,8 @@ class PCATokenizer(Tokenizer):
 
     deterministic = True
     basis: Float[Tensor, "k d"]
-    """Orthonormal rows, the component of the largest variance first; d values of a square: colour, row, column."""
+    """Orthonormal rows, the component of the largest variance first, and rows of 0 for those that are left over; d
+    values of a square: colour, row, column."""
     centre: Float[Tensor, " d"]
     """The mean square."""
 
@@ -50,7 +57,7 @@ class PCATokenizer(Tokenizer):
     def fit(self, batches: Iterable[Tensor]) -> None:
         """Takes basis, mean and scales from `batches` of images (n, c, H, W) in [-1, 1].
 
-        ValueError without any, or where they vary in fewer ways than there are components.
+        ValueError without any.
         """
         values = self.basis.shape[1]
         total, products = torch.zeros(values, dtype=torch.float64), torch.zeros(values, values, dtype=torch.float64)
@@ -66,15 +73,15 @@ class PCATokenizer(Tokenizer):
         centre = total / count
         variances, basis = torch.linalg.eigh(products / count - torch.outer(centre, centre))
         variances, basis = variances.flip(0)[: self.channels], basis.T.flip(0)[: self.channels]
-        if variances[-1] <= 1e-9 * variances[0]:
-            found = int((variances > 1e-9 * variances[0]).sum())
-            raise ValueError(f"principal components: got {found} from the images, expected {self.channels}")
+        kept = variances > ROUNDING * products.trace() / count
         # a component and its opposite are one; the sign is that of its largest value, or machines would differ
-        basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
-        self.basis.copy_(basis)
+        signs = basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
+        self.basis.copy_(basis * signs * kept.unsqueeze(1))
         self.centre.copy_(centre)
-        deviations = variances.sqrt()
-        self.set_statistics(torch.zeros(self.channels), (deviations * deviations.mean()).sqrt())
+        deviations = variances[kept].sqrt()
+        scales = torch.ones_like(variances)  # of the left over ones, which are 0: any will do
+        scales[kept] = (deviations * deviations.mean()).sqrt()
+        self.set_statistics(torch.zeros(self.channels), scales)
 
     def found(self) -> dict[str, Tensor]:
         return {**super().found(), "basis": self.basis, "centre": self.centre}

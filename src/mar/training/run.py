@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed.checkpoint.state_dict import (
@@ -20,7 +20,7 @@ from mar.checkpoint import official
 from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState
 from mar.checkpoint.state_tree import changed_settings
-from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, to_dict
+from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, image_channels, to_dict
 from mar.data.heldout import keep_note, open_parts, read_note
 from mar.data.latents import LatentSource
 from mar.data.loader import in_order
@@ -33,6 +33,8 @@ from mar.tokenizer.moments import fingerprint, measure_moments
 from mar.tokenizer.pca import PCATokenizer
 from mar.training.engine import whole_state
 from mar.training.loop import Progress, Run
+
+Config = TypeVar("Config")
 
 RUN_FILE = "run.json"
 MEASURED = 10_000
@@ -120,15 +122,25 @@ def _of_the_same_classes(
     )
 
 
-def check_same(config: Any, folder: Path) -> bool:
-    """Whether `folder` holds this run already; ConfigError where it holds another."""
+def saved_settings(kind: type[Config], folder: Path) -> Config | None:
+    """The settings of the run that `folder` holds, None where it holds none. ConfigError where they are not of this
+    kind, or damaged."""
     path = folder / RUN_FILE
     if not path.is_file():
-        return False
+        return None
     try:
-        saved = from_dict(type(config), json.loads(path.read_text(encoding="utf-8")))  # older ones lack some settings
+        return from_dict(kind, json.loads(path.read_text(encoding="utf-8")))  # older ones lack some settings
     except ConfigError as error:
         raise ConfigError(f"{folder} holds a run of another kind or version ({error}); use another folder") from error
+    except (AttributeError, TypeError, ValueError) as error:  # what JSON, or a config, is not made of
+        raise ConfigError(f"{path} is damaged ({error}); put it back as it was, or use another folder") from error
+
+
+def check_same(config: Any, folder: Path) -> bool:
+    """Whether `folder` holds this run already; ConfigError where it holds another."""
+    saved = saved_settings(type(config), folder)
+    if saved is None:
+        return False
     before, now = to_dict(saved), to_dict(config)
     if different := changed_settings({k: v for k, v in before.items() if k not in _FREE}, now):
         raise ConfigError(
@@ -140,10 +152,8 @@ def check_same(config: Any, folder: Path) -> bool:
 
 def length_before(folder: Path) -> int:
     """Images that the run in `folder` was to see in all when it was last begun; 0 where it has yet to save a state."""
-    path = folder / RUN_FILE
-    if not path.is_file() or not RunState(folder).states():
-        return 0
-    return int(json.loads(path.read_text(encoding="utf-8")).get("images", 0))
+    saved = saved_settings(TrainConfig, folder)
+    return 0 if saved is None or not RunState(folder).states() else saved.images
 
 
 def keep_settings(config: Any, folder: Path) -> None:
@@ -170,12 +180,17 @@ def _tokenizer(
         raise ConfigError(
             f"pixels have 1 or 3 channels, but the model's latents {channels}; choose --tokenizer {found}"
         )
-    colours = channels if config.tokenizer == "pixels" else 1 if config.data == "fashion" else 3
+    colours = channels if config.tokenizer == "pixels" else image_channels(config.data, config.colours)
     tokenizer = from_pixels(config.tokenizer, colours, channels) or load_tokenizer(config.tokenizer)
     if isinstance(source, LatentSource):
         _check_cache(config, source, tokenizer)
     if tokenizer.channels != channels:
         raise ConfigError(f"the tokenizer's latents have {tokenizer.channels} channels, the model's {channels}")
+    if config.colours not in (None, tokenizer.image_channels):
+        raise ConfigError(
+            f"colours is {config.colours}, but the tokenizer takes pictures of {tokenizer.image_channels}; leave "
+            "--colours out, which is for components that a run takes itself (--tokenizer pca4)"
+        )
     if not tokenizer.measured and not measured_later:  # a resumed run has the statistics in its state
         if learned is not None and _components(learned) == _components(tokenizer) is not None:
             tokenizer.take(learned.found())

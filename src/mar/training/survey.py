@@ -4,17 +4,25 @@ run, also where its folder of pictures has grown meanwhile."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from mar.checkpoint.files import write_text
 from mar.config import ConfigError, from_dict, to_dict
 from mar.data.examples import Source, UnreadableImage
-from mar.data.heldout import spread
+from mar.data.heldout import choose
 from mar.data.latents import LatentSource
 from mar.data.transforms import to_colours
 from mar.sizes import Cells, Pictures
+from mar.tokenizer import PixelTokenizer
+from mar.tokenizer.moments import fingerprint
+
+Seen = TypeVar("Seen")
 
 LOOKED_AT = 64
 """So many pictures tell what they all are like."""
@@ -30,28 +38,35 @@ def look(source: Source, name: str) -> Pictures:
     """
     if len(source) < FEWEST:
         raise ConfigError(f"{name} has {len(source)} pictures: expected at least {FEWEST}, and hundreds for good ones")
-    few = spread(source, LOOKED_AT)
-    sides: list[int] = []
-    pixels: list[np.ndarray] = []
-    for number in range(len(few)):
-        try:
-            image = few[number].image
-        except UnreadableImage:
-            continue
-        sides.append(min(image.size))
+
+    def seen(number: int) -> tuple[int, np.ndarray]:
+        image = source[number].image
         every = max(min(image.size) // 128, 1)  # of a large picture a part of the rows and columns tells enough
-        pixels.append(np.asarray(to_colours(image, 3))[::every, ::every])
-    if not pixels:
-        raise ValueError(f"data: none of {len(few)} pictures of {name} that were looked at can be read")
-    grey = all((values == values[..., :1]).all() for values in pixels)
-    return Pictures(len(source), int(np.median(sides)), 1 if grey else 3, tuple(source.classes), _reach(pixels))
+        return min(image.size), np.asarray(to_colours(image, 3))[::every, ::every]
+
+    sides, pixels = zip(*_some(len(source), name, seen), strict=True)
+    colours = 1 if all((values == values[..., :1]).all() for values in pixels) else 3
+    reach = _reach([values / 127.5 - 1 for values in pixels])
+    return Pictures(len(source), int(np.median(sides)), colours, tuple(source.classes), reach)
+
+
+def _some(count: int, name: str, seen: Callable[[int], Seen]) -> list[Seen]:
+    """What is `seen` of a few of `count` pictures, evenly over them. ValueError where none of them can be read."""
+    found = []
+    numbers = choose(count, LOOKED_AT).tolist()
+    for number in numbers:
+        with suppress(UnreadableImage):
+            found.append(seen(number))
+    if not found:
+        raise ValueError(f"data: none of {len(numbers)} pictures of {name} that were looked at can be read")
+    return found
 
 
 def _reach(pixels: list[np.ndarray]) -> float:
-    """How many standard deviations of all pixels black or white is from their mean, each picture weighing the same."""
-    values = [each / 127.5 - 1 for each in pixels]
-    mean = float(np.mean([each.mean() for each in values]))
-    square = float(np.mean([np.square(each).mean() for each in values]))
+    """How many standard deviations of all pixels, in [-1, 1], black or white is from their mean, each picture weighing
+    the same."""
+    mean = float(np.mean([each.mean() for each in pixels]))
+    square = float(np.mean([np.square(each).mean() for each in pixels]))
     return (1 + abs(mean)) / max(square - mean**2, 1e-4) ** 0.5
 
 
@@ -59,9 +74,12 @@ def cached(source: LatentSource) -> tuple[Pictures, Cells | None]:
     """What a latent cache says of its pictures, and its tokenizer's cells: none where that is pixels."""
     about = source.about
     channels, height, _ = about.shape
-    stride = about.size[0] // height
-    pictures = Pictures(about.pictures, min(about.size), channels if stride == 1 else 3, about.classes)
-    return pictures, None if stride == 1 else Cells(stride, channels)
+    pictures = Pictures(about.pictures, min(about.size), 3, about.classes)
+    if channels in (1, 3) and about.fingerprint == fingerprint(PixelTokenizer(channels)):
+        pixels = _some(len(source), str(source.folder), lambda number: source.read(number, flip=False)[0].numpy())
+        return replace(pictures, colours=channels, reach=_reach(pixels)), None
+    # an autoencoder has variances, too
+    return pictures, Cells(about.size[0] // height, channels, components=about.parts == 1)
 
 
 def remembered(folder: Path, source: Source, name: str) -> tuple[Pictures, str | None]:
@@ -75,7 +93,7 @@ def remembered(folder: Path, source: Source, name: str) -> tuple[Pictures, str |
         return look(source, name), None
     try:
         then = from_dict(Pictures, json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:  # what JSON, or a record, is not made of
         raise ConfigError(f"{path} can't be understood ({error}); take another --out") from error
     if then.classes != tuple(source.classes):
         raise ConfigError(

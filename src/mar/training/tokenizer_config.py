@@ -6,7 +6,7 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
-from mar.config import LogTo, Precision
+from mar.config import LogTo, Precision, image_channels
 from mar.config.fields import fraction, positive, require
 from mar.sizes import Pictures
 
@@ -98,7 +98,7 @@ class TokenizerTrainConfig:
     @property
     def image_channels(self) -> int:
         """Channels of the pictures."""
-        return self.colours or (1 if self.data == "fashion" else 3)
+        return image_channels(self.data, self.colours)
 
     @property
     def scaled_lr(self) -> float:

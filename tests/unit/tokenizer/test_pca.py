@@ -108,11 +108,24 @@ def test_what_was_found_stays_float32() -> None:
     assert all(torch.equal(value, before[name]) for name, value in tokenizer.found().items())
 
 
-def test_too_few_ways_to_vary_are_refused() -> None:
-    grey = torch.rand(40, 1, 8, 8).repeat(1, 3, 1, 1)  # three colours that are one
-    fitted(16, grey)
-    with pytest.raises(ValueError, match="got 16 from the images, expected 20"):
-        fitted(20, grey)
+@pytest.mark.parametrize("ways", [12, 3, 0])
+def test_components_beyond_the_ways_that_pictures_vary_in_are_nothing(ways: int) -> None:
+    """Enlarged sprites, flat ones, and all of one colour: they come back, and nothing drawn for the rest shows."""
+    generator = torch.Generator().manual_seed(3)
+    count, pixels = {12: (40, 2), 3: (40, 4), 0: (1, 8)}[ways]
+    coarse = torch.rand(count, 3, 8 // pixels, 8 // pixels, generator=generator) * 2 - 1
+    images = coarse.repeat_interleave(pixels, 2).repeat_interleave(pixels, 3)
+    tokenizer = fitted(16, images)
+    latents = tokenizer.encode(images).mean
+    live = latents.abs().amax((0, 2, 3)) > 0
+    assert live.tolist() == [True] * ways + [False] * (16 - ways)
+    assert ways == 0 or latents[:, :ways].square().mean().item() == pytest.approx(1, rel=1e-4)
+    torch.testing.assert_close(tokenizer.decode(latents), images, rtol=0, atol=1e-5)
+    noise = torch.randn(latents.shape, generator=generator) * 10
+    assert torch.equal(tokenizer.decode(torch.where(live.view(-1, 1, 1), latents, noise)), tokenizer.decode(latents))
+
+
+def test_nothing_to_take_components_from() -> None:
     with pytest.raises(ValueError, match="no images"):
         PCATokenizer().fit(iter(()))
 
@@ -196,3 +209,11 @@ def test_weights_of_other_components_are_refused(data: Path, tmp_path: Path) -> 
     other = Pipeline(MAR(config.model), fitted(2, smooth()))  # as many, but of larger squares
     with pytest.raises(ConfigError, match=r"have learned other latents than .* makes; --tokenizer pca4 takes"):
         open_tiny(config, tmp_path / "run", lambda name: other)
+
+
+def test_colours_are_of_components_only(data: Path, tmp_path: Path) -> None:
+    grey = train_config(data, tokenizer="pca4", colours=1)
+    run = open_tiny(replace(grey, model=replace(grey.model, channels=3, grid=(2, 2), patch=1)), tmp_path / "run")
+    assert run.tokenizer.image_channels == 1
+    with pytest.raises(ConfigError, match="colours is 3, but the tokenizer takes pictures of 1; leave --colours out"):
+        open_tiny(train_config(data, colours=3), tmp_path / "other")

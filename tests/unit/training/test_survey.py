@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,18 @@ def test_a_run_remembers_what_its_pictures_were_like(tmp_path: Path) -> None:
     Image.new("L", (8, 8)).save(data / "new" / "1.png")
     with pytest.raises(ConfigError, match="the classes across, down, new now, but the classes across, down when"):
         remembered(run, open_source(data), "data")
-    (run / SURVEY_FILE).write_text('{"side": 3}')
-    with pytest.raises(ConfigError, match=r"pictures\.json can't be understood"):
-        remembered(run, open_source(data), "data")
+
+
+WHOLE = {"count": 20, "side": 8, "colours": 1, "classes": ["across", "down"], "reach": 2.5}
+
+
+@pytest.mark.parametrize("changes", [{"side": 0}, {"colours": 2}, {"reach": -1}, {"other": 1}])
+def test_memories_that_can_not_be(changes: dict[str, int], tmp_path: Path) -> None:
+    source = open_source(bars(tmp_path / "data", 20))
+    file = tmp_path / "run" / SURVEY_FILE
+    file.parent.mkdir()
+    file.write_text(json.dumps(WHOLE))
+    assert remembered(file.parent, source, "data") == (Pictures(20, 8, 1, ("across", "down")), None)
+    file.write_text(json.dumps({**WHOLE, **changes}))
+    with pytest.raises(ConfigError, match=r"pictures\.json can't be understood \(.*\); take another --out"):
+        remembered(file.parent, source, "data")
