@@ -50,7 +50,7 @@ from mar.evaluation.streams import DrawnPictures, SourcePictures
 from mar.model.mar import MAR
 from mar.sampling.generate import BrokenLatents
 from mar.sampling.plan import Plan
-from mar.tokenizer import Tokenizer, from_pixels
+from mar.tokenizer import from_pixels
 from mar.training.log import Log, RunLog
 from mar.training.loop import Hook, train
 from mar.training.run import check_classes
@@ -64,18 +64,13 @@ WARM_UP, MEASURED = 2, 6.0
 """Steps that are not timed, and seconds of processor time that are, to find out how many pictures a minute has."""
 
 
-def image_size(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, int]:
-    """Height and width of the pictures, in pixels."""
-    return config.model.grid[0] * tokenizer.stride, config.model.grid[1] * tokenizer.stride
-
-
 def open_trial(config: TrainConfig, folder: Path, parts: tuple[Source, Source]) -> TimedRun:
     """The run of `config` on the first part, held against the second; resumed where it has saved states."""
     channels = config.model.channels
     colours = channels if config.tokenizer == "pixels" else 1 if is_fashion(Path(config.data)) else 3
     check_classes(config, parts[0].classes)
     tokenizer = from_pixels(config.tokenizer, colours, channels) or load_tokenizer(config.tokenizer)
-    transform = Transform(image_size(config, tokenizer), tokenizer.image_channels)
+    transform = Transform(tokenizer.image_size(config.model.grid), tokenizer.image_channels)
     if not tokenizer.measured:
         tokenizer.fit(in_order(spread(parts[0], 1000), transform))
     torch.manual_seed(config.seed)
@@ -115,7 +110,7 @@ class Trial:
         self.a_minute = run.config.images / minutes
         held = run.held_out
         assert isinstance(held, Idx | Source)
-        self.size = image_size(run.config, run.tokenizer)
+        self.size = run.tokenizer.image_size(run.config.model.grid)
         self.reference = collect(SourcePictures(held, "held out", size=self.size), extractor).statistics
         self.validate = Validation(run, log)
         so_far = run.saved_minutes()

@@ -98,8 +98,7 @@ class Pipeline(
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the pictures, in pixels."""
-        height, width = self.model.config.grid
-        return height * self.tokenizer.stride, width * self.tokenizer.stride
+        return self.tokenizer.image_size(self.model.config.grid)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
         """Moves model and tokenizer to a device; `dtype` is that of the model's matrices: float32, bfloat16, or int8.

@@ -99,6 +99,10 @@ class Tokenizer(nn.Module, ABC):
         """All that `build` needs, together with `state_dict()`, to make this tokenizer again; JSON-able."""
         return {"measured": self.measured, "per_channel": len(self.mean) > 1}
 
+    def image_size(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Height and width, in pixels, of images whose latents have so many rows and columns."""
+        return grid[0] * self.stride, grid[1] * self.stride
+
     def check_images(self, images: Tensor) -> None:
         """Raises ValueError for images that can't be cut into latent cells, or have other channels."""
         _, c, height, width = images.shape

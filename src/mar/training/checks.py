@@ -8,7 +8,6 @@ from mar.data.heldout import spread
 from mar.data.latents import LatentSource
 from mar.data.loader import in_order
 from mar.data.sources import Source, StreamSource, open_source
-from mar.data.transforms import Transform
 from mar.tokenizer import PixelTokenizer
 from mar.tokenizer.roundtrip import round_trip
 from mar.training.log import Log
@@ -41,10 +40,8 @@ def check_tokenizer(run: Run, log: Log) -> None:
     if pictures is None:
         log.note("the tokenizer was not tried: the pictures that were cached are not where they were")
         return
-    height, width = (side * run.tokenizer.stride for side in run.config.model.grid)
-    transform = Transform((height, width), run.tokenizer.image_channels)
     few = pictures if isinstance(pictures, StreamSource) else spread(pictures, PICTURES)
-    found = round_trip(run.tokenizer, in_order(few, transform, batch=1, limit=PICTURES))
+    found = round_trip(run.tokenizer, in_order(few, run.transform, batch=1, limit=PICTURES))
     log.write(0, tokenizer_psnr=found.psnr)
     log.note(f"the tokenizer brings {found.pictures} pictures back with a PSNR of {found.psnr:.1f} dB")
     if found.psnr < POOR:

@@ -132,6 +132,11 @@ class Run:
         self.store.save(self.progress.images, self.state_dict(), self.config.keep)
 
     @property
+    def transform(self) -> Transform:
+        """What is done to pictures first."""
+        return Transform(self.tokenizer.image_size(self.config.model.grid), self.tokenizer.image_channels)
+
+    @property
     def weights(self) -> dict[str, nn.Module]:
         """What can be drawn with: `ema`, the `raw` weights, and averages of other decays, as `ema-0.9999`."""
         return {"ema": self.ema.model, "raw": self.model, **self.ema.others}
@@ -304,10 +309,9 @@ def autocast(device: torch.device, precision: str) -> Any:
 
 
 def _batches(run: Run) -> Iterator[Batch]:
-    config, grid, stride = run.config, run.model.config.grid, run.tokenizer.stride
-    size = (grid[0] * stride, grid[1] * stride)
+    config = run.config
     return batches(
-        run.source, Transform(size, run.tokenizer.image_channels),
+        run.source, run.transform,
         batch=config.batch, seed=config.seed, start=run.progress.images, rank=runtime.rank(),
         world=runtime.world_size(), workers=config.workers, flip=config.flip, shift=config.shift,
     )  # fmt: skip

@@ -198,7 +198,7 @@ def _tokenizer(
             statistics = measure_moments(source.in_order())
             tokenizer.set_statistics(statistics.mean, statistics.std)
         else:
-            transform = Transform(_image_size(config, tokenizer), tokenizer.image_channels)
+            transform = Transform(tokenizer.image_size(config.model.grid), tokenizer.image_channels)
             limit = MEASURED if isinstance(source, StreamSource) else None
             tokenizer.fit(in_order(source, transform, limit=limit))
     return tokenizer
@@ -230,7 +230,7 @@ def _check_cache(config: TrainConfig, source: LatentSource, tokenizer: Tokenizer
             f"{config.data} was cached by the tokenizer {about.tokenizer} ({about.fingerprint[:12]}), but the run's is "
             f"{config.tokenizer} ({own[:12]}); choose --tokenizer {about.tokenizer}, or cache the pictures by this one"
         )
-    if about.size != (wanted := _image_size(config, tokenizer)):
+    if about.size != (wanted := tokenizer.image_size(config.model.grid)):
         raise ConfigError(
             f"{config.data} is of pictures of {about.size[0]}x{about.size[1]}, but the model is for "
             f"{wanted[0]}x{wanted[1]}; set --model.grid {about.shape[1]} {about.shape[2]}, or cache them anew"
@@ -244,10 +244,6 @@ def _check_cache(config: TrainConfig, source: LatentSource, tokenizer: Tokenizer
         raise ConfigError(
             f"{config.data} holds no flipped pictures; train with --flip False, or cache anew with --flip True"
         )
-
-
-def _image_size(config: TrainConfig, tokenizer: Tokenizer) -> tuple[int, int]:
-    return config.model.grid[0] * tokenizer.stride, config.model.grid[1] * tokenizer.stride
 
 
 def initialise_from(model: MAR, other: MAR) -> list[str]:

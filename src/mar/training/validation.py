@@ -19,7 +19,6 @@ from torch import Tensor
 from mar import runtime
 from mar.data.heldout import choose
 from mar.data.loader import read_plain
-from mar.data.transforms import Transform
 from mar.training.log import Log
 from mar.training.loop import Run, autocast, to_latents
 from mar.training.loss import DiffusionLoss, draw_step
@@ -86,15 +85,11 @@ class Validation:
         chosen = choose(len(self.source), self.run.config.validate_count).tolist()
         groups = []
         for number in range(runtime.rank(), math.ceil(len(chosen) / GROUP), runtime.world_size()):
-            found = read_plain(self.source, self._transform(), chosen[number * GROUP : (number + 1) * GROUP])
+            found = read_plain(self.source, self.run.transform, chosen[number * GROUP : (number + 1) * GROUP])
             if found is not None:
                 latents = to_latents(self.run.tokenizer, found, SEED, self.run.device).cpu()
                 groups.append(_Group(number, latents, found.labels, found.positions))
         return groups
-
-    def _transform(self) -> Transform:
-        tokenizer, (height, width) = self.run.tokenizer, self.run.config.model.grid
-        return Transform((height * tokenizer.stride, width * tokenizer.stride), tokenizer.image_channels)
 
 
 def numbers(groups: list[tuple[list[float], list[int]]]) -> dict[str, float]:
