@@ -77,14 +77,19 @@ def reverse(
     c: Coefficients,
     prediction: Prediction,
     x0_bound: float | None = None,
+    *,
+    between: bool = False,
 ) -> Reverse:
-    """The reverse step from the network's output; `x0_bound` clips the predicted clean token."""
+    """The reverse step from the network's output; `x0_bound` clips the predicted clean token, and `between` keeps the
+    variance between the two that it is interpolated from."""
     predicted, variance = output.chunk(2, dim=-1)
     x0 = clean(predicted, x, c, prediction)
     if x0_bound is not None:
         x0 = x0.clamp(-x0_bound, x0_bound)
     # improved DDPM, equation 15: between the posterior variance (v = -1) and beta (v = 1), in log space
     fraction = (variance + 1) / 2
+    if between:
+        fraction = fraction.clamp(0, 1)
     log_variance = fraction * c.log_beta + (1 - fraction) * c.posterior_log_variance
     return Reverse(x0, c.mean_x0 * x0 + c.mean_xt * x, log_variance)
 

@@ -38,12 +38,15 @@ def ancestral(
 ) -> Float[Tensor, "r d"]:
     """DDPM's algorithm 2: from noise[0] to clean tokens, with noise[j] added after the j-th step.
 
-    The temperature is the factor of the noise of each step (paper, section 3.2), not of the first noise.
+    The temperature is the factor of the noise of each step (paper, section 3.2), not of the first noise. Where x_0 is
+    predicted, its error at little noise is far beyond the variances of single steps, and the learned one grows out of
+    its range to account for it: what was learned of a thousand small steps would be extrapolated to few large ones.
     """
     coefficients = Coefficients.table(schedule).T.tolist()
+    between = prediction == "x0"
     x = noise[0]
     for drawn, index in enumerate(reversed(range(len(schedule))), start=1):
-        p = reverse(network(x, index), x, Coefficients(*coefficients[index]), prediction, x0_bound)
+        p = reverse(network(x, index), x, Coefficients(*coefficients[index]), prediction, x0_bound, between=between)
         x = p.mean
         if index > 0:
             # The reference's order of roundings: what is one rounding here may be a tenth of a deviation at the end.

@@ -89,3 +89,11 @@ def test_the_network_is_asked_once_a_step_from_the_noisiest_on() -> None:
 
     ancestral(watched, draws(6), schedule, "v")
     assert asked == [5, 4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("steps", [10, 50])
+def test_a_variance_far_out_of_its_range_is_not_extrapolated_where_x0_is_predicted(steps: int) -> None:
+    schedule = respace(cosine(1000), steps)
+    far, end = (ancestral(knowing(schedule, "x0", v), draws(steps), schedule, "x0") for v in (20.0, 1.0))
+    assert torch.equal(far, end)
+    assert float(ancestral(knowing(schedule, "v", 20.0), draws(steps), schedule, "v").std()) > 2 * float(end.std())
