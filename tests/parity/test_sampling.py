@@ -128,6 +128,7 @@ def recorded_kernels(model: MAR, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = SimpleNamespace(gelu=recorded_machine.gelu, scaled_dot_product_attention=recorded_machine.attention)
     monkeypatch.setattr("mar.model.blocks.functional", kernels)
     monkeypatch.setattr(decoding, "packed", lambda head: head)
+    monkeypatch.setattr("mar.runtime.onednn_is_faster", lambda: False)
 
 
 def sampling_of(settings: dict[str, Any], diffusion_steps: int) -> SamplingConfig:

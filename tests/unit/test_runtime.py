@@ -90,3 +90,41 @@ def test_a_model_is_loaded_without_the_compiler() -> None:
     code = "import sys, mar; mar.load('fashion'); print([m for m in ('torch._dynamo', 'sympy') if m in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+@pytest.fixture
+def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its products, on whatever processor, for sizes of a test."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(runtime, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(runtime, "LARGE", 1)
+
+
+@pytest.mark.usefixtures("by_onednn")
+@pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24), (0, 24)])
+def test_products_by_onednn_are_products(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = runtime.Linear(24, 7).requires_grad_(False)
+    x = torch.randn(*shape, generator=runtime.generator(1))
+    found = linear(x)
+    assert found.shape == (*shape[:-1], 7)
+    torch.testing.assert_close(found, x @ linear.weight.T + linear.bias, rtol=1e-5, atol=1e-6)
+    across = torch.randn(24, 6, generator=runtime.generator(2)).T  # not as it lies in memory
+    torch.testing.assert_close(linear(across), across @ linear.weight.T + linear.bias, rtol=1e-5, atol=1e-6)
+    taken: list[torch.dtype] = []
+    monkeypatch.setattr(runtime.functional, "linear", lambda x, weight, bias: taken.append(weight.dtype) or x)
+    linear(x)
+    assert taken == ([] if x.numel() else [torch.float32])
+    linear.double()(x.double())
+    linear.bfloat16()(x)
+    assert taken[-2:] == [torch.float64, torch.bfloat16]
+
+
+@pytest.mark.usefixtures("by_onednn")
+def test_what_is_learned_has_its_gradient() -> None:
+    linear, x = runtime.Linear(24, 7), torch.randn(5, 24, generator=runtime.generator(1))
+    linear(x).sum().backward()
+    assert linear.weight.grad is not None
+    torch.testing.assert_close(linear.weight.grad, x.sum(0).expand(7, 24))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert linear(x).dtype is torch.bfloat16
