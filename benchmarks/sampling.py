@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mar import runtime
 from mar.config import SamplingConfig
 from mar.diffusion.gaussian import Coefficients, reverse
 from mar.diffusion.head import DiffusionHead
@@ -219,10 +220,22 @@ def time_reference_head(model: MAR, task: Task, state: DecodeState) -> float:
     scale = guidance_scale(task.sampling, state.schedules[0][state.step], model.config.tokens)
     schedule = respace(task.schedule, task.sampling.diffusion_steps)
     timesteps = range(len(schedule))[::-1][::REFERENCE_SHARE]
-    x, seconds = timed(lambda: reference_loop(model.head, z, schedule, scale, timesteps))
+    with plain_products():
+        x, seconds = timed(lambda: reference_loop(model.head, z, schedule, scale, timesteps))
     assert isinstance(x, Tensor)
     assert x.isfinite().all()
     return seconds * len(schedule) / len(timesteps)
+
+
+@contextmanager
+def plain_products() -> Iterator[None]:
+    """Products are PyTorch's own, which the reference takes, also where ours are oneDNN's."""
+    ours = runtime.onednn_is_faster
+    runtime.onednn_is_faster = lambda: False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        runtime.onednn_is_faster = ours
 
 
 def reference_loop(head: DiffusionHead, z: Tensor, schedule: Schedule, scale: float, indices: range) -> Tensor:
