@@ -43,14 +43,40 @@ class Linear(nn.Linear):
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x @ weight.T + bias: PyTorch's, or oneDNN's where that is twice as fast and no gradient is asked for."""
+    """x @ weight.T + bias: PyTorch's, or oneDNN's where that is twice as fast."""
     large = x.numel() * len(weight) >= LARGE
     if not (large and onednn_is_faster()) or x.dtype is not torch.float32 or weight.dtype is not torch.float32:
         return functional.linear(x, weight, bias)
     plain = type(weight) in (nn.Parameter, Tensor) and x.device.type == weight.device.type == "cpu"
-    learning = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    if not plain or learning or torch.is_autocast_enabled("cpu"):
+    if not plain or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return functional.linear(x, weight, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        learned: Tensor = _Product.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return learned
+    return _by_onednn(x, weight, bias)
+
+
+class _Product(torch.autograd.Function):
+    """oneDNN's product with its gradients, which are products, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _by_onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        rows = gradient.reshape(-1, len(weight))
+        return (
+            _by_onednn(gradient, weight.T) if for_x else None,
+            _by_onednn(rows.T, x.reshape(-1, weight.shape[1]).T) if for_weight else None,
+            rows.sum(0) if for_bias else None,
+        )
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return found
 
@@ -59,8 +85,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 def onednn_is_faster() -> bool:
     """Whether oneDNN's products in float32 are faster than those that PyTorch takes, which are MKL's: on processors
     with AVX-512 that are not Intel's, where MKL leaves it unused, twice (measured); elsewhere the two are alike."""
-    has = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return has and torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return has_onednn() and torch.backends.mkl.is_available() and wide
+
+
+def has_onednn() -> bool:
+    """Whether this PyTorch has oneDNN's product, which has no public name."""
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def widen(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from tiny import model
+from torch import Tensor
 
 from mar import runtime
 from mar.config import ConfigError
@@ -95,7 +96,7 @@ def test_a_model_is_loaded_without_the_compiler() -> None:
 @pytest.fixture
 def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its products, on whatever processor, for sizes of a test."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+    if not runtime.has_onednn():
         pytest.skip("this PyTorch has no oneDNN")
     monkeypatch.setattr(runtime, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(runtime, "LARGE", 1)
@@ -121,10 +122,27 @@ def test_products_by_onednn_are_products(shape: tuple[int, ...], monkeypatch: py
 
 
 @pytest.mark.usefixtures("by_onednn")
-def test_what_is_learned_has_its_gradient() -> None:
+@pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24)])
+def test_what_is_learned_has_its_gradient(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, x = runtime.Linear(24, 7), torch.randn(*shape, generator=runtime.generator(1)).requires_grad_()
+    weights = [x, linear.weight, linear.bias]
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(linear(x).square().sum(), weights)
+
+    ours = gradients()
+    monkeypatch.setattr(runtime, "onednn_is_faster", lambda: False)
+    for own, theirs in zip(ours, gradients(), strict=True):
+        torch.testing.assert_close(own, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("by_onednn")
+def test_only_what_is_asked_for_has_a_gradient() -> None:
     linear, x = runtime.Linear(24, 7), torch.randn(5, 24, generator=runtime.generator(1))
+    linear.bias.requires_grad_(False)
     linear(x).sum().backward()
     assert linear.weight.grad is not None
+    assert linear.bias.grad is None
     torch.testing.assert_close(linear.weight.grad, x.sum(0).expand(7, 24))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16):
         assert linear(x).dtype is torch.bfloat16

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mar.diffusion.head import NORM_EPS, DiffusionHead, Modulations, ResidualBlock
-from mar.runtime import Linear, onednn_is_faster, product
+from mar.runtime import Linear, has_onednn, onednn_is_faster, product
 
 ROWS, MANY = 8, 64
 """For how many rows weights are laid out, and from how many on PyTorch's own product is mostly as fast (measured)."""
@@ -90,5 +90,4 @@ def packed(head: DiffusionHead) -> DiffusionHead | PackedHead:
     weights = [parameter for name, parameter in head.named_parameters() if name.endswith("weight")]
     plain = all(type(cast(ResidualBlock, block).fc1) is Linear for block in head.blocks)
     plain &= all(type(w) is torch.nn.Parameter and w.device.type == "cpu" and w.dtype is torch.float32 for w in weights)
-    can = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return PackedHead(head) if plain and can else head
+    return PackedHead(head) if plain and has_onednn() else head

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from mar import runtime
 from mar.config import ConfigError, TrainConfig
 from mar.diffusion.head import DiffusionHead, ResidualBlock
 from mar.model.blocks import Block
@@ -34,6 +35,7 @@ _PRODUCTS = [
     _aten._scaled_dot_product_flash_attention_for_cpu.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
+    *([torch.ops.mkldnn._linear_pointwise.default] if runtime.has_onednn() else []),
 ]
 """What takes the time of a block, and is kept where recomputing is selective."""
 _RECOMPUTE: dict[str, dict[str, Any]] = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import tiny
 import torch
 from torch import Tensor
 
+from mar import runtime
 from mar.config import Recompute, TrainConfig, from_dict, to_dict
 from mar.training.engine import prepare
 from mar.training.loss import DiffusionLoss, draw_step
@@ -25,7 +27,12 @@ def gradients(recompute: Recompute) -> dict[str, Tensor]:
     return {"loss": value.detach(), **{name: p.grad for name, p in loss.named_parameters() if p.grad is not None}}
 
 
-def test_recomputing_is_the_same_step() -> None:
+@pytest.mark.parametrize("onednn", [False, True])
+def test_recomputing_is_the_same_step(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if onednn and not runtime.has_onednn():
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(runtime, "onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr(runtime, "LARGE", 1)
     kept = gradients("none")
     assert kept["model.encoder.0.fc1.weight"].any()
     assert kept["model.head.blocks.0.modulation.weight"].any()
