@@ -159,7 +159,7 @@ def test_lite_with_other_weights_is_another_extractor(lite: Extractor, tmp_path:
 
 def test_lite_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(ValueError, match=r'pip install "mar\[eval\]"'):
+    with pytest.raises(ValueError, match=r'pip install "\.\[eval\]"'):
         open_extractor("efficientnet-lite0")
 
 
@@ -232,7 +232,7 @@ def test_inception_fetches_the_pinned_file_or_says_how_else(played: Path) -> Non
 
 def test_inception_without_its_extra_or_with_a_strange_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)
-    with pytest.raises(ValueError, match=r'pip install "mar\[fid\]"'):
+    with pytest.raises(ValueError, match=r'pip install "\.\[fid\]"'):
         open_extractor("inception")
 
     class Broken:

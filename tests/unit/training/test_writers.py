@@ -138,7 +138,7 @@ def test_a_project_of_ones_own(tmp_path: Path, tracker: FakeTracker, monkeypatch
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_what_is_not_installed_is_said(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = rf'^--log-to {name} needs the extra `{name}`: pip install "mar\[{name}\]"$'
+    line = rf'^--log-to {name} needs the extra `{name}`: pip install "\.\[{name}\]" in the clone of mar$'
     monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
     with pytest.raises(ConfigError, match=line):
         require(["tensorboard", name])
