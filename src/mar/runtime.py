@@ -89,9 +89,11 @@ def onednn_is_faster() -> bool:
     return has_onednn() and torch.backends.mkl.is_available() and wide
 
 
-def has_onednn() -> bool:
-    """Whether this PyTorch has oneDNN's product, which has no public name."""
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def has_onednn(dtype: torch.dtype = torch.float32) -> bool:
+    """Whether this PyTorch has oneDNN's product, which has no public name, and the processor such numbers."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    return dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def widen(x: Tensor) -> Tensor:

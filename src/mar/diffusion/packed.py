@@ -1,4 +1,4 @@
-"""The head for drawing on a CPU in float32: the same network as `head`, its weights laid out once for few rows.
+"""The head for drawing on a CPU: the same network as `head`, its weights laid out once for few rows.
 
 At one picture a product of the head has about eight rows, and is bound by reading its weights; PyTorch's own
 arrangement of them takes twice as long for that as oneDNN's. What is left is the cost of calling, so that SiLU is part
@@ -15,10 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from mar.diffusion.head import NORM_EPS, DiffusionHead, Modulations, ResidualBlock
-from mar.runtime import Linear, has_onednn, onednn_is_faster, product
+from mar.runtime import Linear, has_onednn, onednn_is_faster, widen
 
 ROWS, MANY = 8, 64
-"""For how many rows weights are laid out, and from how many on PyTorch's own product is mostly as fast (measured)."""
+"""For how many rows weights are laid out, and from how many on PyTorch's own product in float32 is mostly as fast
+(measured)."""
 
 
 class PackedLinear:
@@ -27,10 +28,12 @@ class PackedLinear:
     def __init__(self, linear: Linear, silu: bool = False) -> None:
         self.plain, self.bias = linear.weight.detach(), linear.bias.detach()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(self.plain, ROWS)
-        self.silu = silu
+        self.silu, self.dtype = silu, self.plain.dtype
+        self.always = self.dtype is torch.bfloat16 or onednn_is_faster()
 
     def __call__(self, x: Float[Tensor, "r i"]) -> Float[Tensor, "r o"]:
-        if len(x) < MANY or onednn_is_faster():
+        x = x.to(self.dtype)
+        if self.always or len(x) < MANY:
             behind = "swish" if self.silu else "none"
             product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, behind, [], "")
             return product
@@ -65,8 +68,8 @@ class PackedHead:
         rows, width = condition.flatten(0, -2), self.config.width
         found = []
         for buffer, layer in zip(self.buffers, self.layers, strict=True):
-            if onednn_is_faster():
-                out = product(rows, layer.weight, layer.bias)
+            if onednn_is_faster() or rows.dtype is not layer.weight.dtype:
+                out = layer(rows)
             else:
                 if buffer.shape[0] < len(rows):
                     buffer.resize_(len(rows), layer.out_features)
@@ -82,12 +85,15 @@ class PackedHead:
             normed = functional.layer_norm(h, h.shape[-1:], weight, bias, NORM_EPS)
             h = torch.addcmul(h, gate, second(first(torch.addcmul(shift, normed, factor))))
         shift, factor = modulations[-1].chunk(2, dim=-1)
-        return self.output(torch.addcmul(shift, functional.layer_norm(h, h.shape[-1:], eps=NORM_EPS), factor))
+        last = torch.addcmul(shift, functional.layer_norm(h, h.shape[-1:], eps=NORM_EPS), factor)
+        return widen(self.output(last))
 
 
 def packed(head: DiffusionHead) -> DiffusionHead | PackedHead:
-    """The head, packed where that serves: plain float32 weights on a CPU, and a PyTorch that has oneDNN."""
+    """The head, packed where that serves: plain weights on a CPU, of float32 or of bfloat16 where it has that."""
     weights = [parameter for name, parameter in head.named_parameters() if name.endswith("weight")]
     plain = all(type(cast(ResidualBlock, block).fc1) is Linear for block in head.blocks)
-    plain &= all(type(w) is torch.nn.Parameter and w.device.type == "cpu" and w.dtype is torch.float32 for w in weights)
-    return PackedHead(head) if plain and has_onednn() else head
+    plain &= all(type(w) is torch.nn.Parameter and w.device.type == "cpu" for w in weights)
+    dtypes = {w.dtype for w in weights if w.ndim == 2}
+    known = dtypes in ({torch.float32}, {torch.bfloat16}) and has_onednn(*dtypes)
+    return PackedHead(head) if plain and known else head

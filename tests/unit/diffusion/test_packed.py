@@ -35,6 +35,21 @@ def test_it_gives_the_numbers_of_the_head(rows: int, guided: bool) -> None:
             assert float((fast - plain).abs().max()) < 1e-5 * float(plain.std())
 
 
+@pytest.mark.parametrize("rows", [1, 8, 70])
+def test_in_bfloat16_it_is_as_near_to_the_head_as_roundings_are(rows: int) -> None:
+    of = model(head=HeadConfig(width=48, depth=3))
+    z, x = noise(2 * rows, 16, seed=1), noise(rows, 2, seed=2)
+    timesteps = respace(trained(of.head.config), STEPS).timesteps
+    scale = 1 + torch.rand(rows, 1, generator=runtime.generator(3))
+    with torch.no_grad():
+        exact = GuidedHead(of.head, z, timesteps, scale, budget=50_000)(x, 3)
+        runtime.set_matrix_dtype(of, torch.bfloat16)
+        heads = of.head, packed(of.head)
+        plain, fast = (GuidedHead(each, z, timesteps, scale, budget=50_000)(x, 3) for each in heads)
+    assert fast.dtype is torch.float32
+    assert 0 < float((fast - exact).std()) < 1.2 * float((plain - exact).std())
+
+
 def test_pictures_are_those_of_the_head() -> None:
     of, sampling = model(), SamplingConfig(steps=5, diffusion_steps=6, guidance=2.0)
     draws, labels = (SeededDraws([0, 1, 2]) for _ in range(2)), torch.tensor([0, 1, 2])
@@ -47,11 +62,14 @@ def test_pictures_are_those_of_the_head() -> None:
     torch.testing.assert_close(fast.tokens, state.tokens, rtol=1e-4, atol=1e-4)
 
 
-def test_only_plain_float32_on_a_cpu_is_packed() -> None:
-    for change in (lambda of: runtime.set_matrix_dtype(of, torch.bfloat16), lambda of: of.double()):
-        of = model()
-        change(of)
-        assert packed(of.head) is of.head
+def test_only_plain_weights_on_a_cpu_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = model().double()
+    assert packed(of.head) is of.head
+    of = model()
+    runtime.set_matrix_dtype(of, torch.bfloat16)
+    assert isinstance(packed(of.head), PackedHead) == runtime.has_onednn(torch.bfloat16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert packed(of.head) is of.head
     with torch.device("meta"):
         head = DiffusionHead(2, 16, config().head)
     assert packed(head) is head
