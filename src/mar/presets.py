@@ -72,9 +72,9 @@ class Haste:
 
 HASTE: dict[Preset, Haste] = {
     "exact": Haste(),
-    "balanced": Haste(steps=2.2, solver="dpm++2m-sde", spacing="log-snr", diffusion_steps=12, noisiest=0.95),
+    "balanced": Haste(steps=2.0, solver="dpm++2m-sde", spacing="log-snr", diffusion_steps=12, noisiest=0.95),
     "fast": Haste(
-        steps=1.25, solver="dpm++2m-sde", spacing="log-snr", diffusion_steps=8, noisiest=0.95, guidance_refresh=3
+        steps=1.0, solver="dpm++2m-sde", spacing="log-snr", diffusion_steps=8, noisiest=0.95, guidance_refresh=3
     ),
 }
 """Ways to draw, by name (docs/sampling.md)."""
