@@ -83,8 +83,10 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether oneDNN's products in float32 are faster than those that PyTorch takes, which are MKL's: on processors
-    with AVX-512 that are not Intel's, where MKL leaves it unused, twice (measured); elsewhere the two are alike."""
+    """Whether oneDNN's products in float32 are taken for PyTorch's own, which are MKL's: on processors with AVX-512.
+
+    They are twice as fast where MKL leaves that unused, as on AMD's (measured); on Intel's, which were not measured,
+    both use it. With AVX2 the two were alike."""
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return has_onednn() and torch.backends.mkl.is_available() and wide
 
