@@ -102,7 +102,8 @@ def test_a_grid_from_json_is_a_tuple_again() -> None:
 
 
 def test_what_an_older_version_could_choose_is_left_out_where_it_chose_as_this_one_does() -> None:
-    assert from_dict(TrunkConfig, {"width": 32, "heads": 4, "norm": "layer", "mlp": "gelu"}) == TrunkConfig(32, heads=4)
+    old = {"width": 32, "heads": 4, "norm": "layer", "mlp": "gelu", "qk_norm": False}
+    assert from_dict(TrunkConfig, old) == TrunkConfig(32, heads=4)
     assert from_dict(HeadConfig, {"timesteps": "uniform"}) == HeadConfig()
     with pytest.raises(ConfigError, match="TrunkConfig has no field mlp; it has depth"):
         from_dict(TrunkConfig, {"norm": "layer", "mlp": "swiglu"})

@@ -260,8 +260,6 @@ def _only_ours(config: ModelConfig) -> str | None:
         "a linear path to noise": config.head.path != "cosine",
         f"schedule of {config.head.diffusion_steps} steps": config.head.diffusion_steps != 1000,
         "MLPs of different ratios": shape[0] != shape[1],
-        "normalised queries or rotary positions": any(
-            trunk.qk_norm or trunk.rotary for trunk in (config.encoder, config.decoder)
-        ),
+        "rotary positions": config.encoder.rotary or config.decoder.rotary,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)

@@ -43,7 +43,7 @@ def fraction(record: Any, *names: str) -> None:
 
 
 Config = TypeVar("Config")
-_GONE = (("norm", "layer"), ("mlp", "gelu"), ("timesteps", "uniform"))
+_GONE = (("norm", "layer"), ("mlp", "gelu"), ("timesteps", "uniform"), ("qk_norm", False))
 """Fields of older versions, and what they said where it was as it always is now."""
 
 

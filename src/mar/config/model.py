@@ -23,8 +23,6 @@ class TrunkConfig:
     """Attention heads; they divide the width."""
     mlp_ratio: float = 4.0
     """Width of a block's MLP as a multiple of `width`."""
-    qk_norm: bool = False
-    """Normalise each head's queries and keys by their size."""
     rotary: bool = False
     """Let attention see how far tokens are apart on the grid (rotary position embeddings), beside where they stand."""
 

@@ -15,7 +15,7 @@ from mar.model.attention import attend
 from mar.model.dropout import Dropout, by_hand
 from mar.model.rotary import turn
 from mar.model.tokens import take
-from mar.runtime import Linear, widen
+from mar.runtime import Linear
 
 NORM_EPS = 1e-6
 
@@ -28,7 +28,6 @@ class Attention(nn.Module):
         self.heads = trunk.heads
         self.attention_dropout = attention_dropout
         self.qkv = Linear(trunk.width, 3 * trunk.width)
-        self.norms = nn.ModuleList(nn.RMSNorm(trunk.head_width, eps=NORM_EPS) for _ in "qk" if trunk.qk_norm)
         self.out = Linear(trunk.width, trunk.width)
         self.dropout = Dropout(projection_dropout)
 
@@ -41,23 +40,17 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "n r e"]:
         """`keys` says which tokens may be attended to (all where None), `turns` where each stands (`rotary`), and
         `only` which ones are asked for (all where None: r = s; an index of s gives what is to be thrown away)."""
-        mixed = self.mix(self.prepare(self.qkv(x), turns), keys)
+        qkv = self.qkv(x)
+        mixed = self.mix(qkv if turns is None else self.turned(qkv, turns), keys)
         projected: Tensor = self.dropout(self.out(mixed if only is None else take(mixed, only)))
         return projected
 
-    def prepare(
-        self, qkv: Float[Tensor, "n s three_e"], turns: Float[Tensor, "#n s half_d two"] | None
+    def turned(
+        self, qkv: Float[Tensor, "n s three_e"], turns: Float[Tensor, "#n s half_d two"]
     ) -> Float[Tensor, "n s three_e"]:
-        """Queries and keys normalised and turned, where the trunk asks for it."""
-        if not self.norms and turns is None:
-            return qkv
-        *queries_and_keys, v = qkv.chunk(3, dim=-1)
-        prepared = [x.unflatten(-1, (self.heads, -1)) for x in queries_and_keys]
-        if self.norms:
-            prepared = [norm(widen(x)).to(qkv.dtype) for norm, x in zip(self.norms, prepared, strict=True)]
-        if turns is not None:
-            prepared = [turn(x, turns) for x in prepared]
-        return torch.cat([*(x.flatten(2) for x in prepared), v], dim=-1)
+        """With the queries and keys turned to where they stand."""
+        q, k, v = qkv.chunk(3, dim=-1)
+        return torch.cat([*(turn(x.unflatten(-1, (self.heads, -1)), turns).flatten(2) for x in (q, k)), v], dim=-1)
 
     def mix(self, qkv: Float[Tensor, "n s three_e"], keys: Bool[Tensor, "n 1 1 s"] | None) -> Float[Tensor, "n s e"]:
         """Values mixed by attention, the heads side by side."""

@@ -32,7 +32,7 @@ def test_numbers_that_fit_are_exact() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("trunk", [tiny.TRUNK, TrunkConfig(16, 2, 2, qk_norm=True)])
+@pytest.mark.parametrize("trunk", [tiny.TRUNK, TrunkConfig(16, 2, 2, rotary=True)])
 def test_conditions_and_predictions_stay_near(trunk: TrunkConfig) -> None:
     of = model(encoder=trunk, decoder=trunk)
     tokens, x, t = noise(2, 16, 2), noise(2, 2, seed=1), torch.tensor([10, 900])

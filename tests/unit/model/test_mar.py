@@ -11,7 +11,7 @@ from mar import runtime
 from mar.config import HeadConfig, TrunkConfig
 from mar.model.mar import MAR, UNCONDITIONAL
 
-MODERN = TrunkConfig(width=16, depth=2, heads=2, qk_norm=True, rotary=True)
+MODERN = TrunkConfig(width=16, depth=2, heads=2, rotary=True)
 trunks = pytest.mark.parametrize("trunk", [TRUNK, MODERN], ids=["paper", "modern"])
 
 VISIBLE = torch.tensor([[0, 3, 7], [2, 9, 15]])
@@ -169,10 +169,9 @@ def test_bf16_is_for_matrices_only() -> None:
 
 @torch.no_grad()
 def test_bf16_norms_take_float32() -> None:
-    """Others warn that they are not the fused kernel, once a process; so it is their input that is looked at."""
     of, seen = model(encoder=MODERN, decoder=MODERN), set()
     runtime.set_matrix_dtype(of, torch.bfloat16)
-    for norm in (module for module in of.modules() if isinstance(module, nn.RMSNorm)):
+    for norm in (module for module in of.modules() if isinstance(module, nn.LayerNorm)):
         norm.register_forward_pre_hook(lambda norm, given: seen.add(given[0].dtype))
     of(noise(2, 16, 2), LABELS, VISIBLE)
     assert seen == {torch.float32}

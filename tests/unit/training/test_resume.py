@@ -122,7 +122,7 @@ def test_resume_is_bitwise(
 def test_muon_resumes_bitwise_too(modern: bool, data: Path, tmp_path: Path) -> None:
     settings = train_config(data, optimizer="muon", lr=0.05)
     if modern:
-        trunk = TrunkConfig(16, 1, 2, qk_norm=True, rotary=True)
+        trunk = TrunkConfig(16, 1, 2, rotary=True)
         settings = replace(settings, model=replace(settings.model, encoder=trunk, decoder=trunk))
     whole = open_tiny(settings, tmp_path / "whole")
     assert go(whole)
