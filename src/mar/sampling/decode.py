@@ -181,19 +181,21 @@ def all_conditions(
     wanted = pad_sequence([turn.positions for turn in turns], batch_first=True, padding_value=length).to(device)
     every = torch.arange(length, device=device).expand(len(turns), -1)
     fresh = torch.tensor([turn.row for turn in turns if turn.pace.refresh], dtype=torch.long, device=device)
-    asked = wanted if guidance_refresh == 1 else every  # a difference that is kept is one of all tokens
-    z = conditions(model, state.tokens[images], labels[images], state.unknown[active], fresh, asked)
+    keeps = guidance_refresh > 1 and len(fresh) > 0  # a difference that is kept is one of all tokens
+    z = conditions(model, state.tokens[images], labels[images], state.unknown[active], fresh, every if keeps else wanted)
     guided = [turn.row for turn in turns if turn.pace.guided]
     without = {row: len(turns) + place for place, row in enumerate(guided)}
     if guidance_refresh == 1:
         return Conditions(z, without, None)
-    conditional, refreshed, residual = z[: len(turns)], z[len(turns) :], state.residual
+    conditional, residual = z[: len(turns)], state.residual
     if residual is None:
-        residual = z.new_zeros(len(state.orders), *z.shape[1:])
-    residual = residual.index_copy(0, images[fresh], refreshed - conditional[fresh])
+        residual = z.new_zeros(len(state.orders), state.unknown.shape[1], z.shape[-1])
+    if keeps:
+        residual = residual.index_copy(0, images[fresh], z[len(turns) :] - conditional[fresh])
+        conditional = take(conditional, wanted)
     rows = torch.tensor(guided, dtype=torch.long, device=device)
-    both = torch.cat([conditional, conditional[rows] + residual[images[rows]]])
-    return Conditions(take(both, torch.cat([wanted, wanted[rows]])), without, residual)
+    unconditional = conditional[rows] + take(residual[images[rows]], wanted[rows])
+    return Conditions(torch.cat([conditional, unconditional]), without, residual)
 
 
 def diffuse(
