@@ -182,7 +182,8 @@ def all_conditions(
     every = torch.arange(length, device=device).expand(len(turns), -1)
     fresh = torch.tensor([turn.row for turn in turns if turn.pace.refresh], dtype=torch.long, device=device)
     keeps = guidance_refresh > 1 and len(fresh) > 0  # a difference that is kept is one of all tokens
-    z = conditions(model, state.tokens[images], labels[images], state.unknown[active], fresh, every if keeps else wanted)
+    asked = every if keeps else wanted
+    z = conditions(model, state.tokens[images], labels[images], state.unknown[active], fresh, asked)
     guided = [turn.row for turn in turns if turn.pace.guided]
     without = {row: len(turns) + place for place, row in enumerate(guided)}
     if guidance_refresh == 1:
