@@ -50,6 +50,7 @@ class Haste:
     solver: Solver | None = None
     spacing: Spacing | None = None
     noisiest: float | None = None
+    guidance_from: float | None = None
     guidance_refresh: int | None = None
 
     def of(self, sampling: SamplingConfig, tokens: int) -> SamplingConfig:
@@ -66,6 +67,7 @@ class Haste:
             solver=self.solver or sampling.solver,
             spacing=self.spacing or sampling.spacing,
             noisiest=min(self.noisiest or 1.0, sampling.noisiest),
+            guidance_from=min(max(self.guidance_from or 0.0, sampling.guidance_from), sampling.guidance_until),
             guidance_refresh=max(self.guidance_refresh or 1, sampling.guidance_refresh),
         )
 
@@ -74,7 +76,13 @@ HASTE: dict[Preset, Haste] = {
     "exact": Haste(),
     "balanced": Haste(steps=2.0, solver="dpm++2m-sde", spacing="log-snr", diffusion_steps=12, noisiest=0.95),
     "fast": Haste(
-        steps=1.25, solver="dpm++2m-sde", spacing="log-snr", diffusion_steps=8, noisiest=0.95, guidance_refresh=2
+        steps=1.125,
+        solver="dpm++2m-sde",
+        spacing="log-snr",
+        diffusion_steps=8,
+        noisiest=0.95,
+        guidance_from=0.1,
+        guidance_refresh=3,
     ),
 }
 """Ways to draw, by name. 5,000 pictures of the bundled model: `exact` is at a distance of 2.30, `balanced` at 2.03 in

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -95,11 +97,13 @@ def test_a_preset_never_asks_for_more_than_a_model_does_by_itself() -> None:
 
 
 def test_a_preset_in_numbers() -> None:
-    haste = Haste(steps=1.5, diffusion_steps=8, guidance_refresh=2)
+    haste = Haste(steps=1.5, diffusion_steps=8, guidance_from=0.2, guidance_refresh=2)
     own = SamplingConfig(steps=64, diffusion_steps=25, diffusion_steps_end=5, guidance=3.0, solver="ddim")
     way = haste.of(own, 256)
     assert (way.steps, way.diffusion_steps, way.diffusion_steps_end) == (24, 8, 5)
-    assert (way.solver, way.guidance, way.guidance_refresh) == ("ddim", 3.0, 2)
+    assert (way.solver, way.guidance, way.guidance_from, way.guidance_refresh) == ("ddim", 3.0, 0.2, 2)
+    assert haste.of(replace(own, guidance_until=0.1), 256).guidance_from == 0.1
+    assert haste.of(replace(own, guidance_from=0.5), 256).guidance_from == 0.5
     assert haste.of(own, 49).steps == 11
     unusual = SamplingConfig(
         steps=100, diffusion_steps=10, diffusion_steps_end=25, solver="dpm++2m", noisiest=0.9, guidance_refresh=3
