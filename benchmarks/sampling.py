@@ -3,10 +3,10 @@
     python benchmarks/sampling.py [--model mar-base] [--steps 64] [--diffusion-steps 100] [--images 1] [--threads 2]
 
 Weights are random: time does not depend on them. Reveal steps are measured at their real numbers of visible and drawn
-tokens: the middle one of every few (`--every`), standing for its neighbours, or all with `--full`. What is compared is
-measured in turns, each the median of `--repeats`, so that a ratio is of one run; and as seconds mean something only
-beside the speed of the machine, that is measured before and after. `--preset balanced` or `fast` measures that way of
-drawing (with `--full`, where guidance comes and goes from step to step).
+tokens: the middle one of every few (`--every`), standing for its neighbours, or all (`--full`, and where guidance comes
+and goes from step to step). What is compared is measured in turns, each the median of `--repeats`, so that a ratio is
+of one run; and as seconds mean something only beside the speed of the machine, that is measured before and after.
+`--preset exact fast` measures these ways of drawing, one after the other, and how much sooner the second is.
 """
 
 from __future__ import annotations
@@ -73,24 +73,34 @@ def main() -> None:
     sampling = SamplingConfig(
         options.steps, options.diffusion_steps, SAMPLING[options.model].guidance, x0_bound=X0_BOUND
     )
-    sampling = hastened(sampling, model.config.tokens, options.preset)
     schedule = cosine(model.config.head.diffusion_steps)
     labels = torch.arange(options.images) % model.config.classes
-    steps = min(sampling.steps, model.config.tokens)
-    task = Task(labels, sampling, schedule, choose_steps(steps, 1 if options.full else options.every))
 
     before = product_speed(torch.float32), product_speed(torch.bfloat16)
     bf16 = options.bf16 == "yes" or (options.bf16 == "auto" and before[1] >= before[0])
-    runs = measure(model, task, options.repeats, bf16, options.int8)
-    after = product_speed(torch.float32)
-    print_settings(options, task, model)
-    product = "x".join(map(str, PRODUCT))
-    print(f"product {product}: fp32 {before[0]:.0f} GFLOP/s before, {after:.0f} after; bf16 {before[1]:.0f}")
-    print_table(runs)
+    totals: dict[str, Seconds] = {}
+    for preset in options.preset:
+        way = hastened(sampling, model.config.tokens, preset)
+        steps = min(way.steps, model.config.tokens)
+        alike = way.guidance_refresh == 1 and way.guidance_from == 0.0  # neighbours do as much work as each other
+        measured = choose_steps(steps, options.every if alike and not options.full else 1)
+        task = Task(labels, way, schedule, measured)
+        runs = measure(model, task, options.repeats, bf16, options.int8)
+        totals[preset] = {name: sum(parts.values()) for name, parts in runs.items() if name != LOOP}
+        after = product_speed(torch.float32)
+        print_settings(options, preset, task, model)
+        product = "x".join(map(str, PRODUCT))
+        print(f"product {product}: fp32 {before[0]:.0f} GFLOP/s before, {after:.0f} after; bf16 {before[1]:.0f}")
+        print_table(runs)
+        if preset == "exact" and (options.model, steps, options.diffusion_steps, options.images) == REFERENCE_TASK:
+            print_reference(runs, (before[0] + after) / 2)
+        print(flush=True)
+    first, *others = totals
+    for preset in others:
+        sooner = (f"{name} {totals[first][name] / seconds:.2f}" for name, seconds in totals[preset].items())
+        print(f"{preset}, times sooner than {first}: {', '.join(sooner)}")
     if not bf16:
         print("bf16 is left out: asked not to, or its products are slower than fp32's here (--bf16 yes measures it)")
-    if options.preset == "exact" and (options.model, steps, options.diffusion_steps, options.images) == REFERENCE_TASK:
-        print_reference(runs, (before[0] + after) / 2)
 
 
 def parse() -> argparse.Namespace:
@@ -98,10 +108,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", choices=sorted(MODELS), default="mar-base")
     parser.add_argument("--steps", type=int, default=64, help="reveal steps, K")
     parser.add_argument("--diffusion-steps", type=int, default=100)
-    parser.add_argument("--preset", choices=sorted(HASTE), default="exact", help="a way to draw sooner than that")
+    parser.add_argument("--preset", choices=sorted(HASTE), nargs="+", default=["exact"], help="ways to draw")
     parser.add_argument("--images", type=int, default=1, help="pictures drawn at once")
     parser.add_argument("--threads", type=int, help="CPU threads; PyTorch's own choice by default")
-    parser.add_argument("--every", type=int, default=8, help="measure one reveal step in so many")
+    parser.add_argument("--every", type=int, default=8, help="measure one reveal step in so many, if alike")
     parser.add_argument("--full", action="store_true", help="measure all reveal steps")
     parser.add_argument("--repeats", type=int, default=3, help="medians of so many")
     parser.add_argument(
@@ -266,11 +276,11 @@ def reference_network(head: DiffusionHead, x: Tensor, t: Tensor, z: Tensor) -> T
     return head.denoise_embedded(head.embed_tokens(x), [layer(functional.silu(condition)) for layer in layers])
 
 
-def print_settings(options: argparse.Namespace, task: Task, model: MAR) -> None:
+def print_settings(options: argparse.Namespace, preset: str, task: Task, model: MAR) -> None:
     sampling, images, steps = task.sampling, len(task.labels), sum(task.measured.values())
     drawn = sum(weight * len(state.revealed(i)) for state, weight in states(model, task) for i in range(images))
     print(
-        f"{options.model} with random weights, {images} image(s), preset {options.preset}, K={steps}, "
+        f"{options.model} with random weights, {images} image(s), preset {preset}, K={steps}, "
         f"{sampling.diffusion_steps} diffusion steps, guidance {sampling.guidance} {sampling.guidance_schedule}; "
         f"{torch.get_num_threads()} thread(s), torch {torch.__version__}\n"
         f"measured {len(task.measured)} of {steps} reveal steps, standing for {drawn} of "
