@@ -45,8 +45,10 @@ WAYS = (
     "preset=exact",
     "preset=balanced",
     "preset=fast",
-    "preset=balanced guidance_refresh=2",
     "preset=fast guidance_refresh=1",
+    "preset=fast guidance_from=0.0",
+    "preset=fast diffusion_steps_end=5",
+    "preset=fast order=halton",
     # reveal steps
     "K=14",
     "K=10",
@@ -64,7 +66,8 @@ WAYS = (
     # guidance
     "guidance_refresh=2",
     "guidance_refresh=3",
-    "guidance_from=0.2",
+    "guidance_from=0.1",
+    "guidance_from=0.3",
     # order and schedule, where few steps reveal many tokens each
     "K=10 order=checkerboard",
     "K=10 order=halton",
@@ -72,9 +75,8 @@ WAYS = (
     # together
     f"K=10 diffusion_steps=8 solver=dpm++2m {FEW}",
     f"K=10 diffusion_steps=8 solver=dpm++2m-sde {FEW}",
-    f"K=10 diffusion_steps=8 solver=dpm++2m-sde {FEW} order=checkerboard guidance_refresh=2",
     f"K=7 diffusion_steps=8 solver=dpm++2m-sde {FEW}",
-    f"K=7 diffusion_steps=8 solver=dpm++2m-sde {FEW} order=halton",
+    f"K=5 diffusion_steps=8 solver=dpm++2m-sde {FEW}",
 )
 MEASURED, ABOUT = "tradeoff.jsonl", "tradeoff.json"
 
