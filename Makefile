@@ -26,7 +26,7 @@ lint: $(VENV)/.dev
 	$(BIN)/lint-imports --no-logo
 
 bench: $(VENV)/.runtime
-	$(BIN)/python benchmarks/sampling.py
+	$(BIN)/python benchmarks/sampling.py --preset exact balanced fast
 
 # An environment that is there already is adopted, whoever made it, if its Python will do.
 $(VENV)/.made:
