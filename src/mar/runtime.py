@@ -98,6 +98,12 @@ def has_onednn(dtype: torch.dtype = torch.float32) -> bool:
     return dtype is torch.float32 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions for products in bfloat16; others imitate them, which is slow."""
+    known = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every PyTorch
+    return any(getattr(torch.cpu, name, bool)() for name in known)
+
+
 def widen(x: Tensor) -> Tensor:
     """bfloat16 -> float32, in which all but matrix products is computed; other dtypes stay."""
     return x.float() if x.dtype is torch.bfloat16 else x

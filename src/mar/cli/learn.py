@@ -87,7 +87,7 @@ def _options(name: str, chosen: TrainConfig, arguments: Sequence[str]) -> TrainO
 def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, name: str) -> int:
     """Trains the model; `chosen` is the recipe called `name`, before options changed it."""
     from mar import runtime
-    from mar.training.checks import check_tokenizer, copying, unusual_rate
+    from mar.training.checks import check_tokenizer, copying, faster_precision, unusual_rate
     from mar.training.log import open_log
     from mar.training.loop import train as run_to_end
     from mar.training.run import export, length_before
@@ -100,9 +100,11 @@ def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, nam
     try:
         with one_voice():
             _watch(options, run, log)
-            rate = None if run.progress.images else unusual_rate(options.config, chosen, name)
-            for warning in filter(None, (rate, copying(options.config, run.source, before))):
-                log.note(warning)
+            worth_knowing = [copying(options.config, run.source, before)]
+            if not run.progress.images:
+                worth_knowing += [unusual_rate(options.config, chosen, name), faster_precision(options.config, device)]
+            for line in filter(None, worth_knowing):
+                log.note(line)
             check_tokenizer(run, log)
             if run.told is not None:
                 log.note(run.told)

@@ -1,6 +1,8 @@
-"""What is worth knowing before a run's first step: of its tokenizer, its learning rate, and its few pictures."""
+"""What is worth knowing before a run's first step: of its tokenizer, learning rate, precision, and few pictures."""
 
 from __future__ import annotations
+
+import torch
 
 from mar import runtime
 from mar.config import ModelConfig, TrainConfig
@@ -89,6 +91,13 @@ def copying(config: TrainConfig, source: Source | LatentSource | StreamSource, b
         "learn them by heart: hold some out and stop when their loss rises (--hold-out 10 --patience 3, and another "
         "--out)"
     )
+
+
+def faster_precision(config: TrainConfig, device: torch.device) -> str | None:
+    """What to say of a run in float32 on a processor that is made for bfloat16, too; None where there is nothing."""
+    if config.precision != "fp32" or device.type != "cpu" or not runtime.multiplies_bf16():
+        return None
+    return "this processor has products in bfloat16: --precision bf16 (and another --out) sees more pictures a minute"
 
 
 def _pictures(source: Source | LatentSource | StreamSource) -> Source | StreamSource | None:

@@ -7,14 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tars import shards
 from tiny import pictures, train_config
 
+from mar import runtime
 from mar.data.heldout import divide
 from mar.data.sources import open_data, open_source
 from mar.presets import FASHION, recipe
 from mar.training import checks
-from mar.training.checks import copying, unusual_rate
+from mar.training.checks import copying, faster_precision, unusual_rate
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,18 @@ def test_a_small_batch_of_an_official_recipe_is_warned_of() -> None:
     warning = unusual_rate(replace(usual, batch=64), usual, "imagenet-base")
     assert warning is not None
     assert "32 times below the 0.0008 of the recipe imagenet-base; --lr 0.0032 would be its rate" in warning
+
+
+@pytest.mark.parametrize("has_it", [False, True])
+def test_a_run_in_float32_hears_of_bfloat16_where_the_processor_has_it(
+    has_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "multiplies_bf16", lambda: has_it)
+    said = faster_precision(FASHION, torch.device("cpu"))
+    assert (said is not None) == has_it
+    assert said is None or "--precision bf16" in said
+    assert faster_precision(replace(FASHION, precision="bf16"), torch.device("cpu")) is None
+    assert faster_precision(FASHION, torch.device("cuda")) is None
 
 
 def test_few_pictures_that_are_seen_often_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
