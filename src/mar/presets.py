@@ -74,7 +74,7 @@ class Haste:
 
 HASTE: dict[Preset, Haste] = {
     "exact": Haste(),
-    "balanced": Haste(steps=2.0, solver="dpm++2m-sde", spacing="log-snr", diffusion_steps=12, noisiest=0.95),
+    "balanced": Haste(steps=1.75, solver="dpm++2m-sde", spacing="log-snr", diffusion_steps=12, noisiest=0.95),
     "fast": Haste(
         steps=1.05,
         solver="dpm++2m-sde",
