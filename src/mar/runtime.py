@@ -7,9 +7,11 @@ diffusion state and its coefficients in float32. Never float16.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import itertools
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -85,8 +87,8 @@ def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def onednn_is_faster() -> bool:
     """Whether oneDNN's products in float32 are taken for PyTorch's own, which are MKL's: on processors with AVX-512.
 
-    They are twice as fast where MKL leaves that unused, as on AMD's (measured); on Intel's, which were not measured,
-    both use it. With AVX2 the two were alike."""
+    They are twice as fast where MKL leaves that unused, as on AMD's. On Intel's, where both take it, and with AVX2 the
+    two are alike (measured)."""
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return has_onednn() and torch.backends.mkl.is_available() and wide
 
@@ -140,6 +142,16 @@ def shapes_only() -> Iterator[None]:
     """
     with torch.device("meta"), _NothingIsFilled():
         yield
+
+
+def give_back_memory() -> None:
+    """Hands what is free in the middle of the heap back to the system, where its C library can (glibc: on Linux).
+
+    Where tensors grow from step to step, none fits into the hole that the last one left, if anything was kept behind
+    it: such as the programs that oneDNN writes for each new shape."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def choose_device(name: str | None = None) -> torch.device:

@@ -1,4 +1,4 @@
-"""Devices by name, and streams of random numbers by key."""
+"""Devices by name, streams of random numbers by key, products, and memory that is given back."""
 
 from __future__ import annotations
 
@@ -146,3 +146,30 @@ def test_only_what_is_asked_for_has_a_gradient() -> None:
     torch.testing.assert_close(linear.weight.grad, x.sum(0).expand(7, 24))
     with torch.autocast("cpu", torch.bfloat16):
         assert linear(x).dtype is torch.bfloat16
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
+def test_what_is_free_in_the_middle_of_the_heap_is_given_back() -> None:
+    code = """
+import torch
+from pathlib import Path
+from mar.runtime import give_back_memory
+def resident(): return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+blocks = [torch.ones(2**14) for _ in range(1500)]  # 94 MiB, each block too small for a mapping of its own
+kept, full = blocks[-1], resident()
+del blocks
+held = resident()
+give_back_memory()
+print(full - held, held - resident())
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    by_itself, by_us = map(int, ran.stdout.split())
+    assert by_itself < 2**23
+    assert by_us > 80 * 2**20
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
+def test_where_memory_can_not_be_given_back_nothing_happens(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime.sys, "platform", platform)
+    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: object())
+    runtime.give_back_memory()

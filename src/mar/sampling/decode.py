@@ -24,12 +24,15 @@ from mar.diffusion.solvers import noises
 from mar.model.mar import MAR, UNCONDITIONAL
 from mar.model.masking import arranged, reveal_schedule, unknown_order
 from mar.model.tokens import take
+from mar.runtime import give_back_memory
 from mar.sampling.draws import Draws
 from mar.sampling.loop import Loop, loop_for, run
 from mar.sampling.pace import Pace, paces
 
 CACHED_BYTES = 2**24
 """How much the activations of a transformer block's MLP may take."""
+WIDE = 512
+"""Width of a trunk beside whose products it does not show that free memory is given back after every step."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,14 @@ def decode(
     sampling.check(model.config)
     schedule, head = trained(model.config.head), packed(model.head)
     loop = loop_for(model.head, state.tokens.device)
+    on_cpu = state.tokens.device.type == "cpu"
+    wide = on_cpu and max(model.config.encoder.width, model.config.decoder.width) >= WIDE
     while state.step < state.steps:
         state = reveal(model, labels, state, sampling, schedule, draws, head, loop)
+        if state.step == state.steps:
+            del head  # with its packed weights: next comes the tokenizer, which needs room
+        if wide:
+            give_back_memory()
         yield state
 
 

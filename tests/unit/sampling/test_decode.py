@@ -13,6 +13,7 @@ from torch import Tensor
 from mar.config import SamplingConfig
 from mar.diffusion.schedule import cosine
 from mar.model.mar import UNCONDITIONAL
+from mar.sampling import decode as decoding
 from mar.sampling import loop as looping
 from mar.sampling.decode import DecodeState, all_conditions, all_unknown, decode, reveal, start, take_turns
 from mar.sampling.draws import SeededDraws
@@ -134,3 +135,12 @@ def test_solvers_without_noise_draw_one_a_token() -> None:
         draws.asked.clear()
         list(decode(TINY, LABELS[:1], start(noise(1, 16, 2), all_unknown(1, 16), 4, draws), sampling, draws))
         assert set(draws.asked) == expected
+
+
+@pytest.mark.parametrize("wide", [True, False])
+def test_wide_models_give_memory_back_after_every_step(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(decoding, "give_back_memory", lambda: given.append(1))
+    monkeypatch.setattr(decoding, "WIDE", TINY.config.encoder.width + (not wide))
+    ends(GUIDED)
+    assert len(given) == (GUIDED.steps if wide else 0)
