@@ -2,14 +2,17 @@
 
     python benchmarks/tradeoff.py measure --data PATH --classifier FILE --out runs/tradeoff
     python benchmarks/tradeoff.py measure --data PATH --classifier FILE --out runs/tradeoff --way "K=12 order=halton"
+    python benchmarks/tradeoff.py time runs/tradeoff
     python benchmarks/tradeoff.py plot runs/tradeoff --out tradeoff.png
     python benchmarks/tradeoff.py table runs/tradeoff
 
 PATH and FILE as in `quality.py`: the model (by default the bundled one) is held against pictures of PATH that it did
 not learn from. A way is what `mar evaluate --sweep` takes, one value each: fields of SamplingConfig, K, cfg, preset.
 Without `--way`, those of WAYS are drawn, each knob by itself and some of them together. All ways draw the same labels
-and seeds. Seconds are of the processor, one thread, the pictures of a batch drawn at once, judging not counted. A way
-that was measured is not measured again. A folder has one model, `--dtype`, data and classifier; these two may be moved.
+and seeds. Seconds are of the processor, one thread, the pictures of a batch drawn at once, judging not counted. They
+compare where nobody else was at work for hours: `time` takes them anew, all ways in turn, medians of several rounds. A
+way that was measured is not measured again. A folder has one model, `--dtype`, data and classifier; these two may be
+moved.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any, get_args
 
 import torch
@@ -110,6 +114,12 @@ class Timed:
             yield found
 
 
+def draw(pipeline: Pipeline, way: str, count: int, seed: int) -> Timed:
+    """Pictures of all classes, drawn in that way when they are asked for."""
+    plan = Plan.total(count, list(range(pipeline.model.config.classes)) or [-1], seed=seed)
+    return Timed(DrawnPictures(pipeline, plan, name=way, **settings(way)))
+
+
 def settings(way: str) -> dict[str, Any]:
     """The fields that a way names, and their values."""
     found = points(way.split())
@@ -151,8 +161,7 @@ class Measurement:
 
     def measure(self, way: str) -> dict[str, Any]:
         """Draws and judges, and notes what came out."""
-        plan = Plan.total(self.count, list(range(self.pipeline.model.config.classes)) or [-1], seed=self.seed)
-        pictures = Timed(DrawnPictures(self.pipeline, plan, name=way, **settings(way)))
+        pictures = draw(self.pipeline, way, self.count, self.seed)
         line: dict[str, Any] = {"way": way}
         try:
             found = collect(pictures, self.extractor, batch=self.batch)
@@ -191,6 +200,27 @@ def run_measure(args: argparse.Namespace) -> None:
     for way in ways:
         if way not in done:
             print(json.dumps(measurement.measure(way)), flush=True)
+
+
+def run_time(args: argparse.Namespace) -> None:
+    lines = noted(args.folder)
+    ways = [way for way, line in lines.items() if "distance" in line]
+    if not ways:
+        raise ValueError(f"{args.folder} holds no measurement")
+    about = json.loads((args.folder / ABOUT).read_text(encoding="utf-8"))
+    torch.set_num_threads(about["threads"])
+    pipeline = mar.load(about["model"], device="cpu", dtype=torch_dtype(about.get("dtype", "fp32")))
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for number in range(1, args.rounds + 1):
+        for way in ways:
+            pictures = draw(pipeline, way, args.count, about["seed"])
+            for _ in pictures.batches(about["batch"], 0, args.count):
+                pass
+            seconds[way].append(pictures.seconds / args.count)
+        print(f"round {number} of {args.rounds}", flush=True)
+    for way, found in seconds.items():
+        lines[way]["seconds"] = median(found)
+    write_lines(args.folder / MEASURED, list(lines.values()))
 
 
 def run_table(args: argparse.Namespace) -> None:
@@ -251,6 +281,11 @@ def main() -> int:
     verb.add_argument("--threads", type=int, default=1)
     verb.add_argument("--dtype", choices=get_args(DrawnDtype), default="fp32", help="of the model's matrices")
     verb.set_defaults(run=run_measure)
+    verb = verbs.add_parser("time", help="take the seconds of all ways anew, in turn")
+    verb.add_argument("folder", type=Path)
+    verb.add_argument("--count", type=int, default=100, help="pictures of each way and round")
+    verb.add_argument("--rounds", type=int, default=3)
+    verb.set_defaults(run=run_time)
     verb = verbs.add_parser("table", help="all ways, as Markdown; those worth it in bold")
     verb.add_argument("folder", type=Path)
     verb.set_defaults(run=run_table)

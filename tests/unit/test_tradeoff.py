@@ -107,6 +107,39 @@ def measure(tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return lambda **changes: tradeoff.Measurement(SimpleNamespace(**{**usual, **changes}))
 
 
+def test_seconds_are_taken_anew_and_nothing_else(
+    measure: Any, tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "out"
+    with pytest.raises(ValueError, match="holds no measurement"):
+        tradeoff.run_time(SimpleNamespace(folder=folder, count=2, rounds=3))
+    measure()
+    lines = [
+        {"way": "K=2", "distance": 2.0, "seconds": 100.0},
+        {"way": "K=1", "broken": "step 3"},
+        {"way": "K=3", "distance": 1.5, "seconds": 200.0},
+    ]
+    (folder / tradeoff.MEASURED).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    drawn: list[str] = []
+    seconds = {"K=2": [2.0, 4.0, 1.0], "K=3": [6.0, 2.0, 5.0]}
+
+    def draw(pipeline: Any, way: str, count: int, seed: int) -> Any:
+        drawn.append(way)
+        return SimpleNamespace(seconds=seconds[way].pop(0), batches=lambda *_: iter("ab"))
+
+    monkeypatch.setattr(tradeoff, "draw", draw)
+    tradeoff.run_time(SimpleNamespace(folder=folder, count=2, rounds=3))
+    assert drawn == ["K=2", "K=3"] * 3
+    lines[0]["seconds"], lines[2]["seconds"] = 2.0 / 2, 5.0 / 2
+    assert list(tradeoff.noted(folder).values()) == lines
+
+
+def test_a_way_is_timed_by_drawing_it(measure: Any, tradeoff: ModuleType) -> None:
+    pictures = tradeoff.draw(measure().pipeline, "K=2", 5, seed=0)
+    assert [len(batch.images) for batch in pictures.batches(2, 0, 5)] == [2, 2, 1]
+    assert pictures.seconds > 0
+
+
 def test_the_model_is_drawn_with_in_the_precision_that_was_asked_for(measure: Any, tmp_path: Path) -> None:
     for dtype, expected in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         model = measure(dtype=dtype, out=tmp_path / dtype).pipeline.model
