@@ -165,8 +165,8 @@ def recipe_for(
     sixteenth of their shorter side, and by 4 pixels at most, but not where latents are cached of them as they are.
     Whether pictures are mirrored is left to the data.
 
-    What to expect of small colour pictures, by minutes of one core (docs/quality.md): of 50,000 what `CIFAR10` says, which
-    is no better; of 500, after 14 minutes colours and layouts, and few copies. Of large
+    What to expect of small colour pictures, by minutes of one core (docs/quality.md): of 50,000 what `CIFAR10` says,
+    which is no better; of 500, after 14 minutes colours and layouts, and few copies. Of large
     pictures, the tokenizer's training comes first. ConfigError for a size that can't be cut into cells or patches.
     """
     if min(size) < 1:
