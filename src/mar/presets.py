@@ -86,7 +86,8 @@ HASTE: dict[Preset, Haste] = {
     ),
 }
 """Ways to draw, by name. 5,000 pictures of the bundled model: `exact` is at a distance of 2.30, `balanced` at 2.03 in
-0.62 of the time, `fast` at 2.16 in 0.27 of it; on MAR-B's shape they take 0.30 and 0.12 (docs/sampling.md)."""
+0.56 of the time, `fast` at 2.16 in 0.27 of it; on MAR-B's shape they take a quarter to a third, and an eighth to a
+ninth (docs/sampling.md)."""
 
 
 def hastened(sampling: SamplingConfig, tokens: int, preset: str) -> SamplingConfig:
