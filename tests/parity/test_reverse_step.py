@@ -63,13 +63,16 @@ def test_reverse_step(case: str, index: int) -> None:
     theirs = under(golden("mar_tiny_trained_samples"), f"one_step/step{index}/")
     assert int(SCHEDULE.timesteps[index]) == int(theirs["timestep"])
     x, expected = theirs["x"], under(theirs, f"{case}/")
-    output = network(case)(x, index)
+    of = network(case)
+    eps, variance = of(x, index).chunk(2, dim=-1)
+    assert relative(eps, expected["eps"]) < 1e-5
+    # A rounding of eps grows by up to 20,000 on its way to x0, and processors round differently: from here on, theirs.
+    output = torch.cat([expected.pop("eps"), variance], dim=-1)
     p = reverse(output, x, Coefficients(*Coefficients.table(SCHEDULE).T.tolist()[index]), "noise")
-    assert relative(output.chunk(2, dim=-1)[0], expected.pop("eps")) < 1e-5
     assert relative(p.log_variance, expected.pop("log_variance")) < 1e-5
     assert relative(p.x0, expected.pop("x0")) < 1e-5
     assert relative(p.mean, expected.pop("mean")) < 1e-5
-    ours = one_step(network(case), x, theirs["noise"], index, CASES[case].temperature)
+    ours = one_step(lambda x, i: output if i == index else of(x, i), x, theirs["noise"], index, CASES[case].temperature)
     assert relative(ours, expected.pop("x_prev")) < 1e-5
     assert not expected
 

@@ -72,7 +72,7 @@ def test_bfloat16_encodes_in_it_and_decodes_in_full_precision(tiny: KLTokenizer,
 
 def test_spec_and_state_make_the_same_tokenizer_again(tiny: KLTokenizer, images: torch.Tensor) -> None:
     tiny.set_statistics([0.1, 0.2, 0.3, 0.4], 2.0)
-    again = build(json.loads(json.dumps(tiny.spec())))
+    again = build(json.loads(json.dumps(tiny.spec()))).requires_grad_(False)  # oneDNN rounds otherwise with gradients
     again.load_state_dict(tiny.state_dict())
     assert again.spec() == tiny.spec()
     assert torch.equal(again.encode(images).mean, tiny.encode(images).mean)
@@ -81,7 +81,7 @@ def test_spec_and_state_make_the_same_tokenizer_again(tiny: KLTokenizer, images:
 def test_can_be_made_without_weights_and_filled_later(tiny: KLTokenizer) -> None:
     with torch.device("meta"):
         empty = build(tiny.spec())
-    empty = empty.to_empty(device="cpu")
+    empty = empty.to_empty(device="cpu").requires_grad_(False)
     empty.load_state_dict(tiny.state_dict())
     latents = torch.zeros(1, 4, 2, 2)
     assert torch.equal(empty.decode(latents), tiny.decode(latents))
