@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -176,8 +177,10 @@ def test_lines_that_are_to_come_again_are_dropped(tmp_path: Path) -> None:
     assert path.read_text() == ""
 
 
-def test_tensorboard_hides_only_what_comes_again(tmp_path: Path) -> None:
-    for first, counts in ((0, (10, 20, 30)), (20, (30, 40))):
+def test_tensorboard_hides_only_what_comes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    for later, first, counts in ((0, 0, (10, 20, 30)), (1, 20, (30, 40))):
+        monkeypatch.setattr(time, "time", lambda then=now + later: then)  # files are in order by their names' seconds
         board = TensorBoard(tmp_path, first)
         for images in counts:
             board.write(images, {"loss": float(first + images), "words": "no number"})
