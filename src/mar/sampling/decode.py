@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from mar.config import ModelConfig, Order, RevealSchedule, SamplingConfig
@@ -33,6 +34,9 @@ CACHED_BYTES = 2**24
 """How much the activations of a transformer block's MLP may take."""
 WIDE = 512
 """Width of a trunk beside whose products it does not show that free memory is given back after every step."""
+VISIBLE, ASKED = 32, 8
+"""Wide trunks on a CPU are shown so many tokens, and asked for so many, or a multiple: oneDNN writes a program for each
+new shape of a product, which takes time, and keeps it."""
 
 
 @dataclass(frozen=True)
@@ -121,15 +125,19 @@ def decode(
     sampling.check(model.config)
     schedule, head = trained(model.config.head), packed(model.head)
     loop = loop_for(model.head, state.tokens.device)
-    on_cpu = state.tokens.device.type == "cpu"
-    wide = on_cpu and max(model.config.encoder.width, model.config.decoder.width) >= WIDE
+    tight = wide(model, state.tokens.device)
     while state.step < state.steps:
         state = reveal(model, labels, state, sampling, schedule, draws, head, loop)
         if state.step == state.steps:
             del head  # with its packed weights: next comes the tokenizer, which needs room
-        if wide:
+        if tight:
             give_back_memory()
         yield state
+
+
+def wide(model: MAR, device: torch.device) -> bool:
+    """Whether the trunk of a model on a CPU is so wide that little work beside it does not show, and memory may."""
+    return device.type == "cpu" and max(model.config.encoder.width, model.config.decoder.width) >= WIDE
 
 
 @torch.no_grad()
@@ -187,7 +195,10 @@ def all_conditions(
     active = [turn.image for turn in turns]
     images = torch.tensor(active, device=device)
     length = state.unknown.shape[1]
-    wanted = pad_sequence([turn.positions for turn in turns], batch_first=True, padding_value=length).to(device)
+    wanted = pad_sequence([turn.positions for turn in turns], batch_first=True, padding_value=length)
+    if wide(model, device) and wanted.shape[1] > ASKED:
+        wanted = functional.pad(wanted, (0, up_to(wanted.shape[1], ASKED) - wanted.shape[1]), value=length)
+    wanted = wanted.to(device)
     every = torch.arange(length, device=device).expand(len(turns), -1)
     fresh = torch.tensor([turn.row for turn in turns if turn.pace.refresh], dtype=torch.long, device=device)
     keeps = guidance_refresh > 1 and len(fresh) > 0  # a difference that is kept is one of all tokens
@@ -244,7 +255,7 @@ def conditions(
 ) -> Float[Tensor, "n_and_u r f"]:
     """z of the tokens that are `asked` for, from the visible tokens: of all images, and then of the images `without`
     once more, without the class."""
-    visible, ragged = visible_positions(unknown)
+    visible, ragged = visible_positions(unknown, VISIBLE if wide(model, tokens.device) else 1)
     visible = visible.to(tokens.device)
     if len(without):
         labels = torch.cat([labels, torch.full_like(without, UNCONDITIONAL)])
@@ -260,13 +271,18 @@ def images_at_once(config: ModelConfig) -> int:
     return max(1, CACHED_BYTES // (4 * widest * (config.buffer + config.tokens)))
 
 
-def visible_positions(unknown: Bool[Tensor, "n L"]) -> tuple[Int[Tensor, "n v"], bool]:
-    """Positions of known tokens, ascending, padded with L; and whether any is padding."""
+def visible_positions(unknown: Bool[Tensor, "n L"], multiple: int = 1) -> tuple[Int[Tensor, "n v"], bool]:
+    """Positions of known tokens, ascending, padded with L to a `multiple` or to L; and whether any is padding."""
     length = unknown.shape[1]
     counts = (~unknown).sum(1)
-    longest = int(counts.max())
+    longest = min(up_to(int(counts.max()), multiple), length)
     position = torch.where(unknown, length, torch.arange(length)).sort(dim=1).values
     return position[:, :longest], bool((counts != longest).any())
+
+
+def up_to(count: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-count // multiple) * multiple
 
 
 def all_unknown(count: int, tokens: int) -> Bool[Tensor, "n L"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -144,3 +145,31 @@ def test_wide_models_give_memory_back_after_every_step(wide: bool, monkeypatch: 
     monkeypatch.setattr(decoding, "WIDE", TINY.config.encoder.width + (not wide))
     ends(GUIDED)
     assert len(given) == (GUIDED.steps if wide else 0)
+
+
+def test_wide_models_are_shown_and_asked_for_few_numbers_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is filled up is not looked at, also where the difference of the classes is kept for some steps."""
+    unknown = all_unknown(2, 16)
+    unknown[0, 12:] = False
+    sampling = [GUIDED, replace(GUIDED, guidance_refresh=3), replace(GUIDED, steps=3)]
+    expected = [ends(each, unknown).tokens for each in sampling]
+    shapes: list[tuple[int, int]] = []
+    encode, decoded = TINY.encode, TINY.decode
+
+    def shown(tokens: Tensor, labels: Tensor, visible: Tensor, *, ragged: bool = False) -> Tensor:
+        shapes.append((visible.shape[1], 0))
+        return encode(tokens, labels, visible, ragged=ragged)
+
+    def asked(encoded: Tensor, visible: Tensor, only: Tensor | None = None) -> Tensor:
+        assert only is not None
+        shapes.append((0, only.shape[1]))
+        return decoded(encoded, visible, only)
+
+    monkeypatch.setattr(TINY, "encode", shown)
+    monkeypatch.setattr(TINY, "decode", asked)
+    for name, value in {"WIDE": TINY.config.encoder.width, "VISIBLE": 8, "ASKED": 4}.items():
+        monkeypatch.setattr(decoding, name, value)
+    for each, plain in zip(sampling, expected, strict=True):
+        torch.testing.assert_close(ends(each, unknown).tokens, plain, atol=1e-4, rtol=1e-4)
+    assert {visible for visible, only in shapes if not only} == {8, 16}
+    assert {only for visible, only in shapes if not visible} <= {1, 2, 3, 4, 8, 12, 16}

@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
+from torch import nn
 
 from mar.tokenizer import KLTokenizer, build
 from mar.tokenizer.kl import from_config, kl16
@@ -76,6 +78,25 @@ def test_spec_and_state_make_the_same_tokenizer_again(tiny: KLTokenizer, images:
     again.load_state_dict(tiny.state_dict())
     assert again.spec() == tiny.spec()
     assert torch.equal(again.encode(images).mean, tiny.encode(images).mean)
+
+
+def test_activations_are_written_over_where_no_gradients_are_wanted(tiny: KLTokenizer) -> None:
+    """What diffusers' own module gives, bit for bit, with as many activations whose memory is that of their input."""
+    own = AutoencoderKL.from_config(tiny.autoencoder.config).requires_grad_(False)
+    own.load_state_dict(tiny.autoencoder.state_dict())
+    latents = torch.randn(1, 4, 2, 3, generator=torch.Generator().manual_seed(2))
+    places: list[tuple[int, int]] = []
+    activations = [module for module in tiny.autoencoder.decoder.modules() if isinstance(module, nn.SiLU)]
+    assert len(activations) == sum(isinstance(module, nn.SiLU) for module in own.decoder.modules()) > 0
+    for module in activations:
+        module.register_forward_hook(lambda _, given, made: places.append((given[0].data_ptr(), made.data_ptr())))
+    with torch.no_grad():
+        assert torch.equal(tiny.decode(latents), own.decode(latents).sample.clamp(-1, 1))
+    assert len(places) >= len(activations)
+    assert all(before == after for before, after in places)
+    places.clear()
+    tiny.decode(latents)
+    assert all(before != after for before, after in places)
 
 
 def test_can_be_made_without_weights_and_filled_later(tiny: KLTokenizer) -> None:
