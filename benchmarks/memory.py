@@ -3,7 +3,8 @@
     python benchmarks/memory.py [--model mar-huge] [--dtype fp32 bf16 int8]
 
 Weights are random, of the size of the official ones. Fewer reveal steps than usual reveal more tokens in each, so that
-no step of a usual run takes more; what is kept from step to step, such as oneDNN's programs, `--steps 64` shows. Each precision is measured in a process of its own. Linux only: its kernel counts the peak.
+no step of a usual run takes more; what is kept from step to step, such as oneDNN's programs, `--steps 64` shows. Each
+precision is measured in a process of its own. Linux only: its kernel counts the peak.
 """
 
 from __future__ import annotations
