@@ -33,7 +33,8 @@ from mar.sampling.pace import Pace, paces
 CACHED_BYTES = 2**24
 """How much the activations of a transformer block's MLP may take."""
 WIDE = 512
-"""Width of a trunk beside whose products it does not show that free memory is given back after every step."""
+"""Width of a trunk beside whose products other work does not show: free memory is given back after every step, and
+few shapes are made of many."""
 VISIBLE, ASKED = 32, 8
 """Wide trunks on a CPU are shown so many tokens, and asked for so many, or a multiple: oneDNN writes a program for each
 new shape of a product, which takes time, and keeps it."""
@@ -125,18 +126,17 @@ def decode(
     sampling.check(model.config)
     schedule, head = trained(model.config.head), packed(model.head)
     loop = loop_for(model.head, state.tokens.device)
-    tight = wide(model, state.tokens.device)
     while state.step < state.steps:
         state = reveal(model, labels, state, sampling, schedule, draws, head, loop)
         if state.step == state.steps:
             del head  # with its packed weights: next comes the tokenizer, which needs room
-        if tight:
+        if wide(model, state.tokens.device):
             give_back_memory()
         yield state
 
 
 def wide(model: MAR, device: torch.device) -> bool:
-    """Whether the trunk of a model on a CPU is so wide that little work beside it does not show, and memory may."""
+    """Whether a model is on a CPU, and its trunk `WIDE`."""
     return device.type == "cpu" and max(model.config.encoder.width, model.config.decoder.width) >= WIDE
 
 
