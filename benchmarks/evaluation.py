@@ -26,9 +26,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mar.data.sources import open_source
-from mar.evaluation.evaluate import Wanted, collect
+from mar.evaluation.evaluate import MetricOptions, collect
 from mar.evaluation.features import ModuleExtractor, open_extractor
-from mar.evaluation.streams import NpzPictures, Pictures, PictureSet, SourcePictures
+from mar.evaluation.image_sets import ImageBatch, NpzPictures, PictureSet, SourcePictures
 
 SIDE, BATCH = 32, 64
 FEW, MANY = 5_000, 50_000
@@ -49,13 +49,13 @@ class Random:
     def __len__(self) -> int:
         return self.count
 
-    def batches(self, batch: int, first: int, end: int) -> Iterator[Pictures]:
+    def batches(self, batch: int, first: int, end: int) -> Iterator[ImageBatch]:
         """Noise, of which batch i has the seed i."""
         for start in range(first, end, batch):
             numbers = torch.arange(start, min(start + batch, end))
             draws = torch.Generator().manual_seed(start)
             images = torch.randint(0, 256, (len(numbers), 3, SIDE, SIDE), generator=draws, dtype=torch.uint8)
-            yield Pictures(images, numbers, torch.full_like(numbers, -1))
+            yield ImageBatch(images, numbers, torch.full_like(numbers, -1))
 
 
 class Small(nn.Module):
@@ -75,7 +75,7 @@ def peak(pictures: int, keep: bool) -> None:
     """Prints the peak memory of this process, in KiB, after judging so many pictures."""
     torch.manual_seed(0)
     extractor = ModuleExtractor(Small(), "small", scores=True)
-    found = collect(Random(pictures), extractor, wanted=Wanted(kernel=keep), batch=BATCH)
+    found = collect(Random(pictures), extractor, wanted=MetricOptions(kernel=keep), batch=BATCH)
     assert found.score is not None
     assert found.statistics.count == pictures
     # not getrusage: there a process begins with the peak of the one that started it

@@ -23,14 +23,13 @@ import torch
 from PIL import Image
 
 from mar.config import HeadConfig, ModelConfig, TrainConfig, TrunkConfig
-from mar.data.latents import LatentSource
-from mar.data.shards import About, write_about, write_index, write_shard, zeros
+from mar.data.cache_writer import describe_cache, finish_cache, prepare_cache, write_shards
+from mar.data.latent_cache import CacheManifest, LatentSource, write_index, write_manifest, write_shard, zeros
 from mar.data.sources import open_source
 from mar.tokenizer.kl import KLTokenizer, from_config
-from mar.training import loop
-from mar.training.cache import describe, finish, prepare, write_shards
-from mar.training.loop import Run
+from mar.training import trainer
 from mar.training.run import open_run
+from mar.training.trainer import Run
 
 SIDE = 64
 AUTOENCODER = {
@@ -74,12 +73,12 @@ def random_pictures(folder: Path, count: int) -> Path:
 
 def train_side_by_side(folder: Path, data: Path, steps: int, batch: int) -> None:
     tokenizer, source = from_config(AUTOENCODER).requires_grad_(False), open_source(data)
-    about = describe(source, tokenizer, data=str(data), tokenizer_name="small", size=(SIDE, SIDE))
+    about = describe_cache(source, tokenizer, data=str(data), tokenizer_name="small", size=(SIDE, SIDE))
     begun = time.perf_counter()
-    shards = prepare(folder / "cache", about)
+    shards = prepare_cache(folder / "cache", about)
     assert shards is not None
     write_shards(folder / "cache", about, source, tokenizer, shards, device=torch.device("cpu"), batch=batch)
-    finish(folder / "cache", about)
+    finish_cache(folder / "cache", about)
     print(f"cached {len(source)} pictures, plain and flipped, in {time.perf_counter() - begun:.1f} s")
     tokenizer.set_statistics(0.0, 1.0)
     runs = {
@@ -107,21 +106,21 @@ def training(data: Path, out: Path, tokenizer: KLTokenizer, classes: int, batch:
         config, out, device=torch.device("cpu"), load_tokenizer=lambda name: copy.deepcopy(tokenizer),
         load_model=nothing,  # type: ignore[arg-type]
     )  # fmt: skip
-    return run, loop._batches(run)
+    return run, trainer._batches(run)
 
 
 def go(run: Run, batches: Iterator[object], steps: int) -> None:
     for _ in range(steps):
-        loop.step(run, next(batches))  # type: ignore[arg-type]
+        trainer.step(run, next(batches))  # type: ignore[arg-type]
 
 
 def both_stores(folder: Path, count: int) -> tuple[LatentSource, Path]:
     """The same random latents of KL-16's sizes as a cache, and as the reference stores them."""
-    about = About("kl16", "", "random", "", count, (), (256, 256), (16, 16, 16), 2, True, "fp16", 64)
+    about = CacheManifest("kl16", "", "random", "", count, (), (256, 256), (16, 16, 16), 2, True, "fp16", 64)
     generator = torch.Generator().manual_seed(0)
     cache, archives = folder / "kl16", folder / "npz"
     archives.mkdir()
-    write_about(cache, about)
+    write_manifest(cache, about)
     for k in range(about.shards):
         moments, labels = zeros(about, len(about.span(k)))
         moments.copy_(torch.randn(moments.shape, generator=generator))

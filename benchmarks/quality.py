@@ -40,22 +40,20 @@ from quality_report import MARKED, TRIAL, run_plot, run_table
 
 from mar.checkpoint.files import write_text
 from mar.config import TrainConfig, from_dict, to_dict
-from mar.data.examples import Source
-from mar.data.heldout import spread
+from mar.data.images import Source, Transform
 from mar.data.loader import in_order
-from mar.data.transforms import Transform
-from mar.evaluation.evaluate import Wanted, collect, compare
+from mar.data.splits import subset
+from mar.evaluation.evaluate import MetricOptions, collect, compare
 from mar.evaluation.features import Extractor
-from mar.evaluation.streams import DrawnPictures, SourcePictures
+from mar.evaluation.image_sets import DrawnPictures, SourcePictures
 from mar.model.mar import MAR
 from mar.sampling.generate import BrokenLatents
 from mar.sampling.plan import Plan
 from mar.tokenizer import from_pixels
+from mar.training.callbacks import Validation, export_and_draw, take_snapshot
 from mar.training.log import Log, RunLog
-from mar.training.loop import Hook, train
 from mar.training.run import check_classes
-from mar.training.snapshot import export_and_draw, take
-from mar.training.validation import Validation
+from mar.training.trainer import Callback, train
 from mar.zoo import load_tokenizer
 
 MARKS = (1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120)
@@ -72,7 +70,7 @@ def open_trial(config: TrainConfig, folder: Path, parts: tuple[Source, Source]) 
     tokenizer = from_pixels(config.tokenizer, colours, channels) or load_tokenizer(config.tokenizer)
     transform = Transform(tokenizer.image_size(config.model.grid), tokenizer.image_channels)
     if not tokenizer.measured:
-        tokenizer.fit(in_order(spread(parts[0], 1000), transform))
+        tokenizer.fit(in_order(subset(parts[0], 1000), transform))
     torch.manual_seed(config.seed)
     run = TimedRun(config, folder, parts[0], tokenizer, MAR(config.model), torch.device("cpu"), held_out=parts[1])
     run.resume()
@@ -121,8 +119,8 @@ class Trial:
     def real(self, count: int) -> float:
         """The distance of as many training pictures, evenly taken."""
         assert isinstance(self.run.source, Idx | Source)
-        pictures = SourcePictures(spread(self.run.source, count), "learned from", size=self.size)
-        return compare(collect(pictures, self.extractor), self.reference, self.extractor, Wanted()).distance
+        pictures = SourcePictures(subset(self.run.source, count), "learned from", size=self.size)
+        return compare(collect(pictures, self.extractor), self.reference, self.extractor, MetricOptions()).distance
 
     def at_mark(self, count: int) -> None:
         """Judges the run by `count` pictures and saves it, if it has come to a mark."""
@@ -146,7 +144,7 @@ class Trial:
     def judge(self, count: int, weights: str = "ema", **changes: Any) -> dict[str, Any]:
         """A line of what is known of the run now, its pictures drawn with `changes` of the recipe's sampling."""
         line = {"minutes": self.clock.stop(), **self._about(count, weights, **changes)}
-        snapshot = take(self.run)
+        snapshot = take_snapshot(self.run)
         if weights == "ema" and not changes:
             line |= {"val_loss": self.validate(snapshot)["val_loss"]}
             export_and_draw(snapshot, self.log)
@@ -156,7 +154,7 @@ class Trial:
         begun = time.process_time()
         try:
             found = collect(DrawnPictures(drawer, plan, name="the run"), self.extractor, batch=100)
-            report = compare(found, self.reference, self.extractor, Wanted())
+            report = compare(found, self.reference, self.extractor, MetricOptions())
             line |= {"distance": report.distance, "agreement": report.agreement}
             line |= {"worst_class": report.worst_agreement, "drawing_seconds": time.process_time() - begun}
         except BrokenLatents as error:
@@ -202,7 +200,7 @@ def run_train(args: argparse.Namespace) -> None:
         if unknown := {*args.weights} - {*run.weights}:
             raise ValueError(f"--weights {' '.join(sorted(unknown))}: this run has {', '.join(run.weights)}")
         trial = Trial(run, log, network, kept["minutes"], kept["threads"], args.marks)
-        run.hooks.append(Hook(max(config.batch, int(trial.a_minute)), lambda _: trial.at_mark(args.on_the_way)))
+        run.hooks.append(Callback(max(config.batch, int(trial.a_minute)), lambda _: trial.at_mark(args.on_the_way)))
         trial.clock.go()
         if not train(run, log):
             return

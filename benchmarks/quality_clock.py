@@ -6,7 +6,7 @@ import json
 import time
 
 from mar.checkpoint.files import write_text
-from mar.training.loop import Run
+from mar.training.trainer import Run
 
 MINUTES = "minutes.json"
 

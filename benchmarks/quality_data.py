@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mar.assets import FASHION_CLASSES
-from mar.data.digest import source_digest
-from mar.data.examples import Example, Source
-from mar.data.heldout import Part, hold_out
+from mar.data.fingerprint import source_digest
+from mar.data.images import Example, Source
+from mar.data.splits import Part, hold_out
 from mar.evaluation.features import Extractor, open_extractor
 
 DIGITS = 16

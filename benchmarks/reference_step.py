@@ -19,7 +19,7 @@ from mar.diffusion.head import FREQUENCIES, MAX_PERIOD
 from mar.diffusion.schedule import cosine
 from mar.model.masking import draw_mask_ratio, masked_count
 from mar.model.tokens import patchify
-from mar.runtime import generator
+from mar.random import make_generator
 from mar.training.optim import decays
 
 EPS = 1e-6
@@ -142,8 +142,8 @@ class Reference(nn.Module):
         x0, z, mask = (a.flatten(0, 1).repeat(head.batch_mul, *[1] * (a.ndim - 2)) for a in (tokens, z, mask))
         t, noise = torch.randint(head.diffusion_steps, (len(x0),)), torch.randn_like(x0)
         c = Coefficients.at(self.table, t)
-        x = gaussian.diffuse(x0, noise, c)
-        losses = gaussian.loss(self.head(x, t, z), x0, x, noise, t == 0, c, head.prediction)
+        x = gaussian.q_sample(x0, noise, c)
+        losses = gaussian.diffusion_loss(self.head(x, t, z), x0, x, noise, t == 0, c, head.prediction)
         return (losses * mask).sum() / mask.sum()
 
 
@@ -165,7 +165,7 @@ class ReferenceStep:
 
     def __call__(self, latents: Tensor, labels: Tensor, step: int) -> float:
         model, config = self.model, self.config
-        ratio = draw_mask_ratio(config.model.mask_ratio_min, generator(config.seed, step))
+        ratio = draw_mask_ratio(config.model.mask_ratio_min, make_generator(config.seed, step))
         loss = model(latents, labels, masked_count(config.model.tokens, ratio))
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)

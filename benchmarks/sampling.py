@@ -23,18 +23,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mar import runtime
+from mar.backends.cpu import linear as cpu_linear
+from mar.backends.cpu.int8 import quantize_
+from mar.backends.cpu.packed_head import packed
 from mar.config import SamplingConfig
-from mar.diffusion.gaussian import Coefficients, reverse
+from mar.diffusion.gaussian import Coefficients, p_mean_variance
 from mar.diffusion.head import DiffusionHead
-from mar.diffusion.packed import packed
 from mar.diffusion.schedule import Schedule, cosine, respace
-from mar.model.int8 import quantise
 from mar.model.mar import MAR
-from mar.presets import HASTE, MODELS, SAMPLING, hastened
-from mar.runtime import set_matrix_dtype
-from mar.sampling.decode import DecodeState, all_unknown, reveal, start
-from mar.sampling.draws import SeededDraws
+from mar.nn import set_matrix_dtype
+from mar.presets import MODELS, SAMPLING, SAMPLING_PRESETS, apply_preset
+from mar.sampling.decode import DecodeState, SeededNoise, all_masked, decode_step, init_state
 from mar.sampling.guidance import guidance_scale
 
 LOOP = "reference's loop"
@@ -80,7 +79,7 @@ def main() -> None:
     bf16 = options.bf16 == "yes" or (options.bf16 == "auto" and before[1] >= before[0])
     totals: dict[str, Seconds] = {}
     for preset in options.preset:
-        way = hastened(sampling, model.config.tokens, preset)
+        way = apply_preset(sampling, model.config.tokens, preset)
         steps = min(way.steps, model.config.tokens)
         alike = way.guidance_refresh == 1 and way.guidance_from == 0.0  # neighbours do as much work as each other
         measured = choose_steps(steps, options.every if alike and not options.full else 1)
@@ -108,7 +107,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", choices=sorted(MODELS), default="mar-base")
     parser.add_argument("--steps", type=int, default=64, help="reveal steps, K")
     parser.add_argument("--diffusion-steps", type=int, default=100)
-    parser.add_argument("--preset", choices=sorted(HASTE), nargs="+", default=["exact"], help="ways to draw")
+    parser.add_argument("--preset", choices=sorted(SAMPLING_PRESETS), nargs="+", default=["exact"], help="ways to draw")
     parser.add_argument("--images", type=int, default=1, help="pictures drawn at once")
     parser.add_argument("--threads", type=int, help="CPU threads; PyTorch's own choice by default")
     parser.add_argument("--every", type=int, default=8, help="measure one reveal step in so many, if alike")
@@ -164,7 +163,7 @@ def measure(model: MAR, task: Task, repeats: int, bf16: bool, int8: bool) -> dic
         set_matrix_dtype(models["bf16"], torch.bfloat16)
     if int8:
         models["int8"] = copy.deepcopy(model)
-        quantise(models["int8"])
+        quantize_(models["int8"])
     totals: dict[str, Seconds] = {name: dict.fromkeys(PARTS, 0.0) for name in models} | {LOOP: {"head": 0.0}}
     for state, weight in states(model, task):
         rounds: list[dict[str, Seconds]] = []
@@ -181,7 +180,7 @@ def states(model: MAR, task: Task) -> Iterator[tuple[DecodeState, int]]:
     """The states before the measured steps, in which the tokens of the steps before are random."""
     count, length = len(task.labels), model.config.tokens
     tokens = torch.randn(count, length, model.config.token_width)
-    state = start(tokens, all_unknown(count, length), task.sampling.steps, SeededDraws(range(count)))
+    state = init_state(tokens, all_masked(count, length), task.sampling.steps, SeededNoise(range(count)))
     for step in range(state.steps):
         if step in task.measured:
             yield state, task.measured[step]
@@ -193,9 +192,9 @@ def states(model: MAR, task: Task) -> Iterator[tuple[DecodeState, int]]:
 
 def time_ours(model: MAR, task: Task, state: DecodeState) -> Seconds:
     """Seconds of one reveal step; what is neither encoder nor decoder counts as the head."""
-    draws, head = SeededDraws(range(len(task.labels))), packed(model.head)
+    draws, head = SeededNoise(range(len(task.labels))), packed(model.head)
     with stopwatch(model) as seconds:
-        after, total = timed(lambda: reveal(model, task.labels, state, task.sampling, task.schedule, draws, head))
+        after, total = timed(lambda: decode_step(model, task.labels, state, task.sampling, task.schedule, draws, head))
     assert isinstance(after, DecodeState)
     assert after.tokens.isfinite().all()
     return {**seconds, "head": total - sum(seconds.values())}
@@ -240,12 +239,12 @@ def time_reference_head(model: MAR, task: Task, state: DecodeState) -> float:
 @contextmanager
 def plain_products() -> Iterator[None]:
     """Products are PyTorch's own, which the reference takes, also where ours are oneDNN's."""
-    ours = runtime.onednn_is_faster
-    runtime.onednn_is_faster = lambda: False  # type: ignore[assignment]
+    ours = cpu_linear.onednn_is_faster
+    cpu_linear.onednn_is_faster = lambda: False
     try:
         yield
     finally:
-        runtime.onednn_is_faster = ours
+        cpu_linear.onednn_is_faster = ours
 
 
 def reference_loop(head: DiffusionHead, z: Tensor, schedule: Schedule, scale: float, indices: range) -> Tensor:
@@ -263,7 +262,7 @@ def reference_loop(head: DiffusionHead, z: Tensor, schedule: Schedule, scale: fl
         conditional, unconditional = predicted.chunk(2)
         guided = unconditional + scale * (conditional - unconditional)
         rows = Coefficients(*(row[t].float().unsqueeze(-1).expand_as(x) for row in table))
-        p = reverse(torch.cat([guided.repeat(2, 1), variance], dim=-1), x, rows, "noise", X0_BOUND)
+        p = p_mean_variance(torch.cat([guided.repeat(2, 1), variance], dim=-1), x, rows, "noise", X0_BOUND)
         noisy = (t != 0).float().unsqueeze(-1)
         x = p.mean + noisy * (0.5 * p.log_variance).exp() * torch.randn_like(x)
     return x

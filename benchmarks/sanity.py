@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
 from mar.assets import FASHION_CLASSES
-from mar.data.bundled import FashionSource
+from mar.data.sources import FashionSource
 from mar.evaluation import metrics
-from mar.evaluation.evaluate import Wanted, collect, compare
+from mar.evaluation.evaluate import MetricOptions, collect, compare
 from mar.evaluation.features import Extractor, open_extractor
-from mar.evaluation.statistics import Statistics
-from mar.evaluation.streams import NpzPictures, Pictures
+from mar.evaluation.image_sets import ImageBatch, NpzPictures
+from mar.evaluation.statistics import FeatureStats
 
 Bytes = NDArray[np.uint8]
 MISSING = 8  # the class that one row goes without: bags
@@ -48,11 +48,11 @@ class InMemory:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, batch: int, first: int, end: int) -> Iterator[Pictures]:
+    def batches(self, batch: int, first: int, end: int) -> Iterator[ImageBatch]:
         for start in range(first, end, batch):
             chosen = slice(start, min(start + batch, end))
             images = torch.from_numpy(self.images[chosen]).unsqueeze(1)
-            yield Pictures(images, torch.arange(chosen.start, chosen.stop), torch.from_numpy(self.labels[chosen]))
+            yield ImageBatch(images, torch.arange(chosen.start, chosen.stop), torch.from_numpy(self.labels[chosen]))
 
 
 def rows(data: Path, count: int, model: Path | None) -> dict[str, Callable[[], InMemory]]:
@@ -96,7 +96,7 @@ class Judge:
 
     def __init__(self, data: Path, count: int, judge: Path) -> None:
         self.lite, self.small = open_extractor("efficientnet-lite0"), classifier(judge)
-        self.wanted = Wanted(kernel=True, precision=True)
+        self.wanted = MetricOptions(kernel=True, precision=True)
         test = load_split(data, "t10k")
         held = InMemory("test", test.images[:count], test.labels[:count])
         learned = FashionSource("train")
@@ -111,7 +111,7 @@ class Judge:
         found = collect(pictures, self.lite, wanted=self.wanted)
         report = compare(found, self.test, self.lite, self.wanted)
         small = collect(pictures, self.small)
-        judged = compare(small, self.test_small, self.small, Wanted())
+        judged = compare(small, self.test_small, self.small, MetricOptions())
         assert found.statistics.features is not None
         near = metrics.nearest(self.learned, found.statistics.features)
         return {
@@ -129,7 +129,7 @@ class Judge:
 
 def features(pictures: InMemory, extractor: Extractor) -> torch.Tensor:
     """(n, d) of all the pictures."""
-    found: Statistics = collect(pictures, extractor, wanted=Wanted(kernel=True)).statistics
+    found: FeatureStats = collect(pictures, extractor, wanted=MetricOptions(kernel=True)).statistics
     assert found.features is not None
     return found.features
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from mar.config import ModelConfig, TrainConfig
 from mar.data.loader import LatentBatch
 from mar.model.mar import MAR, UNCONDITIONAL
-from mar.model.masking import draw_mask_ratio, masked_count, split
-from mar.model.tokens import patchify, take
-from mar.runtime import generator
+from mar.model.masking import draw_mask_ratio, masked_count, split_by_mask
+from mar.model.tokens import gather_tokens, patchify
+from mar.random import make_generator
 from mar.tokenizer import Posterior, Tokenizer
-from mar.tokenizer.moments import LatentMoments
-from mar.training import loop
-from mar.training.loop import Run
-from mar.training.loss import draw_step
+from mar.tokenizer.base import LatentMoments
+from mar.training import trainer
+from mar.training.loss import sample_randomness
+from mar.training.trainer import Run
 
 Clock = dict[str, float]
 """Seconds: `wall`, and `cpu` of all of the process's threads."""
@@ -41,23 +41,23 @@ class Ours:
 
     def step(self, number: int) -> None:
         self.run.progress.step = number  # by which the mask ratio is drawn
-        loop.step(self.run, self.batch)
+        trainer.step(self.run, self.batch)
 
     def parts(self, number: int) -> dict[str, Clock]:
         """A step taken apart: the head's loss is computed on a copy of what the trunk made."""
         run, config, times = self.run, self.config, Times()
         run.model.zero_grad()
-        draws = times("draws", lambda: draw_step(config.model, 0, number, range(config.batch)))
-        hidden, visible = split(draws.order, draws.masked)
+        draws = times("draws", lambda: sample_randomness(config.model, 0, number, range(config.batch)))
+        hidden, visible = split_by_mask(draws.order, draws.masked)
         tokens = patchify(self.latents, config.model.patch)
         labels = torch.where(draws.drop_label, UNCONDITIONAL, self.labels)
-        with loop.autocast(run.device, config.precision):
-            z = times("trunk", lambda: take(run.model(tokens, labels, visible), hidden))
+        with trainer.autocast(run.device, config.precision):
+            z = times("trunk", lambda: gather_tokens(run.model(tokens, labels, visible), hidden))
         copy = z.detach().requires_grad_()
 
         def head() -> None:
-            with loop.autocast(run.device, config.precision):
-                loss = run.loss.head_loss(take(tokens, hidden), copy, draws.timestep, draws.noise).mean()
+            with trainer.autocast(run.device, config.precision):
+                loss = run.loss.head_loss(gather_tokens(tokens, hidden), copy, draws.timestep, draws.noise).mean()
             loss.backward()
 
         times("head", head)
@@ -132,4 +132,4 @@ def mean_steps(model: ModelConfig, count: int) -> list[int]:
 
 
 def masked_of(model: ModelConfig, number: int) -> int:
-    return masked_count(model.tokens, draw_mask_ratio(model.mask_ratio_min, generator(0, number)))
+    return masked_count(model.tokens, draw_mask_ratio(model.mask_ratio_min, make_generator(0, number)))

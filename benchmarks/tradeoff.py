@@ -34,10 +34,10 @@ from quality_notes import read_lines, require_same, write_lines
 import mar
 from mar.checkpoint.files import write_text
 from mar.cli.options import DrawnDtype, torch_dtype
-from mar.data.heldout import spread
-from mar.evaluation.evaluate import Wanted, collect, compare
+from mar.data.splits import subset
+from mar.evaluation.evaluate import MetricOptions, collect, compare
+from mar.evaluation.image_sets import DrawnPictures, ImageBatch, SourcePictures
 from mar.evaluation.metrics import frechet_distance
-from mar.evaluation.streams import DrawnPictures, Pictures, SourcePictures
 from mar.evaluation.sweep import points
 from mar.pipeline import Pipeline
 from mar.sampling.generate import BrokenLatents
@@ -103,7 +103,7 @@ class Timed:
     def __len__(self) -> int:
         return len(self.drawn)
 
-    def batches(self, batch: int, first: int, end: int) -> Iterator[Pictures]:
+    def batches(self, batch: int, first: int, end: int) -> Iterator[ImageBatch]:
         pictures = self.drawn.batches(batch, first, end)
         while True:
             begun = time.process_time()
@@ -155,7 +155,7 @@ class Measurement:
         self.path = args.out / MEASURED
         size = self.pipeline.image_size
         self.reference = collect(SourcePictures(parts[1], "held out", size=size), self.extractor).statistics
-        real = collect(SourcePictures(spread(parts[0], self.count), "learned from", size=size), self.extractor)
+        real = collect(SourcePictures(subset(parts[0], self.count), "learned from", size=size), self.extractor)
         distance = frechet_distance(real.statistics, self.reference)
         print(f"{distance:.3f} is the distance of {self.count:,} training pictures", flush=True)
 
@@ -165,7 +165,7 @@ class Measurement:
         line: dict[str, Any] = {"way": way}
         try:
             found = collect(pictures, self.extractor, batch=self.batch)
-            report = compare(found, self.reference, self.extractor, Wanted())
+            report = compare(found, self.reference, self.extractor, MetricOptions())
             line |= {"distance": report.distance, "agreement": report.agreement}
             line |= {"seconds": pictures.seconds / self.count}
         except BrokenLatents as error:

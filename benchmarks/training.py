@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mar.config import TrainConfig
+from mar.data.images import Transform
 from mar.data.loader import batches
-from mar.data.transforms import Transform
 from mar.presets import MODELS
 
 REFERENCE_SECONDS, REFERENCE_PEAK = 32.0, 12.5e9

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from mar.config import Prediction
-from mar.diffusion.gaussian import Coefficients, target
+from mar.diffusion.gaussian import Coefficients, training_target
 from mar.diffusion.schedule import Schedule
-from mar.diffusion.solvers import Network
+from mar.diffusion.solvers import Denoiser
 
 M, S = 0.7, 0.5
 
@@ -31,7 +31,7 @@ def alpha_sigma(schedule: Schedule, index: int) -> tuple[float, float]:
 
 def network(
     schedule: Schedule, prediction: Prediction, x0: Callable[[Tensor, float, float], Tensor], asked: list[int]
-) -> Network:
+) -> Denoiser:
     """Predicts what comes to this `x0(x, alpha, sigma)`, and notes the steps it was asked for."""
     table = Coefficients.table(schedule)
 
@@ -39,7 +39,7 @@ def network(
         asked.append(index)
         alpha, sigma = alpha_sigma(schedule, index)
         clean = x0(x, alpha, sigma)
-        said = target(clean, (x - alpha * clean) / sigma, Coefficients(*table[:, index].tolist()), prediction)
+        said = training_target(clean, (x - alpha * clean) / sigma, Coefficients(*table[:, index].tolist()), prediction)
         return torch.cat([said, torch.zeros_like(said)], -1)
 
     return predict

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mar import runtime
 from mar.evaluation.features import ModuleExtractor
+from mar.random import make_generator
 
 WIDTH = 6
 
@@ -19,7 +19,7 @@ class Net(nn.Module):
 
     def __init__(self, seed: int = 3) -> None:
         super().__init__()
-        draws = runtime.generator(seed)
+        draws = make_generator(seed)
         self.features = nn.Parameter(torch.randn(48, WIDTH, generator=draws) / 7)
         self.classes = nn.Parameter(5 * torch.randn(WIDTH, 3, generator=draws))
 

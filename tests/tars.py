@@ -10,9 +10,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from mar.data.batch import Batch, ImageBatch
-from mar.data.examples import UnreadableImage
-from mar.data.streams import Row
+from mar.data.images import UnreadableImage
+from mar.data.loader import Batch, ImageBatch
+from mar.data.stream import StreamSample
 
 
 def png(number: int) -> bytes:
@@ -59,15 +59,15 @@ class Numbered:
     def names(self) -> tuple[str, ...]:
         return tuple(f"s{i}" for i in range(len(self.sizes)))
 
-    def rows(self, shard: int) -> Iterator[Row]:
+    def rows(self, shard: int) -> Iterator[StreamSample]:
         first = sum(self.sizes[:shard])
         for i in range(first, first + self.sizes[shard]):
             self.read += 1
             # Every other one is not in the shard, but somewhere else.
             data = b"no picture" if i in self.broken else png(i) if i % 2 else None
-            yield Row(f"p{i}", data, f"far/{i}", label=i % 3)
+            yield StreamSample(f"p{i}", data, f"far/{i}", label=i % 3)
 
-    def fetch(self, row: Row) -> bytes:
+    def fetch(self, row: StreamSample) -> bytes:
         if row.path == "far/22":
             raise UnreadableImage(row.name, "it is not there")
         return png(int(row.name[1:]))

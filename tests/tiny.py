@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mar import runtime
 from mar.config import HeadConfig, ModelConfig, SamplingConfig, TrainConfig, TrunkConfig
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
+from mar.random import make_generator
 from mar.tokenizer import PixelTokenizer
-from mar.training.loop import Run
 from mar.training.run import open_run
+from mar.training.trainer import Run
 
 TRUNK = TrunkConfig(width=16, depth=1, heads=2, mlp_ratio=2.0)
 HEAD = HeadConfig(width=16, depth=1, prediction="v", batch_mul=2)
@@ -34,7 +34,7 @@ def config(**changes: Any) -> ModelConfig:
 
 def awake(model: MAR, seed: int = 0) -> MAR:
     """The model with every tensor drawn: an untrained head's last layers are zero, and hide what is before them."""
-    generator = runtime.generator(seed, 77)
+    generator = make_generator(seed, 77)
     with torch.no_grad():
         for parameter in model.parameters():
             fan = parameter.shape[-1] if parameter.ndim > 1 else 16
@@ -88,4 +88,4 @@ def open_tiny(config: TrainConfig, folder: Path, load_model: Callable[[str], Pip
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     """Standard normal numbers of a seed."""
-    return torch.randn(*shape, generator=runtime.generator(seed, 78))
+    return torch.randn(*shape, generator=make_generator(seed, 78))

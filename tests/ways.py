@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from hypothesis import strategies as st
 
-from mar.config import Order, RevealSchedule, Solver, Spacing
+from mar.config import MaskSchedule, Order, Solver, TimestepSpacing
 
 
 @st.composite
@@ -17,12 +17,12 @@ def ways(draw: st.DrawFn) -> dict[str, Any]:
         "guidance": draw(st.sampled_from([1.0, 2.5])),
         "guidance_schedule": draw(st.sampled_from(["linear", "constant"])),
         "solver": draw(st.sampled_from(get_args(Solver))),
-        "spacing": draw(st.sampled_from(get_args(Spacing))),
+        "spacing": draw(st.sampled_from(get_args(TimestepSpacing))),
         "diffusion_steps_end": draw(st.sampled_from([None, 1, 5])),
         "noisiest": draw(st.sampled_from([1.0, 0.95])),
         "guidance_from": start,
         "guidance_until": end,
         "guidance_refresh": draw(st.integers(1, 4)),
-        "reveal_schedule": draw(st.sampled_from(get_args(RevealSchedule))),
+        "reveal_schedule": draw(st.sampled_from(get_args(MaskSchedule))),
         "order": draw(st.sampled_from(get_args(Order))),
     }

@@ -15,17 +15,16 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from mar import runtime
+from mar.backends.cpu.int8 import is_quantized, quantize_, require_int8
 from mar.checkpoint import store
 from mar.config import ConfigError, SamplingConfig, to_dict
+from mar.data.images import Transform
 from mar.data.labels import resolve_labels
-from mar.data.transforms import Transform
-from mar.model.int8 import quantise, quantised, require_int8
 from mar.model.mar import MAR
-from mar.presets import hastened
-from mar.sampling.generate import generate
+from mar.nn import init_empty_weights, set_matrix_dtype
+from mar.presets import apply_preset
+from mar.sampling.generate import Images, Mask, Request, as_mask, as_pictures, generate, whole_numbers
 from mar.sampling.progress import bar
-from mar.sampling.request import Images, Mask, Request, as_mask, as_pictures, whole_numbers
 from mar.tokenizer import Tokenizer, build
 
 WEIGHTS_FILE = "model.safetensors"
@@ -49,7 +48,7 @@ images = model.sample(labels={labels})
 
 
 @dataclass(frozen=True)
-class Growing:
+class RevealStep:
     """Pictures after a reveal step."""
 
     step: int
@@ -105,7 +104,9 @@ class Pipeline(
 
         ConfigError for int8 elsewhere than on a CPU, and for what int8 weights can no longer become.
         """
-        if quantised(self.model) and not (dtype in (None, torch.int8) and torch.device(device or "cpu").type == "cpu"):
+        if is_quantized(self.model) and not (
+            dtype in (None, torch.int8) and torch.device(device or "cpu").type == "cpu"
+        ):
             raise ConfigError(f"int8 weights stay what and where they are: load the model again for {dtype or device}")
         if dtype is torch.int8:
             require_int8(torch.device(device) if device is not None else self.device)
@@ -113,9 +114,9 @@ class Pipeline(
             self.model.to(device)
             self.tokenizer.to(device)
         if dtype is torch.int8:
-            quantise(self.model)
+            quantize_(self.model)
         elif dtype is not None:
-            runtime.set_matrix_dtype(self.model, dtype)
+            set_matrix_dtype(self.model, dtype)
         return self
 
     def fingerprint(self) -> str:
@@ -135,7 +136,7 @@ class Pipeline(
 
         ConfigError for what can't be, or asks more than the model has learned.
         """
-        sampling = self.sampling if preset is None else hastened(self.sampling, self.model.config.tokens, preset)
+        sampling = self.sampling if preset is None else apply_preset(self.sampling, self.model.config.tokens, preset)
         sampling = replace(sampling, **changes)
         sampling.check(self.model.config)
         return sampling
@@ -211,13 +212,13 @@ class Pipeline(
         mask: Mask | None = None,
         allow_broken: bool = False,
         **settings: Any,
-    ) -> Iterator[Growing]:
+    ) -> Iterator[RevealStep]:
         """Like `sample`, but yields the pictures after every reveal step, as they grow."""
         request = self._request(labels, seeds, known, mask, settings)
         for revealed in self._generate(request, allow_broken):
             known_pixels = self._to_pixels(revealed.known)
             images = self._decode(revealed.latents) * known_pixels
-            yield Growing(revealed.step, revealed.steps, to_pil(images))
+            yield RevealStep(revealed.step, revealed.steps, to_pil(images))
 
     def _request(
         self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None, known: Images | None, mask: Mask | None,
@@ -269,7 +270,7 @@ class Pipeline(
         `dtype` bfloat16 halves the file; opened again, its weights are those rounded ones in float32. ConfigError for
         a model whose weights were turned to int8.
         """
-        if quantised(self.model):
+        if is_quantized(self.model):
             raise ConfigError("int8 weights are for drawing and can't be saved: save the model as it was loaded")
         header = store.Header(
             self.model.config, self.sampling, self.tokenizer.spec(), self.classes, self.weights, self.notes
@@ -282,7 +283,7 @@ class Pipeline(
     def open(cls, path: str | Path) -> Pipeline:
         """Reads a file that `save` wrote. Raises CheckpointError for any other."""
         header, tensors = store.load(path)
-        with runtime.shapes_only():
+        with init_empty_weights():
             model, tokenizer = MAR(header.model), build(header.tokenizer)
         for name, module in (("model.", model), ("tokenizer.", tokenizer)):
             own = {key.removeprefix(name): t.float() for key, t in tensors.items() if key.startswith(name)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from mar.autoconfig.sizes import OF_X0, DatasetSummary, components, recipe_for
 from mar.config import (
     ConfigError,
     HeadConfig,
@@ -12,11 +13,10 @@ from mar.config import (
     Preset,
     SamplingConfig,
     Solver,
-    Spacing,
+    TimestepSpacing,
     TrainConfig,
     TrunkConfig,
 )
-from mar.sizes import OF_X0, Pictures, components, recipe_for
 
 
 def _official(width: int, depth: int, heads: int, head_depth: int, head_width: int) -> ModelConfig:
@@ -40,7 +40,7 @@ SAMPLING: dict[str, SamplingConfig] = {
 
 
 @dataclass(frozen=True)
-class Haste:
+class SamplingPreset:
     """A way to draw sooner. What is None stays the model's own, and nothing is more than that."""
 
     steps: float | None = None
@@ -48,7 +48,7 @@ class Haste:
     diffusion_steps: int | None = None
     """The same number for every model: what a solver needs does not depend on how many a model takes by itself."""
     solver: Solver | None = None
-    spacing: Spacing | None = None
+    spacing: TimestepSpacing | None = None
     noisiest: float | None = None
     guidance_from: float | None = None
     guidance_refresh: int | None = None
@@ -72,10 +72,10 @@ class Haste:
         )
 
 
-HASTE: dict[Preset, Haste] = {
-    "exact": Haste(),
-    "balanced": Haste(steps=1.75, solver="dpm++2m-sde", spacing="log-snr", diffusion_steps=12, noisiest=0.95),
-    "fast": Haste(
+SAMPLING_PRESETS: dict[Preset, SamplingPreset] = {
+    "exact": SamplingPreset(),
+    "balanced": SamplingPreset(steps=1.75, solver="dpm++2m-sde", spacing="log-snr", diffusion_steps=12, noisiest=0.95),
+    "fast": SamplingPreset(
         steps=1.05,
         solver="dpm++2m-sde",
         spacing="log-snr",
@@ -90,12 +90,12 @@ HASTE: dict[Preset, Haste] = {
 ninth (docs/sampling.md)."""
 
 
-def hastened(sampling: SamplingConfig, tokens: int, preset: str) -> SamplingConfig:
+def apply_preset(sampling: SamplingConfig, tokens: int, preset: str) -> SamplingConfig:
     """A model's own way of drawing pictures of L `tokens`, made sooner by a preset."""
-    for name, haste in HASTE.items():
+    for name, haste in SAMPLING_PRESETS.items():
         if name == preset:
             return haste.of(sampling, tokens)
-    raise ConfigError(f"preset is {preset!r}, but it must be one of {', '.join(HASTE)}")
+    raise ConfigError(f"preset is {preset!r}, but it must be one of {', '.join(SAMPLING_PRESETS)}")
 
 
 IMAGENET_IMAGES = 1_281_167
@@ -195,7 +195,7 @@ RECIPES: dict[str, TrainConfig] = {
     "fashion": FASHION,
     "cifar10": CIFAR10,
     "folder": replace(
-        recipe_for(Pictures(10_000, 32, 3, tuple(map(str, range(10)))), (32, 32), components()),
+        recipe_for(DatasetSummary(10_000, 32, 3, tuple(map(str, range(10)))), (32, 32), components()),
         data="pictures",
         tokenizer="pca4",
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mar import runtime
+from mar import devices
 from mar.assets import asset, imagenet_classes
 from mar.checkpoint import official, store
 from mar.checkpoint.download import OFFICIAL, home
@@ -16,6 +16,7 @@ from mar.checkpoint.official_kl16 import to_diffusers
 from mar.checkpoint.tokenizers import load_tokenizer as load_diffusers
 from mar.config import SamplingConfig
 from mar.model.mar import MAR
+from mar.nn import init_empty_weights
 from mar.pipeline import WEIGHTS_FILE, Pipeline
 from mar.presets import MODELS, SAMPLING
 from mar.tokenizer import COMPONENTS, Tokenizer
@@ -35,7 +36,7 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: t
     by default. `dtype` of the model's matrices: float32, bfloat16, or int8 on a CPU. Raises ValueError where there is
     no such model.
     """
-    found = device if isinstance(device, torch.device) else runtime.choose_device(device)
+    found = device if isinstance(device, torch.device) else devices.choose_device(device)
     return _open(str(name)).to(found, dtype)
 
 
@@ -99,7 +100,7 @@ def import_official(
     if tokenizer is None:
         raise CheckpointError(f"{path} needs the KL-16 tokenizer beside it; get it with `mar download kl16`")
     read = official.read_mar(path, weights, heads=heads, patch=patch)
-    with runtime.shapes_only():
+    with init_empty_weights():
         model = MAR(read.model_config)
     model.load_state_dict(read.state, assign=True)
     name = next((name for name, config in MODELS.items() if config == read.model_config), None)

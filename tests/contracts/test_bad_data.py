@@ -18,12 +18,12 @@ from PIL import Image
 from mar.checkpoint import files
 from mar.cli import main
 from mar.config import ConfigError
-from mar.data.latents import LatentSource
+from mar.data.images import Transform
+from mar.data.latent_cache import LatentSource
 from mar.data.loader import batches
 from mar.data.sources import open_source
-from mar.data.transforms import Transform
 from mar.training.log import RunLog
-from mar.training.loop import Hook, Run, train
+from mar.training.trainer import Callback, Run, train
 
 MANY = 10_000
 
@@ -124,7 +124,7 @@ def test_pictures_that_go_while_they_are_learned(tmp_path: Path, caplog: pytest.
             for number in (2, 3, 4):
                 (data / ("across" if number % 2 else "down") / f"{number}.png").unlink()
 
-    run.hooks.append(Hook(4, remove))
+    run.hooks.append(Callback(4, remove))
     go(run)
     assert run.progress.images == 20
     assert all(line.startswith("skipped a picture that can't be read: ") for line in told(caplog))

@@ -19,11 +19,10 @@ from mar.cli import main
 from mar.config import ConfigError, TrainConfig
 from mar.tokenizer import KLTokenizer, Tokenizer
 from mar.tokenizer.kl import from_config
+from mar.training.callbacks import Validation, take_snapshot
 from mar.training.log import Log, RunLog
-from mar.training.loop import Run, train
 from mar.training.run import open_run
-from mar.training.snapshot import take
-from mar.training.validation import Validation
+from mar.training.trainer import Run, train
 from mar.zoo import load_tokenizer
 
 AUTOENCODER = {
@@ -119,7 +118,7 @@ def test_what_is_held_out_of_a_cache_is_what_is_held_out_of_the_pictures(caches:
     assert [(len(run.source), len(run.held_out or ())) for run in runs] == [(11, 3)] * 2
     losses = [go(run) for run in runs]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    found = [dict(Validation(run, Log())(take(run))) for run in runs]
+    found = [dict(Validation(run, Log())(take_snapshot(run))) for run in runs]
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert found[0]["val_loss"] > 0
 

@@ -18,12 +18,12 @@ import torch
 from PIL import Image
 
 from mar.cli import VERBS, main
-from mar.cli.draw import SampleOptions
 from mar.cli.options import parse
+from mar.cli.sample import SampleOptions
 from mar.config import HeadConfig, ModelConfig, SamplingConfig, TrunkConfig, to_dict
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
-from mar.presets import hastened
+from mar.presets import apply_preset
 from mar.tokenizer import PixelTokenizer
 
 TRUNK = TrunkConfig(width=16, depth=1, heads=2)
@@ -99,7 +99,7 @@ def test_a_preset_with_flags_and_what_the_picture_says_of_it(model: Path, tmp_pa
     assert main(["sample", str(model), "--labels", "dog", "--out", str(tmp_path / "out"), "--device", "cpu", *way]) == 0
     with Image.open(tmp_path / "out" / "dog-00000.png") as image:
         facts = json.loads(image.text["mar"])  # type: ignore[attr-defined]
-    expected = hastened(SamplingConfig(steps=2, diffusion_steps=2, x0_bound=3), 4, "fast")
+    expected = apply_preset(SamplingConfig(steps=2, diffusion_steps=2, x0_bound=3), 4, "fast")
     expected = replace(expected, guidance=2.0, order="halton", diffusion_steps=3)
     assert {name: facts[name] for name in to_dict(expected)} == to_dict(expected)
     held = Pipeline.open(model)

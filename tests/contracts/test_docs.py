@@ -20,15 +20,16 @@ import pytest
 from PIL import Image
 
 import mar
-from mar import cli, config, presets, sizes
+from mar import cli, config, presets
 from mar.assets import FASHION_CLASSES, imagenet_classes
+from mar.autoconfig import sizes
 from mar.checkpoint.download import OFFICIAL
 from mar.cli.folder import OwnTokenizer
+from mar.config.tokenizer import TokenizerTrainConfig
 from mar.data.labels import resolve_labels
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
 from mar.tokenizer import PixelTokenizer
-from mar.training.tokenizer_config import TokenizerTrainConfig
 from mar.zoo import BUNDLED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -284,7 +285,7 @@ def test_what_a_folder_gets_is_as_it_is_said() -> None:
     assert (
         f"{narrow[0]}, {narrow[1]} or {narrow[2]} wide for tokens of up to 16 values; {wide[0]} or {wide[2]}" in table
     )
-    for count, side in sizes.ENOUGH[:-1]:
+    for count, side in sizes.MAX_SIDE_BY_COUNT[:-1]:
         assert f"{side} for fewer than {count:,}" in table
 
 

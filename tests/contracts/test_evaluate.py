@@ -19,7 +19,7 @@ from PIL import Image
 
 from mar.checkpoint import files
 from mar.cli import main
-from mar.evaluation.statistics import Statistics
+from mar.evaluation.statistics import FeatureStats
 
 JUDGE = ["--features", f"{judges.__file__}:tiny", "--device", "cpu"]
 DRAW = ["--allow-broken", "--count", "12"]
@@ -76,7 +76,7 @@ def test_stats_of_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     said = capsys.readouterr()
     assert said.out == f"{out}: 6 features of 9 pictures, with the features\n"
     assert said.err == "keeping the features of 9 pictures takes 216 bytes of memory\n"
-    found = Statistics.load(out)
+    found = FeatureStats.load(out)
     assert found.count == 9
     assert found.about is not None
     assert found.about.size == (8, 8)
@@ -369,7 +369,7 @@ def test_stopped_while_the_neighbours_are_shown_nothing_was_written(
     def stop(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("mar.evaluation.neighbours._picture", stop)
+    monkeypatch.setattr("mar.evaluation.neighbors._picture", stop)
     out = ["--out", tmp_path / "r.json", "--neighbours-grid", tmp_path / "g.png"]
     assert evaluate("pictures", "--reference", "pictures", *out) == 130
     said = capsys.readouterr()
@@ -458,7 +458,7 @@ def test_a_sweep_that_was_stopped_goes_on(
             raise KeyboardInterrupt
         write(path, make, needed)
 
-    monkeypatch.setattr("mar.evaluation.plots.plot", lambda table, path: files.write_text(path, "quick"))
+    monkeypatch.setattr("mar.evaluation.sweep.plot", lambda table, path: files.write_text(path, "quick"))
     folder, measured = tmp_path / "sw", (moment + 1) // 3
     with monkeypatch.context() as patch:
         patch.setattr("mar.checkpoint.files.write_atomically", stopping)
@@ -502,7 +502,7 @@ def test_a_sweep_of_other_settings_is_refused_and_its_folder_left_alone(
 def test_a_sweep_against_another_reference_of_the_same_name_and_count(
     undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    first = Statistics.load(Path("statistics.npz"))
+    first = FeatureStats.load(Path("statistics.npz"))
     replace(first, mean=first.mean + 1).save(tmp_path / "statistics.npz")
     said = refused(capsys, *sweep(undisturbed), "--reference", tmp_path / "statistics.npz")
     assert f"reference_digest {first.digest()} -> " in said
@@ -511,7 +511,7 @@ def test_a_sweep_against_another_reference_of_the_same_name_and_count(
 def test_a_sweep_with_more_values_measures_only_these(
     undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mar.evaluation.plots.plot", lambda table, path: None)
+    monkeypatch.setattr("mar.evaluation.sweep.plot", lambda table, path: None)
     folder = tmp_path / "sw"
     folder.mkdir()
     (folder / "sweep.json").write_bytes((undisturbed / "sweep.json").read_bytes())

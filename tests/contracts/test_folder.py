@@ -18,18 +18,18 @@ import torch
 from PIL import Image
 from tiny import pictures as bars
 
+from mar.autoconfig.summary import save_summary
 from mar.checkpoint.tokenizers import save_tokenizer
 from mar.cli import main
-from mar.cli.alone import by_one
+from mar.cli.alone import run_on_rank0
 from mar.cli.folder import plan
-from mar.cli.steps import Steps
+from mar.cli.steps import FolderPlan
+from mar.config.tokenizer import TokenizerTrainConfig
 from mar.pipeline import Pipeline
 from mar.tokenizer import PCATokenizer
 from mar.tokenizer.kl import from_config
 from mar.training.run import keep_settings
-from mar.training.survey import remember
 from mar.training.tokenizer import architecture
-from mar.training.tokenizer_config import TokenizerTrainConfig
 
 SMALL = ["--model.encoder.width", "16", "--model.encoder.heads", "2", "--model.encoder.depth", "1"]
 SMALL += ["--model.decoder.width", "16", "--model.decoder.heads", "2", "--model.decoder.depth", "1"]
@@ -52,7 +52,7 @@ def data(tmp_path: Path) -> Path:
     return bars(tmp_path / "pictures")
 
 
-def planned(data: Path | str, *more: str | Path) -> Steps:
+def planned(data: Path | str, *more: str | Path) -> FolderPlan:
     return plan(["--data", str(data), *map(str, more)])
 
 
@@ -273,7 +273,7 @@ def test_damaged_notes_are_one_line(file: str, content: str | dict[str, object],
     data, run = bars(tmp_path / "data"), tmp_path / "run"
     steps = planned(data, "--out", run)
     assert steps.pictures is not None
-    remember(run, steps.pictures)
+    save_summary(run, steps.pictures)
     keep_settings(steps.train.config, run)
     if isinstance(content, dict):
         content = json.dumps({**json.loads((run / file).read_text()), **content})
@@ -359,7 +359,7 @@ def test_latents_that_are_cached_are_enough(place: Path, capsys: pytest.CaptureF
 def test_learning_by_heart_is_warned_of_where_a_run_becomes_long_enough(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mar.training.checks.OFTEN", 1)  # in place of 100 times
+    monkeypatch.setattr("mar.training.preflight.OFTEN", 1)  # in place of 100 times
     warned = []
     for images in ("16", "20", "24"):
         assert main(command(str(data), str(tmp_path / "run"), "--sample-every", "0", "--images", images)) == 0
@@ -418,7 +418,7 @@ def test_who_works_alone_gets_the_signal(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     threading.Thread(target=stop).start()
-    assert by_one(starts.wait, said) == 128 + signal.SIGTERM
+    assert run_on_rank0(starts.wait, said) == 128 + signal.SIGTERM
     assert said.read_text() == "alone"
 
 

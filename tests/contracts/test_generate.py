@@ -180,7 +180,7 @@ def test_other_settings_than_it_was_begun_with(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounded: list[bool] = []
-    monkeypatch.setattr("mar.runtime.allow_tf32", lambda: rounded.append(True))
+    monkeypatch.setattr("mar.devices.allow_tf32", lambda: rounded.append(True))
     assert main(command(model, tmp_path, "png")) == 0
     before = starts.tree(tmp_path)
     capsys.readouterr()

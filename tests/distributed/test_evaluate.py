@@ -19,17 +19,17 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch import Tensor
 
-from mar import runtime
 from mar.cli import main, options
-from mar.evaluation import evaluate, plots
-from mar.evaluation.evaluate import Collected, Wanted, collect, compare
+from mar.evaluation import evaluate, sweep
+from mar.evaluation.evaluate import Collected, MetricOptions, collect, compare
 from mar.evaluation.features import Features
-from mar.evaluation.streams import Pictures
+from mar.evaluation.image_sets import ImageBatch
+from mar.random import make_generator
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 COUNTS = (700, 2)
 """Pictures: uneven shares, and fewer than processes, so that one has none."""
-ALL = Wanted(kernel=True, precision=True, splits=2)
+ALL = MetricOptions(kernel=True, precision=True, splits=2)
 JUDGE = ["--features", f"{judges.__file__}:insects", "--device", "cpu"]
 DRAW = ["--allow-broken", "--count", "8", "--batch", "3", "--splits", "2"]
 SEVERAL = (2, 3)
@@ -46,15 +46,15 @@ class Numbered:
     def __len__(self) -> int:
         return self.count
 
-    def batches(self, batch: int, first: int, end: int) -> Iterator[Pictures]:
+    def batches(self, batch: int, first: int, end: int) -> Iterator[ImageBatch]:
         for start in range(first, end, batch):
             numbers = list(range(start, min(start + batch, end)))
             if self.broken in numbers:
                 raise ValueError(f"picture {self.broken} can't be read")
             side = 8 if self.wide is not None and start >= self.wide else 4
-            images = [torch.randint(0, 256, (3, 4, side), generator=runtime.generator(i)) for i in numbers]
+            images = [torch.randint(0, 256, (3, 4, side), generator=make_generator(i)) for i in numbers]
             labels = torch.tensor([i % 3 for i in numbers])
-            yield Pictures(torch.stack(images).to(torch.uint8), torch.tensor(numbers), labels)
+            yield ImageBatch(torch.stack(images).to(torch.uint8), torch.tensor(numbers), labels)
 
 
 class Recorded:
@@ -100,8 +100,8 @@ def said(pictures: Numbered) -> str:
 def on_each_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     evaluate.KERNEL_SUBSETS = 5
-    options.COURTESY = 0.5
-    plots.plot = lambda table, path: None  # matplotlib takes seconds to come
+    options.ERROR_GRACE_S = 0.5
+    sweep.plot = lambda table, path: None  # matplotlib takes seconds to come
     os.chdir(folder)
     for world in SEVERAL:
         if rank >= world:
@@ -181,7 +181,7 @@ def test_the_same_features_give_the_same_statistics(world: int, count: int, fold
 def test_end_to_end(world: int, count: int, folder: Path) -> None:
     extractor = judges.insects()
     alone = collect(Numbered(count), extractor, wanted=ALL, batch=64)
-    assert compare(alone, alone.statistics, extractor, Wanted()).distance <= 1e-6
+    assert compare(alone, alone.statistics, extractor, MetricOptions()).distance <= 1e-6
     for rank in range(world):
         found = torch.load(folder / f"{world}-{rank}.pt")[count, "insects"]
         torch.testing.assert_close(found["mean"], alone.statistics.mean, rtol=1e-5, atol=1e-6)

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from starts import free_port
 from tiny import open_tiny, pictures, train_config
 
-from mar import runtime
+from mar import distributed
 from mar.config import TrainConfig
 from mar.tokenizer.base import Posterior
 
@@ -48,7 +48,7 @@ def losses(config: TrainConfig, folder: Path, dtype: torch.dtype) -> list[float]
         shares = [run.step(next(loader))[0] for _ in range(STEPS)]
     finally:
         torch.set_default_dtype(before)
-    whole = torch.tensor(runtime.gather(shares), dtype=torch.float64).mean(0)
+    whole = torch.tensor(distributed.all_gather_object(shares), dtype=torch.float64).mean(0)
     return [float(loss) for loss in whole]
 
 

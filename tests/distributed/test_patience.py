@@ -12,7 +12,7 @@ from tiny import pictures
 
 from mar import zoo
 from mar.cli import main
-from mar.training.patience import BEST, HISTORY
+from mar.training.early_stopping import BEST, HISTORY
 
 SMALL = ["--model.encoder.width", "16", "--model.encoder.heads", "2", "--model.encoder.depth", "1"]
 SMALL += ["--model.decoder.width", "16", "--model.decoder.heads", "2", "--model.decoder.depth", "1"]

@@ -13,9 +13,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tars import Numbered, numbers
 
+from mar.data.images import Transform
 from mar.data.loader import batches
-from mar.data.streams import StreamSource
-from mar.data.transforms import Transform
+from mar.data.stream import StreamSource
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 BATCH = 6

@@ -19,10 +19,10 @@ from tiny import open_tiny, pictures, train_config
 from torch.distributed.tensor import DTensor
 
 from mar.config import ConfigError, TrainConfig
-from mar.training.engine import whole_state
+from mar.training.callbacks import export_and_draw, take_snapshot
 from mar.training.log import Log, RunLog
-from mar.training.loop import Hook, Run, train
-from mar.training.snapshot import export_and_draw, take
+from mar.training.parallelize import full_state_dict
+from mar.training.trainer import Callback, Run, train
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 STILL = {"attention_dropout": 0.0, "projection_dropout": 0.0}
@@ -40,7 +40,7 @@ def go(config: TrainConfig, folder: Path, watch: Callable[[Run], None] | None = 
     first = not dist.is_initialized() or dist.get_rank() == 0
     log = RunLog(folder, config.images, run.progress.images) if first else Log()
     if watch is not None:
-        run.hooks.append(Hook(8, watch))
+        run.hooks.append(Callback(8, watch))
     try:
         train(run, log)
     finally:
@@ -49,7 +49,9 @@ def go(config: TrainConfig, folder: Path, watch: Callable[[Run], None] | None = 
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
-    return {f"{which}.{name}": t for which, m in run.weights.items() for name, t in whole_state(m.state_dict()).items()}
+    return {
+        f"{which}.{name}": t for which, m in run.weights.items() for name, t in full_state_dict(m.state_dict()).items()
+    }
 
 
 @contextmanager
@@ -78,7 +80,7 @@ def watched(rank: int, folder: Path, config: TrainConfig) -> None:
     held = weights(run)
     if rank == 0:
         torch.save(held, folder / "weights.pt")
-    export_and_draw(take(run), Log())  # in which every process takes part, and which exports
+    export_and_draw(take_snapshot(run), Log())  # in which every process takes part, and which exports
 
 
 def together(folder: Path, config: TrainConfig, world: int = 2) -> dict[str, torch.Tensor]:

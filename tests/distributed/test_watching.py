@@ -20,12 +20,11 @@ from torch import nn
 
 from mar.config import SamplingConfig, TrainConfig
 from mar.evaluation.features import ModuleExtractor
-from mar.evaluation.online import Online
-from mar.training import validation
+from mar.evaluation.session import OnlineEvaluator
+from mar.training import callbacks
+from mar.training.callbacks import Snapshot, Validation, export_and_draw, on_snapshot
 from mar.training.log import open_log
-from mar.training.loop import Run, train
-from mar.training.snapshot import Snapshot, export_and_draw, on_snapshot
-from mar.training.validation import Validation
+from mar.training.trainer import Run, train
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 MODEL = config(channels=1, grid=(8, 8), patch=2, classes=2, attention_dropout=0.0, projection_dropout=0.0)
@@ -47,7 +46,7 @@ def seen(run: Run, data: Path) -> dict[str, Any]:
     """What this process finds, and how many pictures it judged."""
     judged: list[int] = []
     network = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten())
-    judge = Online(ModuleExtractor(network, "means", recipe="2 x 2"), str(data), COUNT, batch=4)
+    judge = OnlineEvaluator(ModuleExtractor(network, "means", recipe="2 x 2"), str(data), COUNT, batch=4)
     network.register_forward_hook(lambda module, inputs, output: judged.append(len(output)))
     found: dict[str, Any] = {}
 
@@ -77,7 +76,7 @@ def opened(data: Path, folder: Path, strategy: str = "ddp") -> Run:
 def one_of_two(rank: int, folder: Path, data: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
-    validation.GROUP = 2
+    callbacks.GROUP = 2
     for strategy in STRATEGIES:
         meet = f"file://{folder / f'meet-{strategy}'}"
         dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
@@ -99,7 +98,7 @@ def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left, by each strategy, and one alone."""
     folder = tmp_path_factory.mktemp("watching")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validation, "GROUP", 2)
+        patch.setattr(callbacks, "GROUP", 2)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as the two have: their number shows in the last bits
         (folder / "alone.json").write_text(json.dumps(seen(opened(data, folder / "alone"), data)))

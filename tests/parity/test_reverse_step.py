@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mar.diffusion.gaussian import Coefficients, reverse
+from mar.diffusion.gaussian import Coefficients, p_mean_variance
 from mar.diffusion.schedule import Schedule, cosine, respace
 from mar.diffusion.solvers import ancestral
-from mar.sampling.guidance import GuidedHead
+from mar.sampling.guidance import CFGDenoiser
 from tests.parity.support import golden, relative, trained_tiny, under
 
 SCHEDULE = respace(cosine(1000), 25)
@@ -33,13 +33,13 @@ class Case:
 CASES = {"plain": Case(None, 0.9), "guided": Case(2.5, 1.1)}
 
 
-def network(case: str) -> GuidedHead:
+def network(case: str) -> CFGDenoiser:
     """The head at the golden conditions: plain, or guided by eps = u + s (c - u)."""
     g = golden("mar_tiny_trained_samples")
     cond, uncond, scale = g["one_step/z_cond"], g["one_step/z_uncond"], CASES[case].scale
     if scale is None:
-        return GuidedHead(HEAD, cond, SCHEDULE.timesteps)
-    return GuidedHead(HEAD, torch.cat([cond, uncond]), SCHEDULE.timesteps, torch.full((len(cond), 1), scale))
+        return CFGDenoiser(HEAD, cond, SCHEDULE.timesteps)
+    return CFGDenoiser(HEAD, torch.cat([cond, uncond]), SCHEDULE.timesteps, torch.full((len(cond), 1), scale))
 
 
 def one_step(of: Callable[[Tensor, int], Tensor], x: Tensor, noise: Tensor, index: int, temperature: float) -> Tensor:
@@ -68,7 +68,7 @@ def test_reverse_step(case: str, index: int) -> None:
     assert relative(eps, expected["eps"]) < 1e-5
     # A rounding of eps grows by up to 20,000 on its way to x0, and processors round differently: from here on, theirs.
     output = torch.cat([expected.pop("eps"), variance], dim=-1)
-    p = reverse(output, x, Coefficients(*Coefficients.table(SCHEDULE).T.tolist()[index]), "noise")
+    p = p_mean_variance(output, x, Coefficients(*Coefficients.table(SCHEDULE).T.tolist()[index]), "noise")
     assert relative(p.log_variance, expected.pop("log_variance")) < 1e-5
     assert relative(p.x0, expected.pop("x0")) < 1e-5
     assert relative(p.mean, expected.pop("mean")) < 1e-5

@@ -18,16 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from mar.backends.cpu.packed_head import PackedHead, packed
 from mar.config import SamplingConfig
 from mar.diffusion.head import DiffusionHead
-from mar.diffusion.packed import PackedHead, packed
 from mar.diffusion.schedule import cosine, respace
 from mar.model.mar import MAR
 from mar.model.tokens import patchify, unpatchify
-from mar.sampling import decode as decoding
-from mar.sampling import loop as looping
-from mar.sampling.decode import DecodeState, all_unknown, conditions, decode, reveal, start
-from mar.sampling.guidance import GuidedHead
+from mar.sampling.decode import DecodeState, all_masked, decode_step, init_state, run_trunk, sample_tokens
+from mar.sampling.guidance import CFGDenoiser
 from tests.parity import recorded_machine
 from tests.parity.support import config_of, drawn_state, golden, meta, model_with, trained_tiny, under
 
@@ -76,7 +74,7 @@ class OrdersOnly:
         return torch.randn(steps, count, width, generator=self.generator)
 
 
-class Spy(GuidedHead):
+class Spy(CFGDenoiser):
     """Writes down the rows of every call of the head, and the scale of every reveal step."""
 
     rows: list[int]
@@ -99,7 +97,7 @@ class Spy(GuidedHead):
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> type[Spy]:
     Spy.rows, Spy.scales = [], []
-    monkeypatch.setattr(looping, "GuidedHead", Spy)
+    monkeypatch.setattr("mar.backends.cuda.CFGDenoiser", Spy)
     return Spy
 
 
@@ -127,8 +125,8 @@ def recorded_kernels(model: MAR, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("this machine's matrix products round otherwise than those of the machine that recorded")
     kernels = SimpleNamespace(gelu=recorded_machine.gelu, scaled_dot_product_attention=recorded_machine.attention)
     monkeypatch.setattr("mar.model.blocks.functional", kernels)
-    monkeypatch.setattr(decoding, "packed", lambda head: head)
-    monkeypatch.setattr("mar.runtime.onednn_is_faster", lambda: False)
+    monkeypatch.setattr("mar.sampling.decode.packed", lambda head: head)
+    monkeypatch.setattr("mar.backends.cpu.linear.onednn_is_faster", lambda: False)
 
 
 def sampling_of(settings: dict[str, Any], diffusion_steps: int) -> SamplingConfig:
@@ -139,7 +137,7 @@ def sampling_of(settings: dict[str, Any], diffusion_steps: int) -> SamplingConfi
 
 def begin(case: str) -> tuple[DecodeState, SamplingConfig, RecordedDraws]:
     sampling, draws = sampling_of(meta(TRAINED)[case], DIFFUSION_STEPS), RecordedDraws(case)
-    return start(torch.zeros(2, 64, 4), all_unknown(2, 64), sampling.steps, draws), sampling, draws
+    return init_state(torch.zeros(2, 64, 4), all_masked(2, 64), sampling.steps, draws), sampling, draws
 
 
 def on_golden_tokens(state: DecodeState, case: str) -> DecodeState:
@@ -153,7 +151,7 @@ def step_by_step(model: MAR, case: str, head: DiffusionHead | PackedHead | None 
     state, sampling, draws = begin(case)
     tokens = state.tokens
     while state.step < state.steps:
-        after = reveal(model, golden(TRAINED)[f"{case}/labels"], state, sampling, SCHEDULE, draws, head)
+        after = decode_step(model, golden(TRAINED)[f"{case}/labels"], state, sampling, SCHEDULE, draws, head)
         new = (state.unknown & ~after.unknown).unsqueeze(-1)
         tokens, state = torch.where(new, after.tokens, tokens), on_golden_tokens(after, case)
     return tokens
@@ -164,8 +162,8 @@ def run(model: MAR, case: str, golden_steps: int) -> Tensor:
     state, sampling, draws = begin(case)
     labels = golden(TRAINED)[f"{case}/labels"]
     while state.step < golden_steps:
-        state = on_golden_tokens(reveal(model, labels, state, sampling, SCHEDULE, draws), case)
-    *_, end = decode(model, labels, state, sampling, draws)
+        state = on_golden_tokens(decode_step(model, labels, state, sampling, SCHEDULE, draws), case)
+    *_, end = sample_tokens(model, labels, state, sampling, draws)
     return unpatchify(end.tokens, 1, (8, 8))
 
 
@@ -195,10 +193,10 @@ def test_latents_step_by_step(model: MAR, case: str, fast: bool, monkeypatch: py
     generator = torch.Generator().manual_seed(0)
 
     def rounded(*args: Any) -> Tensor:
-        z = conditions(*args)
+        z = run_trunk(*args)
         return z * (1 + ROUNDING * torch.randn(z.shape, generator=generator))
 
-    monkeypatch.setattr(decoding, "conditions", rounded)
+    monkeypatch.setattr("mar.sampling.decode.run_trunk", rounded)
     moved = torch.stack([step_by_step(model, case, head) - ours for _ in range(6)])
     by_rounding = moved.abs().amax((0, -1)) / theirs.std()
     assert (error < BOUND + 4 * by_rounding).all()
@@ -207,7 +205,7 @@ def test_latents_step_by_step(model: MAR, case: str, fast: bool, monkeypatch: py
 @pytest.mark.parametrize("case", CASES)
 def test_rows_and_guidance_of_the_trained_model(model: MAR, case: str, spy: type[Spy]) -> None:
     state, sampling, draws = begin(case)
-    *_, end = decode(model, golden(TRAINED)[f"{case}/labels"], state, sampling, draws)
+    *_, end = sample_tokens(model, golden(TRAINED)[f"{case}/labels"], state, sampling, draws)
     assert not end.unknown.any()
     assert draws.step == end.steps - 1
     check_rows_and_guidance(spy, under(golden(TRAINED), f"{case}/"), DIFFUSION_STEPS)
@@ -221,10 +219,10 @@ def test_rows_and_guidance_of_untrained_models(name: str, case: str, spy: type[S
     untrained = model_with(config, drawn_state(about["keys"]))
     draws = OrdersOnly(theirs["orders"])
     sampling = sampling_of(about[case], about[case]["sampling_steps"])
-    state = start(
-        torch.zeros(2, config.tokens, config.token_width), all_unknown(2, config.tokens), sampling.steps, draws
+    state = init_state(
+        torch.zeros(2, config.tokens, config.token_width), all_masked(2, config.tokens), sampling.steps, draws
     )
-    *_, end = decode(untrained, theirs["labels"], state, sampling, draws)
+    *_, end = sample_tokens(untrained, theirs["labels"], state, sampling, draws)
     assert not end.unknown.any()
     check_rows_and_guidance(spy, theirs, sampling.diffusion_steps)
 

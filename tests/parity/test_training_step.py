@@ -10,9 +10,9 @@ from torch import Tensor
 
 from mar.checkpoint.official_names import to_official
 from mar.config import ModelConfig
-from mar.model.masking import split
+from mar.model.masking import split_by_mask
 from mar.model.tokens import patchify
-from mar.training.loss import DiffusionLoss, StepDraws
+from mar.training.loss import DiffusionLoss, StepRandomness
 from tests.parity.support import (
     config_of,
     drawn_state,
@@ -39,23 +39,23 @@ class Step:
     theirs: dict[str, Tensor]
 
 
-def recorded_draws(config: ModelConfig, theirs: dict[str, Tensor]) -> StepDraws:
+def recorded_draws(config: ModelConfig, theirs: dict[str, Tensor]) -> StepRandomness:
     """The reference's draws for the masked tokens alone; it has them for all tokens, as (repeat, n, L)."""
     n, length = theirs["orders"].shape
     repeat, masked = config.head.batch_mul, int(theirs["mask"][0].sum())
-    hidden, _ = split(theirs["orders"], masked)
+    hidden, _ = split_by_mask(theirs["orders"], masked)
     index = hidden.expand(repeat, -1, -1)
     t = theirs["t"].view(repeat, n, length).gather(2, index)
     noise = theirs["noise"].view(repeat, n, length, -1)
     noise = noise.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, noise.shape[-1]))
-    return StepDraws(theirs["orders"], masked, torch.zeros(n, dtype=torch.bool), t, noise)
+    return StepRandomness(theirs["orders"], masked, torch.zeros(n, dtype=torch.bool), t, noise)
 
 
 def run(config: ModelConfig, shapes: dict[str, list[int]], theirs: dict[str, Tensor]) -> Step:
     model = model_with(config, drawn_state(shapes))
     tokens = patchify(theirs["latents"], config.patch)
     draws = recorded_draws(config, theirs)
-    _, visible = split(draws.order, draws.masked)
+    _, visible = split_by_mask(draws.order, draws.masked)
     with torch.no_grad():
         encoded = model.encode(tokens, theirs["labels"], visible)
         z = model.decode(encoded, visible)

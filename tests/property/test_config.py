@@ -11,22 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mar.config import (
+    ActivationCheckpointing,
     ConfigError,
     GuidanceSchedule,
     HeadConfig,
     LogTo,
+    MaskSchedule,
     ModelConfig,
-    NoisePath,
+    NoiseSchedule,
     Optimizer,
     Order,
     Precision,
     Prediction,
-    Recompute,
-    RevealSchedule,
     SamplingConfig,
     Solver,
-    Spacing,
     Strategy,
+    TimestepSpacing,
     TrainConfig,
     TrunkConfig,
     from_dict,
@@ -46,7 +46,7 @@ TRUNKS = st.builds(
     st.integers(1, 20), st.integers(1, 128), COUNT, st.floats(0.1, 10),
 )  # fmt: skip
 HEADS = st.builds(
-    HeadConfig, COUNT, COUNT, COUNT, st.sampled_from(get_args(NoisePath)), st.sampled_from(get_args(Prediction)),
+    HeadConfig, COUNT, COUNT, COUNT, st.sampled_from(get_args(NoiseSchedule)), st.sampled_from(get_args(Prediction)),
     COUNT,
 )  # fmt: skip
 
@@ -63,9 +63,9 @@ def models(draw: st.DrawFn) -> ModelConfig:
 
 SAMPLINGS = st.builds(
     SamplingConfig, COUNT, COUNT, st.floats(0, 20), st.sampled_from(get_args(GuidanceSchedule)), st.floats(0, 5),
-    st.none() | POSITIVE, st.sampled_from(get_args(Solver)), st.sampled_from(get_args(Spacing)), st.none() | COUNT,
-    st.floats(0.01, 1), st.floats(0, 0.5), st.floats(0.5, 1), COUNT, st.sampled_from(get_args(RevealSchedule)),
-    st.sampled_from(get_args(Order)),
+    st.none() | POSITIVE, st.sampled_from(get_args(Solver)), st.sampled_from(get_args(TimestepSpacing)),
+    st.none() | COUNT, st.floats(0.01, 1), st.floats(0, 0.5), st.floats(0.5, 1), COUNT,
+    st.sampled_from(get_args(MaskSchedule)), st.sampled_from(get_args(Order)),
 )  # fmt: skip
 
 
@@ -86,9 +86,9 @@ def runs(draw: st.DrawFn) -> TrainConfig:
         optimizer=draw(st.sampled_from(get_args(Optimizer))), muon_factor=draw(POSITIVE), weight_decay=draw(FRACTION),
         beta1=draw(FRACTION), beta2=draw(FRACTION), clip=draw(POSITIVE), ema=draw(FRACTION),
         precision=draw(st.sampled_from(get_args(Precision))), strategy=draw(st.sampled_from(get_args(Strategy))),
-        accumulate=draw(COUNT), recompute=draw(st.sampled_from(get_args(Recompute))), compile=draw(st.booleans()),
-        flip=draw(st.none() | st.booleans()), shift=draw(NOT_NEGATIVE), seed=draw(st.integers()),
-        workers=draw(NOT_NEGATIVE),
+        accumulate=draw(COUNT), recompute=draw(st.sampled_from(get_args(ActivationCheckpointing))),
+        compile=draw(st.booleans()), flip=draw(st.none() | st.booleans()), shift=draw(NOT_NEGATIVE),
+        seed=draw(st.integers()), workers=draw(NOT_NEGATIVE),
         save_every=draw(COUNT), keep=draw(COUNT), sample_every=draw(NOT_NEGATIVE), log_every=draw(COUNT),
         log_to=tuple(draw(st.lists(st.sampled_from(get_args(LogTo))))), validate_every=validate_every,
         patience=draw(NOT_NEGATIVE) if validate_every else 0, validate_on=draw(st.none() | st.text()),

@@ -15,12 +15,11 @@ from tiny import model, noise
 from torch import Tensor
 from ways import ways
 
-from mar.config import Order, RevealSchedule, SamplingConfig
-from mar.model.masking import arranged, masked_count, random_order, reveal_schedule, split
+from mar.config import MaskSchedule, Order, SamplingConfig
+from mar.model.masking import apply_order, mask_schedule, masked_count, random_order, split_by_mask
 from mar.model.tokens import patchify
-from mar.runtime import generator
-from mar.sampling.decode import start
-from mar.sampling.draws import SeededDraws
+from mar.random import make_generator
+from mar.sampling.decode import SeededNoise, init_state
 from mar.sampling.generate import generate
 
 GRIDS = [(1, 1), (4, 4), (2, 6), (6, 4)]
@@ -37,7 +36,7 @@ def masks(draw: st.DrawFn, most: int = 3, tokens: int | None = None) -> Tensor:
 
 @given(unknown=st.integers(1, 400), steps=st.integers(1, 500))
 def test_the_schedule_is_the_papers_and_falls_to_nothing(unknown: int, steps: int) -> None:
-    schedule = reveal_schedule(unknown, steps)
+    schedule = mask_schedule(unknown, steps)
     assert len(schedule) == min(steps, unknown)
     assert schedule[-1] == 0
     counts = [unknown, *schedule]
@@ -49,16 +48,16 @@ def test_the_schedule_is_the_papers_and_falls_to_nothing(unknown: int, steps: in
 
 
 def test_nothing_to_reveal_takes_no_step() -> None:
-    assert reveal_schedule(0, 5) == []
+    assert mask_schedule(0, 5) == []
 
 
 @given(unknown=st.integers(1, 400), steps=st.integers(1, 500))
 def test_the_exponential_schedule_falls_to_nothing_too(unknown: int, steps: int) -> None:
-    schedule = reveal_schedule(unknown, steps, "exponential")
+    schedule = mask_schedule(unknown, steps, "exponential")
     assert len(schedule) == min(steps, unknown)
     assert schedule[-1] == 0
     assert all(after < before for before, after in pairwise([unknown, *schedule]))
-    slower = sum(a >= b for a, b in zip(schedule, reveal_schedule(unknown, steps), strict=True))
+    slower = sum(a >= b for a, b in zip(schedule, mask_schedule(unknown, steps), strict=True))
     assert slower == len(schedule)
 
 
@@ -69,7 +68,7 @@ def test_the_exponential_schedule_falls_to_nothing_too(unknown: int, steps: int)
 )
 def test_an_order_of_any_kind_has_every_token_once(grid: tuple[int, int], kind: Order, seed: int) -> None:
     length = grid[0] * grid[1]
-    order = arranged(random_order(length, generator(seed)), grid, kind)
+    order = apply_order(random_order(length, make_generator(seed)), grid, kind)
     assert torch.equal(order.sort().values, torch.arange(length))
 
 
@@ -77,16 +76,16 @@ def test_an_order_of_any_kind_has_every_token_once(grid: tuple[int, int], kind: 
     unknown=masks(),
     steps=st.integers(1, 60),
     seed=st.integers(0, 9),
-    reveals=st.sampled_from(get_args(RevealSchedule)),
+    reveals=st.sampled_from(get_args(MaskSchedule)),
     order=st.sampled_from(get_args(Order)),
 )
 def test_every_unknown_token_is_revealed_once(
-    unknown: Tensor, steps: int, seed: int, reveals: RevealSchedule, order: Order
+    unknown: Tensor, steps: int, seed: int, reveals: MaskSchedule, order: Order
 ) -> None:
     tokens, length = noise(*unknown.shape, 2), unknown.shape[1]
     columns = next(side for side in (4, 3, 1) if length % side == 0)
-    draws = SeededDraws([seed + i for i in range(len(unknown))])
-    state = start(tokens, unknown, steps, draws, reveals=reveals, order=order, grid=(length // columns, columns))
+    draws = SeededNoise([seed + i for i in range(len(unknown))])
+    state = init_state(tokens, unknown, steps, draws, reveals=reveals, order=order, grid=(length // columns, columns))
     assert state.steps == min(steps, int(unknown.sum(1).max()))
     seen: list[Counter[int]] = [Counter() for _ in unknown]
     for step in range(state.steps + 2):  # and none after the end
@@ -133,8 +132,8 @@ def test_a_generation_keeps_what_is_known(
 
 @given(length=st.integers(1, 60), ratio=st.floats(0.01, 1.0), seed=st.integers(0, 99))
 def test_training_hides_and_shows_every_token_once(length: int, ratio: float, seed: int) -> None:
-    order = torch.stack([random_order(length, generator(seed, i)) for i in range(2)])
-    hidden, visible = split(order, masked_count(length, ratio))
+    order = torch.stack([random_order(length, make_generator(seed, i)) for i in range(2)])
+    hidden, visible = split_by_mask(order, masked_count(length, ratio))
     assert hidden.shape[1] == math.ceil(length * ratio)
     assert torch.equal(torch.cat([hidden, visible], 1).sort(1).values, torch.arange(length).expand(2, -1))
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import noise
 
-from mar.model.tokens import patchify, put, take, unpatchify
+from mar.model.tokens import gather_tokens, patchify, scatter_tokens, unpatchify
 
 SIDES = st.integers(1, 5)
 
@@ -33,8 +33,8 @@ def test_take_reads_what_put_wrote(n: int, length: int, width: int, data: st.Dat
     count = data.draw(st.integers(0, length))
     index = torch.stack([torch.tensor(data.draw(st.permutations(range(length)))[:count]).long() for _ in range(n)])
     background, values = noise(n, length, width), noise(n, count, width, seed=1)
-    written = put(background, index, values)
-    assert torch.equal(take(written, index), values)
+    written = scatter_tokens(background, index, values)
+    assert torch.equal(gather_tokens(written, index), values)
     untouched = torch.ones(n, length, dtype=torch.bool).scatter(1, index, False)
     assert torch.equal(written[untouched], background[untouched])
 
@@ -43,5 +43,5 @@ def test_take_reads_what_put_wrote(n: int, length: int, width: int, data: st.Dat
 def test_padding_reads_zeros_and_writes_nothing(length: int, padding: int) -> None:
     background = noise(2, length, 3)
     index = torch.full((2, padding), length)
-    assert not take(background, index).any()
-    assert torch.equal(put(background, index, noise(2, padding, 3, seed=1)), background)
+    assert not gather_tokens(background, index).any()
+    assert torch.equal(scatter_tokens(background, index, noise(2, padding, 3, seed=1)), background)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mar.assets import FASHION_CLASSES, asset, imagenet, imagenet_classes
-from mar.data.bundled import FashionSource
+from mar.data.sources import FashionSource
 
 
 def test_bundled_pictures_are_balanced_small_and_quick_to_open() -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 from tiny import FAST, config, model, pipeline
 from torch import Tensor
 
-from mar.checkpoint.store import CheckpointError
+from mar.checkpoint.files import CheckpointError
 from mar.config import ConfigError, HeadConfig
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline, to_pil

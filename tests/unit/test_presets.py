@@ -9,7 +9,7 @@ import torch
 
 from mar.config import ConfigError, SamplingConfig, from_dict, to_dict
 from mar.model.mar import MAR
-from mar.presets import HASTE, MODELS, RECIPES, SAMPLING, Haste, hastened, recipe
+from mar.presets import MODELS, RECIPES, SAMPLING, SAMPLING_PRESETS, SamplingPreset, apply_preset, recipe
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_a_recipe_that_is_not_there() -> None:
 def test_presets_ask_for_less_and_less(name: str) -> None:
     config = recipe(name)
     own, tokens = config.sampling, config.model.tokens
-    exact, balanced, fast = (hastened(own, tokens, preset) for preset in ("exact", "balanced", "fast"))
+    exact, balanced, fast = (apply_preset(own, tokens, preset) for preset in ("exact", "balanced", "fast"))
     assert exact == own
     for sooner, later in ((balanced, own), (fast, balanced)):
         assert sooner.steps < later.steps
@@ -90,14 +90,14 @@ def test_presets_ask_for_less_and_less(name: str) -> None:
 
 def test_a_preset_never_asks_for_more_than_a_model_does_by_itself() -> None:
     few = SamplingConfig(steps=3, diffusion_steps=2)
-    for preset in HASTE:
-        way = hastened(few, 256, preset)
+    for preset in SAMPLING_PRESETS:
+        way = apply_preset(few, 256, preset)
         assert way.steps <= 3
         assert max(way.diffusion_steps, way.diffusion_steps_end or 1) <= 2
 
 
 def test_a_preset_in_numbers() -> None:
-    haste = Haste(steps=1.5, diffusion_steps=8, guidance_from=0.2, guidance_refresh=2)
+    haste = SamplingPreset(steps=1.5, diffusion_steps=8, guidance_from=0.2, guidance_refresh=2)
     own = SamplingConfig(steps=64, diffusion_steps=25, diffusion_steps_end=5, guidance=3.0, solver="ddim")
     way = haste.of(own, 256)
     assert (way.steps, way.diffusion_steps, way.diffusion_steps_end) == (24, 8, 5)
@@ -108,6 +108,6 @@ def test_a_preset_in_numbers() -> None:
     unusual = SamplingConfig(
         steps=100, diffusion_steps=10, diffusion_steps_end=25, solver="dpm++2m", noisiest=0.9, guidance_refresh=3
     )
-    assert Haste().of(own, 49) == own
-    assert Haste().of(unusual, 49) == unusual
-    assert Haste(noisiest=0.95, guidance_refresh=2).of(unusual, 49) == unusual
+    assert SamplingPreset().of(own, 49) == own
+    assert SamplingPreset().of(unusual, 49) == unusual
+    assert SamplingPreset(noisiest=0.95, guidance_refresh=2).of(unusual, 49) == unusual

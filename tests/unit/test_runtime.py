@@ -11,14 +11,20 @@ import torch
 from tiny import model
 from torch import Tensor
 
-from mar import runtime
+from mar import devices, distributed
+from mar.backends.cpu import linear as mar_linear
+from mar.backends.cpu import threads
+from mar.backends.cpu.linear import has_onednn
+from mar.backends.cpu.threads import trim_heap
 from mar.config import ConfigError
 from mar.model.mar import MAR
+from mar.nn import Linear, init_empty_weights, set_matrix_dtype
+from mar.random import make_generator
 
 
 def test_the_cpu_is_always_there() -> None:
-    assert runtime.choose_device("cpu") == torch.device("cpu")
-    assert runtime.choose_device(None) == runtime.choose_device("auto")
+    assert devices.choose_device("cpu") == torch.device("cpu")
+    assert devices.choose_device(None) == devices.choose_device("auto")
 
 
 @pytest.mark.parametrize(
@@ -28,58 +34,58 @@ def test_the_best_device_is_chosen(monkeypatch: pytest.MonkeyPatch, cuda: bool, 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 if cuda else 0)
-    assert runtime.choose_device().type == expected
+    assert devices.choose_device().type == expected
     if cuda:
-        assert runtime.choose_device("cuda:1").index == 1
+        assert devices.choose_device("cuda:1").index == 1
         with pytest.raises(ConfigError, match="2 CUDA devices"):
-            runtime.choose_device("cuda:2")
+            devices.choose_device("cuda:2")
     else:
         with pytest.raises(ConfigError, match="'cuda' is not on this machine"):
-            runtime.choose_device("cuda")
+            devices.choose_device("cuda")
     for name in ("gpu", "xpu", "meta", "hpu", "cuda:-1"):
         with pytest.raises(ConfigError, match=f"'{name}', expected auto, cpu, cuda"):
-            runtime.choose_device(name)
+            devices.choose_device(name)
 
 
 def test_streams_follow_from_the_whole_key_and_its_order() -> None:
     keys = [(), (0,), (1,), (12,), (1, 2), (2, 1), (0, 0), (1, 0), (0, 1), (1, 2, 0), (-1,), (2**63,), (1, 2, 3)]
-    first = {key: tuple(torch.rand(4, generator=runtime.generator(*key)).tolist()) for key in keys}
+    first = {key: tuple(torch.rand(4, generator=make_generator(*key)).tolist()) for key in keys}
     for one, other in itertools.combinations(keys, 2):
         assert first[one] != first[other], (one, other)
-    assert tuple(torch.rand(4, generator=runtime.generator(1, 2)).tolist()) == first[1, 2]
+    assert tuple(torch.rand(4, generator=make_generator(1, 2)).tolist()) == first[1, 2]
 
 
 def test_neighbouring_keys_are_not_alike() -> None:
-    values = torch.stack([torch.randn(1000, generator=runtime.generator(7, 1, i)) for i in range(20)])
+    values = torch.stack([torch.randn(1000, generator=make_generator(7, 1, i)) for i in range(20)])
     assert torch.corrcoef(values).fill_diagonal_(0).abs().max() < 0.17  # five standard deviations
-    starts = torch.tensor([float(torch.rand((), generator=runtime.generator(7, 1, i))) for i in range(2000)])
+    starts = torch.tensor([float(torch.rand((), generator=make_generator(7, 1, i))) for i in range(2000)])
     assert abs(float(starts.mean()) - 0.5) < 0.03
     assert abs(float((starts < 0.1).float().mean()) - 0.1) < 0.03
 
 
 def test_keyed_streams_leave_the_global_one_alone() -> None:
     state = torch.get_rng_state()
-    torch.rand(3, generator=runtime.generator(1))
+    torch.rand(3, generator=make_generator(1))
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_float16_is_refused() -> None:
     with pytest.raises(ValueError, match="float16 overflows"):
-        runtime.set_matrix_dtype(torch.nn.Identity(), torch.float16)
+        set_matrix_dtype(torch.nn.Identity(), torch.float16)
 
 
 def test_rank_and_world_are_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert (runtime.rank(), runtime.world_size()) == (0, 1)
+    assert (distributed.rank(), distributed.world_size()) == (0, 1)
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert (runtime.rank(), runtime.world_size()) == (3, 4)
+    assert (distributed.rank(), distributed.world_size()) == (3, 4)
 
 
 def test_shapes_alone_are_those_of_the_model() -> None:
     made = model()
-    with runtime.shapes_only():
+    with init_empty_weights():
         hollow = MAR(made.config)
     assert {n: t.shape for n, t in hollow.state_dict().items()} == {n: t.shape for n, t in made.state_dict().items()}
     assert all(t.is_meta for t in hollow.state_dict().values())
@@ -96,24 +102,24 @@ def test_a_model_is_loaded_without_the_compiler() -> None:
 @pytest.fixture
 def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its products, on whatever processor, for sizes of a test."""
-    if not runtime.has_onednn():
+    if not has_onednn():
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(runtime, "onednn_is_faster", lambda: True)
-    monkeypatch.setattr(runtime, "LARGE", 1)
+    monkeypatch.setattr(mar_linear, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(mar_linear, "MIN_MULTIPLICATIONS", 1)
 
 
 @pytest.mark.usefixtures("by_onednn")
 @pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24), (0, 24)])
 def test_products_by_onednn_are_products(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    linear = runtime.Linear(24, 7).requires_grad_(False)
-    x = torch.randn(*shape, generator=runtime.generator(1))
+    linear = Linear(24, 7).requires_grad_(False)
+    x = torch.randn(*shape, generator=make_generator(1))
     found = linear(x)
     assert found.shape == (*shape[:-1], 7)
     torch.testing.assert_close(found, x @ linear.weight.T + linear.bias, rtol=1e-5, atol=1e-6)
-    across = torch.randn(24, 6, generator=runtime.generator(2)).T  # not as it lies in memory
+    across = torch.randn(24, 6, generator=make_generator(2)).T  # not as it lies in memory
     torch.testing.assert_close(linear(across), across @ linear.weight.T + linear.bias, rtol=1e-5, atol=1e-6)
     taken: list[torch.dtype] = []
-    monkeypatch.setattr(runtime.functional, "linear", lambda x, weight, bias: taken.append(weight.dtype) or x)
+    monkeypatch.setattr(mar_linear.functional, "linear", lambda x, weight, bias: taken.append(weight.dtype) or x)
     linear(x)
     assert taken == ([] if x.numel() else [torch.float32])
     linear.double()(x.double())
@@ -124,21 +130,21 @@ def test_products_by_onednn_are_products(shape: tuple[int, ...], monkeypatch: py
 @pytest.mark.usefixtures("by_onednn")
 @pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24)])
 def test_what_is_learned_has_its_gradient(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    linear, x = runtime.Linear(24, 7), torch.randn(*shape, generator=runtime.generator(1)).requires_grad_()
+    linear, x = Linear(24, 7), torch.randn(*shape, generator=make_generator(1)).requires_grad_()
     weights = [x, linear.weight, linear.bias]
 
     def gradients() -> tuple[Tensor, ...]:
         return torch.autograd.grad(linear(x).square().sum(), weights)
 
     ours = gradients()
-    monkeypatch.setattr(runtime, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(mar_linear, "onednn_is_faster", lambda: False)
     for own, theirs in zip(ours, gradients(), strict=True):
         torch.testing.assert_close(own, theirs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("by_onednn")
 def test_only_what_is_asked_for_has_a_gradient() -> None:
-    linear, x = runtime.Linear(24, 7), torch.randn(5, 24, generator=runtime.generator(1))
+    linear, x = Linear(24, 7), torch.randn(5, 24, generator=make_generator(1))
     linear.bias.requires_grad_(False)
     linear(x).sum().backward()
     assert linear.weight.grad is not None
@@ -153,13 +159,13 @@ def test_what_is_free_in_the_middle_of_the_heap_is_given_back() -> None:
     code = """
 import torch
 from pathlib import Path
-from mar.runtime import give_back_memory
+from mar.backends.cpu.threads import trim_heap
 def resident(): return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
 blocks = [torch.ones(2**14) for _ in range(1500)]  # 94 MiB, each block too small for a mapping of its own
 kept, full = blocks[-1], resident()
 del blocks
 held = resident()
-give_back_memory()
+trim_heap()
 print(full - held, held - resident())
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -170,6 +176,6 @@ print(full - held, held - resident())
 
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
 def test_where_memory_can_not_be_given_back_nothing_happens(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime.sys, "platform", platform)
-    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: object())
-    runtime.give_back_memory()
+    monkeypatch.setattr(threads.sys, "platform", platform)
+    monkeypatch.setattr(threads.ctypes, "CDLL", lambda name: object())
+    trim_heap()

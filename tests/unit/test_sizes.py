@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import pytest
 
-from mar.config import ConfigError, HeadConfig, TrainConfig
-from mar.model.mar import MAR
-from mar.sizes import (
-    Cells,
-    Pictures,
+from mar.autoconfig.sizes import (
+    DatasetSummary,
+    LatentShape,
     components,
+    default_latent_shape,
     larger_from,
     largest_for,
+    largest_multiple,
     recipe_for,
     side_for,
-    usual_cells,
-    whole,
 )
-from mar.training.tokenizer_config import tokenizer_for
+from mar.config import ConfigError, HeadConfig, TrainConfig
+from mar.config.tokenizer import tokenizer_for
+from mar.model.mar import MAR
 
 KINDS = ("ant", "bee", "cat")
 
 
 def chosen(count: int, side: int, colours: int = 3, classes: tuple[str, ...] = KINDS) -> tuple[int, TrainConfig]:
     """The side, and the recipe, that pictures get where nothing else is asked for."""
-    pictures = Pictures(count, side, colours, classes)
+    pictures = DatasetSummary(count, side, colours, classes)
     found = side_for(pictures, largest_for(count))
-    return found, recipe_for(pictures, (found, found), usual_cells(pictures, (found, found)))
+    return found, recipe_for(pictures, (found, found), default_latent_shape(pictures, (found, found)))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_sizes_follow_from_count_and_resolution(
 
 def test_wide_tokens_get_a_wide_head() -> None:
     _, grey = chosen(500, 28, colours=1)
-    colour = recipe_for(Pictures(500, 28, 3, KINDS), (28, 28))  # pixels, as they may be asked for
+    colour = recipe_for(DatasetSummary(500, 28, 3, KINDS), (28, 28))  # pixels, as they may be asked for
     assert (grey.model.token_width, colour.model.token_width) == (16, 48)
     assert grey.model.head.width < colour.model.head.width
 
@@ -94,19 +94,19 @@ def test_more_pictures_get_a_larger_model() -> None:
 
 
 def test_a_foreign_tokenizers_cells_become_at_most_sixteen_tokens_a_side() -> None:
-    pictures = Pictures(60_000, 256, 3)
-    kl8 = recipe_for(pictures, (256, 256), Cells(stride=8, channels=4)).model
+    pictures = DatasetSummary(60_000, 256, 3)
+    kl8 = recipe_for(pictures, (256, 256), LatentShape(stride=8, channels=4)).model
     assert (kl8.grid, kl8.patch, kl8.token_width, kl8.tokens) == ((32, 32), 2, 16, 256)
-    oblong = recipe_for(pictures, (128, 256), Cells(stride=16, channels=16)).model
+    oblong = recipe_for(pictures, (128, 256), LatentShape(stride=16, channels=16)).model
     assert (oblong.grid, oblong.patch) == ((8, 16), 1)
-    wide = recipe_for(pictures, (256, 256), Cells(stride=16, channels=64)).model
+    wide = recipe_for(pictures, (256, 256), LatentShape(stride=16, channels=64)).model
     assert wide.head == HeadConfig(512, 3, prediction="v", batch_mul=2)
 
 
 def test_black_and_white_bound_pixels() -> None:
-    dark = Pictures(500, 32, 1, reach=6.21)  # as radiographs are
+    dark = DatasetSummary(500, 32, 1, reach=6.21)  # as radiographs are
     assert recipe_for(dark, (32, 32)).sampling.x0_bound == 6.3
-    assert recipe_for(dark, (32, 32), Cells(4, 4)).sampling.x0_bound == 4
+    assert recipe_for(dark, (32, 32), LatentShape(4, 4)).sampling.x0_bound == 4
 
 
 @pytest.mark.parametrize(
@@ -118,37 +118,39 @@ def test_black_and_white_bound_pixels() -> None:
         (500, (8, 8), None, 0),
         (500, (128, 128), None, 4),
         (500, (32, 64), None, 2),
-        (500, (64, 64), Cells(8, 16), 0),  # cached as they are
+        (500, (64, 64), LatentShape(8, 16), 0),  # cached as they are
         (500, (64, 64), components(), 4),
     ],
 )
 def test_few_pictures_are_moved_by_a_few_pixels(
-    count: int, size: tuple[int, int], cells: Cells | None, shift: int
+    count: int, size: tuple[int, int], cells: LatentShape | None, shift: int
 ) -> None:
-    config = recipe_for(Pictures(count, 128, 3), size, cells)
+    config = recipe_for(DatasetSummary(count, 128, 3), size, cells)
     assert (config.shift, config.flip) == (shift, None)
 
 
 def test_a_length_that_is_asked_for_is_shared_out() -> None:
-    config = recipe_for(Pictures(500, 32, 3), (32, 32), images=640)
+    config = recipe_for(DatasetSummary(500, 32, 3), (32, 32), images=640)
     assert (config.images, config.decay) == (640, 213)
     assert (config.save_every, config.sample_every) == (64, 64)
-    assert config.warmup == recipe_for(Pictures(500, 32, 3), (32, 32)).warmup  # else a run could not be made longer
-    shortest = recipe_for(Pictures(500, 32, 3), (32, 32), images=1)
+    assert (
+        config.warmup == recipe_for(DatasetSummary(500, 32, 3), (32, 32)).warmup
+    )  # else a run could not be made longer
+    shortest = recipe_for(DatasetSummary(500, 32, 3), (32, 32), images=1)
     assert (shortest.save_every, shortest.sample_every) == (1, 1)
 
 
 def test_sizes_that_can_not_be() -> None:
     with pytest.raises(ConfigError, match="only 5 pixels wide or high: expected at least 8; --image-size 8"):
-        side_for(Pictures(500, 5, 3), 256)
+        side_for(DatasetSummary(500, 5, 3), 256)
     with pytest.raises(ConfigError, match="image-size: got 30x30, expected multiples of 4"):
-        recipe_for(Pictures(500, 30, 3), (30, 30))
+        recipe_for(DatasetSummary(500, 30, 3), (30, 30))
     with pytest.raises(ConfigError, match="image-size: got 60x64, expected multiples of 8"):
-        recipe_for(Pictures(500, 64, 3), (60, 64), Cells(8, 16))
+        recipe_for(DatasetSummary(500, 64, 3), (60, 64), LatentShape(8, 16))
     for size in ((0, 0), (-4, -4), (32, 0), (-32, 32)):
-        for cells in (None, Cells(8, 16)):
+        for cells in (None, LatentShape(8, 16)):
             with pytest.raises(ConfigError, match=rf"image-size: got {size[0]}x{size[1]}, expected a height and a"):
-                recipe_for(Pictures(500, 32, 3), size, cells)
+                recipe_for(DatasetSummary(500, 32, 3), size, cells)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +165,7 @@ def test_sizes_that_can_not_be() -> None:
     ],
 )
 def test_how_many_pictures_would_be_larger(count: int, side: int, more: int | None) -> None:
-    assert larger_from(Pictures(count, side, 3)) == more
+    assert larger_from(DatasetSummary(count, side, 3)) == more
     if more is not None:
         assert chosen(more, side)[0] > chosen(count, side)[0]
 
@@ -172,20 +174,20 @@ def test_how_many_pictures_would_be_larger(count: int, side: int, more: int | No
 @pytest.mark.parametrize("side", [8, 14, 28, 32, 64, 128, 256])
 def test_a_size_that_was_chosen_can_be_cut(side: int, stride: int) -> None:
     cells = components(stride)
-    found = whole(side, cells)
+    found = largest_multiple(side, cells)
     assert side - found < max(side / 8, 2 * stride)
-    config = recipe_for(Pictures(6_000, side, 3), (found, found), cells)
+    config = recipe_for(DatasetSummary(6_000, side, 3), (found, found), cells)
     assert config.model.grid[0] * stride == found
-    assert whole(side, None) == side
+    assert largest_multiple(side, None) == side
 
 
 def test_the_tokenizer_grows_with_the_pictures() -> None:
-    pictures = Pictures(500, 300, 1, KINDS)
+    pictures = DatasetSummary(500, 300, 1, KINDS)
     small = tokenizer_for(pictures, (64, 64), 8, 16)
     assert (small.image_channels, small.size, small.stride, small.channels) == (1, (64, 64), 8, 16)
     assert small.images == 60_000
     assert small.warmup + small.decay < small.images
-    large = tokenizer_for(Pictures(100_000, 300, 3), (256, 256), 16, 16)
+    large = tokenizer_for(DatasetSummary(100_000, 300, 3), (256, 256), 16, 16)
     assert large.width > tokenizer_for(pictures, (128, 128), 8, 16).width > small.width
     assert large.images == 1_000_000
     short = tokenizer_for(pictures, (64, 64), 8, 16, images=8)

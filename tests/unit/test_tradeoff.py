@@ -12,8 +12,8 @@ import pytest
 import torch
 from tiny import pictures, pipeline
 
-from mar.data.heldout import hold_out
-from mar.model.int8 import quantised
+from mar.backends.cpu.int8 import is_quantized
+from mar.data.splits import hold_out
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -144,7 +144,7 @@ def test_the_model_is_drawn_with_in_the_precision_that_was_asked_for(measure: An
     for dtype, expected in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         model = measure(dtype=dtype, out=tmp_path / dtype).pipeline.model
         assert {parameter.dtype for parameter in model.parameters() if parameter.ndim > 1} >= {expected}
-    assert quantised(measure(dtype="int8", out=tmp_path / "int8").pipeline.model)
+    assert is_quantized(measure(dtype="int8", out=tmp_path / "int8").pipeline.model)
 
 
 def test_a_folder_has_one_model_precision_and_set_of_pictures(

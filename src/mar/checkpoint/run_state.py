@@ -1,4 +1,14 @@
-"""The state of a training run on the disk: folders of `torch.distributed.checkpoint`, and a pointer to the latest.
+"""Nested state, taken apart into JSON and named tensors, and put together again.
+
+{"step": 3, "model": {"w": tensor}, "betas": (0.9, 0.95)}
+<-> {"step": 3, "model": {"w": {"$tensor": "model/w"}}, "betas": {"$tuple": [0.9, 0.95]}} and {"model/w": tensor}
+
+The table of contents (`.metadata`) of a `torch.distributed.checkpoint` folder, read without trusting it.
+
+PyTorch keeps it as a pickle, which could run anything when loaded. Here only the classes that such a table is made of
+are let through, and tables that list anything but tensors are refused, as dcp would unpickle that freely.
+
+The state of a training run on the disk: folders of `torch.distributed.checkpoint`, and a pointer to the latest.
 
     folder/state-000000128000/   after 128,000 images: the tensors (.metadata, *.distcp), state.json, config.json
     folder/latest                the name of the one to go on from
@@ -12,25 +22,158 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from pickle import UnpicklingError
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from mar.checkpoint import state_tree
 from mar.checkpoint.files import CheckpointError, cannot_write, flush, require_room, write_text
-from mar.checkpoint.table_of_contents import SafeReader, read_contents
+
+
+def flatten(state: Mapping[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """A state as JSON-able values, and its tensors by path. ValueError for anything that is neither."""
+    tensors: dict[str, Tensor] = {}
+    return _flatten(state, "", tensors), tensors
+
+
+def _flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        if path in tensors:
+            raise ValueError(f"state: two tensors are called {path}; give them different names")
+        tensors[path] = value.detach()
+        return {"$tensor": path}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Mapping):
+        items = [(key, _flatten(item, _join(path, key), tensors)) for key, item in value.items()]
+        if all(isinstance(key, str) and not key.startswith("$") for key, _ in items):
+            return dict(items)
+        return {"$pairs": [[key, item] for key, item in items]}
+    if isinstance(value, list | tuple):
+        items = [_flatten(item, _join(path, i), tensors) for i, item in enumerate(value)]
+        return {"$tuple": items} if isinstance(value, tuple) else items
+    raise ValueError(
+        f"state: {path} is a {type(value).__name__}, but only tensors, numbers, strings, None, "
+        "and dicts, lists and tuples of these can be stored"
+    )
+
+
+def _join(path: str, key: Any) -> str:
+    if type(key) not in (str, int):
+        raise ValueError(f"state: {path} has the key {key!r}, but keys have to be strings or whole numbers")
+    return f"{path}/{key}" if path else str(key)
+
+
+def unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The inverse of `flatten`. CheckpointError for a tensor that is not among `tensors`."""
+    if isinstance(tree, list):
+        return [unflatten(item, tensors) for item in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "$tensor" in tree:
+        if tree["$tensor"] not in tensors:
+            raise CheckpointError(f"the tensor {tree['$tensor']} of a saved state is missing")
+        return tensors[tree["$tensor"]]
+    if "$tuple" in tree:
+        return tuple(unflatten(tree["$tuple"], tensors))
+    if "$pairs" in tree:
+        return {key: unflatten(item, tensors) for key, item in tree["$pairs"]}
+    return {key: unflatten(item, tensors) for key, item in tree.items()}
+
+
+def changed_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Lines that say which settings of two nested configs differ: `model.encoder.width 64 -> 96`."""
+    before, after = _leaves(saved), _leaves(now)
+    names = [name for name in before if name in after and before[name] != after[name]]
+    return [f"{name} {before[name]} -> {after[name]}" for name in names]
+
+
+def _leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            leaves |= _leaves(value, f"{prefix}{name}.")
+        else:
+            leaves[prefix + name] = list(value) if isinstance(value, tuple) else value
+    return leaves
+
+
+_METADATA = "torch.distributed.checkpoint.metadata"
+_ALLOWED = {
+    (_METADATA, "Metadata"),
+    (_METADATA, "MetadataIndex"),
+    (_METADATA, "TensorStorageMetadata"),
+    (_METADATA, "BytesStorageMetadata"),
+    (_METADATA, "TensorProperties"),
+    (_METADATA, "ChunkStorageMetadata"),
+    (_METADATA, "StorageMeta"),
+    (_METADATA, "_MEM_FORMAT_ENCODING"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+}
+_PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (
+            module.split(".")[0] == "pathlib" and name in _PATHS
+        ):  # where it was saved: of no use here, and of another system perhaps
+            return PurePath
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) in _ALLOWED:
+            return super().find_class(module, name)
+        raise CheckpointError(f"it asks for {module}.{name}, which no state of a run needs")
+
+
+def read_dcp_metadata(folder: Path) -> Metadata:
+    """What a state's folder holds. CheckpointError where that can't be read, or asks for more than tensors."""
+    path = folder / ".metadata"
+    try:
+        with path.open("rb") as file:
+            contents = _Unpickler(file).load()
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is refused: {error}") from None
+    except (
+        OSError,
+        EOFError,
+        pickle.UnpicklingError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        KeyError,
+    ) as e:
+        raise CheckpointError(f"{path} can't be read ({type(e).__name__}: {e})") from e
+    if not isinstance(contents, Metadata) or not isinstance(contents.storage_data, dict):
+        raise CheckpointError(f"{path} is not a table of contents of torch.distributed.checkpoint")
+    for name, entry in contents.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise CheckpointError(f"{path} is refused: {name} is not a tensor")
+    return contents
+
+
+class SafeReader(FileSystemReader):
+    """dcp's reader of folders, with `read_contents` in place of an unguarded unpickling."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The table of contents, checked."""
+        return read_dcp_metadata(Path(self.path))
+
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"state-(\d{12,})")
@@ -58,7 +201,7 @@ class RunState:
         """
         if keep < 1:
             raise ValueError(f"keep is {keep}, but at least 1 state has to be kept")
-        tree, tensors = state_tree.flatten(state)
+        tree, tensors = flatten(state)
         needed = sum(tensor.numel() * tensor.itemsize + _OVERHEAD for tensor in tensors.values())
         final = self.folder / f"state-{images_seen:012d}"
         temporary = self.folder / f"{_TEMPORARY}{final.name}"
@@ -83,8 +226,8 @@ class RunState:
         path = self.latest()
         if path is None:
             return False
-        contents = read_contents(path)
-        tensors = state_tree.flatten(state)[1]
+        contents = read_dcp_metadata(path)
+        tensors = flatten(state)[1]
         if different := _differences(contents, tensors):
             raise CheckpointError(self._does_not_fit(path, different))
         try:
@@ -93,7 +236,7 @@ class RunState:
         except (OSError, EOFError, UnpicklingError, AssertionError, LookupError, ValueError, TypeError) as error:
             why = str(error).split("\n")[0]
             raise CheckpointError(f"{path} is damaged ({why}); remove it to go on from an older state") from error
-        loaded = state_tree.unflatten(_read_json(path / "state.json"), tensors)
+        loaded = unflatten(_read_json(path / "state.json"), tensors)
         state.clear()
         state.update(loaded)
         return True
@@ -153,7 +296,7 @@ class RunState:
             stored = _read_json(path / "config.json")
         except CheckpointError:
             stored = {}
-        settings = state_tree.changed_settings(stored, self.config)
+        settings = changed_settings(stored, self.config)
         why = "; ".join([*settings[:5], *different[:3]])
         more = "" if len(different) <= 3 else f"; {len(different)} tensors in all"
         return (
@@ -177,7 +320,7 @@ def _differences(contents: Metadata, tensors: Mapping[str, Tensor]) -> list[str]
 def _damage(path: Path) -> str | None:
     """What is wrong with a state's files, found without reading the tensors; None if nothing is."""
     try:
-        contents = read_contents(path)
+        contents = read_dcp_metadata(path)
         _read_json(path / "state.json")
         for place in contents.storage_data.values():
             shard = path / place.relative_path

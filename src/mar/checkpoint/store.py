@@ -18,11 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mar import runtime
 from mar.checkpoint.files import CheckpointError, size_text, write_atomically
 from mar.checkpoint.official_names import shape_differences
 from mar.config import ModelConfig, SamplingConfig, from_dict, to_dict
 from mar.model.mar import MAR
+from mar.nn import init_empty_weights
 
 __all__ = ["FORMAT", "CheckpointError", "Header", "load", "model_shapes", "read_header", "save"]
 
@@ -102,7 +102,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 def model_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Name and shape of every tensor of a model, without making it."""
-    with runtime.shapes_only():
+    with init_empty_weights():
         return {name: tensor.shape for name, tensor in MAR(config).state_dict().items()}
 
 

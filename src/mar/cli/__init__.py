@@ -10,17 +10,17 @@ from collections.abc import Callable, Sequence
 from mar import __version__
 
 VERBS = {
-    "demo": ("mar.cli.draw", "pictures from the bundled model, and one being revealed"),
-    "sample": ("mar.cli.draw", "draw pictures from a model"),
+    "demo": ("mar.cli.demo", "pictures from the bundled model, and one being revealed"),
+    "sample": ("mar.cli.sample", "draw pictures from a model"),
     "generate": ("mar.cli.generate", "thousands of pictures: PNGs, .npz, WebDataset; any number of processes"),
     "evaluate": ("mar.cli.evaluate", "FID and its kin, of a model or of pictures; sweeps over settings"),
-    "stats": ("mar.cli.features", "features of real pictures, for evaluate to compare with"),
+    "stats": ("mar.cli.stats", "features of real pictures, for evaluate to compare with"),
     "cache": ("mar.cli.cache", "a tokenizer's latents of all pictures, for training to read instead"),
-    "train": ("mar.cli.learn", "train a model; the same command resumes"),
-    "convert": ("mar.cli.weights", "official weights -> ours, and back"),
-    "download": ("mar.cli.weights", "fetch the official weights and tokenizer"),
-    "tokenizer": ("mar.cli.tokenizers", "train a tokenizer on your pictures, or measure one"),
-    "info": ("mar.cli.weights", "this machine, and what a checkpoint holds"),
+    "train": ("mar.cli.train", "train a model; the same command resumes"),
+    "convert": ("mar.cli.convert", "official weights -> ours, and back"),
+    "download": ("mar.cli.download", "fetch the official weights and tokenizer"),
+    "tokenizer": ("mar.cli.tokenizer", "train a tokenizer on your pictures, or measure one"),
+    "info": ("mar.cli.info", "this machine, and what a checkpoint holds"),
 }
 
 USAGE = """\

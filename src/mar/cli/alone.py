@@ -11,7 +11,7 @@ from multiprocessing.process import BaseProcess
 from types import FrameType
 from typing import TypeVar
 
-from mar import runtime
+from mar import distributed
 from mar.cli import told
 
 Argument = TypeVar("Argument")
@@ -19,19 +19,19 @@ STOPPED = 130
 """The exit code of what Ctrl-C or SIGTERM ended."""
 
 
-def by_one(work: Callable[[Argument], int], argument: Argument) -> int:
+def run_on_rank0(work: Callable[[Argument], int], argument: Argument) -> int:
     """The exit code of `work(argument)`, done once, for all processes.
 
     Where there are several, a process that the first one starts does it, knowing of no others: what the first one has
     joined can't be left for a while. `work` is then a function of a module, and `argument` can be pickled. A signal is
     passed on; the work ends as it does when it gets that signal itself.
     """
-    if runtime.world_size() == 1:
+    if distributed.world_size() == 1:
         return work(argument)
-    code = _in_a_process(work, argument) if runtime.rank() == 0 else 0
+    code = _in_a_process(work, argument) if distributed.rank() == 0 else 0
     if code == STOPPED:  # the others were stopped too, and may be gone
         raise SystemExit(code)
-    return int(runtime.gather(code)[0])
+    return int(distributed.all_gather_object(code)[0])
 
 
 def _in_a_process(work: Callable[[Argument], int], argument: Argument) -> int:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from mar.cli.options import one_voice, parse, stoppable
+from mar.cli.options import collective_errors, parse, stoppable
 from mar.config import ConfigError, image_channels
 
 if TYPE_CHECKING:
     import torch
 
-    from mar.data.examples import Source
-    from mar.data.shards import About
+    from mar.data.images import Source
+    from mar.data.latent_cache import CacheManifest
     from mar.tokenizer import Tokenizer
 
 
@@ -58,14 +58,14 @@ class CacheOptions:
 
 def cache(arguments: Sequence[str]) -> int:
     """`mar cache`."""
-    from mar import runtime
+    from mar import devices
 
     def work(check: Callable[[], None]) -> int:
-        with one_voice():
+        with collective_errors():
             options = parse(CacheOptions, "cache", arguments)
             if not options.verify:
                 _complete(options)
-                runtime.choose_device(options.device)
+                devices.choose_device(options.device)
         return _verify(options, check) if options.verify else _cache(options, check)
 
     return _stoppably(work, "" if "--verify" in arguments else "; the same command goes on")
@@ -77,13 +77,13 @@ def make_cache(options: CacheOptions) -> int:
 
 
 def _stoppably(work: Callable[[Callable[[], None]], int], again: str) -> int:
-    from mar import runtime
+    from mar import distributed
 
     with stoppable() as check:
         try:
             return work(check)
         except KeyboardInterrupt:
-            if runtime.rank() == 0:
+            if distributed.rank() == 0:
                 print(f"mar: stopped{again}", file=sys.stderr)
             return 130
 
@@ -99,14 +99,13 @@ def _complete(options: CacheOptions) -> None:
 
 def _verify(options: CacheOptions, check: Callable[[], None]) -> int:
     from mar.checkpoint.files import size_text
-    from mar.data.latents import verify
-    from mar.data.shards import is_cache, read_about
+    from mar.data.latent_cache import is_cache, read_manifest, verify
     from mar.sampling.progress import meter
 
     folder = Path(options.data)
     if not is_cache(folder):
         raise ConfigError(f"{folder} is not a cache that `mar cache` made")
-    with meter(True, read_about(folder).pictures) as progress:
+    with meter(True, read_manifest(folder).pictures) as progress:
 
         def advance(pictures: float) -> None:
             check()
@@ -119,67 +118,67 @@ def _verify(options: CacheOptions, check: Callable[[], None]) -> int:
 
 
 def _cache(options: CacheOptions, check: Callable[[], None]) -> int:
-    from mar import runtime
-    from mar.training.cache import finish
+    from mar import distributed
+    from mar.data.cache_writer import finish_cache
 
     out = options.out
     assert out is not None
-    with runtime.process_group(options.device) as device:
+    with distributed.process_group(options.device) as device:
         source, tokenizer, about, shards = _prepared(options, out)
         if shards is None:
-            if runtime.rank() == 0:
+            if distributed.rank() == 0:
                 print(f"{out} is finished: {about.pictures:,} pictures; nothing to do")
             return 0
         begun = time.perf_counter()
         _make(options, about, shards, (source, tokenizer, device), check)
-        runtime.barrier()
-        with one_voice():
-            if runtime.rank() == 0:
-                skipped = finish(out, about)
+        distributed.barrier()
+        with collective_errors():
+            if distributed.rank() == 0:
+                skipped = finish_cache(out, about)
                 _report(out, about, skipped, sum(len(about.span(k)) for k in shards), time.perf_counter() - begun)
     return 0
 
 
-def _prepared(options: CacheOptions, out: Path) -> tuple[Source, Tokenizer, About, list[int] | None]:
+def _prepared(options: CacheOptions, out: Path) -> tuple[Source, Tokenizer, CacheManifest, list[int] | None]:
     """What is to be cached, and the shards to be made by all processes together, as the first one finds them."""
-    from mar import runtime
+    from mar import distributed
+    from mar.data.cache_writer import describe_cache, prepare_cache
     from mar.data.sources import open_source
     from mar.tokenizer import PixelTokenizer
-    from mar.training.cache import describe, prepare
     from mar.zoo import load_tokenizer
 
     assert options.tokenizer is not None
     assert options.image_size is not None
-    found: tuple[About, list[int] | None] | None = None
-    with one_voice():
+    found: tuple[CacheManifest, list[int] | None] | None = None
+    with collective_errors():
         source = open_source(options.data, options.split)
         name = options.tokenizer
         tokenizer = PixelTokenizer(image_channels(options.data)) if name == "pixels" else load_tokenizer(name)
         side = options.image_size
-        if runtime.rank() == 0:
-            about = describe(
+        if distributed.rank() == 0:
+            about = describe_cache(
                 source, tokenizer, data=options.data, tokenizer_name=name, dtype=options.dtype,
                 size=(side, side) if isinstance(side, int) else side, flip=options.flip, shard=options.shard,
             )  # fmt: skip
-            found = about, prepare(out, about)
-    about, shards = runtime.gather(found)[0]
+            found = about, prepare_cache(out, about)
+    about, shards = distributed.all_gather_object(found)[0]
     return source, tokenizer, about, shards
 
 
 def _make(
-    options: CacheOptions, about: About, shards: Sequence[int],
+    options: CacheOptions, about: CacheManifest, shards: Sequence[int],
     parts: tuple[Source, Tokenizer, torch.device], check: Callable[[], None],
 ) -> None:  # fmt: skip
     """Makes this process's share of the shards."""
-    from mar import runtime
+    from mar import distributed
+    from mar.data.cache_writer import write_shards
     from mar.sampling.progress import meter
-    from mar.training.cache import write_shards
 
     source, tokenizer, device = parts
     assert options.out is not None
-    mine = shards[runtime.rank() :: runtime.world_size()]
+    mine = shards[distributed.rank() :: distributed.world_size()]
     share, to_do = (sum(len(about.span(k)) for k in some) for some in (mine, shards))
-    with meter(runtime.rank() == 0, about.pictures, about.pictures - to_do) as progress:
+    with meter(distributed.rank() == 0, about.pictures, about.pictures - to_do) as progress:
 
         def advance(done: int) -> None:
             check()
@@ -191,9 +190,9 @@ def _make(
         )  # fmt: skip
 
 
-def _report(out: Path, about: About, skipped: dict[int, str], made: int, seconds: float) -> None:
+def _report(out: Path, about: CacheManifest, skipped: dict[int, str], made: int, seconds: float) -> None:
     from mar.checkpoint.files import size_text
-    from mar.data.latents import LatentSource
+    from mar.data.latent_cache import LatentSource
 
     size = sum(LatentSource(out).index.sizes)
     what = "plain and flipped" if about.flips else "not flipped"

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from mar.cli.features import FeatureFlags, Split, check_count, check_out
-from mar.cli.judge import Judge
-from mar.cli.options import SamplingFlags, interruptible, one_voice, parse, save_png
+from mar.cli.options import SamplingFlags, collective_errors, interruptible, parse, save_png
+from mar.cli.stats import FeatureFlags, Split, check_count, check_out
 from mar.config import ConfigError
 
 if TYPE_CHECKING:
     from mar.evaluation.evaluate import Report
+    from mar.evaluation.session import EvalSession
     from mar.evaluation.sweep import Table
 
 
@@ -69,19 +69,20 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(arguments: Sequence[str], check: Callable[[], None]) -> int:
-    from mar import runtime
+    from mar import devices, distributed
+    from mar.evaluation.session import EvalSession
 
-    with one_voice():
+    with collective_errors():
         options = parse(EvaluateOptions, "evaluate", arguments)
-        runtime.choose_device(options.device)
+        devices.choose_device(options.device)
         check_count(options.count)
         if options.classifier_weights is not None and options.classifier is None:
             raise ConfigError("classifier-weights are of a classifier; name it with --classifier")
         _check_out(options)
         _check_grid(options)
-    with runtime.process_group(options.device) as device:
-        with one_voice():
-            judge = Judge(options, device, check)
+    with distributed.process_group(options.device) as device:
+        with collective_errors():
+            judge = EvalSession(options, device, check)
         return _sweep(judge) if options.sweep else _once(judge)
 
 
@@ -100,7 +101,7 @@ def _check_grid(options: EvaluateOptions) -> None:
     path = options.neighbours_grid
     if path is None:
         return
-    from mar.evaluation.inputs import is_statistics
+    from mar.evaluation.session import is_statistics
 
     if path.suffix != ".png" or path.is_dir():
         raise ConfigError(f"neighbours-grid is {path}, expected a file .png")
@@ -111,14 +112,14 @@ def _check_grid(options: EvaluateOptions) -> None:
             raise ConfigError(f"neighbours-grid needs pictures on both sides, but {spec} has only their statistics")
 
 
-def _once(judge: Judge) -> int:
-    from mar import runtime
+def _once(judge: EvalSession) -> int:
+    from mar import distributed
     from mar.checkpoint.files import write_text
 
     judge.measure_reference()
     report, out, grid = judge.report(), judge.options.out, judge.options.neighbours_grid
-    with one_voice():
-        if runtime.rank() == 0:
+    with collective_errors():
+        if distributed.rank() == 0:
             for name, value in report.lines():
                 print(f"{name:<32} {value}")
             _warn(report)
@@ -130,13 +131,12 @@ def _once(judge: Judge) -> int:
     return 0
 
 
-def _sweep(judge: Judge) -> int:
-    from mar import runtime
-    from mar.evaluation.plots import plot, require_matplotlib
-    from mar.evaluation.sweep import Table, points
+def _sweep(judge: EvalSession) -> int:
+    from mar import distributed
+    from mar.evaluation.sweep import Table, plot, points, require_matplotlib
 
     folder = judge.options.out or Path("runs/sweep")
-    with one_voice():
+    with collective_errors():
         require_matplotlib()
         wanted = points(judge.options.sweep)
         assert judge.model is not None
@@ -147,17 +147,17 @@ def _sweep(judge: Judge) -> int:
     if missing:
         judge.measure_reference()
     for place, point in enumerate(missing, 1):
-        if runtime.rank() == 0:
+        if distributed.rank() == 0:
             print(f"{place} of {len(missing)}: {_words(point)}", file=sys.stderr, flush=True)
         report = judge.report(**point)
-        with one_voice():
-            if runtime.rank() == 0:
+        with collective_errors():
+            if distributed.rank() == 0:
                 table.add(point, report)
                 plot(table, folder / "sweep.png")
                 if place == 1:
                     _warn(report)
-    with one_voice():
-        if runtime.rank() == 0:
+    with collective_errors():
+        if distributed.rank() == 0:
             table.write()  # a sweep may have been killed between its files
             plot(table, folder / "sweep.png")
             _show(table)

@@ -10,32 +10,33 @@ from pathlib import Path
 import tyro
 
 from mar import zoo
-from mar.cli.cache import CacheOptions
-from mar.cli.learn import TrainOptions
-from mar.cli.options import parse
-from mar.cli.steps import Steps
-from mar.cli.tokenizers import TokenizerTrainOptions
-from mar.config import ConfigError, TrainConfig, image_channels
-from mar.data.latents import LatentSource
-from mar.data.sources import StreamSource, open_data
-from mar.presets import recipe
-from mar.sizes import (
+from mar.autoconfig.sizes import (
     SIDES,
-    Cells,
-    Pictures,
-    cells_for,
+    DatasetSummary,
+    LatentShape,
     components,
+    default_latent_shape,
     larger_from,
     largest_for,
+    largest_multiple,
+    latent_shape_for,
     recipe_for,
     side_for,
-    usual_cells,
-    whole,
 )
+from mar.autoconfig.summary import load_summary, summarize_cache
+from mar.cli.cache import CacheOptions
+from mar.cli.options import parse
+from mar.cli.steps import FolderPlan
+from mar.cli.tokenizer import TokenizerTrainOptions
+from mar.cli.train import TrainOptions
+from mar.config import ConfigError, TrainConfig, image_channels
+from mar.config.tokenizer import Stride, TokenizerTrainConfig, tokenizer_for
+from mar.data.latent_cache import LatentSource
+from mar.data.sources import open_data
+from mar.data.stream import StreamSource
+from mar.presets import recipe
 from mar.tokenizer import COMPONENTS, PCATokenizer, Tokenizer
 from mar.training.run import check_classes, open_pictures
-from mar.training.survey import cached, remembered
-from mar.training.tokenizer_config import Stride, TokenizerTrainConfig, tokenizer_for
 
 OWN = "own"
 """The tokenizer that is trained first, of the run's own pictures."""
@@ -65,20 +66,20 @@ class FolderOptions(TrainOptions):
 
 
 @dataclass(frozen=True)
-class _ModelWishes:
+class _ModelOverrides:
     classes: int | None = None
     label_drop: float | None = None
 
 
 @dataclass(frozen=True)
-class _TokenizerWishes:
+class _TokenizerOverrides:
     stride: Stride | None = None
     channels: int | None = None
     images: int | None = None
 
 
 @dataclass(frozen=True)
-class _Wishes:
+class _UserOverrides:
     """The options that other choices follow from."""
 
     data: str | None = None
@@ -86,8 +87,8 @@ class _Wishes:
     out: Path = Path("runs/folder")
     image_size: int | tuple[int, int] | None = None
     images: int | None = None
-    model: _ModelWishes = field(default_factory=_ModelWishes)
-    vae: _TokenizerWishes = field(default_factory=_TokenizerWishes)
+    model: _ModelOverrides = field(default_factory=_ModelOverrides)
+    vae: _TokenizerOverrides = field(default_factory=_TokenizerOverrides)
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class _Tokens:
     """Height and width that pictures are cut to."""
     tokenizer: str
     """pixels, pca4, own, or where one is."""
-    cells: Cells | None
+    cells: LatentShape | None
     """None: pixels."""
     larger_from: int | None = None
     """So many pictures would be cut to larger squares; None where that does not follow from their number."""
@@ -109,12 +110,12 @@ class _Tokens:
         return self.cells is not None and not self.cells.components
 
 
-def plan(arguments: Sequence[str]) -> Steps:
+def plan(arguments: Sequence[str]) -> FolderPlan:
     """The steps that `mar train folder ARGUMENTS` asks for. ValueError where they can't be; nothing is done yet."""
     if "-h" in arguments or "--help" in arguments:
         print("shown: what is chosen for 10,000 colour pictures of 32x32 in ten classes\n")
-        parse(FolderOptions, "train folder", arguments, FolderOptions(_Wishes.out, recipe("folder")))
-    wishes = parse(_Wishes, "train folder", arguments, partly=True)
+        parse(FolderOptions, "train folder", arguments, FolderOptions(_UserOverrides.out, recipe("folder")))
+    wishes = parse(_UserOverrides, "train folder", arguments, partly=True)
     own = any(word.startswith("--vae.") for word in arguments)
     if wishes.data is None:
         raise ConfigError("mar train folder needs --data: a folder of pictures, a Parquet file, or a `mar cache`")
@@ -124,17 +125,19 @@ def plan(arguments: Sequence[str]) -> Steps:
     if isinstance(source, LatentSource):
         return _of_a_cache(arguments, wishes, source, own)
     _keep_apart(wishes.out, wishes.data)
-    pictures, changed = remembered(wishes.out, source, wishes.data)
+    pictures, changed = load_summary(wishes.out, source, wishes.data)
     tokens = _tokens(wishes, pictures, own)
     options, chosen = _options(arguments, wishes, pictures, tokens)
     check_classes(options.config, source.classes)
     if options.config.patience:  # what it waits for has to be there before a tokenizer is trained
         open_pictures(options.config)
-    steps = Steps(options, chosen, (*_told(options, pictures, tokens), *([changed] if changed else [])), pictures)
+    steps = FolderPlan(
+        options, chosen, (*_choices_text(options, pictures, tokens), *([changed] if changed else [])), pictures
+    )
     return _with_latents(steps, options, tokens, wishes.out) if tokens.cached else steps
 
 
-def _with_latents(steps: Steps, options: FolderOptions, tokens: _Tokens, out: Path) -> Steps:
+def _with_latents(steps: FolderPlan, options: FolderOptions, tokens: _Tokens, out: Path) -> FolderPlan:
     """The same, with what has to be done before latents can be learned."""
     config, vae = options.config, options.vae
     assert tokens.cells is not None
@@ -167,13 +170,13 @@ def _with_latents(steps: Steps, options: FolderOptions, tokens: _Tokens, out: Pa
     return replace(steps, train=train, tokenizer=tokenizer, cache=cache)
 
 
-def _of_a_cache(arguments: Sequence[str], wishes: _Wishes, source: LatentSource, own: bool) -> Steps:
-    pictures, cells = cached(source)
+def _of_a_cache(arguments: Sequence[str], wishes: _UserOverrides, source: LatentSource, own: bool) -> FolderPlan:
+    pictures, cells = summarize_cache(source)
     if own or wishes.tokenizer == OWN or wishes.image_size is not None:
         raise ConfigError(f"{wishes.data} holds cached latents: leave out --image-size, --vae.* and --tokenizer own")
     tokens = _Tokens(source.about.size, wishes.tokenizer or source.about.tokenizer, cells)
     options, chosen = _options(arguments, wishes, pictures, tokens, cached=True)
-    return Steps(options, chosen, _told(options, pictures, tokens))
+    return FolderPlan(options, chosen, _choices_text(options, pictures, tokens))
 
 
 def _keep_apart(out: Path, data: str) -> None:
@@ -183,7 +186,7 @@ def _keep_apart(out: Path, data: str) -> None:
         raise ConfigError(f"{out} is in {data}, whose pictures are learned from; take another --out")
 
 
-def _tokens(wishes: _Wishes, pictures: Pictures, own: bool) -> _Tokens:
+def _tokens(wishes: _UserOverrides, pictures: DatasetSummary, own: bool) -> _Tokens:
     """The size that pictures are cut to, and what makes tokens of them."""
     name = wishes.tokenizer or (OWN if own else None)
     if own and name != OWN:
@@ -193,18 +196,18 @@ def _tokens(wishes: _Wishes, pictures: Pictures, own: bool) -> _Tokens:
         return _Tokens(_size(wishes, pictures, largest, cells), name, cells)
     largest = largest_for(pictures.count)
     size = _size(wishes, pictures, largest)
-    cells = usual_cells(pictures, size) if name is None else cells_for(size)
+    cells = default_latent_shape(pictures, size) if name is None else latent_shape_for(size)
     if cells is None:
         name = "pixels"
     elif cells.components:
         name = f"pca{cells.stride}"
     else:
-        name, cells = OWN, Cells(wishes.vae.stride or cells.stride, wishes.vae.channels or cells.channels)
+        name, cells = OWN, LatentShape(wishes.vae.stride or cells.stride, wishes.vae.channels or cells.channels)
     larger = larger_from(pictures) if wishes.image_size is None else None
     return _Tokens(_size(wishes, pictures, largest, cells), name, cells, larger)
 
 
-def _named(name: str) -> tuple[Cells | None, int]:
+def _named(name: str) -> tuple[LatentShape | None, int]:
     """The cells of a tokenizer that is asked for, and the side that pictures are cut to for it, if they have it."""
     if name == "pixels":
         return None, SIDES[1]
@@ -212,14 +215,16 @@ def _named(name: str) -> tuple[Cells | None, int]:
         return components(int(taken[1])), SIDES[1]
     found = zoo.load_tokenizer(name)
     if isinstance(found, PCATokenizer):
-        return Cells(found.stride, found.channels, components=True), SIDES[1]
-    return Cells(found.stride, found.channels), _trained_at(found)
+        return LatentShape(found.stride, found.channels, components=True), SIDES[1]
+    return LatentShape(found.stride, found.channels), _trained_at(found)
 
 
-def _size(wishes: _Wishes, pictures: Pictures, largest: int, cells: Cells | None = None) -> tuple[int, int]:
+def _size(
+    wishes: _UserOverrides, pictures: DatasetSummary, largest: int, cells: LatentShape | None = None
+) -> tuple[int, int]:
     found = wishes.image_size
     if found is None:
-        found = whole(side_for(pictures, largest), cells)
+        found = largest_multiple(side_for(pictures, largest), cells)
     return (found, found) if isinstance(found, int) else found
 
 
@@ -231,7 +236,12 @@ def _trained_at(tokenizer: Tokenizer) -> int:
 
 
 def _options(
-    arguments: Sequence[str], wishes: _Wishes, pictures: Pictures, tokens: _Tokens, *, cached: bool = False
+    arguments: Sequence[str],
+    wishes: _UserOverrides,
+    pictures: DatasetSummary,
+    tokens: _Tokens,
+    *,
+    cached: bool = False,
 ) -> tuple[FolderOptions, TrainConfig]:
     """The options, with what is chosen in place of those that were not given; and what was chosen. What is `cached`,
     be it pixels, can't be moved."""
@@ -253,7 +263,7 @@ def _options(
     return replace(options, out=wishes.out), chosen
 
 
-def _told(options: FolderOptions, pictures: Pictures, tokens: _Tokens) -> tuple[str, ...]:
+def _choices_text(options: FolderOptions, pictures: DatasetSummary, tokens: _Tokens) -> tuple[str, ...]:
     """Two lines: what the pictures are like and are made to, and the model that was chosen for them."""
     model, many = options.config.model, f"{pictures.count:,}"
     kinds = f"in {len(pictures.classes)} classes" if pictures.classes else "without classes"

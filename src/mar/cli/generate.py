@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from mar.cli.options import SamplingFlags, interruptible, one_voice, parse
+from mar.cli.options import SamplingFlags, collective_errors, interruptible, parse
 from mar.config import ConfigError
 
 if TYPE_CHECKING:
     import torch
 
     from mar.pipeline import Pipeline
-    from mar.sampling.plan import Plan, Unit
+    from mar.sampling.plan import Plan, WorkUnit
     from mar.sampling.sinks import Sink
 
 Format = Literal["png", "npz", "webdataset"]
@@ -57,28 +57,28 @@ def generate(arguments: Sequence[str]) -> int:
 
 
 def _generate(arguments: Sequence[str], check: Callable[[], None]) -> int:
-    from mar import runtime
+    from mar import devices, distributed
 
-    with one_voice():
+    with collective_errors():
         options = parse(GenerateOptions, "generate", arguments)
         kind = _format(options)
         _one_way(options)
-        runtime.choose_device(options.device)
-    with runtime.process_group(options.device) as device:
-        with one_voice():
+        devices.choose_device(options.device)
+    with distributed.process_group(options.device) as device:
+        with collective_errors():
             model = options.load(options.model, device)
             sink = _sink(options, kind, model)
         units = _prepared(sink)
         if units is None:
-            if runtime.rank() == 0:
+            if distributed.rank() == 0:
                 print(f"{options.out} is finished: {len(sink.job.plan):,} pictures; nothing to do")
             return 0
         begun = time.perf_counter()
         _draw(options, model, sink, units, check)
-        runtime.barrier()
-        with one_voice():
-            sink.finish(runtime.rank(), runtime.world_size())
-        if runtime.rank() == 0:
+        distributed.barrier()
+        with collective_errors():
+            sink.finish(distributed.rank(), distributed.world_size())
+        if distributed.rank() == 0:
             sink.tidy()
             drawn, seconds = sum(len(unit.labels) for unit in units), time.perf_counter() - begun
             print(f"{len(sink.job.plan):,} pictures in {options.out}")
@@ -87,9 +87,9 @@ def _generate(arguments: Sequence[str], check: Callable[[], None]) -> int:
 
 
 def _where(device: torch.device) -> str:
-    from mar import runtime
+    from mar import distributed
 
-    world = runtime.world_size()
+    world = distributed.world_size()
     return f"on {device}" if world == 1 else f"by {world} processes on {device.type}"
 
 
@@ -147,33 +147,33 @@ def _sink(options: GenerateOptions, kind: Format, model: Pipeline) -> Sink:
     return SINKS[kind](Job(options.out, plan, options.batch, shape, model.classes, settings, facts))
 
 
-def _prepared(sink: Sink) -> list[Unit] | None:
+def _prepared(sink: Sink) -> list[WorkUnit] | None:
     """What is to be drawn by all processes together, as the first one finds it; None where all is there."""
-    from mar import runtime
+    from mar import distributed
     from mar.sampling.sinks import prepare
 
     units = None
-    with one_voice():
-        if runtime.rank() == 0:
+    with collective_errors():
+        if distributed.rank() == 0:
             units = prepare(sink)
             if units is None:
                 sink.tidy()
-    found: list[Unit] | None = runtime.gather(units)[0]
+    found: list[WorkUnit] | None = distributed.all_gather_object(units)[0]
     return found
 
 
 def _draw(
-    options: GenerateOptions, model: Pipeline, sink: Sink, units: Sequence[Unit], check: Callable[[], None]
+    options: GenerateOptions, model: Pipeline, sink: Sink, units: Sequence[WorkUnit], check: Callable[[], None]
 ) -> None:
     """Draws and writes this process's share of the units."""
-    from mar import runtime
+    from mar import distributed
     from mar.sampling.generate import BrokenLatents
     from mar.sampling.progress import meter
 
-    mine = units[runtime.rank() :: runtime.world_size()]
+    mine = units[distributed.rank() :: distributed.world_size()]
     share, to_draw = sum(len(unit.labels) for unit in mine), sum(len(unit.labels) for unit in units)
     before, done = len(sink.job.plan) - to_draw, 0
-    with meter(runtime.rank() == 0, len(sink.job.plan), before) as progress:
+    with meter(distributed.rank() == 0, len(sink.job.plan), before) as progress:
 
         def advance(part: float) -> None:
             check()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from mar.config import GuidanceSchedule, Order, Preset, RevealSchedule, SamplingConfig, Solver, Spacing
+from mar.config import GuidanceSchedule, MaskSchedule, Order, Preset, SamplingConfig, Solver, TimestepSpacing
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Options = TypeVar("Options")
 Dtype = Literal["fp32", "bf16"]
 DrawnDtype = Literal["fp32", "bf16", "int8"]
-COURTESY = 5.0
+ERROR_GRACE_S = 5.0
 """Seconds that a process leaves another one to say what went wrong."""
 
 
@@ -72,7 +72,7 @@ class SamplingFlags:
     """Clip predicted tokens to this many standard deviations: for young models; off: not at all."""
     solver: Solver | None = None
     """ancestral; in fewer diffusion steps dpm++2m-sde, and without noise on the way ddim, dpm++2m, dpm++2s."""
-    spacing: Spacing | None = None
+    spacing: TimestepSpacing | None = None
     """Of diffusion timesteps: even in time, or in log-snr."""
     diffusion_steps_end: Annotated[int | Literal["off"] | None, _or_off(int)] = None
     """Diffusion steps at the last reveal step, linear in between; off: the same number throughout."""
@@ -84,7 +84,7 @@ class SamplingFlags:
     """Guide only up to the last step after which no more than this share is known."""
     guidance_refresh: int | None = None
     """Run the trunk without the class at every so many guided steps only."""
-    reveal_schedule: RevealSchedule | None = None
+    reveal_schedule: MaskSchedule | None = None
     """cosine; exponential: slower at first."""
     order: Order | None = None
     """Of a picture's tokens: random, checkerboard first, halton."""
@@ -105,11 +105,11 @@ class SamplingFlags:
 
     def load(self, model: str, device: torch.device | None = None) -> Pipeline:
         """The model of this name, on `device` (by default the one asked for), in the precision asked for."""
-        from mar import runtime
+        from mar import devices
         from mar.zoo import load
 
         if self.tf32:
-            runtime.allow_tf32()
+            devices.allow_tf32()
         return load(model, device=device or self.device, dtype=torch_dtype(self.dtype))
 
 
@@ -185,32 +185,32 @@ def interruptible(note: str, run: Callable[[Callable[[], None]], int]) -> int:
         try:
             return run(check)
         except KeyboardInterrupt:
-            if os.environ.get("RANK", "0") == "0":  # `runtime.rank`
+            if os.environ.get("RANK", "0") == "0":  # `mar.distributed.rank`
                 print(f"mar: stopped; {note}", file=sys.stderr)
             return 130
 
 
 @contextlib.contextmanager
-def one_voice() -> Iterator[None]:
+def collective_errors() -> Iterator[None]:
     """What goes wrong within, on one process or on all, ends all of them, and one says it: the first by rank.
 
-    All processes have to come through here. Before they are joined (`runtime.process_group`), the first is taken to
-    see what the others see.
+    All processes have to come through here. Before they are joined (`mar.distributed.process_group`), the first is
+    taken to see what the others see.
     """
-    from mar import runtime
+    from mar import distributed
 
     mine: ValueError | OSError | None = None
     try:
         yield
     except (ValueError, OSError) as error:
         mine = error
-    failed = [rank for rank, ended in enumerate(runtime.gather(mine is not None)) if ended]
+    failed = [rank for rank, ended in enumerate(distributed.all_gather_object(mine is not None)) if ended]
     if not failed:
         return
-    joined = runtime.joined()
-    if mine is not None and (runtime.rank() == failed[0] if joined else runtime.rank() == 0):
+    joined = distributed.in_group()
+    if mine is not None and (distributed.rank() == failed[0] if joined else distributed.rank() == 0):
         raise mine
-    time.sleep(COURTESY)  # torchrun ends all as soon as one ends
+    time.sleep(ERROR_GRACE_S)  # torchrun ends all as soon as one ends
     raise SystemExit(2)
 
 

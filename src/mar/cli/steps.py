@@ -6,24 +6,24 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 
-from mar import runtime
+from mar import distributed
+from mar.autoconfig.sizes import DatasetSummary
+from mar.autoconfig.summary import save_summary
 from mar.checkpoint.tokenizers import STATISTICS_FILE
-from mar.cli.alone import by_one
+from mar.cli.alone import run_on_rank0
 from mar.cli.cache import CacheOptions, make_cache
-from mar.cli.learn import TrainOptions
-from mar.cli.options import one_voice
-from mar.cli.tokenizers import TokenizerTrainOptions, train_tokenizer
+from mar.cli.options import collective_errors
+from mar.cli.tokenizer import TokenizerTrainOptions, train_tokenizer
+from mar.cli.train import TrainOptions
 from mar.config import ConfigError, TrainConfig
-from mar.data.shards import INDEX
-from mar.sizes import Pictures
-from mar.training.estimate import estimate
+from mar.config.tokenizer import TokenizerTrainConfig
+from mar.data.latent_cache import INDEX
+from mar.training.preflight import estimate
 from mar.training.run import check_same, saved_settings
-from mar.training.survey import remember
-from mar.training.tokenizer_config import TokenizerTrainConfig
 
 
 @dataclass(frozen=True)
-class Steps:
+class FolderPlan:
     """What is to be done; what is None needs not be."""
 
     train: TrainOptions
@@ -31,28 +31,28 @@ class Steps:
     """What was chosen, before options changed it."""
     told: tuple[str, ...]
     """What was chosen, and why, in words."""
-    pictures: Pictures | None = None
+    pictures: DatasetSummary | None = None
     """What the choices follow from, to be remembered."""
     tokenizer: TokenizerTrainOptions | None = None
     cache: CacheOptions | None = None
 
 
-def prepare(steps: Steps) -> int:
+def prepare(steps: FolderPlan) -> int:
     """Does what comes before the model is trained, with all processes. Returns the exit code: 130 where a signal
     stopped it."""
     assert steps.train.out is not None
-    with one_voice():
+    with collective_errors():
         check_same(steps.train.config, steps.train.out)
-        estimate(steps.train.config, runtime.world_size()).check_disk(steps.train.out)
+        estimate(steps.train.config, distributed.world_size()).check_disk(steps.train.out)
         trained = steps.tokenizer is None or _is_trained(steps.tokenizer)
-        if runtime.rank() == 0:
+        if distributed.rank() == 0:
             for line in steps.told:
                 print(line, file=sys.stderr)
             if steps.pictures is not None:
-                remember(steps.train.out, steps.pictures)
+                save_summary(steps.train.out, steps.pictures)
     if steps.tokenizer is not None and not trained:
         _say(f"first, the tokenizer: {steps.tokenizer.out}")
-        if code := by_one(train_tokenizer, steps.tokenizer):
+        if code := run_on_rank0(train_tokenizer, steps.tokenizer):
             return code
     if steps.cache is not None:
         assert steps.cache.out is not None
@@ -65,7 +65,7 @@ def prepare(steps: Steps) -> int:
 
 
 def _say(text: str) -> None:
-    if runtime.rank() == 0:
+    if distributed.rank() == 0:
         print(text, file=sys.stderr)
 
 

@@ -4,28 +4,36 @@ A field's docstring is its command-line help. `to_dict` and `from_dict` carry a 
 """
 
 from mar.config.fields import ConfigError, from_dict, to_dict
-from mar.config.model import HeadConfig, ModelConfig, NoisePath, Prediction, TrunkConfig
-from mar.config.sampling import GuidanceSchedule, Order, Preset, RevealSchedule, SamplingConfig, Solver, Spacing
-from mar.config.training import LogTo, Optimizer, Precision, Recompute, Strategy, TrainConfig, image_channels
+from mar.config.model import HeadConfig, ModelConfig, NoiseSchedule, Prediction, TrunkConfig
+from mar.config.sampling import GuidanceSchedule, MaskSchedule, Order, Preset, SamplingConfig, Solver, TimestepSpacing
+from mar.config.training import (
+    ActivationCheckpointing,
+    LogTo,
+    Optimizer,
+    Precision,
+    Strategy,
+    TrainConfig,
+    image_channels,
+)
 
 __all__ = [
+    "ActivationCheckpointing",
     "ConfigError",
     "GuidanceSchedule",
     "HeadConfig",
     "LogTo",
+    "MaskSchedule",
     "ModelConfig",
-    "NoisePath",
+    "NoiseSchedule",
     "Optimizer",
     "Order",
     "Precision",
     "Prediction",
     "Preset",
-    "Recompute",
-    "RevealSchedule",
     "SamplingConfig",
     "Solver",
-    "Spacing",
     "Strategy",
+    "TimestepSpacing",
     "TrainConfig",
     "TrunkConfig",
     "from_dict",

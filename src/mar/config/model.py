@@ -8,7 +8,7 @@ from typing import Literal
 from mar.config.fields import fraction, one_of, positive, require
 
 Prediction = Literal["noise", "v", "x0", "flow"]
-NoisePath = Literal["cosine", "linear"]
+NoiseSchedule = Literal["cosine", "linear"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class HeadConfig:
     """Residual blocks."""
     diffusion_steps: int = 1000
     """Length of the training noise schedule."""
-    path: NoisePath = "cosine"
+    path: NoiseSchedule = "cosine"
     """How noise comes in over the timesteps: by the paper's `cosine`, or `linear`, the path of flow matching."""
     prediction: Prediction = "noise"
     """What the network predicts: the noise (the paper, official weights), v = sqrt(a) noise - sqrt(1-a) x0, the clean
@@ -66,7 +66,7 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         positive(self, "width", "depth", "diffusion_steps", "batch_mul")
-        one_of(self, "path", NoisePath)
+        one_of(self, "path", NoiseSchedule)
         one_of(self, "prediction", Prediction)
 
 

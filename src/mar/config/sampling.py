@@ -11,8 +11,8 @@ from mar.config.model import ModelConfig
 
 GuidanceSchedule = Literal["linear", "constant"]
 Solver = Literal["ancestral", "ddim", "dpm++2m", "dpm++2m-sde", "dpm++2s"]
-Spacing = Literal["time", "log-snr"]
-RevealSchedule = Literal["cosine", "exponential"]
+TimestepSpacing = Literal["time", "log-snr"]
+MaskSchedule = Literal["cosine", "exponential"]
 Order = Literal["random", "checkerboard", "halton"]
 Preset = Literal["exact", "balanced", "fast"]
 
@@ -36,7 +36,7 @@ class SamplingConfig:
     solver: Solver = "ancestral"
     """`ancestral` (the paper), or `dpm++2m-sde`, the same in fewer steps; without noise on the way `ddim`, `dpm++2m`,
     `dpm++2s`."""
-    spacing: Spacing = "time"
+    spacing: TimestepSpacing = "time"
     """How diffusion timesteps are spaced: evenly in `time` (the paper) or in `log-snr`."""
     diffusion_steps_end: int | None = None
     """Diffusion steps at the last reveal step, linear in between (DiSA); by default `diffusion_steps` throughout."""
@@ -48,7 +48,7 @@ class SamplingConfig:
     """Guide only up to the last step after which no more than this share is known."""
     guidance_refresh: int = 1
     """Run the trunk without the class at every so many guided steps, and keep its difference in between (LazyMAR)."""
-    reveal_schedule: RevealSchedule = "cosine"
+    reveal_schedule: MaskSchedule = "cosine"
     """How many tokens are hidden after each step: `cosine` (the paper), or `exponential`, slower at first."""
     order: Order = "random"
     """Order of an image's tokens: `random` (the paper), random on a `checkerboard` first, or spread out by `halton`."""
@@ -65,8 +65,8 @@ class SamplingConfig:
             f"x0_bound is {self.x0_bound}, but it must be positive and finite",
         )
         one_of(self, "solver", Solver)
-        one_of(self, "spacing", Spacing)
-        one_of(self, "reveal_schedule", RevealSchedule)
+        one_of(self, "spacing", TimestepSpacing)
+        one_of(self, "reveal_schedule", MaskSchedule)
         one_of(self, "order", Order)
         if self.diffusion_steps_end is not None:
             positive(self, "diffusion_steps_end")

@@ -14,7 +14,7 @@ Precision = Literal["fp32", "bf16"]
 Optimizer = Literal["adamw", "muon"]
 Strategy = Literal["ddp", "fsdp"]
 LogTo = Literal["tensorboard", "wandb", "trackio"]
-Recompute = Literal["none", "selective", "full"]
+ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 def image_channels(data: str, colours: int | None = None) -> int:
@@ -72,7 +72,7 @@ class TrainConfig:
     """Several processes: `ddp`, the model on each; `fsdp`, a share of every tensor on each."""
     accumulate: int = 1
     """Parts in which a process works through its share of a batch: less memory, the same step."""
-    recompute: Recompute = "none"
+    recompute: ActivationCheckpointing = "none"
     """Gradient checkpointing, what the backward pass computes again instead of keeping it: `selective`, all but matrix
     products, which costs little time; `full`, whole blocks, which costs a third."""
     compile: bool = False
@@ -132,7 +132,7 @@ class TrainConfig:
         require(self.colours in (None, 1, 3), f"colours is {self.colours}, but it must be 1 (grey) or 3")
         unknown = ", ".join(sorted({*self.log_to} - {*typing.get_args(LogTo)}))
         require(not unknown, f"log_to has {unknown}, but there are only {', '.join(typing.get_args(LogTo))}")
-        one_of(self, "recompute", Recompute)
+        one_of(self, "recompute", ActivationCheckpointing)
         self.sampling.check(self.model)
 
     @property

@@ -14,10 +14,10 @@ import pyarrow
 from datasets.exceptions import DatasetsError
 from datasets.utils.file_utils import xopen
 
-from mar.data.examples import UnreadableImage
-from mar.data.files import SPLITS, expand, hub_name, is_pattern, kind_of, matching, shards_kind, split_files
-from mar.data.streams import Row, StreamSource
-from mar.data.tables import Columns, TableSource
+from mar.data.folder import SPLITS, expand, hub_name, is_pattern, kind_of, matching, shards_kind, split_files
+from mar.data.images import UnreadableImage
+from mar.data.parquet import Columns, TableSource
+from mar.data.stream import StreamSample, StreamSource
 
 _FAULTS = (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError, ImportError, DatasetsError,
            tarfile.TarError, pyarrow.ArrowException)  # fmt: skip
@@ -90,7 +90,7 @@ class DatasetShards:
         count = 0 if self.columns.label is None else classes
         self.classes = self.columns.names or tuple(str(number) for number in range(count))
 
-    def rows(self, shard: int) -> Iterator[Row]:
+    def rows(self, shard: int) -> Iterator[StreamSample]:
         """The pictures of a shard, from its first. UnreadableImage, for the rest of them, where it breaks off."""
         number = 0
         try:
@@ -104,13 +104,13 @@ class DatasetShards:
             rest = f"{self.names[shard]} from its picture {number} on ({_reason(error)})"
             raise UnreadableImage(rest, _reason(error)) from error
 
-    def _row(self, name: str, row: Mapping[str, Any]) -> Row:
+    def _row(self, name: str, row: Mapping[str, Any]) -> StreamSample:
         cell = row[self.columns.image] or {}
         label = self.columns.label_of(row)
         number = label if isinstance(label, int) and label >= 0 and self.classes else -1
-        return Row(name, cell.get("bytes"), cell.get("path"), number)
+        return StreamSample(name, cell.get("bytes"), cell.get("path"), number)
 
-    def fetch(self, row: Row) -> bytes:
+    def fetch(self, row: StreamSample) -> bytes:
         """The file of a row that only says where it is. UnreadableImage where it can't be read."""
         try:
             with xopen(row.path, "rb") as file:

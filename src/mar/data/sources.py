@@ -1,29 +1,66 @@
-"""Where pictures come from, by name."""
+"""The pictures that come with the package.
+
+Where pictures come from, by name.
+"""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 
-from mar.data.bundled import FashionSource
-from mar.data.examples import Example, Source, UnreadableImage
-from mar.data.files import (
+import numpy as np
+from PIL import Image
+
+from mar.assets import FASHION_CLASSES, asset
+from mar.data.folder import (
     SHARDS,
     SPLIT_WORDS,
     SPLITS,
+    FolderSource,
     hub_name,
     is_pattern,
-    is_saved,
+    is_picture,
+    is_saved_dataset,
     kind_of,
+    list_images,
     matching,
     shards_kind,
     split_files,
 )
-from mar.data.folder import FolderSource, is_picture, pictures
-from mar.data.latents import LatentSource
-from mar.data.shards import is_cache, read_about
-from mar.data.streams import StreamSource
-from mar.data.tars import TarSource
+from mar.data.images import Example, Source, UnreadableImage
+from mar.data.latent_cache import LatentSource, is_cache, read_manifest
+from mar.data.stream import StreamSource
+from mar.data.webdataset import TarSource
+
+
+class FashionSource:
+    """The bundled subset of Fashion-MNIST: 10,000 ("train") or 2,000 ("test") grey pictures of 28x28.
+
+    Example i is of class i % 10, so that every run of ten holds every class. All shoes face left: no flips.
+    """
+
+    classes = FASHION_CLASSES
+    flips = False
+    side = 28
+
+    def __init__(self, split: str = "train") -> None:
+        if split not in ("train", "test"):
+            raise ValueError(f"split: got {split!r}, but the bundled pictures have only train and test")
+        self.split = split
+        with Image.open(asset(f"fashion-mnist/{split}.png")) as sheet:
+            pixels = np.asarray(sheet)
+        rows, columns = pixels.shape[0] // self.side, pixels.shape[1] // self.side
+        cells = pixels.reshape(rows, self.side, columns, self.side).transpose(0, 2, 1, 3)
+        self.images = np.ascontiguousarray(cells.reshape(-1, self.side, self.side))
+        self.labels = np.arange(len(self.images)) % len(self.classes)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Example:
+        name = f"fashion/{self.split}/{index}"
+        return Example(Image.fromarray(self.images[index]), int(self.labels[index]), name)
+
 
 __all__ = [
     "Example",
@@ -64,7 +101,7 @@ def open_source(spec: str | Path, split: str = "train") -> Source:
         raise ValueError(f"data: {spec} is a stream, from which only `mar train` reads; leave stream: out for this")
     path = Path(spec).expanduser()
     if is_cache(path):
-        raise ValueError(f"data: {path} holds cached latents, not pictures; those were in {read_about(path).data}")
+        raise ValueError(f"data: {path} holds cached latents, not pictures; those were in {read_manifest(path).data}")
     if path.is_dir():
         return _open_folder(path, split)
     if path.is_file() and path.suffix in SHARDS:
@@ -103,15 +140,15 @@ def open_data(spec: str | Path, classes: int = 0) -> Source | LatentSource | Str
 def _open_shards(files: list[Path], kind: str, name: str) -> Source:
     if kind == ".tar":
         return TarSource(files, name)
-    from mar.data.tables import open_parquet
+    from mar.data.parquet import open_parquet
 
     return open_parquet(files, name)
 
 
 def _open_folder(folder: Path, split: str) -> Source:
     inside = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    if is_saved(folder):
-        from mar.data.tables import open_saved
+    if is_saved_dataset(folder):
+        from mar.data.parquet import open_saved
 
         return open_saved(folder, split)
     if (kind := shards_kind(folder)) is not None and not (kind == ".tar" and _class_folders(folder, inside)):
@@ -126,7 +163,7 @@ def _open_folder(folder: Path, split: str) -> Source:
 
 def _class_folders(folder: Path, inside: list[str]) -> bool:
     """Whether a folder with .tar files has class folders too, which count more; what is not used is warned of."""
-    classes = any(next(pictures(folder / name), None) for name in inside if name not in SPLIT_WORDS)
+    classes = any(next(list_images(folder / name), None) for name in inside if name not in SPLIT_WORDS)
     if classes:
         logger.warning(".tar files beside the class folders of %s are not used", folder)
     elif any(is_picture(entry) for entry in folder.iterdir()):

@@ -58,7 +58,7 @@ class Coefficients(NamedTuple):
         return cls(*table[:, t].unsqueeze(-1))
 
 
-class Reverse(NamedTuple):
+class PMeanVariance(NamedTuple):
     """p(x_{t-1} | x_t): what the network says of the step before."""
 
     x0: Float[Tensor, "r d"]
@@ -66,12 +66,12 @@ class Reverse(NamedTuple):
     log_variance: Float[Tensor, "r d"]
 
 
-def diffuse(x0: Float[Tensor, "r d"], noise: Float[Tensor, "r d"], c: Coefficients) -> Float[Tensor, "r d"]:
+def q_sample(x0: Float[Tensor, "r d"], noise: Float[Tensor, "r d"], c: Coefficients) -> Float[Tensor, "r d"]:
     """x_t ~ q(x_t | x_0): DDPM, equation 4."""
     return c.signal * x0 + c.noise * noise
 
 
-def reverse(
+def p_mean_variance(
     output: Float[Tensor, "r two_d"],
     x: Float[Tensor, "r d"],
     c: Coefficients,
@@ -79,11 +79,11 @@ def reverse(
     x0_bound: float | None = None,
     *,
     between: bool = False,
-) -> Reverse:
+) -> PMeanVariance:
     """The reverse step from the network's output; `x0_bound` clips the predicted clean token, and `between` keeps the
     variance between the two that it is interpolated from."""
     predicted, variance = output.chunk(2, dim=-1)
-    x0 = clean(predicted, x, c, prediction)
+    x0 = predict_x0(predicted, x, c, prediction)
     if x0_bound is not None:
         x0 = x0.clamp(-x0_bound, x0_bound)
     # improved DDPM, equation 15: between the posterior variance (v = -1) and beta (v = 1), in log space
@@ -91,10 +91,10 @@ def reverse(
     if between:
         fraction = fraction.clamp(0, 1)
     log_variance = fraction * c.log_beta + (1 - fraction) * c.posterior_log_variance
-    return Reverse(x0, c.mean_x0 * x0 + c.mean_xt * x, log_variance)
+    return PMeanVariance(x0, c.mean_x0 * x0 + c.mean_xt * x, log_variance)
 
 
-def clean(
+def predict_x0(
     predicted: Float[Tensor, "r d"], x: Float[Tensor, "r d"], c: Coefficients, prediction: Prediction
 ) -> Float[Tensor, "r d"]:
     """x_0 from what the network predicts."""
@@ -110,7 +110,7 @@ def clean(
             return (x - c.noise * predicted) / (c.signal + c.noise)
 
 
-def target(
+def training_target(
     x0: Float[Tensor, "r d"], noise: Float[Tensor, "r d"], c: Coefficients, prediction: Prediction
 ) -> Float[Tensor, "r d"]:
     """What the network is to predict."""
@@ -125,7 +125,7 @@ def target(
             return noise - x0
 
 
-def loss(
+def diffusion_loss(
     output: Float[Tensor, "r two_d"],
     x0: Float[Tensor, "r d"],
     x: Float[Tensor, "r d"],
@@ -138,12 +138,12 @@ def loss(
 
     `first` marks rows at timestep 0, where the bound is a likelihood. Source: improved DDPM, equation 16.
     """
-    error = (target(x0, noise, c, prediction) - output.chunk(2, dim=-1)[0]).square().mean(-1)
+    error = (training_target(x0, noise, c, prediction) - output.chunk(2, dim=-1)[0]).square().mean(-1)
     predicted, variance = output.chunk(2, dim=-1)
-    p = reverse(torch.cat([predicted.detach(), variance], dim=-1), x, c, prediction)
+    p = p_mean_variance(torch.cat([predicted.detach(), variance], dim=-1), x, c, prediction)
     posterior_mean = c.mean_x0 * x0 + c.mean_xt * x
     divergence = _normal_kl(posterior_mean, torch.as_tensor(c.posterior_log_variance), p.mean, p.log_variance)
-    likelihood = _discretised_log_likelihood(x0, p.mean, 0.5 * p.log_variance)
+    likelihood = _discretized_log_likelihood(x0, p.mean, 0.5 * p.log_variance)
     bound = torch.where(first, -likelihood.mean(-1), divergence.mean(-1))
     return error + bound / math.log(2)
 
@@ -159,7 +159,7 @@ def _normal_cdf(x: Tensor) -> Tensor:
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-def _discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Log-probability of the bin x +- 1/255 under N(mean, std), one-sided beyond +-0.999, in nats."""
     inverse_std = (-log_std).exp()
     below = _normal_cdf(inverse_std * (x - mean + BIN))

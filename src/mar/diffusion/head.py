@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mar.config import HeadConfig
-from mar.runtime import Linear, widen
+from mar.nn import Linear, to_float32
 
 FREQUENCIES = 256
 MAX_PERIOD = 10000
@@ -118,7 +118,7 @@ class DiffusionHead(nn.Module):
 
     def embed_tokens(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... w"]:
         """Noisy tokens as the first block takes them."""
-        return widen(self.input(x))
+        return to_float32(self.input(x))
 
     @staticmethod
     def condition(time: Float[Tensor, "... w"], z: Float[Tensor, "... w"]) -> Float[Tensor, "... w"]:
@@ -144,4 +144,4 @@ class DiffusionHead(nn.Module):
         shift, scale = modulation.chunk(2, dim=-1)
         h = functional.layer_norm(h, h.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
         out: Tensor = self.output(h)
-        return widen(out)
+        return to_float32(out)

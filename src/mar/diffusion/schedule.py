@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mar.config import HeadConfig, Spacing
+from mar.config import HeadConfig, TimestepSpacing
 
 MAX_BETA = 0.999
 
@@ -86,7 +86,7 @@ def linear(steps: int) -> Schedule:
     return _from_alphas((1 - u).square() / ((1 - u).square() + u.square()), torch.arange(steps))
 
 
-def trained(head: HeadConfig) -> Schedule:
+def training_schedule(head: HeadConfig) -> Schedule:
     """The schedule that a head is trained on."""
     return (cosine if head.path == "cosine" else linear)(head.diffusion_steps)
 
@@ -96,7 +96,7 @@ def _from_alphas(alphas_cumprod: Float[Tensor, " T"], timesteps: Int[Tensor, " T
     return Schedule(1 - alphas_cumprod / previous, timesteps)
 
 
-def respace(schedule: Schedule, steps: int, spacing: Spacing = "time", noisiest: float = 1.0) -> Schedule:
+def respace(schedule: Schedule, steps: int, spacing: TimestepSpacing = "time", noisiest: float = 1.0) -> Schedule:
     """The schedule of `steps` timesteps of a longer one, with the same alpha-bar.
 
     They reach from its first to the share `noisiest` of its length (a single step is that last one), evenly in time or

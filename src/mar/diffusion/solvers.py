@@ -20,15 +20,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mar.config import Prediction, Solver
-from mar.diffusion.gaussian import Coefficients, clean, reverse
+from mar.diffusion.gaussian import Coefficients, p_mean_variance, predict_x0
 from mar.diffusion.schedule import Schedule
 
-Network = Callable[[Tensor, int], Tensor]
+Denoiser = Callable[[Tensor, int], Tensor]
 """(x (r, d), index of the step in the schedule) -> output (r, 2d)."""
 
 
 def ancestral(
-    network: Network,
+    network: Denoiser,
     noise: Float[Tensor, "s r d"],
     schedule: Schedule,
     prediction: Prediction = "noise",
@@ -46,7 +46,9 @@ def ancestral(
     between = prediction == "x0"
     x = noise[0]
     for drawn, index in enumerate(reversed(range(len(schedule))), start=1):
-        p = reverse(network(x, index), x, Coefficients(*coefficients[index]), prediction, x0_bound, between=between)
+        p = p_mean_variance(
+            network(x, index), x, Coefficients(*coefficients[index]), prediction, x0_bound, between=between
+        )
         x = p.mean
         if index > 0:
             # The reference's order of roundings: what is one rounding here may be a tenth of a deviation at the end.
@@ -55,7 +57,7 @@ def ancestral(
 
 
 def ddim(
-    network: Network,
+    network: Denoiser,
     noise: Float[Tensor, "s r d"],
     schedule: Schedule,
     prediction: Prediction = "noise",
@@ -71,12 +73,12 @@ def ddim(
     flow = _Integrator(network, schedule, prediction, x0_bound)
     x = temperature * noise[0]
     for index in reversed(range(1, len(schedule))):
-        x = flow.step(x, flow.clean(x, index), index, index - 1)
-    return flow.clean(x, 0)
+        x = flow.step(x, flow.predict_x0(x, index), index, index - 1)
+    return flow.predict_x0(x, 0)
 
 
 def dpm_2m(
-    network: Network,
+    network: Denoiser,
     noise: Float[Tensor, "s r d"],
     schedule: Schedule,
     prediction: Prediction = "noise",
@@ -92,14 +94,14 @@ def dpm_2m(
     x = temperature * noise[0]
     before: Tensor | None = None
     for index in reversed(range(1, len(schedule))):
-        x0 = flow.clean(x, index)
+        x0 = flow.predict_x0(x, index)
         x = flow.step(x, flow.extrapolated(x0, before, index), index, index - 1)
         before = x0
-    return flow.clean(x, 0)
+    return flow.predict_x0(x, 0)
 
 
 def dpm_2m_sde(
-    network: Network,
+    network: Denoiser,
     noise: Float[Tensor, "s r d"],
     schedule: Schedule,
     prediction: Prediction = "noise",
@@ -116,14 +118,14 @@ def dpm_2m_sde(
     x = noise[0]
     before: Tensor | None = None
     for drawn, index in enumerate(reversed(range(1, len(schedule))), start=1):
-        x0 = process.clean(x, index)
+        x0 = process.predict_x0(x, index)
         x = process.noisy_step(x, process.extrapolated(x0, before, index), index, index - 1, temperature * noise[drawn])
         before = x0
-    return process.clean(x, 0)
+    return process.predict_x0(x, 0)
 
 
 def dpm_2s(
-    network: Network,
+    network: Denoiser,
     noise: Float[Tensor, "s r d"],
     schedule: Schedule,
     prediction: Prediction = "noise",
@@ -140,28 +142,28 @@ def dpm_2s(
     x = temperature * noise[0]
     index = len(schedule) - 1
     while index > 0:
-        x0 = flow.clean(x, index)
+        x0 = flow.predict_x0(x, index)
         if index == 1:
             x, index = flow.step(x, x0, 1, 0), 0
             continue
-        within = flow.clean(flow.step(x, x0, index, index - 1), index - 1)
+        within = flow.predict_x0(flow.step(x, x0, index, index - 1), index - 1)
         weight = 0.5 * flow.h(index, index - 2) / flow.h(index, index - 1)
         x, index = flow.step(x, x0 + weight * (within - x0), index, index - 2), index - 2
-    return flow.clean(x, 0)
+    return flow.predict_x0(x, 0)
 
 
 class _Integrator:
     """What the solvers but `ancestral` share, which are exponential integrators: x_0, and a step between timesteps."""
 
-    def __init__(self, network: Network, schedule: Schedule, prediction: Prediction, x0_bound: float | None) -> None:
+    def __init__(self, network: Denoiser, schedule: Schedule, prediction: Prediction, x0_bound: float | None) -> None:
         self.network, self.prediction, self.x0_bound = network, prediction, x0_bound
         self.at = [Coefficients(*column) for column in Coefficients.table(schedule).T.tolist()]
         self.log_snr = [math.log(c.signal / c.noise) for c in self.at]
 
-    def clean(self, x: Float[Tensor, "r d"], index: int) -> Float[Tensor, "r d"]:
+    def predict_x0(self, x: Float[Tensor, "r d"], index: int) -> Float[Tensor, "r d"]:
         """x_0 as the network sees it at this timestep."""
         predicted, _ = self.network(x, index).chunk(2, dim=-1)
-        x0 = clean(predicted, x, self.at[index], self.prediction)
+        x0 = predict_x0(predicted, x, self.at[index], self.prediction)
         return x0 if self.x0_bound is None else x0.clamp(-self.x0_bound, self.x0_bound)
 
     def h(self, start: int, end: int) -> float:
@@ -208,10 +210,10 @@ SOLVERS: dict[Solver, Sampler] = {
     "dpm++2m-sde": dpm_2m_sde,
     "dpm++2s": dpm_2s,
 }
-NOISY: tuple[Solver, ...] = ("ancestral", "dpm++2m-sde")
+STOCHASTIC: tuple[Solver, ...] = ("ancestral", "dpm++2m-sde")
 """Those that take noise at every step."""
 
 
-def noises(solver: Solver, steps: int) -> int:
+def num_noises(solver: Solver, steps: int) -> int:
     """How many noises a token takes in `steps` diffusion steps."""
-    return steps if solver in NOISY else 1
+    return steps if solver in STOCHASTIC else 1

@@ -1,7 +1,7 @@
 """Pictures -> features -> numbers, in one pass over any number of processes; and what reference they are held against.
 
 Source of the metrics: `metrics.py`. Whoever calls this on several processes has a process group
-(`runtime.process_group`); each walks through its share, and all get the same result.
+(`mar.distributed.process_group`); each walks through its share, and all get the same result.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mar import runtime
+from mar import distributed
 from mar.evaluation import metrics
-from mar.evaluation.agreement import Agreement
+from mar.evaluation.class_accuracy import ClassAccuracy
 from mar.evaluation.features import Extractor, Features
+from mar.evaluation.image_sets import ImageBatch, PictureSet, share
 from mar.evaluation.metrics import ScoreSums
-from mar.evaluation.neighbours import HeldOut, Pair, closest, share_of_copies
-from mar.evaluation.statistics import About, Moments, Statistics, check_comparable, gather_rows
-from mar.evaluation.streams import Pictures, PictureSet, share
+from mar.evaluation.neighbors import HeldOut, Pair, closest, share_of_copies
+from mar.evaluation.statistics import FeatureStats, Moments, StatsProvenance, check_comparable, gather_rows
 from mar.sampling.generate import BrokenLatents
 
 Advance = Callable[[float], None]
@@ -35,7 +35,7 @@ KERNEL_SUBSETS, KERNEL_SUBSET = 100, 1000
 
 
 @dataclass(frozen=True)
-class Wanted:
+class MetricOptions:
     """Which numbers to compute beside the Fréchet distance and, where the network has it, the Inception Score."""
 
     kernel: bool = False
@@ -61,7 +61,7 @@ class Wanted:
 class Collected:
     """What is left of a set of pictures."""
 
-    statistics: Statistics
+    statistics: FeatureStats
     score: tuple[float, float] | None = None
     """Inception Score: mean and standard deviation over the splits."""
     classes: tuple[str, ...] = ()
@@ -133,7 +133,7 @@ def collect(
     pictures: PictureSet,
     extractor: Extractor,
     *,
-    wanted: Wanted | None = None,
+    wanted: MetricOptions | None = None,
     classifier: Extractor | None = None,
     batch: int = 64,
     advance: Advance | None = None,
@@ -144,11 +144,11 @@ def collect(
     classes are the pictures'. Every process of a group gets the whole result, or the error of the first that had one:
     ValueError for fewer than two pictures, or of several sizes, and what opening them raises.
     """
-    wanted = wanted or Wanted()
-    sums, agreement = _Sums(extractor, len(pictures), wanted), Agreement(pictures, extractor, classifier)
+    wanted = wanted or MetricOptions()
+    sums, agreement = _Sums(extractor, len(pictures), wanted), ClassAccuracy(pictures, extractor, classifier)
     begun = time.perf_counter()
     with _all_or_none():
-        first, end = share(len(pictures), runtime.rank(), runtime.world_size())
+        first, end = share(len(pictures), distributed.rank(), distributed.world_size())
         for part in pictures.batches(batch, first, end):
             agreement.add(part, sums.add(part))
             if advance is not None:
@@ -173,7 +173,7 @@ def _all_or_none() -> Iterator[None]:
         yield
     except (ValueError, OSError) as error:
         mine = error
-    ended = runtime.gather(None if mine is None else (str(mine), isinstance(mine, BrokenLatents)))
+    ended = distributed.all_gather_object(None if mine is None else (str(mine), isinstance(mine, BrokenLatents)))
     if mine is not None:
         raise mine
     for said, broken in filter(None, ended):
@@ -183,7 +183,7 @@ def _all_or_none() -> Iterator[None]:
 class _Sums:
     """What is kept of the pictures seen."""
 
-    def __init__(self, extractor: Extractor, total: int, wanted: Wanted) -> None:
+    def __init__(self, extractor: Extractor, total: int, wanted: MetricOptions) -> None:
         if total < 2:
             raise ValueError(f"pictures: got {total}, expected at least 2")
         self.extractor, self.total, self.wanted = extractor, total, wanted
@@ -192,7 +192,7 @@ class _Sums:
         self.kept: list[Tensor] = []
         self.size: tuple[int, int] | None = None
 
-    def add(self, part: Pictures) -> Features:
+    def add(self, part: ImageBatch) -> Features:
         size = (part.images.shape[2], part.images.shape[3])
         self.size = self.size or size
         if size != self.size:
@@ -212,26 +212,30 @@ class _Sums:
     def _score_sums(self, classes: int) -> ScoreSums:
         return ScoreSums(min(self.wanted.splits, self.total), classes, self.total)
 
-    def statistics(self, source: str) -> Statistics:
-        sizes = {found: None for found in runtime.gather(self.size) if found is not None}
+    def statistics(self, source: str) -> FeatureStats:
+        sizes = {found: None for found in distributed.all_gather_object(self.size) if found is not None}
         if len(sizes) > 1:
             raise ValueError(f"{source}: got pictures of {_all(sizes)} pixels (height, width), expected one size")
-        about = About(self.extractor.name, self.extractor.fingerprint, next(iter(sizes)), source)
+        about = StatsProvenance(self.extractor.name, self.extractor.fingerprint, next(iter(sizes)), source)
         merged = self.moments.gather()
         features = None
         if self.wanted.features:
             features = gather_rows(torch.cat([*self.kept, torch.empty(0, self.extractor.width)]))
-        return Statistics(merged.mean, merged.covariance, merged.count, features, about)
+        return FeatureStats(merged.mean, merged.covariance, merged.count, features, about)
 
     def score(self) -> tuple[float, float] | None:
         if not self.extractor.scores:
             return None
-        classes = max(runtime.gather(self.scores.classes if self.scores else 0))
+        classes = max(distributed.all_gather_object(self.scores.classes if self.scores else 0))
         return (self.scores or self._score_sums(classes)).gather().score()
 
 
 def compare(
-    collected: Collected, reference: Statistics, extractor: Extractor, wanted: Wanted, held_out: HeldOut | None = None
+    collected: Collected,
+    reference: FeatureStats,
+    extractor: Extractor,
+    wanted: MetricOptions,
+    held_out: HeldOut | None = None,
 ) -> Report:
     """What `collected` is beside `reference`. ValueError where they can't be compared, or features are missing.
 
@@ -250,7 +254,7 @@ def compare(
         inception_score_std=spread,
         seconds=collected.seconds,
         warnings=(
-            *doubts(own, reference, extractor.metric),
+            *sanity_warnings(own, reference, extractor.metric),
             *(held_out.doubts() if held_out else ()),
             *_unjudged(collected),
         ),
@@ -260,7 +264,7 @@ def compare(
 
 
 def _from_features(
-    own: Tensor | None, reference: Tensor | None, wanted: Wanted, held_out: HeldOut | None
+    own: Tensor | None, reference: Tensor | None, wanted: MetricOptions, held_out: HeldOut | None
 ) -> dict[str, Any]:
     if not wanted.features:
         return {}
@@ -278,7 +282,7 @@ def _from_features(
         precision, recall = metrics.precision_recall(reference, own)
         found |= {"precision": precision, "recall": recall}
     if wanted.neighbours:
-        distances, numbers = metrics.neighbours(reference, own)
+        distances, numbers = metrics.nearest_neighbors(reference, own)
         found |= {"neighbour_distance": float(distances.quantile(0.5)), "pairs": closest(distances, numbers)}
         if held_out is not None:
             found |= {"held_out_distance": held_out.median, "copies": share_of_copies(distances, held_out)}
@@ -307,7 +311,7 @@ def _unjudged(collected: Collected) -> tuple[str, ...]:
     )
 
 
-def doubts(own: Statistics, reference: Statistics, metric: str) -> tuple[str, ...]:
+def sanity_warnings(own: FeatureStats, reference: FeatureStats, metric: str) -> tuple[str, ...]:
     """Why the distance is not what it seems, one line each."""
     width, said = len(own.mean), []
     for count, whose in ((own.count, "pictures"), (reference.count, "reference pictures")):

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float, Float64, Int, Int64
 from torch import Tensor
 
-from mar import runtime
-from mar.evaluation.statistics import Moments, Statistics, grouped, sum_over_ranks
+from mar.evaluation.statistics import FeatureStats, Moments, grouped, sum_over_ranks
+from mar.random import make_generator
 
 CHUNK = 2**23
 """How many distances or kernel values there are at a time: 64 MiB of float64."""
@@ -17,7 +17,7 @@ CHUNK = 2**23
 _PARTS = 0x15C0
 
 
-def frechet_distance(a: Statistics | Moments, b: Statistics | Moments) -> float:
+def frechet_distance(a: FeatureStats | Moments, b: FeatureStats | Moments) -> float:
     """The squared Fréchet distance of two Gaussians, |μa - μb|² + Tr(Σa) + Tr(Σb) - 2 Tr((Σa Σb)^½).
 
     Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", eq. 6: FID for
@@ -55,7 +55,7 @@ class ScoreSums:
         if not 1 <= splits <= total:
             raise ValueError(f"Inception Score: got {splits} splits, expected 1 to the number of pictures, {total}")
         self.splits, self.classes, self.total = splits, classes, total
-        places = torch.randperm(total, generator=runtime.generator(_PARTS))
+        places = torch.randperm(total, generator=make_generator(_PARTS))
         self._parts = places * splits // total
         self._counts = torch.zeros(splits, dtype=torch.float64, device=device)
         self._certainty = torch.zeros_like(self._counts)
@@ -137,7 +137,7 @@ def kernel_distance(
         raise ValueError(f"KID: got {subsets} subsets, expected at least 1")
     values = []
     for subset in range(subsets):
-        draws = runtime.generator(seed, subset)
+        draws = make_generator(seed, subset)
         x, y = (side[torch.randperm(len(side), generator=draws)[:subset_size].to(side.device)] for side in (real, fake))
         values.append(_squared_mmd(x.double(), y.double()))
     mean = math.fsum(values) / subsets
@@ -185,8 +185,8 @@ def _radii(points: Tensor, k: int) -> Tensor:
         rows = points[start : start + size]
         squared = _squared_distances(rows, points)
         squared.diagonal(start).fill_(math.inf)  # a point is not its own neighbour
-        neighbours = squared.topk(k, dim=1, largest=False).indices
-        radii.append(torch.stack([_exact(rows, points[column]) for column in neighbours.T]).amax(0))
+        nearest_neighbors = squared.topk(k, dim=1, largest=False).indices
+        radii.append(torch.stack([_exact(rows, points[column]) for column in nearest_neighbors.T]).amax(0))
     return torch.cat(radii)
 
 
@@ -202,10 +202,10 @@ def _covered(points: Tensor, centres: Tensor, radii: Tensor) -> float:
 
 def nearest(real: Float[Tensor, "m d"], fake: Float[Tensor, "n d"]) -> Float64[Tensor, "n"]:
     """The Euclidean distance of each fake feature to the nearest real one; 0 for a copy. ValueError without real."""
-    return neighbours(real, fake)[0]
+    return nearest_neighbors(real, fake)[0]
 
 
-def neighbours(
+def nearest_neighbors(
     real: Float[Tensor, "m d"], fake: Float[Tensor, "n d"]
 ) -> tuple[Float64[Tensor, "n"], Int64[Tensor, "n"]]:
     """For each fake feature the Euclidean distance to the nearest real one, and which one that is.
@@ -221,7 +221,7 @@ def neighbours(
     return torch.cat([_exact(rows, real[nearest]) for rows, nearest in found]).sqrt(), numbers
 
 
-def agreement(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]) -> float:
+def class_accuracy(logits: Float[Tensor, "n k"], labels: Int[Tensor, "n"]) -> float:
     """The share of pictures whose largest logit is that of their label. Raises ValueError without pictures."""
     if not len(logits):
         raise ValueError("class agreement: there are no pictures")

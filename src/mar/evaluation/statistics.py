@@ -16,7 +16,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Float64, Shaped
 from torch import Tensor
 
-from mar import runtime
+from mar import distributed
 from mar.checkpoint.files import write_atomically
 
 BLOCK = 512
@@ -41,7 +41,7 @@ def sum_over_ranks(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     if not grouped():
         return tensor
     total = tensor.to(_wire(), copy=True).contiguous()
-    runtime.together(lambda: dist.all_reduce(total))
+    distributed.run_collective(lambda: dist.all_reduce(total))
     return total.to(tensor.device)
 
 
@@ -52,12 +52,12 @@ def gather_rows(tensor: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "m d"]:
     """
     if not grouped():
         return tensor
-    sizes = runtime.gather(len(tensor))
+    sizes = distributed.all_gather_object(len(tensor))
     # all_gather wants equal shapes, so that short shares are filled up
     padded = torch.zeros(max(sizes), tensor.shape[1], dtype=tensor.dtype, device=_wire())
     padded[: len(tensor)] = tensor
     shares = [torch.empty_like(padded) for _ in sizes]
-    runtime.together(lambda: dist.all_gather(shares, padded))
+    distributed.run_collective(lambda: dist.all_gather(shares, padded))
     return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)]).to(tensor.device)
 
 
@@ -123,7 +123,7 @@ class Moments:
             return self
         own = self._total()
         merged = Moments(self.width, own.mean.device)
-        if count := sum(runtime.gather(own.count)):
+        if count := sum(distributed.all_gather_object(own.count)):
             mean = sum_over_ranks(own.mean * (own.count / count))
             delta = own.mean - mean
             merged._sums = _Sums(count, mean, sum_over_ranks(own.scatter + torch.outer(delta, delta * own.count)))
@@ -164,7 +164,7 @@ def _finite(values: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class About:
+class StatsProvenance:
     """What statistics were made of and with; two that differ in more than `source` can't be compared."""
 
     extractor: str
@@ -177,7 +177,7 @@ class About:
     """The pictures, in words."""
 
 
-def check_comparable(a: About, b: About) -> None:
+def check_comparable(a: StatsProvenance, b: StatsProvenance) -> None:
     """Raises ValueError where features of `a` and `b` come from other extractors, weights or resolutions."""
     pair = f"{a.source} and {b.source} can't be compared"
     if a.extractor != b.extractor:
@@ -192,7 +192,7 @@ def check_comparable(a: About, b: About) -> None:
 
 
 @dataclass(frozen=True, eq=False)
-class Statistics:
+class FeatureStats:
     """Of a set of pictures' features. Raises ValueError where shapes do not fit or a number is not finite."""
 
     mean: Float64[Tensor, "d"]
@@ -201,7 +201,7 @@ class Statistics:
     """How many pictures; None where a file does not say."""
     features: Float[Tensor, "n d"] | None = None
     """All of them, where they were kept, for KID, precision and recall."""
-    about: About | None = None
+    about: StatsProvenance | None = None
     """What they were made of; None where a file does not say."""
 
     def __post_init__(self) -> None:
@@ -235,7 +235,7 @@ class Statistics:
         write_atomically(path, write, sum(array.nbytes for array in arrays.values()))
 
     @classmethod
-    def load(cls, path: Path, features: bool = True) -> Statistics:
+    def load(cls, path: Path, features: bool = True) -> FeatureStats:
         """Reads what `save` wrote, or ADM's published files, of which only mu and sigma are taken.
 
         `features=False` leaves a file's features on the disk. Raises ValueError, in one line, for what is no such file.
@@ -246,7 +246,7 @@ class Statistics:
             count = int(arrays["count"]) if "count" in arrays else None
             kept = _floats(arrays["features"]) if "features" in arrays else None
             _check(mean, covariance, count, kept)
-            return cls(mean, covariance, count, kept, _about(str(arrays["about"])) if "about" in arrays else None)
+            return cls(mean, covariance, count, kept, _provenance(str(arrays["about"])) if "about" in arrays else None)
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"{path}: {error}; {REMAKE}") from None
 
@@ -296,10 +296,12 @@ def _floats(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array)
 
 
-def _about(text: str) -> About:
+def _provenance(text: str) -> StatsProvenance:
     """What `save` wrote as JSON."""
     fields = json.loads(text)
     if not isinstance(fields, Mapping) or set(fields) != {"extractor", "fingerprint", "size", "source"}:
         raise ValueError(f"statistics: got about = {text[:80]}, expected extractor, fingerprint, size, source")
     height, width = fields["size"]
-    return About(str(fields["extractor"]), str(fields["fingerprint"]), (int(height), int(width)), str(fields["source"]))
+    return StatsProvenance(
+        str(fields["extractor"]), str(fields["fingerprint"]), (int(height), int(width)), str(fields["source"])
+    )

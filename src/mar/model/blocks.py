@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mar.backends.cpu.attention import attention_with_dropout
+from mar.backends.cpu.dropout import Dropout, use_cpu_kernel
 from mar.config import TrunkConfig
-from mar.model.attention import attend
-from mar.model.dropout import Dropout, by_hand
-from mar.model.rotary import turn
-from mar.model.tokens import take
-from mar.runtime import Linear
+from mar.model.rotary import apply_rope
+from mar.model.tokens import gather_tokens
+from mar.nn import Linear
 
 NORM_EPS = 1e-6
 
@@ -42,7 +42,7 @@ class Attention(nn.Module):
         `only` which ones are asked for (all where None: r = s; an index of s gives what is to be thrown away)."""
         qkv = self.qkv(x)
         mixed = self.mix(qkv if turns is None else self.turned(qkv, turns), keys)
-        projected: Tensor = self.dropout(self.out(mixed if only is None else take(mixed, only)))
+        projected: Tensor = self.dropout(self.out(mixed if only is None else gather_tokens(mixed, only)))
         return projected
 
     def turned(
@@ -50,13 +50,15 @@ class Attention(nn.Module):
     ) -> Float[Tensor, "n s three_e"]:
         """With the queries and keys turned to where they stand."""
         q, k, v = qkv.chunk(3, dim=-1)
-        return torch.cat([*(turn(x.unflatten(-1, (self.heads, -1)), turns).flatten(2) for x in (q, k)), v], dim=-1)
+        return torch.cat(
+            [*(apply_rope(x.unflatten(-1, (self.heads, -1)), turns).flatten(2) for x in (q, k)), v], dim=-1
+        )
 
     def mix(self, qkv: Float[Tensor, "n s three_e"], keys: Bool[Tensor, "n 1 1 s"] | None) -> Float[Tensor, "n s e"]:
         """Values mixed by attention, the heads side by side."""
         dropout = self.attention_dropout if self.training else 0.0
-        if dropout and keys is None and by_hand(qkv):
-            return attend(qkv, self.heads, dropout)
+        if dropout and keys is None and use_cpu_kernel(qkv):
+            return attention_with_dropout(qkv, self.heads, dropout)
         n, s, width = qkv.shape
         q, k, v = qkv.view(n, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=dropout)
@@ -84,11 +86,11 @@ class Block(nn.Module):
     ) -> Float[Tensor, "n r e"]:
         """All as in `Attention`: the tokens that are asked for, which attend to all."""
         gathered = self.attention(self.norm1(x), keys, turns, only)
-        x = (x if only is None else take(x, only)) + gathered
+        x = (x if only is None else gather_tokens(x, only)) + gathered
         hidden = self.dropout(functional.gelu(self.fc1(self.norm2(x))))
         return x + self.dropout(self.fc2(hidden))
 
 
-def stack(trunk: TrunkConfig, attention_dropout: float, projection_dropout: float) -> nn.ModuleList:
+def make_blocks(trunk: TrunkConfig, attention_dropout: float, projection_dropout: float) -> nn.ModuleList:
     """The blocks of an encoder or decoder."""
     return nn.ModuleList(Block(trunk, attention_dropout, projection_dropout) for _ in range(trunk.depth))

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mar.config import ModelConfig
 from mar.diffusion.head import DiffusionHead
-from mar.model.blocks import NORM_EPS, stack
-from mar.model.rotary import turns
-from mar.model.tokens import put, take
-from mar.runtime import Linear
+from mar.model.blocks import NORM_EPS, make_blocks
+from mar.model.rotary import rope_cache
+from mar.model.tokens import gather_tokens, scatter_tokens
+from mar.nn import Linear
 
 UNCONDITIONAL = -1
 """The label of an image without a class."""
@@ -37,19 +37,19 @@ class MAR(nn.Module):
         self.token_embed = Linear(config.token_width, e)
         self.encoder_position = nn.Parameter(torch.empty(config.buffer + length, e))
         self.embed_norm = nn.LayerNorm(e, eps=NORM_EPS)
-        self.encoder = stack(config.encoder, *dropouts)
+        self.encoder = make_blocks(config.encoder, *dropouts)
         self.encoder_norm = nn.LayerNorm(config.encoder.width, eps=NORM_EPS)
 
         self.decoder_embed = Linear(e, f)
         self.mask_token = nn.Parameter(torch.empty(f))
         self.decoder_position = nn.Parameter(torch.empty(config.buffer + length, f))
-        self.decoder = stack(config.decoder, *dropouts)
+        self.decoder = make_blocks(config.decoder, *dropouts)
         self.decoder_norm = nn.LayerNorm(config.decoder.width, eps=NORM_EPS)
         self.diffusion_position = nn.Parameter(torch.empty(length, f))
 
         for name, trunk in (("encoder_turns", config.encoder), ("decoder_turns", config.decoder)):
             patches = (config.grid[0] // config.patch, config.grid[1] // config.patch)
-            table = turns(config.buffer, patches, trunk.head_width) if trunk.rotary else None
+            table = rope_cache(config.buffer, patches, trunk.head_width) if trunk.rotary else None
             self.register_buffer(name, table, persistent=False)
 
         self.head = DiffusionHead(config.token_width, f, config.head)
@@ -97,7 +97,7 @@ class MAR(nn.Module):
         buffer, length = self.config.buffer, self.config.tokens
         n = len(tokens)
         positions = self.encoder_position[buffer:].expand(n, -1, -1)
-        seen = self.token_embed(take(tokens, visible)) + take(positions, visible)
+        seen = self.token_embed(gather_tokens(tokens, visible)) + gather_tokens(positions, visible)
         carriers = self.embed_labels(labels).unsqueeze(1) + self.encoder_position[:buffer]
         x = self.embed_norm(torch.cat([carriers, seen], dim=1))
         keys = None
@@ -106,7 +106,9 @@ class MAR(nn.Module):
         stands = None
         if self.encoder_turns is not None:
             carried, placed = self.encoder_turns[:buffer].expand(n, -1, -1, -1), self.encoder_turns[buffer:].flatten(1)
-            stands = torch.cat([carried, take(placed.expand(n, -1, -1), visible).unflatten(-1, (-1, 2))], dim=1)
+            stands = torch.cat(
+                [carried, gather_tokens(placed.expand(n, -1, -1), visible).unflatten(-1, (-1, 2))], dim=1
+            )
         for block in self.encoder:
             x = block(x, keys, stands)
         encoded: Tensor = self.encoder_norm(x)
@@ -122,7 +124,7 @@ class MAR(nn.Module):
         buffer, length = self.config.buffer, self.config.tokens
         x = self.decoder_embed(encoded)
         hidden = self.mask_token.to(x.dtype).expand(len(x), length, -1)
-        x = torch.cat([x[:, :buffer], put(hidden, visible, x[:, buffer:])], dim=1) + self.decoder_position
+        x = torch.cat([x[:, :buffer], scatter_tokens(hidden, visible, x[:, buffer:])], dim=1) + self.decoder_position
         stands = None if self.decoder_turns is None else self.decoder_turns.unsqueeze(0)
         if only is None:
             only = torch.arange(length, device=x.device).expand(len(x), -1)
@@ -130,7 +132,7 @@ class MAR(nn.Module):
         for block in blocks:
             x = block(x, turns=stands)
         x = last(x, turns=stands, only=buffer + only)
-        z: Tensor = self.decoder_norm(x) + take(self.diffusion_position.expand(len(x), -1, -1), only)
+        z: Tensor = self.decoder_norm(x) + gather_tokens(self.diffusion_position.expand(len(x), -1, -1), only)
         return z
 
     def embed_labels(self, labels: Int[Tensor, " n"]) -> Float[Tensor, "n e"]:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mar.config import Order, RevealSchedule
+from mar.config import MaskSchedule, Order
 
 EXPONENT = 5.0
 """Of the exponential reveal schedule; eMIGM's (arXiv 2503.07197)."""
@@ -41,12 +41,12 @@ def masked_count(length: int, ratio: float) -> int:
     return min(length, math.ceil(length * ratio))
 
 
-def split(order: Int[Tensor, "n L"], masked: int) -> tuple[Int[Tensor, "n m"], Int[Tensor, "n v"]]:
+def split_by_mask(order: Int[Tensor, "n L"], masked: int) -> tuple[Int[Tensor, "n m"], Int[Tensor, "n v"]]:
     """Positions (hidden, visible), each ascending, when the first `masked` of each order are hidden."""
     return order[:, :masked].sort(dim=1).values, order[:, masked:].sort(dim=1).values
 
 
-def arranged(order: Int[Tensor, " L"], grid: tuple[int, int], kind: Order) -> Int[Tensor, " L"]:
+def apply_order(order: Int[Tensor, " L"], grid: tuple[int, int], kind: Order) -> Int[Tensor, " L"]:
     """A random order made one of another kind, for tokens in rows and columns; all randomness is that of `order`."""
     if kind == "checkerboard":
         return checkerboard_first(order, grid)
@@ -92,7 +92,7 @@ def van_der_corput(index: int, base: int) -> float:
     return value
 
 
-def reveal_schedule(unknown: int, steps: int, kind: RevealSchedule = "cosine") -> list[int]:
+def mask_schedule(unknown: int, steps: int, kind: MaskSchedule = "cosine") -> list[int]:
     """How many tokens stay hidden after each step (MaskGIT's cosine; paper, section 4.2).
 
     n_k = max(1, min(n_{k-1} - 1, floor(M hidden_share((k+1)/K)))), and 0 after the last step, which draws all that are
@@ -103,13 +103,13 @@ def reveal_schedule(unknown: int, steps: int, kind: RevealSchedule = "cosine") -
     steps = min(steps, unknown)
     remaining, schedule = unknown, []
     for k in range(steps):
-        share = hidden_share(k + 1, steps, kind)
+        share = masked_fraction(k + 1, steps, kind)
         remaining = max(1, min(remaining - 1, math.floor(unknown * share)))
         schedule.append(remaining)
     return [*schedule[:-1], 0]
 
 
-def hidden_share(done: int, steps: int, kind: RevealSchedule) -> float:
+def masked_fraction(done: int, steps: int, kind: MaskSchedule) -> float:
     """cos(pi/2 u), or (1 - e^(-5 (1-u))) / (1 - e^-5), where u is the share of steps done: both fall from 1 to 0."""
     if kind == "exponential":
         return math.expm1(-EXPONENT * (1 - done / steps)) / math.expm1(-EXPONENT)

@@ -15,7 +15,7 @@ BASE = 100.0
 """The slowest angle makes a turn in about 2 pi times as many rows: far more than grids have."""
 
 
-def turns(buffer: int, grid: tuple[int, int], width: int) -> Float[Tensor, "b_and_L half_d two"]:
+def rope_cache(buffer: int, grid: tuple[int, int], width: int) -> Float[Tensor, "b_and_L half_d two"]:
     """Cosine and sine for each pair of a head's `width` features; `buffer` tokens stand nowhere and are not turned.
 
     On the CPU also where weights are still to come (on the meta device): no file has this table.
@@ -31,7 +31,7 @@ def turns(buffer: int, grid: tuple[int, int], width: int) -> Float[Tensor, "b_an
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 
 
-def turn(x: Float[Tensor, "n s h d"], by: Float[Tensor, "#n s half_d two"]) -> Float[Tensor, "n s h d"]:
+def apply_rope(x: Float[Tensor, "n s h d"], by: Float[Tensor, "#n s half_d two"]) -> Float[Tensor, "n s h d"]:
     """Features i and i + d/2 of every head, turned by the i-th angle of their token."""
     cos, sin = by.to(x.dtype).unsqueeze(2).unbind(-1)
     first, second = x.chunk(2, dim=-1)

@@ -24,13 +24,13 @@ def unpatchify(tokens: Float[Tensor, "n L d"], patch: int, grid: tuple[int, int]
     return cells.permute(0, 3, 1, 4, 2, 5).reshape(n, d // patch**2, h, w)
 
 
-def take(sequence: Float[Tensor, "n L e"], index: Int[Tensor, "n v"]) -> Float[Tensor, "n v e"]:
+def gather_tokens(sequence: Float[Tensor, "n L e"], index: Int[Tensor, "n v"]) -> Float[Tensor, "n v e"]:
     """sequence[i, index[i, j]] for every image i; an index of L, the padding, gives zeros."""
     padded = nn.functional.pad(sequence, (0, 0, 0, 1))
     return padded.gather(1, index.unsqueeze(-1).expand(-1, -1, sequence.shape[-1]))
 
 
-def put(
+def scatter_tokens(
     background: Float[Tensor, "n L e"], index: Int[Tensor, "n v"], values: Float[Tensor, "n v e"]
 ) -> Float[Tensor, "n L e"]:
     """`background` with values[i, j] written at position index[i, j]; an index of L, the padding, is dropped."""

@@ -1,4 +1,6 @@
-"""Generation as a function over an explicit state: reveal tokens step by step until none is hidden.
+"""Where the randomness of sampling comes from: one generator per image, so that a picture depends on its seed alone.
+
+Generation as a function over an explicit state: reveal tokens step by step until none is hidden.
 
 Source: paper, section 3.4 (equation 3, figure 3c) and 4.2. Letters of shapes: n images, L tokens, d values of a token,
 v visible tokens, f width of z, r rows (tokens revealed in this step, row-major over image and position).
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,18 +19,45 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from mar.config import ModelConfig, Order, RevealSchedule, SamplingConfig
+from mar.backends.cpu.packed_head import PackedHead, packed
+from mar.backends.cpu.threads import trim_heap
+from mar.backends.cuda import RowSampler, sample_rows, sampler_for
+from mar.config import MaskSchedule, ModelConfig, Order, SamplingConfig
 from mar.diffusion.head import DiffusionHead
-from mar.diffusion.packed import PackedHead, packed
-from mar.diffusion.schedule import Schedule, respace, trained
-from mar.diffusion.solvers import noises
+from mar.diffusion.schedule import Schedule, respace, training_schedule
+from mar.diffusion.solvers import num_noises
 from mar.model.mar import MAR, UNCONDITIONAL
-from mar.model.masking import arranged, reveal_schedule, unknown_order
-from mar.model.tokens import take
-from mar.runtime import give_back_memory
-from mar.sampling.draws import Draws
-from mar.sampling.loop import Loop, loop_for, run
-from mar.sampling.pace import Pace, paces
+from mar.model.masking import apply_order, mask_schedule, random_order, unknown_order
+from mar.model.tokens import gather_tokens
+from mar.random import make_generator
+from mar.sampling.guidance import StepSettings, step_settings
+
+
+@runtime_checkable
+class NoiseSource(Protocol):
+    """A source of draws: for each image first its order, then its noise at each reveal step."""
+
+    def order(self, image: int, length: int) -> Int[Tensor, " L"]:
+        """The order of an image's tokens; they are revealed from its end."""
+        ...
+
+    def noise(self, image: int, steps: int, count: int, width: int) -> Float[Tensor, "steps count width"]:
+        """For `count` tokens, by ascending position: the noise that each starts from, then that of each step."""
+        ...
+
+
+class SeededNoise:
+    """Draws of CPU generators, one per image, from its seed."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [make_generator(seed) for seed in seeds]
+
+    def order(self, image: int, length: int) -> Tensor:
+        return random_order(length, self.generators[image])
+
+    def noise(self, image: int, steps: int, count: int, width: int) -> Tensor:
+        return torch.randn(steps, count, width, generator=self.generators[image])
+
 
 CACHED_BYTES = 2**24
 """How much the activations of a transformer block's MLP may take."""
@@ -71,7 +100,7 @@ class DecodeState:
         return self.orders[image][schedule[self.step] : before].sort().values
 
 
-class Turn(NamedTuple):
+class ImageStep(NamedTuple):
     """What an image does in a reveal step."""
 
     row: int
@@ -79,7 +108,7 @@ class Turn(NamedTuple):
     image: int
     positions: Int[Tensor, " r"]
     """The tokens that it reveals, ascending."""
-    pace: Pace
+    pace: StepSettings
 
 
 class Conditions(NamedTuple):
@@ -93,13 +122,13 @@ class Conditions(NamedTuple):
     """What the next step is to know of the difference, for all images of the batch."""
 
 
-def start(
+def init_state(
     tokens: Float[Tensor, "n L d"],
     unknown: Bool[Tensor, "n L"],
     steps: int,
-    draws: Draws,
+    draws: NoiseSource,
     *,
-    reveals: RevealSchedule = "cosine",
+    reveals: MaskSchedule = "cosine",
     order: Order = "random",
     grid: tuple[int, int] | None = None,
 ) -> DecodeState:
@@ -109,29 +138,29 @@ def start(
     """
     unknown = unknown.cpu()
     length = unknown.shape[1]
-    drawn = [arranged(draws.order(i, length), grid or (1, length), order) for i in range(len(unknown))]
+    drawn = [apply_order(draws.order(i, length), grid or (1, length), order) for i in range(len(unknown))]
     orders = tuple(unknown_order(each, mask) for each, mask in zip(drawn, unknown, strict=True))
-    schedules = tuple(tuple(reveal_schedule(len(each), steps, reveals)) for each in orders)
+    schedules = tuple(tuple(mask_schedule(len(each), steps, reveals)) for each in orders)
     kept = torch.where(unknown.unsqueeze(-1).to(tokens.device), 0.0, tokens)
     return DecodeState(kept, unknown, orders, schedules)
 
 
-def decode(
-    model: MAR, labels: Int[Tensor, " n"], state: DecodeState, sampling: SamplingConfig, draws: Draws
+def sample_tokens(
+    model: MAR, labels: Int[Tensor, " n"], state: DecodeState, sampling: SamplingConfig, draws: NoiseSource
 ) -> Iterator[DecodeState]:
     """Yields the state after every reveal step, the last with nothing hidden.
 
     Image i of the batch depends on its label, its draws and its known tokens alone.
     """
     sampling.check(model.config)
-    schedule, head = trained(model.config.head), packed(model.head)
-    loop = loop_for(model.head, state.tokens.device)
+    schedule, head = training_schedule(model.config.head), packed(model.head)
+    loop = sampler_for(model.head, state.tokens.device)
     while state.step < state.steps:
-        state = reveal(model, labels, state, sampling, schedule, draws, head, loop)
+        state = decode_step(model, labels, state, sampling, schedule, draws, head, loop)
         if state.step == state.steps:
             del head  # with its packed weights: next comes the tokenizer, which needs room
         if wide(model, state.tokens.device):
-            give_back_memory()
+            trim_heap()
         yield state
 
 
@@ -141,15 +170,15 @@ def wide(model: MAR, device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def reveal(
+def decode_step(
     model: MAR,
     labels: Int[Tensor, " n"],
     state: DecodeState,
     sampling: SamplingConfig,
     schedule: Schedule,
-    draws: Draws,
+    draws: NoiseSource,
     head: DiffusionHead | PackedHead | None = None,
-    loop: Loop = run,
+    loop: RowSampler = sample_rows,
 ) -> DecodeState:
     """One reveal step: conditions from the visible tokens, then the diffusion of the tokens to be revealed.
 
@@ -158,12 +187,12 @@ def reveal(
     guided alike, are diffused together: all of them, unless known tokens made their reveals differ.
     """
     device = state.tokens.device
-    turns = take_turns(state, sampling, model.config.tokens, guidable=bool((labels != UNCONDITIONAL).any()))
-    found = all_conditions(model, labels, state, turns, sampling.guidance_refresh)
+    turns = plan_step(state, sampling, model.config.tokens, guidable=bool((labels != UNCONDITIONAL).any()))
+    found = compute_conditions(model, labels, state, turns, sampling.guidance_refresh)
     tokens, unknown = state.tokens, state.unknown
     for _, alike in groupby(sorted(turns, key=_kind), key=_kind):
         group = list(alike)
-        drawn = diffuse(head or model.head, found, group, sampling, schedule, draws, loop)
+        drawn = denoise_tokens(head or model.head, found, group, sampling, schedule, draws, loop)
         images = torch.tensor([turn.image for turn in group for _ in turn.positions])
         places = torch.cat([turn.positions for turn in group])
         tokens = tokens.index_put((images.to(device), places.to(device)), drawn)
@@ -171,24 +200,24 @@ def reveal(
     return replace(state, tokens=tokens, unknown=unknown, step=state.step + 1, residual=found.residual)
 
 
-def _kind(turn: Turn) -> tuple[int, bool]:
+def _kind(turn: ImageStep) -> tuple[int, bool]:
     return turn.pace.diffusion_steps, turn.pace.guided
 
 
-def take_turns(state: DecodeState, sampling: SamplingConfig, tokens: int, guidable: bool) -> list[Turn]:
+def plan_step(state: DecodeState, sampling: SamplingConfig, tokens: int, guidable: bool) -> list[ImageStep]:
     """What each image that is not finished does in the next step; without guidance unless `guidable`."""
-    turns: list[Turn] = []
+    turns: list[ImageStep] = []
     for image, schedule in enumerate(state.schedules):
         if state.step < len(schedule):
-            pace = paces(sampling, schedule, tokens)[state.step]
+            pace = step_settings(sampling, schedule, tokens)[state.step]
             if not guidable:
-                pace = Pace(pace.diffusion_steps, 1.0, False)
-            turns.append(Turn(len(turns), image, state.revealed(image), pace))
+                pace = StepSettings(pace.diffusion_steps, 1.0, False)
+            turns.append(ImageStep(len(turns), image, state.revealed(image), pace))
     return turns
 
 
-def all_conditions(
-    model: MAR, labels: Int[Tensor, " n"], state: DecodeState, turns: Sequence[Turn], guidance_refresh: int
+def compute_conditions(
+    model: MAR, labels: Int[Tensor, " n"], state: DecodeState, turns: Sequence[ImageStep], guidance_refresh: int
 ) -> Conditions:
     """z with and without the class; what is not refreshed without it is taken to differ as it did before."""
     device = state.tokens.device
@@ -197,13 +226,13 @@ def all_conditions(
     length = state.unknown.shape[1]
     wanted = pad_sequence([turn.positions for turn in turns], batch_first=True, padding_value=length)
     if wide(model, device) and wanted.shape[1] > ASKED:
-        wanted = functional.pad(wanted, (0, up_to(wanted.shape[1], ASKED) - wanted.shape[1]), value=length)
+        wanted = functional.pad(wanted, (0, round_up(wanted.shape[1], ASKED) - wanted.shape[1]), value=length)
     wanted = wanted.to(device)
     every = torch.arange(length, device=device).expand(len(turns), -1)
     fresh = torch.tensor([turn.row for turn in turns if turn.pace.refresh], dtype=torch.long, device=device)
     keeps = guidance_refresh > 1 and len(fresh) > 0  # a difference that is kept is one of all tokens
     asked = every if keeps else wanted
-    z = conditions(model, state.tokens[images], labels[images], state.unknown[active], fresh, asked)
+    z = run_trunk(model, state.tokens[images], labels[images], state.unknown[active], fresh, asked)
     guided = [turn.row for turn in turns if turn.pace.guided]
     without = {row: len(turns) + place for place, row in enumerate(guided)}
     if guidance_refresh == 1:
@@ -213,20 +242,20 @@ def all_conditions(
         residual = z.new_zeros(len(state.orders), state.unknown.shape[1], z.shape[-1])
     if keeps:
         residual = residual.index_copy(0, images[fresh], z[len(turns) :] - conditional[fresh])
-        conditional = take(conditional, wanted)
+        conditional = gather_tokens(conditional, wanted)
     rows = torch.tensor(guided, dtype=torch.long, device=device)
-    unconditional = conditional[rows] + take(residual[images[rows]], wanted[rows])
+    unconditional = conditional[rows] + gather_tokens(residual[images[rows]], wanted[rows])
     return Conditions(torch.cat([conditional, unconditional]), without, residual)
 
 
-def diffuse(
+def denoise_tokens(
     head: DiffusionHead | PackedHead,
     found: Conditions,
-    group: Sequence[Turn],
+    group: Sequence[ImageStep],
     sampling: SamplingConfig,
     schedule: Schedule,
-    draws: Draws,
-    loop: Loop,
+    draws: NoiseSource,
+    loop: RowSampler,
 ) -> Float[Tensor, "r d"]:
     """The tokens that the turns of a group, alike in their pace, reveal."""
     device = found.z.device
@@ -240,12 +269,12 @@ def diffuse(
         scale = torch.tensor([[turn.pace.scale] for turn in group for _ in turn.positions], device=device)
 
     respaced = respace(schedule, steps, sampling.spacing, sampling.noisiest)
-    count, width = noises(sampling.solver, steps), head.token_width
+    count, width = num_noises(sampling.solver, steps), head.token_width
     noise = torch.cat([draws.noise(turn.image, count, len(turn.positions), width) for turn in group], dim=1)
     return loop(head, z, noise.to(device), scale, respaced, sampling)
 
 
-def conditions(
+def run_trunk(
     model: MAR,
     tokens: Float[Tensor, "n L d"],
     labels: Int[Tensor, " n"],
@@ -275,17 +304,17 @@ def visible_positions(unknown: Bool[Tensor, "n L"], multiple: int = 1) -> tuple[
     """Positions of known tokens, ascending, padded with L to a `multiple` or to L; and whether any is padding."""
     length = unknown.shape[1]
     counts = (~unknown).sum(1)
-    longest = min(up_to(int(counts.max()), multiple), length)
+    longest = min(round_up(int(counts.max()), multiple), length)
     position = torch.where(unknown, length, torch.arange(length)).sort(dim=1).values
     return position[:, :longest], bool((counts != longest).any())
 
 
-def up_to(count: int, multiple: int) -> int:
+def round_up(count: int, multiple: int) -> int:
     """The next multiple."""
     return -(-count // multiple) * multiple
 
 
-def all_unknown(count: int, tokens: int) -> Bool[Tensor, "n L"]:
+def all_masked(count: int, tokens: int) -> Bool[Tensor, "n L"]:
     """The mask of a generation from nothing."""
     return torch.ones(count, tokens, dtype=torch.bool)
 

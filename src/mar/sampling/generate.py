@@ -1,19 +1,84 @@
-"""Labels and seeds -> latents, with a watch on what goes wrong."""
+"""What was asked for, as Python's own numbers and tensors; ValueError for what can't be drawn from.
+
+Labels and seeds -> latents, with a watch on what goes wrong.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+import reprlib
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, SupportsIndex
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from PIL import Image
 from torch import Tensor
 
 from mar.config import SamplingConfig
 from mar.model.mar import MAR
 from mar.model.tokens import patchify, unpatchify
-from mar.sampling.decode import DecodeState, all_unknown, as_labels, decode, start
-from mar.sampling.draws import Draws, SeededDraws
+from mar.sampling.decode import DecodeState, NoiseSource, SeededNoise, all_masked, as_labels, init_state, sample_tokens
+
+Images = Sequence[Image.Image] | Float[Tensor, "n c H W"] | Float[np.ndarray, "n c H W"]
+Mask = Bool[Tensor, "n rows columns"] | Bool[np.ndarray, "n rows columns"] | Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw, looked over."""
+
+    labels: list[int]
+    seeds: list[int]
+    sampling: SamplingConfig
+    known: Tensor | None
+    mask: Tensor | None
+    first: int = 0
+    """The number of its first picture in the whole request."""
+
+    def part(self, first: int, end: int) -> Request:
+        """Those of its pictures from `first` up to `end`."""
+        known = None if self.known is None else self.known[first:end]
+        mask = None if self.mask is None else self.mask[first:end]
+        return Request(self.labels[first:end], self.seeds[first:end], self.sampling, known, mask, first)
+
+
+def whole_numbers(seeds: Iterable[SupportsIndex]) -> list[int]:
+    """Seeds as Python's own numbers, of which all 64 bits count; ValueError for what is no whole number."""
+    try:
+        return [operator.index(seed) for seed in seeds]
+    except TypeError:
+        raise ValueError(f"seeds: got {reprlib.repr(seeds)}, expected whole numbers, one a picture") from None
+
+
+def as_pictures(known: Images) -> Sequence[Image.Image] | Tensor:
+    """Known pictures as they can be encoded; ValueError for what is none."""
+    if isinstance(known, Tensor | np.ndarray):
+        values = torch.as_tensor(known)
+        if values.ndim == 4 and values.is_floating_point():
+            if not values.isfinite().all():
+                raise ValueError("known: got values that are no finite numbers, expected them in [-1, 1]")
+            return values.float()
+        got = f"{tuple(values.shape)} of {values.dtype}"
+    elif isinstance(known, Sequence) and all(isinstance(picture, Image.Image) for picture in known):
+        return known
+    else:
+        got = reprlib.repr(known)
+    raise ValueError(f"known: got {got}, expected PIL pictures, or floats in [-1, 1], (n, channels, height, width)")
+
+
+def as_mask(mask: Mask) -> Tensor:
+    """A mask as a tensor, whose shape and type the generation judges; ValueError for what can be none."""
+    try:
+        flags = torch.as_tensor(mask)
+    except (TypeError, ValueError, RuntimeError):
+        flags = torch.empty(())
+    if not flags.ndim:
+        raise ValueError(f"mask: got {reprlib.repr(mask)}, expected bools (n, rows, columns), one a token")
+    return flags
+
 
 STD_LIMIT = 3.0
 """Latents have a standard deviation of 1; one of more than this is no picture."""
@@ -24,7 +89,7 @@ class BrokenLatents(ValueError):
 
 
 @dataclass(frozen=True)
-class Revealed:
+class LatentStep:
     """A batch after a reveal step."""
 
     step: int
@@ -44,10 +109,10 @@ def generate(
     *,
     known: Float[Tensor, "n c h w"] | None = None,
     mask: Bool[Tensor, "n rows columns"] | None = None,
-    draws: Draws | None = None,
+    draws: NoiseSource | None = None,
     allow_broken: bool = False,
     first: int = 0,
-) -> Iterator[Revealed]:
+) -> Iterator[LatentStep]:
     """Draws one image per label and seed; yields after every reveal step, the last with the whole latents.
 
     `labels` are class numbers, -1 for none. `known` latents are kept where `mask` (one flag a token) is false, and
@@ -61,8 +126,8 @@ def generate(
     device = model.mask_token.device
     rows, columns = config.grid[0] // config.patch, config.grid[1] // config.patch
     tokens, unknown = _known_tokens(model, len(labels), known, mask)
-    draws = draws if draws is not None else SeededDraws(seeds)
-    begin = start(
+    draws = draws if draws is not None else SeededNoise(seeds)
+    begin = init_state(
         tokens.to(device),
         unknown,
         sampling.steps,
@@ -73,21 +138,21 @@ def generate(
     )
     if not begin.steps:
         yield _revealed(model, begin, (rows, columns))
-    for state in decode(model, as_labels(labels, device), begin, sampling, draws):
+    for state in sample_tokens(model, as_labels(labels, device), begin, sampling, draws):
         if not allow_broken:
-            check(state, unknown, sampling, model, first)
+            check_latents(state, unknown, sampling, model, first)
         yield _revealed(model, state, (rows, columns))
 
 
-def _revealed(model: MAR, state: DecodeState, grid: tuple[int, int]) -> Revealed:
+def _revealed(model: MAR, state: DecodeState, grid: tuple[int, int]) -> LatentStep:
     latents = unpatchify(state.tokens, model.config.patch, model.config.grid)
-    return Revealed(state.step, state.steps, latents, ~state.unknown.view(-1, *grid))
+    return LatentStep(state.step, state.steps, latents, ~state.unknown.view(-1, *grid))
 
 
 def _known_tokens(model: MAR, count: int, known: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     config = model.config
     if known is None and mask is None:
-        return torch.zeros(count, config.tokens, config.token_width), all_unknown(count, config.tokens)
+        return torch.zeros(count, config.tokens, config.token_width), all_masked(count, config.tokens)
     if known is None or mask is None:
         raise ValueError("known and mask: got only one of them, expected both (mask: true = generate)")
     expected = (count, config.channels, *config.grid)
@@ -103,7 +168,7 @@ def _known_tokens(model: MAR, count: int, known: Tensor | None, mask: Tensor | N
     return patchify(known.float(), config.patch), mask.flatten(1).cpu()
 
 
-def check(
+def check_latents(
     state: DecodeState, generated: Bool[Tensor, "n L"], sampling: SamplingConfig, model: MAR, first: int = 0
 ) -> None:
     """Raises BrokenLatents where generated tokens are not finite, or spread far wider than any picture's.

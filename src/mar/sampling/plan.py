@@ -16,7 +16,7 @@ STRIDE = 2**32
 
 
 @dataclass(frozen=True)
-class Unit:
+class WorkUnit:
     """Pictures that are drawn and written together, or not at all."""
 
     number: int
@@ -63,14 +63,14 @@ class Plan:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def units(self, size: int) -> Iterator[Unit]:
+    def units(self, size: int) -> Iterator[WorkUnit]:
         """The plan in order, cut after every `size` pictures; the last unit may be smaller."""
         if size < 1:
             raise ConfigError(f"batch is {size}, but it must be at least 1")
         for number, first in enumerate(range(0, len(self), size)):
             labels = self.labels[first : first + size]
             seeds = tuple(self.seed * STRIDE + i for i in range(first, first + len(labels)))
-            yield Unit(number, first, labels, seeds)
+            yield WorkUnit(number, first, labels, seeds)
 
     def fingerprint(self) -> str:
         """sha256, in hex, of the labels in their order."""

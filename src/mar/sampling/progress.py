@@ -37,7 +37,7 @@ def meter(wanted: bool, pictures: int, before: int = 0) -> Iterator[Advance]:
     begun = time.monotonic()
 
     def text(done: float) -> str:
-        return said(done, pictures, before, time.monotonic() - begun)
+        return progress_text(done, pictures, before, time.monotonic() - begun)
 
     if not wanted:
         yield lambda done: None
@@ -64,7 +64,7 @@ def _lines(text: Callable[[float], str], begun: float) -> Advance:
     return advance
 
 
-def said(done: float, pictures: int, before: int, seconds: float) -> str:
+def progress_text(done: float, pictures: int, before: int, seconds: float) -> str:
     """`640 of 50,000 pictures, 12.3 a second, 1:06:53 left`; the rate is that of this start alone."""
     drawn = done - before
     if drawn <= 0 or seconds <= 0:

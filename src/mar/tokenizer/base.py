@@ -1,10 +1,20 @@
 """The contract of a tokenizer: images in [-1, 1] <-> latents of mean 0 and standard deviation 1.
 
 The scale of the raw latents is kept here, in two buffers, and no other room knows of it.
+
+Mean and standard deviation of a tokenizer's raw latents, by one pass over images.
+
+What a tokenizer says of a picture before anything is drawn or scaled: what a latent cache keeps.
+
+Raw moments do not know the tokenizer's mean and standard deviation, so that a cache outlives measuring them anew.
+
+What is left of a picture that goes through a tokenizer and back: no model of its latents can do better.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +44,7 @@ class Tokenizer(nn.Module, ABC):
     """Images <-> latents. Made from values and state dicts; reads no files.
 
     Without `mean` and `std` the statistics of the raw latents are unknown: the tokenizer then passes them through as
-    they are, `measured` is False, and they have to be measured (`mar.tokenizer.statistics`) before a model is trained.
+    they are, `measured` is False, and they have to be measured (`mar.tokenizer.base`) before a model is trained.
     """
 
     mean: Tensor
@@ -74,9 +84,8 @@ class Tokenizer(nn.Module, ABC):
     def fit(self, batches: Iterable[Tensor]) -> None:
         """Takes what it lacks, one mean and one deviation of all raw latents, from `batches` of images (n, c, H, W) in
         [-1, 1]. ValueError without images."""
-        from mar.tokenizer.statistics import measure  # which knows this class
 
-        statistics = measure(self, batches)
+        statistics = measure_latents(self, batches)
         self.set_statistics(statistics.mean, statistics.std)
 
     def found(self) -> dict[str, Tensor]:
@@ -133,3 +142,135 @@ class Tokenizer(nn.Module, ABC):
             for name, value in found.items():
                 setattr(self, name, value.to(self.mean.device))
         return self
+
+
+@dataclass(frozen=True)
+class LatentStats:
+    """Of raw latents: one number each, or one for each channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    images: int
+    """How many images were measured."""
+
+
+def measure_latents(tokenizer: Tokenizer, batches: Iterable[Tensor], per_channel: bool = False) -> LatentStats:
+    """The statistics of what `tokenizer` makes of `batches` of images (n, c, H, W) in [-1, 1], on its device.
+
+    They are those of sampled latents, without sampling: the variance is that of the posterior's mean plus the mean of
+    the posterior's variance. Sums are in float64. The tokenizer is not changed: `set_statistics` does that. Raises
+    ValueError without images.
+    """
+    sums = torch.zeros(2, tokenizer.channels, dtype=torch.float64)
+    values = images = 0
+    with torch.no_grad():
+        for batch in batches:
+            posterior = tokenizer.encode(batch.to(tokenizer.mean.device))
+            mean = tokenizer.denormalise(posterior.mean).double()
+            std = posterior.std.double() * tokenizer.std.double().view(-1, 1, 1)
+            sums += torch.stack([mean.sum((0, 2, 3)), (mean.square() + std.square()).sum((0, 2, 3))]).cpu()
+            values += mean[:, 0].numel()
+            images += len(batch)
+    if not images:
+        raise ValueError("tokenizer statistics: there are no images to measure")
+    first, second = (sums if per_channel else sums.mean(1, keepdim=True)) / values
+    std = (second - first.square()).clamp(min=0).sqrt()
+    return LatentStats(tuple(first.tolist()), tuple(std.tolist()), images)
+
+
+# What changes an autoencoder's arithmetic and does not show in its weights. The rest of diffusers' config is left out:
+# a newer version that notes more in it would make every cache another tokenizer's.
+_ARITHMETIC = ("down_block_types", "up_block_types", "act_fn", "norm_num_groups")
+
+
+@dataclass(frozen=True)
+class LatentMoments:
+    """Mean and log-variance of raw latents, float32."""
+
+    mean: Float[Tensor, "n c h w"]
+    logvar: Float[Tensor, "n c h w"] | None
+    """None for a deterministic tokenizer."""
+
+    def to(self, device: torch.device) -> LatentMoments:
+        """The same on another device."""
+        return LatentMoments(self.mean.to(device), None if self.logvar is None else self.logvar.to(device))
+
+
+def unscaled_moments(tokenizer: Tokenizer, images: Float[Tensor, "n k H W"]) -> LatentMoments:
+    """images in [-1, 1] -> moments of what `tokenizer.encode` makes of them: of the raw latents where its mean is 0
+    and its standard deviation 1."""
+    posterior = tokenizer.encode(images)
+    mean = posterior.mean.float()
+    return LatentMoments(mean, None if tokenizer.deterministic else 2 * posterior.std.float().log())
+
+
+def to_posterior(tokenizer: Tokenizer, moments: LatentMoments) -> Posterior:
+    """raw moments -> posterior of the normalised latents, as `tokenizer.encode` gives it for the pictures."""
+    mean = tokenizer.normalise(moments.mean)
+    if moments.logvar is None:
+        return Posterior(mean, torch.zeros_like(mean))
+    return Posterior(mean, torch.exp(0.5 * moments.logvar) / tokenizer.std.view(-1, 1, 1))
+
+
+def measure_moments(batches: Iterable[LatentMoments]) -> LatentStats:
+    """The statistics that `mar.tokenizer.base.measure_latents` finds on the pictures, from their raw moments: one
+    number each. Raises ValueError without any."""
+    first = second = 0.0
+    values = images = 0
+    for moments in batches:
+        mean = moments.mean.double()
+        first += float(mean.sum())
+        second += float(mean.square().sum())
+        second += 0.0 if moments.logvar is None else float(moments.logvar.double().exp().sum())
+        values += mean.numel()
+        images += len(mean)
+    if not images:
+        raise ValueError("tokenizer statistics: there are no latents to measure")
+    mean_of_all = first / values
+    return LatentStats((mean_of_all,), (max(second / values - mean_of_all**2, 0.0) ** 0.5,), images)
+
+
+def fingerprint(tokenizer: Tokenizer, without: Iterable[str] = ("mean", "std")) -> str:
+    """sha256, in hex, of all that raw moments depend on: the tokenizer's kind and weights, not its statistics.
+
+    `without`: tensors that are left out.
+    """
+    left_out = {*without}
+    spec = {name: value for name, value in tokenizer.spec().items() if name not in ("measured", "per_channel")}
+    if "config" in spec:
+        spec["config"] = {name: spec["config"].get(name) for name in _ARITHMETIC}
+    digest = hashlib.sha256(json.dumps(spec, sort_keys=True).encode())
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        if name not in left_out:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class RoundTrip:
+    """Of some pictures, there and back."""
+
+    psnr: float
+    """Decibels: the mean of the pictures' peak signal-to-noise ratios; nan without pictures."""
+    pictures: int
+
+
+def psnr(images: Float[Tensor, "n c h w"], others: Float[Tensor, "n c h w"]) -> Float[Tensor, "n"]:
+    """Peak signal-to-noise ratio of each pair of pictures in [-1, 1], in decibels: 10 log10(2^2 / mean squared error);
+    at most 100, for pictures that are the same."""
+    error = (images - others).square().mean((1, 2, 3))
+    return 10 * torch.log10(4 / error.clamp(min=4e-10))
+
+
+@torch.no_grad()
+def reconstruct(tokenizer: Tokenizer, images: Float[Tensor, "n c H W"]) -> Float[Tensor, "n c H W"]:
+    """images -> latents, the posterior's means -> images, on the tokenizer's device."""
+    return tokenizer.decode(tokenizer.encode(images.to(tokenizer.mean.device)).mean)
+
+
+def round_trip(tokenizer: Tokenizer, batches: Iterable[Tensor]) -> RoundTrip:
+    """How well `tokenizer` brings back `batches` of images (n, c, H, W) in [-1, 1]."""
+    values = [psnr(images, reconstruct(tokenizer, images).to(images.device)) for images in batches]
+    every = torch.cat(values).double() if values else torch.zeros(0)
+    return RoundTrip(float(every.mean()), len(every))

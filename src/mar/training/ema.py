@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mar.training.engine import own
+from mar.training.parallelize import to_local
 
 
 class EMA:
@@ -36,7 +36,7 @@ class EMA:
     @torch.no_grad()
     def update(self, model: nn.Module, steps: int) -> None:
         """Takes in the weights after `steps` steps."""
-        weights: list[Tensor] = [own(p.detach()) for p in model.parameters()]
+        weights: list[Tensor] = [to_local(p.detach()) for p in model.parameters()]
         for decay, average in self.models.items():
             taken_in = 1 - (min(decay, (1 + steps) / (10 + steps)) if self.warm_up else decay)
-            torch._foreach_lerp_([own(p) for p in average.parameters()], weights, taken_in)
+            torch._foreach_lerp_([to_local(p) for p in average.parameters()], weights, taken_in)

@@ -13,18 +13,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mar import runtime
 from mar.config import ModelConfig
 from mar.diffusion import gaussian
 from mar.diffusion.gaussian import Coefficients
-from mar.diffusion.schedule import trained
+from mar.diffusion.schedule import training_schedule
 from mar.model.mar import MAR, UNCONDITIONAL
-from mar.model.masking import draw_mask_ratio, masked_count, random_order, split
-from mar.model.tokens import patchify, take
+from mar.model.masking import draw_mask_ratio, masked_count, random_order, split_by_mask
+from mar.model.tokens import gather_tokens, patchify
+from mar.random import make_generator
 
 
 @dataclass(frozen=True)
-class StepDraws:
+class StepRandomness:
     """All randomness of the loss of one batch (dropout apart)."""
 
     order: Int[Tensor, "n L"]
@@ -33,27 +33,29 @@ class StepDraws:
     timestep: Int[Tensor, "k n m"]
     noise: Float[Tensor, "k n m d"]
 
-    def to(self, device: torch.device) -> StepDraws:
+    def to(self, device: torch.device) -> StepRandomness:
         """The same draws on another device."""
         moved = (self.order.to(device), self.masked, self.drop_label.to(device))
-        return StepDraws(*moved, self.timestep.to(device), self.noise.to(device))
+        return StepRandomness(*moved, self.timestep.to(device), self.noise.to(device))
 
 
-def draw_step(config: ModelConfig, seed: int, step: int, positions: Sequence[int]) -> StepDraws:
+def sample_randomness(config: ModelConfig, seed: int, step: int, positions: Sequence[int]) -> StepRandomness:
     """Draws that do not depend on how a global batch is cut.
 
     The mask ratio follows from (seed, step), all else from (seed, global position of the sample).
     """
-    ratio = draw_mask_ratio(config.mask_ratio_min, runtime.generator(seed, step))
+    ratio = draw_mask_ratio(config.mask_ratio_min, make_generator(seed, step))
     masked, k = masked_count(config.tokens, ratio), config.head.batch_mul
     orders, drops, timesteps, noises = [], [], [], []
     for position in positions:
-        generator = runtime.generator(seed, 1, position)
+        generator = make_generator(seed, 1, position)
         orders.append(random_order(config.tokens, generator))
         drops.append(torch.rand((), generator=generator) < config.label_drop)
         timesteps.append(torch.randint(config.head.diffusion_steps, (k, masked), generator=generator))
         noises.append(torch.randn(k, masked, config.token_width, generator=generator))
-    return StepDraws(torch.stack(orders), masked, torch.stack(drops), torch.stack(timesteps, 1), torch.stack(noises, 1))
+    return StepRandomness(
+        torch.stack(orders), masked, torch.stack(drops), torch.stack(timesteps, 1), torch.stack(noises, 1)
+    )
 
 
 class DiffusionLoss(nn.Module):
@@ -64,25 +66,25 @@ class DiffusionLoss(nn.Module):
     def __init__(self, model: MAR) -> None:
         super().__init__()
         self.model = model
-        table = Coefficients.table(trained(model.config.head)).float()
+        table = Coefficients.table(training_schedule(model.config.head)).float()
         self.register_buffer("coefficients", table, persistent=False)
 
     def forward(
-        self, latents: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], draws: StepDraws
+        self, latents: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], draws: StepRandomness
     ) -> Float[Tensor, ""]:
         """The loss, averaged over the masked tokens."""
         return self.rows(latents, labels, draws).mean()
 
     def rows(
-        self, latents: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], draws: StepDraws
+        self, latents: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], draws: StepRandomness
     ) -> Float[Tensor, " rows"]:
         """The loss of every (timestep, noise) of every masked token, in the order of `draws.timestep`."""
         config = self.model.config
         tokens = patchify(latents, config.patch)
         labels = torch.where(draws.drop_label, UNCONDITIONAL, labels)
-        hidden, visible = split(draws.order, draws.masked)
+        hidden, visible = split_by_mask(draws.order, draws.masked)
         z = self.model(tokens, labels, visible, only=hidden)
-        return self.head_loss(take(tokens, hidden), z, draws.timestep, draws.noise)
+        return self.head_loss(gather_tokens(tokens, hidden), z, draws.timestep, draws.noise)
 
     def head_loss(
         self,
@@ -95,7 +97,7 @@ class DiffusionLoss(nn.Module):
         head = self.model.head
         c = Coefficients.at(self.coefficients, timestep.flatten())
         x0, noise = x0.expand_as(noise).flatten(0, -2), noise.flatten(0, -2)
-        x = gaussian.diffuse(x0, noise, c)
+        x = gaussian.q_sample(x0, noise, c)
         output = head(x.view(*timestep.shape, -1), timestep, z).flatten(0, -2)
         first = timestep.flatten() == 0
-        return gaussian.loss(output, x0, x, noise, first, c, head.config.prediction)
+        return gaussian.diffusion_loss(output, x0, x, noise, first, c, head.config.prediction)

@@ -1,15 +1,106 @@
-"""The optimizers: AdamW with the reference's groups, Muon where asked for; the learning rate by images seen."""
+"""Muon: momentum whose update is made orthogonal, for the matrices inside a network.
+
+Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), algorithm and coefficients;
+Liu et al., "Muon is scalable for LLM training" (arXiv 2502.16982), section 2.2, for the factor that gives an update the
+size of AdamW's. PyTorch has one too, but it multiplies in bfloat16 always, which most CPUs only imitate.
+
+The optimizers: AdamW with the reference's groups, Muon where asked for; the learning rate by images seen.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from mar.config import TrainConfig
-from mar.training.muon import Muon
+from mar.training.parallelize import full_tensor
+
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
+_ADAMW_RMS = 0.2
+"""Root mean square of a typical update of AdamW, in units of its learning rate."""
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, made orthogonal, over matrices (rows, columns).
+
+    A group's `parts` says of how many matrices, one above the other, its parameters are made: a fused projection of
+    queries, keys and values is three. Decoupled weight decay. `dtype` is that of the orthogonalisation's products.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], lr: float, *, factor: float = 1.0, momentum: float = 0.95,
+        weight_decay: float = 0.0, dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        defaults = {"lr": lr, "factor": factor, "momentum": momentum, "weight_decay": weight_decay, "parts": 1}
+        super().__init__(groups, defaults)
+        self.dtype = dtype
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim != 2 or p.shape[0] % group["parts"]:
+                    raise ValueError(
+                        f"Muon: got a parameter of shape {tuple(p.shape)}, expected {group['parts']} matrices"
+                    )
+                # Made now, so that PyTorch's functions that read and write an optimizer's state find it.
+                self.state[p]["momentum"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient, at the rate `factor * lr`."""
+        for group in self.param_groups:
+            rate = group["lr"] * group["factor"]
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p, update in zip(parameters, self._updates(parameters, group), strict=True):
+                height, width = p.shape[0] // group["parts"], p.shape[1]
+                p.mul_(1 - rate * group["weight_decay"])
+                p.add_(_like(update.to(p.dtype), p), alpha=-rate * _ADAMW_RMS * max(height, width) ** 0.5)
+
+    def _updates(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """Orthogonal updates of the parameters; matrices of one shape are worked on together.
+
+        Of parameters that lie in shares on several processes each process orthogonalises the whole.
+        """
+        same_shape: dict[torch.Size, list[int]] = defaultdict(list)
+        for i, p in enumerate(parameters):
+            same_shape[p.shape].append(i)
+        updates: dict[int, Tensor] = {}
+        for shape, places in same_shape.items():
+            heading = []
+            for i in places:
+                momentum, gradient = self.state[parameters[i]]["momentum"], parameters[i].grad
+                assert gradient is not None
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                heading.append(full_tensor(gradient.lerp(momentum, group["momentum"])))
+            matrices = torch.stack(heading).view(-1, shape[0] // group["parts"], shape[1]).to(self.dtype)
+            updates |= dict(zip(places, orthogonalize(matrices).reshape(-1, *shape), strict=True))
+        return [updates[i] for i in range(len(parameters))]
+
+
+def _like(update: Tensor, p: Tensor) -> Tensor:
+    """A whole update in shares as those of `p`; every process has the same one, so that nothing is sent."""
+    if not isinstance(p, DTensor):
+        return update
+    return DTensor.from_local(update, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False).redistribute(
+        placements=p.placements
+    )
+
+
+def orthogonalize(matrices: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n rows columns"]:
+    """Matrices with the same singular vectors and singular values near 1 (0.7 to 1.2), by Newton-Schulz iterations."""
+    a, b, c = _COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -72,7 +163,7 @@ def _muon(named: Sequence[tuple[str, Tensor]], config: TrainConfig) -> Muon:
 
 
 @runtime_checkable
-class Pace(Protocol):
+class LRScheduleConfig(Protocol):
     """The settings by which a learning rate follows the images seen (`TrainConfig` tells what they are)."""
 
     @property
@@ -87,7 +178,7 @@ class Pace(Protocol):
     def scaled_lr(self) -> float: ...
 
 
-def learning_rate(config: Pace, images: int) -> float:
+def learning_rate(config: LRScheduleConfig, images: int) -> float:
     """The rate of the step that begins after `images`: linear warm-up, constant, linear decay."""
     rise = (images + config.batch) / config.warmup if config.warmup else 1.0
     fall = (config.images - images) / config.decay if config.decay else 1.0

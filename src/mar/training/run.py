@@ -15,24 +15,24 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from mar import runtime
+from mar import distributed
 from mar.checkpoint import official
 from mar.checkpoint.files import write_text
-from mar.checkpoint.run_state import RunState
-from mar.checkpoint.state_tree import changed_settings
+from mar.checkpoint.run_state import RunState, changed_settings
 from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, image_channels, to_dict
-from mar.data.heldout import keep_note, open_parts, read_note
-from mar.data.latents import LatentSource
+from mar.data.images import Source, Transform
+from mar.data.latent_cache import LatentSource
 from mar.data.loader import in_order
-from mar.data.sources import Source, StreamSource
-from mar.data.transforms import Transform
+from mar.data.splits import keep_note, open_parts, read_note
+from mar.data.stream import StreamSource
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
+from mar.random import make_generator
 from mar.tokenizer import Tokenizer, from_pixels
-from mar.tokenizer.moments import fingerprint, measure_moments
+from mar.tokenizer.base import fingerprint, measure_moments
 from mar.tokenizer.pca import PCATokenizer
-from mar.training.engine import whole_state
-from mar.training.loop import Progress, Run
+from mar.training.parallelize import full_state_dict
+from mar.training.trainer import Progress, Run
 
 Config = TypeVar("Config")
 
@@ -64,7 +64,7 @@ def open_run(
     start = load_model(config.init) if config.init is not None and not resumed else None
     learned = start.tokenizer if start is not None else None
     tokenizer = _tokenizer(config, source, load_tokenizer, learned, measured_later=resumed)
-    torch.manual_seed(runtime.generator(config.seed).initial_seed())
+    torch.manual_seed(make_generator(config.seed).initial_seed())
     model = MAR(config.model)
     if start is not None:
         initialise_from(model, start.model)
@@ -72,7 +72,7 @@ def open_run(
     run = Run(config, folder, source, tokenizer, model, device, held_out=held_out)
     run.resume()
     keep_settings(config, folder)
-    if config.hold_out and runtime.rank() == 0:
+    if config.hold_out and distributed.rank() == 0:
         keep_note(folder, source)
     return run
 
@@ -158,7 +158,7 @@ def length_before(folder: Path) -> int:
 
 def keep_settings(config: Any, folder: Path) -> None:
     """Notes in `folder` which run it holds, on the first process."""
-    if runtime.rank() == 0:
+    if distributed.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / RUN_FILE, json.dumps(to_dict(config), indent=1))
 
@@ -299,7 +299,7 @@ def adopt_official(run: Run, path: Path) -> None:
 def pipeline(run: Run, weights: str = "ema") -> Pipeline:
     """The run as it stands, ready to draw, on every process; `weights` are one of `run.weights`."""
     model = MAR(run.config.model).to(run.device)
-    model.load_state_dict(whole_state(run.weights[weights].state_dict()))
+    model.load_state_dict(full_state_dict(run.weights[weights].state_dict()))
     notes: dict[str, Any] = {"images": run.progress.images, "steps": run.progress.step, "data": run.config.data}
     kind, _, decay = weights.partition("-")
     if decay:
@@ -320,7 +320,7 @@ def export(run: Run) -> list[Path]:
     for weights in run.weights:
         whole = pipeline(run, weights)
         paths.append(run.folder / file_of(weights))
-        if runtime.rank() == 0:
+        if distributed.rank() == 0:
             whole.save(paths[-1])
     return paths
 

@@ -1,4 +1,6 @@
-"""A tokenizer of one's own: diffusers' AutoencoderKL, learned from pictures by the loop that trains models.
+"""What a tokenizer's reconstruction may be judged by beside its pixels: features of a network, and a discriminator.
+
+A tokenizer of one's own: diffusers' AutoencoderKL, learned from pictures by the loop that trains models.
 
 A run is a folder: state-* (to go on from), run.json, log.jsonl, tensorboard/, samples/ (held-out pictures above, what
 came back of them below); at the end config.json, the averaged weights and their statistics, so that the folder is a
@@ -8,6 +10,7 @@ tokenizer (`mar.checkpoint.tokenizers.load_tokenizer`).
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,29 +22,96 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.nn import functional
 
-from mar import runtime
+from mar import distributed
 from mar.checkpoint.run_state import RunState
 from mar.checkpoint.tokenizers import save_tokenizer
 from mar.config import ConfigError, to_dict
-from mar.data.heldout import hold_out, keep_note, read_note, spread
+from mar.config.tokenizer import TokenizerTrainConfig
+from mar.data.images import Source, Transform, image_grid
 from mar.data.loader import Batch, ImageBatch, batches, in_order
-from mar.data.sources import Source
-from mar.data.transforms import Transform
-from mar.pictures import grid
+from mar.data.splits import hold_out, keep_note, read_note, subset
 from mar.pipeline import to_pil
-from mar.tokenizer.base import Posterior
+from mar.random import make_generator
+from mar.tokenizer.base import Posterior, RoundTrip, measure_latents, reconstruct, round_trip
 from mar.tokenizer.kl import KLTokenizer, from_config
-from mar.tokenizer.roundtrip import RoundTrip, reconstruct, round_trip
-from mar.tokenizer.statistics import measure
 from mar.training.ema import EMA
-from mar.training.learner import Hook, Progress
 from mar.training.log import Log
-from mar.training.loop import autocast, descend, posterior_noise
 from mar.training.optim import ready_adamw
 from mar.training.run import check_same, keep_settings
-from mar.training.tokenizer_config import TokenizerTrainConfig
-from mar.training.tokenizer_losses import PatchDiscriminator, PerceptualDistance, balance, hinge
+from mar.training.trainer import Callback, Progress, autocast, optimizer_step, posterior_noise
+
+TAPS = (0, 2, 4, 10)
+"""Blocks of EfficientNet-Lite0 after which features are compared: the last of each size of map, from 1/2 to 1/16."""
+SMALLEST = 64
+"""Pixels of the short side that smaller pictures are enlarged to."""
+_EPSILON = 1e-10
+
+
+class PerceptualDistance(nn.Module):
+    """Distances between features of EfficientNet-Lite0, in the manner of LPIPS, without its learned weights.
+
+    Zhang et al. (arXiv 1801.03924), equation 1 with all weights the same: features of unit length at each place, their
+    squared differences summed over channels and averaged over places and taps. Gradients reach the pictures; the
+    network learns nothing.
+    """
+
+    def __init__(self, network: Any) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+
+    def forward(self, images: Float[Tensor, "n c h w"], others: Float[Tensor, "n c h w"]) -> Float[Tensor, ""]:
+        """The mean distance of pairs of pictures in [-1, 1]; grey ones are repeated."""
+        both = zip(self._features(images), self._features(others), strict=True)
+        distances = [(a - b).square().sum(1).mean() for a, b in both]
+        return torch.stack(distances).mean()
+
+    def _features(self, images: Tensor) -> list[Tensor]:
+        x = (127.5 * images.expand(-1, 3, -1, -1) + 0.5) / 128  # pixels as the network was trained: (x - 127) / 128
+        short = min(x.shape[2:])
+        if short < SMALLEST:
+            x = functional.interpolate(x, scale_factor=SMALLEST / short, mode="bilinear", align_corners=False)
+        network, found = self.network, []
+        x = network._swish(network._bn0(network._conv_stem(x)))
+        for number, block in enumerate(network._blocks[: TAPS[-1] + 1]):
+            x = block(x)
+            if number in TAPS:
+                found.append(x * (x.square().sum(1, keepdim=True) + _EPSILON).rsqrt())
+        return found
+
+
+class PatchDiscriminator(nn.Module):
+    """Says of each patch of a picture how real it looks (Isola et al., arXiv 1611.07004, section 3.2.2)."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        widths = (width, 2 * width, 4 * width)
+        layers: list[nn.Module] = [nn.Conv2d(channels, width, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for before, after in itertools.pairwise(widths):
+            stride = 2 if after == widths[1] else 1
+            layers += [nn.Conv2d(before, after, 4, stride, 1), nn.GroupNorm(8, after), nn.LeakyReLU(0.2)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
+
+    def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 1 p q"]:
+        """A number for each patch: high where it looks real."""
+        return self.layers(images)
+
+
+def hinge(real: Float[Tensor, "n 1 p q"], fake: Float[Tensor, "n 1 p q"]) -> Float[Tensor, ""]:
+    """The discriminator's loss: nothing to learn from patches judged beyond 1 and -1 (Lim and Ye, arXiv 1705.02894)."""
+    return 0.5 * (functional.relu(1 - real).mean() + functional.relu(1 + fake).mean())
+
+
+def balance(loss: Float[Tensor, ""], adversarial: Float[Tensor, ""], last: Tensor) -> Float[Tensor, ""]:
+    """The factor that makes both losses pull equally hard at the decoder's `last` weights, at most 10^4.
+
+    Esser et al., "Taming transformers" (arXiv 2012.09841), equation 7.
+    """
+    (one,) = torch.autograd.grad(loss, last, retain_graph=True)
+    (other,) = torch.autograd.grad(adversarial, last, retain_graph=True)
+    return (one.norm() / (other.norm() + 1e-4)).clamp(max=1e4).detach()
+
 
 JUDGED = 1000
 """Held-out pictures, at most, that a PSNR is of."""
@@ -80,7 +150,7 @@ class TokenizerRun:
     network: Any = None
     """An EfficientNet-Lite0, where distances between its features are part of the loss."""
     progress: Progress = field(default_factory=Progress)
-    hooks: list[Hook] = field(default_factory=list)
+    hooks: list[Callback] = field(default_factory=list)
     parts: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -171,7 +241,7 @@ class TokenizerRun:
                 factor = balance(loss, terms["adversarial"], self.model.decoder.conv_out.weight)
                 total = loss + self.config.adversarial * factor * terms["adversarial"]
         total.backward()
-        norm = descend(self)
+        norm = optimizer_step(self)
         if critic is not None and math.isfinite(norm):
             terms["critic"] = self._teach(critic, images, back.detach())
         self.parts = {name: term.item() for name, term in terms.items()}
@@ -207,12 +277,14 @@ def open_tokenizer_run(
 
     ConfigError where the folder holds another run, or several processes were started; ValueError without pictures.
     """
-    if runtime.world_size() > 1:
-        raise ConfigError(f"got {runtime.world_size()} processes, but a tokenizer is trained by one; start it without")
+    if distributed.world_size() > 1:
+        raise ConfigError(
+            f"got {distributed.world_size()} processes, but a tokenizer is trained by one; start it without"
+        )
     check_same(config, folder)
     source, held_out = hold_out(config.data, read_note(folder))
     network = load_network() if config.perceptual else None
-    torch.manual_seed(runtime.generator(config.seed).initial_seed())
+    torch.manual_seed(make_generator(config.seed).initial_seed())
     tokenizer = from_config(architecture(config))
     run = TokenizerRun(config, folder, source, held_out, tokenizer, device, network)
     run.resume()
@@ -226,12 +298,12 @@ def averaged(run: TokenizerRun) -> KLTokenizer:
     return KLTokenizer(copy.deepcopy(run.ema.model)).to(run.device)
 
 
-def judge(run: TokenizerRun, log: Log, tokenizer: KLTokenizer | None = None) -> RoundTrip:
+def evaluate_reconstruction(run: TokenizerRun, log: Log, tokenizer: KLTokenizer | None = None) -> RoundTrip:
     """The PSNR of held-out pictures, by the averaged weights; and a sheet of some of them, with what came back."""
     tokenizer = tokenizer or averaged(run)
-    found = round_trip(tokenizer, in_order(spread(run.held_out, JUDGED), run.transform))
+    found = round_trip(tokenizer, in_order(subset(run.held_out, JUDGED), run.transform))
     path = run.folder / "samples" / f"{run.progress.images:012d}.png"
-    for images in in_order(spread(run.held_out, SHOWN), run.transform):  # one batch, or none where none can be read
+    for images in in_order(subset(run.held_out, SHOWN), run.transform):  # one batch, or none where none can be read
         path.parent.mkdir(parents=True, exist_ok=True)
         drawn = sheet(tokenizer, images)
         drawn.save(path)
@@ -243,14 +315,14 @@ def judge(run: TokenizerRun, log: Log, tokenizer: KLTokenizer | None = None) -> 
 
 def sheet(tokenizer: KLTokenizer, images: Float[Tensor, "n c h w"]) -> Image.Image:
     """Pictures in the upper row, what came back of them in the lower one."""
-    return grid([*to_pil(images), *to_pil(reconstruct(tokenizer, images).cpu())], len(images))
+    return image_grid([*to_pil(images), *to_pil(reconstruct(tokenizer, images).cpu())], len(images))
 
 
 def finish(run: TokenizerRun, log: Log) -> tuple[KLTokenizer, RoundTrip]:
     """Measures the averaged weights' statistics on the training pictures, judges them, and writes the tokenizer."""
     tokenizer = averaged(run)
-    statistics = measure(tokenizer, in_order(spread(run.source, MEASURED), run.transform), per_channel=True)
+    statistics = measure_latents(tokenizer, in_order(subset(run.source, MEASURED), run.transform), per_channel=True)
     tokenizer.set_statistics(statistics.mean, statistics.std)
-    found = judge(run, log, tokenizer)
+    found = evaluate_reconstruction(run, log, tokenizer)
     save_tokenizer(tokenizer, run.folder)
     return tokenizer, found

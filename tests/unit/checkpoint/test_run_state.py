@@ -298,7 +298,7 @@ def test_code_in_the_table_of_contents_is_not_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no state"):
         run.load(blank())
     with pytest.raises(CheckpointError, match=r"refused: it asks for pathlib\.Path\.touch"):
-        run_state.read_contents(saved)
+        run_state.read_dcp_metadata(saved)
     assert not trap.exists()
 
 
@@ -306,4 +306,4 @@ def test_pickled_values_in_the_shards_are_not_read(tmp_path: Path) -> None:
     with run_state._quiet():
         state_dict_saver.save({"x": Malice(tmp_path / "trap")}, checkpoint_id=tmp_path / "state")
     with pytest.raises(CheckpointError, match="refused: x is not a tensor"):
-        run_state.read_contents(tmp_path / "state")
+        run_state.read_dcp_metadata(tmp_path / "state")

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mar.checkpoint import files, store
-from mar.checkpoint.store import CheckpointError, Header
+from mar.checkpoint.files import CheckpointError
+from mar.checkpoint.store import Header
 from mar.config import HeadConfig, ModelConfig, SamplingConfig, TrunkConfig
 from mar.model.mar import MAR
 

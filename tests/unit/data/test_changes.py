@@ -5,36 +5,37 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mar.data.changes import PLAIN, Change, Changes
-from mar.data.order import flipped, moved
+from mar.data.loader import NO_AUGMENTATION, Augmentation, Augmentations, random_flip, random_shift
 
 PICTURE = torch.arange(24.0).reshape(2, 3, 4)
 
 
 def test_a_picture_is_moved_and_its_edges_are_repeated() -> None:
     row = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
-    assert Change(right=1)(row).tolist() == [[[1, 1, 2, 3]]]
-    assert Change(right=-2)(row).tolist() == [[[3, 4, 4, 4]]]
-    assert Change(right=9)(row).tolist() == [[[1, 1, 1, 1]]]
-    assert Change(down=5)(row).tolist() == row.tolist()
-    down = Change(down=1)(PICTURE)
+    assert Augmentation(right=1)(row).tolist() == [[[1, 1, 2, 3]]]
+    assert Augmentation(right=-2)(row).tolist() == [[[3, 4, 4, 4]]]
+    assert Augmentation(right=9)(row).tolist() == [[[1, 1, 1, 1]]]
+    assert Augmentation(down=5)(row).tolist() == row.tolist()
+    down = Augmentation(down=1)(PICTURE)
     assert torch.equal(down[:, 1:], PICTURE[:, :-1])
     assert torch.equal(down[:, 0], PICTURE[:, 0])
-    both = Change(down=-1, right=1)(PICTURE)
+    both = Augmentation(down=-1, right=1)(PICTURE)
     assert torch.equal(both[:, :-1, 1:], PICTURE[:, 1:, :-1])
 
 
 def test_it_is_mirrored_after_that() -> None:
-    assert torch.equal(Change(flip=True)(PICTURE), PICTURE.flip(-1))
-    assert torch.equal(Change(True, 1, 2)(PICTURE), Change(False, 1, 2)(PICTURE).flip(-1))
-    assert PLAIN(PICTURE) is PICTURE
+    assert torch.equal(Augmentation(flip=True)(PICTURE), PICTURE.flip(-1))
+    assert torch.equal(Augmentation(True, 1, 2)(PICTURE), Augmentation(False, 1, 2)(PICTURE).flip(-1))
+    assert NO_AUGMENTATION(PICTURE) is PICTURE
 
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("shift", [0, 1, 5])
 def test_what_is_changed_follows_the_position(flip: bool, shift: int) -> None:
-    changes = Changes(7, flip, shift)
+    changes = Augmentations(7, flip, shift)
     for position in range(40):
-        expected = Change(flip and flipped(7, position), *(moved(7, position, shift) if shift else (0, 0)))
+        expected = Augmentation(
+            flip and random_flip(7, position), *(random_shift(7, position, shift) if shift else (0, 0))
+        )
         assert changes.at(position) == expected
         assert max(abs(expected.down), abs(expected.right)) <= shift

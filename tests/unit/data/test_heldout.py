@@ -11,21 +11,22 @@ from tars import png, shards, write_tar
 from tiny import pictures
 
 from mar.config import ConfigError
-from mar.data.heldout import HELD_OUT, choose, divide, hold_out, keep_note, open_parts, read_note
-from mar.data.latents import LatentSource
-from mar.data.sources import FolderSource, open_source
+from mar.data.cache_writer import describe_cache, finish_cache, prepare_cache, write_shards
+from mar.data.folder import FolderSource
+from mar.data.latent_cache import LatentSource
+from mar.data.sources import open_source
+from mar.data.splits import HELD_OUT, hold_out, keep_note, open_parts, read_note, stratified_indices, train_val_split
 from mar.tokenizer import PixelTokenizer
-from mar.training.cache import describe, finish, prepare, write_shards
 
 
 def cached(folder: Path, data: Path, split: str = "train") -> Path:
     """The pictures' latents, four a shard."""
     tokenizer, source = PixelTokenizer(1, 0.0, 1.0), open_source(data, split)
-    about = describe(source, tokenizer, data=str(data), tokenizer_name="pixels", size=(8, 8), shard=4)
-    shards = prepare(folder, about)
+    about = describe_cache(source, tokenizer, data=str(data), tokenizer_name="pixels", size=(8, 8), shard=4)
+    shards = prepare_cache(folder, about)
     assert shards
     write_shards(folder, about, source, tokenizer, shards, device=torch.device("cpu"))
-    finish(folder, about)
+    finish_cache(folder, about)
     return folder
 
 
@@ -35,33 +36,33 @@ def names(source: object) -> list[str]:
 
 @pytest.mark.parametrize(("length", "count"), [(100, 10), (17, 5), (5, 5), (3, 9), (1, 1), (0, 4)])
 def test_one_of_each_stretch_is_chosen(length: int, count: int) -> None:
-    chosen = choose(length, count)
+    chosen = stratified_indices(length, count)
     count = min(length, count)
     assert len(chosen) == count
     assert all(k * length // count <= i < (k + 1) * length // count for k, i in enumerate(chosen))
-    assert np.array_equal(chosen, choose(length, count))
+    assert np.array_equal(chosen, stratified_indices(length, count))
 
 
 def test_the_choice_is_of_classes_that_come_in_turns_too() -> None:
-    turns = np.bincount(choose(2000, 200) % 10, minlength=10)
+    turns = np.bincount(stratified_indices(2000, 200) % 10, minlength=10)
     assert turns.min() >= 10
-    assert np.bincount(choose(2000, 200) // 200).tolist() == [20] * 10
+    assert np.bincount(stratified_indices(2000, 200) // 200).tolist() == [20] * 10
 
 
 def test_pictures_are_learned_from_or_held_out(tmp_path: Path) -> None:
-    learned, kept = divide(FolderSource(pictures(tmp_path)), 4)
+    learned, kept = train_val_split(FolderSource(pictures(tmp_path)), 4)
     assert (len(learned), len(kept)) == (15, 5)
     assert sorted(names(learned) + names(kept)) == sorted(names(FolderSource(tmp_path)))
     assert {kept[i].label for i in range(5)} == {0, 1}
-    assert [len(part) for part in divide(FolderSource(pictures(tmp_path / "two", 2)), 20)] == [1, 1]
+    assert [len(part) for part in train_val_split(FolderSource(pictures(tmp_path / "two", 2)), 20)] == [1, 1]
     with pytest.raises(ValueError, match="got 1 picture, but one to learn from and one to judge by"):
-        divide(FolderSource(pictures(tmp_path / "one", 1)), 20)
+        train_val_split(FolderSource(pictures(tmp_path / "one", 1)), 20)
 
 
 def test_a_cache_holds_the_same_pictures_out(tmp_path: Path) -> None:
     data = pictures(tmp_path / "pictures")
     whole = open_source(data)
-    parts = divide(whole, 4), divide(LatentSource(cached(tmp_path / "cache", data)), 4)
+    parts = train_val_split(whole, 4), train_val_split(LatentSource(cached(tmp_path / "cache", data)), 4)
     for of_pictures, of_latents in zip(*parts, strict=True):
         assert len(of_pictures) == len(of_latents)
         for i in range(len(of_pictures)):
@@ -76,24 +77,24 @@ def test_a_cache_holds_the_same_pictures_out(tmp_path: Path) -> None:
 
 def test_what_was_held_out_stays_so_where_a_folder_grows(tmp_path: Path) -> None:
     data, run = pictures(tmp_path / "pictures", 20), tmp_path / "run"
-    learned, kept = map(names, parts := divide(FolderSource(data), 4))
+    learned, kept = map(names, parts := train_val_split(FolderSource(data), 4))
     assert read_note(run) is None
     keep_note(run, parts[0])
-    assert [*map(names, divide(FolderSource(data), 4, read_note(run)))] == [learned, kept]
+    assert [*map(names, train_val_split(FolderSource(data), 4, read_note(run)))] == [learned, kept]
     pictures(data, 40)
     for name in ("across/0.png", "down/1.png"):  # in between
         Path(kept[0]).with_suffix(".bak").write_bytes(Path(kept[0]).read_bytes())
         Path(kept[0]).with_suffix(".bak").rename(data / name)
-    grown = divide(FolderSource(data), 4, read_note(run))
+    grown = train_val_split(FolderSource(data), 4, read_note(run))
     assert names(grown[1]) == kept
     assert set(learned) < set(names(grown[0]))
     assert len(grown[0]) == 15 + 20 + 2
     aside = Path(kept[0]).rename(tmp_path / "aside.png")
-    less = divide(FolderSource(data), 4, read_note(run))
+    less = train_val_split(FolderSource(data), 4, read_note(run))
     assert names(less[1]) == kept[1:]
     keep_note(run, less[0])  # which forgets nothing
     aside.rename(kept[0])
-    assert names(divide(FolderSource(data), 4, read_note(run))[1]) == kept
+    assert names(train_val_split(FolderSource(data), 4, read_note(run))[1]) == kept
 
 
 def test_what_was_held_out_of_shards_of_a_table_and_of_a_cache(tmp_path: Path) -> None:
@@ -105,14 +106,14 @@ def test_what_was_held_out_of_shards_of_a_table_and_of_a_cache(tmp_path: Path) -
     assert (names(more[1]), len(more[0])) == (names(kept), len(learned) + 1)
     data, run = pictures(tmp_path / "pictures", 20), tmp_path / "run"
     cache = LatentSource(cached(tmp_path / "cache", data))
-    first, others = divide(cache, 4)
+    first, others = train_val_split(cache, 4)
     keep_note(run, first)
     note = read_note(run)
-    assert np.array_equal(divide(cache, 4, note)[1].rows, others.rows)
+    assert np.array_equal(train_val_split(cache, 4, note)[1].rows, others.rows)
     with pytest.raises(ConfigError, match="which of its pictures were held out can't be told"):
-        divide(LatentSource(cached(tmp_path / "larger", pictures(data, 24))), 4, note)
+        train_val_split(LatentSource(cached(tmp_path / "larger", pictures(data, 24))), 4, note)
     with pytest.raises(ConfigError, match="which of its pictures were held out can't be told"):
-        divide(FolderSource(data), 4, read_note(tar_run))
+        train_val_split(FolderSource(data), 4, read_note(tar_run))
     (run / HELD_OUT).write_text("[]")
     with pytest.raises(ConfigError, match=r"held-out\.json can't be read"):
         read_note(run)

@@ -17,10 +17,11 @@ from PIL import Image
 from tars import numbers, png, shards, write_tar
 
 from mar.data import hub
-from mar.data.files import hub_name
+from mar.data.folder import hub_name
+from mar.data.images import Transform, UnreadableImage
 from mar.data.loader import batches, in_order
-from mar.data.sources import StreamSource, UnreadableImage, open_data, open_source
-from mar.data.transforms import Transform
+from mar.data.sources import open_data, open_source
+from mar.data.stream import StreamSource
 
 NAMES = datasets.ClassLabel(names=["cat", "dog"])
 

@@ -17,13 +17,9 @@ import torch
 from PIL import Image
 from tars import Numbered, numbers
 
-from mar.data import lanes as lanes_module
-from mar.data.batch import Batch, ImageBatch
-from mar.data.changes import Changes
-from mar.data.lanes import Lane, StreamOrder
-from mar.data.loader import batches, in_order
-from mar.data.streams import Row, StreamSource
-from mar.data.transforms import Transform
+from mar.data.images import Transform
+from mar.data.loader import Augmentations, Batch, ImageBatch, batches, in_order
+from mar.data.stream import ShardReader, StreamSample, StreamSampler, StreamSource
 
 TO_TENSOR = Transform(8, 1)
 
@@ -31,7 +27,7 @@ TO_TENSOR = Transform(8, 1)
 class Sloping(Numbered):
     """The same shards, of pictures in which every pixel differs."""
 
-    def rows(self, shard: int) -> Iterator[Row]:
+    def rows(self, shard: int) -> Iterator[StreamSample]:
         for row in super().rows(shard):
             file = BytesIO()
             Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) + 2 * int(row.name[1:])).save(file, "PNG")
@@ -53,7 +49,7 @@ def flat(found: list[Batch]) -> list[int]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of two pictures, with four lanes."""
-    monkeypatch.setattr(lanes_module, "WINDOW", 8)
+    monkeypatch.setattr("mar.data.stream.WINDOW", 8)
 
 
 def test_each_picture_once_an_epoch_anew_shuffled(small_blocks: None) -> None:
@@ -80,7 +76,7 @@ def test_changes_are_keyed_by_the_position() -> None:
 
     plain, changed = first(flip=False), first(flip=True, shift=2)
     for row, position in enumerate(range(4)):
-        assert torch.equal(changed.images[row], Changes(1, True, 2).at(position)(plain.images[row]))
+        assert torch.equal(changed.images[row], Augmentations(1, True, 2).at(position)(plain.images[row]))
     assert not torch.equal(plain.images, changed.images)
     half = first(flip=True, shift=2, rank=1, world=2, workers=1)
     assert torch.equal(half.images, changed.images[2:])
@@ -143,7 +139,7 @@ def test_going_on_with_another_number_of_processes(small_blocks: None, monkeypat
     pair = [stream(sizes=sizes) for _ in range(2)]
     shares = [some(pair[rank], 5, batch=6, rank=rank, world=2) for rank in range(2)]
     assert [number for both in zip(*shares, strict=True) for number in flat(list(both))] == whole[:30]
-    monkeypatch.setattr("mar.runtime.gather", lambda mine: [process.places for process in pair])
+    monkeypatch.setattr("mar.distributed.all_gather_object", lambda mine: [process.places for process in pair])
     state = pair[0].state_dict()
     alone = stream(sizes=sizes)
     alone.load_state_dict(state, 30)
@@ -195,14 +191,14 @@ def test_streams_that_end_a_run_do_so_in_one_line(workers: int) -> None:
 
 def test_lanes_divide_the_batch() -> None:
     for shards, batch, expected in ((1000, 256, 32), (10, 256, 8), (4, 7, 1), (1, 8, 1), (33, 33, 11), (3, 6, 3)):
-        assert StreamOrder(shards, 0, batch).lanes == expected
+        assert StreamSampler(shards, 0, batch).lanes == expected
     with pytest.raises(ValueError, match="got 0 shards"):
-        StreamOrder(0, 0, 8)
+        StreamSampler(0, 0, 8)
 
 
 def test_a_lane_reads_one_picture_for_each_that_is_taken(small_blocks: None) -> None:
     shards = Numbered((40, 40, 40, 40))
-    lane = iter(Lane(shards, StreamOrder(4, 0, 4), 0))
+    lane = iter(ShardReader(shards, StreamSampler(4, 0, 4), 0))
     next(lane)
     begun = shards.read
     for _ in range(20):

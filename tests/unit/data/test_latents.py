@@ -18,17 +18,14 @@ from safetensors.torch import load_file
 from mar.checkpoint import files
 from mar.checkpoint.files import CheckpointError
 from mar.config import ConfigError
-from mar.data.digest import source_digest
-from mar.data.latents import LatentSource, verify
+from mar.data.cache_writer import describe_cache, finish_cache, prepare_cache, write_shards
+from mar.data.fingerprint import source_digest
+from mar.data.images import Source, Transform, UnreadableImage
+from mar.data.latent_cache import INDEX, MANIFEST, DamagedCache, LatentSource, read_manifest, verify
 from mar.data.loader import batches
-from mar.data.shards import INDEX, MANIFEST, DamagedCache, read_about
-from mar.data.sources import Source, UnreadableImage, open_data, open_source
-from mar.data.transforms import Transform
+from mar.data.sources import open_data, open_source
 from mar.tokenizer import PixelTokenizer
-from mar.tokenizer.base import Posterior
-from mar.tokenizer.moments import LatentMoments, fingerprint, measure_moments, to_posterior
-from mar.tokenizer.statistics import measure
-from mar.training.cache import describe, finish, prepare, write_shards
+from mar.tokenizer.base import LatentMoments, Posterior, fingerprint, measure_latents, measure_moments, to_posterior
 
 CPU = torch.device("cpu")
 
@@ -51,11 +48,11 @@ def made(pictures: Path, out: Path, tokenizer: PixelTokenizer | None = None, **s
     source = open_source(pictures)
     tokenizer = tokenizer or Blurry(1)
     options = {"size": (8, 8), "dtype": "fp32", "shard": 6, "data": "the pictures", "tokenizer_name": "blurry"}
-    about = describe(source, tokenizer, **{**options, **settings})
-    shards = prepare(out, about)
+    about = describe_cache(source, tokenizer, **{**options, **settings})
+    shards = prepare_cache(out, about)
     if shards is not None:
         write_shards(out, about, source, tokenizer, shards, device=CPU, batch=4)
-        finish(out, about)
+        finish_cache(out, about)
     return LatentSource(out)
 
 
@@ -109,7 +106,7 @@ def test_what_storing_costs(dtype: str, error: float, data: Path, tmp_path: Path
 
 def test_an_imagenet_picture_takes_half_of_what_the_reference_writes(cache: Path) -> None:
     """KL-16 at 256x256: 64 KiB and the headers of npz there; 32 KiB here, and 4 bytes for its label."""
-    about = read_about(cache)
+    about = read_manifest(cache)
     assert type(about)(**{**vars(about), "shape": (16, 16, 16), "dtype": "fp16"}).picture_bytes() == 32 * 1024 + 4
 
 
@@ -135,7 +132,10 @@ def test_statistics_do_not_matter_to_a_cache_but_are_found_in_it(data: Path, tmp
         assert (tmp_path / f"a/0000{k}.safetensors").read_bytes() == (tmp_path / f"b/0000{k}.safetensors").read_bytes()
     source = open_source(data)
     every = torch.stack([pixels(source, i) for i in range(20)])
-    from_pictures, from_cache = measure(Blurry(1), [every]), measure_moments(LatentSource(tmp_path / "a").in_order())
+    from_pictures, from_cache = (
+        measure_latents(Blurry(1), [every]),
+        measure_moments(LatentSource(tmp_path / "a").in_order()),
+    )
     assert from_cache.images == from_pictures.images
     assert (*from_cache.mean, *from_cache.std) == pytest.approx((*from_pictures.mean, *from_pictures.std), rel=1e-6)
     posterior = to_posterior(measured, LatentMoments(every, 2 * (every - 3)))
@@ -277,7 +277,7 @@ def test_a_cache_goes_on_only_with_its_own_pictures(tmp_path: Path) -> None:
 
 def test_digests_of_tables_follow_pictures_and_labels(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
-    from mar.data.tables import TableSource
+    from mar.data.parquet import TableSource
 
     def table(values: list[int], labels: list[int]) -> TableSource:
         pictures = [Image.new("L", (4 + value, 4), value) for value in values]
@@ -316,9 +316,9 @@ def test_labels_that_are_no_class_are_refused(data: Path, tmp_path: Path) -> Non
             return type(example)(example.image, 5, "it")
 
     source, tokenizer = open_source(data), Blurry(1)
-    about = describe(Wrong(), tokenizer, data="x", tokenizer_name="blurry", size=(8, 8))
+    about = describe_cache(Wrong(), tokenizer, data="x", tokenizer_name="blurry", size=(8, 8))
     with pytest.raises(ValueError, match="it has the label 5, but there are 2 classes"):
-        write_shards(tmp_path, about, Wrong(), tokenizer, prepare(tmp_path, about) or [], device=CPU)
+        write_shards(tmp_path, about, Wrong(), tokenizer, prepare_cache(tmp_path, about) or [], device=CPU)
 
 
 def test_folders_that_are_not_for_a_cache(data: Path, tmp_path: Path) -> None:

@@ -13,11 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from mar.data.changes import Changes
-from mar.data.loader import Batch, batches, read_plain
-from mar.data.order import Order, flipped
-from mar.data.sources import FashionSource, FolderSource
-from mar.data.transforms import Transform
+from mar.data.folder import FolderSource
+from mar.data.images import Transform
+from mar.data.loader import Augmentations, Batch, InfiniteSampler, batches, random_flip, read_plain
+from mar.data.sources import FashionSource
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +42,7 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 def test_batches_hold_what_the_order_says(fashion: FashionSource) -> None:
-    order = Order(len(fashion), seed=3, batch=8)
+    order = InfiniteSampler(len(fashion), seed=3, batch=8)
     batch = next(islice(batches(fashion, Transform(28, 1), batch=8, seed=3, start=5), 1, None))
     assert batch.positions.tolist() == list(range(13, 21))
     for row, position in enumerate(range(13, 21)):
@@ -80,7 +79,7 @@ def test_flips_follow_the_position_and_the_source_s_will(fashion: FashionSource)
     coins = next(batches(fashion, transform, batch=32, seed=1, flip=True))
     assert torch.equal(as_is.images, never.images), "the bundled shoes all face one way"
     for row, position in enumerate(coins.positions.tolist()):
-        expected = never.images[row].flip(-1) if flipped(1, position) else never.images[row]
+        expected = never.images[row].flip(-1) if random_flip(1, position) else never.images[row]
         assert torch.equal(coins.images[row], expected)
     assert FolderSource.flips
 
@@ -89,7 +88,7 @@ def test_shifts_follow_the_position(fashion: FashionSource) -> None:
     transform = Transform(28, 1)
     plain = next(batches(fashion, transform, batch=32, seed=1, flip=False))
     moved = next(batches(fashion, transform, batch=32, seed=1, flip=True, shift=3))
-    changes = [Changes(1, True, 3).at(position) for position in moved.positions.tolist()]
+    changes = [Augmentations(1, True, 3).at(position) for position in moved.positions.tolist()]
     assert len(set(changes)) > 20
     for row, change in enumerate(changes):
         assert torch.equal(moved.images[row], change(plain.images[row]))
@@ -145,7 +144,7 @@ def test_an_error_ends_the_workers_while_its_traceback_is_kept(tmp_path: Path, w
 
 LEFT_OPEN = """
 import torch
-from mar.data import batch
+from mar.data.loader import make_dataloader
 
 class Stuck(torch.utils.data.Dataset):
     def __getitem__(self, index):
@@ -155,7 +154,7 @@ class Stuck(torch.utils.data.Dataset):
 
 if __name__ == "__main__":
     torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # how long a worker may take to end by itself
-    reads = batch.read_ahead(Stuck(), workers=1, batches=[[0], [1]], collate=list)
+    reads = make_dataloader(Stuck(), workers=1, batches=[[0], [1]], collate=list)
     print(next(reads))
 """
 

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from mar.data.sources import FashionSource, FolderSource, UnreadableImage, open_source
+from mar.data.folder import FolderSource
+from mar.data.images import UnreadableImage
+from mar.data.sources import FashionSource, open_source
 
 
 def paint(path: Path, value: int = 0) -> Path:

@@ -8,7 +8,8 @@ import datasets
 import pytest
 from PIL import Image
 
-from mar.data.sources import UnreadableImage, open_source
+from mar.data.images import UnreadableImage
+from mar.data.sources import open_source
 
 
 @pytest.fixture(autouse=True)

@@ -16,11 +16,12 @@ from tars import numbers, png, shards, write_tar
 from tiny import open_tiny, train_config
 
 from mar.config import ConfigError
-from mar.data.digest import source_digest
-from mar.data.files import expand
+from mar.data.fingerprint import source_digest
+from mar.data.folder import FolderSource, expand
+from mar.data.images import Source, Transform, UnreadableImage
 from mar.data.loader import batches
-from mar.data.sources import FolderSource, Source, TarSource, UnreadableImage, open_source
-from mar.data.transforms import Transform
+from mar.data.sources import open_source
+from mar.data.webdataset import TarSource
 from mar.sampling.plan import Plan
 from mar.sampling.sinks import Job, Shards, prepare
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mar.data.transforms import Transform, adm_center_crop, to_colours, to_tensor
+from mar.data.images import Transform, adm_center_crop, to_colours, to_tensor
 
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mar.config import Prediction
 from mar.diffusion.schedule import Schedule, cosine, linear, respace
-from mar.diffusion.solvers import SOLVERS, Sampler, ancestral, ddim, dpm_2m, dpm_2s, noises
-from mar.runtime import generator
+from mar.diffusion.solvers import SOLVERS, Sampler, ancestral, ddim, dpm_2m, dpm_2s, num_noises
+from mar.random import make_generator
 
 FLOWS: dict[str, Sampler] = {"ddim": ddim, "dpm++2m": dpm_2m, "dpm++2s": dpm_2s}
 X = torch.linspace(-2, 2, 9, dtype=torch.float64).unsqueeze(1)
@@ -193,11 +193,11 @@ def test_temperature_is_that_of_the_start(solver: str) -> None:
 @pytest.mark.parametrize("solver", FLOWS)
 def test_only_the_first_noise_counts(solver: str) -> None:
     schedule = even(6)
-    many = torch.cat([X.unsqueeze(0), torch.randn(6, *X.shape, generator=generator(0), dtype=torch.float64)])
+    many = torch.cat([X.unsqueeze(0), torch.randn(6, *X.shape, generator=make_generator(0), dtype=torch.float64)])
     of = network(schedule, "v", bent, [])
     assert torch.equal(FLOWS[solver](of, many, schedule, "v"), draw(solver, schedule, bent))
-    assert noises(solver, 7) == 1  # type: ignore[arg-type]
-    assert noises("ancestral", 7) == 7
+    assert num_noises(solver, 7) == 1  # type: ignore[arg-type]
+    assert num_noises("ancestral", 7) == 7
 
 
 @pytest.mark.parametrize("solver", SOLVERS)

@@ -10,7 +10,7 @@ from tiny import noise
 from torch import Tensor
 
 from mar.config import Prediction
-from mar.diffusion.gaussian import Coefficients, clean, diffuse, loss, reverse, target
+from mar.diffusion.gaussian import Coefficients, diffusion_loss, p_mean_variance, predict_x0, q_sample, training_target
 from mar.diffusion.schedule import cosine, linear
 
 SCHEDULE = cosine(1000)
@@ -22,15 +22,15 @@ def drawn(t: Tensor, width: int = 3) -> tuple[Tensor, Tensor, Coefficients, Tens
     """x0, noise, coefficients and x_t of rows at timesteps t, in float64."""
     x0, epsilon = noise(len(t), width).double(), noise(len(t), width, seed=1).double()
     c = Coefficients.at(TABLE, t)
-    return x0, epsilon, c, diffuse(x0, epsilon, c)
+    return x0, epsilon, c, q_sample(x0, epsilon, c)
 
 
 @pytest.mark.parametrize("prediction", EVERY)
 def test_a_perfect_prediction_gives_the_clean_token(prediction: Prediction) -> None:
     t = torch.arange(1000)
     x0, epsilon, c, x = drawn(t)
-    output = torch.cat([target(x0, epsilon, c, prediction), torch.zeros_like(x0)], -1)
-    p = reverse(output, x, c, prediction)
+    output = torch.cat([training_target(x0, epsilon, c, prediction), torch.zeros_like(x0)], -1)
+    p = p_mean_variance(output, x, c, prediction)
     torch.testing.assert_close(p.x0, x0, rtol=0, atol=1e-9)
     torch.testing.assert_close(p.mean, c.mean_x0 * x0 + c.mean_xt * x, rtol=0, atol=1e-9)
 
@@ -41,8 +41,10 @@ def test_predictions_are_names_of_one_thing(prediction: Prediction) -> None:
     wrong = epsilon + 0.1 * noise(4, 3, seed=2).double()
     implied = c.per_signal * x - c.noise_per_signal * wrong  # the x0 that goes with the wrong noise
     variance = noise(4, 3, seed=3).double()
-    by_noise = reverse(torch.cat([wrong, variance], -1), x, c, "noise")
-    by_other = reverse(torch.cat([target(implied, wrong, c, prediction), variance], -1), x, c, prediction)
+    by_noise = p_mean_variance(torch.cat([wrong, variance], -1), x, c, "noise")
+    by_other = p_mean_variance(
+        torch.cat([training_target(implied, wrong, c, prediction), variance], -1), x, c, prediction
+    )
     for one, other in zip(by_noise, by_other, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
@@ -54,18 +56,18 @@ def test_the_flow_is_the_velocity_of_the_linear_path() -> None:
     c = Coefficients.at(Coefficients.table(linear(1000)), t)
     u = (t.double().unsqueeze(1) + 0.5) / 1000
     scale = ((1 - u).square() + u.square()).sqrt()
-    x = diffuse(x0, epsilon, c)
+    x = q_sample(x0, epsilon, c)
     torch.testing.assert_close(x * scale, (1 - u) * x0 + u * epsilon, rtol=1e-9, atol=1e-9)
-    velocity = target(x0, epsilon, c, "flow")
+    velocity = training_target(x0, epsilon, c, "flow")
     torch.testing.assert_close(x * scale + (1 - u) * velocity, epsilon, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(clean(velocity, x, c, "flow"), x0, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(predict_x0(velocity, x, c, "flow"), x0, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("prediction", EVERY)
 def test_the_bound_clips_the_clean_token_only(prediction: Prediction) -> None:
     _, _, c, x = drawn(torch.tensor([10, 500, 990]))
     output = 5 * noise(3, 6, seed=4).double()
-    free, bound = reverse(output, x, c, prediction), reverse(output, x, c, prediction, x0_bound=1.5)
+    free, bound = p_mean_variance(output, x, c, prediction), p_mean_variance(output, x, c, prediction, x0_bound=1.5)
     assert (free.x0.abs() > 1.5).any()
     assert torch.equal(bound.x0, free.x0.clamp(-1.5, 1.5))
     torch.testing.assert_close(bound.mean, c.mean_x0 * bound.x0 + c.mean_xt * x)
@@ -81,18 +83,18 @@ def test_the_variance_lies_between_its_two_ends_and_beyond() -> None:
         (3.0, 2 * c.log_beta - c.posterior_log_variance),  # the reference does not clamp it
     ]:
         output = torch.cat([torch.zeros_like(x), torch.full_like(x, value)], -1)
-        torch.testing.assert_close(reverse(output, x, c, "noise").log_variance, expected.expand(4, 2))
+        torch.testing.assert_close(p_mean_variance(output, x, c, "noise").log_variance, expected.expand(4, 2))
 
 
 @pytest.mark.parametrize("prediction", EVERY)
 def test_the_best_loss_is_that_of_knowing_the_answer(prediction: Prediction) -> None:
     t = torch.tensor([1, 5, 300, 998])
     x0, epsilon, c, x = drawn(t)
-    right = target(x0, epsilon, c, prediction)
+    right = training_target(x0, epsilon, c, prediction)
     posterior = torch.full_like(x0, -1.0)
 
     def of(predicted: Tensor, variance: Tensor) -> Tensor:
-        return loss(torch.cat([predicted, variance], -1), x0, x, epsilon, t == 0, c, prediction)
+        return diffusion_loss(torch.cat([predicted, variance], -1), x0, x, epsilon, t == 0, c, prediction)
 
     torch.testing.assert_close(of(right, posterior), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-9)
     assert (of(right, posterior + 0.5)[:2] > 1e-4).all()  # where the two ends of the variance differ
@@ -105,10 +107,10 @@ def test_the_bound_trains_the_variance_and_the_error_the_prediction(prediction: 
     t = torch.tensor([0, 1, 400, 999])
     x0, epsilon, c, x = drawn(t)
     output = (0.3 * noise(4, 6, seed=5).double()).requires_grad_()
-    rows = loss(output, x0, x, epsilon, t == 0, c, prediction)
+    rows = diffusion_loss(output, x0, x, epsilon, t == 0, c, prediction)
     (gradient,) = torch.autograd.grad(rows.sum(), output)
     predicted, variance = gradient.chunk(2, -1)
-    error = output[:, :3].detach() - target(x0, epsilon, c, prediction)
+    error = output[:, :3].detach() - training_target(x0, epsilon, c, prediction)
     torch.testing.assert_close(predicted, 2 * error / 3)  # that of the mean square alone
     assert (variance[1:] != 0).all()
 
@@ -117,13 +119,13 @@ def test_the_bound_is_the_divergence_of_two_normals_in_bits() -> None:
     t = torch.tensor([200])
     x0, epsilon, c, x = drawn(t, width=1)
     output = torch.tensor([[0.4, 0.2]], dtype=torch.float64)
-    p = reverse(output, x, c, "noise")
+    p = p_mean_variance(output, x, c, "noise")
     q = torch.distributions.Normal(
         c.mean_x0 * x0 + c.mean_xt * x, (0.5 * torch.as_tensor(c.posterior_log_variance)).exp()
     )
     kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(p.mean, (0.5 * p.log_variance).exp()))
     expected = (epsilon - 0.4).square() + kl / math.log(2)
-    torch.testing.assert_close(loss(output, x0, x, epsilon, t == 0, c, "noise"), expected[0])
+    torch.testing.assert_close(diffusion_loss(output, x0, x, epsilon, t == 0, c, "noise"), expected[0])
 
 
 @pytest.mark.parametrize("x", [-3.0, -0.9995, -0.5, 0.0, 0.7, 0.9995, 3.0])
@@ -132,15 +134,15 @@ def test_the_first_step_is_a_likelihood_of_bins(x: float) -> None:
     t = torch.tensor([0])
     c = Coefficients.at(TABLE, t)
     x0 = torch.tensor([[x]], dtype=torch.float64)
-    x1 = diffuse(x0, torch.zeros_like(x0), c)
+    x1 = q_sample(x0, torch.zeros_like(x0), c)
     output = torch.tensor([[0.0, 0.0]], dtype=torch.float64)
-    p = reverse(output, x1, c, "noise")
+    p = p_mean_variance(output, x1, c, "noise")
     std = (0.5 * p.log_variance).exp()
     normal = torch.distributions.Normal(p.mean, std)
     low = normal.cdf(x0 - 1 / 255) if x >= -0.999 else torch.zeros_like(x0)
     high = normal.cdf(x0 + 1 / 255) if x <= 0.999 else torch.ones_like(x0)
     bits = -(high - low).log() / math.log(2)
-    got = loss(output, x0, x1, torch.zeros_like(x0), t == 0, c, "noise")
+    got = diffusion_loss(output, x0, x1, torch.zeros_like(x0), t == 0, c, "noise")
     torch.testing.assert_close(got, bits[0], rtol=0, atol=2e-3)  # the reference's CDF is an approximation
 
 
@@ -148,9 +150,9 @@ def test_rows_do_not_mix() -> None:
     t = torch.tensor([0, 7, 999])
     x0, epsilon, c, x = drawn(t)
     output = noise(3, 6, seed=6).double()
-    together = loss(output, x0, x, epsilon, t == 0, c, "v")
+    together = diffusion_loss(output, x0, x, epsilon, t == 0, c, "v")
     for i in range(3):
         row = slice(i, i + 1)
         own = Coefficients.at(TABLE, t[row])
-        alone = loss(output[row], x0[row], x[row], epsilon[row], t[row] == 0, own, "v")
+        alone = diffusion_loss(output[row], x0[row], x[row], epsilon[row], t[row] == 0, own, "v")
         torch.testing.assert_close(alone, together[row], rtol=1e-12, atol=0)

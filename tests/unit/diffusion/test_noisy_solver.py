@@ -15,8 +15,8 @@ from gaussians import M, S, alpha_sigma, bent, even, gaussian, network
 
 from mar.config import Prediction
 from mar.diffusion.schedule import Schedule, cosine, respace
-from mar.diffusion.solvers import dpm_2m_sde, noises
-from mar.runtime import generator
+from mar.diffusion.solvers import dpm_2m_sde, num_noises
+from mar.random import make_generator
 
 X = torch.linspace(-2, 2, 9, dtype=torch.float64).unsqueeze(1)
 
@@ -47,7 +47,7 @@ def by_the_paper(x: float, noise: list[float], schedule: Schedule) -> float:
 @pytest.mark.parametrize("spacing", ["time", "log-snr"])
 def test_it_is_the_papers_algorithm(prediction: Prediction, steps: int, spacing: str) -> None:
     schedule = respace(cosine(1000), steps, spacing, 0.95)  # type: ignore[arg-type]
-    noise = torch.randn(steps, *X.shape, generator=generator(1), dtype=torch.float64)
+    noise = torch.randn(steps, *X.shape, generator=make_generator(1), dtype=torch.float64)
     expected = [
         by_the_paper(float(x), column.tolist(), schedule) for x, column in zip(noise[0], noise[:, :, 0].T, strict=True)
     ]
@@ -57,7 +57,7 @@ def test_it_is_the_papers_algorithm(prediction: Prediction, steps: int, spacing:
 
 def drawn_mean_and_std(schedule: Schedule, temperature: float = 1.0) -> tuple[float, float]:
     """Of `dpm++2m-sde` for tokens from N(M, S^2): each noise by itself, and none."""
-    steps = noises("dpm++2m-sde", len(schedule))
+    steps = num_noises("dpm++2m-sde", len(schedule))
     alone = torch.cat([torch.eye(steps, dtype=torch.float64), torch.zeros(steps, 1, dtype=torch.float64)], 1)
     of = network(schedule, "v", gaussian(M), [])
     *found, none = dpm_2m_sde(of, alone.unsqueeze(-1), schedule, "v", temperature=temperature).flatten().tolist()
@@ -92,11 +92,11 @@ def test_the_temperature_is_that_of_the_noise_on_the_way() -> None:
     schedule = respace(cosine(1000), 12, "log-snr", 0.95)
     stds = [drawn_mean_and_std(schedule, temperature)[1] for temperature in (0.0, 0.9, 1.0)]
     assert 0 < stds[0] < stds[1] < stds[2]
-    noise = torch.randn(12, *X.shape, generator=generator(2), dtype=torch.float64)
+    noise = torch.randn(12, *X.shape, generator=make_generator(2), dtype=torch.float64)
     of, other = network(schedule, "v", bent, []), torch.cat([noise[:1], noise[1:] + 1])
     cold, colder = (dpm_2m_sde(of, each, schedule, "v", temperature=0.0) for each in (noise, other))
     assert torch.equal(cold, colder)
 
 
 def test_it_takes_a_noise_for_each_step() -> None:
-    assert noises("dpm++2m-sde", 7) == 7
+    assert num_noises("dpm++2m-sde", 7) == 7

@@ -6,14 +6,15 @@ import pytest
 import torch
 from tiny import config, model, noise
 
-from mar import runtime
+from mar.backends.cpu.linear import has_onednn
+from mar.backends.cpu.packed_head import PackedHead, packed
 from mar.config import HeadConfig, SamplingConfig
 from mar.diffusion.head import DiffusionHead
-from mar.diffusion.packed import PackedHead, packed
-from mar.diffusion.schedule import respace, trained
-from mar.sampling.decode import all_unknown, decode, reveal, start
-from mar.sampling.draws import SeededDraws
-from mar.sampling.guidance import GuidedHead
+from mar.diffusion.schedule import respace, training_schedule
+from mar.nn import set_matrix_dtype
+from mar.random import make_generator
+from mar.sampling.decode import SeededNoise, all_masked, decode_step, init_state, sample_tokens
+from mar.sampling.guidance import CFGDenoiser
 
 STEPS = 7
 
@@ -26,9 +27,9 @@ def test_it_gives_the_numbers_of_the_head(rows: int, guided: bool) -> None:
     assert isinstance(ready, PackedHead)
     z, x = noise((1 + guided) * rows, 16, seed=1), noise(rows, 2, seed=2)
     scale = 1 + torch.rand(rows, 1) if guided else None
-    timesteps = respace(trained(head.config), STEPS).timesteps
+    timesteps = respace(training_schedule(head.config), STEPS).timesteps
     with torch.no_grad():
-        both = [GuidedHead(each, z, timesteps, scale, budget=50_000) for each in (head, ready)]
+        both = [CFGDenoiser(each, z, timesteps, scale, budget=50_000) for each in (head, ready)]
         for index in reversed(range(STEPS)):  # over several chunks of modulations
             plain, fast = (each(x, index) for each in both)
             torch.testing.assert_close(fast, plain, rtol=1e-4, atol=1e-5)
@@ -39,26 +40,26 @@ def test_it_gives_the_numbers_of_the_head(rows: int, guided: bool) -> None:
 def test_in_bfloat16_it_is_as_near_to_the_head_as_roundings_are(rows: int) -> None:
     of = model(head=HeadConfig(width=48, depth=3))
     z, x = noise(2 * rows, 16, seed=1), noise(rows, 2, seed=2)
-    timesteps = respace(trained(of.head.config), STEPS).timesteps
-    scale = 1 + torch.rand(rows, 1, generator=runtime.generator(3))
+    timesteps = respace(training_schedule(of.head.config), STEPS).timesteps
+    scale = 1 + torch.rand(rows, 1, generator=make_generator(3))
     with torch.no_grad():
-        exact = GuidedHead(of.head, z, timesteps, scale, budget=50_000)(x, 3)
-        runtime.set_matrix_dtype(of, torch.bfloat16)
+        exact = CFGDenoiser(of.head, z, timesteps, scale, budget=50_000)(x, 3)
+        set_matrix_dtype(of, torch.bfloat16)
         heads = of.head, packed(of.head)
-        plain, fast = (GuidedHead(each, z, timesteps, scale, budget=50_000)(x, 3) for each in heads)
+        plain, fast = (CFGDenoiser(each, z, timesteps, scale, budget=50_000)(x, 3) for each in heads)
     assert fast.dtype is torch.float32
     assert 0 < float((fast - exact).std()) < 1.2 * float((plain - exact).std())
 
 
 def test_pictures_are_those_of_the_head() -> None:
     of, sampling = model(), SamplingConfig(steps=5, diffusion_steps=6, guidance=2.0)
-    draws, labels = (SeededDraws([0, 1, 2]) for _ in range(2)), torch.tensor([0, 1, 2])
+    draws, labels = (SeededNoise([0, 1, 2]) for _ in range(2)), torch.tensor([0, 1, 2])
     first, second = draws
-    state = start(torch.zeros(3, 16, 2), all_unknown(3, 16), sampling.steps, first)
-    *_, fast = decode(of, labels, state, sampling, first)
-    state = start(torch.zeros(3, 16, 2), all_unknown(3, 16), sampling.steps, second)
+    state = init_state(torch.zeros(3, 16, 2), all_masked(3, 16), sampling.steps, first)
+    *_, fast = sample_tokens(of, labels, state, sampling, first)
+    state = init_state(torch.zeros(3, 16, 2), all_masked(3, 16), sampling.steps, second)
     while state.step < state.steps:
-        state = reveal(of, labels, state, sampling, trained(of.config.head), second)
+        state = decode_step(of, labels, state, sampling, training_schedule(of.config.head), second)
     torch.testing.assert_close(fast.tokens, state.tokens, rtol=1e-4, atol=1e-4)
 
 
@@ -66,8 +67,8 @@ def test_only_plain_weights_on_a_cpu_are_packed(monkeypatch: pytest.MonkeyPatch)
     of = model().double()
     assert packed(of.head) is of.head
     of = model()
-    runtime.set_matrix_dtype(of, torch.bfloat16)
-    assert isinstance(packed(of.head), PackedHead) == runtime.has_onednn(torch.bfloat16)
+    set_matrix_dtype(of, torch.bfloat16)
+    assert isinstance(packed(of.head), PackedHead) == has_onednn(torch.bfloat16)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     assert packed(of.head) is of.head
     with torch.device("meta"):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mar.config import Spacing
+from mar.config import TimestepSpacing
 from mar.diffusion.gaussian import Coefficients
 from mar.diffusion.schedule import MAX_BETA, cosine, linear, respace
 
@@ -55,7 +55,7 @@ def test_timesteps_are_those_the_network_knows() -> None:
 @pytest.mark.parametrize("noisiest", [1.0, 0.95, 0.5])
 @pytest.mark.parametrize("steps", [1, 2, 5, 40, 300])
 def test_respacing_reaches_from_the_cleanest_to_the_noisiest_that_is_wanted(
-    spacing: Spacing, noisiest: float, steps: int
+    spacing: TimestepSpacing, noisiest: float, steps: int
 ) -> None:
     short = respace(FULL, steps, spacing, noisiest)
     assert int(short.timesteps[-1]) == round(noisiest * 999)

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mar.config import Prediction
-from mar.diffusion.gaussian import Coefficients, target
+from mar.diffusion.gaussian import Coefficients, training_target
 from mar.diffusion.schedule import Schedule, cosine, linear, respace
 from mar.diffusion.solvers import ancestral
-from mar.runtime import generator
+from mar.random import make_generator
 
 MEAN, STD = 0.7, 0.5
 ROWS = 20_000
@@ -27,13 +27,13 @@ def knowing(schedule: Schedule, prediction: Prediction, variance: float = -1.0) 
         gain = c.signal * STD**2 / (c.signal**2 * STD**2 + c.noise**2)
         x0 = MEAN + gain * (x - c.signal * MEAN)
         epsilon = (x - c.signal * x0) / c.noise
-        return torch.cat([target(x0, epsilon, c, prediction), torch.full_like(x, variance)], -1)
+        return torch.cat([training_target(x0, epsilon, c, prediction), torch.full_like(x, variance)], -1)
 
     return network
 
 
 def draws(steps: int) -> Tensor:
-    return torch.randn(steps, ROWS, 1, generator=generator(3), dtype=torch.float64)
+    return torch.randn(steps, ROWS, 1, generator=make_generator(3), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("prediction", ["noise", "v", "x0", "flow"])
@@ -66,7 +66,7 @@ def test_temperature_narrows_what_is_drawn() -> None:
 def test_without_temperature_only_the_first_noise_counts() -> None:
     schedule, noise = respace(cosine(1000), 5), draws(5)
     cold = ancestral(knowing(schedule, "v"), noise, schedule, "v", temperature=0.0)
-    other = torch.cat([noise[:1], torch.randn(4, ROWS, 1, generator=generator(4), dtype=torch.float64)])
+    other = torch.cat([noise[:1], torch.randn(4, ROWS, 1, generator=make_generator(4), dtype=torch.float64)])
     assert torch.equal(ancestral(knowing(schedule, "v"), other, schedule, "v", temperature=0.0), cold)
     other[0] += 1
     assert not torch.equal(ancestral(knowing(schedule, "v"), other, schedule, "v", temperature=0.0), cold)

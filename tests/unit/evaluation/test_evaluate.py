@@ -12,17 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from mar import runtime
 from mar.assets import FASHION_CLASSES, imagenet_classes
 from mar.evaluation import metrics
-from mar.evaluation.agreement import class_numbers
-from mar.evaluation.evaluate import Report, Wanted, collect, compare
+from mar.evaluation.class_accuracy import class_numbers
+from mar.evaluation.evaluate import MetricOptions, Report, collect, compare
 from mar.evaluation.features import Extractor
-from mar.evaluation.statistics import Statistics
-from mar.evaluation.streams import Pictures
+from mar.evaluation.image_sets import ImageBatch
+from mar.evaluation.statistics import FeatureStats
+from mar.random import make_generator
 from mar.sampling.sinks.folder import class_folders
 
-ALL = Wanted(kernel=True, precision=True, splits=3)
+ALL = MetricOptions(kernel=True, precision=True, splits=3)
 
 
 @pytest.fixture(autouse=True)
@@ -42,21 +42,21 @@ class Held:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, batch: int, first: int, end: int) -> Iterator[Pictures]:
+    def batches(self, batch: int, first: int, end: int) -> Iterator[ImageBatch]:
         for start in range(first, end, batch):
             part = slice(start, min(start + batch, end))
-            yield Pictures(self.images[part], torch.arange(start, part.stop), self.labels[part])
+            yield ImageBatch(self.images[part], torch.arange(start, part.stop), self.labels[part])
 
 
 def pictures(count: int = 50, seed: int = 0, size: int = 6) -> Tensor:
-    return torch.randint(0, 256, (count, 3, size, size), generator=runtime.generator(seed)).to(torch.uint8)
+    return torch.randint(0, 256, (count, 3, size, size), generator=make_generator(seed)).to(torch.uint8)
 
 
 def grey(*levels: int) -> Tensor:
     return torch.tensor(levels).to(torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4).contiguous()
 
 
-def judged(extractor: Extractor, own: Held, reference: Held, wanted: Wanted = ALL, batch: int = 64) -> Report:
+def judged(extractor: Extractor, own: Held, reference: Held, wanted: MetricOptions = ALL, batch: int = 64) -> Report:
     statistics = collect(reference, extractor, wanted=wanted, batch=batch).statistics
     return compare(collect(own, extractor, wanted=wanted, batch=batch), statistics, extractor, wanted)
 
@@ -67,8 +67,8 @@ def test_the_numbers_are_those_of_all_features_at_once() -> None:
     mine, theirs = extractor(own), extractor(real)
     assert mine.logits is not None
 
-    def moments(values: Tensor) -> Statistics:
-        return Statistics(values.double().mean(0), torch.cov(values.double().T))
+    def moments(values: Tensor) -> FeatureStats:
+        return FeatureStats(values.double().mean(0), torch.cov(values.double().T))
 
     expected = metrics.frechet_distance(moments(mine.values), moments(theirs.values))
     assert report.metric == "FD (tiny)"
@@ -96,15 +96,15 @@ def test_a_set_against_itself_in_other_batches(count: int) -> None:
     """With fewer pictures than features too, where the covariance is singular."""
     extractor, held = judges.tiny(), Held(pictures(count))
     reference = collect(held, extractor, batch=7).statistics
-    report = compare(collect(held, extractor, batch=64), reference, extractor, Wanted())
+    report = compare(collect(held, extractor, batch=64), reference, extractor, MetricOptions())
     assert report.distance <= 1e-6
-    assert judged(extractor, held, Held(pictures(count, seed=1)), Wanted()).distance > 1e-3
+    assert judged(extractor, held, Held(pictures(count, seed=1)), MetricOptions()).distance > 1e-3
 
 
 def test_features_are_kept_only_where_they_are_wanted() -> None:
     held, extractor = Held(pictures()), judges.tiny()
     assert collect(held, extractor).statistics.features is None
-    kept = collect(held, extractor, wanted=Wanted(kernel=True), batch=7).statistics.features
+    kept = collect(held, extractor, wanted=MetricOptions(kernel=True), batch=7).statistics.features
     assert kept is not None
     torch.testing.assert_close(kept, extractor(held.images).values)
 
@@ -116,12 +116,12 @@ def test_how_far_it_is() -> None:
 
 
 def test_fewer_pictures_than_features_is_said_with_the_reason() -> None:
-    report = judged(judges.tiny(), Held(pictures(6)), Held(pictures(7)), Wanted())
+    report = judged(judges.tiny(), Held(pictures(6)), Held(pictures(7)), MetricOptions())
     (said,) = report.warnings
     assert "6 pictures for 6 features" in said
     assert "singular" in said
     assert "more than 6" in said
-    (said,) = judged(judges.tiny(), Held(pictures(7)), Held(pictures(5)), Wanted()).warnings
+    (said,) = judged(judges.tiny(), Held(pictures(7)), Held(pictures(5)), MetricOptions()).warnings
     assert "5 reference pictures" in said
 
 
@@ -129,11 +129,11 @@ def test_a_reference_that_does_not_say_what_it_is() -> None:
     extractor, held = judges.tiny(), Held(pictures())
     found = collect(held, extractor)
     bare = replace(found.statistics, count=None, about=None)
-    report = compare(found, bare, extractor, Wanted())
+    report = compare(found, bare, extractor, MetricOptions())
     assert report.distance <= 1e-6
     assert ("pictures", "50 against unknown") in report.lines()
     assert [w for w in report.warnings if "the reference does not say" in w]
-    back = compare(replace(found, statistics=bare), found.statistics, extractor, Wanted())
+    back = compare(replace(found, statistics=bare), found.statistics, extractor, MetricOptions())
     assert back.count is None
     assert ("pictures", "unknown against 50") in back.lines()
     assert [w for w in back.warnings if "the file of statistics does not say" in w]
@@ -147,7 +147,7 @@ def test_what_can_not_be_compared(theirs: type, size: int, words: str) -> None:
     reference = collect(Held(pictures(size=size)), theirs()).statistics
     own = judges.tiny()
     with pytest.raises(ValueError, match="can't be compared") as refused:
-        compare(collect(Held(pictures()), own), reference, own, Wanted())
+        compare(collect(Held(pictures()), own), reference, own, MetricOptions())
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -163,13 +163,15 @@ def test_too_few_pictures_and_splits() -> None:
     with pytest.raises(ValueError, match="got 1, expected at least 2"):
         collect(Held(pictures(1)), judges.tiny())
     with pytest.raises(ValueError, match="splits is 0"):
-        Wanted(splits=0)
-    assert collect(Held(pictures(2)), judges.tiny(), wanted=Wanted(splits=10)).score is not None  # takes two splits
+        MetricOptions(splits=0)
+    assert (
+        collect(Held(pictures(2)), judges.tiny(), wanted=MetricOptions(splits=10)).score is not None
+    )  # takes two splits
 
 
 def test_pictures_that_change_their_size() -> None:
     class Growing(Held):
-        def batches(self, batch: int, first: int, end: int) -> Iterator[Pictures]:
+        def batches(self, batch: int, first: int, end: int) -> Iterator[ImageBatch]:
             for part in super().batches(batch, first, end):
                 side = 6 + int(part.indices[0])
                 yield replace(part, images=part.images[:, :, :1, :1].expand(-1, -1, side, side))
@@ -212,7 +214,7 @@ def test_agreement_maps_classes_by_name(batch: int, as_classifier: bool) -> None
     found = collect(held, extractor, classifier=classifier, batch=batch)
     assert found.right == (2, 1, 1)
     assert found.judged == (2, 1, 3)
-    report = compare(found, found.statistics, extractor, Wanted())
+    report = compare(found, found.statistics, extractor, MetricOptions())
     assert report.agreement == pytest.approx(4 / 6)
     assert (report.worst_class, report.worst_agreement) == ("middling", pytest.approx(1 / 3))
 
@@ -222,14 +224,14 @@ def test_classes_that_the_judge_does_not_know_and_pictures_without_one() -> None
     found = collect(Held(images, [0, 0, 2, -1], classes), judges.brightness())
     assert found.right == (1, 0, 0, 0)
     assert found.judged == (2, 0, 0, 0)
-    report = compare(found, found.statistics, judges.brightness(), Wanted())
+    report = compare(found, found.statistics, judges.brightness(), MetricOptions())
     assert (report.agreement, report.worst_class) == (0.5, "dark")  # not one without pictures
     assert "leaves out 1 of 4 classes, which the classifier does not know: purple" in report.warnings[-1]
 
 
 def test_no_labels_no_agreement() -> None:
     found = collect(Held(grey(0, 255, 9), classes=("dark", "bright")), judges.brightness())
-    report = compare(found, found.statistics, judges.brightness(), Wanted())
+    report = compare(found, found.statistics, judges.brightness(), MetricOptions())
     assert report.agreement is None
     assert report.worst_class is None
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mar.checkpoint.download import DownloadError, RemoteFile
 from mar.evaluation.features import Extractor, ModuleExtractor, base, efficientnet, inception, open_extractor
-from mar.evaluation.features.weights import read_weights
+from mar.evaluation.features.base import read_weights
 
 
 def pictures(count: int, channels: int = 3, side: int = 28, seed: int = 0) -> Tensor:

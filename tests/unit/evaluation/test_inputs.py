@@ -11,11 +11,11 @@ import pytest
 import tiny
 import torch
 
-from mar.evaluation import inputs
-from mar.evaluation.evaluate import Wanted, collect
-from mar.evaluation.inputs import is_pictures, is_statistics, open_either, open_pictures, open_reference
-from mar.evaluation.statistics import Statistics
-from mar.evaluation.streams import PictureSet
+from mar.evaluation import session
+from mar.evaluation.evaluate import MetricOptions, collect
+from mar.evaluation.image_sets import PictureSet
+from mar.evaluation.session import is_pictures, is_statistics, open_either, open_pictures, open_reference
+from mar.evaluation.statistics import FeatureStats
 from mar.training import run
 
 
@@ -77,7 +77,7 @@ def test_a_bundled_model_is_meant_whatever_folder_there_is(tmp_path: Path, monke
 
 
 def test_samples_of_a_run_are_not_judged(tmp_path: Path) -> None:
-    assert inputs.RUN_FILE == run.RUN_FILE
+    assert session.RUN_FILE == run.RUN_FILE
     tiny.pictures(tmp_path / "young" / "samples", 4)
     (tmp_path / "young" / "run.json").write_text("{}")
     with pytest.raises(ValueError, match=r"young is the folder of a run, .* saved its model\.safetensors"):
@@ -107,24 +107,24 @@ def test_sources_have_splits_sizes_and_names(pictures: str, tmp_path: Path) -> N
 
 
 def test_a_reference_is_read_or_measured(pictures: str, statistics: str) -> None:
-    read = open_reference(statistics, judges.tiny(), Wanted())
+    read = open_reference(statistics, judges.tiny(), MetricOptions())
     told: list[float] = []
-    measured = open_reference(pictures, judges.tiny(), Wanted(kernel=True), batch=2, advance=told.append)
+    measured = open_reference(pictures, judges.tiny(), MetricOptions(kernel=True), batch=2, advance=told.append)
     torch.testing.assert_close(read.mean, measured.mean)
     torch.testing.assert_close(read.covariance, measured.covariance)
     assert (read.count, measured.count) == (9, 9)
     assert read.features is None
     assert measured.features is not None
     assert told[-1] == 9
-    opened = open_either(pictures, judges.tiny(), Wanted(), limit=4)
-    assert not isinstance(opened, Statistics)
+    opened = open_either(pictures, judges.tiny(), MetricOptions(), limit=4)
+    assert not isinstance(opened, FeatureStats)
     assert len(opened) == 4
 
 
-def refused(spec: str, wanted: Wanted | None = None, size: tuple[int, int] | None = None, by: Any = None) -> str:
+def refused(spec: str, wanted: MetricOptions | None = None, size: tuple[int, int] | None = None, by: Any = None) -> str:
     """What is said of statistics that can't be used."""
     with pytest.raises(ValueError, match=r"\.npz") as said:
-        open_either(spec, by or judges.tiny(), wanted or Wanted(), size=size)
+        open_either(spec, by or judges.tiny(), wanted or MetricOptions(), size=size)
     assert "\n" not in str(said.value)
     return str(said.value)
 
@@ -134,7 +134,7 @@ def test_statistics_that_do_not_fit(statistics: str, tmp_path: Path) -> None:
     assert "features of tiny and of other" in refused(statistics, by=judges.other())
     assert "other weights or preprocessing" in refused(statistics, by=judges.retrained())
     assert "(8, 8) and (4, 4)" in refused(statistics, size=(4, 4))
-    assert "KID, precision, recall and neighbours need the features" in refused(statistics, Wanted(kernel=True))
-    assert "--keep-features" in refused(adm(tmp_path / "adm.npz"), Wanted(precision=True))
-    found: Statistics | PictureSet = open_either(statistics, judges.tiny(), Wanted(), size=(8, 8))
-    assert isinstance(found, Statistics)
+    assert "KID, precision, recall and neighbours need the features" in refused(statistics, MetricOptions(kernel=True))
+    assert "--keep-features" in refused(adm(tmp_path / "adm.npz"), MetricOptions(precision=True))
+    found: FeatureStats | PictureSet = open_either(statistics, judges.tiny(), MetricOptions(), size=(8, 8))
+    assert isinstance(found, FeatureStats)

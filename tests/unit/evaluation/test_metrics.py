@@ -16,15 +16,15 @@ from torch import Tensor
 from mar.evaluation import metrics
 from mar.evaluation.metrics import (
     ScoreSums,
-    agreement,
+    class_accuracy,
     frechet_distance,
     inception_score,
     kernel_distance,
     nearest,
-    neighbours,
+    nearest_neighbors,
     precision_recall,
 )
-from mar.evaluation.statistics import Moments, Statistics
+from mar.evaluation.statistics import FeatureStats, Moments
 
 GOLDEN = Path(__file__).parents[2] / "parity" / "golden" / "metrics"
 
@@ -68,10 +68,10 @@ def test_frechet_distance_is_theirs(library: str) -> None:
 
 def test_frechet_distance_of_known_gaussians() -> None:
     zero, one = torch.zeros(2).double(), torch.tensor([3.0, 4.0]).double()
-    a = Statistics(zero, torch.diag(torch.tensor([4.0, 9.0]).double()))
-    b = Statistics(one, torch.diag(torch.tensor([1.0, 16.0]).double()))
+    a = FeatureStats(zero, torch.diag(torch.tensor([4.0, 9.0]).double()))
+    b = FeatureStats(one, torch.diag(torch.tensor([1.0, 16.0]).double()))
     assert frechet_distance(a, b) == pytest.approx(25 + (2 - 1) ** 2 + (3 - 4) ** 2, rel=1e-12)
-    point = Statistics(zero, torch.zeros(2, 2).double())
+    point = FeatureStats(zero, torch.zeros(2, 2).double())
     assert frechet_distance(point, b) == pytest.approx(25 + 17, rel=1e-12)
     assert frechet_distance(point, point) == 0
 
@@ -89,7 +89,7 @@ def test_a_set_is_no_distance_from_itself(count: int, width: int, scale: float) 
 def test_frechet_distance_is_symmetric_and_sees_a_shift() -> None:
     a, b = moments(drawn(30, 40)), moments(drawn(50, 40, seed=1))
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a), rel=1e-12)
-    shifted = Statistics(a.mean + 0.1, a.covariance)
+    shifted = FeatureStats(a.mean + 0.1, a.covariance)
     assert frechet_distance(a, shifted) == pytest.approx(40 * 0.01, rel=1e-9)
     with pytest.raises(ValueError, match="40 and 41 wide"):
         frechet_distance(a, moments(drawn(5, 41)))
@@ -277,7 +277,7 @@ def test_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     assert nearest(real, fake)[7] == 0
     small_chunks(monkeypatch)
     torch.testing.assert_close(nearest(real, fake), expected, rtol=1e-12, atol=0)
-    distances, numbers = neighbours(real, fake)
+    distances, numbers = nearest_neighbors(real, fake)
     assert torch.equal(distances, nearest(real, fake))
     assert numbers[7] == 299
     torch.testing.assert_close((fake - real[numbers]).norm(dim=1), expected, rtol=1e-12, atol=0)
@@ -290,6 +290,6 @@ def test_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_agreement() -> None:
-    assert agreement(torch.eye(4), torch.tensor([0, 1, 2, 0])) == 0.75
+    assert class_accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0])) == 0.75
     with pytest.raises(ValueError, match="no pictures"):
-        agreement(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+        class_accuracy(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))

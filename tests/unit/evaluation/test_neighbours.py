@@ -13,24 +13,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from mar import runtime
 from mar.evaluation import metrics
-from mar.evaluation.evaluate import Collected, Report, Wanted, collect, compare
-from mar.evaluation.neighbours import SHOWN, HeldOut, Pair, closest, share_of_copies, sheet
-from mar.evaluation.statistics import Statistics
-from mar.evaluation.streams import Pictures
+from mar.evaluation.evaluate import Collected, MetricOptions, Report, collect, compare
+from mar.evaluation.image_sets import ImageBatch
+from mar.evaluation.neighbors import SHOWN, HeldOut, Pair, closest, share_of_copies, sheet
+from mar.evaluation.statistics import FeatureStats
 from mar.evaluation.sweep import Table
+from mar.random import make_generator
 
-WANTED = Wanted(neighbours=True)
+WANTED = MetricOptions(neighbours=True)
 MANY = 3000
 
 
 def drawn(seed: int, count: int = MANY) -> Tensor:
-    return torch.randn(count, 6, generator=runtime.generator(seed, 5))
+    return torch.randn(count, 6, generator=make_generator(seed, 5))
 
 
-def statistics(features: Tensor) -> Statistics:
-    return Statistics(features.double().mean(0), torch.cov(features.double().T), len(features), features)
+def statistics(features: Tensor) -> FeatureStats:
+    return FeatureStats(features.double().mean(0), torch.cov(features.double().T), len(features), features)
 
 
 def judged(own: Tensor, learned: Tensor, held_out: Tensor) -> Report:
@@ -69,8 +69,8 @@ def test_the_threshold_is_the_distance_that_all_but_one_percent_keep() -> None:
     learned, held_out = torch.tensor([[0.0], [1000.0]]), -torch.arange(1.0, 202.0)[:, None]
     held_out[::2] = 1000 - held_out[::2]
 
-    def line(rows: Tensor) -> Statistics:
-        return Statistics(torch.zeros(1).double(), torch.ones(1, 1).double(), len(rows), rows)
+    def line(rows: Tensor) -> FeatureStats:
+        return FeatureStats(torch.zeros(1).double(), torch.ones(1, 1).double(), len(rows), rows)
 
     found = HeldOut.of(line(held_out), line(learned))
     assert (found.count, found.median) == (201, 101)
@@ -114,15 +114,15 @@ class Held:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, batch: int, first: int, end: int) -> Iterator[Pictures]:
+    def batches(self, batch: int, first: int, end: int) -> Iterator[ImageBatch]:
         for start in range(first, end, batch):
             part = slice(start, min(start + batch, end))
             indices = torch.arange(start, part.stop)
-            yield Pictures(self.images[part], indices, torch.full_like(indices, -1))
+            yield ImageBatch(self.images[part], indices, torch.full_like(indices, -1))
 
 
 def pictures(seed: int, count: int, channels: int = 3) -> Tensor:
-    return torch.randint(0, 256, (count, channels, 6, 6), generator=runtime.generator(seed)).to(torch.uint8)
+    return torch.randint(0, 256, (count, channels, 6, 6), generator=make_generator(seed)).to(torch.uint8)
 
 
 def test_from_pictures_to_the_report() -> None:
@@ -148,13 +148,15 @@ def test_from_pictures_to_the_report() -> None:
     assert (alone.copies, alone.held_out_distance) == (None, None)
     assert (alone.neighbour_distance, alone.pairs) == (report.neighbour_distance, report.pairs)
     assert "copies" not in dict(alone.lines())
-    unasked = compare(found, reference, extractor, Wanted())
+    unasked = compare(found, reference, extractor, MetricOptions())
     assert (unasked.neighbour_distance, unasked.pairs) == (None, ())
 
 
 def test_what_can_not_be_measured() -> None:
     extractor = judges.tiny()
-    kept, bare = (collect(Held(pictures(0, 30)), extractor, wanted=wanted).statistics for wanted in (WANTED, Wanted()))
+    kept, bare = (
+        collect(Held(pictures(0, 30)), extractor, wanted=wanted).statistics for wanted in (WANTED, MetricOptions())
+    )
     with pytest.raises(ValueError, match="neighbours need the features"):
         compare(Collected(kept), bare, extractor, WANTED)
     with pytest.raises(ValueError, match="features of all pictures are needed"):

@@ -12,8 +12,8 @@ from tiny import pipeline as untamed
 from torch import nn
 
 from mar.evaluation.features import ModuleExtractor
-from mar.evaluation.online import Online, has_test_split
-from mar.evaluation.statistics import Statistics
+from mar.evaluation.session import OnlineEvaluator, has_test_split
+from mar.evaluation.statistics import FeatureStats
 from mar.pipeline import Pipeline
 
 
@@ -29,7 +29,7 @@ def extractor() -> ModuleExtractor:
 
 
 def test_the_same_model_gets_the_same_judgement_and_another_another(tmp_path: Path) -> None:
-    judge = Online(extractor(), str(pictures(tmp_path)), count=7, batch=3)
+    judge = OnlineEvaluator(extractor(), str(pictures(tmp_path)), count=7, batch=3)
     first, again, other = judge(pipeline()), judge(pipeline()), judge(pipeline(seed=1))
     assert first.distance == again.distance > 0
     assert other.distance != first.distance
@@ -37,10 +37,10 @@ def test_the_same_model_gets_the_same_judgement_and_another_another(tmp_path: Pa
 
 
 def test_the_reference_is_measured_once_at_the_models_size(tmp_path: Path) -> None:
-    judge = Online(extractor(), str(pictures(tmp_path)), count=4)
+    judge = OnlineEvaluator(extractor(), str(pictures(tmp_path)), count=4)
     judge(pipeline())
     measured = judge.measured
-    assert isinstance(measured, Statistics)
+    assert isinstance(measured, FeatureStats)
     assert measured.about is not None
     assert measured.about.size == pipeline().image_size
     judge(pipeline())
@@ -53,22 +53,22 @@ def test_pictures_for_testing_are_taken_where_there_are_any(tmp_path: Path) -> N
     assert has_test_split("fashion")
     assert has_test_split(str(flat))  # the whole folder serves for both
     assert not has_test_split(str(parted))
-    assert Online(extractor(), str(parted), count=4)(pipeline()).reference_count == 8
+    assert OnlineEvaluator(extractor(), str(parted), count=4)(pipeline()).reference_count == 8
     pictures(parted / "test", 6)
-    assert Online(extractor(), str(parted), count=4)(pipeline()).reference_count == 6
+    assert OnlineEvaluator(extractor(), str(parted), count=4)(pipeline()).reference_count == 6
 
 
 def test_statistics_serve_as_a_reference(tmp_path: Path) -> None:
-    judge = Online(extractor(), str(pictures(tmp_path / "pictures")), count=5)
+    judge = OnlineEvaluator(extractor(), str(pictures(tmp_path / "pictures")), count=5)
     distance = judge(pipeline()).distance
     assert judge.measured is not None
     judge.measured.save(tmp_path / "stats.npz")
-    again = Online(extractor(), str(tmp_path / "stats.npz"), count=5)(pipeline()).distance
+    again = OnlineEvaluator(extractor(), str(tmp_path / "stats.npz"), count=5)(pipeline()).distance
     assert again == pytest.approx(distance, rel=1e-9)
 
 
 def test_nothing_random_is_used_up(tmp_path: Path) -> None:
-    judge, model = Online(extractor(), str(pictures(tmp_path)), count=4), pipeline()
+    judge, model = OnlineEvaluator(extractor(), str(pictures(tmp_path)), count=4), pipeline()
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
@@ -78,4 +78,4 @@ def test_nothing_random_is_used_up(tmp_path: Path) -> None:
 
 def test_one_picture_is_no_evaluation() -> None:
     with pytest.raises(ValueError, match="got 1, expected at least 2"):
-        Online(extractor(), "fashion", count=1)
+        OnlineEvaluator(extractor(), "fashion", count=1)

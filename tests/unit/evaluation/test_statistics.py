@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mar.checkpoint.files import CheckpointError
-from mar.evaluation.statistics import BLOCK, About, Moments, Statistics, check_comparable, gather_rows
+from mar.evaluation.statistics import BLOCK, FeatureStats, Moments, StatsProvenance, check_comparable, gather_rows
 
-ABOUT = About("inception", "ab" * 32, (32, 28), "data/train")
+ABOUT = StatsProvenance("inception", "ab" * 32, (32, 28), "data/train")
 
 
 def rows(count: int, width: int = 5, seed: int = 0) -> Tensor:
@@ -34,17 +34,17 @@ def state(sums: Moments) -> dict[str, int]:
     return {name: value.numel() for name, value in held.items() if isinstance(value, Tensor)}
 
 
-def load_or_say(path: Path) -> Statistics | str:
+def load_or_say(path: Path) -> FeatureStats | str:
     try:
-        return Statistics.load(path)
+        return FeatureStats.load(path)
     except ValueError as error:
         return str(error)
 
 
-def made(count: int = 7, width: int = 3) -> Statistics:
+def made(count: int = 7, width: int = 3) -> FeatureStats:
     values = rows(count, width)
     seen = moments(values)
-    return Statistics(seen.mean, seen.covariance, count, values.float(), ABOUT)
+    return FeatureStats(seen.mean, seen.covariance, count, values.float(), ABOUT)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 512, 2000])
@@ -117,7 +117,7 @@ def test_a_file_gives_back_every_bit(tmp_path: Path) -> None:
     statistics = made()
     path = tmp_path / "new" / "stats.npz"
     statistics.save(path)
-    loaded = Statistics.load(path)
+    loaded = FeatureStats.load(path)
     assert torch.equal(loaded.mean, statistics.mean)
     assert torch.equal(loaded.covariance, statistics.covariance)
     assert loaded.features is not None
@@ -125,7 +125,7 @@ def test_a_file_gives_back_every_bit(tmp_path: Path) -> None:
     assert loaded.features.dtype == torch.float32
     assert torch.equal(loaded.features, statistics.features)
     assert (loaded.count, loaded.about) == (7, ABOUT)
-    assert Statistics.load(path, features=False).features is None
+    assert FeatureStats.load(path, features=False).features is None
     assert [file.name for file in path.parent.iterdir()] == ["stats.npz"]
 
 
@@ -134,7 +134,7 @@ def test_published_files_hold_mean_and_covariance_only(tmp_path: Path, dtype: ty
     mean, covariance = made().mean.numpy().astype(dtype), made().covariance.numpy().astype(dtype)
     pictures = np.zeros((2, 4, 4, 3), np.uint8)
     np.savez(tmp_path / "adm.npz", mu=mean, sigma=covariance, mu_s=mean[:2], sigma_s=covariance[:2, :2], arr_0=pictures)
-    loaded = Statistics.load(tmp_path / "adm.npz")
+    loaded = FeatureStats.load(tmp_path / "adm.npz")
     assert (loaded.count, loaded.features, loaded.about) == (None, None, None)
     assert loaded.mean.dtype == loaded.covariance.dtype == torch.float64
     loaded.save(tmp_path / "again.npz")
@@ -196,7 +196,7 @@ def test_wrong_contents_are_said_in_a_line(tmp_path: Path, name: str) -> None:
     arrays, message = BAD[name]
     np.savez(tmp_path / "stats.npz", **arrays)
     with pytest.raises(ValueError, match=message) as caught:
-        Statistics.load(tmp_path / "stats.npz")
+        FeatureStats.load(tmp_path / "stats.npz")
     assert "\n" not in str(caught.value)
     assert "stats.npz" in str(caught.value)
     assert "mar stats" in str(caught.value)
@@ -222,26 +222,26 @@ def test_a_damaged_file_is_said_or_still_right(tmp_path: Path) -> None:
     for cut in (0, 1, 100, len(whole) - 1):
         path.write_bytes(whole[:cut])
         with pytest.raises(ValueError, match=r"damaged.*make it again"):
-            Statistics.load(path)
+            FeatureStats.load(path)
 
 
 def test_what_is_no_npz_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
-        Statistics.load(tmp_path / "stats.npz")
+        FeatureStats.load(tmp_path / "stats.npz")
     with pytest.raises(ValueError, match="no npz file"):
-        Statistics.load(tmp_path)
+        FeatureStats.load(tmp_path)
     np.save(tmp_path / "stats.npy", np.zeros(3))
     with pytest.raises(ValueError, match="no npz file"):
-        Statistics.load(tmp_path / "stats.npy")
+        FeatureStats.load(tmp_path / "stats.npy")
 
 
 def test_statistics_are_checked_when_made() -> None:
     with pytest.raises(ValueError, match="not finite"):
-        Statistics(torch.full((2,), float("nan")).double(), torch.eye(2).double())
+        FeatureStats(torch.full((2,), float("nan")).double(), torch.eye(2).double())
     with pytest.raises(ValueError, match="count of 1"):
-        Statistics(torch.zeros(2).double(), torch.eye(2).double(), 1)
+        FeatureStats(torch.zeros(2).double(), torch.eye(2).double(), 1)
     with pytest.raises(ValueError, match=r"features of shape \(4, 2\), expected \(5, 2\)"):
-        Statistics(torch.zeros(2).double(), torch.eye(2).double(), 5, torch.zeros(4, 2))
+        FeatureStats(torch.zeros(2).double(), torch.eye(2).double(), 5, torch.zeros(4, 2))
 
 
 def test_only_like_is_compared_with_like() -> None:

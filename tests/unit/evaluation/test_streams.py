@@ -13,18 +13,18 @@ import torch
 from PIL import Image
 
 from mar.data.sources import open_source
-from mar.evaluation.streams import DrawnPictures, NpzPictures, Pictures, PictureSet, SourcePictures, digest, share
+from mar.evaluation.image_sets import DrawnPictures, ImageBatch, NpzPictures, PictureSet, SourcePictures, digest, share
 from mar.sampling.plan import Plan
 
 
-def walk(pictures: PictureSet, batch: int, first: int = 0, end: int | None = None) -> Pictures:
+def walk(pictures: PictureSet, batch: int, first: int = 0, end: int | None = None) -> ImageBatch:
     """All batches of a share, below each other."""
     parts = list(pictures.batches(batch, first, len(pictures) if end is None else end))
     assert all(len(part.images) <= batch for part in parts)
-    return Pictures(*(torch.cat([getattr(p, name) for p in parts]) for name in ("images", "indices", "labels")))
+    return ImageBatch(*(torch.cat([getattr(p, name) for p in parts]) for name in ("images", "indices", "labels")))
 
 
-def same(a: Pictures, b: Pictures) -> bool:
+def same(a: ImageBatch, b: ImageBatch) -> bool:
     return all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("images", "indices", "labels"))
 
 

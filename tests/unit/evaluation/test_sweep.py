@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mar.config import ConfigError
-from mar.evaluation import plots
+from mar.evaluation import sweep
 from mar.evaluation.evaluate import Report
 from mar.evaluation.sweep import MOST, Point, Table, parse_axis, points
 
@@ -198,7 +198,7 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
 )
 def test_a_plot_of_any_fields(rows: list[tuple[Point, float]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    plots.plot(fill(tmp_path, rows), tmp_path / "sweep.png")
+    sweep.plot(fill(tmp_path, rows), tmp_path / "sweep.png")
     with Image.open(tmp_path / "sweep.png") as image:
         assert image.width > 800
         image.load()
@@ -207,22 +207,22 @@ def test_a_plot_of_any_fields(rows: list[tuple[Point, float]], tmp_path: Path) -
 
 def test_lines_and_axes_of_a_plot(tmp_path: Path) -> None:
     table = fill(tmp_path, ROWS)
-    assert plots._across(table) == "guidance"
-    assert {name: len(rows) for name, rows in plots._series(table, "guidance").items()} == {"steps 4": 2, "steps 8": 1}
+    assert sweep._across(table) == "guidance"
+    assert {name: len(rows) for name, rows in sweep._series(table, "guidance").items()} == {"steps 4": 2, "steps 8": 1}
     assert (
-        plots._across(fill(tmp_path / "b", [({"steps": 1, "temperature": t}, t) for t in (1.0, 2.0)])) == "temperature"
+        sweep._across(fill(tmp_path / "b", [({"steps": 1, "temperature": t}, t) for t in (1.0, 2.0)])) == "temperature"
     )
 
 
 def test_no_rows(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="no rows"):
-        plots.plot(Table(tmp_path, SETTINGS), tmp_path / "a.png")
+        sweep.plot(Table(tmp_path, SETTINGS), tmp_path / "a.png")
 
 
 def test_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = fill(tmp_path, ROWS)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"\.\[eval\]"):
-        plots.plot(table, tmp_path / "a.png")
+        sweep.plot(table, tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()

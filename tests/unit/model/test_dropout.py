@@ -6,29 +6,29 @@ import pytest
 import torch
 from tiny import noise
 
+from mar.backends.cpu.attention import attention_with_dropout
+from mar.backends.cpu.dropout import Dropout, dropout_mask, keep_prob
 from mar.config import TrunkConfig
-from mar.model.attention import attend
 from mar.model.blocks import Attention
-from mar.model.dropout import Dropout, keep, share
 
 
 def test_what_stays_is_a_fair_draw() -> None:
     torch.manual_seed(0)
-    drawn = keep((1_000_003,), 0.1)
+    drawn = dropout_mask((1_000_003,), 0.1)
     assert drawn.float().mean() == pytest.approx(0.9, abs=1e-3)  # its deviation is 3e-4
     for neighbour in (1, 2, 3, 4):  # of a word, and of the next one
         together = (drawn[neighbour:] & drawn[:-neighbour]).float().mean()
         assert together == pytest.approx(0.81, abs=2e-3)
     torch.manual_seed(0)
-    assert torch.equal(keep((1_000_003,), 0.1), drawn)
-    assert not torch.equal(keep((1_000_003,), 0.1), drawn)
+    assert torch.equal(dropout_mask((1_000_003,), 0.1), drawn)
+    assert not torch.equal(dropout_mask((1_000_003,), 0.1), drawn)
 
 
 @pytest.mark.parametrize(("rate", "stays"), [(0.0, 1.0), (0.5, 0.5), (0.999, 0.001)])
 def test_any_rate(rate: float, stays: float) -> None:
     torch.manual_seed(1)
-    assert share(rate) == pytest.approx(stays, abs=1 / 2**16)
-    assert keep((300, 301), rate).float().mean() == pytest.approx(stays, abs=0.01)
+    assert keep_prob(rate) == pytest.approx(stays, abs=1 / 2**16)
+    assert dropout_mask((300, 301), rate).float().mean() == pytest.approx(stays, abs=0.01)
 
 
 def test_dropout_zeroes_and_scales() -> None:
@@ -36,7 +36,7 @@ def test_dropout_zeroes_and_scales() -> None:
     torch.manual_seed(2)
     out = drop(x)
     torch.manual_seed(2)
-    stays = keep((40, 50), 0.25)
+    stays = dropout_mask((40, 50), 0.25)
     torch.testing.assert_close(out, torch.where(stays, x / 0.75, 0.0))
     assert torch.equal(out == 0, ~stays)
     out.sum().backward()
@@ -50,11 +50,11 @@ def test_attention_is_the_formula(rate: float) -> None:
     qkv = noise(2, 7, 3 * heads * d).double().requires_grad_()
     towards = noise(2, 7, heads * d, seed=1).double()
     torch.manual_seed(3)
-    got = attend(qkv, heads, rate)
+    got = attention_with_dropout(qkv, heads, rate)
     torch.manual_seed(3)
-    stays = keep((2, heads, 7, 7), rate)
+    stays = dropout_mask((2, heads, 7, 7), rate)
     q, k, v = qkv.view(2, 7, 3, heads, d).permute(2, 0, 3, 1, 4)
-    weights = (q @ k.mT / d**0.5).softmax(-1) * stays / share(rate)
+    weights = (q @ k.mT / d**0.5).softmax(-1) * stays / keep_prob(rate)
     expected = (weights @ v).transpose(1, 2).reshape(2, 7, heads * d)
     torch.testing.assert_close(got, expected)
     gradients = [torch.autograd.grad(out, qkv, towards)[0] for out in (got, expected)]

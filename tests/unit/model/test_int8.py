@@ -9,23 +9,24 @@ import tiny
 import torch
 from tiny import model, noise
 
-from mar import runtime
+from mar.backends.cpu.int8 import Int8Linear, is_quantized, quantize_
 from mar.config import ConfigError, TrunkConfig
-from mar.model.int8 import Int8Linear, quantise, quantised
+from mar.nn import Linear
+from mar.random import make_generator
 
 LABELS, VISIBLE = torch.tensor([0, 2]), torch.tensor([[0, 3, 7], [2, 9, 15]])
 
 
 def whole(low: int, high: int, *shape: int) -> torch.Tensor:
     """Whole numbers of which the smallest and the largest are in every row."""
-    numbers = torch.randint(low, high + 1, shape, generator=runtime.generator(5)).float()
+    numbers = torch.randint(low, high + 1, shape, generator=make_generator(5)).float()
     numbers[..., 0], numbers[..., 1] = low, high
     return numbers
 
 
 @torch.no_grad()
 def test_numbers_that_fit_are_exact() -> None:
-    linear = runtime.Linear(24, 7)
+    linear = Linear(24, 7)
     linear.weight.copy_(whole(-127, 127, 7, 24) * torch.linspace(0.5, 2, 7).unsqueeze(1))
     x = whole(-64, 63, 2, 3, 24)  # 7 bits
     torch.testing.assert_close(Int8Linear(linear)(x), linear(x), rtol=1e-5, atol=1e-3)
@@ -42,8 +43,8 @@ def test_conditions_and_predictions_stay_near(trunk: TrunkConfig) -> None:
         return z, of.head(x, t, noise(2, 16, seed=2))
 
     plain, count = found(), sum(p.numel() for p in of.parameters())
-    quantise(of)
-    assert quantised(of)
+    quantize_(of)
+    assert is_quantized(of)
     assert sum(p.numel() for p in of.parameters()) < 0.7 * count  # what is outside of blocks is most of a tiny model
     for rough, exact in zip(found(), plain, strict=True):
         assert 1e-6 < float((rough - exact).std() / exact.std()) < 0.1
@@ -73,9 +74,9 @@ def test_they_stay_what_and_where_they_are(tmp_path: Path) -> None:
 
 def test_elsewhere_they_are_refused() -> None:
     with pytest.raises(ConfigError, match="got a model on meta, expected one on the CPU"):
-        quantise(model().to("meta"))
+        quantize_(model().to("meta"))
     pipeline = tiny.pipeline()
     with pytest.raises(ConfigError, match="got a model on meta, expected one on the CPU"):
         pipeline.to("meta", torch.int8)
     assert pipeline.device.type == "cpu"  # it stays where it was
-    assert not quantised(pipeline.model)
+    assert not is_quantized(pipeline.model)

@@ -7,9 +7,9 @@ import torch
 from tiny import HEAD, TRUNK, config, model, noise
 from torch import Tensor, nn
 
-from mar import runtime
 from mar.config import HeadConfig, TrunkConfig
 from mar.model.mar import MAR, UNCONDITIONAL
+from mar.nn import set_matrix_dtype
 
 MODERN = TrunkConfig(width=16, depth=2, heads=2, rotary=True)
 trunks = pytest.mark.parametrize("trunk", [TRUNK, MODERN], ids=["paper", "modern"])
@@ -148,7 +148,7 @@ def test_bf16_is_for_matrices_only() -> None:
     z = of(tokens, LABELS, VISIBLE)
     noisy, t = noise(2, 2, seed=1), torch.tensor([3, 900])
     out = of.head(noisy, t, z[:, 0])
-    runtime.set_matrix_dtype(of, torch.bfloat16)
+    set_matrix_dtype(of, torch.bfloat16)
     linear = {
         f"{name}.{part}" for name, m in of.named_modules() if isinstance(m, nn.Linear) for part in ("weight", "bias")
     }
@@ -163,14 +163,14 @@ def test_bf16_is_for_matrices_only() -> None:
     out16 = of.head(noisy, t, z16[:, 0])
     assert out16.dtype == torch.float32
     assert 1e-4 < float((out16 - out).abs().max() / out.std()) < 0.1
-    runtime.set_matrix_dtype(of, torch.float32)
+    set_matrix_dtype(of, torch.float32)
     assert of(tokens, LABELS, VISIBLE).dtype == torch.float32
 
 
 @torch.no_grad()
 def test_bf16_norms_take_float32() -> None:
     of, seen = model(encoder=MODERN, decoder=MODERN), set()
-    runtime.set_matrix_dtype(of, torch.bfloat16)
+    set_matrix_dtype(of, torch.bfloat16)
     for norm in (module for module in of.modules() if isinstance(module, nn.LayerNorm)):
         norm.register_forward_pre_hook(lambda norm, given: seen.add(given[0].dtype))
     of(noise(2, 16, 2), LABELS, VISIBLE)

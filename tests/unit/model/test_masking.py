@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from mar.model.masking import (
-    arranged,
+    apply_order,
     draw_mask_ratio,
     halton_places,
-    hidden_share,
+    mask_schedule,
     masked_count,
+    masked_fraction,
     random_order,
-    reveal_schedule,
-    split,
+    split_by_mask,
     unknown_order,
 )
-from mar.runtime import generator
+from mar.random import make_generator
 
 
 def phi(x: float) -> float:
@@ -26,7 +26,7 @@ def phi(x: float) -> float:
 
 
 def test_mask_ratios_are_a_truncated_normal() -> None:
-    stream = generator(0)
+    stream = make_generator(0)
     ratios = torch.tensor([draw_mask_ratio(0.7, stream) for _ in range(4000)], dtype=torch.float64)
     assert 0.7 <= float(ratios.min()) < 0.703
     assert 0.997 < float(ratios.max()) <= 1.0
@@ -39,7 +39,7 @@ def test_mask_ratios_are_a_truncated_normal() -> None:
 
 @pytest.mark.parametrize("minimum", [0.01, 0.5, 0.999, 1.0])
 def test_mask_ratios_stay_within_their_bounds(minimum: float) -> None:
-    stream = generator(1)
+    stream = make_generator(1)
     assert all(minimum <= draw_mask_ratio(minimum, stream) <= 1 for _ in range(100))
 
 
@@ -50,16 +50,16 @@ def test_counts_are_rounded_up() -> None:
 
 def test_the_first_of_an_order_are_hidden() -> None:
     order = torch.tensor([[3, 0, 2, 1], [1, 3, 0, 2]])
-    hidden, visible = split(order, 3)
+    hidden, visible = split_by_mask(order, 3)
     assert hidden.tolist() == [[0, 2, 3], [0, 1, 3]]
     assert visible.tolist() == [[1], [2]]
-    hidden, visible = split(order, 4)
+    hidden, visible = split_by_mask(order, 4)
     assert hidden.tolist() == [[0, 1, 2, 3]] * 2
     assert visible.shape == (2, 0)
 
 
 def test_orders_are_fair() -> None:
-    stream = generator(2)
+    stream = make_generator(2)
     first = torch.stack([random_order(5, stream) for _ in range(2000)])[:, 0]
     assert (torch.bincount(first, minlength=5) - 400).abs().max() < 80  # 4.5 standard deviations
 
@@ -70,8 +70,8 @@ def test_an_order_keeps_its_sequence_where_tokens_are_known() -> None:
 
 
 def test_a_checkerboard_shows_its_black_squares_first() -> None:
-    order = random_order(6 * 4, generator(3))
-    made = arranged(order, (6, 4), "checkerboard")
+    order = random_order(6 * 4, make_generator(3))
+    made = apply_order(order, (6, 4), "checkerboard")
     shown = made.flip(0)
     assert [(int(t) // 4 + int(t) % 4) % 2 for t in shown] == [0] * 12 + [1] * 12
     for half in (shown[:12], shown[12:]):  # each half in the order that was drawn
@@ -79,8 +79,8 @@ def test_a_checkerboard_shows_its_black_squares_first() -> None:
 
 
 def test_a_random_order_stays_what_was_drawn() -> None:
-    order = random_order(24, generator(3))
-    assert arranged(order, (6, 4), "random") is order
+    order = random_order(24, make_generator(3))
+    assert apply_order(order, (6, 4), "random") is order
 
 
 def test_halton_spreads_out() -> None:
@@ -89,7 +89,7 @@ def test_halton_spreads_out() -> None:
     assert len({tuple(place) for place in places.tolist()}) == 36
     assert places[0].tolist() == [2, 3]  # 1/2 and 1/3
     assert places[1].tolist() == [1, 6]  # 1/4 and 2/3
-    shown = arranged(random_order(36, generator(0)), (4, 9), "halton").flip(0)
+    shown = apply_order(random_order(36, make_generator(0)), (4, 9), "halton").flip(0)
     assert len({(int(t) // 9 // 2, int(t) % 9 // 3) for t in shown[:5]}) >= 4  # wrapped, and without the point 0
 
 
@@ -97,17 +97,17 @@ def test_halton_spreads_out() -> None:
 def test_every_token_begins_a_halton_order_of_its_own(grid: tuple[int, int]) -> None:
     length = grid[0] * grid[1]
     drawn = [torch.arange(length).roll(-first - 1) for first in range(length)]
-    orders = [arranged(order, grid, "halton") for order in drawn]
+    orders = [apply_order(order, grid, "halton") for order in drawn]
     assert [int(order[-1]) for order in orders] == [int(order[-1]) for order in drawn]
     assert len({tuple(order.tolist()) for order in orders}) == length
 
 
 def test_reveal_schedules_in_numbers() -> None:
-    assert reveal_schedule(256, 4) == [236, 181, 97, 0]
-    assert reveal_schedule(256, 4, "exponential") == [251, 236, 183, 0]
+    assert mask_schedule(256, 4) == [236, 181, 97, 0]
+    assert mask_schedule(256, 4, "exponential") == [251, 236, 183, 0]
     for kind in ("cosine", "exponential"):
-        shares = [hidden_share(done, 8, kind) for done in range(9)]  # type: ignore[arg-type]
+        shares = [masked_fraction(done, 8, kind) for done in range(9)]  # type: ignore[arg-type]
         assert shares[0] == 1
         assert shares[-1] == pytest.approx(0, abs=1e-12)
         assert shares == sorted(shares, reverse=True)
-    assert hidden_share(1, 2, "exponential") == pytest.approx((1 - math.exp(-2.5)) / (1 - math.exp(-5)))
+    assert masked_fraction(1, 2, "exponential") == pytest.approx((1 - math.exp(-2.5)) / (1 - math.exp(-5)))

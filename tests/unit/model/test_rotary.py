@@ -8,21 +8,23 @@ from tiny import noise
 from torch import Tensor
 
 from mar.config import ConfigError, TrunkConfig
-from mar.model.rotary import BASE, turn, turns
+from mar.model.rotary import BASE, apply_rope, rope_cache
 
 ROWS, COLUMNS, WIDTH = 3, 5, 8
 
 
 def seen(q: Tensor, k: Tensor, at: tuple[int, int], other: tuple[int, int]) -> float:
     """The product of a query at one place and a key at another."""
-    table = turns(2, (ROWS, COLUMNS), WIDTH)[2:].view(1, ROWS, COLUMNS, WIDTH // 2, 2)
-    both = [turn(x.view(1, 1, 1, WIDTH), table[:, row, column, None]) for x, (row, column) in ((q, at), (k, other))]
+    table = rope_cache(2, (ROWS, COLUMNS), WIDTH)[2:].view(1, ROWS, COLUMNS, WIDTH // 2, 2)
+    both = [
+        apply_rope(x.view(1, 1, 1, WIDTH), table[:, row, column, None]) for x, (row, column) in ((q, at), (k, other))
+    ]
     return float((both[0] * both[1]).sum())
 
 
 def test_features_are_turned_as_complex_numbers() -> None:
-    table, x = turns(1, (ROWS, COLUMNS), WIDTH), noise(1, 1 + ROWS * COLUMNS, 2, WIDTH)
-    turned = turn(x, table.unsqueeze(0))
+    table, x = rope_cache(1, (ROWS, COLUMNS), WIDTH), noise(1, 1 + ROWS * COLUMNS, 2, WIDTH)
+    turned = apply_rope(x, table.unsqueeze(0))
     torch.testing.assert_close(turned[:, 0], x[:, 0])  # a buffer token
     for token in range(ROWS * COLUMNS):
         row, column = divmod(token, COLUMNS)
@@ -41,7 +43,7 @@ def test_attention_sees_the_distance_alone() -> None:
 
 def test_the_table_is_real_where_weights_are_to_come() -> None:
     with torch.device("meta"):
-        assert turns(2, (2, 2), 4).device.type == "cpu"
+        assert rope_cache(2, (2, 2), 4).device.type == "cpu"
 
 
 def test_heads_that_can_t_be_turned() -> None:

@@ -14,11 +14,17 @@ from torch import Tensor
 from mar.config import SamplingConfig
 from mar.diffusion.schedule import cosine
 from mar.model.mar import UNCONDITIONAL
-from mar.sampling import decode as decoding
-from mar.sampling import loop as looping
-from mar.sampling.decode import DecodeState, all_conditions, all_unknown, decode, reveal, start, take_turns
-from mar.sampling.draws import SeededDraws
-from mar.sampling.guidance import GuidedHead
+from mar.sampling.decode import (
+    DecodeState,
+    SeededNoise,
+    all_masked,
+    compute_conditions,
+    decode_step,
+    init_state,
+    plan_step,
+    sample_tokens,
+)
+from mar.sampling.guidance import CFGDenoiser
 
 TINY = model(seed=3)
 LABELS = torch.tensor([0, 2])
@@ -26,11 +32,11 @@ GUIDED = SamplingConfig(steps=8, diffusion_steps=3, guidance=3.0)
 
 
 def states(sampling: SamplingConfig, unknown: Tensor | None = None) -> Iterator[DecodeState]:
-    unknown = all_unknown(2, 16) if unknown is None else unknown
-    draws = SeededDraws([5, 6])
-    first = start(noise(*unknown.shape, 2), unknown, sampling.steps, draws, grid=(4, 4))
+    unknown = all_masked(2, 16) if unknown is None else unknown
+    draws = SeededNoise([5, 6])
+    first = init_state(noise(*unknown.shape, 2), unknown, sampling.steps, draws, grid=(4, 4))
     yield first
-    yield from decode(TINY, LABELS, first, sampling, draws)
+    yield from sample_tokens(TINY, LABELS, first, sampling, draws)
 
 
 class Rows:
@@ -45,13 +51,13 @@ class Rows:
             notes.trunk.append(len(tokens))
             return encode(tokens, *rest, ragged=ragged)
 
-        class Watched(GuidedHead):
+        class Watched(CFGDenoiser):
             def __init__(self, head: Any, z: Tensor, timesteps: Tensor, scale: Tensor | None = None) -> None:
                 super().__init__(head, z, timesteps, scale)
                 notes.heads.append((len(z), len(timesteps), scale is not None))
 
         monkeypatch.setattr(TINY, "encode", watched)
-        monkeypatch.setattr(looping, "GuidedHead", Watched)
+        monkeypatch.setattr("mar.backends.cuda.CFGDenoiser", Watched)
 
 
 def ends(sampling: SamplingConfig, unknown: Tensor | None = None) -> DecodeState:
@@ -88,9 +94,9 @@ def test_the_residual_is_the_difference_at_the_last_refresh() -> None:
             TINY(first.tokens, labels, nothing) for labels in (LABELS, torch.full_like(LABELS, UNCONDITIONAL))
         )
         torch.testing.assert_close(after_first.residual, without - z)
-        turns = take_turns(after_first, sampling, 16, guidable=True)
+        turns = plan_step(after_first, sampling, 16, guidable=True)
         assert not any(turn.pace.refresh for turn in turns)
-        kept = all_conditions(TINY, LABELS, after_first, turns, 2)
+        kept = compute_conditions(TINY, LABELS, after_first, turns, 2)
     drawn = torch.stack([residual[turn.positions] for residual, turn in zip(after_first.residual, turns, strict=True)])
     torch.testing.assert_close(kept.z[2:] - kept.z[:2], drawn)
     assert torch.equal(after_second.residual, after_first.residual)
@@ -102,7 +108,7 @@ def test_a_refresh_at_every_step_keeps_nothing() -> None:
 
 def test_images_that_are_elsewhere_are_diffused_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve tokens of the first image are known: it has four steps, the other eight; guidance begins at 0.6."""
-    unknown = all_unknown(2, 16)
+    unknown = all_masked(2, 16)
     unknown[0, 4:] = False
     rows = Rows(monkeypatch)
     sampling = SamplingConfig(
@@ -116,15 +122,15 @@ def test_images_that_are_elsewhere_are_diffused_apart(monkeypatch: pytest.Monkey
 
 def test_without_a_class_nothing_is_guided(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Rows(monkeypatch)
-    draws = SeededDraws([5])
-    state = start(noise(1, 16, 2), all_unknown(1, 16), 4, draws)
-    after = reveal(TINY, torch.tensor([UNCONDITIONAL]), state, GUIDED, cosine(1000), draws)
+    draws = SeededNoise([5])
+    state = init_state(noise(1, 16, 2), all_masked(1, 16), 4, draws)
+    after = decode_step(TINY, torch.tensor([UNCONDITIONAL]), state, GUIDED, cosine(1000), draws)
     assert rows.trunk == [1]
     assert after.step == 1
 
 
 def test_solvers_without_noise_draw_one_a_token() -> None:
-    class Counted(SeededDraws):
+    class Counted(SeededNoise):
         asked: list[int] = []  # noqa: RUF012
 
         def noise(self, image: int, steps: int, count: int, width: int) -> Tensor:
@@ -134,22 +140,22 @@ def test_solvers_without_noise_draw_one_a_token() -> None:
     for solver, expected in (("ancestral", {3}), ("dpm++2m", {1})):
         draws, sampling = Counted([5]), SamplingConfig(steps=4, diffusion_steps=3, solver=solver)  # type: ignore[arg-type]
         draws.asked.clear()
-        list(decode(TINY, LABELS[:1], start(noise(1, 16, 2), all_unknown(1, 16), 4, draws), sampling, draws))
+        list(sample_tokens(TINY, LABELS[:1], init_state(noise(1, 16, 2), all_masked(1, 16), 4, draws), sampling, draws))
         assert set(draws.asked) == expected
 
 
 @pytest.mark.parametrize("wide", [True, False])
 def test_wide_models_give_memory_back_after_every_step(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[int] = []
-    monkeypatch.setattr(decoding, "give_back_memory", lambda: given.append(1))
-    monkeypatch.setattr(decoding, "WIDE", TINY.config.encoder.width + (not wide))
+    monkeypatch.setattr("mar.sampling.decode.trim_heap", lambda: given.append(1))
+    monkeypatch.setattr("mar.sampling.decode.WIDE", TINY.config.encoder.width + (not wide))
     ends(GUIDED)
     assert len(given) == (GUIDED.steps if wide else 0)
 
 
 def test_wide_models_are_shown_and_asked_for_few_numbers_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is filled up is not looked at, also where the difference of the classes is kept for some steps."""
-    unknown = all_unknown(2, 16)
+    unknown = all_masked(2, 16)
     unknown[0, 12:] = False
     sampling = [GUIDED, replace(GUIDED, guidance_refresh=3), replace(GUIDED, steps=3)]
     expected = [ends(each, unknown).tokens for each in sampling]
@@ -168,7 +174,7 @@ def test_wide_models_are_shown_and_asked_for_few_numbers_of_tokens(monkeypatch: 
     monkeypatch.setattr(TINY, "encode", shown)
     monkeypatch.setattr(TINY, "decode", asked)
     for name, value in {"WIDE": TINY.config.encoder.width, "VISIBLE": 8, "ASKED": 4}.items():
-        monkeypatch.setattr(decoding, name, value)
+        monkeypatch.setattr(f"mar.sampling.decode.{name}", value)
     for each, plain in zip(sampling, expected, strict=True):
         torch.testing.assert_close(ends(each, unknown).tokens, plain, atol=1e-4, rtol=1e-4)
     assert {visible for visible, only in shapes if not only} == {8, 16}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from mar.sampling.draws import SeededDraws
+from mar.sampling.decode import SeededNoise
 
 
 def test_a_stream_depends_on_its_seed_alone() -> None:
-    together, alone = SeededDraws([5, 6, 5]), SeededDraws([6])
+    together, alone = SeededNoise([5, 6, 5]), SeededNoise([6])
     together.noise(0, 3, 2, 4)  # what another image draws in between
     assert torch.equal(together.order(1, 9), alone.order(0, 9))
     together.noise(2, 1, 1, 1)
@@ -17,7 +17,7 @@ def test_a_stream_depends_on_its_seed_alone() -> None:
 
 def test_seeds_far_and_near_differ() -> None:
     seeds = [0, 1, 2, 2**31, 2**32, 2**63]
-    draws = SeededDraws(seeds)
+    draws = SeededNoise(seeds)
     values = torch.stack([draws.noise(i, 1, 1, 400).flatten() for i in range(len(seeds))])
     correlation = torch.corrcoef(values).fill_diagonal_(0)
     assert correlation.abs().max() < 0.25  # five standard deviations

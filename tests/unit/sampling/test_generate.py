@@ -11,13 +11,13 @@ from tiny import FAST, HEAD, config, model, noise
 
 from mar.config import ConfigError, HeadConfig, SamplingConfig
 from mar.model.mar import MAR
-from mar.sampling.generate import BrokenLatents, Revealed, generate
+from mar.sampling.generate import BrokenLatents, LatentStep, generate
 
 TINY = model()
 ONE = torch.ones(1, 4, 4, dtype=torch.bool)
 
 
-def last(*arguments: Any, **options: Any) -> Revealed:
+def last(*arguments: Any, **options: Any) -> LatentStep:
     *_, end = generate(*arguments, **options)
     return end
 

@@ -10,50 +10,50 @@ from hypothesis import strategies as st
 from ways import ways
 
 from mar.config import SamplingConfig
-from mar.model.masking import reveal_schedule
-from mar.sampling.pace import paces
+from mar.model.masking import mask_schedule
+from mar.sampling.guidance import step_settings
 
-SCHEDULE = tuple(reveal_schedule(256, 16))
+SCHEDULE = tuple(mask_schedule(256, 16))
 
 
 def test_as_the_paper_every_step_is_alike_but_for_the_scale() -> None:
-    found = paces(SamplingConfig(guidance=3.0), SCHEDULE, 256)
+    found = step_settings(SamplingConfig(guidance=3.0), SCHEDULE, 256)
     assert {pace.diffusion_steps for pace in found} == {100}
     assert all(pace.guided and pace.refresh for pace in found)
     assert [pace.scale for pace in found] == pytest.approx([1 + 2 * (256 - max(n, 1)) / 256 for n in SCHEDULE])
-    none = paces(SamplingConfig(), SCHEDULE, 256)
+    none = step_settings(SamplingConfig(), SCHEDULE, 256)
     assert not any(pace.guided or pace.refresh for pace in none)
 
 
 def test_diffusion_steps_fall_linearly() -> None:
     sampling = SamplingConfig(diffusion_steps=50, diffusion_steps_end=5)
-    counts = [pace.diffusion_steps for pace in paces(sampling, SCHEDULE, 256)]
+    counts = [pace.diffusion_steps for pace in step_settings(sampling, SCHEDULE, 256)]
     assert counts == [50, 47, 44, 41, 38, 35, 32, 29, 26, 23, 20, 17, 14, 11, 8, 5]
-    assert [pace.diffusion_steps for pace in paces(sampling, (0,), 256)] == [50]  # a single step is the first
+    assert [pace.diffusion_steps for pace in step_settings(sampling, (0,), 256)] == [50]  # a single step is the first
 
 
 def test_guidance_in_an_interval_of_what_is_known() -> None:
     sampling = SamplingConfig(guidance=3.0, guidance_from=0.3, guidance_until=0.8)
-    for pace, hidden in zip(paces(sampling, SCHEDULE, 256), SCHEDULE, strict=True):
+    for pace, hidden in zip(step_settings(sampling, SCHEDULE, 256), SCHEDULE, strict=True):
         known = (256 - max(hidden, 1)) / 256
         assert pace.guided == (0.3 <= known <= 0.8)
         assert pace.scale == pytest.approx(1 + 2 * known if pace.guided else 1.0)
     # of an image that is nearly known, the reveal begins where guidance has long been on
-    assert all(pace.guided for pace in paces(SamplingConfig(guidance=3.0, guidance_from=0.8), (12, 4, 0), 256))
+    assert all(pace.guided for pace in step_settings(SamplingConfig(guidance=3.0, guidance_from=0.8), (12, 4, 0), 256))
 
 
 def test_every_so_many_guided_steps_refresh() -> None:
     sampling = SamplingConfig(guidance=3.0, guidance_from=0.3, guidance_refresh=3)
-    found = paces(sampling, SCHEDULE, 256)
+    found = step_settings(sampling, SCHEDULE, 256)
     assert [pace.refresh for pace in found] == [False] * 8 + [True, False, False, True, False, False, True, False]
     assert [pace.guided for pace in found] == [False] * 8 + [True] * 8
 
 
 @given(way=ways(), unknown=st.integers(1, 60), steps=st.integers(1, 70), start=st.integers(1, 9))
 def test_what_holds_for_every_way(way: dict[str, object], unknown: int, steps: int, start: int) -> None:
-    schedule = tuple(reveal_schedule(unknown, steps))
+    schedule = tuple(mask_schedule(unknown, steps))
     sampling = SamplingConfig(steps, start, **way)  # type: ignore[arg-type]
-    found = paces(sampling, schedule, 60)
+    found = step_settings(sampling, schedule, 60)
     assert len(found) == len(schedule)
     end = start if sampling.diffusion_steps_end is None else sampling.diffusion_steps_end
     counts = [pace.diffusion_steps for pace in found]

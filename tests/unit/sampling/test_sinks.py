@@ -15,8 +15,8 @@ from PIL import Image
 from mar.assets import imagenet_classes
 from mar.checkpoint.files import CheckpointError
 from mar.config import ConfigError
-from mar.sampling.plan import Plan, Unit
-from mar.sampling.progress import said
+from mar.sampling.plan import Plan, WorkUnit
+from mar.sampling.progress import progress_text
 from mar.sampling.sinks import SINKS, Job, Npz, PngFolder, Shards, Sink, prepare, shards
 from mar.sampling.sinks.folder import class_folders
 
@@ -30,7 +30,7 @@ def job(out: Path, channels: int = 3, **changes: Any) -> Job:
     return Job(out, plan, 3, (channels, 2, 4), CLASSES, settings, {"guidance": 1.0})
 
 
-def pictures(unit: Unit, channels: int = 3) -> np.ndarray:
+def pictures(unit: WorkUnit, channels: int = 3) -> np.ndarray:
     """Every value says which picture it is of, and where."""
     values = np.arange(channels * 8, dtype=np.uint8).reshape(channels, 2, 4)
     return np.stack([values + 30 * (unit.first + i) for i in range(len(unit.labels))]).astype(np.uint8)
@@ -53,7 +53,7 @@ def test_a_folder_of_classes(channels: int, tmp_path: Path) -> None:
     with Image.open(tmp_path / "out/none/000003.png") as image:
         assert image.mode == {1: "L", 3: "RGB"}[channels]
         values = np.asarray(image).reshape(2, 4, channels).transpose(2, 0, 1)
-        assert np.array_equal(values, pictures(Unit(0, 3, (-1,), (0,)), channels)[0])
+        assert np.array_equal(values, pictures(WorkUnit(0, 3, (-1,), (0,)), channels)[0])
         assert json.loads(image.text["mar"]) == {"guidance": 1.0, "label": None, "seed": 3 * 2**32 + 3}
 
 
@@ -61,7 +61,7 @@ def test_a_folder_of_classes(channels: int, tmp_path: Path) -> None:
 def test_an_npz_as_adm_reads_it(channels: int, tmp_path: Path) -> None:
     path = tmp_path / "out.npz"
     fill(Npz(job(path, channels)), channels)
-    expected = pictures(Unit(0, 0, (0,) * 7, (0,) * 7), channels).transpose(0, 2, 3, 1)
+    expected = pictures(WorkUnit(0, 0, (0,) * 7, (0,) * 7), channels).transpose(0, 2, 3, 1)
     with np.load(path) as file:
         assert file["arr_0"].dtype == np.uint8
         assert np.array_equal(file["arr_0"], np.broadcast_to(expected, (7, 2, 4, 3)))
@@ -90,7 +90,7 @@ def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
                 assert file is not None
                 if member.name == "000006.png":
                     values = np.asarray(Image.open(file)).transpose(2, 0, 1)
-                    assert np.array_equal(values, pictures(Unit(0, 6, (2,), (0,)))[0])
+                    assert np.array_equal(values, pictures(WorkUnit(0, 6, (2,), (0,)))[0])
                 if member.name == "000003.cls":
                     assert file.read() == b"-1"
     assert found["000000.tar"] == [f"{i:06}.{kind}" for i in range(6) for kind in ("png", "cls")]
@@ -225,6 +225,6 @@ def test_each_class_has_a_folder_of_its_own() -> None:
 
 
 def test_progress_tells_the_rate_of_this_start_and_the_time_left() -> None:
-    assert said(1000, 1000, 1000, 0.0) == "1,000 of 1,000 pictures"
-    assert said(640, 50_000, 600, 10.0) == "640 of 50,000 pictures, 4.0 a second, 3:25:40 left"
-    assert said(602.0, 610, 600, 5.0) == "602 of 610 pictures, 2.5 s a picture, 0:00:20 left"
+    assert progress_text(1000, 1000, 1000, 0.0) == "1,000 of 1,000 pictures"
+    assert progress_text(640, 50_000, 600, 10.0) == "640 of 50,000 pictures, 4.0 a second, 3:25:40 left"
+    assert progress_text(602.0, 610, 600, 5.0) == "602 of 610 pictures, 2.5 s a picture, 0:00:20 left"

@@ -19,10 +19,10 @@ from mar.config import ConfigError
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
 from mar.tokenizer import PCATokenizer, build, from_pixels
+from mar.training.callbacks import export_and_draw, take_snapshot
 from mar.training.log import Log, RunLog
-from mar.training.loop import train
 from mar.training.run import export
-from mar.training.snapshot import export_and_draw, take
+from mar.training.trainer import train
 
 
 def smooth(count: int = 40, channels: int = 3, seed: int = 0) -> Tensor:
@@ -170,7 +170,7 @@ def test_a_run_takes_them_from_its_pictures_keeps_them_and_exports_them(data: Pa
     again = open_tiny(config, tmp_path / "run")
     assert torch.equal(again.tokenizer.found()["basis"], basis)
     assert train(again, log)
-    export_and_draw(take(again), log)
+    export_and_draw(take_snapshot(again), log)
     log.close()
     pipeline = Pipeline.open(tmp_path / "run" / "model.safetensors")
     assert torch.equal(pipeline.tokenizer.found()["basis"], basis)

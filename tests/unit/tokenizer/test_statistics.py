@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from mar.tokenizer import PixelTokenizer, Posterior
-from mar.tokenizer.statistics import measure
+from mar.tokenizer.base import measure_latents
 
 
 class Blurry(PixelTokenizer):
@@ -23,7 +23,7 @@ def pictures() -> Tensor:
 
 def test_they_are_those_of_all_values_whatever_the_batches() -> None:
     x = pictures()
-    found = measure(PixelTokenizer(3), x.split(7))
+    found = measure_latents(PixelTokenizer(3), x.split(7))
     assert found.images == 60
     assert found.mean == pytest.approx([x.double().mean().item()], rel=1e-9, abs=1e-9)
     assert found.std == pytest.approx([x.double().std(correction=0).item()], rel=1e-9)
@@ -31,29 +31,29 @@ def test_they_are_those_of_all_values_whatever_the_batches() -> None:
 
 def test_per_channel() -> None:
     x = pictures()
-    found = measure(PixelTokenizer(3), x.split(7), per_channel=True)
+    found = measure_latents(PixelTokenizer(3), x.split(7), per_channel=True)
     assert found.mean == pytest.approx(x.double().mean((0, 2, 3)).tolist(), rel=1e-9, abs=1e-9)
     assert found.std == pytest.approx(x.double().std((0, 2, 3), correction=0).tolist(), rel=1e-9)
 
 
 def test_latents_are_normal_afterwards_and_measuring_again_finds_the_same() -> None:
     x, tokenizer = pictures(), PixelTokenizer(3)
-    first = measure(tokenizer, [x], per_channel=True)
+    first = measure_latents(tokenizer, [x], per_channel=True)
     tokenizer.set_statistics(first.mean, first.std)
     latents = tokenizer.encode(x).mean
     torch.testing.assert_close(latents.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(latents.std((0, 2, 3)), torch.ones(3), atol=1e-3, rtol=0)
-    again = measure(tokenizer, [x], per_channel=True)
+    again = measure_latents(tokenizer, [x], per_channel=True)
     assert again.std == pytest.approx(first.std, rel=1e-6)
 
 
 def test_the_posterior_s_own_spread_counts() -> None:
     x = pictures()
     for tokenizer in (Blurry(3), Blurry(3, mean=0.5, std=2.0)):
-        found = measure(tokenizer, [x])
+        found = measure_latents(tokenizer, [x])
         assert found.std == pytest.approx([(x.double().var(correction=0).item() + 0.09) ** 0.5], rel=1e-6)
 
 
 def test_no_images_is_an_error() -> None:
     with pytest.raises(ValueError, match="no images to measure"):
-        measure(PixelTokenizer(3), [])
+        measure_latents(PixelTokenizer(3), [])

@@ -11,12 +11,12 @@ import torch
 from tars import shards
 from tiny import pictures, train_config
 
-from mar import runtime
-from mar.data.heldout import divide
+from mar import devices
 from mar.data.sources import open_data, open_source
+from mar.data.splits import train_val_split
 from mar.presets import FASHION, recipe
-from mar.training import checks
-from mar.training.checks import copying, faster_precision, unusual_rate
+from mar.training import preflight
+from mar.training.preflight import copying, faster_precision, unusual_rate
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_a_small_batch_of_an_official_recipe_is_warned_of() -> None:
 def test_a_run_in_float32_hears_of_bfloat16_where_the_processor_has_it(
     has_it: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "multiplies_bf16", lambda: has_it)
+    monkeypatch.setattr(devices, "multiplies_bf16", lambda: has_it)
     said = faster_precision(FASHION, torch.device("cpu"))
     assert (said is not None) == has_it
     assert said is None or "--precision bf16" in said
@@ -75,9 +75,9 @@ def test_few_pictures_that_are_seen_often_are_warned_of(tmp_path: Path, monkeypa
     assert copying(replace(config, patience=3), source) is None
     assert copying(config, source, before=1_999) == warning
     assert copying(config, source, before=2_000) is None  # it was said
-    learned, _ = divide(source, 5)
+    learned, _ = train_val_split(source, 5)
     assert "16 pictures will be seen 124 times" in (copying(replace(config, images=1_999), learned) or "")
-    monkeypatch.setattr(checks, "FEW", 20)
+    monkeypatch.setattr(preflight, "SMALL_DATASET", 20)
     assert copying(config, source) is None
 
 

@@ -7,21 +7,22 @@ import tiny
 import torch
 from torch import Tensor
 
-from mar import runtime
-from mar.config import Recompute, TrainConfig, from_dict, to_dict
-from mar.training.engine import prepare
-from mar.training.loss import DiffusionLoss, draw_step
+from mar.backends.cpu import linear as mar_linear
+from mar.backends.cpu.linear import has_onednn
+from mar.config import ActivationCheckpointing, TrainConfig, from_dict, to_dict
+from mar.training.loss import DiffusionLoss, sample_randomness
+from mar.training.parallelize import parallelize
 
 MODEL = tiny.config(attention_dropout=0.2, projection_dropout=0.3)
 
 
-def gradients(recompute: Recompute) -> dict[str, Tensor]:
+def gradients(recompute: ActivationCheckpointing) -> dict[str, Tensor]:
     """Of one step, dropout on."""
     loss = DiffusionLoss(tiny.awake(tiny.MAR(MODEL)).train())
     settings = TrainConfig(model=MODEL, batch=3, recompute=recompute)
-    forward = prepare(loss, (), settings, torch.device("cpu"))
+    forward = parallelize(loss, (), settings, torch.device("cpu"))
     torch.manual_seed(0)
-    draws = draw_step(MODEL, 0, 1, range(3))
+    draws = sample_randomness(MODEL, 0, 1, range(3))
     value = forward(tiny.noise(3, 2, 4, 4), torch.tensor([0, 1, 2]), draws)
     value.backward()
     return {"loss": value.detach(), **{name: p.grad for name, p in loss.named_parameters() if p.grad is not None}}
@@ -29,10 +30,10 @@ def gradients(recompute: Recompute) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("onednn", [False, True])
 def test_recomputing_is_the_same_step(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if onednn and not runtime.has_onednn():
+    if onednn and not has_onednn():
         pytest.skip("this PyTorch has no oneDNN")
-    monkeypatch.setattr(runtime, "onednn_is_faster", lambda: onednn)
-    monkeypatch.setattr(runtime, "LARGE", 1)
+    monkeypatch.setattr(mar_linear, "onednn_is_faster", lambda: onednn)
+    monkeypatch.setattr(mar_linear, "MIN_MULTIPLICATIONS", 1)
     kept = gradients("none")
     assert kept["model.encoder.0.fc1.weight"].any()
     assert kept["model.head.blocks.0.modulation.weight"].any()

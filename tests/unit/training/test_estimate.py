@@ -12,12 +12,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mar.checkpoint.files import CheckpointError
-from mar.config import HeadConfig, ModelConfig, Recompute, TrainConfig, TrunkConfig
+from mar.config import ActivationCheckpointing, HeadConfig, ModelConfig, TrainConfig, TrunkConfig
 from mar.model.mar import MAR
 from mar.presets import FASHION, MODELS
-from mar.training.engine import prepare
-from mar.training.estimate import activation_floats, estimate
-from mar.training.loss import DiffusionLoss, draw_step
+from mar.training.loss import DiffusionLoss, sample_randomness
+from mar.training.parallelize import parallelize
+from mar.training.preflight import activation_floats, estimate
 
 SMALL = TrunkConfig(width=96, depth=2, heads=6)
 CONFIGS = {
@@ -31,11 +31,11 @@ CONFIGS = {
 }
 
 
-def most(config: ModelConfig, images: int, recompute: Recompute) -> int:
+def most(config: ModelConfig, images: int, recompute: ActivationCheckpointing) -> int:
     """Bytes that forward and backward pass of one step hold at once, at most; weights and gradients apart."""
     run = TrainConfig(model=config, batch=images, recompute=recompute)
-    forward = prepare(DiffusionLoss(MAR(config).train()), (), run, torch.device("cpu"))
-    draws = draw_step(config, 0, 1, range(images))
+    forward = parallelize(DiffusionLoss(MAR(config).train()), (), run, torch.device("cpu"))
+    draws = sample_randomness(config, 0, 1, range(images))
     latents, labels = torch.randn(images, config.channels, *config.grid), torch.zeros(images, dtype=torch.long)
     forward(latents, labels, draws).backward()  # the gradients are there now
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -47,9 +47,9 @@ def most(config: ModelConfig, images: int, recompute: Recompute) -> int:
     return highest
 
 
-@pytest.mark.parametrize("recompute", get_args(Recompute))
+@pytest.mark.parametrize("recompute", get_args(ActivationCheckpointing))
 @pytest.mark.parametrize("name", CONFIGS)
-def test_activations_are_told_to_within_a_third(name: str, recompute: Recompute) -> None:
+def test_activations_are_told_to_within_a_third(name: str, recompute: ActivationCheckpointing) -> None:
     said = 4 * activation_floats(CONFIGS[name], 4, recompute)
     assert said == pytest.approx(most(CONFIGS[name], 4, recompute), rel=1 / 3)
 

@@ -15,14 +15,13 @@ from tiny import HEAD, config, model, open_tiny, pictures, train_config
 from torch import Tensor
 
 from mar.config import ConfigError, SamplingConfig
-from mar.data.batch import ImageBatch
-from mar.data.changes import Changes
+from mar.data.loader import Augmentations, ImageBatch
 from mar.pipeline import Pipeline
 from mar.tokenizer import PixelTokenizer
-from mar.training import loop
+from mar.training import trainer
 from mar.training.log import RunLog
-from mar.training.loop import Run, TrainingError, train
 from mar.training.run import export, initialise_from, pipeline
+from mar.training.trainer import Run, TrainingError, train
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +47,13 @@ def lines(run: Run) -> list[dict[str, Any]]:
 
 def breaking(run: Run, when: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes pictures not-a-number at the steps where `when`."""
-    encode = loop.encode
+    encode = trainer.encode
 
     def broken(run: Run, batch: Any) -> Tensor:
         latents = encode(run, batch)
         return latents * torch.nan if when(run.progress.step) else latents
 
-    monkeypatch.setattr(loop, "encode", broken)
+    monkeypatch.setattr(trainer, "encode", broken)
 
 
 def weights(run: Run) -> list[Tensor]:
@@ -69,14 +68,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     run = open_tiny(train_config(data, images=24), tmp_path)
     breaking(run, lambda step: step in (2, 3), monkeypatch)
     kept: dict[int, list[Tensor]] = {}
-    real = loop.step
+    real = trainer.step
 
     def watched(run: Run, batch: Any) -> tuple[float, float]:
         result = real(run, batch)
         kept[run.progress.step] = weights(run)
         return result
 
-    monkeypatch.setattr(loop, "step", watched)
+    monkeypatch.setattr(trainer, "step", watched)
     assert go(run)
     assert (run.progress.step, run.progress.images) == (6, 24)
     assert (run.progress.skipped_steps, run.progress.skipped_in_a_row) == (2, 0)
@@ -115,7 +114,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(
 
 
 def test_a_run_that_only_skips_stops(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "PATIENCE", 3)
+    monkeypatch.setattr(trainer, "MAX_NONFINITE_STEPS", 3)
     run = open_tiny(train_config(data, save_every=4), tmp_path)
     breaking(run, lambda step: step >= 2, monkeypatch)
     with pytest.raises(TrainingError, match=r"not finite for 3 steps in a row, up to image 20: .*--lr"):
@@ -134,13 +133,13 @@ def test_losses_are_averaged_between_lines(data: Path, tmp_path: Path) -> None:
 
 
 def test_every_step_has_dropout_of_its_own(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, seeds, real = open_tiny(train_config(data, images=24), tmp_path), [], loop.encode
+    run, seeds, real = open_tiny(train_config(data, images=24), tmp_path), [], trainer.encode
 
     def watched(run: Run, batch: Any) -> Tensor:
         seeds.append(torch.initial_seed())
         return real(run, batch)
 
-    monkeypatch.setattr(loop, "encode", watched)
+    monkeypatch.setattr(trainer, "encode", watched)
     assert go(run)
     assert len(set(seeds)) == len(seeds) == 6
 
@@ -224,8 +223,8 @@ def test_statistics_are_those_of_the_pictures(data: Path, tmp_path: Path) -> Non
     pixels = every.double() / 127.5 - 1
     assert float(run.tokenizer.mean) == pytest.approx(float(pixels.mean()), rel=1e-5)
     assert float(run.tokenizer.std) == pytest.approx(float(pixels.std(correction=0)), rel=1e-5)
-    batch = next(loop._batches(run))
-    latents = loop.encode(run, batch)
+    batch = next(trainer._batches(run))
+    latents = trainer.encode(run, batch)
     torch.testing.assert_close(latents * run.tokenizer.std + run.tokenizer.mean, batch.images)
 
 
@@ -287,7 +286,7 @@ def test_pictures_are_moved_as_the_run_says(data: Path, tmp_path: Path) -> None:
     one, other = next(plain.batches()), next(moved.batches())
     assert isinstance(one, ImageBatch)
     assert isinstance(other, ImageBatch)
-    changes = [Changes(5, False, 2).at(position) for position in range(4)]
+    changes = [Augmentations(5, False, 2).at(position) for position in range(4)]
     assert len(set(changes)) > 1
     for row, change in enumerate(changes):
         assert torch.equal(other.images[row], change(one.images[row]))

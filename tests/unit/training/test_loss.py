@@ -9,24 +9,24 @@ import torch
 from tiny import HEAD, config, model, noise
 from torch import Tensor
 
-from mar.config import NoisePath, Prediction
+from mar.config import NoiseSchedule, Prediction
 from mar.model.mar import MAR
-from mar.model.tokens import patchify, take
-from mar.training.loss import DiffusionLoss, StepDraws, draw_step
+from mar.model.tokens import gather_tokens, patchify
+from mar.training.loss import DiffusionLoss, StepRandomness, sample_randomness
 
 CONFIG = config(head=replace(HEAD, batch_mul=3))
 
 
 def test_draws_do_not_depend_on_how_a_batch_is_cut() -> None:
-    whole = draw_step(CONFIG, 7, 3, range(10, 16))
-    parts = [draw_step(CONFIG, 7, 3, list(positions)) for positions in ([10], [11, 12, 13], [14, 15])]
+    whole = sample_randomness(CONFIG, 7, 3, range(10, 16))
+    parts = [sample_randomness(CONFIG, 7, 3, list(positions)) for positions in ([10], [11, 12, 13], [14, 15])]
     assert {part.masked for part in parts} == {whole.masked}
     for field, dim in (("order", 0), ("drop_label", 0), ("timestep", 1), ("noise", 1)):
         assert torch.equal(torch.cat([getattr(part, field) for part in parts], dim), getattr(whole, field))
 
 
 def test_draws_have_the_shapes_of_the_masked_tokens() -> None:
-    draws = draw_step(CONFIG, 0, 0, [4, 5])
+    draws = sample_randomness(CONFIG, 0, 0, [4, 5])
     m = draws.masked
     assert 0.7 * 16 <= m <= 16
     assert draws.order.sort(1).values.tolist() == [list(range(16))] * 2
@@ -35,53 +35,53 @@ def test_draws_have_the_shapes_of_the_masked_tokens() -> None:
 
 
 def test_steps_positions_and_seeds_have_draws_of_their_own() -> None:
-    base = draw_step(CONFIG, 0, 0, [4])
+    base = sample_randomness(CONFIG, 0, 0, [4])
     for seed, position in ((1, 4), (0, 5)):
-        other = draw_step(CONFIG, seed, 0, [position])
+        other = sample_randomness(CONFIG, seed, 0, [position])
         count = min(base.masked, other.masked)
         assert not torch.equal(base.noise[0, 0, :count], other.noise[0, 0, :count])
         assert not torch.equal(base.order, other.order)
-    assert len({draw_step(CONFIG, 0, step, [4]).masked for step in range(20)}) > 1  # the ratio is the step's
+    assert len({sample_randomness(CONFIG, 0, step, [4]).masked for step in range(20)}) > 1  # the ratio is the step's
 
 
 def test_what_is_drawn_follows_its_distribution() -> None:
-    draws = draw_step(config(grid=(8, 8), label_drop=0.25), 0, 1, range(300))
+    draws = sample_randomness(config(grid=(8, 8), label_drop=0.25), 0, 1, range(300))
     assert abs(float(draws.drop_label.float().mean()) - 0.25) < 0.1  # four standard errors
     assert (int(draws.timestep.min()), int(draws.timestep.max())) == (0, 999)
     assert abs(float(draws.timestep.float().mean()) - 499.5) < 6
     assert abs(float(draws.noise.std()) - 1) < 0.01
-    assert not draw_step(config(label_drop=0.0), 0, 1, range(300)).drop_label.any()
+    assert not sample_randomness(config(label_drop=0.0), 0, 1, range(300)).drop_label.any()
 
 
 @pytest.mark.parametrize("path", ["cosine", "linear"])
 @pytest.mark.parametrize("prediction", ["noise", "v", "x0", "flow"])
-def test_every_objective_has_a_gradient_for_every_parameter(path: NoisePath, prediction: Prediction) -> None:
+def test_every_objective_has_a_gradient_for_every_parameter(path: NoiseSchedule, prediction: Prediction) -> None:
     of = model(head=replace(HEAD, path=path, prediction=prediction))
-    loss = losses(of, noise(2, 2, 4, 4), torch.tensor([0, -1]), draw_step(of.config, 0, 0, [0, 1]))
+    loss = losses(of, noise(2, 2, 4, 4), torch.tensor([0, -1]), sample_randomness(of.config, 0, 0, [0, 1]))
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in of.parameters())
 
 
-def losses(of: MAR, latents: Tensor, labels: Tensor, draws: StepDraws) -> Tensor:
+def losses(of: MAR, latents: Tensor, labels: Tensor, draws: StepRandomness) -> Tensor:
     return DiffusionLoss(of)(latents, labels, draws)
 
 
 def test_only_masked_tokens_are_scored_and_only_visible_ones_read() -> None:
     of, latents, labels = model(), noise(2, 2, 4, 4), torch.tensor([0, 1])
-    draws = replace(draw_step(of.config, 0, 0, [0, 1]), drop_label=torch.zeros(2, dtype=torch.bool))
+    draws = replace(sample_randomness(of.config, 0, 0, [0, 1]), drop_label=torch.zeros(2, dtype=torch.bool))
     hidden = draws.order[:, : draws.masked].sort(1).values
     visible = draws.order[:, draws.masked :]
     z = of(patchify(latents, 1), labels, visible)
     scored = DiffusionLoss(of).head_loss(
-        take(patchify(latents, 1), hidden), take(z, hidden), draws.timestep, draws.noise
+        gather_tokens(patchify(latents, 1), hidden), gather_tokens(z, hidden), draws.timestep, draws.noise
     )
     assert scored.shape == (draws.timestep.numel(),)
     torch.testing.assert_close(scored.mean(), losses(of, latents, labels, draws))
 
 
 def test_a_dropped_label_is_no_label() -> None:
-    of, latents, draws = model(), noise(2, 2, 4, 4), draw_step(CONFIG, 0, 0, [0, 1])
+    of, latents, draws = model(), noise(2, 2, 4, 4), sample_randomness(CONFIG, 0, 0, [0, 1])
     dropped = replace(draws, drop_label=torch.tensor([True, True]))
     kept = replace(draws, drop_label=torch.tensor([False, False]))
     one, other, none = torch.tensor([0, 1]), torch.tensor([2, 0]), torch.tensor([-1, -1])
@@ -94,13 +94,13 @@ def test_an_untrained_model_has_the_loss_of_knowing_nothing() -> None:
     torch.manual_seed(0)
     of = MAR(config(grid=(8, 8), head=replace(HEAD, prediction="noise", batch_mul=4)))
     latents, labels = noise(32, 2, 8, 8), torch.zeros(32, dtype=torch.long)
-    loss = float(losses(of, latents, labels, draw_step(of.config, 0, 0, range(32))).detach())
+    loss = float(losses(of, latents, labels, sample_randomness(of.config, 0, 0, range(32))).detach())
     assert 1.0 < loss < 2.0  # the noise's variance, and the bits of not knowing it at the first timesteps
 
 
 def test_gradients_reach_every_tensor() -> None:
     of = model()
-    draws = replace(draw_step(of.config, 0, 0, [0, 1, 2]), drop_label=torch.tensor([False, True, False]))
+    draws = replace(sample_randomness(of.config, 0, 0, [0, 1, 2]), drop_label=torch.tensor([False, True, False]))
     losses(of, noise(3, 2, 4, 4), torch.tensor([0, 1, 2]), draws).backward()
     assert {name for name, p in of.named_parameters() if p.grad is None or not p.grad.any()} == set()
 
@@ -109,7 +109,7 @@ def test_gradients_reach_every_tensor() -> None:
 def test_any_model_has_a_loss(changes: dict[str, object]) -> None:
     of = model(**changes)
     latents = noise(2, of.config.channels, *of.config.grid)
-    loss = losses(of, latents, torch.tensor([1, 0]), draw_step(of.config, 0, 0, [0, 1]))
+    loss = losses(of, latents, torch.tensor([1, 0]), sample_randomness(of.config, 0, 0, [0, 1]))
     assert loss.shape == ()
     assert loss.isfinite()
 
@@ -120,7 +120,7 @@ def test_nothing_of_it_is_stored_beside_the_model() -> None:
 
 
 def test_draws_move_together() -> None:
-    moved = draw_step(CONFIG, 0, 0, [0]).to(torch.device("meta"))
+    moved = sample_randomness(CONFIG, 0, 0, [0]).to(torch.device("meta"))
     for field in fields(moved):
         value = getattr(moved, field.name)
         assert value.is_meta if isinstance(value, Tensor) else isinstance(value, int)

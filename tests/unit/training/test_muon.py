@@ -8,8 +8,7 @@ from tiny import model, noise
 from torch import nn
 
 from mar.config import ConfigError, TrainConfig
-from mar.training.muon import Muon, orthogonalise
-from mar.training.optim import make_optimizers
+from mar.training.optim import Muon, make_optimizers, orthogonalize
 
 CONFIG = TrainConfig(images=10_000, batch=64, lr=1e-2, optimizer="muon")
 
@@ -17,7 +16,7 @@ CONFIG = TrainConfig(images=10_000, batch=64, lr=1e-2, optimizer="muon")
 @pytest.mark.parametrize("shape", [(24, 24), (8, 32), (32, 8)])
 def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int]) -> None:
     u, s, v = torch.linalg.svd(noise(3, *shape), full_matrices=False)
-    made = orthogonalise(u @ torch.diag_embed(s * 1e-3) @ v)
+    made = orthogonalize(u @ torch.diag_embed(s * 1e-3) @ v)
     values = torch.linalg.svdvals(made)
     assert values.max() < 1.3
     assert values.median() > 0.6
@@ -26,7 +25,7 @@ def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int]) 
 
 
 def test_nothing_comes_of_nothing() -> None:
-    assert torch.equal(orthogonalise(torch.zeros(2, 4, 6)), torch.zeros(2, 4, 6))
+    assert torch.equal(orthogonalize(torch.zeros(2, 4, 6)), torch.zeros(2, 4, 6))
 
 
 def test_parts_of_a_fused_matrix_are_updated_as_matrices_of_their_own() -> None:

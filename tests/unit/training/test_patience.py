@@ -15,11 +15,11 @@ from tiny import open_tiny, pictures, train_config
 
 from mar import zoo
 from mar.config import ConfigError, TrainConfig
-from mar.training.estimate import estimate
+from mar.training.callbacks import Snapshot, on_snapshot
+from mar.training.early_stopping import BEST, HISTORY, EarlyStopping, best_step, evals_since_best
 from mar.training.log import Log
-from mar.training.loop import Run, train
-from mar.training.patience import BEST, HISTORY, Patience, lowest, waited
-from mar.training.snapshot import Snapshot, on_snapshot
+from mar.training.preflight import estimate
+from mar.training.trainer import Run, train
 
 LOSSES = [0.9, 0.5, 0.6, 0.4, 0.7, 0.4, 0.5, 0.3, 0.4, 0.5]
 """Of the validations after 4, 8, ... 40 images: with a patience of 3 the run ends after 28, with 1 after 12."""
@@ -61,7 +61,7 @@ def go(config: TrainConfig, folder: Path, losses: list[float] | None = None) -> 
     """The run, to its end; its validations of this session, and what was said."""
     run, log = open_tiny(config, folder), Notes()
     look = Look(run, losses or LOSSES)
-    on_snapshot(run, log, config.validate_every, Patience(run, log, look))
+    on_snapshot(run, log, config.validate_every, EarlyStopping(run, log, look))
     assert train(run, log)
     return run, look, log.lines
 
@@ -86,7 +86,7 @@ def history(folder: Path) -> dict[int, float | None]:
 )
 def test_what_is_waited_for(losses: list[float], best: int | None, count: int) -> None:
     kept = dict(reversed(list(enumerate(losses))))  # by images, in whatever order they came
-    assert (lowest(kept), waited(kept)) == (best, count)
+    assert (best_step(kept), evals_since_best(kept)) == (best, count)
 
 
 def test_a_run_ends_where_the_loss_no_longer_falls(data: Path, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_history_that_can_not_be_read(data: Path, tmp_path: Path) -> None:
     for text in ("{", "[]", '{"losses": {"4": "low"}}', '{"losses": {}}'):
         (tmp_path / HISTORY).write_text(text)
         with pytest.raises(ValueError, match=r"validation.json can't be read .*; remove it to wait anew"):
-            Patience(run, Log(), lambda snapshot: {})
+            EarlyStopping(run, Log(), lambda snapshot: {})
 
 
 def test_what_can_not_be_waited_for(data: Path, tmp_path: Path) -> None:

@@ -16,13 +16,13 @@ import torch
 from tiny import config, model, open_tiny, pictures, train_config
 from torch import Tensor
 
-from mar.checkpoint import state_tree
+from mar.checkpoint import run_state
 from mar.config import ConfigError, TrainConfig, TrunkConfig
-from mar.data.heldout import HELD_OUT
+from mar.data.splits import HELD_OUT
 from mar.pipeline import Pipeline
 from mar.tokenizer import PixelTokenizer
 from mar.training.log import RunLog
-from mar.training.loop import Hook, Run, train
+from mar.training.trainer import Callback, Run, train
 
 EVERY_STEP = list(range(4, 41, 4))
 
@@ -62,7 +62,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def tensors(run: Run) -> dict[str, Tensor]:
-    tree, all_tensors = state_tree.flatten(run.state_dict())
+    tree, all_tensors = run_state.flatten(run.state_dict())
     assert tree["progress"]["images"] == run.progress.images
     return {name: tensor.clone() for name, tensor in all_tensors.items()}
 
@@ -152,7 +152,7 @@ def test_what_happens_between_steps_changes_nothing(uninterrupted: Run, data: Pa
         called.append(run.progress.images)
         torch.rand(1000)
 
-    run.hooks.append(Hook(4, snapshot))
+    run.hooks.append(Callback(4, snapshot))
     torch.manual_seed(99)
     assert go(run)
     assert called == EVERY_STEP
@@ -171,7 +171,7 @@ def test_a_killed_run_forgets_what_it_did_not_save(uninterrupted: Run, data: Pat
         if run.progress.images == 28:
             raise Killed
 
-    run.hooks.append(Hook(4, die))
+    run.hooks.append(Callback(4, die))
     with pytest.raises(Killed):
         go(run)
     with (tmp_path / "log.jsonl").open("a", encoding="utf-8") as log:

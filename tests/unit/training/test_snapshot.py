@@ -15,9 +15,9 @@ from tiny import HEAD, config, open_tiny, pictures, pipeline, train_config
 
 from mar.config import SamplingConfig, TrainConfig
 from mar.pipeline import Pipeline
+from mar.training.callbacks import Snapshot, _draw, export_and_draw, on_snapshot, take_snapshot
 from mar.training.log import Log, RunLog, open_log
-from mar.training.loop import Run, train
-from mar.training.snapshot import Snapshot, _draw, export_and_draw, on_snapshot, take
+from mar.training.trainer import Run, train
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def test_both_weights_are_exported_and_drawn(data: Path, tmp_path: Path) -> None
     run = open_tiny(train_config(data, sampling=SamplingConfig(3, 4, x0_bound=1.0), images=40, lr=2.0), tmp_path)
     assert train(run, Log())
     log = Kept()
-    assert export_and_draw(take(run), log) == {}
+    assert export_and_draw(take_snapshot(run), log) == {}
     for kind, file in (("", "model.safetensors"), ("-raw", "model-raw.safetensors")):
         sheet = Image.open(tmp_path / "samples" / f"000000000040{kind}.png")
         again = Pipeline.open(tmp_path / file).sample([0, 1] * 4)
@@ -65,7 +65,7 @@ def test_both_weights_are_exported_and_drawn(data: Path, tmp_path: Path) -> None
 def test_a_grid_that_is_broken_is_said_and_nothing_else(data: Path, tmp_path: Path) -> None:
     noise_model = config(channels=1, grid=(8, 8), patch=2, classes=2, head=replace(HEAD, prediction="noise"))
     run, log = open_tiny(train_config(data, model=noise_model), tmp_path), Kept()
-    export_and_draw(take(run), log)
+    export_and_draw(take_snapshot(run), log)
     assert [note.split(" at ")[0] for note in log.notes] == [
         f"no samples of the {weights} weights yet: image 0 is broken" for weights in ("ema", "raw")
     ]

@@ -12,14 +12,14 @@ import torch
 from tars import png, shards
 from tiny import open_tiny, train_config
 
-from mar.checkpoint import state_tree
+from mar.checkpoint import run_state
 from mar.cli import main
 from mar.config import ConfigError, TrainConfig
-from mar.data.sources import StreamSource
-from mar.tokenizer.statistics import measure
+from mar.data.stream import StreamSource
+from mar.tokenizer.base import measure_latents
 from mar.training.log import Log, RunLog
-from mar.training.loop import Run, train
 from mar.training.run import adopt_official
+from mar.training.trainer import Run, train
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_a_stopped_run_is_the_same_run(data: Path, tmp_path: Path) -> None:
     run = go(settings(data, workers=2), tmp_path / "parts")
     assert run.told is not None
     assert "0 pictures are repeated" in run.told
-    (tree, one), (other_tree, other) = (state_tree.flatten(r.state_dict()) for r in (whole, run))
+    (tree, one), (other_tree, other) = (run_state.flatten(r.state_dict()) for r in (whole, run))
     assert tree["data"] == other_tree["data"]
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
     losses = [
@@ -63,7 +63,7 @@ def test_a_stopped_run_is_the_same_run(data: Path, tmp_path: Path) -> None:
 def test_statistics_of_a_stream_are_measured_on_some_of_it(data: Path, tmp_path: Path) -> None:
     run = open_tiny(settings(data), tmp_path)
     every = torch.stack([torch.full((1, 8, 8), 5 * i / 127.5 - 1) for i in range(23)])
-    expected = measure(type(run.tokenizer)(1), [every])
+    expected = measure_latents(type(run.tokenizer)(1), [every])
     assert run.tokenizer.mean.item() == pytest.approx(expected.mean[0], abs=1e-6)
     assert run.tokenizer.std.item() == pytest.approx(expected.std[0], abs=1e-6)
     assert isinstance(run.source, StreamSource)

@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from tiny import pictures as bars
 
+from mar.autoconfig.sizes import DatasetSummary
+from mar.autoconfig.summary import SURVEY_FILE, load_summary, save_summary, summarize_dataset
 from mar.config import ConfigError
 from mar.data.sources import FashionSource, open_source
-from mar.sizes import Pictures
 from mar.tokenizer import PixelTokenizer
-from mar.tokenizer.statistics import measure
-from mar.training.survey import SURVEY_FILE, look, remember, remembered
+from mar.tokenizer.base import measure_latents
 
 
 def fill(folder: Path, *images: Image.Image, copies: int = 8) -> Path:
@@ -26,8 +26,8 @@ def fill(folder: Path, *images: Image.Image, copies: int = 8) -> Path:
     return folder
 
 
-def look_at(folder: Path) -> Pictures:
-    return look(open_source(folder), str(folder))
+def look_at(folder: Path) -> DatasetSummary:
+    return summarize_dataset(open_source(folder), str(folder))
 
 
 def test_odd_sizes_and_colour_modes(tmp_path: Path) -> None:
@@ -55,10 +55,10 @@ def test_large_pictures_are_looked_at_in_part(tmp_path: Path) -> None:
 
 def test_reach_is_that_of_the_statistics_that_will_be_measured() -> None:
     source = FashionSource()
-    seen = look(source, "fashion")
+    seen = summarize_dataset(source, "fashion")
     assert (seen.count, seen.side, seen.colours, len(seen.classes)) == (10_000, 28, 1, 10)
     images = torch.from_numpy(source.images[:2000]).unsqueeze(1) / 127.5 - 1
-    found = measure(PixelTokenizer(1), [images])
+    found = measure_latents(PixelTokenizer(1), [images])
     assert seen.reach == pytest.approx((1 + abs(found.mean[0])) / found.std[0], rel=0.2)
 
 
@@ -84,21 +84,21 @@ def test_two_pictures_are_too_few(tmp_path: Path) -> None:
 
 def test_a_run_remembers_what_its_pictures_were_like(tmp_path: Path) -> None:
     data, run = bars(tmp_path / "data", 20), tmp_path / "run"
-    seen, changed = remembered(run, open_source(data), "data")
+    seen, changed = load_summary(run, open_source(data), "data")
     assert changed is None
     assert not run.exists()
-    remember(run, seen)
-    assert remembered(run, open_source(data), "data") == (seen, None)
+    save_summary(run, seen)
+    assert load_summary(run, open_source(data), "data") == (seen, None)
     Image.new("RGB", (64, 64), "red").save(data / "down" / "more.png")
-    again, changed = remembered(run, open_source(data), "data")
+    again, changed = load_summary(run, open_source(data), "data")
     assert again == seen
     assert changed == "data has 21 pictures now, 20 when the run began"
-    remember(run, look(open_source(data), "data"))
-    assert remembered(run, open_source(data), "data")[0] == seen
+    save_summary(run, summarize_dataset(open_source(data), "data"))
+    assert load_summary(run, open_source(data), "data")[0] == seen
     (data / "new").mkdir()
     Image.new("L", (8, 8)).save(data / "new" / "1.png")
     with pytest.raises(ConfigError, match="the classes across, down, new now, but the classes across, down when"):
-        remembered(run, open_source(data), "data")
+        load_summary(run, open_source(data), "data")
 
 
 WHOLE = {"count": 20, "side": 8, "colours": 1, "classes": ["across", "down"], "reach": 2.5}
@@ -110,7 +110,7 @@ def test_memories_that_can_not_be(changes: dict[str, int], tmp_path: Path) -> No
     file = tmp_path / "run" / SURVEY_FILE
     file.parent.mkdir()
     file.write_text(json.dumps(WHOLE))
-    assert remembered(file.parent, source, "data") == (Pictures(20, 8, 1, ("across", "down")), None)
+    assert load_summary(file.parent, source, "data") == (DatasetSummary(20, 8, 1, ("across", "down")), None)
     file.write_text(json.dumps({**WHOLE, **changes}))
     with pytest.raises(ConfigError, match=r"pictures\.json can't be understood \(.*\); take another --out"):
-        remembered(file.parent, source, "data")
+        load_summary(file.parent, source, "data")

@@ -19,21 +19,30 @@ from tiny import HEAD, noise, open_tiny, pictures, train_config
 from tiny import config as model_config
 from torch import nn
 
-from mar.checkpoint import state_tree
+from mar.checkpoint import run_state
 from mar.checkpoint.tokenizers import load_tokenizer, save_tokenizer
 from mar.cli import main
 from mar.config import ConfigError, TrainConfig, from_dict, to_dict
-from mar.data.heldout import hold_out, spread
+from mar.config.tokenizer import TokenizerTrainConfig
 from mar.data.loader import ImageBatch, in_order
+from mar.data.splits import hold_out, subset
 from mar.tokenizer import KLTokenizer, PixelTokenizer
-from mar.tokenizer.roundtrip import psnr, round_trip
-from mar.training.checks import check_tokenizer, wide_tokens
+from mar.tokenizer.base import psnr, round_trip
 from mar.training.log import Log, RunLog
-from mar.training.loop import Run, train
+from mar.training.preflight import check_tokenizer, wide_tokens
 from mar.training.run import open_run
-from mar.training.tokenizer import TokenizerRun, averaged, finish, judge, open_tokenizer_run
-from mar.training.tokenizer_config import TokenizerTrainConfig
-from mar.training.tokenizer_losses import PatchDiscriminator, PerceptualDistance, balance, hinge
+from mar.training.tokenizer import (
+    PatchDiscriminator,
+    PerceptualDistance,
+    TokenizerRun,
+    averaged,
+    balance,
+    evaluate_reconstruction,
+    finish,
+    hinge,
+    open_tokenizer_run,
+)
+from mar.training.trainer import Run, train
 
 CPU = torch.device("cpu")
 
@@ -126,7 +135,7 @@ def test_resume_is_bitwise(
     assert resumed.progress.images == at
     assert train(resumed, second)
     assert first.losses | second.losses == undisturbed.losses
-    ours, theirs = (state_tree.flatten(run.state_dict())[1] for run in (resumed, whole))
+    ours, theirs = (run_state.flatten(run.state_dict())[1] for run in (resumed, whole))
     assert set(ours) == set(theirs)
     assert {name.split("/")[0] for name in ours} >= {"model", "ema", "optimizer"}
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
@@ -142,7 +151,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     folder = tmp_path_factory.mktemp("tokenizer")
     run = opened(settings(data, images=480, batch=8, ema=0.95), folder)
     log = RunLog(folder, run.config.images, 0)
-    before = judge(run, log)
+    before = evaluate_reconstruction(run, log)
     assert train(run, log)
     tokenizer, after = finish(run, log)
     log.close()
@@ -291,7 +300,7 @@ def test_held_out_pictures_are_never_learned_from(data: Path, tmp_path: Path) ->
     assert {kept[i].label for i in range(2)} == {0, 1}
     assert source.classes == kept.classes == ("across", "down")
     assert source.flips
-    few = [spread(source, count) for count in (3, 100)]
+    few = [subset(source, count) for count in (3, 100)]
     assert [len(part) for part in few] == [3, 38]
     assert few[0][1].label != few[0][0].label or few[0][2].label != few[0][0].label
     parted = tmp_path / "parted"
@@ -327,12 +336,12 @@ def test_held_out_rows_of_one_table(tmp_path: Path) -> None:
 
 def test_a_step_without_finite_gradient_changes_nothing(data: Path, tmp_path: Path) -> None:
     run = opened(settings(data, **ALL | {"adversarial_start": 0.0}), tmp_path)
-    before = {name: tensor.clone() for name, tensor in state_tree.flatten(run.state_dict())[1].items()}
+    before = {name: tensor.clone() for name, tensor in run_state.flatten(run.state_dict())[1].items()}
     batch = next(run.batches())
     assert isinstance(batch, ImageBatch)
     run.step(replace(batch, images=torch.full_like(batch.images, math.nan)))
     assert run.progress.skipped_steps == 1
-    after = state_tree.flatten(run.state_dict())[1]
+    after = run_state.flatten(run.state_dict())[1]
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     run.step(batch)
     assert not torch.equal(before["model/decoder.conv_out.weight"], after["model/decoder.conv_out.weight"])

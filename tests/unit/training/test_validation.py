@@ -14,16 +14,15 @@ from PIL import Image
 from tiny import awake, config, open_tiny, pictures, train_config
 
 from mar.config import ConfigError
-from mar.data.heldout import Part
+from mar.data.splits import Part
 from mar.model.mar import MAR
 from mar.tokenizer import PixelTokenizer
-from mar.training import validation
+from mar.training import callbacks
+from mar.training.callbacks import BINS, SEED, Snapshot, Validation, on_snapshot, take_snapshot, validation_numbers
 from mar.training.log import Log, open_log
-from mar.training.loop import Run, to_latents, train
-from mar.training.loss import DiffusionLoss, draw_step
+from mar.training.loss import DiffusionLoss, sample_randomness
 from mar.training.run import open_run
-from mar.training.snapshot import Snapshot, on_snapshot, take
-from mar.training.validation import BINS, SEED, Validation, numbers
+from mar.training.trainer import Run, to_latents, train
 
 NAMES = ["val_loss", *(f"val_loss_{k:02d}" for k in range(10))]
 
@@ -35,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "GROUP", 3)
+    monkeypatch.setattr(callbacks, "GROUP", 3)
 
 
 def opened(data: Path, folder: Path, **changes: Any) -> Run:
@@ -46,7 +45,7 @@ def opened(data: Path, folder: Path, **changes: Any) -> Run:
 
 
 def measured(run: Run) -> dict[str, float]:
-    return dict(Validation(run, Log())(take(run)))
+    return dict(Validation(run, Log())(take_snapshot(run)))
 
 
 def test_it_is_the_training_loss_by_timestep(data: Path, tmp_path: Path) -> None:
@@ -59,7 +58,7 @@ def test_it_is_the_training_loss_by_timestep(data: Path, tmp_path: Path) -> None
     total, rows, every = 0.0, 0, []
     validator = Validation(run, Log())
     for group in validator._encode():
-        draws = draw_step(plain, SEED, group.number, group.positions.tolist())
+        draws = sample_randomness(plain, SEED, group.number, group.positions.tolist())
         mean = float(loss(group.latents, group.labels, draws))
         total, rows = total + mean * draws.timestep.numel(), rows + draws.timestep.numel()
         every.append(loss.rows(group.latents, group.labels, draws)[draws.timestep.flatten() >= 900])
@@ -72,21 +71,21 @@ def test_values_differ_by_the_weights_alone(data: Path, tmp_path: Path) -> None:
     run = opened(data, tmp_path / "a")
     assert run.config.model.attention_dropout > 0
     once = Validation(run, Log())
-    first = dict(once(take(run)))
-    assert dict(once(take(run))) == first
+    first = dict(once(take_snapshot(run)))
+    assert dict(once(take_snapshot(run))) == first
     torch.rand(5)
     assert measured(opened(data, tmp_path / "b", seed=11, batch=2)) == first
     awake(run.ema.model, seed=1)
-    assert dict(once(take(run))) != first
+    assert dict(once(take_snapshot(run))) != first
     with torch.no_grad():
         run.model.mask_token.add_(1.0)  # the raw weights are not asked
-    assert dict(once(take(run))) == measured(run)
+    assert dict(once(take_snapshot(run))) == measured(run)
 
 
 def test_nothing_random_is_used_up_and_the_run_is_as_it_was(data: Path, tmp_path: Path) -> None:
     run = opened(data, tmp_path)
     before = {name: tensor.clone() for name, tensor in run.state_dict()["ema"].items()}
-    made = take(run).pipeline("ema")
+    made = take_snapshot(run).pipeline("ema")
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
@@ -99,11 +98,11 @@ def test_nothing_random_is_used_up_and_the_run_is_as_it_was(data: Path, tmp_path
 def test_the_parts_are_put_together_by_count() -> None:
     one = ([1.0] * BINS, [2] * BINS)
     other = ([0.0] * (BINS - 1) + [5.0], [0] * (BINS - 1) + [1])
-    found = numbers([one, other])
+    found = validation_numbers([one, other])
     assert found["val_loss_00"] == 0.5
     assert found["val_loss_09"] == 2.0
     assert found["val_loss"] == pytest.approx(15 / 21)
-    empty = numbers([([0.0] * BINS, [0] * BINS)])
+    empty = validation_numbers([([0.0] * BINS, [0] * BINS)])
     assert all(math.isnan(value) for value in empty.values())
 
 
@@ -132,7 +131,7 @@ def test_a_broken_picture_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureF
     assert isinstance(run.held_out, Part)
     Path(run.held_out[4].name).write_bytes(b"no picture")
     look = Validation(run, Log())
-    assert look(take(run))["val_loss"] > 0
+    assert look(take_snapshot(run))["val_loss"] > 0
     assert look.kept is not None
     assert [group.positions.tolist() for group in look.kept] == [[0, 1, 2], [3, 5], [6, 7]]
     assert "skipped a picture that can't be read" in caplog.text
@@ -187,8 +186,8 @@ def test_a_drawn_latent_is_drawn_once(data: Path, tmp_path: Path) -> None:
 
 
 def _batch(run: Run, positions: torch.Tensor) -> Any:
+    from mar.data.images import Transform
     from mar.data.loader import read_plain
-    from mar.data.transforms import Transform
 
     assert run.held_out is not None
     return read_plain(run.held_out, Transform((8, 8), 1), positions.tolist())

@@ -16,9 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny import open_tiny, pictures, train_config
 
 from mar.config import ConfigError, TrainConfig
-from mar.training.log import Log, RunLog, open_log
-from mar.training.loop import Run
-from mar.training.writers import JsonLines, TensorBoard, Writer, open_writers, require
+from mar.training.log import JsonLines, Log, RunLog, TensorBoard, Writer, open_log, open_writers, require_writers
+from mar.training.trainer import Run
 
 GREY = Image.new("L", (4, 2), 200)
 
@@ -142,12 +141,12 @@ def test_what_is_not_installed_is_said(name: str, monkeypatch: pytest.MonkeyPatc
     line = rf'^--log-to {name} needs the extra `{name}`: pip install "\.\[{name}\]" in the clone of mar$'
     monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
     with pytest.raises(ConfigError, match=line):
-        require(["tensorboard", name])
+        require_writers(["tensorboard", name])
     monkeypatch.setitem(sys.modules, name, ModuleType(name))  # a folder of that name
     with pytest.raises(ConfigError, match=line):
-        require([name])
-    require(["tensorboard"])
-    require([])
+        require_writers([name])
+    require_writers(["tensorboard"])
+    require_writers([])
 
 
 def test_brackets_of_a_name_are_told_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

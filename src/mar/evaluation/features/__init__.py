@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mar.evaluation.features.base import Extractor, Features, ModuleExtractor
-from mar.evaluation.features.custom import custom
+from mar.evaluation.features.base import Extractor, Features, ModuleExtractor, custom
 from mar.evaluation.features.efficientnet import efficientnet_lite0
-from mar.evaluation.features.inception import inception as open_inception  # the name stays the module's
+from mar.evaluation.features.inception import inception as open_inception
 
 __all__ = ["Extractor", "Features", "ModuleExtractor", "open_extractor"]
 

@@ -1,15 +1,30 @@
-"""What turns pictures into numbers: the contract of a feature extractor, and how a module becomes one."""
+"""What turns pictures into numbers: the contract of a feature extractor, and how a module becomes one.
+
+Weights of networks that are not ours, read without running what is in the file.
+
+Extractors that people bring: a function in a file of theirs, or in an installed module.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
+import importlib.util
+import pickle
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Shaped, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from mar.checkpoint.official import read_torch
 
 LUMA = (19595, 38470, 7471)
 """ITU-R 601 weights of red, green and blue in 1/65536, as Pillow's grey; a grey picture comes back as it was."""
@@ -166,3 +181,94 @@ def fingerprint(name: str, recipe: str, weights: Mapping[str, Shaped[Tensor, "..
 def _bytes(tensor: Tensor) -> Any:
     # through a view of bytes, since NumPy has no bfloat16
     return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
+
+
+def read_weights(path: Path) -> dict[str, Shaped[Tensor, "..."]]:
+    """The tensors of a .safetensors file or of one by `torch.save`, also from before PyTorch 1.6.
+
+    Raises ValueError, one line, for anything else.
+    """
+    if not path.is_file():
+        raise ValueError(f"weights: there is no file {path}")
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a whole safetensors file ({_line(error)})") from error
+    holder = read_torch(path) if _is_zip(path) else _read_old(path)
+    if not all(isinstance(tensor, Tensor) for tensor in holder.values()):
+        raise ValueError(f"{path}: expected tensors by name, as of a module's state_dict()")
+    return holder
+
+
+def load_weights(module: nn.Module, weights: dict[str, Shaped[Tensor, "..."]], source: str) -> None:
+    """Puts weights into a module; ValueError, one line, where names or shapes are not the module's."""
+    try:
+        module.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"{source}: not the weights of {type(module).__name__} ({_line(error)})") from error
+
+
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
+
+
+def _read_old(path: Path) -> dict[str, Tensor]:
+    try:
+        holder = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
+        raise ValueError(f"{path}: not a file of weights, or a damaged one; copy or download it again") from error
+    if not isinstance(holder, dict):
+        raise ValueError(f"{path}: holds a {type(holder).__name__}, expected tensors by name")
+    return dict(holder)
+
+
+def _line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2])[:160]
+
+
+def custom(name: str, weights: Path | None) -> Extractor:
+    """What the function named by "FILE.py:function" or "package.module:function" makes of `weights`.
+
+    It may return an Extractor, or a module, which becomes one called like the function (`ModuleExtractor`). Raises
+    ValueError, one line, where there is no such function or it returns something else; what happens inside it is its
+    own affair.
+    """
+    place, _, attribute = name.rpartition(":")
+    made = _function(place, attribute)(weights)
+    if isinstance(made, Extractor):
+        return made
+    if isinstance(made, nn.Module):
+        return ModuleExtractor(made, attribute)
+    raise ValueError(f"features {name}: returned a {type(made).__name__}, expected an Extractor or a torch.nn.Module")
+
+
+def _function(place: str, attribute: str) -> Callable[[Path | None], Any]:
+    if not place or (place.startswith(".") and not place.endswith(".py")):
+        raise ValueError(f"features: got {place!r} before the colon, expected FILE.py or a module's whole name")
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ValueError(f"features: there is no file {place}")
+    try:
+        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(f"features: can't import {place} ({type(error).__name__}: {error})") from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise ValueError(f"features: {place} has no function {attribute!r}")
+    return function
+
+
+def _from_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"mar_features_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError("it is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up while it is being made
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+    return module

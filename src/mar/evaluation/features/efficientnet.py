@@ -14,8 +14,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mar.evaluation.features.base import ModuleExtractor
-from mar.evaluation.features.weights import load_weights, read_weights
+from mar.evaluation.features.base import ModuleExtractor, load_weights, read_weights
 
 NAME = "efficientnet-lite0"
 WIDTH = 1280

@@ -17,8 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from mar.checkpoint.download import DownloadError, Progress, RemoteFile, fetch
-from mar.evaluation.features.base import ModuleExtractor
-from mar.evaluation.features.weights import read_weights
+from mar.evaluation.features.base import ModuleExtractor, read_weights
 
 NAME = "inception"
 TAPS = {"64": 64, "192": 192, "768": 768, "2048": 2048}

@@ -23,7 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from mar.checkpoint.files import write_atomically, write_text
 from mar.config import ConfigError
-from mar.sampling.plan import Plan, Unit
+from mar.sampling.plan import Plan, WorkUnit
 
 MANIFEST = "generate.json"
 FOR_PEOPLE = ("mar",)
@@ -80,7 +80,7 @@ class Sink(ABC):
         """Every file, relative to the folder, that a run writes there at any time."""
 
     @abstractmethod
-    def missing(self, there: set[str]) -> list[Unit]:
+    def missing(self, there: set[str]) -> list[WorkUnit]:
         """The units that are still to be drawn, given which files of the folder are there.
 
         Raises CheckpointError where it is known beforehand that the disk has no room for them.
@@ -91,7 +91,7 @@ class Sink(ABC):
         """Whether the output is finished, given which files of the folder are there."""
 
     @abstractmethod
-    def write(self, unit: Unit, images: UInt8[np.ndarray, "n c h w"]) -> None:
+    def write(self, unit: WorkUnit, images: UInt8[np.ndarray, "n c h w"]) -> None:
         """Writes a unit's pictures."""
 
     @abstractmethod
@@ -107,7 +107,7 @@ class Sink(ABC):
         return None
 
 
-def prepare(sink: Sink) -> list[Unit] | None:
+def prepare(sink: Sink) -> list[WorkUnit] | None:
     """Makes an output ready to be written or gone on with: the units still to be drawn; None where it is finished.
 
     Raises ConfigError, and touches nothing, where the output was begun with other settings or holds other files. A run
@@ -211,7 +211,7 @@ def png(image: UInt8[np.ndarray, "c h w"], facts: dict[str, Any]) -> bytes:
     return buffer.getvalue()
 
 
-def pngs(job: Job, unit: Unit, images: UInt8[np.ndarray, "n c h w"]) -> list[bytes]:
+def pngs(job: Job, unit: WorkUnit, images: UInt8[np.ndarray, "n c h w"]) -> list[bytes]:
     """A unit's pictures as PNGs that say their settings, label (null for none) and seed."""
     return [
         png(image, {**job.facts, "label": None if label < 0 else label, "seed": seed})

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import UInt8
 
-from mar.sampling.plan import Unit
+from mar.sampling.plan import WorkUnit
 from mar.sampling.sinks.base import Job, Sink, pngs, write_bytes
 
 
@@ -27,10 +27,10 @@ class PngFolder(Sink):
     def complete(self, there: set[str]) -> bool:
         return len(there) == len(self.paths)
 
-    def missing(self, there: set[str]) -> list[Unit]:
+    def missing(self, there: set[str]) -> list[WorkUnit]:
         return [unit for unit in self.units if not there.issuperset(self._of(unit))]
 
-    def write(self, unit: Unit, images: UInt8[np.ndarray, "n c h w"]) -> None:
+    def write(self, unit: WorkUnit, images: UInt8[np.ndarray, "n c h w"]) -> None:
         for name, data in zip(self._of(unit), pngs(self.job, unit, images), strict=True):
             write_bytes(self.folder / name, data)
 
@@ -40,7 +40,7 @@ class PngFolder(Sink):
     def tidy(self) -> None:
         """Nothing: no file is written that does not stay."""
 
-    def _of(self, unit: Unit) -> list[str]:
+    def _of(self, unit: WorkUnit) -> list[str]:
         return self.paths[unit.first : unit.first + len(unit.labels)]
 
 

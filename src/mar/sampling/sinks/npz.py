@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 
 from mar.checkpoint.files import flush, require_room, write_atomically
 from mar.config import ConfigError
-from mar.sampling.plan import Unit
+from mar.sampling.plan import WorkUnit
 from mar.sampling.sinks.base import Sink
 
 WHOLE = "whole.npz"
@@ -41,13 +41,13 @@ class Npz(Sink):
     def complete(self, there: set[str]) -> bool:
         return self.job.out.is_file()
 
-    def missing(self, there: set[str]) -> list[Unit]:
+    def missing(self, there: set[str]) -> list[WorkUnit]:
         missing = [unit for unit in self.units if self._part(unit).name not in there]
         pictures = len(self.job.plan) + sum(len(unit.labels) for unit in missing)  # parts to come, and the whole
         require_room(self.job.out.parent, pictures * int(np.prod(self._picture)))
         return missing
 
-    def write(self, unit: Unit, images: UInt8[np.ndarray, "n c h w"]) -> None:
+    def write(self, unit: WorkUnit, images: UInt8[np.ndarray, "n c h w"]) -> None:
         rgb = np.broadcast_to(images, (len(images), 3, *images.shape[2:])).transpose(0, 2, 3, 1)
 
         def save(temporary: Path) -> None:
@@ -79,7 +79,7 @@ class Npz(Sink):
                 member.write(_header("<i8", (len(self.job.plan),)))
                 member.write(np.asarray(self.job.plan.labels, dtype="<i8").data)
 
-    def _read(self, unit: Unit) -> np.ndarray:
+    def _read(self, unit: WorkUnit) -> np.ndarray:
         path, expected = self._part(unit), (len(unit.labels), *self._picture)
         try:
             part: np.ndarray = np.load(path, allow_pickle=False)
@@ -93,7 +93,7 @@ class Npz(Sink):
     def _picture(self) -> tuple[int, int, int]:
         return (*self.job.shape[1:], 3)
 
-    def _part(self, unit: Unit) -> Path:
+    def _part(self, unit: WorkUnit) -> Path:
         return self.folder / f"{self.job.name(unit.first)}.npy"
 
     def _beside(self, ending: str) -> Path:

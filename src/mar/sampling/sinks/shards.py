@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from mar.checkpoint.files import write_atomically
-from mar.sampling.plan import Unit
+from mar.sampling.plan import WorkUnit
 from mar.sampling.sinks.base import Job, Sink, pngs, write_bytes
 
 SHARD = 1000
@@ -36,11 +36,11 @@ class Shards(Sink):
     def complete(self, there: set[str]) -> bool:
         return there.issuperset(_tar(number) for number in range(len(self.shards)))
 
-    def missing(self, there: set[str]) -> list[Unit]:
+    def missing(self, there: set[str]) -> list[WorkUnit]:
         open_shards = [units for number, units in enumerate(self.shards) if _tar(number) not in there]
         return [unit for units in open_shards for unit in units if self._part(unit) not in there]
 
-    def write(self, unit: Unit, images: UInt8[np.ndarray, "n c h w"]) -> None:
+    def write(self, unit: WorkUnit, images: UInt8[np.ndarray, "n c h w"]) -> None:
         members = []
         for place, (label, data) in enumerate(zip(unit.labels, pngs(self.job, unit, images), strict=True)):
             name = self.job.name(unit.first + place)
@@ -61,7 +61,7 @@ class Shards(Sink):
         if parts.is_dir() and not any(parts.iterdir()):
             parts.rmdir()
 
-    def _part(self, unit: Unit) -> str:
+    def _part(self, unit: WorkUnit) -> str:
         return f"{PARTS}/{self.job.name(unit.first)}.tar-part"
 
 

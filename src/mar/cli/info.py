@@ -1,0 +1,58 @@
+"""`mar convert`, `mar download` and `mar info`: weights on the disk."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from mar.cli.options import parse
+
+
+@dataclass(frozen=True)
+class InfoOptions:
+    """Says what this machine offers, and what a model holds."""
+
+    model: Annotated[str | None, tyro.conf.Positional] = None
+    """A bundled name, a file or a folder of ours."""
+
+
+def info(arguments: Sequence[str]) -> int:
+    """`mar info`."""
+    options = parse(InfoOptions, "info", arguments)
+    import torch
+
+    from mar import __version__, devices
+
+    device = devices.choose_device()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    print(f"mar {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"device {device} ({name}), float32 by default, {torch.get_num_threads()} threads")
+    if options.model is not None:
+        _describe(options.model)
+    return 0
+
+
+def _describe(name: str) -> None:
+    from mar import zoo
+    from mar.assets import asset
+    from mar.checkpoint.store import model_shapes
+    from mar.config import to_dict
+
+    header = zoo.describe(asset(f"{name}.safetensors") if name in zoo.BUNDLED else Path(name))
+    count = sum(shape.numel() for shape in model_shapes(header.model).values())
+    print(f"{name}: {count / 1e6:.2f} million parameters, the {header.weights.upper()} weights")
+    for title, values in (
+        ("model", to_dict(header.model)),
+        ("sampling", to_dict(header.sampling)),
+        ("tokenizer", {key: value for key, value in header.tokenizer.items() if key != "config"}),
+        ("notes", header.notes),
+    ):
+        print(f"{title}: {', '.join(f'{key}={value}' for key, value in values.items())}")
+    if header.classes:
+        more = ", ..." if len(header.classes) > 10 else ""
+        print(f"{len(header.classes)} classes: {', '.join(header.classes[:10])}{more}")

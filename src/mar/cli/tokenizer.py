@@ -1,0 +1,157 @@
+"""`mar tokenizer train` and `mar tokenizer stats`: a tokenizer of one's own, and the statistics of any."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from mar.cli.options import parse
+from mar.config import image_channels
+from mar.config.tokenizer import TokenizerTrainConfig
+
+if TYPE_CHECKING:
+    from mar.tokenizer import KLTokenizer
+    from mar.tokenizer.base import RoundTrip
+    from mar.training.tokenizer import TokenizerRun
+
+
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """Measures a tokenizer on pictures, in one pass, and keeps the result beside it."""
+
+    action: Annotated[Literal["stats"], tyro.conf.Positional]
+    tokenizer: Annotated[str, tyro.conf.Positional]
+    """pixels, or a folder or Hub repository in diffusers' format."""
+    data: str
+    """fashion, a folder of pictures, Parquet or .tar (WebDataset) files, or OWNER/NAME on the Hub."""
+    image_size: int
+    """Pictures are cut to squares of so many pixels."""
+    per_channel: bool = False
+    """One mean and standard deviation for each channel, instead of one for all."""
+    limit: int | None = None
+    """Measure on so many pictures only."""
+
+
+@dataclass(frozen=True)
+class TokenizerTrainOptions:
+    """Trains an autoencoder on pictures, for `mar train --tokenizer OUT`. The same command goes on where it stopped."""
+
+    out: Path = Path("runs/tokenizer")
+    """Folder of the run; at its end, of the tokenizer."""
+    config: Annotated[TokenizerTrainConfig, tyro.conf.arg(name="")] = field(default_factory=TokenizerTrainConfig)
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+
+
+USAGE = """\
+usage: mar tokenizer train DATA --out FOLDER [OPTIONS]      an autoencoder of your own, from your pictures
+       mar tokenizer stats TOKENIZER --data DATA ...        mean and standard deviation of a tokenizer's latents
+
+mar tokenizer train --help and mar tokenizer stats --help tell all options
+"""
+
+
+def tokenizer(arguments: Sequence[str]) -> int:
+    """`mar tokenizer train` or `mar tokenizer stats`."""
+    if list(arguments) in (["-h"], ["--help"]):
+        print(USAGE, end="")
+        raise SystemExit(0)
+    if arguments and arguments[0] == "train":
+        return _train(arguments[1:])
+    if not arguments or arguments[0] != "stats":
+        got = repr(arguments[0]) if arguments else "nothing"
+        raise ValueError(f"got {got} after `mar tokenizer`, expected train or stats")
+    return _stats(arguments)
+
+
+def _stats(arguments: Sequence[str]) -> int:
+    options = parse(TokenizerOptions, "tokenizer", arguments)
+    from mar import zoo
+    from mar.checkpoint.tokenizers import save_statistics
+    from mar.data.images import Transform
+    from mar.data.loader import in_order
+    from mar.data.sources import open_source
+    from mar.tokenizer import PixelTokenizer
+    from mar.tokenizer.base import measure_latents
+
+    source = open_source(options.data)
+    pixels = options.tokenizer == "pixels"
+    found = PixelTokenizer(image_channels(options.data)) if pixels else zoo.load_tokenizer(options.tokenizer)
+    transform = Transform(options.image_size, found.image_channels)
+    statistics = measure_latents(
+        found, in_order(source, transform, limit=options.limit), per_channel=options.per_channel
+    )
+    for name, values in (("mean", statistics.mean), ("std", statistics.std)):
+        print(f"{name} {' '.join(f'{value:.6g}' for value in values)}")
+    print(f"measured on {statistics.images:,} pictures")
+    if Path(options.tokenizer).is_dir():
+        found.set_statistics(statistics.mean, statistics.std)
+        print(f"kept in {save_statistics(found, options.tokenizer)}")
+    return 0
+
+
+def _train(arguments: Sequence[str]) -> int:
+    named = bool(arguments) and not arguments[0].startswith("-")
+    default = TokenizerTrainOptions(config=TokenizerTrainConfig(arguments[0]) if named else TokenizerTrainConfig())
+    rest = arguments[1:] if named else arguments
+    if "-h" in rest or "--help" in rest:
+        print("mar tokenizer train DATA --out FOLDER ...\n")
+    options = parse(TokenizerTrainOptions, "tokenizer train", rest, default)
+    code = train_tokenizer(options)
+    if not code:
+        command = ["mar", "train", "folder", "--data", options.config.data, "--tokenizer", str(options.out)]
+        height, width = options.config.size
+        oblong = [] if height == width else ["--image-size", str(height), str(width)]
+        print(f"train on it: {shlex.join([*command, *oblong])}")
+    return code
+
+
+def train_tokenizer(options: TokenizerTrainOptions) -> int:
+    """Trains a tokenizer, or goes on with it, and tells what came of it. Returns the exit code: 130 where a signal
+    stopped it."""
+    from mar import devices
+    from mar.training.log import open_log, require_writers
+    from mar.training.tokenizer import evaluate_reconstruction, finish, open_tokenizer_run
+    from mar.training.trainer import Callback, train
+
+    require_writers(options.config.log_to)
+    device = devices.choose_device(options.device)
+    run = open_tokenizer_run(options.config, options.out, device=device, load_network=_network)
+    log = open_log(run)
+    run.hooks.append(Callback(options.config.sample_every, lambda at: evaluate_reconstruction(at, log)))
+    try:
+        finished = train(run, log)
+        result = finish(run, log) if finished else None
+    finally:
+        log.close()
+    if result is None:
+        print(f"stopped and saved at {run.progress.images:,} images; the same command goes on", file=sys.stderr)
+        return 130
+    if log.skipped_pictures:
+        print(f"{len(log.skipped_pictures)} pictures could not be read and were skipped", file=sys.stderr)
+    _print_summary(run, *result)
+    return 0
+
+
+def _network() -> Any:
+    """EfficientNet-Lite0, from the package that holds its weights."""
+    from mar.evaluation.features.efficientnet import efficientnet_lite0
+
+    return efficientnet_lite0().module.network
+
+
+def _print_summary(run: TokenizerRun, tokenizer: KLTokenizer, found: RoundTrip) -> None:
+    """What came of it."""
+    height, width = run.config.size
+    cells = height // tokenizer.stride, width // tokenizer.stride
+    before = height * width * tokenizer.image_channels
+    after = cells[0] * cells[1] * tokenizer.channels
+    print(f"PSNR {found.psnr:.2f} dB on {found.pictures:,} held-out pictures")
+    print(f"{before:,} values in, {after:,} out: {before / after:.1f} times fewer")
+    print(f"{cells[0] * cells[1]} tokens of {tokenizer.channels} values with --model.patch 1")

@@ -1,0 +1,200 @@
+"""`mar train`: a run from a recipe."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from mar.cli.options import collective_errors, parse
+from mar.config import ConfigError, TrainConfig
+from mar.presets import RECIPES, recipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from mar.cli.steps import FolderPlan
+    from mar.training.callbacks import OnSnapshot, Snapshot
+    from mar.training.log import Log
+    from mar.training.trainer import Run
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Trains a model. The first argument may be a recipe; every other option changes one of its settings.
+
+    The same command goes on where a run stopped, also with another number of processes:
+    torchrun --nproc-per-node 8 -m mar train RECIPE ...
+    """
+
+    out: Path | None = None
+    """Folder of the run; by default runs/ and the name of the recipe."""
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    eval_every: int = 0
+    """Images between evaluations of the EMA and the raw weights, written to the log; 0 makes none."""
+    eval_count: int = 1000
+    """Pictures to draw for an evaluation."""
+    eval_reference: str | None = None
+    """Real pictures, or an .npz of `mar stats`; by default the run's data, its test part where it has one."""
+    eval_features: str = "inception"
+    """inception (FID), efficientnet-lite0, FILE.py:function or module:function, as for `mar evaluate`."""
+    eval_weights: Path | None = None
+    """A file of weights for it."""
+    resume_official: Path | None = None
+    """An official checkpoint-last.pth of a run that was interrupted, to be gone on with."""
+
+
+def train(arguments: Sequence[str]) -> int:
+    """`mar train [RECIPE]`."""
+    from mar import devices, distributed
+
+    steps: FolderPlan | None = None
+    with collective_errors():
+        name = arguments[0] if arguments and not arguments[0].startswith("-") else "fashion"
+        if name == "folder":
+            from mar.cli.folder import plan
+
+            steps = plan(arguments[1:])
+            options, chosen = steps.train, steps.recipe
+        else:
+            chosen = recipe(name)
+            options = _options(name, chosen, arguments)
+        devices.choose_device(options.device)
+    with distributed.process_group(options.device) as device:
+        if steps is not None:
+            from mar.cli.steps import prepare
+
+            if code := prepare(steps):
+                return code
+        return _train(options, device, chosen, name)
+
+
+def _options(name: str, chosen: TrainConfig, arguments: Sequence[str]) -> TrainOptions:
+    """The recipe `chosen`, called `name`, as the arguments change it."""
+    rest = list(arguments[1:] if arguments[:1] == [name] else arguments)
+    if "-h" in rest or "--help" in rest:
+        print(f"mar train [RECIPE] --out FOLDER ...    recipes: {', '.join(RECIPES)}; shown: {name}\n")
+    options = parse(TrainOptions, f"train {name}", rest, TrainOptions(Path("runs", name), chosen))
+    return replace(options, out=options.out or Path("runs", name))
+
+
+def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, name: str) -> int:
+    """Trains the model; `chosen` is the recipe called `name`, before options changed it."""
+    from mar import distributed
+    from mar.training.log import open_log
+    from mar.training.preflight import check_tokenizer, copying, faster_precision, unusual_rate
+    from mar.training.run import export, length_before
+    from mar.training.trainer import train as run_to_end
+
+    with collective_errors():
+        assert options.out is not None
+        before = length_before(options.out)
+        run = _open(options, device)
+        log = open_log(run)
+    try:
+        with collective_errors():
+            _watch(options, run, log)
+            worth_knowing = [copying(options.config, run.source, before)]
+            if not run.progress.images:
+                worth_knowing += [unusual_rate(options.config, chosen, name), faster_precision(options.config, device)]
+            for line in filter(None, worth_knowing):
+                log.note(line)
+            check_tokenizer(run, log)
+            if run.told is not None:
+                log.note(run.told)
+                log.write(run.progress.images, data=run.told)
+            finished = run_to_end(run, log)
+    finally:
+        log.close()
+    if finished:
+        export(run)
+    skipped = set().union(*distributed.all_gather_object(log.skipped_pictures))
+    if distributed.rank() == 0:
+        _print_summary(run, finished, len(skipped))
+    return 0 if finished else 130
+
+
+def _watch(options: TrainOptions, run: Run, log: Log) -> None:
+    """Has a run looked at while it learns: samples, the loss of held-out pictures, an evaluation."""
+    from mar.training.callbacks import Validation, export_and_draw, on_snapshot
+    from mar.training.early_stopping import EarlyStopping
+
+    config = options.config
+    on_snapshot(run, log, config.sample_every, lambda snapshot: export_and_draw(snapshot, log))
+    if config.validate_every and run.held_out is not None:
+        look: OnSnapshot = Validation(run, log)
+        on_snapshot(run, log, config.validate_every, EarlyStopping(run, log, look) if config.patience else look)
+    elif config.validate_every:
+        log.note(
+            f"no validation loss: {config.data} has no test part with the same classes; --validate-on names other "
+            "pictures, --hold-out 20 keeps one of twenty from learning"
+        )
+    if options.eval_every:
+        on_snapshot(run, log, options.eval_every, _evaluation(options, run, log))
+
+
+def _open(options: TrainOptions, device: torch.device) -> Run:
+    from mar import distributed, zoo
+    from mar.training.log import require_writers
+    from mar.training.preflight import estimate
+    from mar.training.run import adopt_official, open_run
+
+    if distributed.rank() == 0:
+        require_writers(options.config.log_to)
+    assert options.out is not None
+    needs = estimate(options.config, distributed.world_size())
+    needs.check_disk(options.out)
+    run = open_run(options.config, options.out, device=device, load_tokenizer=zoo.load_tokenizer, load_model=zoo.load)
+    if options.resume_official is not None:
+        if run.progress.images:
+            raise ConfigError(f"{options.out} has gone on already; leave --resume-official out to go on with it")
+        adopt_official(run, options.resume_official)
+    if distributed.rank() == 0:
+        print(needs.text(), file=sys.stderr)
+    return run
+
+
+def _print_summary(run: Run, finished: bool, skipped: int) -> None:
+    """What is left to say at the end."""
+    if not finished:
+        print(f"stopped and saved at {run.progress.images:,} images; the same command goes on", file=sys.stderr)
+        return
+    if run.progress.skipped_steps:
+        print(f"{run.progress.skipped_steps} steps were skipped: the gradient was not finite", file=sys.stderr)
+    if skipped:
+        print(f"{skipped} pictures could not be read and were skipped", file=sys.stderr)
+    print(f"{run.folder / 'model.safetensors'} (EMA) and model-raw.safetensors; draw: mar sample {run.folder}")
+
+
+def _evaluation(options: TrainOptions, run: Run, log: Log) -> OnSnapshot:
+    """What judges a run's EMA and raw weights, all processes together; broken pictures are no error there."""
+    from mar.evaluation.features import open_extractor
+    from mar.evaluation.session import OnlineEvaluator
+    from mar.sampling.generate import BrokenLatents
+    from mar.training.callbacks import take_snapshot
+
+    extractor = open_extractor(options.eval_features, options.eval_weights).to(run.device)
+    judge = OnlineEvaluator(extractor, options.eval_reference or options.config.data, options.eval_count)
+    judge.measure(
+        take_snapshot(run).pipeline("ema").image_size
+    )  # what is wrong with it is wrong before hours of training, too
+
+    def evaluate(snapshot: Snapshot) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for weights in snapshot.weights:
+            try:
+                report = judge(snapshot.pipeline(weights))
+            except BrokenLatents as error:
+                log.note(f"no evaluation of {weights} weights yet: {error}")
+                continue
+            found |= {f"{weights}_{n}": value for n, value in report.to_dict().items() if isinstance(value, float)}
+            log.note(f"{weights}: " + ", ".join(f"{name} {value}" for name, value in report.lines()))
+        return found
+
+    return evaluate

@@ -1,0 +1,130 @@
+"""The configuration of a tokenizer's training: a frozen dataclass, like those of `mar.config`."""
+
+from __future__ import annotations
+
+import typing
+from dataclasses import dataclass
+from typing import Literal
+
+from mar.autoconfig.sizes import DatasetSummary
+from mar.config import LogTo, Precision, image_channels
+from mar.config.fields import fraction, positive, require
+
+Stride = Literal[2, 4, 8, 16]
+
+
+@dataclass(frozen=True)
+class TokenizerTrainConfig:
+    """Trains an autoencoder (diffusers' AutoencoderKL) on pictures. Lengths are counted in images."""
+
+    data: str = "fashion"
+    """fashion, a folder of pictures, Parquet or .tar (WebDataset) files, or OWNER/NAME on the Hub."""
+    image_size: int | tuple[int, int] = 32
+    """Pictures are cut to squares of so many pixels, or to HEIGHT WIDTH."""
+    colours: int | None = None
+    """Channels of the pictures: 1 (grey) or 3; by default 1 for fashion and 3 for all else."""
+    stride: Stride = 4
+    """Pixels of a latent cell's side."""
+    channels: int = 4
+    """Channels of the latents."""
+    width: int = 16
+    """Features of the first stage, a multiple of 8; the second has twice, all others four times as many."""
+    depth: int = 1
+    """Residual blocks of a stage."""
+    images: int = 200_000
+    """Length of the run, in images seen."""
+    batch: int = 32
+    """Images per step."""
+    lr: float = 8e-3
+    """Learning rate for 256 images a step; the rate used is lr * batch / 256."""
+    warmup: int = 3_000
+    """Images over which the learning rate rises linearly from 0."""
+    decay: int = 50_000
+    """Images at the end of the run over which the learning rate falls linearly to 0."""
+    beta1: float = 0.9
+    beta2: float = 0.99
+    clip: float = 1.0
+    """The gradient's norm is clipped to this."""
+    ema: float = 0.999
+    """Decay of the running average of the weights, which is what is exported."""
+    kl: float = 1e-6
+    """Weight of the posterior's divergence from a standard normal, summed over a picture's latents."""
+    perceptual: float = 0.0
+    """Weight of distances between features of EfficientNet-Lite0 (extra `eval`); 0.1 to 1 are sensible. 0: none."""
+    adversarial: float = 0.0
+    """Weight of a patch discriminator, relative to the other losses; 0.5 to 1 are sensible. 0: none."""
+    adversarial_start: float = 0.5
+    """Share of the run after which the discriminator starts."""
+    precision: Precision = "fp32"
+    """`bf16`: matrix products in bfloat16, all else in float32."""
+    flip: bool | None = None
+    """Mirror every other picture; by default, where the data says that its pictures may be."""
+    seed: int = 0
+    workers: int = 0
+    """Processes that read pictures ahead."""
+    save_every: int = 20_000
+    """Images between saved states."""
+    keep: int = 2
+    """How many of the newest states are kept."""
+    sample_every: int = 50_000
+    """Images between reconstructions of held-out pictures, with their PSNR; 0 makes none but at the end."""
+    log_every: int = 50
+    """Steps between lines of the log."""
+    log_to: tuple[LogTo, ...] = ("tensorboard",)
+    """What the log goes to beside log.jsonl: tensorboard, wandb, trackio, or several of them."""
+
+    def __post_init__(self) -> None:
+        positive(self, "channels", "depth", "images", "batch", "save_every", "keep", "log_every")
+        for name in ("warmup", "decay", "sample_every", "workers", "kl", "perceptual", "adversarial"):
+            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, but it must not be negative")
+        for name in ("lr", "clip"):
+            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but it must be positive")
+        fraction(self, "ema", "beta1", "beta2", "adversarial_start")
+        require(self.precision in typing.get_args(Precision), f"precision is {self.precision!r}, not fp32 or bf16")
+        require(self.stride in typing.get_args(Stride), f"stride is {self.stride}, but it must be 2, 4, 8 or 16")
+        require(self.colours in (None, 1, 3), f"colours is {self.colours}, but it must be 1 (grey) or 3")
+        require(self.width >= 8 and self.width % 8 == 0, f"width is {self.width}, but it must be a multiple of 8")
+        height, width = self.size
+        require(
+            min(height, width) >= self.stride and height % self.stride == 0 and width % self.stride == 0,
+            f"image_size is {height}x{width}, but it must be a multiple of the stride {self.stride}",
+        )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the pictures."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the pictures."""
+        return image_channels(self.data, self.colours)
+
+    @property
+    def scaled_lr(self) -> float:
+        """The learning rate after warm-up and before decay."""
+        return self.lr * self.batch / 256
+
+    @property
+    def adversarial_from(self) -> int:
+        """Images seen from which on the discriminator takes part."""
+        return round(self.images * self.adversarial_start)
+
+
+def tokenizer_for(
+    pictures: DatasetSummary, size: tuple[int, int], stride: int, channels: int, images: int | None = None
+) -> TokenizerTrainConfig:
+    """A tokenizer for pictures of one's own, cut to `size`; the data is still to be named. Each is seen 10 times, and
+    60,000 at least are seen in all, unless `images` says how many."""
+    total = images or max(10 * pictures.count, 60_000)
+    return TokenizerTrainConfig(
+        image_size=size,
+        colours=pictures.colours,
+        stride=stride,  # type: ignore[arg-type]  # checked there
+        channels=channels,
+        width=16 if max(size) <= 64 else 32 if max(size) <= 128 else 64,
+        images=total,
+        decay=total // 4,
+        save_every=min(5_000, max(total // 10, 1)),
+        sample_every=total // 4 + 1,  # the end is judged anyway
+    )

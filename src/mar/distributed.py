@@ -1,0 +1,151 @@
+"""What the machine and the numbers are: devices, the dtype policy, seeds, and the process group.
+
+bf16 here means: the matrices of `Linear` and their inputs in bfloat16; norms, residual streams, softmax, noise, the
+diffusion state and its coefficients in float32. Never float16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from mar.config import ConfigError
+from mar.devices import choose_device
+
+PROCESS_GROUP_TIMEOUT = timedelta(days=7)
+"""How long a process waits for another one that is still drawing; one that ends is noticed at once."""
+
+Result = TypeVar("Result")
+
+
+def rank() -> int:
+    """This process's number under torchrun; 0 without."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """How many processes torchrun started; 1 without."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class _StoreBarrier:
+    """Barriers by the processes' store. One of gloo's is deaf to Ctrl-C, and can't be left before all have come."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+
+    def meet(self) -> None:
+        number = next(_NUMBERS)
+        self._wait(f"mar/come/{number}")
+        # The first one may hold the store: it stays until all have seen that all are here.
+        self._wait(f"mar/seen/{number}", waits=rank() == 0)
+
+    def _wait(self, key: str, waits: bool = True) -> None:
+        here = self.store.add(key, 1)
+        while waits and here < world_size():
+            if self.store.check(["mar/ended"]):
+                raise ConfigError(
+                    f"process {rank()} can't go on without process {self.store.get('mar/ended').decode()}"
+                )
+            time.sleep(0.02)
+            here = self.store.add(key, 0)
+
+    def end(self) -> None:
+        """Lets those who wait know that this process will not come."""
+        with contextlib.suppress(RuntimeError):  # the store may have gone with its process
+            self.store.set("mar/ended", str(rank()))
+
+
+_BARRIERS: list[_StoreBarrier] = []
+_NUMBERS = itertools.count()  # of all groups that this process joins, since they may have one store
+
+
+@contextlib.contextmanager
+def process_group(device: str | None = None) -> Iterator[torch.device]:
+    """Joins the processes that torchrun started, for as long as the block lasts; yields this one's device.
+
+    `device` as `choose_device` takes it; of several GPUs each process takes its own, by LOCAL_RANK. Tensors on the CPU
+    go by gloo, those on GPUs by NCCL. A group that is there already is used and left alone; one process needs none.
+    Raises ConfigError for a device that the processes can't share.
+    """
+    chosen = _own_device(choose_device(device))
+    if world_size() == 1 or in_group():
+        yield chosen
+        return
+    from torch.distributed.rendezvous import rendezvous  # not in every build of torch
+
+    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+    store, number, world = next(rendezvous("env://"))
+    dist.init_process_group(backend, timeout=PROCESS_GROUP_TIMEOUT, store=store, rank=number, world_size=world)
+    _BARRIERS.append(_StoreBarrier(store))
+    try:
+        yield chosen
+    except BaseException:
+        _BARRIERS[-1].end()
+        raise
+    finally:
+        _BARRIERS.pop()
+        if in_group():
+            gc.collect()  # a DDP that outlived its group would end it while gloo's thread waits for Python: for ever
+            dist.destroy_process_group()
+
+
+def _own_device(device: torch.device) -> torch.device:
+    if device.type != "cuda" or world_size() == 1:
+        return device
+    if ":" in str(device):
+        raise ConfigError(f"device {device}: {world_size()} processes can't share one GPU; ask for cuda without number")
+    local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if local >= count:
+        raise ConfigError(f"this machine has {count} CUDA devices, but process {local} of it (from 0) needs its own")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def in_group() -> bool:
+    """Whether this process and others are joined in a group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def run_collective(collective: Callable[[], Result]) -> Result:
+    """Runs what all processes have to take part in; ConfigError where another one has ended meanwhile."""
+    try:
+        return collective()
+    except RuntimeError as error:  # gloo and NCCL have no class of their own for it
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"process {rank()} lost the others, one of which has ended ({reason})") from error
+
+
+def barrier() -> None:
+    """Waits until every process is here; nothing where there is but one. A signal still ends the wait."""
+    if not in_group():
+        return
+    run_collective(_BARRIERS[-1].meet if _BARRIERS else dist.barrier)
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on any process, the same answer for all of them."""
+    if not dist.is_initialized():
+        return flag
+    votes = torch.tensor(int(flag))
+    run_collective(lambda: dist.all_reduce(votes, dist.ReduceOp.MAX))
+    return bool(votes)
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """What every process hands in (anything that can be pickled), by rank, the same list for all of them."""
+    if not in_group():
+        return [value]
+    barrier()  # there one hears Ctrl-C while the others are still busy
+    values = [None] * dist.get_world_size()
+    run_collective(lambda: dist.all_gather_object(values, value))
+    return values
