@@ -1,6 +1,6 @@
 """Dropout that is cheap on a CPU.
 
-PyTorch's draws a float for every value and keeps it; that took a tenth of a training step's time (docs/decisions.md).
+PyTorch's draws a float for every value and keeps it; that took a tenth of a training step's time (docs/performance.md).
 Here a draw is 16 bits of a random word, and a byte is kept. Other devices have kernels of their own for it.
 """
 
