@@ -36,6 +36,9 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
+MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+PERFORMANCE = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
+MIGRATING = (ROOT / "docs/migrating.md").read_text(encoding="utf-8")
 PAPER = (ROOT / "docs/paper.md").read_text(encoding="utf-8")
 SAMPLING = (ROOT / "docs/sampling.md").read_text(encoding="utf-8")
 EVALUATION = (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
@@ -117,7 +120,8 @@ def test_the_papers_models_have_the_sizes_it_is_said() -> None:
         sum(shape.numel() for shape in model_shapes(config.model).values()) / 1e6
         for config in (presets.FASHION, presets.CIFAR10)
     )
-    assert f"{fashion:.1f} million parameters" in README
+    assert f"{fashion:.1f} million parameters" in MODELS
+    assert f"| `fashion` | {fashion:.1f} M |" in README
     assert f"| {fashion:.1f} M, pixels, v |" in TRAINING
     assert f"| {cifar10:.1f} M, [principal components](#principal-components), x0 |" in TRAINING
 
@@ -156,8 +160,10 @@ json.dump(results, real)
 
 @pytest.fixture(scope="module")
 def understood(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """For every complete command of the README, docs/training.md, sampling.md and evaluation.md what it was parsed to,
-    or the exit code; in a place that has `pictures` and their `latents`."""
+    """Parse every complete command of the README and the pages, beside `pictures` and their `latents`.
+
+    A command's result holds its options, or its exit code.
+    """
     place = tmp_path_factory.mktemp("place")
     for number in range(20):
         path = place / "pictures" / f"kind{number % 5}" / f"{number}.png"
@@ -165,7 +171,7 @@ def understood(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, 
         Image.new("RGB", (300, 256), (10 * number, 0, 0)).save(path)
     cache = ["cache", str(place / "pictures"), "--tokenizer", "pixels", "--image-size", "8"]
     assert cli.main([*cache, "--out", str(place / "latents")]) == 0
-    every = [line for text in (README, TRAINING, SAMPLING, EVALUATION) for line in commands(text)]
+    every = [line for text in (README, MODELS, TRAINING, SAMPLING, EVALUATION, MIGRATING) for line in commands(text)]
     lines = {line: re.sub(r"\b(FOLDER|FILE)\b", "somewhere", line) for line in every if complete(line)}
     environment = {**os.environ, "PYTHONPATH": str(Path(mar.__file__).parents[1]), "COLUMNS": "200"}
     done = subprocess.run(
@@ -206,7 +212,7 @@ def test_statistics_are_compared_with_by_the_features_they_were_made_with() -> N
 
 
 def test_models_and_labels_of_the_commands_are_there() -> None:
-    every = [*commands(README), *commands(TRAINING)]
+    every = [line for text in (README, MODELS, SAMPLING, TRAINING) for line in commands(text)]
     samples = [shlex.split(line, comments=True) for line in every if line.startswith("mar sample ")]
     samples = [words for words in samples if len(words) > 2]
     assert len(samples) > 4
@@ -224,12 +230,20 @@ def test_models_and_labels_of_the_commands_are_there() -> None:
     assert set(inits) <= set(presets.MODELS)
 
 
+def test_the_readme_has_at_most_900_words() -> None:
+    assert len(README.split()) <= 900
+
+
 def test_the_readme_shows_every_verb() -> None:
     shown = {shlex.split(line, comments=True)[1] for line in commands(README)}
     assert shown == set(cli.VERBS)
 
 
-@pytest.mark.parametrize("text", [README, TRAINING, TROUBLE], ids=["README", "training", "troubleshooting"])
+@pytest.mark.parametrize(
+    "text",
+    [README, TRAINING, TROUBLE, SAMPLING, EVALUATION, MIGRATING],
+    ids=["README", "training", "troubleshooting", "sampling", "evaluation", "migrating"],
+)
 def test_flags_are_ours_or_the_references(text: str) -> None:
     """Flags of ours have no underscores; what the left column of the table names is the reference's."""
     ours = set(flags(config.TrainConfig)) | set(flags(TokenizerTrainConfig))
@@ -263,13 +277,10 @@ def flags(kind: Any, prefix: str = "") -> Iterator[str]:
 
 
 def test_recipes_and_models_named_are_there() -> None:
-    for text in (README, PAPER, TRAINING, TROUBLE):
+    for text in (README, MODELS, PAPER, TRAINING, TROUBLE, MIGRATING):
         names = set(re.findall(r"\b(?:mar|imagenet)-(?:base|large|huge)\b", text))
         assert names <= {*presets.MODELS, *presets.RECIPES}
     assert {"kl16", *presets.MODELS} == set(OFFICIAL)
-    listed = re.search(r"The first word is a recipe: (.+?);", README, re.DOTALL)
-    assert listed is not None
-    assert set(re.findall(r"`([\w-]+)`", listed[1])) == set(presets.RECIPES)
     assert set(re.findall(r"^\| `([\w-]+)` \|", TRAINING.split("## A folder")[0], re.MULTILINE)) == set(presets.RECIPES)
 
 
@@ -305,8 +316,9 @@ def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.chdir(tmp_path)
     snippets = blocks(README, "python")
     assert snippets[0].count("\n") == 3, "the README starts with three lines of Python"
+    assert blocks(SAMPLING, "python")[0] == snippets[0]
     names: dict[str, Any] = {}
-    for snippet in snippets:
+    for snippet in [*snippets, *blocks(SAMPLING, "python")[1:]]:
         exec(compile(snippet, "README.md", "exec"), names)
     assert len(names["images"]) == 4
     assert len(list(tmp_path.glob("*-of-2.png"))) == 2
@@ -336,4 +348,20 @@ def test_quoted_messages_are_those_of_the_code() -> None:
 
 
 def test_no_figure_is_left_open() -> None:
-    assert re.findall(r"<!-- figure: ([\w-]+) -->", README) == []
+    for document in DOCUMENTS:
+        assert re.findall(r"<!-- figure: ([\w-]+) -->", document.read_text(encoding="utf-8")) == [], document.name
+
+
+def test_every_decision_is_in_the_index() -> None:
+    """Numbers run from 1, dates never fall, and titles are those of the records."""
+    index = (ROOT / "docs/decisions/index.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d{4}) \| (\d{4}-\d\d-\d\d) \| \[(.+)\]\(([\w.-]+)\) \|$", index, re.MULTILINE)
+    records = sorted(path for path in (ROOT / "docs/decisions").glob("*.md") if path.name != "index.md")
+    assert [file for *_, file in rows] == [path.name for path in records]
+    assert [int(number) for number, *_ in rows] == list(range(1, len(records) + 1))
+    assert [date for _, date, *_ in rows] == sorted(date for _, date, *_ in rows)
+    for (number, date, title, _), path in zip(rows, records, strict=True):
+        text = path.read_text(encoding="utf-8")
+        assert path.name.startswith(f"{number}-")
+        assert text.startswith(f"# {number}: {title}\n\n{date}\n\n**Context.** "), path.name
+        assert len(text.split()) <= 160, f"{path.name} has {len(text.split())} words, expected at most 160"
