@@ -1,6 +1,7 @@
 # make demo    draw a few pictures with the bundled model
 # make test    the tests
-# make lint    style, types, layers
+# make lint    style, types, layers, and the documentation site
+# make docs    build the documentation site into site/; a dead link or a public name without a docstring fails
 # make bench   how fast sampling is
 # Each makes the .venv it needs; PYTHON=python3.12 chooses which Python that is made from.
 
@@ -8,9 +9,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Strict by mkdocs.yml. The banner of mkdocs-material is about another major version.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
 RECENT := import sys; sys.exit(sys.version_info < (3, 11))
 
-.PHONY: demo test lint bench
+.PHONY: demo test lint docs bench
 .DEFAULT_GOAL := demo
 
 demo: $(VENV)/.runtime
@@ -24,6 +27,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(MKDOCS)
+
+docs: $(VENV)/.dev
+	$(MKDOCS)
 
 bench: $(VENV)/.runtime
 	$(BIN)/python benchmarks/sampling.py --preset exact balanced fast

@@ -28,7 +28,9 @@ from mar.sampling.progress import bar
 from mar.tokenizer import Tokenizer, build
 
 WEIGHTS_FILE = "model.safetensors"
+"""Name of the weights in a saved folder."""
 Label = SupportsIndex | str | None
+"""Class name, class number, or None for no class."""
 CARD = """\
 ---
 {data}

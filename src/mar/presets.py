@@ -99,6 +99,7 @@ def apply_preset(sampling: SamplingConfig, tokens: int, preset: str) -> Sampling
 
 
 IMAGENET_IMAGES = 1_281_167
+"""Number of training images of ImageNet."""
 
 
 def _imagenet(name: str) -> TrainConfig:
@@ -204,6 +205,7 @@ RECIPES: dict[str, TrainConfig] = {
     "imagenet-huge": _imagenet("mar-huge"),
     "imagenet-256-modern": _modern(_imagenet("mar-base")),
 }
+"""Training recipes by name."""
 
 
 def recipe(name: str) -> TrainConfig:

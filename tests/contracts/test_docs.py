@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -12,11 +13,15 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import griffe
 import pytest
+import yaml
 from PIL import Image
 
 import mar
@@ -350,6 +355,70 @@ def test_quoted_messages_are_those_of_the_code() -> None:
 def test_no_figure_is_left_open() -> None:
     for document in DOCUMENTS:
         assert re.findall(r"<!-- figure: ([\w-]+) -->", document.read_text(encoding="utf-8")) == [], document.name
+
+
+def test_the_workflow_calls_targets_of_the_makefile() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    steps = [step for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {step["run"] for step in steps} == {"make lint", "make test"}
+    assert {step["run"].removeprefix("make ") for step in steps} <= targets
+    assert workflow["permissions"] == {"contents": "read"}
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert citation["version"] == mar.__version__
+    paper = citation["preferred-citation"]
+    assert f"title={{{paper['title']}}}" in README
+    names = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+    assert f"author={{{names}}}" in README
+    assert f"## [{mar.__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def hooks() -> Any:
+    spec = importlib.util.spec_from_file_location("mkdocs_hooks", ROOT / "tools/mkdocs_hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_names_without_a_docstring_are_found(hooks: Any) -> None:
+    code = '''
+        """A module."""
+        FLAG = True
+        _hidden = 1
+        def bare(): ...
+        class Base:
+            """A base."""
+            field: int = 0
+            def kept(self):
+                """Documented here."""
+        class Child(Base):
+            """A child."""
+            def kept(self): ...
+            def new(self): ...
+    '''
+    with griffe.temporary_visited_module(textwrap.dedent(code), module_name="some") as module:
+        assert set(hooks.undocumented(module)) == {"some.FLAG", "some.bare", "some.Child.new"}
+
+
+def test_links_into_the_code_lead_to_the_reference(hooks: Any) -> None:
+    page = SimpleNamespace(file=SimpleNamespace(abs_src_path=str(ROOT / "docs/paper.md")))
+
+    def built(link: str) -> str:
+        return str(hooks.on_page_markdown(link, page=page))
+
+    assert (
+        built("[`mar.pipeline.Pipeline`](../src/mar/pipeline.py)") == "[`mar.pipeline.Pipeline`][mar.pipeline.Pipeline]"
+    )
+    assert built("[the pipeline](../src/mar/pipeline.py)") == "[the pipeline][mar.pipeline]"
+    assert built("[`main.py`](../src/mar/__main__.py)") == "`main.py`"
+    for unchanged in ("[x](../src/mar/missing.py)", "[x](training.md#recipes)", "![x](images/demo.png)"):
+        assert built(unchanged) == unchanged
 
 
 def test_every_decision_is_in_the_index() -> None:

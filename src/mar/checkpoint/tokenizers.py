@@ -10,6 +10,7 @@ from mar.checkpoint.files import write_text
 from mar.tokenizer import Tokenizer
 
 STATISTICS_FILE = "mar_statistics.json"
+"""Name of the file with a tokenizer's mean and standard deviation."""
 
 
 def load_tokenizer(path: str | Path, subfolder: str | None = None, *, local_files_only: bool = False) -> Tokenizer:

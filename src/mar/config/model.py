@@ -8,7 +8,9 @@ from typing import Literal
 from mar.config.fields import fraction, one_of, positive, require
 
 Prediction = Literal["noise", "v", "x0", "flow"]
+"""Predict noise, v, clean tokens or the flow's velocity."""
 NoiseSchedule = Literal["cosine", "linear"]
+"""Follow the cosine schedule or the linear path of flow matching."""
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,17 @@ from mar.config.fields import one_of, positive, require
 from mar.config.model import ModelConfig
 
 GuidanceSchedule = Literal["linear", "constant"]
+"""Raise the guidance scale linearly, or keep it constant."""
 Solver = Literal["ancestral", "ddim", "dpm++2m", "dpm++2m-sde", "dpm++2s"]
+"""Name a solver of `mar.diffusion.solvers`."""
 TimestepSpacing = Literal["time", "log-snr"]
+"""Space timesteps evenly in time or in log-SNR."""
 MaskSchedule = Literal["cosine", "exponential"]
+"""Choose how the number of masked tokens falls."""
 Order = Literal["random", "checkerboard", "halton"]
+"""Choose the order in which tokens are revealed."""
 Preset = Literal["exact", "balanced", "fast"]
+"""Name a preset of `mar.presets`."""
 
 
 @dataclass(frozen=True)

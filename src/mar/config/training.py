@@ -11,10 +11,15 @@ from mar.config.model import ModelConfig
 from mar.config.sampling import SamplingConfig
 
 Precision = Literal["fp32", "bf16"]
+"""Choose the dtype of matrix products."""
 Optimizer = Literal["adamw", "muon"]
+"""Train all parameters with AdamW, or matrices with Muon."""
 Strategy = Literal["ddp", "fsdp"]
+"""Replicate the model on every rank, or shard it."""
 LogTo = Literal["tensorboard", "wandb", "trackio"]
+"""Name a service that gets the log too."""
 ActivationCheckpointing = Literal["none", "selective", "full"]
+"""Recompute no activations, cheap ones, or all."""
 
 
 def image_channels(data: str, colours: int | None = None) -> int:

@@ -31,8 +31,11 @@ from mar.data.images import UnreadableImage
 from mar.tokenizer.base import LatentMoments
 
 FORMAT = "mar-latents/1"
+"""Version of the cache's format."""
 MANIFEST = "cache.json"
+"""Name of the file that describes tokenizer and images."""
 INDEX = "index.json"
+"""Name of the file that lists the shards."""
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """How moments may be stored. float16 is for the disk alone: they are float32 again when they are read."""
 

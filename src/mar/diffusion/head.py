@@ -22,8 +22,11 @@ from mar.config import HeadConfig
 from mar.nn import Linear, to_float32
 
 FREQUENCIES = 256
+"""Number of sinusoidal frequencies of a timestep."""
 MAX_PERIOD = 10000
+"""Longest period of the sinusoids."""
 NORM_EPS = 1e-6
+"""Epsilon of the layer norms."""
 
 Modulations = list[Tensor]
 """For each residual block (..., 3w): shift, scale and gate; for the last layer (..., 2w): shift and scale."""
@@ -38,6 +41,7 @@ class TimeEmbedding(nn.Module):
         self.fc2 = Linear(width, width)
 
     def forward(self, t: Int[Tensor, "..."]) -> Float[Tensor, "... w"]:
+        """Embed timestep numbers."""
         half = FREQUENCIES // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float().unsqueeze(-1) * torch.exp(-math.log(MAX_PERIOD) * exponents)
@@ -57,6 +61,7 @@ class ResidualBlock(nn.Module):
         self.modulation = Linear(width, 3 * width)
 
     def forward(self, x: Float[Tensor, "... w"], condition: Float[Tensor, "... w"]) -> Float[Tensor, "... w"]:
+        """Apply the block, modulated by the condition."""
         return self.modulated(x, self.modulation(condition))
 
     def modulated(self, x: Float[Tensor, "... w"], modulation: Float[Tensor, "... three_w"]) -> Float[Tensor, "... w"]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from mar.config import HeadConfig, TimestepSpacing
 
 MAX_BETA = 0.999
+"""Upper limit of beta in the cosine schedule."""
 
 
 @dataclass(frozen=True)

@@ -210,6 +210,7 @@ SOLVERS: dict[Solver, Sampler] = {
     "dpm++2m-sde": dpm_2m_sde,
     "dpm++2s": dpm_2s,
 }
+"""Solvers by the name that a user gives."""
 STOCHASTIC: tuple[Solver, ...] = ("ancestral", "dpm++2m-sde")
 """Those that take noise at every step."""
 

@@ -24,6 +24,7 @@ BLOCK = 512
 FORMAT = 1
 """The version of our statistics files; ADM's have none."""
 REMAKE = "make it again with `mar stats`"
+"""Hint of errors about statistics that have to be made again."""
 
 
 def grouped() -> bool:

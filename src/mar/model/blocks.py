@@ -18,6 +18,7 @@ from mar.model.tokens import gather_tokens
 from mar.nn import Linear
 
 NORM_EPS = 1e-6
+"""Epsilon of the layer norms."""
 
 
 class Attention(nn.Module):

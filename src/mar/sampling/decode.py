@@ -53,9 +53,11 @@ class SeededNoise:
         self.generators = [make_generator(seed) for seed in seeds]
 
     def order(self, image: int, length: int) -> Tensor:
+        """Draw a random order from the image's generator."""
         return random_order(length, self.generators[image])
 
     def noise(self, image: int, steps: int, count: int, width: int) -> Tensor:
+        """Draw noise from the image's generator."""
         return torch.randn(steps, count, width, generator=self.generators[image])
 
 

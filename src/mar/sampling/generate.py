@@ -23,7 +23,9 @@ from mar.model.tokens import patchify, unpatchify
 from mar.sampling.decode import DecodeState, NoiseSource, SeededNoise, all_masked, as_labels, init_state, sample_tokens
 
 Images = Sequence[Image.Image] | Float[Tensor, "n c H W"] | Float[np.ndarray, "n c H W"]
+"""PIL images, or arrays in [-1, 1]."""
 Mask = Bool[Tensor, "n rows columns"] | Bool[np.ndarray, "n rows columns"] | Sequence[Any]
+"""True at tokens to generate, false at known ones."""
 
 
 @dataclass(frozen=True)

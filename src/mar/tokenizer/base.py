@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 Statistic = float | Sequence[float] | Tensor
+"""One number, or one for each channel."""
 
 
 @dataclass(frozen=True)
