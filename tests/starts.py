@@ -1,26 +1,38 @@
-"""Starts of the command line in processes of their own, which may be killed at a given moment."""
+"""Starts processes: groups of ranks, and the command line, which may be killed at a given moment."""
 
 from __future__ import annotations
 
+import importlib.util
 import multiprocessing
 import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
-from mar.cli import main
+import torch.multiprocessing
+
+from mar.cli import main, options
 
 Moment = tuple[int | str, int]
 """When a process gets a signal, and which (`start`)."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-# Imported once, and not by every process again: all that `mar generate` and `mar train folder` need.
-_MODULES = ["mar.zoo", "mar.cli.generate", "mar.sampling.sinks", "mar.sampling.progress"]
-_MODULES += ["mar.cli.folder", "mar.training.tokenizer", "torch.utils.tensorboard.writer"]
-_CONTEXT.set_forkserver_preload([*_MODULES, "torch.distributed", "torch._dynamo", "torch._refs"])
+# Imported once by the server that forks processes, and not by every process again.
+_MODULES = ["tiny", "judges", "mar.zoo", "mar.cli.generate", "mar.cli.folder", "mar.cli.evaluate", "mar.sampling.sinks"]
+_MODULES += ["mar.sampling.progress", "mar.training.tokenizer", "torch.utils.tensorboard.writer", "pytest"]
+_MODULES += ["torch.distributed", "torch._dynamo", "torch._refs"]
+_missing = [name for name in _MODULES if importlib.util.find_spec(name) is None]
+assert not _missing, f"the server would skip {_missing}, and every process import the rest anew"
+_CONTEXT.set_forkserver_preload(_MODULES)
+
+
+def ranks(count: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Runs `work(rank, *arguments)` in `count` processes, and raises what one of them raises."""
+    torch.multiprocessing.start_processes(work, arguments, count, start_method="forkserver")
 
 
 def start(
@@ -73,6 +85,7 @@ def _run(arguments: list[str], said: Path, die: Moment | None, world: tuple[int,
     if processes > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    options.COURTESY = 0.5  # nobody ends the other ranks of a group that failed
     if die is not None:
         _die(*die)
     code = main(arguments)

@@ -12,10 +12,10 @@ from pathlib import Path
 import judges
 import numpy as np
 import pytest
+import starts
 import tiny
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 from torch import Tensor
 
@@ -156,7 +156,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("mar.evaluation.evaluate.KERNEL_SUBSETS", 5)
             assert main([*report, *DRAW, *JUDGE]) == 0
-        mp.spawn(on_each_rank, (folder,), nprocs=max(SEVERAL))
+        starts.ranks(max(SEVERAL), on_each_rank, folder)
     finally:
         os.chdir(before)
     return folder

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import starts
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from starts import free_port
 from tiny import open_tiny, pictures, train_config
 
 from mar import distributed
@@ -77,7 +76,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def by_two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """The losses of two processes, started once for all tests."""
     folder = tmp_path_factory.mktemp("two")
-    mp.spawn(learn, (folder, data), nprocs=2)
+    starts.ranks(2, learn, folder, data)
     found: dict[str, list[float]] = json.loads((folder / "found.json").read_text())
     return found
 
@@ -97,7 +96,7 @@ def test_two_processes_and_parts_have_the_losses_of_one(
 
 def test_two_nodes_find_each_other_by_tcp(data: Path, tmp_path: Path) -> None:
     """Two agents of torchrun at two addresses of this machine, one process each."""
-    endpoint = f"127.0.0.1:{free_port()}"
+    endpoint = f"127.0.0.1:{starts.free_port()}"
     model = ["--model.encoder.width", "16", "--model.encoder.heads", "2", "--model.encoder.depth", "1"]
     model += ["--model.decoder.width", "16", "--model.decoder.heads", "2", "--model.decoder.depth", "1"]
     model += ["--model.head.width", "16", "--model.head.depth", "1", "--model.classes", "2", "--model.grid", "8", "8"]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import starts
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from mar.evaluation.metrics import ScoreSums, inception_score
@@ -78,4 +78,4 @@ def check_nothing(rank: int, world: int) -> None:
 
 
 def test_ranks_together_have_seen_everything(tmp_path: Path) -> None:
-    mp.spawn(on_each_rank, (tmp_path,), nprocs=max(CUTS))
+    starts.ranks(max(CUTS), on_each_rank, tmp_path)

@@ -6,9 +6,9 @@ import errno
 from pathlib import Path
 
 import pytest
+import starts
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -56,7 +56,7 @@ def no_room(temporary: Path, final: Path) -> None:
 
 
 def test_two_ranks_share_a_folder(tmp_path: Path) -> None:
-    mp.spawn(on_two_ranks, (tmp_path,), nprocs=2)
+    starts.ranks(2, on_two_ranks, tmp_path)
     # what two ranks wrote, one process reads whole
     state = {"sharded": torch.zeros(4, 3), "same": torch.zeros(3), "step": 0}
     assert RunState(tmp_path / "run").load(state)

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import starts
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from tars import Numbered, numbers
 
 from mar.data.images import Transform
@@ -43,7 +43,7 @@ def opened() -> StreamSource:
 
 def test_from_two_processes_to_one(tmp_path: Path) -> None:
     whole = some(opened(), 12, 0)
-    mp.spawn(read, (tmp_path,), nprocs=2)
+    starts.ranks(2, read, tmp_path)
     shares, states = zip(*(json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)), strict=True)
     assert states[0] == states[1]
     assert [a + b for a, b in zip(*shares, strict=True)] == whole[:5]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import starts
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from tiny import open_tiny, pictures, train_config
 from torch.distributed.tensor import DTensor
@@ -86,7 +86,7 @@ def watched(rank: int, folder: Path, config: TrainConfig) -> None:
 def together(folder: Path, config: TrainConfig, world: int = 2) -> dict[str, torch.Tensor]:
     folder.mkdir(exist_ok=True)
     (folder / "rendezvous").unlink(missing_ok=True)
-    mp.spawn(learn, (world, folder, config), nprocs=world)
+    starts.ranks(world, learn, world, folder, config)
     held: dict[str, torch.Tensor] = torch.load(folder / "weights.pt", weights_only=True)
     return held
 
@@ -158,5 +158,5 @@ def interrupted(rank: int, folder: Path, config: TrainConfig) -> None:
 
 
 def test_a_signal_to_one_process_stops_and_saves_all(data: Path, tmp_path: Path) -> None:
-    mp.spawn(interrupted, (tmp_path, settings(data)), nprocs=2)
+    starts.ranks(2, interrupted, tmp_path, settings(data))
     assert (tmp_path / "run/state-000000000016").is_dir()

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import starts
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from PIL import Image
 from tiny import config, open_tiny, pictures, train_config
 from tiny import pipeline as tiny_pipeline
@@ -103,7 +103,7 @@ def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.set_num_threads(1)  # as the two have: their number shows in the last bits
         (folder / "alone.json").write_text(json.dumps(seen(opened(data, folder / "alone"), data)))
         torch.set_num_threads(threads)
-    mp.spawn(one_of_two, (folder, data), nprocs=2)
+    starts.ranks(2, one_of_two, folder, data)
     return folder
 
 
