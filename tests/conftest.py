@@ -21,9 +21,6 @@ import torch
 hypothesis.settings.register_profile("mar", deadline=None, derandomize=True, max_examples=50)
 hypothesis.settings.load_profile("mar")
 
-GROUPS_OF_PROCESSES = ("test_killed.py",)
-"""Files beside `distributed/` that keep several cores busy."""
-
 
 @pytest.fixture(autouse=True)
 def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,15 +54,9 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in this hook
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Skips tests of accelerators that are missing, and keeps tests together that belong on one worker.
-
-    A module's tests share its fixtures. Groups of processes take several cores, so that only one runs at a time.
-    """
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
     for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        if config.pluginmanager.hasplugin("xdist"):
-            several = item.path.parent.name == "distributed" or item.path.name in GROUPS_OF_PROCESSES
-            item.add_marker(pytest.mark.xdist_group("processes" if several else item.path.stem))

@@ -36,14 +36,14 @@ def log(run: Path) -> list[dict[str, float]]:
 
 def test_a_run_that_was_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     data, said, draws = pictures(tmp_path / "pictures"), tmp_path / "said", random.Random(0)
-    images = 4 * (100 + 100 * KILLS)
+    images = 4 * (80 + 60 * KILLS)
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
     assert starts.run(command(data, quiet, images), said) == 0, said.read_text()
     for _ in range(KILLS):
         process = starts.start(command(data, killed, images), said)
         while not (killed / "log.jsonl").is_file() and process.is_alive():
             time.sleep(0.01)
-        time.sleep(draws.uniform(0.05, 1.0))
+        time.sleep(draws.uniform(0.05, 0.6))
         if process.is_alive() and process.pid is not None:
             os.kill(process.pid, signal.SIGKILL)
         process.join(120)
