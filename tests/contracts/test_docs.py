@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,6 +41,7 @@ from mar.zoo import BUNDLED
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 TRAINING = (ROOT / "docs/training.md").read_text(encoding="utf-8")
 MODELS = (ROOT / "docs/models.md").read_text(encoding="utf-8")
 PERFORMANCE = (ROOT / "docs/performance.md").read_text(encoding="utf-8")
@@ -419,6 +421,14 @@ def test_links_into_the_code_lead_to_the_reference(hooks: Any) -> None:
     assert built("[`main.py`](../src/mar/__main__.py)") == "`main.py`"
     for unchanged in ("[x](../src/mar/missing.py)", "[x](training.md#recipes)", "![x](images/demo.png)"):
         assert built(unchanged) == unchanged
+
+
+def test_the_layers_are_those_that_lint_checks() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        contract = tomllib.load(file)["tool"]["importlinter"]["contracts"][0]
+    shown = re.search(r"behind a bar:\n\n(.+?)\n\n", CONTRIBUTING, re.DOTALL)
+    assert shown is not None
+    assert [line.strip() for line in shown[1].splitlines()] == [re.sub(r"[()]", "", row) for row in contract["layers"]]
 
 
 def test_every_decision_is_in_the_index() -> None:
