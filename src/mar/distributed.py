@@ -1,8 +1,4 @@
-"""What the machine and the numbers are: devices, the dtype policy, seeds, and the process group.
-
-bf16 here means: the matrices of `Linear` and their inputs in bfloat16; norms, residual streams, softmax, noise, the
-diffusion state and its coefficients in float32. Never float16.
-"""
+"""Joins the processes that torchrun started: rank, process group, barriers, gathered objects, shared errors."""
 
 from __future__ import annotations
 
@@ -149,3 +145,29 @@ def all_gather_object(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     run_collective(lambda: dist.all_gather_object(values, value))
     return values
+
+
+class OtherRankFailed(Exception):
+    """Ends a rank whose work can't go on: another rank raises the error itself."""
+
+
+@contextlib.contextmanager
+def collective_errors() -> Iterator[None]:
+    """Ends the block on all ranks as soon as one of them raises ValueError or OSError in it.
+
+    The first failing rank raises its own error, all others raise OtherRankFailed: one message for people. Every rank
+    has to run through the block. Outside a process group all ranks are assumed to fail alike, and rank 0 speaks.
+    """
+    error: ValueError | OSError | None = None
+    try:
+        yield
+    except (ValueError, OSError) as caught:
+        error = caught
+    messages = all_gather_object(None if error is None else str(error))
+    failed = [number for number, message in enumerate(messages) if message is not None]
+    if not failed:
+        return
+    speaker = failed[0] if in_group() else 0
+    if error is not None and rank() == speaker:
+        raise error
+    raise OtherRankFailed(f"rank {speaker} failed: {messages[failed[0]]}")

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
-from mar.cli import main, options
+from mar import cli
+from mar.cli import main
 from mar.evaluation import evaluate, sweep
 from mar.evaluation.evaluate import Collected, MetricOptions, collect, compare
 from mar.evaluation.features import Features
@@ -100,7 +101,7 @@ def said(pictures: Numbered) -> str:
 def on_each_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     evaluate.KERNEL_SUBSETS = 5
-    options.ERROR_GRACE_S = 0.5
+    cli.ERROR_GRACE_S = 0.5
     sweep.plot = lambda table, path: None  # matplotlib takes seconds to come
     os.chdir(folder)
     for world in SEVERAL:

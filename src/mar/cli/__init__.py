@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 
 from mar import __version__
@@ -22,6 +23,9 @@ VERBS = {
     "tokenizer": ("mar.cli.tokenizer", "train a tokenizer on your pictures, or measure one"),
     "info": ("mar.cli.info", "this machine, and what a checkpoint holds"),
 }
+
+ERROR_GRACE_S = 5.0
+"""Seconds that the failing rank has for its message: torchrun ends all ranks as soon as one ends."""
 
 USAGE = """\
 mar {version}: image generation with a masked autoregressive transformer and a diffusion loss
@@ -70,6 +74,15 @@ def told(work: Callable[[], int]) -> int:
         return _fail(f"there is not enough memory; take a smaller --batch ({' '.join(str(error).split())[:100]})")
     except KeyboardInterrupt:
         return _fail("stopped", 130)
+    except _other_rank_failed():
+        time.sleep(ERROR_GRACE_S)
+        return 2
+
+
+def _other_rank_failed() -> type[Exception] | tuple[()]:
+    """Returns `distributed.OtherRankFailed`, without importing torch: nothing raises it before that import."""
+    module = sys.modules.get("mar.distributed")
+    return module.OtherRankFailed if module else ()
 
 
 def _is_want_of_memory(error: Exception) -> bool:

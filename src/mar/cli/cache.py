@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from mar.cli.options import collective_errors, parse, stoppable
+from mar.cli.options import parse, stoppable
 from mar.config import ConfigError, image_channels
 
 if TYPE_CHECKING:
@@ -58,10 +58,10 @@ class CacheOptions:
 
 def cache(arguments: Sequence[str]) -> int:
     """`mar cache`."""
-    from mar import devices
+    from mar import devices, distributed
 
     def work(check: Callable[[], None]) -> int:
-        with collective_errors():
+        with distributed.collective_errors():
             options = parse(CacheOptions, "cache", arguments)
             if not options.verify:
                 _complete(options)
@@ -132,7 +132,7 @@ def _cache(options: CacheOptions, check: Callable[[], None]) -> int:
         begun = time.perf_counter()
         _make(options, about, shards, (source, tokenizer, device), check)
         distributed.barrier()
-        with collective_errors():
+        with distributed.collective_errors():
             if distributed.rank() == 0:
                 skipped = finish_cache(out, about)
                 _report(out, about, skipped, sum(len(about.span(k)) for k in shards), time.perf_counter() - begun)
@@ -150,7 +150,7 @@ def _prepared(options: CacheOptions, out: Path) -> tuple[Source, Tokenizer, Cach
     assert options.tokenizer is not None
     assert options.image_size is not None
     found: tuple[CacheManifest, list[int] | None] | None = None
-    with collective_errors():
+    with distributed.collective_errors():
         source = open_source(options.data, options.split)
         name = options.tokenizer
         tokenizer = PixelTokenizer(image_channels(options.data)) if name == "pixels" else load_tokenizer(name)

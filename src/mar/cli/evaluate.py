@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from mar.cli.options import SamplingFlags, collective_errors, interruptible, parse, save_png
+from mar.cli.options import SamplingFlags, interruptible, parse, save_png
 from mar.cli.stats import FeatureFlags, Split, check_count, check_out
 from mar.config import ConfigError
 
@@ -72,7 +72,7 @@ def _evaluate(arguments: Sequence[str], check: Callable[[], None]) -> int:
     from mar import devices, distributed
     from mar.evaluation.session import EvalSession
 
-    with collective_errors():
+    with distributed.collective_errors():
         options = parse(EvaluateOptions, "evaluate", arguments)
         devices.choose_device(options.device)
         check_count(options.count)
@@ -81,7 +81,7 @@ def _evaluate(arguments: Sequence[str], check: Callable[[], None]) -> int:
         _check_out(options)
         _check_grid(options)
     with distributed.process_group(options.device) as device:
-        with collective_errors():
+        with distributed.collective_errors():
             judge = EvalSession(options, device, check)
         return _sweep(judge) if options.sweep else _once(judge)
 
@@ -118,7 +118,7 @@ def _once(judge: EvalSession) -> int:
 
     judge.measure_reference()
     report, out, grid = judge.report(), judge.options.out, judge.options.neighbours_grid
-    with collective_errors():
+    with distributed.collective_errors():
         if distributed.rank() == 0:
             for name, value in report.lines():
                 print(f"{name:<32} {value}")
@@ -136,7 +136,7 @@ def _sweep(judge: EvalSession) -> int:
     from mar.evaluation.sweep import Table, plot, points, require_matplotlib
 
     folder = judge.options.out or Path("runs/sweep")
-    with collective_errors():
+    with distributed.collective_errors():
         require_matplotlib()
         wanted = points(judge.options.sweep)
         assert judge.model is not None
@@ -150,13 +150,13 @@ def _sweep(judge: EvalSession) -> int:
         if distributed.rank() == 0:
             print(f"{place} of {len(missing)}: {_words(point)}", file=sys.stderr, flush=True)
         report = judge.report(**point)
-        with collective_errors():
+        with distributed.collective_errors():
             if distributed.rank() == 0:
                 table.add(point, report)
                 plot(table, folder / "sweep.png")
                 if place == 1:
                     _warn(report)
-    with collective_errors():
+    with distributed.collective_errors():
         if distributed.rank() == 0:
             table.write()  # a sweep may have been killed between its files
             plot(table, folder / "sweep.png")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from mar.cli.options import SamplingFlags, collective_errors, interruptible, parse
+from mar.cli.options import SamplingFlags, interruptible, parse
 from mar.config import ConfigError
 
 if TYPE_CHECKING:
@@ -59,13 +59,13 @@ def generate(arguments: Sequence[str]) -> int:
 def _generate(arguments: Sequence[str], check: Callable[[], None]) -> int:
     from mar import devices, distributed
 
-    with collective_errors():
+    with distributed.collective_errors():
         options = parse(GenerateOptions, "generate", arguments)
         kind = _format(options)
         _one_way(options)
         devices.choose_device(options.device)
     with distributed.process_group(options.device) as device:
-        with collective_errors():
+        with distributed.collective_errors():
             model = options.load(options.model, device)
             sink = _sink(options, kind, model)
         units = _prepared(sink)
@@ -76,7 +76,7 @@ def _generate(arguments: Sequence[str], check: Callable[[], None]) -> int:
         begun = time.perf_counter()
         _draw(options, model, sink, units, check)
         distributed.barrier()
-        with collective_errors():
+        with distributed.collective_errors():
             sink.finish(distributed.rank(), distributed.world_size())
         if distributed.rank() == 0:
             sink.tidy()
@@ -153,7 +153,7 @@ def _prepared(sink: Sink) -> list[WorkUnit] | None:
     from mar.sampling.sinks import prepare
 
     units = None
-    with collective_errors():
+    with distributed.collective_errors():
         if distributed.rank() == 0:
             units = prepare(sink)
             if units is None:

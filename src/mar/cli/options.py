@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 Options = TypeVar("Options")
 Dtype = Literal["fp32", "bf16"]
 DrawnDtype = Literal["fp32", "bf16", "int8"]
-ERROR_GRACE_S = 5.0
-"""Seconds that a process leaves another one to say what went wrong."""
 
 
 def _or_off(number: type[float]) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
@@ -188,30 +185,6 @@ def interruptible(note: str, run: Callable[[Callable[[], None]], int]) -> int:
             if os.environ.get("RANK", "0") == "0":  # `mar.distributed.rank`
                 print(f"mar: stopped; {note}", file=sys.stderr)
             return 130
-
-
-@contextlib.contextmanager
-def collective_errors() -> Iterator[None]:
-    """What goes wrong within, on one process or on all, ends all of them, and one says it: the first by rank.
-
-    All processes have to come through here. Before they are joined (`mar.distributed.process_group`), the first is
-    taken to see what the others see.
-    """
-    from mar import distributed
-
-    mine: ValueError | OSError | None = None
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        mine = error
-    failed = [rank for rank, ended in enumerate(distributed.all_gather_object(mine is not None)) if ended]
-    if not failed:
-        return
-    joined = distributed.in_group()
-    if mine is not None and (distributed.rank() == failed[0] if joined else distributed.rank() == 0):
-        raise mine
-    time.sleep(ERROR_GRACE_S)  # torchrun ends all as soon as one ends
-    raise SystemExit(2)
 
 
 def torch_dtype(name: DrawnDtype) -> torch.dtype:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from mar.cli.options import collective_errors, interruptible, parse
+from mar.cli.options import interruptible, parse
 from mar.config import ConfigError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def stats(arguments: Sequence[str]) -> int:
 def _stats(arguments: Sequence[str], check: Callable[[], None]) -> int:
     from mar import devices, distributed
 
-    with collective_errors():
+    with distributed.collective_errors():
         options = parse(StatsOptions, "stats", arguments)
         devices.choose_device(options.device)
         if options.out.suffix != ".npz":
@@ -89,7 +89,7 @@ def _stats(arguments: Sequence[str], check: Callable[[], None]) -> int:
     from mar.evaluation.statistics import FeatureStats
 
     with distributed.process_group(options.device) as device:
-        with collective_errors():
+        with distributed.collective_errors():
             if is_statistics(options.pictures):
                 for name in ("image_size", "count", "keep_features"):
                     if getattr(options, name):
@@ -100,9 +100,9 @@ def _stats(arguments: Sequence[str], check: Callable[[], None]) -> int:
             pictures = open_pictures(options.pictures, split=options.split, size=options.size(), limit=options.count)
             if options.keep_features:
                 say_memory(len(pictures), extractor)
-        with collective_errors(), progress(len(pictures), check) as advance:
+        with distributed.collective_errors(), progress(len(pictures), check) as advance:
             found = collect(pictures, extractor, wanted=wanted, batch=options.batch, advance=advance).statistics
-        with collective_errors():
+        with distributed.collective_errors():
             return _write(found, options.out)
 
 

@@ -12,7 +12,6 @@ from mar.autoconfig.summary import save_summary
 from mar.checkpoint.tokenizers import STATISTICS_FILE
 from mar.cli.alone import run_on_rank0
 from mar.cli.cache import CacheOptions, make_cache
-from mar.cli.options import collective_errors
 from mar.cli.tokenizer import TokenizerTrainOptions, train_tokenizer
 from mar.cli.train import TrainOptions
 from mar.config import ConfigError, TrainConfig
@@ -41,7 +40,7 @@ def prepare(steps: FolderPlan) -> int:
     """Does what comes before the model is trained, with all processes. Returns the exit code: 130 where a signal
     stopped it."""
     assert steps.train.out is not None
-    with collective_errors():
+    with distributed.collective_errors():
         check_same(steps.train.config, steps.train.out)
         estimate(steps.train.config, distributed.world_size()).check_disk(steps.train.out)
         trained = steps.tokenizer is None or _is_trained(steps.tokenizer)

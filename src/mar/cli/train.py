@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from mar.cli.options import collective_errors, parse
+from mar.cli.options import parse
 from mar.config import ConfigError, TrainConfig
 from mar.presets import RECIPES, recipe
 
@@ -55,7 +55,7 @@ def train(arguments: Sequence[str]) -> int:
     from mar import devices, distributed
 
     steps: FolderPlan | None = None
-    with collective_errors():
+    with distributed.collective_errors():
         name = arguments[0] if arguments and not arguments[0].startswith("-") else "fashion"
         if name == "folder":
             from mar.cli.folder import plan
@@ -92,13 +92,13 @@ def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, nam
     from mar.training.run import export, length_before
     from mar.training.trainer import train as run_to_end
 
-    with collective_errors():
+    with distributed.collective_errors():
         assert options.out is not None
         before = length_before(options.out)
         run = _open(options, device)
         log = open_log(run)
     try:
-        with collective_errors():
+        with distributed.collective_errors():
             _watch(options, run, log)
             worth_knowing = [copying(options.config, run.source, before)]
             if not run.progress.images:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mar.cli.options import collective_errors
+from mar import distributed
 from mar.cli.stats import Split, progress, say_memory
 from mar.config import ConfigError, to_dict
 from mar.data.folder import SHARDS
@@ -270,7 +270,7 @@ class EvalSession:
         self.reference = self._collect(self.opened, None).statistics
         if self.opened_held_out is not None:
             held_out = self._collect(self.opened_held_out, None).statistics
-            with collective_errors():
+            with distributed.collective_errors():
                 self.held_out = HeldOut.of(held_out, self.reference)
 
     def report(self, **point: Any) -> Report:
@@ -278,7 +278,7 @@ class EvalSession:
         from mar.evaluation.evaluate import compare
 
         collected = self._collect(self._drawn(point) if self.given is None else self.given, self.classifier)
-        with collective_errors():
+        with distributed.collective_errors():
             return compare(collected, self.reference, self.extractor, self.wanted, self.held_out)
 
     def grid(self, report: Report) -> Image.Image | None:
@@ -302,7 +302,7 @@ class EvalSession:
             return Collected(opened)
         if self.wanted.features:
             say_memory(len(opened), self.extractor)
-        with collective_errors(), progress(len(opened), self.check) as advance:
+        with distributed.collective_errors(), progress(len(opened), self.check) as advance:
             if isinstance(opened, DrawnPictures):
                 opened.advance = advance
             return collect(
