@@ -15,7 +15,7 @@ from torch.nn import functional
 from mar.config import ModelConfig, TrainConfig, TrunkConfig
 from mar.diffusion import gaussian
 from mar.diffusion.gaussian import Coefficients
-from mar.diffusion.head import FREQUENCIES, MAX_PERIOD
+from mar.diffusion.head import MAX_PERIOD, NUM_FREQUENCIES
 from mar.diffusion.schedule import cosine
 from mar.model.masking import draw_mask_ratio, masked_count
 from mar.model.tokens import patchify
@@ -66,7 +66,7 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, values = config.head.width, config.token_width
-        self.time = nn.Sequential(nn.Linear(FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        self.time = nn.Sequential(nn.Linear(NUM_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
         self.condition = nn.Linear(config.decoder.width, width)
         self.input = nn.Linear(values, width)
         self.blocks = nn.ModuleList(HeadBlock(width) for _ in range(config.head.depth))
@@ -75,7 +75,7 @@ class Head(nn.Module):
         self.output = nn.Linear(width, 2 * values)
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
-        half = FREQUENCIES // 2
+        half = NUM_FREQUENCIES // 2
         angles = t[:, None].float() * torch.exp(-torch.log(torch.tensor(MAX_PERIOD)) * torch.arange(half) / half)
         condition = self.time(torch.cat([angles.cos(), angles.sin()], dim=-1)) + self.condition(z)
         x = self.input(x)

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from mar.backends.cpu import linear as cpu_linear
 from mar.backends.cpu.int8 import quantize_
-from mar.backends.cpu.packed_head import packed
+from mar.backends.cpu.packed_head import pack_head
 from mar.config import SamplingConfig
 from mar.diffusion.gaussian import Coefficients, p_mean_variance
 from mar.diffusion.head import DiffusionHead
@@ -163,7 +163,7 @@ def measure(model: MAR, task: Task, repeats: int, bf16: bool, int8: bool) -> dic
         set_matrix_dtype(models["bf16"], torch.bfloat16)
     if int8:
         models["int8"] = copy.deepcopy(model)
-        quantize_(models["int8"])
+        quantize_(models["int8"].blocks())
     totals: dict[str, Seconds] = {name: dict.fromkeys(PARTS, 0.0) for name in models} | {LOOP: {"head": 0.0}}
     for state, weight in states(model, task):
         rounds: list[dict[str, Seconds]] = []
@@ -192,9 +192,9 @@ def states(model: MAR, task: Task) -> Iterator[tuple[DecodeState, int]]:
 
 def time_ours(model: MAR, task: Task, state: DecodeState) -> Seconds:
     """Seconds of one reveal step; what is neither encoder nor decoder counts as the head."""
-    draws, head = SeededNoise(range(len(task.labels))), packed(model.head)
+    draws, head = SeededNoise(range(len(task.labels))), pack_head(model.head)
     with stopwatch(model) as seconds:
-        after, total = timed(lambda: decode_step(model, task.labels, state, task.sampling, task.schedule, draws, head))
+        after, total = timed(lambda: decode_step(model, task.labels, state, task.sampling, draws, head))
     assert isinstance(after, DecodeState)
     assert after.tokens.isfinite().all()
     return {**seconds, "head": total - sum(seconds.values())}

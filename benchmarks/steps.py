@@ -57,7 +57,7 @@ class Ours:
 
         def head() -> None:
             with trainer.autocast(run.device, config.precision):
-                loss = run.loss.head_loss(gather_tokens(tokens, hidden), copy, draws.timestep, draws.noise).mean()
+                loss = run.model.head.loss(gather_tokens(tokens, hidden), copy, draws.timestep, draws.noise).mean()
             loss.backward()
 
         times("head", head)

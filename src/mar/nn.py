@@ -1,4 +1,4 @@
-"""What the machine and the numbers are: devices, the dtype policy, seeds, and the process group.
+"""Layers with the precision policy of this project, whose products and dropout ask the backend of their device.
 
 bf16 here means: the matrices of `Linear` and their inputs in bfloat16; norms, residual streams, softmax, noise, the
 diffusion state and its coefficients in float32. Never float16.
@@ -11,28 +11,52 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from mar.backends.cpu.linear import linear
+from mar.backends import backend_for
 
 
 class Linear(nn.Linear):
-    """A linear layer that takes its input to its own dtype, so that only matrix products run in bfloat16."""
+    """Linear layer that casts its input to the dtype of its weight: only matrix products run in bfloat16.
+
+    `splits` tells of how many matrices, one above the other, a fused weight consists: 3 for queries, keys and values.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, splits: int = 1) -> None:
+        super().__init__(in_features, out_features)
+        self.splits = splits
 
     def forward(self, input: Tensor) -> Tensor:
         if self.weight.dtype is torch.bfloat16:
             input = input.bfloat16()
+        linear = backend_for(input.device).linear or functional.linear
         return linear(input, self.weight, self.bias)
 
 
+class Dropout(nn.Module):
+    """In training: values zeroed at random, at `rate`, the others divided by 1 - rate."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        if not self.training or self.rate == 0:
+            return x
+        dropout = backend_for(x.device).dropout or functional.dropout
+        return dropout(x, self.rate)
+
+
 def to_float32(x: Tensor) -> Tensor:
-    """bfloat16 -> float32, in which all but matrix products is computed; other dtypes stay."""
+    """Cast bfloat16 to float32, in which all but matrix products is computed; other dtypes stay."""
     return x.float() if x.dtype is torch.bfloat16 else x
 
 
 def set_matrix_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Turns the matrices of every `Linear` of a model to `dtype`, in place, for sampling."""
+    """Cast the matrices of every `Linear` of a model to `dtype`, in place, for sampling."""
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: got {dtype}, expected float32 or bfloat16 (float16 overflows in this model)")
     for module in model.modules():
@@ -41,24 +65,24 @@ def set_matrix_dtype(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 class _SkipInit(TorchFunctionMode):
-    """Lets initialisers of tensors do nothing."""
+    """Makes the initializers of tensors do nothing."""
 
-    fillers = frozenset(function for name, function in vars(nn.init).items() if name.endswith("_") and name[0] != "_")
-    fillers |= {Tensor.normal_, Tensor.uniform_}
+    initializers = frozenset(f for name, f in vars(nn.init).items() if name.endswith("_") and name[0] != "_")
+    initializers |= {Tensor.normal_, Tensor.uniform_}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in self.fillers:
+        if func in self.initializers:
             return kwargs["tensor"] if "tensor" in kwargs else args[0]
         return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
 def init_empty_weights() -> Iterator[None]:
-    """Modules made within have tensors without memory, on the meta device, for weights that are there already.
+    """Create modules on the meta device, without memory, for weights that are loaded afterwards.
 
-    Nothing is initialised: on that device, drawing from a normal distribution takes PyTorch's compiler and sympy, whose
-    import alone is a third of what it takes to load a small model.
+    Nothing is initialized: drawing from a normal distribution on that device imports PyTorch's compiler and sympy,
+    which takes a third of the time that a small model takes to load.
     """
     with torch.device("meta"), _SkipInit():
         yield

@@ -23,7 +23,7 @@ from mar.data.labels import resolve_labels
 from mar.model.mar import MAR
 from mar.nn import init_empty_weights, set_matrix_dtype
 from mar.presets import apply_preset
-from mar.sampling.generate import Images, Mask, Request, as_mask, as_pictures, generate, whole_numbers
+from mar.sampling.generate import Images, Mask, Request, as_images, as_mask, as_seeds, generate
 from mar.sampling.progress import bar
 from mar.tokenizer import Tokenizer, build
 
@@ -116,7 +116,7 @@ class Pipeline(
             self.model.to(device)
             self.tokenizer.to(device)
         if dtype is torch.int8:
-            quantize_(self.model)
+            quantize_(self.model.blocks())
         elif dtype is not None:
             set_matrix_dtype(self.model, dtype)
         return self
@@ -230,10 +230,10 @@ class Pipeline(
             raise ValueError(f"batch is {batch}, but it must be at least 1")
         sampling = self.sampling_with(**settings)
         numbers = resolve_labels(labels, self.classes, self.model.config.classes)
-        whole = list(range(len(numbers))) if seeds is None else whole_numbers(seeds)
+        whole = list(range(len(numbers))) if seeds is None else as_seeds(seeds)
         if len(whole) != len(numbers):
             raise ValueError(f"seeds: got {len(whole)} for {len(numbers)} labels, expected one a picture")
-        pictures = None if known is None else as_pictures(known)
+        pictures = None if known is None else as_images(known)
         flags = None if mask is None else as_mask(mask)
         for name, given in (("known", pictures), ("mask", flags)):
             if given is not None and len(given) != len(numbers):

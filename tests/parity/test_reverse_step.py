@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from mar.diffusion.gaussian import Coefficients, p_mean_variance
+from mar.diffusion.head import CFGDenoiser
 from mar.diffusion.schedule import Schedule, cosine, respace
 from mar.diffusion.solvers import ancestral
-from mar.sampling.guidance import CFGDenoiser
 from tests.parity.support import golden, relative, trained_tiny, under
 
 SCHEDULE = respace(cosine(1000), 25)

@@ -18,14 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from mar.backends.cpu.packed_head import PackedHead, packed
+from mar.backends.cpu.packed_head import PackedHead, pack_head
 from mar.config import SamplingConfig
-from mar.diffusion.head import DiffusionHead
+from mar.diffusion.head import CFGDenoiser, DiffusionHead
 from mar.diffusion.schedule import cosine, respace
 from mar.model.mar import MAR
 from mar.model.tokens import patchify, unpatchify
 from mar.sampling.decode import DecodeState, all_masked, decode_step, init_state, run_trunk, sample_tokens
-from mar.sampling.guidance import CFGDenoiser
 from tests.parity import recorded_machine
 from tests.parity.support import config_of, drawn_state, golden, meta, model_with, trained_tiny, under
 
@@ -97,7 +96,7 @@ class Spy(CFGDenoiser):
 @pytest.fixture
 def spy(monkeypatch: pytest.MonkeyPatch) -> type[Spy]:
     Spy.rows, Spy.scales = [], []
-    monkeypatch.setattr("mar.backends.cuda.CFGDenoiser", Spy)
+    monkeypatch.setattr("mar.diffusion.head.CFGDenoiser", Spy)
     return Spy
 
 
@@ -125,7 +124,7 @@ def recorded_kernels(model: MAR, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("this machine's matrix products round otherwise than those of the machine that recorded")
     kernels = SimpleNamespace(gelu=recorded_machine.gelu, scaled_dot_product_attention=recorded_machine.attention)
     monkeypatch.setattr("mar.model.blocks.functional", kernels)
-    monkeypatch.setattr("mar.sampling.decode.packed", lambda head: head)
+    monkeypatch.setattr("mar.sampling.decode.backend_for", lambda head: head)
     monkeypatch.setattr("mar.backends.cpu.linear.onednn_is_faster", lambda: False)
 
 
@@ -182,7 +181,7 @@ def test_latents_on_the_kernels_of_the_recording(model: MAR, case: str, golden_s
 @pytest.mark.parametrize("fast", [False, True])
 def test_latents_step_by_step(model: MAR, case: str, fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs = patchify(golden(TRAINED)[f"{case}/latents"], 1)
-    head = packed(model.head) if fast else None
+    head = pack_head(model.head) if fast else None
     assert fast == isinstance(head, PackedHead)
     ours = step_by_step(model, case, head)
     error = (ours - theirs).abs().amax(-1) / theirs.std()

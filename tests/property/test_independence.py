@@ -99,9 +99,9 @@ class Counted:
         self.rows: list[int] = []
         encode = of.encode
 
-        def watched(tokens: Tensor, *rest: Tensor, ragged: bool = False) -> Tensor:
+        def watched(tokens: Tensor, *rest: Tensor, padded: bool = False) -> Tensor:
             self.rows.append(len(tokens))
-            return encode(tokens, *rest, ragged=ragged)
+            return encode(tokens, *rest, padded=padded)
 
         monkeypatch.setattr(of, "encode", watched)
 

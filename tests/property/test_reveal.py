@@ -85,7 +85,7 @@ def test_every_unknown_token_is_revealed_once(
     tokens, length = noise(*unknown.shape, 2), unknown.shape[1]
     columns = next(side for side in (4, 3, 1) if length % side == 0)
     draws = SeededNoise([seed + i for i in range(len(unknown))])
-    state = init_state(tokens, unknown, steps, draws, reveals=reveals, order=order, grid=(length // columns, columns))
+    state = init_state(tokens, unknown, steps, draws, schedule=reveals, order=order, grid=(length // columns, columns))
     assert state.steps == min(steps, int(unknown.sum(1).max()))
     seen: list[Counter[int]] = [Counter() for _ in unknown]
     for step in range(state.steps + 2):  # and none after the end

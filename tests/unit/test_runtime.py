@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mar import devices, distributed
 from mar.backends.cpu import linear as mar_linear
-from mar.backends.cpu import threads
+from mar.backends.cpu import memory
 from mar.backends.cpu.linear import has_onednn
-from mar.backends.cpu.threads import trim_heap
+from mar.backends.cpu.memory import trim_heap
 from mar.config import ConfigError
 from mar.model.mar import MAR
 from mar.nn import Linear, init_empty_weights, set_matrix_dtype
@@ -159,7 +159,7 @@ def test_what_is_free_in_the_middle_of_the_heap_is_given_back() -> None:
     code = """
 import torch
 from pathlib import Path
-from mar.backends.cpu.threads import trim_heap
+from mar.backends.cpu.memory import trim_heap
 def resident(): return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
 blocks = [torch.ones(2**14) for _ in range(1500)]  # 94 MiB, each block too small for a mapping of its own
 kept, full = blocks[-1], resident()
@@ -176,6 +176,6 @@ print(full - held, held - resident())
 
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
 def test_where_memory_can_not_be_given_back_nothing_happens(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threads.sys, "platform", platform)
-    monkeypatch.setattr(threads.ctypes, "CDLL", lambda name: object())
+    monkeypatch.setattr(memory.sys, "platform", platform)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
     trim_heap()

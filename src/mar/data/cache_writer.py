@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mar.backends.cpu.threads import single_threaded_pool
+from mar.backends.cpu.memory import single_threaded_pool
 from mar.checkpoint.files import require_room
 from mar.config import ConfigError, to_dict
 from mar.data.fingerprint import source_digest

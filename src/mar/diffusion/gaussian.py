@@ -1,7 +1,7 @@
 """The Gaussian diffusion process of one token: forward (q), reverse (p), and the training loss.
 
-Source: DDPM (arXiv 2006.11239), improved DDPM (arXiv 2102.09672) for the learned variance and the hybrid loss; paper,
-section 3.2, equation 1. Letters of shapes: r rows (tokens), d values of a token.
+Source: DDPM (arXiv 2006.11239); improved DDPM (arXiv 2102.09672) for the learned variance and the hybrid loss; paper,
+section 3.2, equation 1. Letters of shapes: r rows (tokens), d values of a token, T timesteps.
 """
 
 from __future__ import annotations
@@ -16,37 +16,35 @@ from torch import Tensor
 from mar.config import Prediction
 from mar.diffusion.schedule import Schedule
 
-BIN = 1 / 255
-"""Half the width of a bin of the discretised Gaussian at the first timestep."""
+HALF_BIN = 1 / 255
+"""Half the width of a bin of the discretized Gaussian at the first timestep."""
 
 
 class Coefficients(NamedTuple):
-    """What a timestep t contributes to every formula; numbers for one step, (r, 1) tensors for mixed ones."""
+    """Coefficients of one timestep t: numbers, or (r, 1) tensors where every row has its own t."""
 
-    signal: Tensor | float
-    """sqrt(alpha-bar_t)"""
-    noise: Tensor | float
-    """sqrt(1 - alpha-bar_t)"""
-    per_signal: Tensor | float
-    """sqrt(1 / alpha-bar_t)"""
-    noise_per_signal: Tensor | float
-    """sqrt(1 / alpha-bar_t - 1)"""
-    mean_x0: Tensor | float
-    mean_xt: Tensor | float
+    sqrt_alphas_cumprod: Tensor | float
+    sqrt_one_minus_alphas_cumprod: Tensor | float
+    sqrt_recip_alphas_cumprod: Tensor | float
+    sqrt_recipm1_alphas_cumprod: Tensor | float
+    posterior_mean_coef1: Tensor | float
+    """Of x_0."""
+    posterior_mean_coef2: Tensor | float
+    """Of x_t."""
     log_beta: Tensor | float
     posterior_log_variance: Tensor | float
 
     @classmethod
     def table(cls, schedule: Schedule) -> Float[Tensor, "8 T"]:
-        """All coefficients of a schedule, float64, in the order of the fields."""
+        """Return all coefficients of a schedule, float64, in the order of the fields."""
         return torch.stack(
             [
                 schedule.alphas_cumprod.sqrt(),
                 (1 - schedule.alphas_cumprod).sqrt(),
                 (1 / schedule.alphas_cumprod).sqrt(),
                 (1 / schedule.alphas_cumprod - 1).sqrt(),
-                schedule.posterior_mean_x0,
-                schedule.posterior_mean_xt,
+                schedule.posterior_mean_coef1,
+                schedule.posterior_mean_coef2,
                 schedule.betas.log(),
                 schedule.posterior_log_variance,
             ]
@@ -54,12 +52,12 @@ class Coefficients(NamedTuple):
 
     @classmethod
     def at(cls, table: Float[Tensor, "8 T"], t: Int[Tensor, " r"]) -> Coefficients:
-        """The coefficients of each row's timestep, as (r, 1) tensors."""
+        """Return the coefficients of each row's timestep, as (r, 1) tensors."""
         return cls(*table[:, t].unsqueeze(-1))
 
 
 class PMeanVariance(NamedTuple):
-    """p(x_{t-1} | x_t): what the network says of the step before."""
+    """p(x_{t-1} | x_t), and the predicted x_0."""
 
     x0: Float[Tensor, "r d"]
     mean: Float[Tensor, "r d"]
@@ -67,8 +65,8 @@ class PMeanVariance(NamedTuple):
 
 
 def q_sample(x0: Float[Tensor, "r d"], noise: Float[Tensor, "r d"], c: Coefficients) -> Float[Tensor, "r d"]:
-    """x_t ~ q(x_t | x_0): DDPM, equation 4."""
-    return c.signal * x0 + c.noise * noise
+    """Draw x_t ~ q(x_t | x_0): DDPM, equation 4."""
+    return c.sqrt_alphas_cumprod * x0 + c.sqrt_one_minus_alphas_cumprod * noise
 
 
 def p_mean_variance(
@@ -78,47 +76,56 @@ def p_mean_variance(
     prediction: Prediction,
     x0_bound: float | None = None,
     *,
-    between: bool = False,
+    clamp_variance: bool = False,
 ) -> PMeanVariance:
-    """The reverse step from the network's output; `x0_bound` clips the predicted clean token, and `between` keeps the
-    variance between the two that it is interpolated from."""
-    predicted, variance = output.chunk(2, dim=-1)
+    """Compute mean and variance of p(x_{t-1} | x_t) from the network's output.
+
+    Args:
+        output: the prediction, then the variance values v.
+        x: x_t.
+        c: coefficients of t.
+        prediction: what the network predicts.
+        x0_bound: clips the predicted x_0 (None: no clipping).
+        clamp_variance: keep the variance between the posterior variance and beta.
+    """
+    predicted, v = output.chunk(2, dim=-1)
     x0 = predict_x0(predicted, x, c, prediction)
     if x0_bound is not None:
         x0 = x0.clamp(-x0_bound, x0_bound)
-    # improved DDPM, equation 15: between the posterior variance (v = -1) and beta (v = 1), in log space
-    fraction = (variance + 1) / 2
-    if between:
+    # improved DDPM, equation 15: from the posterior variance (v = -1) to beta (v = 1), in log space
+    fraction = (v + 1) / 2
+    if clamp_variance:
         fraction = fraction.clamp(0, 1)
     log_variance = fraction * c.log_beta + (1 - fraction) * c.posterior_log_variance
-    return PMeanVariance(x0, c.mean_x0 * x0 + c.mean_xt * x, log_variance)
+    return PMeanVariance(x0, c.posterior_mean_coef1 * x0 + c.posterior_mean_coef2 * x, log_variance)
 
 
 def predict_x0(
     predicted: Float[Tensor, "r d"], x: Float[Tensor, "r d"], c: Coefficients, prediction: Prediction
 ) -> Float[Tensor, "r d"]:
-    """x_0 from what the network predicts."""
+    """Compute x_0 from x_t and the network's prediction."""
     match prediction:
         case "noise":
-            # factors up to 20,000: roundings are made in the reference's order, or its numbers are not reached
-            return c.per_signal * x - c.noise_per_signal * predicted
+            # factors up to 20,000: only the reference's order of roundings reaches its numbers
+            return c.sqrt_recip_alphas_cumprod * x - c.sqrt_recipm1_alphas_cumprod * predicted
         case "v":
-            return c.signal * x - c.noise * predicted
+            return c.sqrt_alphas_cumprod * x - c.sqrt_one_minus_alphas_cumprod * predicted
         case "x0":
             return predicted
-        case "flow":  # x = signal x0 + noise (x0 + predicted)
-            return (x - c.noise * predicted) / (c.signal + c.noise)
+        case "flow":  # x_t = a x_0 + b (x_0 + flow), with a, b the factors of signal and noise
+            a, b = c.sqrt_alphas_cumprod, c.sqrt_one_minus_alphas_cumprod
+            return (x - b * predicted) / (a + b)
 
 
 def training_target(
     x0: Float[Tensor, "r d"], noise: Float[Tensor, "r d"], c: Coefficients, prediction: Prediction
 ) -> Float[Tensor, "r d"]:
-    """What the network is to predict."""
+    """Return what the network is trained to predict."""
     match prediction:
         case "noise":
             return noise
         case "v":
-            return c.signal * noise - c.noise * x0
+            return c.sqrt_alphas_cumprod * noise - c.sqrt_one_minus_alphas_cumprod * x0
         case "x0":
             return x0
         case "flow":
@@ -134,36 +141,47 @@ def diffusion_loss(
     c: Coefficients,
     prediction: Prediction,
 ) -> Float[Tensor, " r"]:
-    """The hybrid loss of each row: squared error + variational bound in bits, whose gradient trains the variance only.
+    """Compute the hybrid loss of each row: squared error + variational bound in bits.
 
-    `first` marks rows at timestep 0, where the bound is a likelihood. Source: improved DDPM, equation 16.
+    The bound's gradient trains the variance only. Source: improved DDPM, equation 16.
+
+    Args:
+        output: the network's, for x.
+        x0: clean tokens.
+        x: x_t of `q_sample`.
+        noise: the noise in x.
+        first: rows at timestep 0, where the bound is a negative log-likelihood.
+        c: coefficients of each row's timestep.
+        prediction: what the network predicts.
     """
-    error = (training_target(x0, noise, c, prediction) - output.chunk(2, dim=-1)[0]).square().mean(-1)
-    predicted, variance = output.chunk(2, dim=-1)
-    p = p_mean_variance(torch.cat([predicted.detach(), variance], dim=-1), x, c, prediction)
-    posterior_mean = c.mean_x0 * x0 + c.mean_xt * x
-    divergence = _normal_kl(posterior_mean, torch.as_tensor(c.posterior_log_variance), p.mean, p.log_variance)
-    likelihood = _discretized_log_likelihood(x0, p.mean, 0.5 * p.log_variance)
-    bound = torch.where(first, -likelihood.mean(-1), divergence.mean(-1))
+    # squared error of the prediction
+    predicted, v = output.chunk(2, dim=-1)
+    error = (training_target(x0, noise, c, prediction) - predicted).square().mean(-1)
+    # variational bound
+    p = p_mean_variance(torch.cat([predicted.detach(), v], dim=-1), x, c, prediction)
+    posterior_mean = c.posterior_mean_coef1 * x0 + c.posterior_mean_coef2 * x
+    kl = _normal_kl(posterior_mean, torch.as_tensor(c.posterior_log_variance), p.mean, p.log_variance)
+    log_likelihood = _discretized_log_likelihood(x0, p.mean, 0.5 * p.log_variance)
+    bound = torch.where(first, -log_likelihood.mean(-1), kl.mean(-1))
     return error + bound / math.log(2)
 
 
 def _normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N1 || N2), elementwise, in nats."""
+    """Compute KL(N1 || N2), elementwise, in nats."""
     ratio = (log_variance1 - log_variance2).exp()
     return 0.5 * (log_variance2 - log_variance1 - 1 + ratio + (mean1 - mean2).square() * (-log_variance2).exp())
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation of the standard normal's distribution function."""
+    """Approximate the standard normal's distribution function by tanh."""
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log-probability of the bin x +- 1/255 under N(mean, std), one-sided beyond +-0.999, in nats."""
+    """Compute the log-probability of the bin x +- 1/255 under N(mean, std), in nats; one-sided beyond +-0.999."""
     inverse_std = (-log_std).exp()
-    below = _normal_cdf(inverse_std * (x - mean + BIN))
-    above = _normal_cdf(inverse_std * (x - mean - BIN))
+    below = _normal_cdf(inverse_std * (x - mean + HALF_BIN))
+    above = _normal_cdf(inverse_std * (x - mean - HALF_BIN))
     floor = 1e-12
     inside = (below - above).clamp(min=floor).log()
     left = below.clamp(min=floor).log()

@@ -1,48 +1,114 @@
 """The diffusion head: a small MLP with adaptive layer norm that denoises one token, given its condition z.
 
-Source: paper, sections 3.2 and 4.1 ("Denoising MLP"). Letters of shapes: ... any leading dimensions, d values of
-a token, f width of z, w width of the head.
+Source: paper, sections 3.2 and 4.1 ("Denoising MLP"). Letters of shapes: ... any leading dimensions, d values of a
+token, f width of z, w width of the head; in sampling r rows (tokens to draw), s noises a token, t diffusion steps,
+g = r, or 2r with guidance; in training n images, m masked tokens, k timesteps a token.
 
-What does not depend on the noisy token is a call of its own: `condition` (from timestep and z) and `modulations`
-(shift, scale and gate of every layer, 62% of the arithmetic), so that a sampler computes them for many steps in one
-product.
+Shift, scale and gate of a layer depend on timestep and z but not on the noisy token, and are 62% of the arithmetic.
+They have a call of their own (`modulations`), so that a sampler computes them for many steps in one product.
 """
 
 from __future__ import annotations
 
 import math
-from typing import cast
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mar.config import HeadConfig
+from mar.config import HeadConfig, SamplingConfig
+from mar.diffusion.gaussian import Coefficients, diffusion_loss, q_sample
+from mar.diffusion.schedule import Schedule, respace, training_schedule
+from mar.diffusion.solvers import SOLVERS, num_noises
 from mar.nn import Linear, to_float32
 
-FREQUENCIES = 256
-"""Number of sinusoidal frequencies of a timestep."""
+NUM_FREQUENCIES = 256
 MAX_PERIOD = 10000
-"""Longest period of the sinusoids."""
 NORM_EPS = 1e-6
-"""Epsilon of the layer norms."""
+MODULATION_BYTES = 128 * 2**20
+"""Memory for shift, scale and gate of one chunk of diffusion steps."""
 
 Modulations = list[Tensor]
 """For each residual block (..., 3w): shift, scale and gate; for the last layer (..., 2w): shift and scale."""
 
 
+@runtime_checkable
+class TokenSampler(Protocol):
+    """A head as the sampler sees it; a backend may have one that is faster."""
+
+    token_width: int
+
+    def num_noises(self, steps: int, sampling: SamplingConfig) -> int:
+        """Return how many noises `sample` needs for a token."""
+        ...
+
+    def sample(self, z: Tensor, noise: Tensor, scale: Tensor | None, steps: int, sampling: SamplingConfig) -> Tensor:
+        """Draw tokens from noise, given z."""
+        ...
+
+
+@runtime_checkable
+class Head(TokenSampler, Protocol):
+    """A model of one token given its condition z, as MAR, the training loss and the optimizers see it."""
+
+    weight_decay: bool
+    """Whether weight decay applies to its weights."""
+
+    @property
+    def blocks(self) -> Iterable[nn.Module]:
+        """What is compiled, recomputed or quantized as one."""
+        ...
+
+    def init_weights(self) -> None:
+        """Draw the weights before training."""
+        ...
+
+    def loss(self, x0: Tensor, z: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
+        """Return the loss of every (timestep, noise) of every token."""
+        ...
+
+
+@runtime_checkable
+class DenoisingLayers(Protocol):
+    """The parts of a `DiffusionHead` that `CFGDenoiser` calls; a backend may have faster ones."""
+
+    config: HeadConfig
+
+    def embed_times(self, t: Tensor) -> Tensor:
+        """Embed timesteps."""
+        ...
+
+    def embed_conditions(self, z: Tensor) -> Tensor:
+        """Embed z."""
+        ...
+
+    def embed_tokens(self, x: Tensor) -> Tensor:
+        """Embed noisy tokens."""
+        ...
+
+    def modulations(self, condition: Tensor) -> Modulations:
+        """Compute shift, scale and gate of every layer."""
+        ...
+
+    def denoise_embedded(self, h: Tensor, modulations: Modulations) -> Tensor:
+        """Run the residual blocks and the last layer on embedded tokens."""
+        ...
+
+
 class TimeEmbedding(nn.Module):
-    """Timestep numbers -> (..., w): sinusoids, cos then sin, and a two-layer MLP."""
+    """Timesteps -> (..., w): sinusoids, cos then sin, and a two-layer MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.fc1 = Linear(FREQUENCIES, width)
+        self.fc1 = Linear(NUM_FREQUENCIES, width)
         self.fc2 = Linear(width, width)
 
     def forward(self, t: Int[Tensor, "..."]) -> Float[Tensor, "... w"]:
-        """Embed timestep numbers."""
-        half = FREQUENCIES // 2
+        half = NUM_FREQUENCIES // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float().unsqueeze(-1) * torch.exp(-math.log(MAX_PERIOD) * exponents)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.fc1.weight.dtype)
@@ -58,14 +124,13 @@ class ResidualBlock(nn.Module):
         self.norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.fc1 = Linear(width, width)
         self.fc2 = Linear(width, width)
-        self.modulation = Linear(width, 3 * width)
+        self.modulation = Linear(width, 3 * width, splits=3)
 
     def forward(self, x: Float[Tensor, "... w"], condition: Float[Tensor, "... w"]) -> Float[Tensor, "... w"]:
-        """Apply the block, modulated by the condition."""
         return self.modulated(x, self.modulation(condition))
 
     def modulated(self, x: Float[Tensor, "... w"], modulation: Float[Tensor, "... three_w"]) -> Float[Tensor, "... w"]:
-        """The block with its shift, scale and gate already computed."""
+        """Run the block with a given shift, scale and gate."""
         shift, scale, gate = modulation.chunk(3, dim=-1)
         hidden = functional.silu(self.fc1(self.norm(x) * (1 + scale) + shift))
         return x + gate * self.fc2(hidden)
@@ -73,6 +138,8 @@ class ResidualBlock(nn.Module):
 
 class DiffusionHead(nn.Module):
     """Noisy token, timestep and z -> prediction and variance value: (..., 2d)."""
+
+    weight_decay = False  # as in the reference
 
     def __init__(self, token_width: int, z_width: int, config: HeadConfig) -> None:
         super().__init__()
@@ -84,10 +151,10 @@ class DiffusionHead(nn.Module):
         self.blocks = nn.ModuleList(ResidualBlock(config.width) for _ in range(config.depth))
         self.final_modulation = Linear(config.width, 2 * config.width)
         self.output = Linear(config.width, 2 * token_width)
-        self.initialise()
+        self.init_weights()
 
-    def initialise(self) -> None:
-        """Every block starts as the identity and the output at zero."""
+    def init_weights(self) -> None:
+        """Draw the weights so that every block starts as the identity and the output at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -100,15 +167,17 @@ class DiffusionHead(nn.Module):
     def forward(
         self, x: Float[Tensor, "... d"], t: Int[Tensor, "..."], z: Float[Tensor, "... f"]
     ) -> Float[Tensor, "... two_d"]:
-        """The whole network at once, as in training; `t` are timestep numbers of the trained schedule."""
+        """Run the whole network at once, as in training; `t` are timesteps of the training schedule."""
         condition = self.condition(self.embed_times(t), self.embed_conditions(z))
         h = self.embed_tokens(x)
         for block in self.blocks:
             h = block(h, condition)
         return self.final(h, self.final_modulation(condition))
 
+    # ---- its parts
+
     def embed_times(self, t: Int[Tensor, "..."]) -> Float[Tensor, "... w"]:
-        """Time embeddings; where there are more rows than timesteps, each timestep is embedded once."""
+        """Embed timesteps; each once, where there are more rows than timesteps."""
         steps = self.config.diffusion_steps
         if t.numel() <= steps:
             embedded: Tensor = self.time_embed(t)
@@ -117,36 +186,159 @@ class DiffusionHead(nn.Module):
         return functional.embedding(t, table)
 
     def embed_conditions(self, z: Float[Tensor, "... f"]) -> Float[Tensor, "... w"]:
-        """z as the modulations take it."""
+        """Embed z."""
         embedded: Tensor = self.z_embed(z)
         return embedded
 
     def embed_tokens(self, x: Float[Tensor, "... d"]) -> Float[Tensor, "... w"]:
-        """Noisy tokens as the first block takes them."""
+        """Embed noisy tokens."""
         return to_float32(self.input(x))
 
     @staticmethod
     def condition(time: Float[Tensor, "... w"], z: Float[Tensor, "... w"]) -> Float[Tensor, "... w"]:
-        """What the modulations are computed from: SiLU(time + z), both already embedded."""
+        """Return SiLU(time + z) of embedded timesteps and conditions: the input of all modulations."""
         return functional.silu(time + z)
 
     def modulations(self, condition: Float[Tensor, "... w"]) -> Modulations:
-        """Shift, scale and gate of every layer."""
+        """Compute shift, scale and gate of every layer."""
         return [layer(condition) for layer in self.modulation_layers()]
 
     def modulation_layers(self) -> list[nn.Module]:
-        """The linear layers that compute them: of each block, and the last."""
+        """Return the linear layers of the modulations: of each block, and the last."""
         return [*(cast(ResidualBlock, block).modulation for block in self.blocks), self.final_modulation]
 
     def denoise_embedded(self, h: Float[Tensor, "... w"], modulations: Modulations) -> Float[Tensor, "... two_d"]:
-        """The part that depends on noisy tokens, embedded already: callers run one x under several conditions."""
+        """Run the residual blocks and the last layer on embedded tokens."""
         for block, modulation in zip(self.blocks, modulations, strict=False):
             h = cast(ResidualBlock, block).modulated(h, modulation)
         return self.final(h, modulations[-1])
 
     def final(self, h: Float[Tensor, "... w"], modulation: Float[Tensor, "... two_w"]) -> Float[Tensor, "... two_d"]:
-        """The last layer."""
+        """Run the last layer."""
         shift, scale = modulation.chunk(2, dim=-1)
         h = functional.layer_norm(h, h.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
-        out: Tensor = self.output(h)
-        return to_float32(out)
+        return to_float32(self.output(h))
+
+    # ---- training and sampling
+
+    def loss(
+        self,
+        x0: Float[Tensor, "n m d"],
+        z: Float[Tensor, "n m f"],
+        timestep: Int[Tensor, "k n m"],
+        noise: Float[Tensor, "k n m d"],
+    ) -> Float[Tensor, " rows"]:
+        """Return the diffusion loss of every (timestep, noise) of every token (paper, equation 1).
+
+        Args:
+            x0: clean tokens.
+            z: their conditions.
+            timestep: timesteps of the training schedule, k for each token.
+            noise: standard normal noise for each timestep.
+        """
+        c = Coefficients.at(_training_coefficients(self.config, x0.device), timestep.flatten())
+        x0, noise = x0.expand_as(noise).flatten(0, -2), noise.flatten(0, -2)
+        x = q_sample(x0, noise, c)
+        output = self(x.view(*timestep.shape, -1), timestep, z).flatten(0, -2)
+        return diffusion_loss(output, x0, x, noise, timestep.flatten() == 0, c, self.config.prediction)
+
+    def schedule(self, steps: int, sampling: SamplingConfig, device: torch.device) -> Schedule:
+        """Return the training schedule respaced to `steps`, its timesteps on `device`."""
+        return _respaced(self.config, steps, sampling.spacing, sampling.noisiest, device)
+
+    def num_noises(self, steps: int, sampling: SamplingConfig) -> int:
+        """Return how many noises `sample` needs for a token: one, or one a diffusion step."""
+        return num_noises(sampling.solver, steps)
+
+    def sample(
+        self,
+        z: Float[Tensor, "g f"],
+        noise: Float[Tensor, "s r d"],
+        scale: Float[Tensor, "r 1"] | None,
+        steps: int,
+        sampling: SamplingConfig,
+    ) -> Float[Tensor, "r d"]:
+        """Draw tokens by the solver of `sampling`, in `steps` diffusion steps.
+
+        Args:
+            z: the condition of each row; with a `scale` followed by the unconditional one of each row.
+            noise: `num_noises` standard normal noises of each row.
+            scale: guidance scale of each row (None: no guidance).
+            steps: number of diffusion steps.
+            sampling: solver, spacing of the timesteps, temperature and bound of x_0.
+        """
+        schedule = DiffusionHead.schedule(self, steps, sampling, z.device)
+        return SOLVERS[sampling.solver](
+            CFGDenoiser(self, z, schedule.timesteps, scale),
+            noise,
+            schedule,
+            self.config.prediction,
+            temperature=sampling.temperature,
+            x0_bound=sampling.x0_bound,
+        )
+
+
+class CFGDenoiser:
+    """The head under classifier-free guidance: (x (r, d), index of the diffusion step) -> output (r, 2d).
+
+    With a `scale`, `z` holds the rows' conditions and then their unconditional ones. Both are evaluated at the same x;
+    the prediction is uncond + scale (cond - uncond), and the variance is the conditional one (paper, appendix B).
+    """
+
+    def __init__(
+        self,
+        head: DenoisingLayers,
+        z: Float[Tensor, "g f"],
+        timesteps: Int[Tensor, " t"],
+        scale: Float[Tensor, "r 1"] | None = None,
+        budget: int = MODULATION_BYTES,
+    ) -> None:
+        self.head = head
+        self.scale = scale
+        self.times = head.embed_times(timesteps.to(z.device))
+        self.z = head.embed_conditions(z)
+        width, depth = head.config.width, head.config.depth
+        step_bytes = len(z) * width * (3 * depth + 2) * self.z.element_size()
+        self.chunk_steps = max(1, budget // max(step_bytes, 1))
+        self.first = self.end = 0  # `cached` holds the modulations of steps [first, end)
+        self.cached: Modulations = []
+
+    def modulations(self, index: int) -> Modulations:
+        """Return those of one diffusion step, computed in chunks; steps come from last to first."""
+        if not self.first <= index < self.end:
+            self.first, self.end = max(0, index + 1 - self.chunk_steps), index + 1
+            times = self.times[self.first : self.end]
+            self.cached = []  # frees the last chunk before the next is made
+            self.cached = self.head.modulations(DiffusionHead.condition(times.unsqueeze(1), self.z.unsqueeze(0)))
+        return [layer[index - self.first] for layer in self.cached]
+
+    def __call__(self, x: Float[Tensor, "r d"], index: int) -> Float[Tensor, "r two_d"]:
+        """Evaluate the head at x."""
+        embedded = self.head.embed_tokens(x)
+        if self.scale is None:
+            return self.head.denoise_embedded(embedded, self.modulations(index))
+        output = self.head.denoise_embedded(torch.cat([embedded, embedded]), self.modulations(index))
+        conditional, unconditional = output.chunk(2)
+        cond, variance = conditional.chunk(2, dim=-1)
+        uncond = unconditional[:, : cond.shape[-1]]
+        return torch.cat([uncond + self.scale * (cond - uncond), variance], dim=-1)
+
+
+HEADS: dict[type[HeadConfig], type[nn.Module]] = {HeadConfig: DiffusionHead}
+"""The head of each kind of configuration. A new head is a class that fulfils `Head`, and a line here."""
+
+
+def build_head(token_width: int, z_width: int, config: HeadConfig) -> DiffusionHead:
+    """Create the head of a configuration, for tokens of `token_width` values and z of `z_width` features."""
+    return cast(DiffusionHead, HEADS[type(config)](token_width, z_width, config))
+
+
+@lru_cache(maxsize=16)
+def _training_coefficients(config: HeadConfig, device: torch.device) -> Float[Tensor, "8 T"]:
+    return Coefficients.table(training_schedule(config)).float().to(device)
+
+
+@lru_cache(maxsize=256)
+def _respaced(config: HeadConfig, steps: int, spacing: str, start_t: float, device: torch.device) -> Schedule:
+    schedule = respace(training_schedule(config), steps, spacing, start_t)  # type: ignore[arg-type]
+    return Schedule(schedule.betas, schedule.timesteps.to(device))

@@ -1,7 +1,8 @@
 """The noise schedule of the diffusion head, in float64: cosine betas or a linear path, respaced to fewer steps.
 
-Source: improved DDPM (arXiv 2102.09672), equations 17 and 10 (posterior variance); the paper's section 4.1. Spacing by
+Source: improved DDPM (arXiv 2102.09672), equations 17 and 10 (posterior variance); paper, section 4.1. Spacing by
 log-SNR: DPM-Solver (arXiv 2206.00927), section 3. The linear path: flow matching (arXiv 2210.02747), example II.
+Letters of shapes: T timesteps.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ MAX_BETA = 0.999
 
 @dataclass(frozen=True)
 class Schedule:
-    """Betas of a diffusion process of T steps and, for each, the timestep number that the network was trained with."""
+    """Betas of a diffusion process of T steps."""
 
     betas: Float[Tensor, " T"]
     timesteps: Int[Tensor, " T"]
+    """For each step the timestep of the training schedule, which the network receives."""
 
     def __len__(self) -> int:
         return len(self.betas)
@@ -42,7 +44,7 @@ class Schedule:
 
     @cached_property
     def log_snr(self) -> Float[Tensor, " T"]:
-        """lambda_t = log(sqrt(alpha-bar_t) / sqrt(1 - alpha-bar_t)): falls with t; half the logarithm of the SNR."""
+        """lambda_t = log(sqrt(alpha-bar_t) / sqrt(1 - alpha-bar_t)), half the logarithm of the SNR; falls with t."""
         return 0.5 * (self.alphas_cumprod.log() - (-self.alphas_cumprod).log1p())
 
     @cached_property
@@ -52,24 +54,29 @@ class Schedule:
 
     @cached_property
     def posterior_log_variance(self) -> Float[Tensor, " T"]:
-        """Its logarithm, where the first step, whose variance is 0, takes the second's value."""
+        """Its logarithm; the first step, whose variance is 0, takes the second's value."""
         variance = self.posterior_variance.clone()
         variance[0] = variance[1] if len(variance) > 1 else self.betas[0]
         return variance.log()
 
     @cached_property
-    def posterior_mean_x0(self) -> Float[Tensor, " T"]:
+    def posterior_mean_coef1(self) -> Float[Tensor, " T"]:
         """Coefficient of x_0 in the mean of q(x_{t-1} | x_t, x_0)."""
         return self.betas * self.alphas_cumprod_prev.sqrt() / (1 - self.alphas_cumprod)
 
     @cached_property
-    def posterior_mean_xt(self) -> Float[Tensor, " T"]:
+    def posterior_mean_coef2(self) -> Float[Tensor, " T"]:
         """Coefficient of x_t in the mean of q(x_{t-1} | x_t, x_0)."""
         return (1 - self.alphas_cumprod_prev) * (1 - self.betas).sqrt() / (1 - self.alphas_cumprod)
 
 
+def training_schedule(head: HeadConfig) -> Schedule:
+    """Return the schedule that a head is trained on."""
+    return (cosine if head.path == "cosine" else linear)(head.diffusion_steps)
+
+
 def cosine(steps: int) -> Schedule:
-    """beta_t = 1 - f((t+1)/T) / f(t/T), f(u) = cos^2(pi/2 (u + 0.008) / 1.008), at most 0.999."""
+    """Return beta_t = 1 - f((t+1)/T) / f(t/T), f(u) = cos^2(pi/2 (u + 0.008) / 1.008), at most 0.999."""
 
     def f(u: float) -> float:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -79,43 +86,41 @@ def cosine(steps: int) -> Schedule:
 
 
 def linear(steps: int) -> Schedule:
-    """The path (1 - u) x_0 + u noise, u = (t + 1/2) / T, of flow matching, divided by its standard deviation.
+    """Return the path (1 - u) x_0 + u noise of flow matching, u = (t + 1/2) / T, divided by its standard deviation.
 
-    Divided, it is a process like the other one, of the same signal-to-noise ratio at every t: sum of squares 1.
+    The division makes it variance preserving; the signal-to-noise ratio at every t stays the same.
     """
     u = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
-    return _from_alphas((1 - u).square() / ((1 - u).square() + u.square()), torch.arange(steps))
+    return _from_alphas_cumprod((1 - u).square() / ((1 - u).square() + u.square()), torch.arange(steps))
 
 
-def training_schedule(head: HeadConfig) -> Schedule:
-    """The schedule that a head is trained on."""
-    return (cosine if head.path == "cosine" else linear)(head.diffusion_steps)
+def respace(schedule: Schedule, steps: int, spacing: TimestepSpacing = "time", start_t: float = 1.0) -> Schedule:
+    """Return `steps` timesteps of a longer schedule, with the same alpha-bar.
 
-
-def _from_alphas(alphas_cumprod: Float[Tensor, " T"], timesteps: Int[Tensor, " T"]) -> Schedule:
-    previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-    return Schedule(1 - alphas_cumprod / previous, timesteps)
-
-
-def respace(schedule: Schedule, steps: int, spacing: TimestepSpacing = "time", noisiest: float = 1.0) -> Schedule:
-    """The schedule of `steps` timesteps of a longer one, with the same alpha-bar.
-
-    They reach from its first to the share `noisiest` of its length (a single step is that last one), evenly in time or
-    in log-SNR. ValueError for more steps than there are timesteps.
+    Args:
+        schedule: the training schedule.
+        steps: a single step is the noisiest one. Raises ValueError for more than there are timesteps.
+        spacing: evenly in time or in log-SNR.
+        start_t: the noisiest timestep, as a share of the length of `schedule`.
     """
-    last = last_timestep(len(schedule), noisiest)
+    last = last_timestep(len(schedule), start_t)
     if not 1 <= steps <= last + 1:
-        reach = f"the timesteps up to the share {noisiest} of the trained schedule's {len(schedule)}"
-        raise ValueError(f"diffusion steps: got {steps}, expected 1 to {last + 1}, {reach}")
+        available = f"the timesteps up to the share {start_t} of the trained schedule's {len(schedule)}"
+        raise ValueError(f"diffusion steps: got {steps}, expected 1 to {last + 1}, {available}")
     if steps == len(schedule):
         return schedule
     kept = torch.tensor([last]) if steps == 1 else _SPACINGS[spacing](schedule, steps, last)
-    return _from_alphas(schedule.alphas_cumprod[kept], schedule.timesteps[kept])
+    return _from_alphas_cumprod(schedule.alphas_cumprod[kept], schedule.timesteps[kept])
 
 
-def last_timestep(length: int, noisiest: float) -> int:
-    """The noisiest timestep that is used, of a schedule of `length` steps counted from 0."""
-    return round(noisiest * (length - 1))
+def last_timestep(length: int, start_t: float) -> int:
+    """Return the noisiest timestep in use, of a schedule of `length` steps counted from 0."""
+    return round(start_t * (length - 1))
+
+
+def _from_alphas_cumprod(alphas_cumprod: Float[Tensor, " T"], timesteps: Int[Tensor, " T"]) -> Schedule:
+    previous = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    return Schedule(1 - alphas_cumprod / previous, timesteps)
 
 
 def _evenly_in_time(schedule: Schedule, steps: int, last: int) -> Int[Tensor, " steps"]:
@@ -124,10 +129,10 @@ def _evenly_in_time(schedule: Schedule, steps: int, last: int) -> Int[Tensor, " 
 
 
 def _evenly_in_log_snr(schedule: Schedule, steps: int, last: int) -> Int[Tensor, " steps"]:
-    """The timesteps nearest to even steps of log-SNR, each taken once: neighbours move up, or down at the noisy end."""
+    """Return the timesteps nearest to even steps of log-SNR, each once: neighbors move up, or down at the noisy end."""
     log_snr = schedule.log_snr[: last + 1]
-    wanted = torch.linspace(float(log_snr[0]), float(log_snr[-1]), steps, dtype=torch.float64)
-    nearest = (log_snr - wanted.unsqueeze(1)).abs().argmin(1)
+    even = torch.linspace(float(log_snr[0]), float(log_snr[-1]), steps, dtype=torch.float64)
+    nearest = (log_snr - even.unsqueeze(1)).abs().argmin(1)
     place = torch.arange(steps)
     distinct = (nearest - place).cummax(0).values + place
     return torch.minimum(distinct, last - place.flip(0))

@@ -1,14 +1,13 @@
-"""Samplers of the diffusion head: each a pure function from noise to tokens, given a network.
+"""Samplers of the diffusion head: each a pure function from noise to tokens, given a denoiser.
 
-`ancestral` and `dpm++2m-sde` draw noise at every step. The others follow the probability flow, an ordinary differential
-equation with the same marginals (arXiv 2011.13456, section 4.3), and depend on the noise they start from alone. With
-alpha and sigma the factors of signal and noise, lambda = log(alpha / sigma), and h the step in lambda from s to t, it
-is solved by
+`ancestral` and `dpm++2m-sde` add noise at every step. The others follow the probability flow, an ordinary differential
+equation with the same marginals (arXiv 2011.13456, section 4.3), and depend on the first noise alone. With alpha and
+sigma the factors of signal and noise, lambda = log(alpha / sigma) and h the step in lambda from s to t, it is solved by
 
     x_t = sigma_t / sigma_s x_s - alpha_t (e^-h - 1) D,    D: x_0, averaged over the step
 
-and they differ in D. Each asks the network once at every timestep of the schedule, the noisiest first, and ends with
-the x_0 that it sees at the last. Letters of shapes: s diffusion steps, r rows (tokens), d values of a token.
+and the solvers differ in D. Each evaluates the denoiser once at every timestep of the schedule, the noisiest first, and
+returns the x_0 predicted at the last. Letters of shapes: s noises, r rows (tokens), d values of a token.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from mar.diffusion.gaussian import Coefficients, p_mean_variance, predict_x0
 from mar.diffusion.schedule import Schedule
 
 Denoiser = Callable[[Tensor, int], Tensor]
-"""(x (r, d), index of the step in the schedule) -> output (r, 2d)."""
+"""(x (r, d), index of the step in the schedule) -> output (r, 2d): prediction and variance values."""
 
 
 def ancestral(
-    network: Denoiser,
+    denoiser: Denoiser,
     noise: Float[Tensor, "s r d"],
     schedule: Schedule,
     prediction: Prediction = "noise",
@@ -36,28 +35,32 @@ def ancestral(
     temperature: float = 1.0,
     x0_bound: float | None = None,
 ) -> Float[Tensor, "r d"]:
-    """DDPM's algorithm 2: from noise[0] to clean tokens, with noise[j] added after the j-th step.
+    """Sample by DDPM's algorithm 2: from noise[0], with noise[j] added after the j-th step.
 
-    The temperature is the factor of the noise of each step (paper, section 3.2), not of the first noise. Where x_0 is
-    predicted, its error at little noise is far beyond the variances of single steps, and the learned one grows out of
-    its range to account for it: what was learned of a thousand small steps would be extrapolated to few large ones.
+    Args:
+        denoiser: the network.
+        noise: one for each step of the schedule.
+        schedule: the timesteps.
+        prediction: what the network predicts. For x0, the learned variance is kept in its range: it was trained on
+            small steps, where it grows out of its range to account for errors of x_0 (docs/decisions).
+        temperature: factor of the noise of each step (paper, section 3.2), not of the first noise.
+        x0_bound: clips the predicted x_0.
     """
     coefficients = Coefficients.table(schedule).T.tolist()
-    between = prediction == "x0"
+    clamp_variance = prediction == "x0"
     x = noise[0]
-    for drawn, index in enumerate(reversed(range(len(schedule))), start=1):
-        p = p_mean_variance(
-            network(x, index), x, Coefficients(*coefficients[index]), prediction, x0_bound, between=between
-        )
+    for j, index in enumerate(reversed(range(len(schedule))), start=1):
+        output, c = denoiser(x, index), Coefficients(*coefficients[index])
+        p = p_mean_variance(output, x, c, prediction, x0_bound, clamp_variance=clamp_variance)
         x = p.mean
         if index > 0:
-            # The reference's order of roundings: what is one rounding here may be a tenth of a deviation at the end.
-            x = x + (0.5 * p.log_variance).exp() * noise[drawn] * temperature
+            # The reference's order of roundings: one rounding here may be a tenth of a standard deviation at the end.
+            x = x + (0.5 * p.log_variance).exp() * noise[j] * temperature
     return x
 
 
 def ddim(
-    network: Denoiser,
+    denoiser: Denoiser,
     noise: Float[Tensor, "s r d"],
     schedule: Schedule,
     prediction: Prediction = "noise",
@@ -65,20 +68,20 @@ def ddim(
     temperature: float = 1.0,
     x0_bound: float | None = None,
 ) -> Float[Tensor, "r d"]:
-    """DDIM without noise (arXiv 2010.02502, equation 12 with eta = 0): D is the step's first x_0. Of first order.
+    """Sample by DDIM without noise (arXiv 2010.02502, equation 12, eta = 0): D is the step's first x_0. Order 1.
 
-    Only noise[0] is read, and the temperature is its factor: with a perfect network of a Gaussian, that of the standard
-    deviation of what is drawn.
+    Args: as for `ancestral`, but only noise[0] is read, and the temperature is its factor. With a perfect denoiser of a
+        Gaussian it scales the standard deviation of the samples.
     """
-    flow = _Integrator(network, schedule, prediction, x0_bound)
+    integrator = _Integrator(denoiser, schedule, prediction, x0_bound)
     x = temperature * noise[0]
     for index in reversed(range(1, len(schedule))):
-        x = flow.step(x, flow.predict_x0(x, index), index, index - 1)
-    return flow.predict_x0(x, 0)
+        x = integrator.step(x, integrator.predict_x0(x, index), index, index - 1)
+    return integrator.predict_x0(x, 0)
 
 
 def dpm_2m(
-    network: Denoiser,
+    denoiser: Denoiser,
     noise: Float[Tensor, "s r d"],
     schedule: Schedule,
     prediction: Prediction = "noise",
@@ -86,22 +89,22 @@ def dpm_2m(
     temperature: float = 1.0,
     x0_bound: float | None = None,
 ) -> Float[Tensor, "r d"]:
-    """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): D is extrapolated from this and the last x_0. Of second order.
+    """Sample by DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): D extrapolates x_0 from two steps. Order 2.
 
-    Noise and temperature as in `ddim`, which the first step is.
+    Args: as for `ddim`.
     """
-    flow = _Integrator(network, schedule, prediction, x0_bound)
+    integrator = _Integrator(denoiser, schedule, prediction, x0_bound)
     x = temperature * noise[0]
-    before: Tensor | None = None
+    prev_x0: Tensor | None = None
     for index in reversed(range(1, len(schedule))):
-        x0 = flow.predict_x0(x, index)
-        x = flow.step(x, flow.extrapolated(x0, before, index), index, index - 1)
-        before = x0
-    return flow.predict_x0(x, 0)
+        x0 = integrator.predict_x0(x, index)
+        x = integrator.step(x, integrator.extrapolate(x0, prev_x0, index), index, index - 1)
+        prev_x0 = x0
+    return integrator.predict_x0(x, 0)
 
 
 def dpm_2m_sde(
-    network: Denoiser,
+    denoiser: Denoiser,
     noise: Float[Tensor, "s r d"],
     schedule: Schedule,
     prediction: Prediction = "noise",
@@ -109,23 +112,26 @@ def dpm_2m_sde(
     temperature: float = 1.0,
     x0_bound: float | None = None,
 ) -> Float[Tensor, "r d"]:
-    """SDE-DPM-Solver++(2M) (arXiv 2211.01095, section 5): D as in `dpm_2m`, and noise[j] comes in at the j-th step.
+    """Sample by SDE-DPM-Solver++(2M) (arXiv 2211.01095, section 5): D as in `dpm_2m`, noise[j] at the j-th step.
 
-    What it follows is the process that `ancestral` follows, whose noise mends the errors of earlier steps; of second
-    order for the mean and the deviation of what is drawn. The temperature is that of `ancestral`.
+    It follows the process of `ancestral`, whose noise corrects errors of earlier steps. Mean and standard deviation of
+    the samples are of order 2.
+
+    Args: as for `ancestral`.
     """
-    process = _Integrator(network, schedule, prediction, x0_bound)
+    integrator = _Integrator(denoiser, schedule, prediction, x0_bound)
     x = noise[0]
-    before: Tensor | None = None
-    for drawn, index in enumerate(reversed(range(1, len(schedule))), start=1):
-        x0 = process.predict_x0(x, index)
-        x = process.noisy_step(x, process.extrapolated(x0, before, index), index, index - 1, temperature * noise[drawn])
-        before = x0
-    return process.predict_x0(x, 0)
+    prev_x0: Tensor | None = None
+    for j, index in enumerate(reversed(range(1, len(schedule))), start=1):
+        x0 = integrator.predict_x0(x, index)
+        average = integrator.extrapolate(x0, prev_x0, index)
+        x = integrator.noisy_step(x, average, index, index - 1, temperature * noise[j])
+        prev_x0 = x0
+    return integrator.predict_x0(x, 0)
 
 
 def dpm_2s(
-    network: Denoiser,
+    denoiser: Denoiser,
     noise: Float[Tensor, "s r d"],
     schedule: Schedule,
     prediction: Prediction = "noise",
@@ -133,49 +139,53 @@ def dpm_2s(
     temperature: float = 1.0,
     x0_bound: float | None = None,
 ) -> Float[Tensor, "r d"]:
-    """DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1): D from the step's start and a point within. Of second order.
+    """Sample by DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1): D from the step's start and a midpoint. Order 2.
 
-    A step covers two intervals of the schedule, whose middle timestep is that point; an interval left over at the end
-    is a step of `ddim`. Noise and temperature as there.
+    A step covers two intervals of the schedule, whose middle timestep is the midpoint. An interval left over at the end
+    is a step of `ddim`.
+
+    Args: as for `ddim`.
     """
-    flow = _Integrator(network, schedule, prediction, x0_bound)
+    integrator = _Integrator(denoiser, schedule, prediction, x0_bound)
     x = temperature * noise[0]
     index = len(schedule) - 1
     while index > 0:
-        x0 = flow.predict_x0(x, index)
+        x0 = integrator.predict_x0(x, index)
         if index == 1:
-            x, index = flow.step(x, x0, 1, 0), 0
+            x, index = integrator.step(x, x0, 1, 0), 0
             continue
-        within = flow.predict_x0(flow.step(x, x0, index, index - 1), index - 1)
-        weight = 0.5 * flow.h(index, index - 2) / flow.h(index, index - 1)
-        x, index = flow.step(x, x0 + weight * (within - x0), index, index - 2), index - 2
-    return flow.predict_x0(x, 0)
+        midpoint_x0 = integrator.predict_x0(integrator.step(x, x0, index, index - 1), index - 1)
+        weight = 0.5 * integrator.h(index, index - 2) / integrator.h(index, index - 1)
+        x, index = integrator.step(x, x0 + weight * (midpoint_x0 - x0), index, index - 2), index - 2
+    return integrator.predict_x0(x, 0)
 
 
 class _Integrator:
-    """What the solvers but `ancestral` share, which are exponential integrators: x_0, and a step between timesteps."""
+    """Exponential integrator of the probability flow: x_0, and steps between timesteps."""
 
-    def __init__(self, network: Denoiser, schedule: Schedule, prediction: Prediction, x0_bound: float | None) -> None:
-        self.network, self.prediction, self.x0_bound = network, prediction, x0_bound
-        self.at = [Coefficients(*column) for column in Coefficients.table(schedule).T.tolist()]
-        self.log_snr = [math.log(c.signal / c.noise) for c in self.at]
+    def __init__(self, denoiser: Denoiser, schedule: Schedule, prediction: Prediction, x0_bound: float | None) -> None:
+        self.denoiser, self.prediction, self.x0_bound = denoiser, prediction, x0_bound
+        self.coefficients = [Coefficients(*column) for column in Coefficients.table(schedule).T.tolist()]
+        self.alpha = [float(c.sqrt_alphas_cumprod) for c in self.coefficients]
+        self.sigma = [float(c.sqrt_one_minus_alphas_cumprod) for c in self.coefficients]
+        self.log_snr = [math.log(alpha / sigma) for alpha, sigma in zip(self.alpha, self.sigma, strict=True)]
 
     def predict_x0(self, x: Float[Tensor, "r d"], index: int) -> Float[Tensor, "r d"]:
-        """x_0 as the network sees it at this timestep."""
-        predicted, _ = self.network(x, index).chunk(2, dim=-1)
-        x0 = predict_x0(predicted, x, self.at[index], self.prediction)
+        """Evaluate the denoiser at a timestep."""
+        predicted, _ = self.denoiser(x, index).chunk(2, dim=-1)
+        x0 = predict_x0(predicted, x, self.coefficients[index], self.prediction)
         return x0 if self.x0_bound is None else x0.clamp(-self.x0_bound, self.x0_bound)
 
     def h(self, start: int, end: int) -> float:
-        """The step in lambda."""
+        """Return the step in lambda."""
         return self.log_snr[end] - self.log_snr[start]
 
     def step(
         self, x: Float[Tensor, "r d"], average: Float[Tensor, "r d"], start: int, end: int
     ) -> Float[Tensor, "r d"]:
-        """x at `end` from x at `start`, given the average D of x_0."""
-        noise = self.at[end].noise / self.at[start].noise
-        return noise * x - self.at[end].signal * math.expm1(-self.h(start, end)) * average
+        """Return x at timestep `end` from x at `start`, given D, the `average` of x_0."""
+        ratio = self.sigma[end] / self.sigma[start]
+        return ratio * x - self.alpha[end] * math.expm1(-self.h(start, end)) * average
 
     def noisy_step(
         self,
@@ -185,23 +195,23 @@ class _Integrator:
         end: int,
         noise: Float[Tensor, "r d"],
     ) -> Float[Tensor, "r d"]:
-        """The same along the process with noise: what is left of x shrinks by e^-h more, and noise takes its place."""
+        """Return x at `end` along the noisy process: x shrinks by e^-h more, and `noise` takes its place."""
         h = self.h(start, end)
-        kept = self.at[end].noise / self.at[start].noise * math.exp(-h)
-        gone = -math.expm1(-2 * h)
-        return kept * x + self.at[end].signal * gone * average + self.at[end].noise * math.sqrt(gone) * noise
+        kept = self.sigma[end] / self.sigma[start] * math.exp(-h)
+        replaced = -math.expm1(-2 * h)
+        return kept * x + self.alpha[end] * replaced * average + self.sigma[end] * math.sqrt(replaced) * noise
 
-    def extrapolated(
-        self, x0: Float[Tensor, "r d"], before: Float[Tensor, "r d"] | None, index: int
+    def extrapolate(
+        self, x0: Float[Tensor, "r d"], prev_x0: Float[Tensor, "r d"] | None, index: int
     ) -> Float[Tensor, "r d"]:
-        """x_0 as it will be half a step after `index`, by its change since the step `before`; at first, as it is."""
-        if before is None:
+        """Extrapolate x_0 to half a step after `index` from the step before (None, in the first: x_0 itself)."""
+        if prev_x0 is None:
             return x0
-        return x0 + 0.5 * self.h(index, index - 1) / self.h(index + 1, index) * (x0 - before)
+        return x0 + 0.5 * self.h(index, index - 1) / self.h(index + 1, index) * (x0 - prev_x0)
 
 
 Sampler = Callable[..., Tensor]
-"""(network, noise, schedule, prediction, temperature=..., x0_bound=...) -> tokens (r, d)."""
+"""(denoiser, noise, schedule, prediction, temperature=..., x0_bound=...) -> tokens (r, d)."""
 
 SOLVERS: dict[Solver, Sampler] = {
     "ancestral": ancestral,
@@ -212,9 +222,9 @@ SOLVERS: dict[Solver, Sampler] = {
 }
 """Solvers by the name that a user gives."""
 STOCHASTIC: tuple[Solver, ...] = ("ancestral", "dpm++2m-sde")
-"""Those that take noise at every step."""
+"""Solvers that add noise at every step."""
 
 
 def num_noises(solver: Solver, steps: int) -> int:
-    """How many noises a token takes in `steps` diffusion steps."""
+    """Return how many noises a token needs for `steps` diffusion steps."""
     return steps if solver in STOCHASTIC else 1

@@ -1,1 +1,1 @@
-"""The transformer: tokens of an image, which are known, and a condition for each that is not."""
+"""The transformer: known tokens of an image -> a condition z for each unknown one."""

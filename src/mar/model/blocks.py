@@ -1,6 +1,6 @@
-"""The transformer block of the encoder and the decoder: pre-norm attention and MLP (paper, section 4; ViT).
+"""The transformer block of encoder and decoder: pre-norm attention and MLP (paper, section 4; ViT).
 
-Letters of shapes: n images, s tokens in the sequence, r of them that are asked for, e width.
+Letters of shapes: n images, s tokens in the sequence, r output tokens, e width.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mar.backends.cpu.attention import attention_with_dropout
-from mar.backends.cpu.dropout import Dropout, use_cpu_kernel
+from mar.backends import backend_for
 from mar.config import TrunkConfig
 from mar.model.rotary import apply_rope
 from mar.model.tokens import gather_tokens
-from mar.nn import Linear
+from mar.nn import Dropout, Linear
 
 NORM_EPS = 1e-6
 """Epsilon of the layer norms."""
@@ -26,44 +25,55 @@ class Attention(nn.Module):
 
     def __init__(self, trunk: TrunkConfig, attention_dropout: float, projection_dropout: float) -> None:
         super().__init__()
-        self.heads = trunk.heads
+        self.num_heads = trunk.heads
         self.attention_dropout = attention_dropout
-        self.qkv = Linear(trunk.width, 3 * trunk.width)
+        self.qkv = Linear(trunk.width, 3 * trunk.width, splits=3)
         self.out = Linear(trunk.width, trunk.width)
         self.dropout = Dropout(projection_dropout)
 
     def forward(
         self,
         x: Float[Tensor, "n s e"],
-        keys: Bool[Tensor, "n 1 1 s"] | None = None,
-        turns: Float[Tensor, "#n s half_d two"] | None = None,
-        only: Int[Tensor, "n r"] | None = None,
+        key_mask: Bool[Tensor, "n 1 1 s"] | None = None,
+        rope: Float[Tensor, "#n s half_d two"] | None = None,
+        query_idx: Int[Tensor, "n r"] | None = None,
     ) -> Float[Tensor, "n r e"]:
-        """`keys` says which tokens may be attended to (all where None), `turns` where each stands (`rotary`), and
-        `only` which ones are asked for (all where None: r = s; an index of s gives what is to be thrown away)."""
+        """Let the tokens at `query_idx` attend to all tokens.
+
+        Args:
+            x: the sequence.
+            key_mask: true where a token may be attended to (None: everywhere).
+            rope: cos/sin table of `mar.model.rotary` (None: no rotary embedding).
+            query_idx: output positions (None: all, r = s); index s is padding, whose output is undefined.
+        """
         qkv = self.qkv(x)
-        mixed = self.mix(qkv if turns is None else self.turned(qkv, turns), keys)
-        projected: Tensor = self.dropout(self.out(mixed if only is None else gather_tokens(mixed, only)))
+        if rope is not None:
+            qkv = self._apply_rope(qkv, rope)
+        attended = self._attend(qkv, key_mask)
+        if query_idx is not None:
+            attended = gather_tokens(attended, query_idx)
+        projected: Tensor = self.dropout(self.out(attended))
         return projected
 
-    def turned(
-        self, qkv: Float[Tensor, "n s three_e"], turns: Float[Tensor, "#n s half_d two"]
+    def _apply_rope(
+        self, qkv: Float[Tensor, "n s three_e"], rope: Float[Tensor, "#n s half_d two"]
     ) -> Float[Tensor, "n s three_e"]:
-        """With the queries and keys turned to where they stand."""
         q, k, v = qkv.chunk(3, dim=-1)
-        return torch.cat(
-            [*(apply_rope(x.unflatten(-1, (self.heads, -1)), turns).flatten(2) for x in (q, k)), v], dim=-1
-        )
+        q, k = (apply_rope(x.unflatten(-1, (self.num_heads, -1)), rope).flatten(2) for x in (q, k))
+        return torch.cat([q, k, v], dim=-1)
 
-    def mix(self, qkv: Float[Tensor, "n s three_e"], keys: Bool[Tensor, "n 1 1 s"] | None) -> Float[Tensor, "n s e"]:
-        """Values mixed by attention, the heads side by side."""
+    def _attend(
+        self, qkv: Float[Tensor, "n s three_e"], key_mask: Bool[Tensor, "n 1 1 s"] | None
+    ) -> Float[Tensor, "n s e"]:
+        """softmax(q k^T / sqrt(d)) v, the heads side by side (arXiv 1706.03762, equation 1)."""
         dropout = self.attention_dropout if self.training else 0.0
-        if dropout and keys is None and use_cpu_kernel(qkv):
-            return attention_with_dropout(qkv, self.heads, dropout)
+        kernel = backend_for(qkv.device).attention_with_dropout
+        if kernel is not None and dropout and key_mask is None:
+            return kernel(qkv, self.num_heads, dropout)
         n, s, width = qkv.shape
-        q, k, v = qkv.view(n, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=keys, dropout_p=dropout)
-        return mixed.transpose(1, 2).reshape(n, s, width // 3)
+        q, k, v = qkv.view(n, s, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, dropout_p=dropout)
+        return attended.transpose(1, 2).reshape(n, s, width // 3)
 
 
 class Block(nn.Module):
@@ -81,17 +91,19 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "n s e"],
-        keys: Bool[Tensor, "n 1 1 s"] | None = None,
-        turns: Float[Tensor, "#n s half_d two"] | None = None,
-        only: Int[Tensor, "n r"] | None = None,
+        key_mask: Bool[Tensor, "n 1 1 s"] | None = None,
+        rope: Float[Tensor, "#n s half_d two"] | None = None,
+        query_idx: Int[Tensor, "n r"] | None = None,
     ) -> Float[Tensor, "n r e"]:
-        """All as in `Attention`: the tokens that are asked for, which attend to all."""
-        gathered = self.attention(self.norm1(x), keys, turns, only)
-        x = (x if only is None else gather_tokens(x, only)) + gathered
+        """Run the block for the tokens at `query_idx`; arguments as in `Attention.forward`."""
+        # attention
+        attended = self.attention(self.norm1(x), key_mask, rope, query_idx)
+        x = (x if query_idx is None else gather_tokens(x, query_idx)) + attended
+        # MLP
         hidden = self.dropout(functional.gelu(self.fc1(self.norm2(x))))
         return x + self.dropout(self.fc2(hidden))
 
 
 def make_blocks(trunk: TrunkConfig, attention_dropout: float, projection_dropout: float) -> nn.ModuleList:
-    """The blocks of an encoder or decoder."""
+    """Create the blocks of an encoder or decoder."""
     return nn.ModuleList(Block(trunk, attention_dropout, projection_dropout) for _ in range(trunk.depth))

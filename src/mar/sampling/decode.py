@@ -1,9 +1,8 @@
-"""Where the randomness of sampling comes from: one generator per image, so that a picture depends on its seed alone.
+"""Reveal the tokens of images step by step, as a function over an explicit state.
 
-Generation as a function over an explicit state: reveal tokens step by step until none is hidden.
-
-Source: paper, section 3.4 (equation 3, figure 3c) and 4.2. Letters of shapes: n images, L tokens, d values of a token,
-v visible tokens, f width of z, r rows (tokens revealed in this step, row-major over image and position).
+One reveal step: the trunk computes a condition z for each token to be revealed, from the visible tokens; the diffusion
+head draws these tokens. Source: paper, section 3.4 (equation 3, figure 3c) and 4.2. Letters of shapes: n images,
+L tokens, d values of a token, v visible tokens, f width of z, M tokens to generate, r tokens revealed in this step.
 """
 
 from __future__ import annotations
@@ -16,159 +15,136 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
-from mar.backends.cpu.packed_head import PackedHead, packed
-from mar.backends.cpu.threads import trim_heap
-from mar.backends.cuda import RowSampler, sample_rows, sampler_for
-from mar.config import MaskSchedule, ModelConfig, Order, SamplingConfig
-from mar.diffusion.head import DiffusionHead
-from mar.diffusion.schedule import Schedule, respace, training_schedule
-from mar.diffusion.solvers import num_noises
+from mar.backends import backend_for
+from mar.config import MaskSchedule, Order, SamplingConfig
+from mar.diffusion.head import TokenSampler
 from mar.model.mar import MAR, UNCONDITIONAL
 from mar.model.masking import apply_order, mask_schedule, random_order, unknown_order
 from mar.model.tokens import gather_tokens
 from mar.random import make_generator
 from mar.sampling.guidance import StepSettings, step_settings
 
+# ---- randomness
+
 
 @runtime_checkable
 class NoiseSource(Protocol):
-    """A source of draws: for each image first its order, then its noise at each reveal step."""
+    """The randomness of sampling: for each image first its order, then its noise at each reveal step."""
 
     def order(self, image: int, length: int) -> Int[Tensor, " L"]:
-        """The order of an image's tokens; they are revealed from its end."""
+        """Draw the order of an image's tokens; they are revealed from its end."""
         ...
 
-    def noise(self, image: int, steps: int, count: int, width: int) -> Float[Tensor, "steps count width"]:
-        """For `count` tokens, by ascending position: the noise that each starts from, then that of each step."""
+    def noise(self, image: int, noises: int, count: int, width: int) -> Float[Tensor, "noises count width"]:
+        """Draw noise for `count` tokens, positions ascending: the first noise of each, then that of each step."""
         ...
 
 
 class SeededNoise:
-    """Draws of CPU generators, one per image, from its seed."""
+    """Noise from one CPU generator for each image, so that an image depends on its seed and not on the batch."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [make_generator(seed) for seed in seeds]
 
     def order(self, image: int, length: int) -> Tensor:
-        """Draw a random order from the image's generator."""
+        """Draw the order of an image's tokens."""
         return random_order(length, self.generators[image])
 
-    def noise(self, image: int, steps: int, count: int, width: int) -> Tensor:
-        """Draw noise from the image's generator."""
-        return torch.randn(steps, count, width, generator=self.generators[image])
+    def noise(self, image: int, noises: int, count: int, width: int) -> Tensor:
+        """Draw noise for `count` tokens."""
+        return torch.randn(noises, count, width, generator=self.generators[image])
 
 
-CACHED_BYTES = 2**24
-"""How much the activations of a transformer block's MLP may take."""
-WIDE = 512
-"""Width of a trunk beside whose products other work does not show: free memory is given back after every step, and
-few shapes are made of many."""
-VISIBLE, ASKED = 32, 8
-"""Wide trunks on a CPU are shown so many tokens, and asked for so many, or a multiple: oneDNN writes a program for each
-new shape of a product, which takes time, and keeps it."""
+# ---- state
 
 
 @dataclass(frozen=True)
 class DecodeState:
-    """Where the generation of a batch stands."""
+    """The state of the generation of a batch."""
 
     tokens: Float[Tensor, "n L d"]
-    """Values of the tokens that are known; zeros elsewhere."""
+    """Values of the known tokens; zeros elsewhere."""
     unknown: Bool[Tensor, "n L"]
-    """Which tokens are still hidden (CPU)."""
+    """Which tokens are still masked (CPU)."""
     orders: tuple[Int[Tensor, " _M"], ...]
     """For each image the M positions to generate, M its own; revealed from the end (CPU)."""
     schedules: tuple[tuple[int, ...], ...]
-    """For each image how many stay hidden after each of its steps."""
+    """For each image how many tokens stay masked after each of its steps."""
     step: int = 0
-    """How many reveal steps are done."""
+    """Reveal steps done."""
     residual: Float[Tensor, "n L f"] | None = None
-    """z without the class minus z with it, where that is kept from one step to the next."""
+    """z without the class minus z with it, where it is kept from one step to the next."""
 
     @property
     def steps(self) -> int:
-        """Reveal steps in all; images with fewer unknown tokens are finished sooner."""
+        """Reveal steps in all; images with fewer tokens to generate finish sooner."""
         return max((len(schedule) for schedule in self.schedules), default=0)
 
     def revealed(self, image: int) -> Int[Tensor, " r"]:
-        """Positions of `image` that the next step reveals, ascending; none where the image is finished."""
+        """Return the positions that the next step reveals of an image, ascending; none where it is finished."""
         schedule = self.schedules[image]
         if self.step >= len(schedule):
             return self.orders[image][:0]
-        before = schedule[self.step - 1] if self.step else len(self.orders[image])
-        return self.orders[image][schedule[self.step] : before].sort().values
-
-
-class ImageStep(NamedTuple):
-    """What an image does in a reveal step."""
-
-    row: int
-    """Its place among those that are not finished."""
-    image: int
-    positions: Int[Tensor, " r"]
-    """The tokens that it reveals, ascending."""
-    pace: StepSettings
-
-
-class Conditions(NamedTuple):
-    """z of the tokens that a reveal step reveals."""
-
-    z: Float[Tensor, "n_and_g r f"]
-    """For each turn, padded; then, for each that is guided, without the class."""
-    without: dict[int, int]
-    """Row of a guided turn -> row of z without the class."""
-    residual: Float[Tensor, "n L f"] | None
-    """What the next step is to know of the difference, for all images of the batch."""
+        masked_before = schedule[self.step - 1] if self.step else len(self.orders[image])
+        return self.orders[image][schedule[self.step] : masked_before].sort().values
 
 
 def init_state(
     tokens: Float[Tensor, "n L d"],
     unknown: Bool[Tensor, "n L"],
     steps: int,
-    draws: NoiseSource,
+    noise_source: NoiseSource,
     *,
-    reveals: MaskSchedule = "cosine",
+    schedule: MaskSchedule = "cosine",
     order: Order = "random",
     grid: tuple[int, int] | None = None,
 ) -> DecodeState:
-    """The state before the first step: `tokens` are kept where `unknown` is false.
+    """Return the state before the first step.
 
-    `grid` says in how many rows and columns the tokens stand (by default, in a row), for orders that ask for it.
+    Args:
+        tokens: are kept where `unknown` is false.
+        unknown: which tokens to generate.
+        steps: K, the number of reveal steps.
+        noise_source: draws the order of each image.
+        schedule: how many tokens stay masked after each step.
+        order: kind of order.
+        grid: rows and columns of the tokens, for orders that need them (None: one row).
     """
     unknown = unknown.cpu()
     length = unknown.shape[1]
-    drawn = [apply_order(draws.order(i, length), grid or (1, length), order) for i in range(len(unknown))]
+    drawn = [apply_order(noise_source.order(i, length), grid or (1, length), order) for i in range(len(unknown))]
     orders = tuple(unknown_order(each, mask) for each, mask in zip(drawn, unknown, strict=True))
-    schedules = tuple(tuple(mask_schedule(len(each), steps, reveals)) for each in orders)
-    kept = torch.where(unknown.unsqueeze(-1).to(tokens.device), 0.0, tokens)
-    return DecodeState(kept, unknown, orders, schedules)
+    schedules = tuple(tuple(mask_schedule(len(each), steps, schedule)) for each in orders)
+    known = torch.where(unknown.unsqueeze(-1).to(tokens.device), 0.0, tokens)
+    return DecodeState(known, unknown, orders, schedules)
+
+
+# ---- sampling
 
 
 def sample_tokens(
-    model: MAR, labels: Int[Tensor, " n"], state: DecodeState, sampling: SamplingConfig, draws: NoiseSource
+    model: MAR, labels: Int[Tensor, " n"], state: DecodeState, sampling: SamplingConfig, noise_source: NoiseSource
 ) -> Iterator[DecodeState]:
-    """Yields the state after every reveal step, the last with nothing hidden.
+    """Yield the state after every reveal step, the last with nothing masked.
 
-    Image i of the batch depends on its label, its draws and its known tokens alone.
+    Args:
+        model: in eval mode.
+        labels: class numbers, or UNCONDITIONAL.
+        state: of `init_state`.
+        sampling: how to sample.
+        noise_source: image i depends on its label, its noise and its known tokens alone.
     """
     sampling.check(model.config)
-    schedule, head = training_schedule(model.config.head), packed(model.head)
-    loop = sampler_for(model.head, state.tokens.device)
+    backend = backend_for(state.tokens.device)
+    head = backend.sampling_head(model.head)
     while state.step < state.steps:
-        state = decode_step(model, labels, state, sampling, schedule, draws, head, loop)
+        state = decode_step(model, labels, state, sampling, noise_source, head)
         if state.step == state.steps:
-            del head  # with its packed weights: next comes the tokenizer, which needs room
-        if wide(model, state.tokens.device):
-            trim_heap()
+            del head  # it may hold a copy of the weights, and the tokenizer needs room next
+        backend.free_memory(model)
         yield state
-
-
-def wide(model: MAR, device: torch.device) -> bool:
-    """Whether a model is on a CPU, and its trunk `WIDE`."""
-    return device.type == "cpu" and max(model.config.encoder.width, model.config.decoder.width) >= WIDE
 
 
 @torch.no_grad()
@@ -177,103 +153,109 @@ def decode_step(
     labels: Int[Tensor, " n"],
     state: DecodeState,
     sampling: SamplingConfig,
-    schedule: Schedule,
-    draws: NoiseSource,
-    head: DiffusionHead | PackedHead | None = None,
-    loop: RowSampler = sample_rows,
+    noise_source: NoiseSource,
+    head: TokenSampler | None = None,
 ) -> DecodeState:
-    """One reveal step: conditions from the visible tokens, then the diffusion of the tokens to be revealed.
+    """Make one reveal step: conditions from the visible tokens, then new tokens from the head.
 
-    `schedule` is the one that the diffusion's timesteps are taken from, `head` the model's, as it may be packed for all
-    steps (by default, as it is), and `loop` what draws with it. Images that take as many diffusion steps, and are
-    guided alike, are diffused together: all of them, unless known tokens made their reveals differ.
+    `head` is the model's, as the backend prepared it for sampling (None: as it is). Other arguments as for
+    `sample_tokens`.
     """
-    device = state.tokens.device
-    turns = plan_step(state, sampling, model.config.tokens, guidable=bool((labels != UNCONDITIONAL).any()))
-    found = compute_conditions(model, labels, state, turns, sampling.guidance_refresh)
+    # which tokens each image reveals, and how
+    guidable = bool((labels != UNCONDITIONAL).any())
+    steps = plan_step(state, sampling, model.config.tokens, guidable)
+
+    # trunk: z of these tokens, with and without the class
+    conditions = compute_conditions(model, labels, state, steps, sampling.guidance_refresh)
+
+    # head: draws the tokens, those of images with the same settings together
     tokens, unknown = state.tokens, state.unknown
-    for _, alike in groupby(sorted(turns, key=_kind), key=_kind):
-        group = list(alike)
-        drawn = denoise_tokens(head or model.head, found, group, sampling, schedule, draws, loop)
-        images = torch.tensor([turn.image for turn in group for _ in turn.positions])
-        places = torch.cat([turn.positions for turn in group])
-        tokens = tokens.index_put((images.to(device), places.to(device)), drawn)
-        unknown = unknown.index_put((images, places), torch.tensor(False))
-    return replace(state, tokens=tokens, unknown=unknown, step=state.step + 1, residual=found.residual)
+    for _, group in groupby(sorted(steps, key=_group_key), key=_group_key):
+        images = list(group)
+        drawn = denoise_tokens(head or model.head, conditions, images, sampling, noise_source)
+        rows = torch.tensor([step.image for step in images for _ in step.positions])
+        positions = torch.cat([step.positions for step in images])
+        tokens = tokens.index_put((rows.to(tokens.device), positions.to(tokens.device)), drawn)
+        unknown = unknown.index_put((rows, positions), torch.tensor(False))
+    return replace(state, tokens=tokens, unknown=unknown, step=state.step + 1, residual=conditions.residual)
 
 
-def _kind(turn: ImageStep) -> tuple[int, bool]:
-    return turn.pace.diffusion_steps, turn.pace.guided
+class ImageStep(NamedTuple):
+    """What one image does in a reveal step."""
+
+    row: int
+    """Its number among the images that are not finished."""
+    image: int
+    positions: Int[Tensor, " r"]
+    """The tokens that it reveals, ascending."""
+    settings: StepSettings
 
 
 def plan_step(state: DecodeState, sampling: SamplingConfig, tokens: int, guidable: bool) -> list[ImageStep]:
-    """What each image that is not finished does in the next step; without guidance unless `guidable`."""
-    turns: list[ImageStep] = []
+    """Return what each image that is not finished does in the next step; unguided unless `guidable`."""
+    steps: list[ImageStep] = []
     for image, schedule in enumerate(state.schedules):
         if state.step < len(schedule):
-            pace = step_settings(sampling, schedule, tokens)[state.step]
+            settings = step_settings(sampling, schedule, tokens)[state.step]
             if not guidable:
-                pace = StepSettings(pace.diffusion_steps, 1.0, False)
-            turns.append(ImageStep(len(turns), image, state.revealed(image), pace))
-    return turns
+                settings = StepSettings(settings.diffusion_steps, scale=1.0, run_uncond=False)
+            steps.append(ImageStep(len(steps), image, state.revealed(image), settings))
+    return steps
+
+
+def _group_key(step: ImageStep) -> tuple[int, bool]:
+    return step.settings.diffusion_steps, step.settings.guided
+
+
+# ---- trunk
+
+
+class Conditions(NamedTuple):
+    """z of the tokens that a reveal step reveals."""
+
+    z: Float[Tensor, "n_and_g r f"]
+    """For each image step, padded; then, for each guided one, without the class."""
+    uncond_rows: dict[int, int]
+    """Row of a guided image step -> its row without the class."""
+    residual: Float[Tensor, "n L f"] | None
+    """The residual (uncond - cond) that the next step may reuse, for all images of the batch."""
 
 
 def compute_conditions(
-    model: MAR, labels: Int[Tensor, " n"], state: DecodeState, turns: Sequence[ImageStep], guidance_refresh: int
+    model: MAR, labels: Int[Tensor, " n"], state: DecodeState, steps: Sequence[ImageStep], uncond_interval: int
 ) -> Conditions:
-    """z with and without the class; what is not refreshed without it is taken to differ as it did before."""
-    device = state.tokens.device
-    active = [turn.image for turn in turns]
-    images = torch.tensor(active, device=device)
-    length = state.unknown.shape[1]
-    wanted = pad_sequence([turn.positions for turn in turns], batch_first=True, padding_value=length)
-    if wide(model, device) and wanted.shape[1] > ASKED:
-        wanted = functional.pad(wanted, (0, round_up(wanted.shape[1], ASKED) - wanted.shape[1]), value=length)
-    wanted = wanted.to(device)
-    every = torch.arange(length, device=device).expand(len(turns), -1)
-    fresh = torch.tensor([turn.row for turn in turns if turn.pace.refresh], dtype=torch.long, device=device)
-    keeps = guidance_refresh > 1 and len(fresh) > 0  # a difference that is kept is one of all tokens
-    asked = every if keeps else wanted
-    z = run_trunk(model, state.tokens[images], labels[images], state.unknown[active], fresh, asked)
-    guided = [turn.row for turn in turns if turn.pace.guided]
-    without = {row: len(turns) + place for place, row in enumerate(guided)}
-    if guidance_refresh == 1:
-        return Conditions(z, without, None)
-    conditional, residual = z[: len(turns)], state.residual
+    """Compute z with and without the class.
+
+    Between unconditional runs, `uncond_interval` guided steps apart, the last residual (uncond - cond) is reused.
+    """
+    device, length = state.tokens.device, state.unknown.shape[1]
+    unfinished = [step.image for step in steps]
+    images = torch.tensor(unfinished, device=device)
+    query_idx = pad_sequence([step.positions for step in steps], batch_first=True, padding_value=length).to(device)
+    uncond = [step.row for step in steps if step.settings.run_uncond]
+    uncond_rows = torch.tensor(uncond, dtype=torch.long, device=device)
+    guided = [step.row for step in steps if step.settings.guided]
+    rows_of_guided = {row: len(steps) + place for place, row in enumerate(guided)}
+
+    # a residual that is kept is one of all tokens
+    keep_residual = uncond_interval > 1 and len(uncond) > 0
+    all_positions = torch.arange(length, device=device).expand(len(steps), -1)
+    z = run_trunk(
+        model, state.tokens[images], labels[images], state.unknown[unfinished], uncond_rows,
+        all_positions if keep_residual else query_idx,
+    )  # fmt: skip
+    if uncond_interval == 1:
+        return Conditions(z, rows_of_guided, None)
+
+    cond, residual = z[: len(steps)], state.residual
     if residual is None:
-        residual = z.new_zeros(len(state.orders), state.unknown.shape[1], z.shape[-1])
-    if keeps:
-        residual = residual.index_copy(0, images[fresh], z[len(turns) :] - conditional[fresh])
-        conditional = gather_tokens(conditional, wanted)
+        residual = z.new_zeros(len(state.orders), length, z.shape[-1])
+    if keep_residual:
+        residual = residual.index_copy(0, images[uncond_rows], z[len(steps) :] - cond[uncond_rows])
+        cond = gather_tokens(cond, query_idx)
     rows = torch.tensor(guided, dtype=torch.long, device=device)
-    unconditional = conditional[rows] + gather_tokens(residual[images[rows]], wanted[rows])
-    return Conditions(torch.cat([conditional, unconditional]), without, residual)
-
-
-def denoise_tokens(
-    head: DiffusionHead | PackedHead,
-    found: Conditions,
-    group: Sequence[ImageStep],
-    sampling: SamplingConfig,
-    schedule: Schedule,
-    draws: NoiseSource,
-    loop: RowSampler,
-) -> Float[Tensor, "r d"]:
-    """The tokens that the turns of a group, alike in their pace, reveal."""
-    device = found.z.device
-    steps, guided = _kind(group[0])
-    places = torch.cat([torch.arange(len(turn.positions)) for turn in group]).to(device)
-    rows = torch.tensor([turn.row for turn in group for _ in turn.positions], device=device)
-    z, scale = found.z[rows, places], None
-    if guided:
-        others = torch.tensor([found.without[turn.row] for turn in group for _ in turn.positions], device=device)
-        z = torch.cat([z, found.z[others, places]])
-        scale = torch.tensor([[turn.pace.scale] for turn in group for _ in turn.positions], device=device)
-
-    respaced = respace(schedule, steps, sampling.spacing, sampling.noisiest)
-    count, width = num_noises(sampling.solver, steps), head.token_width
-    noise = torch.cat([draws.noise(turn.image, count, len(turn.positions), width) for turn in group], dim=1)
-    return loop(head, z, noise.to(device), scale, respaced, sampling)
+    uncond_z = cond[rows] + gather_tokens(residual[images[rows]], query_idx[rows])
+    return Conditions(torch.cat([cond, uncond_z]), rows_of_guided, residual)
 
 
 def run_trunk(
@@ -281,46 +263,67 @@ def run_trunk(
     tokens: Float[Tensor, "n L d"],
     labels: Int[Tensor, " n"],
     unknown: Bool[Tensor, "n L"],
-    without: Int[Tensor, " u"],
-    asked: Int[Tensor, "n r"],
+    uncond_rows: Int[Tensor, " u"],
+    query_idx: Int[Tensor, "n r"],
 ) -> Float[Tensor, "n_and_u r f"]:
-    """z of the tokens that are `asked` for, from the visible tokens: of all images, and then of the images `without`
-    once more, without the class."""
-    visible, ragged = visible_positions(unknown, VISIBLE if wide(model, tokens.device) else 1)
+    """Compute z at `query_idx` from the known tokens: of all images, then of `uncond_rows` without their class."""
+    visible, padded = visible_positions(unknown)
     visible = visible.to(tokens.device)
-    if len(without):
-        labels = torch.cat([labels, torch.full_like(without, UNCONDITIONAL)])
-        tokens, visible, asked = (torch.cat([each, each[without]]) for each in (tokens, visible, asked))
-    some = images_at_once(model.config) if tokens.device.type == "cpu" else len(tokens)
-    groups = zip(*(each.split(some) for each in (tokens, labels, visible, asked)), strict=True)
-    return torch.cat([model(*group[:3], ragged=ragged, only=group[3]) for group in groups])
+    if len(uncond_rows):
+        labels = torch.cat([labels, torch.full_like(uncond_rows, UNCONDITIONAL)])
+        tokens, visible, query_idx = (torch.cat([each, each[uncond_rows]]) for each in (tokens, visible, query_idx))
+    trunk = backend_for(tokens.device).trunk(model)
+    return trunk(tokens, labels, visible, padded=padded, query_idx=query_idx)
 
 
-def images_at_once(config: ModelConfig) -> int:
-    """How many images a CPU runs through the trunk together: more gain nothing in its products, and leave its cache."""
-    widest = max(trunk.hidden for trunk in (config.encoder, config.decoder))
-    return max(1, CACHED_BYTES // (4 * widest * (config.buffer + config.tokens)))
-
-
-def visible_positions(unknown: Bool[Tensor, "n L"], multiple: int = 1) -> tuple[Int[Tensor, "n v"], bool]:
-    """Positions of known tokens, ascending, padded with L to a `multiple` or to L; and whether any is padding."""
+def visible_positions(unknown: Bool[Tensor, "n L"]) -> tuple[Int[Tensor, "n v"], bool]:
+    """Return the positions of known tokens, ascending and padded with L, and whether any is padding."""
     length = unknown.shape[1]
     counts = (~unknown).sum(1)
-    longest = min(round_up(int(counts.max()), multiple), length)
-    position = torch.where(unknown, length, torch.arange(length)).sort(dim=1).values
-    return position[:, :longest], bool((counts != longest).any())
+    longest = int(counts.max())
+    positions = torch.where(unknown, length, torch.arange(length)).sort(dim=1).values
+    return positions[:, :longest], bool((counts != longest).any())
 
 
-def round_up(count: int, multiple: int) -> int:
-    """The next multiple."""
-    return -(-count // multiple) * multiple
+# ---- head
+
+
+def denoise_tokens(
+    head: TokenSampler,
+    conditions: Conditions,
+    group: Sequence[ImageStep],
+    sampling: SamplingConfig,
+    noise_source: NoiseSource,
+) -> Float[Tensor, "r d"]:
+    """Draw the tokens that a group of image steps with the same settings reveals, row-major over image and position.
+
+    Args:
+        head: the model's.
+        conditions: of the reveal step.
+        group: image steps with as many diffusion steps, all guided or none.
+        sampling: how to sample.
+        noise_source: gives each image its noise.
+    """
+    device = conditions.z.device
+    diffusion_steps, guided = _group_key(group[0])
+    places = torch.cat([torch.arange(len(step.positions)) for step in group]).to(device)
+    rows = torch.tensor([step.row for step in group for _ in step.positions], device=device)
+    z, scale = conditions.z[rows, places], None
+    if guided:
+        uncond = [conditions.uncond_rows[step.row] for step in group for _ in step.positions]
+        z = torch.cat([z, conditions.z[torch.tensor(uncond, device=device), places]])
+        scale = torch.tensor([[step.settings.scale] for step in group for _ in step.positions], device=device)
+
+    noises, width = head.num_noises(diffusion_steps, sampling), head.token_width
+    noise = torch.cat([noise_source.noise(s.image, noises, len(s.positions), width) for s in group], dim=1)
+    return head.sample(z, noise.to(device), scale, diffusion_steps, sampling)
 
 
 def all_masked(count: int, tokens: int) -> Bool[Tensor, "n L"]:
-    """The mask of a generation from nothing."""
+    """Return the mask of a generation from nothing."""
     return torch.ones(count, tokens, dtype=torch.bool)
 
 
 def as_labels(labels: Sequence[int], device: torch.device) -> Int[Tensor, " n"]:
-    """Class numbers as a tensor; UNCONDITIONAL for none."""
+    """Return class numbers as a tensor; UNCONDITIONAL for none."""
     return torch.tensor(list(labels), dtype=torch.long, device=device)

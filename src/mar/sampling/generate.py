@@ -1,7 +1,4 @@
-"""What was asked for, as Python's own numbers and tensors; ValueError for what can't be drawn from.
-
-Labels and seeds -> latents, with a watch on what goes wrong.
-"""
+"""Labels and seeds -> latents: checks what was asked for, and what was generated."""
 
 from __future__ import annotations
 
@@ -27,10 +24,12 @@ Images = Sequence[Image.Image] | Float[Tensor, "n c H W"] | Float[np.ndarray, "n
 Mask = Bool[Tensor, "n rows columns"] | Bool[np.ndarray, "n rows columns"] | Sequence[Any]
 """True at tokens to generate, false at known ones."""
 
+# ---- requests
+
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw, looked over."""
+    """Images to generate, after all checks."""
 
     labels: list[int]
     seeds: list[int]
@@ -38,25 +37,25 @@ class Request:
     known: Tensor | None
     mask: Tensor | None
     first: int = 0
-    """The number of its first picture in the whole request."""
+    """Number of its first image in the whole request."""
 
     def part(self, first: int, end: int) -> Request:
-        """Those of its pictures from `first` up to `end`."""
+        """Return the images from `first` up to `end`."""
         known = None if self.known is None else self.known[first:end]
         mask = None if self.mask is None else self.mask[first:end]
         return Request(self.labels[first:end], self.seeds[first:end], self.sampling, known, mask, first)
 
 
-def whole_numbers(seeds: Iterable[SupportsIndex]) -> list[int]:
-    """Seeds as Python's own numbers, of which all 64 bits count; ValueError for what is no whole number."""
+def as_seeds(seeds: Iterable[SupportsIndex]) -> list[int]:
+    """Return seeds as Python integers, of which all 64 bits count. Raises ValueError for anything else."""
     try:
         return [operator.index(seed) for seed in seeds]
     except TypeError:
         raise ValueError(f"seeds: got {reprlib.repr(seeds)}, expected whole numbers, one a picture") from None
 
 
-def as_pictures(known: Images) -> Sequence[Image.Image] | Tensor:
-    """Known pictures as they can be encoded; ValueError for what is none."""
+def as_images(known: Images) -> Sequence[Image.Image] | Tensor:
+    """Return known images as they can be encoded. Raises ValueError for anything else."""
     if isinstance(known, Tensor | np.ndarray):
         values = torch.as_tensor(known)
         if values.ndim == 4 and values.is_floating_point():
@@ -64,7 +63,7 @@ def as_pictures(known: Images) -> Sequence[Image.Image] | Tensor:
                 raise ValueError("known: got values that are no finite numbers, expected them in [-1, 1]")
             return values.float()
         got = f"{tuple(values.shape)} of {values.dtype}"
-    elif isinstance(known, Sequence) and all(isinstance(picture, Image.Image) for picture in known):
+    elif isinstance(known, Sequence) and all(isinstance(image, Image.Image) for image in known):
         return known
     else:
         got = reprlib.repr(known)
@@ -72,7 +71,7 @@ def as_pictures(known: Images) -> Sequence[Image.Image] | Tensor:
 
 
 def as_mask(mask: Mask) -> Tensor:
-    """A mask as a tensor, whose shape and type the generation judges; ValueError for what can be none."""
+    """Return a mask as a tensor; `generate` checks its shape and type. Raises ValueError for anything else."""
     try:
         flags = torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError):
@@ -82,12 +81,14 @@ def as_mask(mask: Mask) -> Tensor:
     return flags
 
 
-STD_LIMIT = 3.0
-"""Latents have a standard deviation of 1; one of more than this is no picture."""
+# ---- generation
+
+MAX_STD = 3.0
+"""Latents have a standard deviation of 1; images beyond this one are noise."""
 
 
 class BrokenLatents(ValueError):
-    """The model drew something that is no picture: says at which step, the likely cause and the remedy."""
+    """The model generated noise; the message names the step, the likely cause and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class LatentStep:
     """Reveal steps done, from 1."""
     steps: int
     latents: Float[Tensor, "n c h w"]
-    """Normalised; zeros where nothing is known yet."""
+    """Normalized latents; zeros where a token is still masked."""
     known: Bool[Tensor, "n rows columns"]
     """Which tokens are known by now (CPU)."""
 
@@ -111,42 +112,50 @@ def generate(
     *,
     known: Float[Tensor, "n c h w"] | None = None,
     mask: Bool[Tensor, "n rows columns"] | None = None,
-    draws: NoiseSource | None = None,
+    noise_source: NoiseSource | None = None,
     allow_broken: bool = False,
     first: int = 0,
 ) -> Iterator[LatentStep]:
-    """Draws one image per label and seed; yields after every reveal step, the last with the whole latents.
+    """Generate one image for each label and seed; yields after every reveal step, the last with all latents.
 
-    `labels` are class numbers, -1 for none. `known` latents are kept where `mask` (one flag a token) is false, and
-    generated where it is true; masks may differ between images. Image i depends on its own label, seed, known latents
-    and mask, and not on the batch, unless the weights are int8. Raises BrokenLatents, which counts the
-    images from `first`, unless `allow_broken`.
+    Image i depends on its own label, seed, known latents and mask, and not on the batch, unless the weights are int8.
+
+    Args:
+        model: in eval mode.
+        labels: class numbers, -1 for none.
+        seeds: one for each label.
+        sampling: how to sample.
+        known: latents that are kept where `mask` is false.
+        mask: one flag a token, true: generate. Masks may differ between images.
+        noise_source: draws orders and noise (None: from `seeds`).
+        allow_broken: do not raise BrokenLatents.
+        first: number of the first image, for messages.
     """
     config = model.config
     if len(labels) != len(seeds) or not len(labels):
         raise ValueError(f"labels and seeds: got {len(labels)} and {len(seeds)}, expected one of each per image")
     device = model.mask_token.device
-    rows, columns = config.grid[0] // config.patch, config.grid[1] // config.patch
+    grid = (config.grid[0] // config.patch, config.grid[1] // config.patch)
     tokens, unknown = _known_tokens(model, len(labels), known, mask)
-    draws = draws if draws is not None else SeededNoise(seeds)
-    begin = init_state(
+    source = noise_source if noise_source is not None else SeededNoise(seeds)
+    start = init_state(
         tokens.to(device),
         unknown,
         sampling.steps,
-        draws,
-        reveals=sampling.reveal_schedule,
+        source,
+        schedule=sampling.reveal_schedule,
         order=sampling.order,
-        grid=(rows, columns),
+        grid=grid,
     )
-    if not begin.steps:
-        yield _revealed(model, begin, (rows, columns))
-    for state in sample_tokens(model, as_labels(labels, device), begin, sampling, draws):
+    if not start.steps:
+        yield _latent_step(model, start, grid)
+    for state in sample_tokens(model, as_labels(labels, device), start, sampling, source):
         if not allow_broken:
             check_latents(state, unknown, sampling, model, first)
-        yield _revealed(model, state, (rows, columns))
+        yield _latent_step(model, state, grid)
 
 
-def _revealed(model: MAR, state: DecodeState, grid: tuple[int, int]) -> LatentStep:
+def _latent_step(model: MAR, state: DecodeState, grid: tuple[int, int]) -> LatentStep:
     latents = unpatchify(state.tokens, model.config.patch, model.config.grid)
     return LatentStep(state.step, state.steps, latents, ~state.unknown.view(-1, *grid))
 
@@ -173,27 +182,29 @@ def _known_tokens(model: MAR, count: int, known: Tensor | None, mask: Tensor | N
 def check_latents(
     state: DecodeState, generated: Bool[Tensor, "n L"], sampling: SamplingConfig, model: MAR, first: int = 0
 ) -> None:
-    """Raises BrokenLatents where generated tokens are not finite, or spread far wider than any picture's.
+    """Raise BrokenLatents where generated tokens are not finite, or spread far wider than any image's.
 
-    The spread is judged once a quarter of an image's tokens are there, each image on its own; `first` is the number of
-    the first.
+    Args:
+        state: after a reveal step. The spread of an image counts once a quarter of its tokens are there.
+        generated: which tokens are generated, not given.
+        sampling: for the remedy.
+        model: for the remedy.
+        first: number of the first image, for the message.
     """
     done = (generated & ~state.unknown).to(state.tokens.device)
     count = done.sum(1) * state.tokens.shape[-1]
-    values = torch.where(done.unsqueeze(-1), state.tokens, 0.0)  # whatever the others hold
+    values = torch.where(done.unsqueeze(-1), state.tokens, 0.0)
     finite = values.isfinite().flatten(1).all(1)
     mean = values.sum((1, 2)) / count.clamp(min=1)
-    spread = ((values.square().sum((1, 2)) / count.clamp(min=1)) - mean.square()).clamp(min=0).sqrt()
-    judged = 4 * done.sum(1) >= generated.sum(1).to(done.device)
-    broken = ~finite | (judged & (spread > STD_LIMIT))
+    std = ((values.square().sum((1, 2)) / count.clamp(min=1)) - mean.square()).clamp(min=0).sqrt()
+    enough = 4 * done.sum(1) >= generated.sum(1).to(done.device)
+    broken = ~finite | (enough & (std > MAX_STD))
     if not bool(broken.any()):
         return
     image = int(broken.nonzero()[0])
-    what = (
-        f"a standard deviation of {float(spread[image]):,.1f} where pictures have 1" if finite[image] else "no numbers"
-    )
+    fault = f"a standard deviation of {float(std[image]):,.1f} where pictures have 1" if finite[image] else "no numbers"
     raise BrokenLatents(
-        f"image {first + image} is broken at reveal step {state.step} of {state.steps}: its latents have {what}. "
+        f"image {first + image} is broken at reveal step {state.step} of {state.steps}: its latents have {fault}. "
         + _remedy(sampling, model)
     )
 

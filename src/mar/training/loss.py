@@ -14,9 +14,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mar.config import ModelConfig
-from mar.diffusion import gaussian
-from mar.diffusion.gaussian import Coefficients
-from mar.diffusion.schedule import training_schedule
 from mar.model.mar import MAR, UNCONDITIONAL
 from mar.model.masking import draw_mask_ratio, masked_count, random_order, split_by_mask
 from mar.model.tokens import gather_tokens, patchify
@@ -61,13 +58,9 @@ def sample_randomness(config: ModelConfig, seed: int, step: int, positions: Sequ
 class DiffusionLoss(nn.Module):
     """A MAR with its loss: one `forward`, so that wrappers of distributed training see every parameter used."""
 
-    coefficients: Tensor
-
     def __init__(self, model: MAR) -> None:
         super().__init__()
         self.model = model
-        table = Coefficients.table(training_schedule(model.config.head)).float()
-        self.register_buffer("coefficients", table, persistent=False)
 
     def forward(
         self, latents: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], draws: StepRandomness
@@ -83,21 +76,5 @@ class DiffusionLoss(nn.Module):
         tokens = patchify(latents, config.patch)
         labels = torch.where(draws.drop_label, UNCONDITIONAL, labels)
         hidden, visible = split_by_mask(draws.order, draws.masked)
-        z = self.model(tokens, labels, visible, only=hidden)
-        return self.head_loss(gather_tokens(tokens, hidden), z, draws.timestep, draws.noise)
-
-    def head_loss(
-        self,
-        x0: Float[Tensor, "n m d"],
-        z: Float[Tensor, "n m f"],
-        timestep: Int[Tensor, "k n m"],
-        noise: Float[Tensor, "k n m d"],
-    ) -> Float[Tensor, " rows"]:
-        """The loss of every (timestep, noise) of every masked token."""
-        head = self.model.head
-        c = Coefficients.at(self.coefficients, timestep.flatten())
-        x0, noise = x0.expand_as(noise).flatten(0, -2), noise.flatten(0, -2)
-        x = gaussian.q_sample(x0, noise, c)
-        output = head(x.view(*timestep.shape, -1), timestep, z).flatten(0, -2)
-        first = timestep.flatten() == 0
-        return gaussian.diffusion_loss(output, x0, x, noise, first, c, head.config.prediction)
+        z = self.model(tokens, labels, visible, query_idx=hidden)
+        return self.model.head.loss(gather_tokens(tokens, hidden), z, draws.timestep, draws.noise)

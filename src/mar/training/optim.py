@@ -15,10 +15,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from mar.config import TrainConfig
+from mar.model.mar import MAR
+from mar.nn import Linear
 from mar.training.parallelize import full_tensor
 
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -103,31 +105,31 @@ def orthogonalize(matrices: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n
     return x.mT if tall else x
 
 
-def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: to the trunk's matrices and embeddings, not to biases, norms and the head."""
-    return not name.startswith("head.") and (parameter.ndim > 1 or name == "mask_token")
+def decays(model: MAR, name: str, parameter: Tensor) -> bool:
+    """Return whether weight decay applies: to matrices and embeddings, and in the head only if it says so."""
+    if name.startswith("head.") and not model.head.weight_decay:
+        return False
+    return parameter.ndim > 1 or name == "mask_token"
 
 
-def hidden(name: str, parameter: Tensor) -> bool:
-    """Whether it is a matrix inside a block, of the trunk or the head: what Muon is for."""
-    return parameter.ndim == 2 and name.startswith(("encoder.", "decoder.", "head.blocks."))
-
-
-def make_optimizers(model: nn.Module, config: TrainConfig) -> tuple[torch.optim.Optimizer, ...]:
-    """AdamW over the parameters of a MAR, in two groups; where asked for, Muon over the matrices in its blocks."""
+def make_optimizers(model: MAR, config: TrainConfig) -> tuple[torch.optim.Optimizer, ...]:
+    """Create AdamW over the parameters, in two groups; where asked for, Muon over the matrices in the blocks."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if config.optimizer == "adamw":
-        return (_adamw(named, config),)
-    inside = [(name, p) for name, p in named if hidden(name, p)]
-    return _adamw([(name, p) for name, p in named if not hidden(name, p)], config), _muon(inside, config)
-
-
-def _adamw(named: Sequence[tuple[str, Tensor]], config: TrainConfig) -> torch.optim.AdamW:
-    groups = [
-        {"params": [p for name, p in named if not decays(name, p)], "weight_decay": 0.0},
-        {"params": [p for name, p in named if decays(name, p)], "weight_decay": config.weight_decay},
-    ]
-    return ready_adamw(groups, config.scaled_lr, (config.beta1, config.beta2))
+    for_muon: set[int] = set()
+    if config.optimizer == "muon":
+        for_muon = {id(p) for block in model.blocks() for p in block.parameters() if p.ndim == 2}
+    others = [(name, p) for name, p in named if id(p) not in for_muon]
+    adamw = ready_adamw(
+        [
+            {"params": [p for name, p in others if not decays(model, name, p)], "weight_decay": 0.0},
+            {"params": [p for name, p in others if decays(model, name, p)], "weight_decay": config.weight_decay},
+        ],
+        config.scaled_lr,
+        (config.beta1, config.beta2),
+    )
+    if not for_muon:
+        return (adamw,)
+    return adamw, _make_muon(model, [(name, p) for name, p in named if id(p) in for_muon], config)
 
 
 def ready_adamw(groups: Sequence[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:
@@ -143,14 +145,11 @@ def ready_adamw(groups: Sequence[dict[str, Any]], lr: float, betas: tuple[float,
     return optimizer
 
 
-def _muon(named: Sequence[tuple[str, Tensor]], config: TrainConfig) -> Muon:
-    def parts(name: str) -> int:
-        """Queries, keys and values are three matrices in one; shift, scale and gate, too."""
-        return 3 if name.endswith(("qkv.weight", "modulation.weight")) else 1
-
+def _make_muon(model: MAR, named: Sequence[tuple[str, Tensor]], config: TrainConfig) -> Muon:
+    splits = {id(module.weight): module.splits for module in model.modules() if isinstance(module, Linear)}
     groups = [
         {
-            "params": [p for name, p in named if parts(name) == count and decays(name, p) == decay],
+            "params": [p for name, p in named if splits[id(p)] == count and decays(model, name, p) == decay],
             "parts": count,
             "weight_decay": config.weight_decay if decay else 0.0,
         }
@@ -158,7 +157,7 @@ def _muon(named: Sequence[tuple[str, Tensor]], config: TrainConfig) -> Muon:
         for decay in (True, False)
     ]
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    groups = [group for group in groups if group["params"]]  # whose state could not be read back
+    groups = [group for group in groups if group["params"]]  # the state of an empty group can't be read back
     return Muon(groups, config.scaled_lr, factor=config.muon_factor, dtype=dtype)
 
 

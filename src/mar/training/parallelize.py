@@ -23,8 +23,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from mar.backends.cpu.linear import has_onednn
 from mar.config import ConfigError, TrainConfig
-from mar.diffusion.head import DiffusionHead, ResidualBlock
-from mar.model.blocks import Block
+from mar.model.mar import MAR
 from mar.training.loss import DiffusionLoss
 
 _aten = torch.ops.aten
@@ -44,19 +43,12 @@ _RECOMPUTE: dict[str, dict[str, Any]] = {
 }
 
 
-def blocks(model: nn.Module) -> list[nn.Module]:
-    """The blocks of trunk and head: what is recomputed, or compiled, as one."""
-    return [module for module in model.modules() if isinstance(module, Block | ResidualBlock)]
+def fsdp_units(model: MAR) -> list[nn.Module]:
+    """Return what is gathered as one: the trunk's blocks, and the head, which calls layers of its blocks by itself."""
+    return [*model.encoder, *model.decoder, model.head]
 
 
-def fsdp_units(model: nn.Module) -> list[nn.Module]:
-    """What is gathered as one: the trunk's blocks, and the head, which uses layers of its blocks out of turn."""
-    return [module for module in model.modules() if isinstance(module, Block | DiffusionHead)]
-
-
-def parallelize(
-    loss: DiffusionLoss, averages: Iterable[nn.Module], config: TrainConfig, device: torch.device
-) -> nn.Module:
+def parallelize(loss: DiffusionLoss, averages: Iterable[Any], config: TrainConfig, device: torch.device) -> nn.Module:
     """What to call for the loss, so that the processes' gradients come out as those of the whole batch.
 
     Changes `loss` and `averages` in place where their tensors are to be shared out; names of parameters stay. Raises
@@ -71,10 +63,10 @@ def parallelize(
         )
     if config.recompute != "none":
         options = _RECOMPUTE[config.recompute]
-        for block in blocks(loss):
+        for block in loss.model.blocks():
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
     if config.compile:
-        for block in blocks(loss):
+        for block in loss.model.blocks():
             block.compile()
     if not dist.is_initialized():
         return loss
@@ -83,8 +75,8 @@ def parallelize(
     # The head's result is a view of its last product; nobody writes into it.
     warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module.* returned a view tensor")
     mesh = init_device_mesh(device.type, (world,))
-    for module in (loss, *averages):
-        for unit in fsdp_units(module):
+    for module, model in ((loss, loss.model), *((average, average) for average in averages)):
+        for unit in fsdp_units(model):
             fully_shard(unit, mesh=mesh)
         fully_shard(module, mesh=mesh)
     return loss

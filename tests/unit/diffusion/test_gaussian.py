@@ -32,14 +32,16 @@ def test_a_perfect_prediction_gives_the_clean_token(prediction: Prediction) -> N
     output = torch.cat([training_target(x0, epsilon, c, prediction), torch.zeros_like(x0)], -1)
     p = p_mean_variance(output, x, c, prediction)
     torch.testing.assert_close(p.x0, x0, rtol=0, atol=1e-9)
-    torch.testing.assert_close(p.mean, c.mean_x0 * x0 + c.mean_xt * x, rtol=0, atol=1e-9)
+    torch.testing.assert_close(p.mean, c.posterior_mean_coef1 * x0 + c.posterior_mean_coef2 * x, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
 def test_predictions_are_names_of_one_thing(prediction: Prediction) -> None:
     _, epsilon, c, x = drawn(torch.tensor([1, 300, 700, 950]))
     wrong = epsilon + 0.1 * noise(4, 3, seed=2).double()
-    implied = c.per_signal * x - c.noise_per_signal * wrong  # the x0 that goes with the wrong noise
+    implied = (
+        c.sqrt_recip_alphas_cumprod * x - c.sqrt_recipm1_alphas_cumprod * wrong
+    )  # the x0 that goes with the wrong noise
     variance = noise(4, 3, seed=3).double()
     by_noise = p_mean_variance(torch.cat([wrong, variance], -1), x, c, "noise")
     by_other = p_mean_variance(
@@ -70,7 +72,7 @@ def test_the_bound_clips_the_clean_token_only(prediction: Prediction) -> None:
     free, bound = p_mean_variance(output, x, c, prediction), p_mean_variance(output, x, c, prediction, x0_bound=1.5)
     assert (free.x0.abs() > 1.5).any()
     assert torch.equal(bound.x0, free.x0.clamp(-1.5, 1.5))
-    torch.testing.assert_close(bound.mean, c.mean_x0 * bound.x0 + c.mean_xt * x)
+    torch.testing.assert_close(bound.mean, c.posterior_mean_coef1 * bound.x0 + c.posterior_mean_coef2 * x)
     assert torch.equal(bound.log_variance, free.log_variance)
 
 
@@ -121,7 +123,8 @@ def test_the_bound_is_the_divergence_of_two_normals_in_bits() -> None:
     output = torch.tensor([[0.4, 0.2]], dtype=torch.float64)
     p = p_mean_variance(output, x, c, "noise")
     q = torch.distributions.Normal(
-        c.mean_x0 * x0 + c.mean_xt * x, (0.5 * torch.as_tensor(c.posterior_log_variance)).exp()
+        c.posterior_mean_coef1 * x0 + c.posterior_mean_coef2 * x,
+        (0.5 * torch.as_tensor(c.posterior_log_variance)).exp(),
     )
     kl = torch.distributions.kl_divergence(q, torch.distributions.Normal(p.mean, (0.5 * p.log_variance).exp()))
     expected = (epsilon - 0.4).square() + kl / math.log(2)

@@ -96,12 +96,12 @@ def test_the_posterior_is_bayes(steps: int) -> None:
     precision = 1 / prior[1:] + alpha[1:] / beta[1:]
     torch.testing.assert_close(s.posterior_variance[1:], 1 / precision, rtol=1e-9, atol=0)
     torch.testing.assert_close(
-        s.posterior_mean_x0[1:], s.alphas_cumprod_prev.sqrt()[1:] / prior[1:] / precision, rtol=1e-9, atol=0
+        s.posterior_mean_coef1[1:], s.alphas_cumprod_prev.sqrt()[1:] / prior[1:] / precision, rtol=1e-9, atol=0
     )
-    torch.testing.assert_close(s.posterior_mean_xt[1:], alpha.sqrt()[1:] / beta[1:] / precision, rtol=1e-9, atol=0)
+    torch.testing.assert_close(s.posterior_mean_coef2[1:], alpha.sqrt()[1:] / beta[1:] / precision, rtol=1e-9, atol=0)
     assert s.posterior_variance[0] == 0  # the last step knows x_0
-    assert s.posterior_mean_x0[0] == pytest.approx(1)
-    assert s.posterior_mean_xt[0] == 0
+    assert s.posterior_mean_coef1[0] == pytest.approx(1)
+    assert s.posterior_mean_coef2[0] == 0
     assert s.posterior_log_variance.isfinite().all()
     if steps > 1:
         assert s.posterior_log_variance[0] == s.posterior_log_variance[1]
@@ -112,9 +112,13 @@ def test_coefficients_belong_to_their_rows() -> None:
     assert table.shape == (len(Coefficients._fields), 1000)
     t = torch.tensor([3, 999, 3])
     c = Coefficients.at(table, t)
-    assert c.signal.shape == (3, 1)
-    torch.testing.assert_close(c.signal**2 + c.noise**2, torch.ones(3, 1, dtype=torch.float64))
-    torch.testing.assert_close(c.per_signal * c.signal, torch.ones(3, 1, dtype=torch.float64))
-    torch.testing.assert_close(c.noise_per_signal * c.signal, c.noise)
+    assert c.sqrt_alphas_cumprod.shape == (3, 1)
+    torch.testing.assert_close(
+        c.sqrt_alphas_cumprod**2 + c.sqrt_one_minus_alphas_cumprod**2, torch.ones(3, 1, dtype=torch.float64)
+    )
+    torch.testing.assert_close(
+        c.sqrt_recip_alphas_cumprod * c.sqrt_alphas_cumprod, torch.ones(3, 1, dtype=torch.float64)
+    )
+    torch.testing.assert_close(c.sqrt_recipm1_alphas_cumprod * c.sqrt_alphas_cumprod, c.sqrt_one_minus_alphas_cumprod)
     assert torch.equal(c.log_beta[:, 0], FULL.betas.log()[t])
     assert torch.equal(c.posterior_log_variance[:, 0], FULL.posterior_log_variance[t])

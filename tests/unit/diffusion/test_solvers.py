@@ -24,9 +24,9 @@ def knowing(schedule: Schedule, prediction: Prediction, variance: float = -1.0) 
 
     def network(x: Tensor, index: int) -> Tensor:
         c = Coefficients(*table[:, index].tolist())
-        gain = c.signal * STD**2 / (c.signal**2 * STD**2 + c.noise**2)
-        x0 = MEAN + gain * (x - c.signal * MEAN)
-        epsilon = (x - c.signal * x0) / c.noise
+        gain = c.sqrt_alphas_cumprod * STD**2 / (c.sqrt_alphas_cumprod**2 * STD**2 + c.sqrt_one_minus_alphas_cumprod**2)
+        x0 = MEAN + gain * (x - c.sqrt_alphas_cumprod * MEAN)
+        epsilon = (x - c.sqrt_alphas_cumprod * x0) / c.sqrt_one_minus_alphas_cumprod
         return torch.cat([training_target(x0, epsilon, c, prediction), torch.full_like(x, variance)], -1)
 
     return network

@@ -70,7 +70,7 @@ def test_ragged_equals_each_image_on_its_own(trunk: TrunkConfig) -> None:
     each = [[1, 5, 6], [2], [], list(range(16))]
     padded = torch.tensor([positions + [16] * (16 - len(positions)) for positions in each])
     labels = torch.tensor([0, 1, 2, UNCONDITIONAL])
-    z = of(tokens, labels, padded, ragged=True)
+    z = of(tokens, labels, padded, padded=True)
     for i, positions in enumerate(each):
         row = slice(i, i + 1)
         alone = of(tokens[row], labels[row], torch.tensor([positions]).long())
@@ -81,7 +81,7 @@ def test_ragged_equals_each_image_on_its_own(trunk: TrunkConfig) -> None:
 def test_conditions_of_some_tokens_are_those_among_all(trunk: TrunkConfig) -> None:
     of, tokens = model(encoder=trunk, decoder=trunk), noise(2, 16, 2)
     z, some = of(tokens, LABELS, VISIBLE), torch.tensor([[1, 5, 16], [15, 3, 4]])  # 16: padding
-    found = of(tokens, LABELS, VISIBLE, only=some)
+    found = of(tokens, LABELS, VISIBLE, query_idx=some)
     assert found.shape == (2, 3, 16)
     for image, place in ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2)):
         torch.testing.assert_close(found[image, place], z[image, some[image, place]])
@@ -90,9 +90,9 @@ def test_conditions_of_some_tokens_are_those_among_all(trunk: TrunkConfig) -> No
 @trunks
 def test_padding_must_be_declared(trunk: TrunkConfig) -> None:
     of, tokens = model(encoder=trunk, decoder=trunk), noise(1, 16, 2)
-    padded = torch.tensor([[1, 5, 16]])
-    z = [of(tokens, LABELS[:1], padded, ragged=ragged) for ragged in (True, False)]
-    assert changed(*z)  # `ragged` is what keeps padding out of the attention
+    visible = torch.tensor([[1, 5, 16]])
+    z = [of(tokens, LABELS[:1], visible, padded=padded) for padded in (True, False)]
+    assert changed(*z)  # `padded` keeps padding out of the attention
 
 
 @pytest.mark.parametrize(

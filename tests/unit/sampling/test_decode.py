@@ -12,7 +12,7 @@ from tiny import model, noise
 from torch import Tensor
 
 from mar.config import SamplingConfig
-from mar.diffusion.schedule import cosine
+from mar.diffusion.head import CFGDenoiser
 from mar.model.mar import UNCONDITIONAL
 from mar.sampling.decode import (
     DecodeState,
@@ -24,7 +24,6 @@ from mar.sampling.decode import (
     plan_step,
     sample_tokens,
 )
-from mar.sampling.guidance import CFGDenoiser
 
 TINY = model(seed=3)
 LABELS = torch.tensor([0, 2])
@@ -47,9 +46,9 @@ class Rows:
         self.heads: list[tuple[int, int, bool]] = []
         encode, notes = TINY.encode, self
 
-        def watched(tokens: Tensor, *rest: Tensor, ragged: bool = False) -> Tensor:
+        def watched(tokens: Tensor, *rest: Tensor, padded: bool = False) -> Tensor:
             notes.trunk.append(len(tokens))
-            return encode(tokens, *rest, ragged=ragged)
+            return encode(tokens, *rest, padded=padded)
 
         class Watched(CFGDenoiser):
             def __init__(self, head: Any, z: Tensor, timesteps: Tensor, scale: Tensor | None = None) -> None:
@@ -57,7 +56,7 @@ class Rows:
                 notes.heads.append((len(z), len(timesteps), scale is not None))
 
         monkeypatch.setattr(TINY, "encode", watched)
-        monkeypatch.setattr("mar.backends.cuda.CFGDenoiser", Watched)
+        monkeypatch.setattr("mar.diffusion.head.CFGDenoiser", Watched)
 
 
 def ends(sampling: SamplingConfig, unknown: Tensor | None = None) -> DecodeState:
@@ -95,7 +94,7 @@ def test_the_residual_is_the_difference_at_the_last_refresh() -> None:
         )
         torch.testing.assert_close(after_first.residual, without - z)
         turns = plan_step(after_first, sampling, 16, guidable=True)
-        assert not any(turn.pace.refresh for turn in turns)
+        assert not any(turn.settings.run_uncond for turn in turns)
         kept = compute_conditions(TINY, LABELS, after_first, turns, 2)
     drawn = torch.stack([residual[turn.positions] for residual, turn in zip(after_first.residual, turns, strict=True)])
     torch.testing.assert_close(kept.z[2:] - kept.z[:2], drawn)
@@ -124,7 +123,7 @@ def test_without_a_class_nothing_is_guided(monkeypatch: pytest.MonkeyPatch) -> N
     rows = Rows(monkeypatch)
     draws = SeededNoise([5])
     state = init_state(noise(1, 16, 2), all_masked(1, 16), 4, draws)
-    after = decode_step(TINY, torch.tensor([UNCONDITIONAL]), state, GUIDED, cosine(1000), draws)
+    after = decode_step(TINY, torch.tensor([UNCONDITIONAL]), state, GUIDED, draws)
     assert rows.trunk == [1]
     assert after.step == 1
 
@@ -147,8 +146,8 @@ def test_solvers_without_noise_draw_one_a_token() -> None:
 @pytest.mark.parametrize("wide", [True, False])
 def test_wide_models_give_memory_back_after_every_step(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[int] = []
-    monkeypatch.setattr("mar.sampling.decode.trim_heap", lambda: given.append(1))
-    monkeypatch.setattr("mar.sampling.decode.WIDE", TINY.config.encoder.width + (not wide))
+    monkeypatch.setattr("mar.backends.cpu.trunk.trim_heap", lambda: given.append(1))
+    monkeypatch.setattr("mar.backends.cpu.trunk.WIDE_MODEL", TINY.config.encoder.width + (not wide))
     ends(GUIDED)
     assert len(given) == (GUIDED.steps if wide else 0)
 
@@ -162,19 +161,19 @@ def test_wide_models_are_shown_and_asked_for_few_numbers_of_tokens(monkeypatch: 
     shapes: list[tuple[int, int]] = []
     encode, decoded = TINY.encode, TINY.decode
 
-    def shown(tokens: Tensor, labels: Tensor, visible: Tensor, *, ragged: bool = False) -> Tensor:
+    def shown(tokens: Tensor, labels: Tensor, visible: Tensor, *, padded: bool = False) -> Tensor:
         shapes.append((visible.shape[1], 0))
-        return encode(tokens, labels, visible, ragged=ragged)
+        return encode(tokens, labels, visible, padded=padded)
 
-    def asked(encoded: Tensor, visible: Tensor, only: Tensor | None = None) -> Tensor:
-        assert only is not None
-        shapes.append((0, only.shape[1]))
-        return decoded(encoded, visible, only)
+    def asked(encoded: Tensor, visible: Tensor, query_idx: Tensor | None = None) -> Tensor:
+        assert query_idx is not None
+        shapes.append((0, query_idx.shape[1]))
+        return decoded(encoded, visible, query_idx)
 
     monkeypatch.setattr(TINY, "encode", shown)
     monkeypatch.setattr(TINY, "decode", asked)
-    for name, value in {"WIDE": TINY.config.encoder.width, "VISIBLE": 8, "ASKED": 4}.items():
-        monkeypatch.setattr(f"mar.sampling.decode.{name}", value)
+    for name, value in {"WIDE_MODEL": TINY.config.encoder.width, "INPUT_MULTIPLE": 8, "OUTPUT_MULTIPLE": 4}.items():
+        monkeypatch.setattr(f"mar.backends.cpu.trunk.{name}", value)
     for each, plain in zip(sampling, expected, strict=True):
         torch.testing.assert_close(ends(each, unknown).tokens, plain, atol=1e-4, rtol=1e-4)
     assert {visible for visible, only in shapes if not only} == {8, 16}

@@ -1,64 +1,69 @@
-"""The guided head computes ahead, in chunks, what the head would say step by step."""
+"""What a reveal step takes follows from the image's own schedule: diffusion steps, guidance, refreshes."""
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
-import torch
-from tiny import model, noise
-from torch import Tensor
+from hypothesis import given
+from hypothesis import strategies as st
+from ways import ways
 
 from mar.config import SamplingConfig
-from mar.diffusion.schedule import cosine, respace
 from mar.model.masking import mask_schedule
-from mar.sampling.guidance import CFGDenoiser, guidance_scale
+from mar.sampling.guidance import step_settings
 
-SCHEDULE = respace(cosine(1000), 9)
-HEAD = model().head
-
-
-def outputs(of: CFGDenoiser, x: Tensor) -> Tensor:
-    return torch.stack([of(x, index) for index in reversed(range(9))])
+SCHEDULE = tuple(mask_schedule(256, 16))
 
 
-@pytest.mark.parametrize("guided", [False, True])
-@pytest.mark.parametrize("steps_a_chunk", [0, 1, 2, 4, 8])
-@torch.no_grad()
-def test_chunks_change_nothing(guided: bool, steps_a_chunk: int) -> None:
-    z, x = noise(10, 16), noise(5 if guided else 10, 2, seed=1)
-    scale = torch.linspace(0, 3, 5).unsqueeze(1) if guided else None
-    step_bytes = 10 * 16 * 5 * 4  # rows, width, three parts of one block and two of the last layer, float32
-    whole = CFGDenoiser(HEAD, z, SCHEDULE.timesteps, scale)
-    cut = CFGDenoiser(HEAD, z, SCHEDULE.timesteps, scale, budget=steps_a_chunk * step_bytes)
-    assert (whole.chunk >= 9, cut.chunk) == (True, max(1, steps_a_chunk))
-    torch.testing.assert_close(outputs(cut, x), outputs(whole, x), rtol=1e-5, atol=1e-6)
-    assert len(cut.ready[0]) <= max(1, steps_a_chunk)
+def test_as_the_paper_every_step_is_alike_but_for_the_scale() -> None:
+    found = step_settings(SamplingConfig(guidance=3.0), SCHEDULE, 256)
+    assert {pace.diffusion_steps for pace in found} == {100}
+    assert all(pace.guided and pace.run_uncond for pace in found)
+    assert [pace.scale for pace in found] == pytest.approx([1 + 2 * (256 - max(n, 1)) / 256 for n in SCHEDULE])
+    none = step_settings(SamplingConfig(), SCHEDULE, 256)
+    assert not any(pace.guided or pace.run_uncond for pace in none)
 
 
-@torch.no_grad()
-def test_it_says_what_the_head_says_at_the_trained_timesteps() -> None:
-    z, x = noise(4, 16), noise(4, 2, seed=1)
-    expected = torch.stack([HEAD(x, SCHEDULE.timesteps[[i]].expand(4), z) for i in reversed(range(9))])
-    torch.testing.assert_close(outputs(CFGDenoiser(HEAD, z, SCHEDULE.timesteps), x), expected, rtol=1e-5, atol=1e-6)
+def test_diffusion_steps_fall_linearly() -> None:
+    sampling = SamplingConfig(diffusion_steps=50, diffusion_steps_end=5)
+    counts = [pace.diffusion_steps for pace in step_settings(sampling, SCHEDULE, 256)]
+    assert counts == [50, 47, 44, 41, 38, 35, 32, 29, 26, 23, 20, 17, 14, 11, 8, 5]
+    assert [pace.diffusion_steps for pace in step_settings(sampling, (0,), 256)] == [50]  # a single step is the first
 
 
-@torch.no_grad()
-def test_guidance_moves_away_from_the_unconditional() -> None:
-    z, x = noise(6, 16), noise(3, 2, seed=1)
-    conditional, unconditional = (outputs(CFGDenoiser(HEAD, half, SCHEDULE.timesteps), x) for half in z.chunk(2))
-    scale = torch.tensor([[0.0], [1.0], [2.5]])
-    guided = outputs(CFGDenoiser(HEAD, z, SCHEDULE.timesteps, scale), x)
-    expected = unconditional[..., :2] + scale * (conditional - unconditional)[..., :2]
-    torch.testing.assert_close(guided[..., :2], expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(guided[..., 2:], conditional[..., 2:], rtol=1e-5, atol=1e-6)  # variance: conditional
-    assert (conditional - unconditional).abs().min() > 1e-5
+def test_guidance_in_an_interval_of_what_is_known() -> None:
+    sampling = SamplingConfig(guidance=3.0, guidance_from=0.3, guidance_until=0.8)
+    for pace, hidden in zip(step_settings(sampling, SCHEDULE, 256), SCHEDULE, strict=True):
+        known = (256 - max(hidden, 1)) / 256
+        assert pace.guided == (0.3 <= known <= 0.8)
+        assert pace.scale == pytest.approx(1 + 2 * known if pace.guided else 1.0)
+    # of an image that is nearly known, the reveal begins where guidance has long been on
+    assert all(pace.guided for pace in step_settings(SamplingConfig(guidance=3.0, guidance_from=0.8), (12, 4, 0), 256))
 
 
-def test_linear_guidance_rises_from_one_to_just_below_the_scale() -> None:
-    sampling = SamplingConfig(guidance=3.0)
-    scales = [guidance_scale(sampling, hidden, 256) for hidden in mask_schedule(256, 64)]
-    assert scales == sorted(scales)
-    assert scales[0] == pytest.approx(1 + 2 * 1 / 256)
-    assert scales[-1] == guidance_scale(sampling, 1, 256) == pytest.approx(1 + 2 * 255 / 256)  # just short of it
-    constant = SamplingConfig(guidance=3.0, guidance_schedule="constant")
-    assert {guidance_scale(constant, hidden, 256) for hidden in (0, 1, 255)} == {3.0}
-    assert guidance_scale(SamplingConfig(guidance=0.0), 128, 256) == pytest.approx(0.5)  # and falls below 1 as well
+def test_every_so_many_guided_steps_refresh() -> None:
+    sampling = SamplingConfig(guidance=3.0, guidance_from=0.3, guidance_refresh=3)
+    found = step_settings(sampling, SCHEDULE, 256)
+    assert [pace.run_uncond for pace in found] == [False] * 8 + [True, False, False, True, False, False, True, False]
+    assert [pace.guided for pace in found] == [False] * 8 + [True] * 8
+
+
+@given(way=ways(), unknown=st.integers(1, 60), steps=st.integers(1, 70), start=st.integers(1, 9))
+def test_what_holds_for_every_way(way: dict[str, object], unknown: int, steps: int, start: int) -> None:
+    schedule = tuple(mask_schedule(unknown, steps))
+    sampling = SamplingConfig(steps, start, **way)  # type: ignore[arg-type]
+    found = step_settings(sampling, schedule, 60)
+    assert len(found) == len(schedule)
+    end = start if sampling.diffusion_steps_end is None else sampling.diffusion_steps_end
+    counts = [pace.diffusion_steps for pace in found]
+    assert counts[0] == start
+    assert counts[-1] == end or len(counts) == 1
+    assert counts in (sorted(counts), sorted(counts, reverse=True))
+    guided = [pace.guided for pace in found]
+    assert sum(before != after for before, after in pairwise([False, *guided, False])) in (0, 2)  # one stretch
+    first = guided.index(True) if any(guided) else None
+    for step, pace in enumerate(found):
+        assert pace.run_uncond == (
+            pace.guided and first is not None and (step - first) % sampling.guidance_refresh == 0
+        )

@@ -73,7 +73,7 @@ def test_only_masked_tokens_are_scored_and_only_visible_ones_read() -> None:
     hidden = draws.order[:, : draws.masked].sort(1).values
     visible = draws.order[:, draws.masked :]
     z = of(patchify(latents, 1), labels, visible)
-    scored = DiffusionLoss(of).head_loss(
+    scored = of.head.loss(
         gather_tokens(patchify(latents, 1), hidden), gather_tokens(z, hidden), draws.timestep, draws.noise
     )
     assert scored.shape == (draws.timestep.numel(),)

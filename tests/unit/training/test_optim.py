@@ -29,7 +29,7 @@ def test_groups_are_the_references() -> None:
     # In the reference the learned embeddings are parameters of two and more dimensions, the mask token among them.
     assert {"mask_token", "null_class", "class_embed.weight", "encoder_position", "decoder_position"} <= decaying
     assert {"diffusion_position", "token_embed.weight", "decoder_embed.weight", "encoder.0.fc1.weight"} <= decaying
-    assert all(decays(name, p) == (name in decaying) for name, p in of.named_parameters())
+    assert all(decays(of, name, p) == (name in decaying) for name, p in of.named_parameters())
     assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
 
 

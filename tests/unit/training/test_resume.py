@@ -278,7 +278,7 @@ def test_a_run_that_never_saved_begins_anew_with_its_init(data: Path, tmp_path: 
 def test_a_run_of_broken_steps_can_be_resumed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = open_tiny(train_config(data), tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(run.loss, "head_loss", lambda *_: run.model.mask_token.sum() * torch.full((3,), torch.nan))
+        patch.setattr(run.model.head, "loss", lambda *_: run.model.mask_token.sum() * torch.full((3,), torch.nan))
         assert not go(run, at=8)
     again = open_tiny(train_config(data), tmp_path)
     assert (again.progress.skipped_steps, again.progress.skipped_in_a_row) == (2, 2)

@@ -1,7 +1,6 @@
-"""Dropout that is cheap on a CPU.
+"""Dropout that draws 16 bits a value and keeps a byte.
 
-PyTorch's draws a float for every value and keeps it; that took a tenth of a training step's time (docs/performance.md).
-Here a draw is 16 bits of a random word, and a byte is kept. Other devices have kernels of their own for it.
+PyTorch's own draws and keeps a float for every value, which took a tenth of a training step (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -11,39 +10,23 @@ from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 _LEVELS = 2**16
 
 
-class Dropout(nn.Module):
-    """In training: values zeroed at random, at `rate`, the others divided by the share that stays."""
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.rate = rate
-
-    def forward(self, x: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        if not self.training or self.rate == 0:
-            return x
-        if not use_cpu_kernel(x):
-            return functional.dropout(x, self.rate)
-        return (x * dropout_mask(x.shape, self.rate)).mul_(1 / keep_prob(self.rate))
-
-
-def use_cpu_kernel(x: Float[Tensor, "..."]) -> bool:
-    """Whether x is where we do better: on a CPU, and not compiled."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+def fast_dropout(x: Float[Tensor, "..."], rate: float) -> Float[Tensor, "..."]:
+    """Zero values at random, at `rate`, and divide the others by the probability of being kept."""
+    return (x * dropout_mask(x.shape, rate)).mul_(1 / keep_prob(rate))
 
 
 def keep_prob(rate: float) -> float:
-    """What stays: 1 - rate, to the nearest 1/65,536."""
+    """Return 1 - rate, rounded to the nearest 1/65,536."""
     return 1 - round(rate * _LEVELS) / _LEVELS
 
 
 def dropout_mask(shape: Sequence[int], rate: float) -> Bool[Tensor, "..."]:
-    """True where a value stays, drawn from PyTorch's global generator on the CPU."""
+    """Draw a mask, true where a value is kept, from PyTorch's global generator on the CPU."""
     count = math.prod(shape)
     words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
     lowest = round(rate * _LEVELS) - _LEVELS // 2

@@ -1,13 +1,14 @@
-"""Weights of 8 bits for drawing on a CPU: the matrices inside the blocks of trunk and head, which are nearly all.
+"""8-bit weights for sampling on a CPU: the matrices inside the blocks of trunk and head, which are nearly all.
 
-A weight is a whole number times a scale of its output feature. What comes in is rounded to 7 bits as it comes, by the
-range of the whole input, and products are of whole numbers: a quarter of the memory to read, and more arithmetic at a
-time. A picture then depends on those that are drawn beside it, by as much as the 8 bits change it.
+A weight is an integer times a scale of its output feature. Inputs are rounded to 7 bits by the range of the whole input
+tensor, and products are of integers: a quarter of the memory to read, and more arithmetic at a time. An image then
+depends on the images of its batch, by as much as the 8 bits change it.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,14 +16,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mar.config import ConfigError
-from mar.model.mar import MAR
-from mar.nn import Linear
 
 
 class Int8Linear(nn.Module):
-    """What a `Linear` does, by PyTorch's own product of 8-bit weights (FBGEMM on x86)."""
+    """Linear layer with 8-bit weights, by PyTorch's own product (FBGEMM on x86)."""
 
-    def __init__(self, linear: Linear) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = linear.weight.detach().float()
@@ -30,10 +29,10 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", linear.bias.detach().float())
         zeros = torch.zeros(len(weight), dtype=torch.long)
         with warnings.catch_warnings():
-            # That a later PyTorch will have no such call; `quantise` tells then. Nothing else packs for few rows.
+            # PyTorch plans to remove this call, and nothing else packs for few rows; `require_int8` checks for it.
             warnings.simplefilter("ignore", UserWarning)
-            whole = torch.quantize_per_channel(weight, self.get_buffer("scale").double(), zeros, 0, torch.qint8)
-        self.packed: Any = torch.ops.quantized.linear_prepack(whole, self.get_buffer("bias"))
+            integers = torch.quantize_per_channel(weight, self.get_buffer("scale").double(), zeros, 0, torch.qint8)
+        self.packed: Any = torch.ops.quantized.linear_prepack(integers, self.get_buffer("bias"))
 
     def forward(self, x: Float[Tensor, "... i"]) -> Float[Tensor, "... o"]:
         product: Tensor = torch.ops.quantized.linear_dynamic(x.float(), self.packed, True)
@@ -41,24 +40,27 @@ class Int8Linear(nn.Module):
 
 
 def require_int8(device: torch.device) -> None:
-    """Raises ConfigError where a model on `device` can't have weights of 8 bits."""
+    """Raise ConfigError where a model on `device` can't have 8-bit weights."""
     if device.type != "cpu":
         raise ConfigError(f"int8 weights: got a model on {device}, expected one on the CPU")
-    there = hasattr(torch, "quantize_per_channel") and hasattr(torch.ops.quantized, "linear_dynamic")
-    if not there or torch.backends.quantized.engine == "none":
+    available = hasattr(torch, "quantize_per_channel") and hasattr(torch.ops.quantized, "linear_dynamic")
+    if not available or torch.backends.quantized.engine == "none":
         raise ConfigError(f"int8 weights: PyTorch {torch.__version__} has no products of 8 bits on this machine")
 
 
-def quantize_(model: MAR) -> None:
-    """Turns the matrices of the blocks of a model on a CPU to 8 bits, in place. ConfigError where that can't be."""
-    require_int8(model.mask_token.device)
-    for block in (*model.encoder, *model.decoder, *model.head.blocks):
+def quantize_(blocks: Iterable[nn.Module]) -> None:
+    """Replace every linear layer inside `blocks` (`MAR.blocks()`) by an `Int8Linear`, in place.
+
+    Raises ConfigError where that can't be.
+    """
+    for block in blocks:
+        require_int8(next(block.parameters()).device)
         for parent in list(block.modules()):
             for name, child in list(parent.named_children()):
-                if isinstance(child, Linear):
+                if isinstance(child, nn.Linear):
                     setattr(parent, name, Int8Linear(child))
 
 
-def is_quantized(model: MAR) -> bool:
-    """Whether `quantise` has turned a model's weights."""
+def is_quantized(model: nn.Module) -> bool:
+    """Return whether `quantize_` has replaced layers of a model."""
     return any(isinstance(module, Int8Linear) for module in model.modules())

@@ -43,7 +43,7 @@ def test_conditions_and_predictions_stay_near(trunk: TrunkConfig) -> None:
         return z, of.head(x, t, noise(2, 16, seed=2))
 
     plain, count = found(), sum(p.numel() for p in of.parameters())
-    quantize_(of)
+    quantize_(of.blocks())
     assert is_quantized(of)
     assert sum(p.numel() for p in of.parameters()) < 0.7 * count  # what is outside of blocks is most of a tiny model
     for rough, exact in zip(found(), plain, strict=True):
@@ -74,7 +74,7 @@ def test_they_stay_what_and_where_they_are(tmp_path: Path) -> None:
 
 def test_elsewhere_they_are_refused() -> None:
     with pytest.raises(ConfigError, match="got a model on meta, expected one on the CPU"):
-        quantize_(model().to("meta"))
+        quantize_(model().to("meta").blocks())
     pipeline = tiny.pipeline()
     with pytest.raises(ConfigError, match="got a model on meta, expected one on the CPU"):
         pipeline.to("meta", torch.int8)

@@ -7,9 +7,10 @@ import torch
 from tiny import noise
 
 from mar.backends.cpu.attention import attention_with_dropout
-from mar.backends.cpu.dropout import Dropout, dropout_mask, keep_prob
+from mar.backends.cpu.dropout import dropout_mask, keep_prob
 from mar.config import TrunkConfig
 from mar.model.blocks import Attention
+from mar.nn import Dropout
 
 
 def test_what_stays_is_a_fair_draw() -> None:

@@ -7,14 +7,13 @@ import torch
 from tiny import config, model, noise
 
 from mar.backends.cpu.linear import has_onednn
-from mar.backends.cpu.packed_head import PackedHead, packed
+from mar.backends.cpu.packed_head import PackedHead, pack_head
 from mar.config import HeadConfig, SamplingConfig
-from mar.diffusion.head import DiffusionHead
+from mar.diffusion.head import CFGDenoiser, DiffusionHead
 from mar.diffusion.schedule import respace, training_schedule
 from mar.nn import set_matrix_dtype
 from mar.random import make_generator
 from mar.sampling.decode import SeededNoise, all_masked, decode_step, init_state, sample_tokens
-from mar.sampling.guidance import CFGDenoiser
 
 STEPS = 7
 
@@ -23,7 +22,7 @@ STEPS = 7
 @pytest.mark.parametrize("guided", [False, True])
 def test_it_gives_the_numbers_of_the_head(rows: int, guided: bool) -> None:
     head = model(head=HeadConfig(width=48, depth=3)).head
-    ready = packed(head)
+    ready = pack_head(head)
     assert isinstance(ready, PackedHead)
     z, x = noise((1 + guided) * rows, 16, seed=1), noise(rows, 2, seed=2)
     scale = 1 + torch.rand(rows, 1) if guided else None
@@ -45,7 +44,7 @@ def test_in_bfloat16_it_is_as_near_to_the_head_as_roundings_are(rows: int) -> No
     with torch.no_grad():
         exact = CFGDenoiser(of.head, z, timesteps, scale, budget=50_000)(x, 3)
         set_matrix_dtype(of, torch.bfloat16)
-        heads = of.head, packed(of.head)
+        heads = of.head, pack_head(of.head)
         plain, fast = (CFGDenoiser(each, z, timesteps, scale, budget=50_000)(x, 3) for each in heads)
     assert fast.dtype is torch.float32
     assert 0 < float((fast - exact).std()) < 1.2 * float((plain - exact).std())
@@ -59,18 +58,18 @@ def test_pictures_are_those_of_the_head() -> None:
     *_, fast = sample_tokens(of, labels, state, sampling, first)
     state = init_state(torch.zeros(3, 16, 2), all_masked(3, 16), sampling.steps, second)
     while state.step < state.steps:
-        state = decode_step(of, labels, state, sampling, training_schedule(of.config.head), second)
+        state = decode_step(of, labels, state, sampling, second)
     torch.testing.assert_close(fast.tokens, state.tokens, rtol=1e-4, atol=1e-4)
 
 
 def test_only_plain_weights_on_a_cpu_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     of = model().double()
-    assert packed(of.head) is of.head
+    assert pack_head(of.head) is of.head
     of = model()
     set_matrix_dtype(of, torch.bfloat16)
-    assert isinstance(packed(of.head), PackedHead) == has_onednn(torch.bfloat16)
+    assert isinstance(pack_head(of.head), PackedHead) == has_onednn(torch.bfloat16)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert packed(of.head) is of.head
+    assert pack_head(of.head) is of.head
     with torch.device("meta"):
         head = DiffusionHead(2, 16, config().head)
-    assert packed(head) is head
+    assert pack_head(head) is head
