@@ -1,6 +1,6 @@
 # make demo    draw a few pictures with the bundled model
 # make test    the tests
-# make lint    style, types, layers, and the documentation site
+# make lint    style, types, layers, prose, and the documentation site
 # make docs    build the documentation site into site/; a dead link or a public name without a docstring fails
 # make bench   how fast sampling is
 # Each makes the .venv it needs; PYTHON=python3.12 chooses which Python that is made from.
@@ -27,6 +27,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/python tools/check_prose.py --baseline
 	$(MKDOCS)
 
 docs: $(VENV)/.dev
