@@ -48,12 +48,13 @@ NOT_VERBS = frozenset(WORDS["not_verbs"].split())
 IZE = rf"({'|'.join(WORDS['verbs_in_ize'].split())})is(?=e|ing|ation|er|able)"
 BRITISH = {re.compile(key, re.IGNORECASE): american for key, american in {IZE: r"\1iz", **WORDS["british"]}.items()}
 PRIVATE_WORDS = WORDS["private_words"]
-# In prose most of them are ordinary English: there they count between backticks, or when no sentence would have them.
-_names = sorted(map(re.escape, PRIVATE_WORDS), key=len, reverse=True)
-_distinct = [name for name in _names if re.search(r"\w_\w|^_|[a-z][A-Z]", name)]
-PRIVATE_IN_PROSE = re.compile(rf"`({'|'.join(_names)})`|(?<!\w)({'|'.join(_distinct)})(?!\w)")
+# Outside src, and in prose without backticks, the others may be ordinary words.
+DISTINCT_WORDS = {word for word in PRIVATE_WORDS if re.search(r"\w_\w|^_|[a-z][A-Z]", word)}
+PRIVATE_IN_PROSE = re.compile(rf"`({'|'.join(PRIVATE_WORDS)})`|(?<!\w)({'|'.join(DISTINCT_WORDS)})(?!\w)")
 
-CLAUSE = re.compile(r"\b(which|that|what|whose|where|whom)\b", re.IGNORECASE)
+CLAUSE = re.compile(
+    r"(?P<comma>, |\band |\bor )?(?<!\bso )\b(?P<word>which|that|what|whose|where|whom)\b", re.IGNORECASE
+)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 Definition = Function | ast.ClassDef
@@ -65,9 +66,19 @@ class Finding(NamedTuple):
     message: str
 
 
+def relative_words(sentence: str) -> list[str]:
+    """Returns the words that begin a clause; "what A, what B and what C" has one of them."""
+    words: list[str] = []
+    for match in CLAUSE.finditer(sentence):
+        word, is_list = match["word"].lower(), match["comma"] is not None
+        if not (is_list and word in words):
+            words.append(word)
+    return words
+
+
 def check_sentences(paragraph: Passage, limit: int) -> Iterator[Finding]:
     for line, text in sentences(paragraph):
-        words, clauses = count_words(text), [match[0].lower() for match in CLAUSE.finditer(text)]
+        words, clauses = count_words(text), relative_words(" ".join(text.split()))
         opening = " ".join(text.split()[:6])
         if words > limit:
             yield Finding(line, "sentence-length", f'{words} words, expected at most {limit}: "{opening} ..."')
@@ -90,9 +101,9 @@ def identifiers(tree: ast.Module) -> Iterator[tuple[str, int]]:
             yield node.asname, node.lineno
 
 
-def check_identifiers(module: str, tree: ast.Module) -> Iterator[Finding]:
+def check_identifiers(path: str, tree: ast.Module) -> Iterator[Finding]:
     """Yields British spellings and private words, each name once a file."""
-    first_lines = {module: 1}
+    first_lines = {Path(path).stem: 1}
     for name, line in identifiers(tree):
         first_lines[name] = min(line, first_lines.get(name, line))
     for name, line in first_lines.items():
@@ -101,7 +112,7 @@ def check_identifiers(module: str, tree: ast.Module) -> Iterator[Finding]:
             american = pattern.sub(replacement, american)
         if american != name and name not in WORDS["allowed_spellings"]:
             yield Finding(line, "spelling", f"{name}: say {american}")
-        if name in PRIVATE_WORDS:
+        if name in (PRIVATE_WORDS if path.startswith("src/") else DISTINCT_WORDS):
             yield Finding(line, "private-words", f"{name}: say {PRIVATE_WORDS[name]}")
 
 
@@ -114,7 +125,7 @@ def check_private_words(prose: Sequence[Passage]) -> Iterator[Finding]:
 
 
 def definitions(parent: ast.AST, public: bool = True) -> Iterator[tuple[Definition, bool]]:
-    """Yields every class and function, and if it is public: neither private itself nor inside of what is."""
+    """Yields every class and function, and if it can be reached by public names alone."""
     for node in ast.iter_child_nodes(parent):
         if isinstance(node, Definition):
             shown = public and (not node.name.startswith("_") or node.name.endswith("__"))
@@ -140,10 +151,10 @@ def check_summary(node: ast.Module | Definition, public: bool) -> Iterator[Findi
         if public and (words := count_words(summary)) > SUMMARY_WORDS:
             yield Finding(node.body[0].lineno, "summary", f"{words} words, expected at most {SUMMARY_WORDS}")
     for line, text in docstrings:
-        first = text.split()[0].strip(",.:;")
+        first, second = [word.strip(",.:;") for word in (text + " ?").split()[:2]]
         if first.lower() in FORBIDDEN_FIRST_WORDS:
             yield Finding(line, "summary", f"begins with {first}: name the thing, or what is done")
-        elif text is docstring and public and is_called(node) and not is_verb(first):
+        elif text is docstring and public and is_called(node) and (second == "of" or not is_verb(first)):
             yield Finding(line, "summary", f"{node.name} begins with {first}: begin with a verb")
 
 
@@ -207,7 +218,7 @@ def check_file(path: str, source: str) -> list[Finding]:
     tree, comments = ast.parse(source), find_comments(source)
     prose = list(prose_of(tree, comments))
     findings = [each for text in prose for each in check_sentences(text, SENTENCE_WORDS)]
-    findings += check_identifiers(Path(path).stem, tree)
+    findings += check_identifiers(path, tree)
     if path.startswith("src/"):
         findings += check_private_words(prose)
         findings += check_definitions(tree, comments, source.splitlines())
@@ -246,13 +257,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (options.baseline or options.update_baseline) and (options.paths or options.rule):
         parser.error("a baseline is of all files and rules: leave out PATH and --rule")
 
+    rules = options.rule or list(RULES)
     files = {path.relative_to(ROOT).as_posix(): path.read_text() for path in find_files(options.paths)}
-    findings = {path: check_file(path, source) for path, source in files.items()}
-    if options.rule:
-        findings = {
-            path: [each for each in all_rules if each.rule in options.rule] for path, all_rules in findings.items()
-        }
-    per_file = {path: Counter(each.rule for each in findings[path]) for path in findings if findings[path]}
+    findings = {name: [each for each in check_file(name, text) if each.rule in rules] for name, text in files.items()}
+    per_file = {name: Counter(each.rule for each in findings[name]) for name in files if findings[name]}
     counts = sum(per_file.values(), Counter[str]())
     if options.update_baseline:
         BASELINE.write_text(json.dumps({rule: counts[rule] for rule in RULES}, indent=2) + "\n")
@@ -260,15 +268,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.baseline:
         return compare(counts)
     if options.statistics:
-        for path, rules in sorted(per_file.items(), key=lambda item: -item[1].total()):
-            print(f"{rules.total():5} {path}: " + ", ".join(f"{rule} {count}" for rule, count in rules.most_common()))
+        for name, count in sorted(per_file.items(), key=lambda item: -item[1].total()):
+            print(f"{count.total():5} {name}: " + ", ".join(f"{rule} {number}" for rule, number in count.most_common()))
     else:
-        print(
-            *(f"{path}:{line}: {rule}: {message}\n" for path in findings for line, rule, message in findings[path]),
-            sep="",
-            end="",
-        )
-    print("\n".join(f"{counts[rule]:5} {rule}: {RULES[rule]}" for rule in options.rule or RULES))
+        for name, line, rule, message in ((name, *each) for name in files for each in findings[name]):
+            print(f"{name}:{line}: {rule}: {message}")
+    print("\n".join(f"{counts[rule]:5} {rule}: {RULES[rule]}" for rule in rules))
     return int(bool(counts))
 
 

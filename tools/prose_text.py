@@ -17,8 +17,8 @@ SENTENCE = re.compile(
     r"""\S.*?(?: (?<!\be\.g | \bi\.e)(?<!\bvs | \bcf | \bal) [.!?] ["')\]*_]* (?=\s) | \Z)""", re.DOTALL | re.VERBOSE
 )
 SECTION = re.compile(r"(Args|Returns|Yields|Raises|Attributes|Example|Examples):$")
-NO_PROSE = re.compile(rf"$|```|~~~|>>>|[|#<]|{SECTION.pattern}")
-LIST_ITEM = re.compile(r"\s*([-*+]|\d{1,2}[.)])\s")
+NO_PROSE = re.compile(rf"$|```|~~~|[|#<>]|{SECTION.pattern}")
+LIST_ITEM = re.compile(r"^\s*([-*+]|\d{1,2}[.)])\s")
 
 
 class Passage(NamedTuple):
@@ -29,7 +29,7 @@ class Passage(NamedTuple):
 
 
 def paragraphs(text: str, line: int) -> Iterator[Passage]:
-    """Yields the paragraphs and list items of a text; code, tables and headings are left out."""
+    """Yields the paragraphs and list items of a text; code, tables, headings and quotations are left out."""
     start, lines = line, list[str]()
     fenced = section = False
     for number, raw in enumerate(text.splitlines(), line):
@@ -45,7 +45,7 @@ def paragraphs(text: str, line: int) -> Iterator[Passage]:
             lines = []
         if not skipped:
             start = start if lines else number
-            lines.append(LIST_ITEM.sub("", raw).strip().lstrip("> "))
+            lines.append(LIST_ITEM.sub("", raw).strip())
     if lines:
         yield Passage(start, "\n".join(lines))
 
