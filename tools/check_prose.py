@@ -271,8 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name, count in sorted(per_file.items(), key=lambda item: -item[1].total()):
             print(f"{count.total():5} {name}: " + ", ".join(f"{rule} {number}" for rule, number in count.most_common()))
     else:
-        for name, line, rule, message in ((name, *each) for name in files for each in findings[name]):
-            print(f"{name}:{line}: {rule}: {message}")
+        for name in files:
+            for each in findings[name]:
+                print(f"{name}:{each.line}: {each.rule}: {each.message}")
     print("\n".join(f"{counts[rule]:5} {rule}: {RULES[rule]}" for rule in rules))
     return int(bool(counts))
 
