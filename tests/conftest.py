@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,6 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import hypothesis
 import jaxtyping
 import pytest
-import torch
 
 # The same examples on every machine, and no failures because a machine is busy.
 hypothesis.settings.register_profile("mar", deadline=None, derandomize=True, max_examples=50)
@@ -52,9 +52,32 @@ def pytest_configure(config: pytest.Config) -> None:
     """Gives each worker of pytest-xdist one thread, before it starts: more would fight for the same cores."""
     if config.getoption("numprocesses", None):
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    else:
+        gc.disable()  # until all is imported: half of that time otherwise
+        import_before_mar()
+
+
+def pytest_collection_finish() -> None:
+    """Lets the garbage collector look at what tests make only, not at the modules."""
+    gc.freeze()
+    gc.enable()
+
+
+def import_before_mar() -> None:
+    """Imports large packages from their bytecode, which jaxtyping's import hook hides from those that mar imports."""
+    import diffusers.models.autoencoders.autoencoder_kl
+    import rich.progress
+    import torch.distributed.checkpoint.state_dict
+    import tyro  # noqa: F401
+
+    import typecheck
+
+    typecheck.check(lambda: None)  # which imports all of beartype
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
     if torch.cuda.is_available():
         return
     for item in items:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float, Int
@@ -77,11 +78,8 @@ def training_schedule(head: HeadConfig) -> Schedule:
 
 def cosine(steps: int) -> Schedule:
     """Return beta_t = 1 - f((t+1)/T) / f(t/T), f(u) = cos^2(pi/2 (u + 0.008) / 1.008), at most 0.999."""
-
-    def f(u: float) -> float:
-        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    betas = [min(1 - f((t + 1) / steps) / f(t / steps), MAX_BETA) for t in range(steps)]
+    f = [math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(steps + 1)]
+    betas = [min(1 - after / before, MAX_BETA) for before, after in pairwise(f)]
     return Schedule(torch.tensor(betas, dtype=torch.float64), torch.arange(steps))
 
 
