@@ -65,12 +65,8 @@ def pytest_collection_finish() -> None:
 
 def import_before_mar() -> None:
     """Imports large packages from their bytecode, which jaxtyping's import hook hides from those that mar imports."""
-    import diffusers.models.autoencoders.autoencoder_kl
-    import rich.progress
-    import torch.distributed.checkpoint.state_dict
-    import tyro  # noqa: F401
-
     import typecheck
+    import tyro  # noqa: F401
 
     typecheck.check(lambda: None)  # which imports all of beartype
 
