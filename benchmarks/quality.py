@@ -49,7 +49,7 @@ from mar.evaluation.image_sets import DrawnPictures, SourcePictures
 from mar.model.mar import MAR
 from mar.sampling.generate import BrokenLatents
 from mar.sampling.plan import Plan
-from mar.tokenizer import from_pixels
+from mar.tokenizer import from_name, is_name
 from mar.training.callbacks import Validation, export_and_draw, take_snapshot
 from mar.training.log import Log, RunLog
 from mar.training.run import check_classes
@@ -67,9 +67,10 @@ def open_trial(config: TrainConfig, folder: Path, parts: tuple[Source, Source]) 
     channels = config.model.channels
     colours = channels if config.tokenizer == "pixels" else 1 if is_fashion(Path(config.data)) else 3
     check_classes(config, parts[0].classes)
-    tokenizer = from_pixels(config.tokenizer, colours, channels) or load_tokenizer(config.tokenizer)
+    name = config.tokenizer
+    tokenizer = from_name(name, colours, channels) if is_name(name) else load_tokenizer(name)
     transform = Transform(tokenizer.image_size(config.model.grid), tokenizer.image_channels)
-    if not tokenizer.measured:
+    if not tokenizer.has_stats:
         tokenizer.fit(in_order(subset(parts[0], 1000), transform))
     torch.manual_seed(config.seed)
     run = TimedRun(config, folder, parts[0], tokenizer, MAR(config.model), torch.device("cpu"), held_out=parts[1])

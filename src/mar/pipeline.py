@@ -123,7 +123,7 @@ class Pipeline(
 
     def fingerprint(self) -> str:
         """sha256, in hex, of everything that pictures depend on but sampling: weights as loaded, model, tokenizer."""
-        configs = {"model": to_dict(self.model.config), "tokenizer": self.tokenizer.spec()}
+        configs = {"model": to_dict(self.model.config), "tokenizer": self.tokenizer.config()}
         digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
         for module in (self.model, self.tokenizer):
             for name, tensor in sorted(module.state_dict().items()):
@@ -275,7 +275,7 @@ class Pipeline(
         if is_quantized(self.model):
             raise ConfigError("int8 weights are for drawing and can't be saved: save the model as it was loaded")
         header = store.Header(
-            self.model.config, self.sampling, self.tokenizer.spec(), self.classes, self.weights, self.notes
+            self.model.config, self.sampling, self.tokenizer.config(), self.classes, self.weights, self.notes
         )
         tensors = {f"model.{name}": tensor.to(dtype) for name, tensor in self.model.state_dict().items()}
         tensors |= {f"tokenizer.{name}": tensor for name, tensor in self.tokenizer.state_dict().items()}

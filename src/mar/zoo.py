@@ -1,4 +1,4 @@
-"""Names -> models and tokenizers: bundled ones, the official ones, files, folders, Hub repositories."""
+"""Models and tokenizers by name: bundled ones, the official ones, files, folders, Hub repositories."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mar.model.mar import MAR
 from mar.nn import init_empty_weights
 from mar.pipeline import WEIGHTS_FILE, Pipeline
 from mar.presets import MODELS, SAMPLING
-from mar.tokenizer import COMPONENTS, Tokenizer
+from mar.tokenizer import Tokenizer, from_name, is_name
 
 BUNDLED = ("fashion",)
 """Models that come with the package."""
@@ -29,15 +29,18 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load(name: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> Pipeline:
-    """The model called `name`, ready to draw: `load("fashion").sample(labels=["dress"])`.
+    """Load a model, ready to sample: `load("fashion").sample(labels=["dress"])`.
 
-    `name` is a bundled model (fashion), an official one (mar-base, mar-large, mar-huge, after `mar download`), a folder
-    or a file that mar wrote, an official `checkpoint-last.pth`, or a repository of the Hub. `device`: the best there is
-    by default. `dtype` of the model's matrices: float32, bfloat16, or int8 on a CPU. Raises ValueError where there is
-    no such model.
+    Args:
+        name: a bundled model (fashion); an official one (mar-base, mar-large, mar-huge, after `mar download`); a folder
+            or a file that mar wrote; an official `checkpoint-last.pth`; a repository of the Hub.
+        device: by default the best there is.
+        dtype: of the model's matrices: float32, bfloat16, or int8 on a CPU.
+
+    Raises ValueError where there is no such model.
     """
-    found = device if isinstance(device, torch.device) else devices.choose_device(device)
-    return _open(str(name)).to(found, dtype)
+    chosen = device if isinstance(device, torch.device) else devices.choose_device(device)
+    return _open(str(name)).to(chosen, dtype)
 
 
 def _open(name: str) -> Pipeline:
@@ -65,7 +68,7 @@ def _open(name: str) -> Pipeline:
 
 
 def _official(name: str) -> Pipeline:
-    """An official model in the folder of downloads: as `mar convert` left it there, or as it was downloaded."""
+    """Load an official model from the folder of downloads, converted or as it was downloaded."""
     converted, downloaded = home() / f"{name}.safetensors", home() / OFFICIAL[name].name
     if converted.is_file():
         return Pipeline.open(converted)
@@ -93,9 +96,15 @@ def import_official(
     heads: int | None = None,
     patch: int | None = None,
 ) -> Pipeline:
-    """An official `checkpoint-last.pth` with the KL-16 of `tokenizer`; EMA weights unless raw ones are asked for.
+    """Load an official `checkpoint-last.pth` with the KL-16 tokenizer.
 
-    `heads` and `patch` where the file does not tell: for models that are not B, L or H.
+    Args:
+        path: the checkpoint.
+        tokenizer: kl16.ckpt.
+        weights: which weights to take.
+        sampling: defaults of the pipeline.
+        heads: attention heads, where the file does not tell: for models that are not B, L or H.
+        patch: patch size, where the file does not tell.
     """
     if tokenizer is None:
         raise CheckpointError(f"{path} needs the KL-16 tokenizer beside it; get it with `mar download kl16`")
@@ -114,9 +123,23 @@ def import_official(
     )
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`: kl16 (after `mar download kl16`), a file kl16.ckpt, a folder or repository in
-    diffusers' format, or one of our files of weights, whose tokenizer it is."""
+def load_tokenizer(name: str, image_channels: int = 3) -> Tokenizer:
+    """Load the tokenizer called `name`.
+
+    Args:
+        name: pixels; kl16 (after `mar download kl16`); a file kl16.ckpt; a folder or repository in diffusers' format;
+            one of our files of weights, which has its tokenizer inside.
+        image_channels: channels of the images, for pixels.
+    """
+    if is_name(name):
+        tokenizer = from_name(name, image_channels)
+        if not tokenizer.learns_basis:
+            return tokenizer
+        if not Path(name).exists():
+            raise CheckpointError(
+                f"{name} is fitted to the pictures that a model learns from, and kept in it: name it to `mar train` "
+                "only, elsewhere the model"
+            )
     if name == "kl16":
         path = kl16_path()
         if path is None:
@@ -124,18 +147,13 @@ def load_tokenizer(name: str) -> Tokenizer:
         return load_kl16(path)
     if Path(name).suffix in _TORCH_FILES:
         return load_kl16(Path(name))
-    if COMPONENTS.fullmatch(name) and not Path(name).exists():
-        raise CheckpointError(
-            f"{name} is taken from the pictures that a model learns from, and kept in it: name it to `mar train` only, "
-            "elsewhere the model"
-        )
     if Path(name).suffix == ".safetensors" or name in BUNDLED:
         return _open(name).tokenizer
     return load_diffusers(name)
 
 
 def load_kl16(path: Path) -> Tokenizer:
-    """The official KL-16 from `kl16.ckpt`, with its published scale."""
+    """Load the official KL-16 from `kl16.ckpt`, with its published scale."""
     from mar.tokenizer.kl import kl16
 
     tokenizer = kl16()
@@ -148,11 +166,11 @@ def load_kl16(path: Path) -> Tokenizer:
 
 
 def kl16_path(folder: Path | None = None) -> Path | None:
-    """Where kl16.ckpt is: in `folder`, or in the folder of downloads; None where in neither."""
+    """Return the path of kl16.ckpt, in `folder` or in the folder of downloads; None where it is in neither."""
     folders = [*([folder] if folder else []), home()]
     return next((path for f in folders if (path := f / OFFICIAL["kl16"].name).is_file()), None)
 
 
 def describe(path: Path) -> store.Header:
-    """What a file or folder of ours says about itself, without reading its tensors."""
+    """Read the header of a file or folder of ours, without its tensors."""
     return store.read_header(path / WEIGHTS_FILE if path.is_dir() else path)

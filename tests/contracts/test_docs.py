@@ -152,7 +152,7 @@ sys.stdout = sys.stderr
 for module, _ in cli.VERBS.values():
     importlib.import_module(module).parse = parse
 folder.parse = parse
-folder.zoo.load_tokenizer = lambda name: types.SimpleNamespace(stride=16, channels=16, spec=dict)
+folder.zoo.load_tokenizer = lambda name: types.SimpleNamespace(stride=16, channels=16, config=dict)
 for line in json.load(sys.stdin):
     try:
         results[line] = {"code": cli.main(shlex.split(line, comments=True)[1:])}

@@ -84,9 +84,9 @@ def test_unknown_tensors_are_an_error(official: dict[str, Tensor]) -> None:
 
 
 def test_spec_and_state_make_the_same_tokenizer_again(tokenizer: KLTokenizer, golden: dict[str, Tensor]) -> None:
-    again = build(json.loads(json.dumps(tokenizer.spec())))
+    again = build(json.loads(json.dumps(tokenizer.config())))
     again.load_state_dict(tokenizer.state_dict())
     assert torch.equal(again.decode(golden["latent"]), tokenizer.decode(golden["latent"]))
-    assert again.measured
+    assert again.has_stats
     assert (again.channels, again.stride, again.image_channels) == (16, 16, 3)
     assert again.std.tolist() == pytest.approx([1 / SCALE])

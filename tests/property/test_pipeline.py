@@ -59,7 +59,7 @@ def test_save_and_open(of: dict[str, Any]) -> None:
     assert after.model.config == before.model.config
     for name in ("classes", "sampling", "weights", "notes"):
         assert getattr(after, name) == getattr(before, name)
-    assert after.tokenizer.spec() == before.tokenizer.spec()
+    assert after.tokenizer.config() == before.tokenizer.config()
     for ours, theirs in ((after.model, before.model), (after.tokenizer, before.tokenizer)):
         one, other = ours.state_dict(), theirs.state_dict()
         assert list(one) == list(other)

@@ -39,7 +39,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     if not isinstance(tokenizer, KLTokenizer):
         raise ValueError(f"tokenizer: got a {type(tokenizer).__name__}, but only a KLTokenizer has a diffusers format")
     tokenizer.autoencoder.save_pretrained(folder)
-    if tokenizer.measured:
+    if tokenizer.has_stats:
         save_statistics(tokenizer, folder)
 
 

@@ -144,7 +144,6 @@ def _prepared(options: CacheOptions, out: Path) -> tuple[Source, Tokenizer, Cach
     from mar import distributed
     from mar.data.cache_writer import describe_cache, prepare_cache
     from mar.data.sources import open_source
-    from mar.tokenizer import PixelTokenizer
     from mar.zoo import load_tokenizer
 
     assert options.tokenizer is not None
@@ -153,7 +152,7 @@ def _prepared(options: CacheOptions, out: Path) -> tuple[Source, Tokenizer, Cach
     with distributed.collective_errors():
         source = open_source(options.data, options.split)
         name = options.tokenizer
-        tokenizer = PixelTokenizer(image_channels(options.data)) if name == "pixels" else load_tokenizer(name)
+        tokenizer = load_tokenizer(name, image_channels(options.data))
         side = options.image_size
         if distributed.rank() == 0:
             about = describe_cache(

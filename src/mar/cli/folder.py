@@ -230,7 +230,7 @@ def _size(
 
 def _trained_at(tokenizer: Tokenizer) -> int:
     """The side of the pictures that a tokenizer has learned from, as far as it says so, and up to the largest side."""
-    side = tokenizer.spec().get("config", {}).get("sample_size")
+    side = tokenizer.config().get("config", {}).get("sample_size")
     told = isinstance(side, int) and side >= 8 * tokenizer.stride  # else diffusers' default, which means nothing
     return min(side, SIDES[0]) if told else SIDES[0]
 

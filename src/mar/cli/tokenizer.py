@@ -77,12 +77,10 @@ def _stats(arguments: Sequence[str]) -> int:
     from mar.data.images import Transform
     from mar.data.loader import in_order
     from mar.data.sources import open_source
-    from mar.tokenizer import PixelTokenizer
     from mar.tokenizer.base import measure_latents
 
     source = open_source(options.data)
-    pixels = options.tokenizer == "pixels"
-    found = PixelTokenizer(image_channels(options.data)) if pixels else zoo.load_tokenizer(options.tokenizer)
+    found = zoo.load_tokenizer(options.tokenizer, image_channels(options.data))
     transform = Transform(options.image_size, found.image_channels)
     statistics = measure_latents(
         found, in_order(source, transform, limit=options.limit), per_channel=options.per_channel
@@ -152,6 +150,6 @@ def _print_summary(run: TokenizerRun, tokenizer: KLTokenizer, found: RoundTrip) 
     cells = height // tokenizer.stride, width // tokenizer.stride
     before = height * width * tokenizer.image_channels
     after = cells[0] * cells[1] * tokenizer.channels
-    print(f"PSNR {found.psnr:.2f} dB on {found.pictures:,} held-out pictures")
+    print(f"PSNR {found.psnr:.2f} dB on {found.images:,} held-out pictures")
     print(f"{before:,} values in, {after:,} out: {before / after:.1f} times fewer")
     print(f"{cells[0] * cells[1]} tokens of {tokenizer.channels} values with --model.patch 1")

@@ -1,72 +1,98 @@
-"""Images <-> normalised latents, behind one contract: `base.Tokenizer`.
+"""Images <-> normalized latents, behind one contract: `base.Tokenizer`.
 
-`KLTokenizer` and what else needs diffusers, which takes seconds to import, are imported when first asked for.
+A tokenizer is a class that fulfills the contract, in a file of its own, and an entry of `TOKENIZERS`. Classes are
+imported when they are first needed: diffusers, which `KLTokenizer` needs, takes seconds to import.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mar.tokenizer.base import Posterior, Tokenizer
+from mar.tokenizer.base import LatentStats, Posterior, Tokenizer
 from mar.tokenizer.pca import PCATokenizer
 from mar.tokenizer.pixels import PixelTokenizer
 
 if TYPE_CHECKING:
     from mar.tokenizer.kl import KLTokenizer
 
-COMPONENTS = re.compile(r"pca([1-9]\d?)")
-"""What principal components are called: pca and the side of a square in pixels."""
-
 __all__ = [
     "COMPONENTS",
+    "TOKENIZERS",
     "KLTokenizer",
+    "LatentStats",
     "PCATokenizer",
     "PixelTokenizer",
     "Posterior",
     "Tokenizer",
     "build",
-    "from_pixels",
+    "from_name",
+    "is_name",
 ]
+
+
+class Entry(NamedTuple):
+    """Where a kind of tokenizer is, and the names by which it is made for any images."""
+
+    module: str
+    class_name: str
+    names: str | None = None
+    """Regular expression of names such as `pixels` or `pca4`. None: it is loaded from files."""
+
+    def load(self) -> type[Tokenizer]:
+        """Import the class."""
+        tokenizer: type[Tokenizer] = getattr(importlib.import_module(self.module), self.class_name)
+        return tokenizer
+
+
+TOKENIZERS: dict[str, Entry] = {
+    "pixels": Entry("mar.tokenizer.pixels", "PixelTokenizer", "pixels"),
+    "pca": Entry("mar.tokenizer.pca", "PCATokenizer", r"pca[1-9]\d?"),
+    "kl": Entry("mar.tokenizer.kl", "KLTokenizer"),
+}
+"""Every tokenizer, by the `kind` that its config has."""
+COMPONENTS = re.compile(r"pca([1-9]\d?)")
+"""Names of principal components: pca and the side of a square in pixels."""
 
 
 def __getattr__(name: str) -> Any:
     if name == "KLTokenizer":
-        from mar.tokenizer.kl import KLTokenizer
-
-        return KLTokenizer
+        return TOKENIZERS["kl"].load()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def from_pixels(name: str, image_channels: int, channels: int) -> Tokenizer | None:
-    """The tokenizer called `name`, if it is one that any pictures may do with, its statistics still to come: `pixels`,
-    or `pca4`, the principal components of squares of 4 x 4 pixels, of which `channels` are kept. Else None."""
-    if name == "pixels":
-        return PixelTokenizer(image_channels)
-    found = COMPONENTS.fullmatch(name)
-    return PCATokenizer(image_channels, int(found[1]), channels) if found else None
+def is_name(name: str) -> bool:
+    """Return whether `from_name` makes a tokenizer of this name."""
+    return any(entry.names and re.fullmatch(entry.names, name) for entry in TOKENIZERS.values())
 
 
-def build(spec: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that `Tokenizer.spec()` describes, its weights and statistics still to come by `load_state_dict`.
+def from_name(name: str, image_channels: int, channels: int | None = None) -> Tokenizer:
+    """Create the tokenizer called `name`, its statistics still unknown.
 
-    Raises ValueError for a kind that this version does not know, and for a "kl" without its config.
+    Args:
+        name: `pixels`, or `pca4`: principal components of squares of 4x4 pixels.
+        image_channels: channels of the images, 1 or 3.
+        channels: channels of the latents (None: as many as the tokenizer has by default).
+
+    Raises ValueError for an unknown name, or for channels that it can't have.
     """
-    kind = spec.get("kind")
-    if kind == "pixels":
-        tokenizer: Tokenizer = PixelTokenizer(spec.get("image_channels", 3))
-    elif kind == "pca":
-        tokenizer = PCATokenizer(spec.get("image_channels", 3), spec.get("stride", 4), spec.get("channels", 16))
-    elif kind == "kl":
-        if not isinstance(spec.get("config"), Mapping):
-            raise ValueError(
-                f"tokenizer: got config {spec.get('config')!r}, expected that of a diffusers AutoencoderKL"
-            )
-        from mar.tokenizer import kl
+    for entry in TOKENIZERS.values():
+        if entry.names and re.fullmatch(entry.names, name):
+            return entry.load().from_name(name, image_channels, channels)
+    raise ValueError(f"tokenizer: got {name!r}, expected pixels or pca with the side of a square, as pca4")
 
-        tokenizer = kl.from_config(spec["config"])
-    else:
-        raise ValueError(f"tokenizer: got kind {kind!r}, expected pixels, pca or kl")
-    tokenizer.prepare(spec)
+
+def build(config: Mapping[str, Any]) -> Tokenizer:
+    """Create the tokenizer of `Tokenizer.config()`; weights and statistics follow by `load_state_dict`.
+
+    Raises ValueError for an unknown kind, and for a config that its kind can't be made of.
+    """
+    kind = config.get("kind")
+    if kind not in TOKENIZERS:
+        *others, last = TOKENIZERS
+        raise ValueError(f"tokenizer: got kind {kind!r}, expected {', '.join(others)} or {last}")
+    tokenizer = TOKENIZERS[kind].load().from_config(config)
+    tokenizer.prepare(config)
     return tokenizer

@@ -1,4 +1,4 @@
-"""Autoencoders with a KL-regularised normal posterior: `AutoencoderKL` of diffusers behind the tokenizer's contract."""
+"""Variational autoencoders: diffusers' `AutoencoderKL` behind the tokenizer's contract."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ KL16_STD = 1 / 0.2325
 
 
 class _SiLU(nn.SiLU):
-    """SiLU, written over its input where no gradients are wanted. In an autoencoder that is what a norm has just made,
-    67 MB at 256 x 256 pixels, which nobody else looks at."""
+    """SiLU, in place without gradients: in an autoencoder its input is the output of a norm, which nothing else reads.
+
+    That saves 67 MB at 256x256 pixels.
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.silu(input, inplace=not torch.is_grad_enabled())
@@ -55,25 +57,35 @@ class KLTokenizer(Tokenizer):
                     setattr(parent, name, _SiLU())
 
     def encode(self, images: Float[Tensor, "n c H W"]) -> Posterior:
-        """images in [-1, 1] -> posterior of their normalised latents, float32."""
+        """Encode images in [-1, 1] to the posterior of their normalized latents, float32."""
         self.check_images(images)
         dtype = self.autoencoder.encoder.conv_in.weight.dtype
         raw = self.autoencoder.encode(images.to(dtype)).latent_dist
         std = torch.exp(0.5 * raw.logvar.float())
-        return Posterior(self.normalise(raw.mean.float()), std / self.std.view(-1, 1, 1))
+        return Posterior(self.normalize(raw.mean.float()), std / self.std.view(-1, 1, 1))
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k H W"]:
-        """normalised latents -> images, clipped to [-1, 1], float32."""
-        raw = self.denormalise(latents.float())
+        """Decode normalized latents to images, clipped to [-1, 1], float32."""
+        raw = self.denormalize(latents.float())
         with torch.autocast(raw.device.type, enabled=False):
             images: Tensor = self.autoencoder.decode(raw).sample
         return images.clamp(-1, 1)
 
-    def spec(self) -> dict[str, Any]:
-        return {"kind": "kl", "config": plain_config(self.autoencoder.config), **super().spec()}
+    def config(self) -> dict[str, Any]:
+        """Return kind and architecture."""
+        return {"kind": "kl", "config": plain_config(self.autoencoder.config), **super().config()}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> KLTokenizer:
+        """Create the tokenizer of `config()`, with random weights."""
+        if not isinstance(config.get("config"), Mapping):
+            raise ValueError(
+                f"tokenizer: got config {config.get('config')!r}, expected that of a diffusers AutoencoderKL"
+            )
+        return from_config(config["config"])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """`.to(...)` and its kin; the decoder moves along but stays in float32, at its full precision."""
+        """Implement `.to(...)` and its kin; the decoder moves along but stays in float32, at full precision."""
         decoding = [*self.autoencoder.decoder.parameters()]
         if self.autoencoder.post_quant_conv is not None:
             decoding += self.autoencoder.post_quant_conv.parameters()
@@ -86,7 +98,7 @@ class KLTokenizer(Tokenizer):
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """diffusers' configuration of a model as JSON-able values, without what it notes about files and versions."""
+    """Return diffusers' configuration of a model as JSON-able values, without notes on files and versions."""
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in config.items()
@@ -95,7 +107,7 @@ def plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_config(config: Mapping[str, Any]) -> KLTokenizer:
-    """A tokenizer of this architecture with random weights and unknown statistics.
+    """Create a tokenizer of this architecture with random weights and unknown statistics.
 
     Raises ValueError for a configuration that is not one of `AutoencoderKL`.
     """
@@ -106,7 +118,7 @@ def from_config(config: Mapping[str, Any]) -> KLTokenizer:
 
 
 def kl16() -> KLTokenizer:
-    """The official KL-16 with its published scale, its weights still random."""
+    """Create the official KL-16 with its published scale and random weights."""
     tokenizer = from_config(KL16_CONFIG)
     tokenizer.set_statistics(0.0, KL16_STD)
     return tokenizer

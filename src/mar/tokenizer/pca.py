@@ -1,8 +1,8 @@
-"""The best linear tokenizer: each square of pixels as its first principal components. Needs no training, only a look.
+"""The best linear tokenizer: each square of pixels as its first principal components, fitted in one pass.
 
 Squares of a photograph are mostly smooth: of the 48 values of a 4 x 4 square in colour, 16 components hold 99.7% of the
-variance (CIFAR-10). In the others, a small model of pixels has to learn to draw next to nothing, and until it has, its
-pictures are noisy.
+variance (CIFAR-10). A small model of pixels has to learn that the others are next to nothing, and until then its images
+are noisy.
 """
 
 from __future__ import annotations
@@ -18,26 +18,27 @@ from torch.nn import functional
 from mar.tokenizer.base import Posterior, Tokenizer
 
 ROUNDING = 1e-10
-"""A variance that is a smaller share of the mean square is nothing but the last digits of sums."""
+"""Variances below this share of the mean square are rounding errors."""
 
 
 class PCATokenizer(Tokenizer):
     """Squares of `stride` x `stride` pixels -> `channels` principal components of mean 0, all together of variance 1.
 
-    Flat or enlarged pictures vary in fewer ways than that: the components that are left over are 0, whatever the
-    picture, and nothing that is drawn for them shows.
+    Flat or enlarged images vary in fewer ways: the components that are left over are always 0, and their values do not
+    show in an image.
 
-    The variance of each is in proportion to its deviation in pixels: between pixels, where the first components are
-    nearly all that a loss is about, and equal variances, where the last, which hardly show, count as much as the first.
-    Either is learned less soon (docs/quality.md).
+    The variance of each component is proportional to its standard deviation in pixels. With the variances of pixels the
+    first components are nearly all of a loss; with equal variances the last count as much as the first. Either is
+    learned more slowly (docs/quality.md).
 
-    The basis is empty until `fit` or a state dict fills it. ValueError for more components than a square has values.
+    The basis is empty until `fit` or a state dict fills it. Raises ValueError for more components than a square has
+    values.
     """
 
     deterministic = True
+    learns_basis = True
     basis: Float[Tensor, "k d"]
-    """Orthonormal rows, the component of the largest variance first, and rows of 0 for those that are left over; d
-    values of a square: colour, row, column."""
+    """Orthonormal rows, largest variance first, then rows of 0; d values of a square: color, row, column."""
     centre: Float[Tensor, " d"]
     """The mean square."""
 
@@ -52,13 +53,11 @@ class PCATokenizer(Tokenizer):
         super().__init__(image_channels, channels, stride, None, None)
         self.register_buffer("basis", torch.zeros(channels, values))
         self.register_buffer("centre", torch.zeros(values))
-        self.prepare({"per_channel": True, "measured": self.measured})
+        self.name = f"pca{stride}"
+        self.prepare({"per_channel": True, "measured": False})
 
     def fit(self, batches: Iterable[Tensor]) -> None:
-        """Takes basis, mean and scales from `batches` of images (n, c, H, W) in [-1, 1].
-
-        ValueError without any.
-        """
+        """Compute basis, mean and scales from images (n, c, H, W) in [-1, 1]. Raises ValueError without any."""
         values = self.basis.shape[1]
         total, products = torch.zeros(values, dtype=torch.float64), torch.zeros(values, values, dtype=torch.float64)
         count = 0
@@ -74,42 +73,55 @@ class PCATokenizer(Tokenizer):
         variances, basis = torch.linalg.eigh(products / count - torch.outer(centre, centre))
         variances, basis = variances.flip(0)[: self.channels], basis.T.flip(0)[: self.channels]
         kept = variances > ROUNDING * products.trace() / count
-        # a component and its opposite are one; the sign is that of its largest value, or machines would differ
+        # the sign of a component is arbitrary: that of its largest value, so that machines agree
         signs = basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
         self.basis.copy_(basis * signs * kept.unsqueeze(1))
         self.centre.copy_(centre)
         deviations = variances[kept].sqrt()
-        scales = torch.ones_like(variances)  # of the left over ones, which are 0: any will do
+        scales = torch.ones_like(variances)  # any scale will do for those that are 0
         scales[kept] = (deviations * deviations.mean()).sqrt()
         self.set_statistics(torch.zeros(self.channels), scales)
 
-    def found(self) -> dict[str, Tensor]:
-        return {**super().found(), "basis": self.basis, "centre": self.centre}
+    def fitted_state(self) -> dict[str, Tensor]:
+        """Return mean, standard deviation, basis and center."""
+        return {**super().fitted_state(), "basis": self.basis, "centre": self.centre}
 
-    def take(self, found: Mapping[str, Tensor]) -> None:
-        super().take(found)
-        self.basis, self.centre = (found[name].to(self.mean.device) for name in ("basis", "centre"))
+    def load_fitted_state(self, state: Mapping[str, Tensor]) -> None:
+        """Load what another tokenizer of these sizes has measured."""
+        super().load_fitted_state(state)
+        self.basis, self.centre = (state[name].to(self.mean.device) for name in ("basis", "centre"))
 
     def encode(self, images: Float[Tensor, "n c H W"]) -> Posterior:
-        """images -> latents, surely: the posterior's standard deviation is 0."""
+        """Project the squares of images on the basis; the posterior's standard deviation is 0."""
         self.check_images(images)
         squares = self._cut(images.float()) - self.centre.unsqueeze(-1)
         grid = images.shape[2] // self.stride, images.shape[3] // self.stride
-        latents = self.normalise((self.basis @ squares).unflatten(-1, grid))
+        latents = self.normalize((self.basis @ squares).unflatten(-1, grid))
         return Posterior(latents, torch.zeros_like(latents))
 
     def decode(self, latents: Float[Tensor, "n k h w"]) -> Float[Tensor, "n c H W"]:
-        """latents -> images, clipped to [-1, 1]."""
+        """Put squares together from latents; images are clipped to [-1, 1]."""
         size = latents.shape[2] * self.stride, latents.shape[3] * self.stride
-        squares = self.basis.T @ self.denormalise(latents.float()).flatten(2) + self.centre.unsqueeze(-1)
+        squares = self.basis.T @ self.denormalize(latents.float()).flatten(2) + self.centre.unsqueeze(-1)
         return functional.fold(squares, size, self.stride, stride=self.stride).clamp(-1, 1)
 
-    def spec(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any]:
+        """Return kind and sizes."""
         return {
             "kind": "pca", "image_channels": self.image_channels, "stride": self.stride, "channels": self.channels,
-            **super().spec(),
+            **super().config(),
         }  # fmt: skip
 
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> PCATokenizer:
+        """Create the tokenizer of `config()`."""
+        return cls(config.get("image_channels", 3), config.get("stride", 4), config.get("channels", 16))
+
+    @classmethod
+    def from_name(cls, name: str, image_channels: int, channels: int | None) -> PCATokenizer:
+        """Create the tokenizer of a name such as pca4: squares of 4x4 pixels, 16 components by default."""
+        return cls(image_channels, int(name.removeprefix("pca")), 16 if channels is None else channels)
+
     def _cut(self, images: Float[Tensor, "n c H W"]) -> Float[Tensor, "n d l"]:
-        """images -> their squares, row by row."""
+        """Cut images into squares, row by row."""
         return functional.unfold(images, self.stride, stride=self.stride)

@@ -1,7 +1,8 @@
-"""The tokenizer that does nothing but scale: latents are pixels."""
+"""Pixels as latents, scaled to mean 0 and standard deviation 1."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from mar.tokenizer.base import Posterior, Statistic, Tokenizer
 
 
 class PixelTokenizer(Tokenizer):
-    """Pixels as latents, scaled to mean 0 and standard deviation 1; a latent cell is one pixel."""
+    """Scales pixels to mean 0 and standard deviation 1; a latent cell is one pixel."""
 
     deterministic = True
+    name = "pixels"
+    lossless = True
 
     def __init__(self, image_channels: int = 3, mean: Statistic | None = None, std: Statistic | None = None) -> None:
         if image_channels not in (1, 3):
@@ -22,14 +25,27 @@ class PixelTokenizer(Tokenizer):
         super().__init__(image_channels, channels=image_channels, stride=1, mean=mean, std=std)
 
     def encode(self, images: Float[Tensor, "n c H W"]) -> Posterior:
-        """images -> latents, surely: the posterior's standard deviation is 0."""
+        """Scale images; the posterior's standard deviation is 0."""
         self.check_images(images)
-        latents = self.normalise(images.float())
+        latents = self.normalize(images.float())
         return Posterior(latents, torch.zeros_like(latents))
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-        """latents -> images, clipped to [-1, 1]."""
-        return self.denormalise(latents.float()).clamp(-1, 1)
+        """Scale latents back to images, clipped to [-1, 1]."""
+        return self.denormalize(latents.float()).clamp(-1, 1)
 
-    def spec(self) -> dict[str, Any]:
-        return {"kind": "pixels", "image_channels": self.image_channels, **super().spec()}
+    def config(self) -> dict[str, Any]:
+        """Return kind and channels."""
+        return {"kind": "pixels", "image_channels": self.image_channels, **super().config()}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> PixelTokenizer:
+        """Create the tokenizer of `config()`."""
+        return cls(config.get("image_channels", 3))
+
+    @classmethod
+    def from_name(cls, name: str, image_channels: int, channels: int | None) -> PixelTokenizer:
+        """Create the tokenizer; latents have the channels of the images, unless `channels` says otherwise."""
+        if channels not in (None, 1, 3):
+            raise ValueError(f"pixels have 1 or 3 channels, but the latents have {channels}")
+        return cls(channels or image_channels)

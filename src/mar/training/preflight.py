@@ -20,7 +20,6 @@ from mar.data.loader import in_order
 from mar.data.sources import open_source
 from mar.data.splits import subset
 from mar.data.stream import StreamSource
-from mar.tokenizer import PixelTokenizer
 from mar.tokenizer.base import round_trip
 from mar.training.log import Log
 from mar.training.trainer import Run
@@ -126,7 +125,7 @@ def check_tokenizer(run: Run, log: Log) -> None:
         return
     if (warning := wide_tokens(run.config.model)) is not None:
         log.note(warning)
-    if isinstance(run.tokenizer, PixelTokenizer):
+    if run.tokenizer.lossless:
         return
     pictures = _source_images(run.source)
     if pictures is None:
@@ -135,7 +134,7 @@ def check_tokenizer(run: Run, log: Log) -> None:
     few = pictures if isinstance(pictures, StreamSource) else subset(pictures, PICTURES)
     found = round_trip(run.tokenizer, in_order(few, run.transform, batch=1, limit=PICTURES))
     log.write(0, tokenizer_psnr=found.psnr)
-    log.note(f"the tokenizer brings {found.pictures} pictures back with a PSNR of {found.psnr:.1f} dB")
+    log.note(f"the tokenizer brings {found.images} pictures back with a PSNR of {found.psnr:.1f} dB")
     if found.psnr < POOR:
         log.note(
             f"warning: that is less than {POOR:.0f} dB, and no model of its latents draws better pictures; train the "

@@ -28,9 +28,8 @@ from mar.data.stream import StreamSource
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
 from mar.random import make_generator
-from mar.tokenizer import Tokenizer, from_pixels
+from mar.tokenizer import Tokenizer, from_name, is_name
 from mar.tokenizer.base import fingerprint, measure_moments
-from mar.tokenizer.pca import PCATokenizer
 from mar.training.parallelize import full_state_dict
 from mar.training.trainer import Progress, Run
 
@@ -173,15 +172,16 @@ def _tokenizer(
 ) -> Tokenizer:
     """What makes latents of the pictures; it takes over the components that weights to start from have `learned`."""
     channels = config.model.channels
-    if config.tokenizer == "pixels" and channels not in (1, 3):
-        found = (
-            source.about.tokenizer if isinstance(source, LatentSource) else "pca4, kl16, or one in diffusers' format"
-        )
-        raise ConfigError(
-            f"pixels have 1 or 3 channels, but the model's latents {channels}; choose --tokenizer {found}"
-        )
-    colours = channels if config.tokenizer == "pixels" else image_channels(config.data, config.colours)
-    tokenizer = from_pixels(config.tokenizer, colours, channels) or load_tokenizer(config.tokenizer)
+    if is_name(config.tokenizer):
+        try:
+            tokenizer = from_name(config.tokenizer, image_channels(config.data, config.colours), channels)
+        except ValueError as error:
+            others = "pca4, kl16, or one in diffusers' format"
+            if isinstance(source, LatentSource):
+                others = source.about.tokenizer
+            raise ConfigError(f"{error}; choose --tokenizer {others}") from None
+    else:
+        tokenizer = load_tokenizer(config.tokenizer)
     if isinstance(source, LatentSource):
         _check_cache(config, source, tokenizer)
     if tokenizer.channels != channels:
@@ -191,9 +191,9 @@ def _tokenizer(
             f"colours is {config.colours}, but the tokenizer takes pictures of {tokenizer.image_channels}; leave "
             "--colours out, which is for components that a run takes itself (--tokenizer pca4)"
         )
-    if not tokenizer.measured and not measured_later:  # a resumed run has the statistics in its state
+    if not tokenizer.has_stats and not measured_later:  # a resumed run has the statistics in its state
         if learned is not None and _components(learned) == _components(tokenizer) is not None:
-            tokenizer.take(learned.found())
+            tokenizer.load_fitted_state(learned.fitted_state())
         elif isinstance(source, LatentSource):
             statistics = measure_moments(source.in_order())
             tokenizer.set_statistics(statistics.mean, statistics.std)
@@ -206,7 +206,7 @@ def _tokenizer(
 
 def _components(tokenizer: Tokenizer) -> tuple[int, ...] | None:
     """What principal components are of; None for another tokenizer."""
-    if not isinstance(tokenizer, PCATokenizer):
+    if not tokenizer.learns_basis:
         return None
     return tokenizer.image_channels, tokenizer.stride, tokenizer.channels
 
@@ -216,9 +216,9 @@ def _check_components(own: Tokenizer, learned: Tokenizer) -> None:
 
     Two autoencoders are not compared: what one has learned of another's latents may be a start.
     """
-    components = [isinstance(tokenizer, PCATokenizer) for tokenizer in (own, learned)]
+    components = [tokenizer.learns_basis for tokenizer in (own, learned)]
     if any(components) and fingerprint(own) != fingerprint(learned):
-        remedy = f"--tokenizer pca{learned.stride} takes theirs" if components[1] else "take theirs"
+        remedy = f"--tokenizer {learned.name} takes theirs" if components[1] else "take theirs"
         raise ConfigError(f"the weights to start from have learned other latents than this tokenizer makes; {remedy}")
 
 

@@ -309,7 +309,7 @@ def evaluate_reconstruction(run: TokenizerRun, log: Log, tokenizer: KLTokenizer 
         drawn.save(path)
         log.picture(run.progress.images, "reconstructions", drawn)
     log.write(run.progress.images, psnr=found.psnr)
-    log.note(f"PSNR {found.psnr:.2f} dB on {found.pictures:,} held-out pictures; see {path}")
+    log.note(f"PSNR {found.psnr:.2f} dB on {found.images:,} held-out pictures; see {path}")
     return found
 
 

@@ -172,7 +172,7 @@ class Run:
             "ema": self.ema.model.state_dict(),
             **{name: model.state_dict() for name, model in self.ema.others.items()},
             "optimizer": get_optimizer_state_dict(self.model, self.optimizers),
-            "tokenizer": self.tokenizer.found(),
+            "tokenizer": self.tokenizer.fitted_state(),
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
             "progress": vars(self.progress).copy(),
             "data": data_state(self.source),
@@ -181,7 +181,7 @@ class Run:
     @cached_property
     def tokenizer_fingerprint(self) -> str:
         """Of all of its tokenizer that is not taken from the pictures, and does not change."""
-        return fingerprint(self.tokenizer, without=self.tokenizer.found())
+        return fingerprint(self.tokenizer, without=self.tokenizer.fitted_state())
 
     def resume(self) -> bool:
         """Goes on from the folder's latest state; False where there is none.
@@ -197,7 +197,7 @@ class Run:
         for name, model in self.ema.others.items():
             model.load_state_dict(state[name])
         set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
-        self.tokenizer.take(state["tokenizer"])
+        self.tokenizer.load_fitted_state(state["tokenizer"])
         self.progress = Progress.resumed(self.folder, state["progress"])
         by_place = self.config.hold_out > 0 and not (self.folder / HELD_OUT).is_file()
         self.told = resume_data(self.source, state.get("data"), self.progress.images, by_place=by_place)

@@ -27,7 +27,7 @@ def test_a_folder_of_diffusers_format_is_unmeasured(tmp_path: Path) -> None:
     made = autoencoder()
     made.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.channels, tokenizer.stride, tokenizer.measured) == (4, 8, False)
+    assert (tokenizer.channels, tokenizer.stride, tokenizer.has_stats) == (4, 8, False)
     # diffusers' default scaling_factor, 0.18215, is another model's.
     assert (tokenizer.mean.item(), tokenizer.std.item()) == (0.0, 1.0)
     image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -38,7 +38,7 @@ def test_statistics_are_found_beside_it_and_in_a_pipeline_s_vae(tmp_path: Path) 
     tokenizer = KLTokenizer(autoencoder(), mean=[0.1, 0.2, 0.3, 0.4], std=[1.0, 2.0, 3.0, 4.0])
     save_tokenizer(tokenizer, tmp_path / "vae")
     for found in (load_tokenizer(tmp_path), load_tokenizer(tmp_path, "vae"), load_tokenizer(tmp_path / "vae")):
-        assert found.measured
+        assert found.has_stats
         theirs = found.state_dict()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in tokenizer.state_dict().items())
 
@@ -46,7 +46,7 @@ def test_statistics_are_found_beside_it_and_in_a_pipeline_s_vae(tmp_path: Path) 
 def test_measuring_later(tmp_path: Path) -> None:
     save_tokenizer(KLTokenizer(autoencoder()), tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    assert not tokenizer.measured
+    assert not tokenizer.has_stats
     tokenizer.set_statistics(0.25, 5.0)
     save_statistics(tokenizer, tmp_path)
     assert load_tokenizer(tmp_path).std.tolist() == [5.0]

@@ -36,12 +36,12 @@ class Blurry(PixelTokenizer):
     deterministic = False
     factor = 1.0
 
-    def spec(self) -> dict[str, Any]:
-        return {**super().spec(), "kind": "blurry"}
+    def config(self) -> dict[str, Any]:
+        return {**super().config(), "kind": "blurry"}
 
     def encode(self, images: torch.Tensor) -> Posterior:
         raw = images * self.factor
-        return Posterior(self.normalise(raw), torch.exp(images - 3) / self.std.view(-1, 1, 1))
+        return Posterior(self.normalize(raw), torch.exp(images - 3) / self.std.view(-1, 1, 1))
 
 
 def made(pictures: Path, out: Path, tokenizer: PixelTokenizer | None = None, **settings: Any) -> LatentSource:

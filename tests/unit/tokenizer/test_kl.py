@@ -36,7 +36,7 @@ def images() -> torch.Tensor:
 
 def test_contract(tiny: KLTokenizer, images: torch.Tensor) -> None:
     assert (tiny.image_channels, tiny.channels, tiny.stride) == (3, 4, 4)
-    assert not tiny.measured
+    assert not tiny.has_stats
     posterior = tiny.encode(images)
     assert posterior.mean.shape == posterior.std.shape == (2, 4, 2, 3)
     assert (posterior.std > 0).all()
@@ -74,9 +74,9 @@ def test_bfloat16_encodes_in_it_and_decodes_in_full_precision(tiny: KLTokenizer,
 
 def test_spec_and_state_make_the_same_tokenizer_again(tiny: KLTokenizer, images: torch.Tensor) -> None:
     tiny.set_statistics([0.1, 0.2, 0.3, 0.4], 2.0)
-    again = build(json.loads(json.dumps(tiny.spec()))).requires_grad_(False)  # oneDNN rounds otherwise with gradients
+    again = build(json.loads(json.dumps(tiny.config()))).requires_grad_(False)  # oneDNN rounds otherwise with gradients
     again.load_state_dict(tiny.state_dict())
-    assert again.spec() == tiny.spec()
+    assert again.config() == tiny.config()
     assert torch.equal(again.encode(images).mean, tiny.encode(images).mean)
 
 
@@ -101,7 +101,7 @@ def test_activations_are_written_over_where_no_gradients_are_wanted(tiny: KLToke
 
 def test_can_be_made_without_weights_and_filled_later(tiny: KLTokenizer) -> None:
     with torch.device("meta"):
-        empty = build(tiny.spec())
+        empty = build(tiny.config())
     empty = empty.to_empty(device="cpu").requires_grad_(False)
     empty.load_state_dict(tiny.state_dict())
     latents = torch.zeros(1, 4, 2, 2)
@@ -111,7 +111,7 @@ def test_can_be_made_without_weights_and_filled_later(tiny: KLTokenizer) -> None
 def test_kl16_has_the_published_scale() -> None:
     with torch.device("meta"):
         tokenizer = kl16()
-    assert (tokenizer.channels, tokenizer.stride, tokenizer.measured) == (16, 16, True)
+    assert (tokenizer.channels, tokenizer.stride, tokenizer.has_stats) == (16, 16, True)
     assert tokenizer.to_empty(device="cpu").std.tolist() == pytest.approx([1 / 0.2325])
     assert sum(p.numel() for p in tokenizer.autoencoder.parameters()) == 66_456_019
 

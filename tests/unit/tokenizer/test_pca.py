@@ -18,7 +18,7 @@ from mar.checkpoint.files import CheckpointError
 from mar.config import ConfigError
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
-from mar.tokenizer import PCATokenizer, build, from_pixels
+from mar.tokenizer import PCATokenizer, build, from_name, is_name
 from mar.training.callbacks import export_and_draw, take_snapshot
 from mar.training.log import Log, RunLog
 from mar.training.run import export
@@ -95,17 +95,17 @@ def test_the_sign_of_a_component_is_settled() -> None:
 def test_spec_and_state_make_the_same_tokenizer_again() -> None:
     images = smooth()
     tokenizer = fitted(5, images)
-    again = build(json.loads(json.dumps(tokenizer.spec())))
+    again = build(json.loads(json.dumps(tokenizer.config())))
     again.load_state_dict(tokenizer.state_dict())
-    assert again.measured
+    assert again.has_stats
     assert torch.equal(again.encode(images).mean, tokenizer.encode(images).mean)
 
 
 def test_what_was_found_stays_float32() -> None:
     tokenizer = fitted(5, smooth())
-    before = {name: value.clone() for name, value in tokenizer.found().items()}
+    before = {name: value.clone() for name, value in tokenizer.fitted_state().items()}
     tokenizer.to(torch.bfloat16)
-    assert all(torch.equal(value, before[name]) for name, value in tokenizer.found().items())
+    assert all(torch.equal(value, before[name]) for name, value in tokenizer.fitted_state().items())
 
 
 @pytest.mark.parametrize("ways", [12, 3, 0])
@@ -140,12 +140,12 @@ def test_impossible_sizes_are_refused(settings: tuple[int, int, int], message: s
 
 
 def test_names() -> None:
-    found = from_pixels("pca8", 3, 32)
+    found = from_name("pca8", 3, 32)
     assert isinstance(found, PCATokenizer)
     assert (found.stride, found.channels, found.image_channels) == (8, 32, 3)
-    assert from_pixels("pixels", 1, 1) is not None
-    assert from_pixels("pca0", 3, 16) is None
-    assert from_pixels("kl16", 3, 16) is None
+    assert from_name("pixels", 1).channels == 1
+    assert not is_name("pca0")
+    assert not is_name("kl16")
 
 
 def test_by_name_it_is_only_for_training() -> None:
@@ -162,18 +162,18 @@ def test_a_run_takes_them_from_its_pictures_keeps_them_and_exports_them(data: Pa
     config = train_config(data, tokenizer="pca4", save_every=20)
     config = replace(config, model=replace(config.model, channels=3, grid=(2, 2), patch=1))
     run = open_tiny(replace(config, images=20), tmp_path / "run")
-    basis = run.tokenizer.found()["basis"].clone()
+    basis = run.tokenizer.fitted_state()["basis"].clone()
     log = RunLog(run.folder, run.config.images, 0)
     assert train(run, log)
     for path in data.rglob("*.png"):  # others by now: the run goes on with what it began with
         Image.open(path).rotate(45).save(path)
     again = open_tiny(config, tmp_path / "run")
-    assert torch.equal(again.tokenizer.found()["basis"], basis)
+    assert torch.equal(again.tokenizer.fitted_state()["basis"], basis)
     assert train(again, log)
     export_and_draw(take_snapshot(again), log)
     log.close()
     pipeline = Pipeline.open(tmp_path / "run" / "model.safetensors")
-    assert torch.equal(pipeline.tokenizer.found()["basis"], basis)
+    assert torch.equal(pipeline.tokenizer.fitted_state()["basis"], basis)
     assert pipeline.image_size == (8, 8)
     drawn = pipeline.sample([0, 1], seeds=[0, 1], steps=2, diffusion_steps=3, output="tensor")
     assert drawn.shape == (2, 3, 8, 8)
@@ -198,9 +198,9 @@ def test_weights_start_with_the_components_they_have_learned(data: Path, tmp_pat
     settings = replace(config, data=str(others), init=str(tmp_path / "first"))
     alone = open_tiny(replace(settings, init=None), tmp_path / "alone").tokenizer
     second = open_tiny(settings, tmp_path / "second", zoo.load).tokenizer
-    for name, found in first.tokenizer.found().items():
-        assert torch.equal(second.found()[name], found)
-    assert not torch.equal(alone.found()["basis"], second.found()["basis"])
+    for name, found in first.tokenizer.fitted_state().items():
+        assert torch.equal(second.fitted_state()[name], found)
+    assert not torch.equal(alone.fitted_state()["basis"], second.fitted_state()["basis"])
 
 
 def test_weights_of_other_components_are_refused(data: Path, tmp_path: Path) -> None:

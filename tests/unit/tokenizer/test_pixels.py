@@ -29,19 +29,19 @@ def test_decode_clips() -> None:
 
 def test_without_statistics_it_is_unmeasured_and_passes_pixels_through() -> None:
     tokenizer = PixelTokenizer(3)
-    assert not tokenizer.measured
+    assert not tokenizer.has_stats
     assert torch.equal(tokenizer.encode(images()).mean, images())
     tokenizer.set_statistics(0.5, 0.25)
-    assert tokenizer.measured
+    assert tokenizer.has_stats
 
 
 @pytest.mark.parametrize("statistics", [(0.25, 0.5), ([0.1, 0.2, 0.3], [1.0, 2.0, 3.0]), (0.1, [1.0, 2.0, 3.0]), None])
 def test_spec_and_state_make_the_same_tokenizer_again(statistics: tuple | None) -> None:
     tokenizer = PixelTokenizer(3, *(statistics or ()))
-    again = build(json.loads(json.dumps(tokenizer.spec())))
+    again = build(json.loads(json.dumps(tokenizer.config())))
     again.load_state_dict(tokenizer.state_dict())
-    assert again.measured == (statistics is not None)
-    assert again.spec() == tokenizer.spec()
+    assert again.has_stats == (statistics is not None)
+    assert again.config() == tokenizer.config()
     assert torch.equal(again.encode(images()).mean, tokenizer.encode(images()).mean)
 
 

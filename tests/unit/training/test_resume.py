@@ -267,12 +267,12 @@ def test_a_run_that_never_saved_begins_anew_with_its_init(data: Path, tmp_path: 
     for _ in range(2):  # the second time the folder has run.json, but no state
         run = open_tiny(settings, tmp_path, load)
         assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), start.parameters(), strict=True))
-        assert run.tokenizer.measured
+        assert run.tokenizer.has_stats
     assert loaded == ["some-weights"] * 2
     assert not go(run, at=4)
     again = open_tiny(settings, tmp_path)  # which loads nothing
     assert differing(again, run) == []
-    assert again.tokenizer.measured
+    assert again.tokenizer.has_stats
 
 
 def test_a_run_of_broken_steps_can_be_resumed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

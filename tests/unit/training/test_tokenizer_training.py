@@ -155,7 +155,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     assert train(run, log)
     tokenizer, after = finish(run, log)
     log.close()
-    assert tokenizer.measured
+    assert tokenizer.has_stats
     return folder, before.psnr, after.psnr
 
 
