@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,11 +66,11 @@ def pytest_collection_finish() -> None:
 
 
 def import_before_mar() -> None:
-    """Imports large packages from their bytecode, which jaxtyping's import hook hides from those that mar imports."""
-    import typecheck
-    import tyro  # noqa: F401
-
-    typecheck.check(lambda: None)  # which imports all of beartype
+    """Import large packages from their bytecode, which jaxtyping's import hook hides from what mar imports."""
+    autoencoder, states = "diffusers.models.autoencoders.autoencoder_kl", "torch.distributed.checkpoint.state_dict"
+    for name in (autoencoder, states, "rich.progress", "tyro", "typecheck"):
+        importlib.import_module(name)
+    sys.modules["typecheck"].check(lambda: None)  # imports all of beartype
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
