@@ -116,6 +116,21 @@ COMMANDS = {
 }  # fmt: skip
 
 
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sampling": {
+        "guidance": 3.0, "guidance_schedule": "constant", "guidance_from": 0.1, "guidance_until": 0.8,
+        "guidance_refresh": 3, "spacing": "time", "noisiest": 0.9, "reveal_schedule": "cosine",
+        "order": "checkerboard", "x0_bound": 1.5, "steps": 5, "diffusion_steps": 4, "diffusion_steps_end": 6,
+        "temperature": 0.8,
+    },
+    "trunk": {"width": 16, "depth": 2, "heads": 2, "mlp_ratio": 2.0, "rotary": True},
+    "head": {"width": 16, "depth": 2, "prediction": "v", "batch_mul": 2},
+    "model": {"channels": 1, "patch": 4, "buffer": 3, "classes": 3},
+    "train": {"colours": 1, "recompute": "full"},
+}  # fmt: skip
+"""What Python is given: every setting of SamplingConfig but the solver, and the other names that change."""
+
+
 def command(name: str, *changes: tuple[str, str]) -> list[str]:
     """The words of a recorded command, some of them changed."""
     text = COMMANDS[name]
@@ -344,6 +359,9 @@ def main_() -> None:
     Path("commands.json").write_text(
         "{\n" + ",\n".join(f" {json.dumps(n)}: {json.dumps(words)}" for n, words in commands.items()) + "\n}\n"
     )
+    Path("settings.json").write_text(
+        "{\n" + ",\n".join(f" {json.dumps(n)}: {json.dumps(values)}" for n, values in SETTINGS.items()) + "\n}\n"
+    )
     Path("judge.py").write_text(JUDGE)
     write_data()
     write_weights()
@@ -382,7 +400,7 @@ and torch {torch}, before names in the code were changed. Never make them again:
 | `generated`, `generated.npz.*`, `generated-tar` | outputs of `mar generate`, stopped half way |
 | `statistics.npz`, `statistics-some.npz` | of `mar stats --keep-features`, by `judge.py` |
 | `sweep`, `sweep-unfinished` | of two points; of one |
-| `commands.json` | the command lines, as they were typed |
+| `commands.json`, `settings.json` | command lines, and what Python was given, by the names of then |
 | `expected.json`, `expected.npz` | what that version makes of all this (`tests/compat/replay.py`) |
 """
 

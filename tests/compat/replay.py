@@ -1,8 +1,8 @@
 """Use the files that version 0.1 left, and tell what came of it: pictures, losses, statistics.
 
 Each function runs in a folder that holds a copy of the fixtures, by `mar.cli.main` and `import mar` alone, and returns
-its outcome by name. `make_fixtures.py` recorded what version 0.1 returns; `test_files_of_v0_1.py` compares. The command
-lines are data (`commands.json`), as users of that version typed them: no renaming touches them.
+its outcome by name. `make_fixtures.py` recorded what version 0.1 returns; `test_files_of_v0_1.py` compares. What its
+users typed is data (`commands.json`, `settings.json`): no renaming touches it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,6 @@ Outcome = dict[str, Any]
 """Numbers, texts, lists and arrays of them; uint8 arrays are pictures; names with `bits.` are digests of floats."""
 
 FIXTURES = Path(__file__).parent / "fixtures" / "v0_1"
-OLD_WORDS: dict[str, Any] = {
-    "guidance": 3.0, "guidance_schedule": "constant", "guidance_from": 0.1, "guidance_until": 0.8,
-    "guidance_refresh": 3, "spacing": "time", "noisiest": 0.9, "reveal_schedule": "cosine", "order": "checkerboard",
-    "x0_bound": 1.5, "steps": 5, "diffusion_steps": 4, "diffusion_steps_end": 6, "temperature": 0.8,
-}  # fmt: skip
-"""Every setting of version 0.1's SamplingConfig but the solver, as `Pipeline.sample` took it."""
 LABELS = ["ant", 1, "cat", None]
 SEEDS = [0, 7, 2, 2**33]
 TIMES = ("images_per_second", "seconds")
@@ -42,6 +36,12 @@ def run(name: str) -> None:
     """Run a recorded command line, which must succeed."""
     command = json.loads((FIXTURES / "commands.json").read_text(encoding="utf-8"))[name]
     assert main(command) == 0, " ".join(command)
+
+
+def settings(kind: str) -> dict[str, Any]:
+    """Read what Python was given, by the names of version 0.1."""
+    held: dict[str, Any] = json.loads((FIXTURES / "settings.json").read_text(encoding="utf-8"))[kind]
+    return held
 
 
 def pixels(images: Iterable[Image.Image]) -> np.ndarray:
@@ -67,14 +67,14 @@ def digest(*paths: Path) -> str:
 # ---- weights
 
 
-def _weights(name: str, labels: list[Any], **settings: Any) -> Outcome:
+def _weights(name: str, labels: list[Any], **way: Any) -> Outcome:
     model = mar.load(f"{name}.safetensors", device="cpu")
     return {
         "fingerprint": model.fingerprint(),
         "classes": list(model.classes),
         "notes": model.notes,
-        "images": pixels(model.sample(labels, SEEDS, **settings)),
-        "one_by_one": pixels(model.sample(labels, SEEDS, batch=1, **settings)),
+        "images": pixels(model.sample(labels, SEEDS, **way)),
+        "one_by_one": pixels(model.sample(labels, SEEDS, batch=1, **way)),
     }
 
 
@@ -117,31 +117,28 @@ def weights_known_parts() -> Outcome:
 
 def weights_old_words() -> Outcome:
     """Draw with every setting by its old name."""
-    return _weights("pixels", LABELS, **OLD_WORDS)
+    return _weights("pixels", LABELS, **settings("sampling"))
 
 
 def weights_old_words_elsewhere() -> Outcome:
     """Take old names wherever settings are taken."""
     model = mar.load("pixels.safetensors", device="cpu")
-    way = model.sampling_with(**OLD_WORDS)
+    way = model.sampling_with(**settings("sampling"))
     drawn = mar.Pipeline(model.model, model.tokenizer, classes=model.classes, sampling=way).sample(LABELS, SEEDS)
-    streamed = np.concatenate([part.numpy() for part in model.stream(LABELS, SEEDS, batch=3, **OLD_WORDS)])
-    grown = [step.images[0] for step in model.reveal(["cat"], [2], **OLD_WORDS)]
+    streamed = np.concatenate([part.numpy() for part in model.stream(LABELS, SEEDS, batch=3, **settings("sampling"))])
+    grown = [step.images[0] for step in model.reveal(["cat"], [2], **settings("sampling"))]
     return {"drawn": pixels(drawn), "streamed": streamed, "last": np.asarray(grown[-1]), "steps": len(grown)}
 
 
 def weights_old_words_of_configs() -> Outcome:
     """Build public configs by their old fields: the weights of one model, drawn with by another object."""
     model = mar.load("pixels.safetensors", device="cpu")
-    trunk = mar.TrunkConfig(width=16, depth=2, heads=2, mlp_ratio=2.0, rotary=True)
-    head = mar.HeadConfig(width=16, depth=2, prediction="v", batch_mul=2)
-    config = mar.ModelConfig(
-        channels=1, grid=(16, 16), patch=4, encoder=trunk, decoder=trunk, head=head, buffer=3, classes=3
-    )
-    mar.TrainConfig(model=config, sampling=mar.SamplingConfig(guidance=2.0), colours=1, recompute="full")
+    trunk, head = mar.TrunkConfig(**settings("trunk")), mar.HeadConfig(**settings("head"))
+    config = mar.ModelConfig(**settings("model"), grid=(16, 16), encoder=trunk, decoder=trunk, head=head)
+    mar.TrainConfig(**settings("train"), model=config)
     other = mar.MAR(config)
     other.load_state_dict(model.model.state_dict())
-    way = mar.SamplingConfig(solver="ddim", **OLD_WORDS)
+    way = mar.SamplingConfig(solver="ddim", **settings("sampling"))
     built = mar.Pipeline(other, model.tokenizer, classes=model.classes, sampling=way)
     return {"images": pixels(built.sample(LABELS, SEEDS))}
 
