@@ -24,7 +24,7 @@ from PIL import Image
 
 from mar.config import HeadConfig, ModelConfig, TrainConfig, TrunkConfig
 from mar.data.cache_writer import describe_cache, finish_cache, prepare_cache, write_shards
-from mar.data.latent_cache import CacheManifest, LatentSource, write_index, write_manifest, write_shard, zeros
+from mar.data.latent_cache import CacheManifest, LatentSource, empty_shard, write_index, write_manifest, write_shard
 from mar.data.sources import open_source
 from mar.tokenizer.kl import KLTokenizer, from_config
 from mar.training import trainer
@@ -122,7 +122,7 @@ def both_stores(folder: Path, count: int) -> tuple[LatentSource, Path]:
     archives.mkdir()
     write_manifest(cache, about)
     for k in range(about.shards):
-        moments, labels = zeros(about, len(about.span(k)))
+        moments, labels = empty_shard(about, len(about.span(k)))
         moments.copy_(torch.randn(moments.shape, generator=generator))
         write_shard(cache / about.file(k), moments, labels, {})
         for i, one in zip(about.span(k), moments.float().reshape(len(moments), 2, 32, 16, 16), strict=True):

@@ -13,9 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mar.assets import FASHION_CLASSES
-from mar.data.fingerprint import source_digest
-from mar.data.images import Example, Source
-from mar.data.splits import Part, hold_out
+from mar.data.images import Example, Source, source_digest
+from mar.data.splits import Subset, hold_out
 from mar.evaluation.features import Extractor, open_extractor
 
 DIGITS = 16
@@ -71,7 +70,7 @@ def of_pictures(parts: tuple[Source, Source]) -> str:
     found = hashlib.sha256()
     for part in parts:
         whole = part
-        if isinstance(part, Part):
+        if isinstance(part, Subset):
             whole = part.source
             found.update(part.indices.tobytes())
         if isinstance(whole, Idx):

@@ -95,7 +95,7 @@ def compare_loaders(rounds: int, count: int, batch: int = 64) -> None:
         source, folder = both_stores(Path(name), count)
 
         def cache() -> None:
-            loader = batches(source, Transform(source.about.size), batch=batch, seed=0)
+            loader = batches(source, Transform(source.manifest.size), batch=batch, seed=0)
             for _ in range(count // batch):
                 next(loader)
 

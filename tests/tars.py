@@ -59,7 +59,7 @@ class Numbered:
     def names(self) -> tuple[str, ...]:
         return tuple(f"s{i}" for i in range(len(self.sizes)))
 
-    def rows(self, shard: int) -> Iterator[StreamSample]:
+    def samples(self, shard: int) -> Iterator[StreamSample]:
         first = sum(self.sizes[:shard])
         for i in range(first, first + self.sizes[shard]):
             self.read += 1
@@ -67,10 +67,10 @@ class Numbered:
             data = b"no picture" if i in self.broken else png(i) if i % 2 else None
             yield StreamSample(f"p{i}", data, f"far/{i}", label=i % 3)
 
-    def fetch(self, row: StreamSample) -> bytes:
-        if row.path == "far/22":
-            raise UnreadableImage(row.name, "it is not there")
-        return png(int(row.name[1:]))
+    def fetch(self, sample: StreamSample) -> bytes:
+        if sample.path == "far/22":
+            raise UnreadableImage(sample.name, "it is not there")
+        return png(int(sample.name[1:]))
 
 
 def numbers(batch: Batch) -> list[int]:

@@ -12,7 +12,7 @@ from mar.assets import asset, imagenet_classes
 from mar.checkpoint import official, store
 from mar.checkpoint.download import OFFICIAL, home
 from mar.checkpoint.files import CheckpointError
-from mar.checkpoint.official_kl16 import to_diffusers
+from mar.checkpoint.official_kl16 import read_kl16, to_diffusers
 from mar.checkpoint.tokenizers import load_tokenizer as load_diffusers
 from mar.config import SamplingConfig
 from mar.model.mar import MAR
@@ -118,7 +118,7 @@ def import_official(
         load_kl16(tokenizer),
         classes=imagenet_classes() if read.model_config.classes == 1000 else (),
         sampling=sampling or SAMPLING.get(name or "", SamplingConfig()),
-        weights=read.which,
+        weights=read.weights,
         notes=read.notes,
     )
 
@@ -158,7 +158,7 @@ def load_kl16(path: Path) -> Tokenizer:
 
     tokenizer = kl16()
     try:
-        tokenizer.autoencoder.load_state_dict(to_diffusers(official.read_kl16(path)))
+        tokenizer.autoencoder.load_state_dict(to_diffusers(read_kl16(path)))
     except RuntimeError as error:  # names or shapes, a line for each kind
         reason = " ".join(str(error).splitlines()[1].split())
         raise CheckpointError(f"{path} is not the KL-16 tokenizer: {reason[:200]}") from None

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mar.checkpoint.official_names import from_official
+from mar.checkpoint.official import from_official
 from mar.config import HeadConfig, ModelConfig, TrunkConfig
 from mar.model.mar import MAR
 

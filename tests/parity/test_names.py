@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mar.checkpoint.official_names import from_official, shape_differences, to_official
-from mar.checkpoint.store import model_shapes
+from mar.checkpoint.official import from_official, to_official
+from mar.checkpoint.store import model_shapes, shape_differences
 from mar.config import HeadConfig, ModelConfig, TrunkConfig
 from tests.parity.support import config_of, drawn_state, meta, official_shapes
 

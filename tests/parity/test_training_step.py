@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mar.checkpoint.official_names import to_official
+from mar.checkpoint.official import to_official
 from mar.config import ModelConfig
 from mar.model.masking import split_by_mask
 from mar.model.tokens import patchify

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mar import zoo
 from mar.checkpoint.files import CheckpointError
-from mar.checkpoint.official_names import from_official, to_official
+from mar.checkpoint.official import from_official, to_official
 from mar.config import HeadConfig, ModelConfig, TrainConfig, TrunkConfig
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline

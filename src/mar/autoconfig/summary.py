@@ -15,7 +15,7 @@ import numpy as np
 from mar.autoconfig.sizes import DatasetSummary, LatentShape
 from mar.checkpoint.files import write_text
 from mar.config import ConfigError, from_dict, to_dict
-from mar.data.images import Source, UnreadableImage, to_colours
+from mar.data.images import Source, UnreadableImage, convert_channels
 from mar.data.latent_cache import LatentSource
 from mar.data.splits import stratified_indices
 from mar.tokenizer import PixelTokenizer
@@ -41,7 +41,7 @@ def summarize_dataset(source: Source, name: str) -> DatasetSummary:
     def seen(number: int) -> tuple[int, np.ndarray]:
         image = source[number].image
         every = max(min(image.size) // 128, 1)  # of a large picture a part of the rows and columns tells enough
-        return min(image.size), np.asarray(to_colours(image, 3))[::every, ::every]
+        return min(image.size), np.asarray(convert_channels(image, 3))[::every, ::every]
 
     sides, pixels = zip(*_read_sample(len(source), name, seen), strict=True)
     colours = 1 if all((values == values[..., :1]).all() for values in pixels) else 3
@@ -71,7 +71,7 @@ def _max_abs_z(pixels: list[np.ndarray]) -> float:
 
 def summarize_cache(source: LatentSource) -> tuple[DatasetSummary, LatentShape | None]:
     """What a latent cache says of its pictures, and its tokenizer's cells: none where that is pixels."""
-    about = source.about
+    about = source.manifest
     channels, height, _ = about.shape
     pictures = DatasetSummary(about.pictures, min(about.size), 3, about.classes)
     if channels in (1, 3) and about.fingerprint == fingerprint(PixelTokenizer(channels)):

@@ -21,66 +21,13 @@ import torch
 from torch import Tensor
 
 from mar.checkpoint.files import CheckpointError, write_atomically
-from mar.checkpoint.official_names import from_official, shape_differences, to_official
-from mar.checkpoint.store import model_shapes
+from mar.checkpoint.store import model_shapes, shape_differences
 from mar.config import HeadConfig, ModelConfig, TrunkConfig
-
-
-def read_torch(path: Path) -> dict[str, Any]:
-    """The dict in a file of `torch.save`, its tensors mapped from the disk rather than read.
-
-    Tensors, plain values and `argparse.Namespace` are let through. CheckpointError for a file that wants anything else,
-    that is truncated, or that is no such file at all.
-    """
-    _refuse_others(path)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            holder = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(_refusal(path, str(error))) from None
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
-        raise CheckpointError(f"{path} is damaged ({_line(error)}); copy or download it again") from error
-    if not isinstance(holder, dict):
-        raise CheckpointError(f"{path} holds a {type(holder).__name__}, not a dict of tensors")
-    return holder
-
-
-def _refuse_others(path: Path) -> None:
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    with path.open("rb") as file:
-        start = file.read(64)
-    if not start:
-        raise CheckpointError(f"{path} is empty: the copy or download of it failed; get it again")
-    if start.lstrip().startswith(b"<"):
-        raise CheckpointError(f"{path} is a web page, not weights: the download of it failed; get it again")
-    if start.startswith(b"\x80"):
-        raise CheckpointError(f"{path} is a bare pickle (or of PyTorch before 1.6), which is not read")
-    if not start.startswith(b"PK"):
-        raise CheckpointError(f"{path} is not a file of torch.save")
-    if not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path} is truncated or damaged: its end is missing; copy or download it again")
-
-
-def _refusal(path: Path, message: str) -> str:
-    wanted = re.search(r"GLOBAL ([\w.]+)", message) or re.search(r"type <class '([\w.]+)'>", message)
-    if wanted is None:
-        return f"{path} is refused: its pickle asks for more than tensors and plain values"
-    return (
-        f"{path} is refused: its pickle wants to run {wanted[1]}, and weights need nothing but tensors, plain values "
-        "and argparse.Namespace; don't trust it, or save it again without that"
-    )
-
-
-def _line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:120] or type(error).__name__
-
 
 logger = logging.getLogger(__name__)
 Weights = Literal["ema", "raw"]
 _HEADS_BY_MODEL = {"mar_base": 12, "mar_large": 16, "mar_huge": 16}
 _HEADS_BY_WIDTH = {768: 12, 1024: 16, 1280: 16}
-_KL16_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 
 @dataclass(frozen=True)
@@ -90,7 +37,7 @@ class OfficialMAR:
     model_config: ModelConfig
     state: dict[str, Tensor]
     """The weights that were asked for."""
-    which: Weights
+    weights: Weights
     """Which these are."""
     raw: dict[str, Tensor] | None
     ema: dict[str, Tensor] | None
@@ -138,23 +85,6 @@ def read_mar(
     return OfficialMAR(
         config, states[weights], weights, states.get("raw"), states.get("ema"), notes, moments, epoch, args
     )
-
-
-def read_kl16(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of the reference's `kl16.ckpt` under its names, float32, without what is not the tokenizer's."""
-    path = Path(path)
-    holder = read_torch(path)
-    stored = holder.get("model", holder)
-    if not isinstance(stored, Mapping):
-        raise CheckpointError(f"{path} holds no tensors under `model`: is it kl16.ckpt?")
-    tensors = {
-        name: tensor.detach().float()
-        for name, tensor in stored.items()
-        if isinstance(tensor, Tensor) and name.startswith(_KL16_PARTS)
-    }
-    if any(f"{part}.weight" not in tensors for part in ("encoder.conv_in", "decoder.conv_in", "quant_conv")):
-        raise CheckpointError(f"{path} is not the KL-16 tokenizer: it holds {', '.join(list(stored)[:4])}, ...")
-    return tensors
 
 
 def write_mar(
@@ -318,3 +248,151 @@ def _only_ours(config: ModelConfig) -> str | None:
         "rotary positions": config.encoder.rotary or config.decoder.rotary,
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+# ---- names of tensors
+
+_BLOCK = [
+    ("norm1", "norm1"),
+    ("attn.qkv", "attention.qkv"),
+    ("attn.proj", "attention.out"),
+    ("norm2", "norm2"),
+    ("mlp.fc1", "fc1"),
+    ("mlp.fc2", "fc2"),
+]
+_HEAD = "diffloss.net"
+_HEAD_BLOCK = [("in_ln", "norm"), ("mlp.0", "fc1"), ("mlp.2", "fc2"), ("adaLN_modulation.1", "modulation")]
+# (official, ours), in the order of the reference's parameters; {} stands for a block's number.
+_PARAMETERS = [
+    ("fake_latent", "null_class"),
+    ("encoder_pos_embed_learned", "encoder_position"),
+    ("mask_token", "mask_token"),
+    ("decoder_pos_embed_learned", "decoder_position"),
+    ("diffusion_pos_embed_learned", "diffusion_position"),
+    ("class_emb", "class_embed"),
+    ("z_proj", "token_embed"),
+    ("z_proj_ln", "embed_norm"),
+    *((f"encoder_blocks.{{}}.{official}", f"encoder.{{}}.{ours}") for official, ours in _BLOCK),
+    ("encoder_norm", "encoder_norm"),
+    ("decoder_embed", "decoder_embed"),
+    *((f"decoder_blocks.{{}}.{official}", f"decoder.{{}}.{ours}") for official, ours in _BLOCK),
+    ("decoder_norm", "decoder_norm"),
+    (f"{_HEAD}.time_embed.mlp.0", "head.time_embed.fc1"),
+    (f"{_HEAD}.time_embed.mlp.2", "head.time_embed.fc2"),
+    (f"{_HEAD}.cond_embed", "head.z_embed"),
+    (f"{_HEAD}.input_proj", "head.input"),
+    *((f"{_HEAD}.res_blocks.{{}}.{official}", f"head.blocks.{{}}.{ours}") for official, ours in _HEAD_BLOCK),
+    (f"{_HEAD}.final_layer.linear", "head.output"),
+    (f"{_HEAD}.final_layer.adaLN_modulation.1", "head.final_modulation"),
+]
+# Ours have no leading axes of length 1; the number says how many the official tensor has.
+_LEADING = {"encoder_position": 1, "decoder_position": 1, "diffusion_position": 1, "mask_token": 2}
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)") + r"(\.weight|\.bias)?")
+
+
+def _rename(name: str, table: list[tuple[re.Pattern[str], str]]) -> str | None:
+    for pattern, template in table:
+        if match := pattern.fullmatch(name):
+            *numbers, suffix = match.groups()
+            return template.format(*numbers) + (suffix or "")
+    return None
+
+
+_TO_OURS = [(_pattern(official), ours) for official, ours in _PARAMETERS]
+_TO_OFFICIAL = [(_pattern(ours), official) for official, ours in _PARAMETERS]
+_ORDER = {official: place for place, (official, _) in enumerate(_PARAMETERS)}
+
+
+def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An official MAR state dict under our names. ValueError where a tensor is not MAR's."""
+    renamed = {name: _rename(name, _TO_OURS) for name in state}
+    _check_names([name for name, ours in renamed.items() if ours is None])
+    ours = {str(renamed[name]): tensor for name, tensor in state.items()}
+    for name, axes in _LEADING.items():
+        if name in ours:
+            ours[name] = ours[name].reshape(ours[name].shape[axes:])
+    return ours
+
+
+def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our MAR state dict under the official names, in the reference's order: the inverse of `from_official`."""
+    renamed = {name: _rename(name, _TO_OFFICIAL) for name in state}
+    _check_names([name for name, official in renamed.items() if official is None])
+    official = {
+        str(renamed[name]): tensor.reshape((1,) * _LEADING.get(name, 0) + tensor.shape)
+        for name, tensor in state.items()
+    }
+    return {name: official[name] for name in sorted(official, key=_module_order)}
+
+
+def _module_order(official: str) -> tuple[int, int, int, int]:
+    """Sorts official names as the reference's modules have them: stack, block, layer in it, weight before bias."""
+    number = re.search(r"blocks\.(\d+)\.", official)
+    layer = re.sub(r"blocks\.\d+\.", "blocks.{}.", official).removesuffix(".weight").removesuffix(".bias")
+    place = _ORDER[layer]
+    if number is None:
+        return place, 0, 0, int(official.endswith(".bias"))
+    stack = next(i for i, (name, _) in enumerate(_PARAMETERS) if name.split("{}")[0] == layer.split("{}")[0])
+    return stack, int(number[1]), place, int(official.endswith(".bias"))
+
+
+def _check_names(names: list[str]) -> None:
+    if names:
+        shown = ", ".join(sorted(names)[:5])
+        raise ValueError(f"{len(names)} tensors are not those of a MAR: {shown}{', ...' if len(names) > 5 else ''}")
+
+
+# ---- files of torch.save
+
+
+def read_torch(path: Path) -> dict[str, Any]:
+    """The dict in a file of `torch.save`, its tensors mapped from the disk rather than read.
+
+    Tensors, plain values and `argparse.Namespace` are let through. CheckpointError for a file that wants anything else,
+    that is truncated, or that is no such file at all.
+    """
+    _check_is_torch_file(path)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            holder = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_pickle_refusal(path, str(error))) from None
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        raise CheckpointError(f"{path} is damaged ({_first_line(error)}); copy or download it again") from error
+    if not isinstance(holder, dict):
+        raise CheckpointError(f"{path} holds a {type(holder).__name__}, not a dict of tensors")
+    return holder
+
+
+def _check_is_torch_file(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    with path.open("rb") as file:
+        start = file.read(64)
+    if not start:
+        raise CheckpointError(f"{path} is empty: the copy or download of it failed; get it again")
+    if start.lstrip().startswith(b"<"):
+        raise CheckpointError(f"{path} is a web page, not weights: the download of it failed; get it again")
+    if start.startswith(b"\x80"):
+        raise CheckpointError(f"{path} is a bare pickle (or of PyTorch before 1.6), which is not read")
+    if not start.startswith(b"PK"):
+        raise CheckpointError(f"{path} is not a file of torch.save")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path} is truncated or damaged: its end is missing; copy or download it again")
+
+
+def _pickle_refusal(path: Path, message: str) -> str:
+    wanted = re.search(r"GLOBAL ([\w.]+)", message) or re.search(r"type <class '([\w.]+)'>", message)
+    if wanted is None:
+        return f"{path} is refused: its pickle asks for more than tensors and plain values"
+    return (
+        f"{path} is refused: its pickle wants to run {wanted[1]}, and weights need nothing but tensors, plain values "
+        "and argparse.Namespace; don't trust it, or save it again without that"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:120] or type(error).__name__

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import Tensor
 
+from mar.checkpoint.files import CheckpointError
+from mar.checkpoint.official import read_torch
+
+_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _TOP = 4
 """The last of five resolutions; for the decoder the reference counts from the output, diffusers from the latents."""
 
@@ -62,6 +68,23 @@ def _convert(state: Mapping[str, Tensor], table: _Table, direction: str) -> dict
         shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
         raise ValueError(f"{len(unknown)} tensors are not of a {direction} KL-16: {shown}")
     return {other: state[name] for name, other in renamed.items() if other is not None}
+
+
+def read_kl16(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of the reference's `kl16.ckpt` under its names, float32, without what is not the tokenizer's."""
+    path = Path(path)
+    holder = read_torch(path)
+    stored = holder.get("model", holder)
+    if not isinstance(stored, Mapping):
+        raise CheckpointError(f"{path} holds no tensors under `model`: is it kl16.ckpt?")
+    tensors = {
+        name: tensor.detach().float()
+        for name, tensor in stored.items()
+        if isinstance(tensor, Tensor) and name.startswith(_PARTS)
+    }
+    if any(f"{part}.weight" not in tensors for part in ("encoder.conv_in", "decoder.conv_in", "quant_conv")):
+        raise CheckpointError(f"{path} is not the KL-16 tokenizer: it holds {', '.join(list(stored)[:4])}, ...")
+    return tensors
 
 
 def foreign(state: Mapping[str, Tensor]) -> list[str]:

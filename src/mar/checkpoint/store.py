@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mar.checkpoint.files import CheckpointError, size_text, write_atomically
-from mar.checkpoint.official_names import shape_differences
 from mar.config import ModelConfig, SamplingConfig, from_dict, to_dict
 from mar.model.mar import MAR
 from mar.nn import init_empty_weights
@@ -104,6 +103,17 @@ def model_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     """Name and shape of every tensor of a model, without making it."""
     with init_empty_weights():
         return {name: tensor.shape for name, tensor in MAR(config).state_dict().items()}
+
+
+def shape_differences(shapes: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> list[str]:
+    """Return a line for each difference in name or shape between two sets of tensors."""
+    lines = [
+        f"{name} is {tuple(shapes[name])}, expected {tuple(expected[name])}"
+        for name in sorted(set(shapes) & set(expected))
+        if shapes[name] != expected[name]
+    ]
+    lines += [f"{name} is missing" for name in sorted(set(expected) - set(shapes))]
+    return lines + [f"{name} is not expected" for name in sorted(set(shapes) - set(expected))]
 
 
 def _parse(path: Path, text: str) -> Header:

@@ -113,7 +113,7 @@ def _verify(options: CacheOptions, check: Callable[[], None]) -> int:
 
         found = verify(folder, advance)
     size = size_text(sum(found.index.sizes))
-    print(f"{folder} is as it was written: {len(found):,} pictures, {size} in {found.about.shards} shards")
+    print(f"{folder} is as it was written: {len(found):,} pictures, {size} in {found.manifest.shards} shards")
     return 0
 
 

@@ -174,7 +174,7 @@ def _of_a_cache(arguments: Sequence[str], wishes: _UserOverrides, source: Latent
     pictures, cells = summarize_cache(source)
     if own or wishes.tokenizer == OWN or wishes.image_size is not None:
         raise ConfigError(f"{wishes.data} holds cached latents: leave out --image-size, --vae.* and --tokenizer own")
-    tokens = _Tokens(source.about.size, wishes.tokenizer or source.about.tokenizer, cells)
+    tokens = _Tokens(source.manifest.size, wishes.tokenizer or source.manifest.tokenizer, cells)
     options, chosen = _options(arguments, wishes, pictures, tokens, cached=True)
     return FolderPlan(options, chosen, _choices_text(options, pictures, tokens))
 

@@ -1,18 +1,16 @@
-"""What a source of pictures gives: examples, as they were found. What is done to them is `transforms`' work.
+"""Images on their way to tensors: examples of a source, decoding, ADM's center crop, scaling to [-1, 1], grids.
 
-From a picture as it was found to a tensor of a given size: colours, ADM's centre crop, scale to [-1, 1].
-
-The orientation that a camera notes in EXIF is not applied: neither does the reference, whose numbers are compared with.
-
-Sheets of pictures to look at.
+EXIF orientation is not applied: neither does the reference, and its numbers are compared with ours.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -24,8 +22,8 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-# What Pillow raises over damaged files, by format.
-_DAMAGE = (
+# Pillow raises these over damaged files, by format.
+_PILLOW_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -40,17 +38,17 @@ _DAMAGE = (
 
 @dataclass(frozen=True)
 class Example:
-    """A picture as it was found: any size, any colour mode."""
+    """An image of a source, in any size and color mode."""
 
     image: Image.Image
     label: int
-    """Number of its class; -1 where it has none."""
+    """Class number; -1: none."""
     name: str
-    """Its path, or what else identifies it in a message."""
+    """Identifies it in messages: its path, or shard and member."""
 
 
 class UnreadableImage(ValueError):
-    """A picture that can't be decoded. `name` says which, `why` what is wrong with it."""
+    """An image can't be decoded; has its `name` and the reason, `why`."""
 
     def __init__(self, name: str, why: str) -> None:
         super().__init__(f"can't read the picture {name}: {why}")
@@ -63,39 +61,58 @@ class Source(Protocol):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names by number; empty where pictures have no classes."""
+        """Class names by number; empty: images have no classes."""
 
     @property
     def flips(self) -> bool:
-        """Whether a mirror image is as good a picture as the original."""
+        """True if images may be mirrored in training."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """Example number `index`; raises UnreadableImage for a broken one."""
+        """Return example number `index`; raises UnreadableImage for a broken one."""
+
+
+@runtime_checkable
+class Listed(Protocol):
+    """A source that can tell, without reading images, if they are still the same ones."""
+
+    def listing(self) -> Iterator[bytes]:
+        """Yield the names, sizes and labels of its images, in order."""
+
+
+def source_digest(source: Source) -> str:
+    """Return the sha256, in hex, of a source's number of images, class names and listing.
+
+    Images are not read. A source without a listing is known by number and classes alone.
+    """
+    digest = hashlib.sha256(json.dumps([len(source), list(source.classes)]).encode())
+    for entry in source.listing() if isinstance(source, Listed) else ():
+        digest.update(entry)
+    return digest.hexdigest()
 
 
 def decode_image(file: Path | BytesIO, name: str) -> Image.Image:
-    """The picture in a file, its pixels read; raises UnreadableImage with this `name`."""
+    """Decode an image file, all its pixels; raises UnreadableImage with this `name`."""
     try:
         with Image.open(file) as image:
             image.load()
-    except _DAMAGE as error:
+    except _PILLOW_ERRORS as error:
         raise UnreadableImage(name, str(error) or type(error).__name__) from error
     if image.mode == "LAB":
         raise UnreadableImage(name, "Pillow can't convert its colours, CIELAB, to RGB")
     return image
 
 
-def to_colours(image: Image.Image, channels: int) -> Image.Image:
-    """The picture in mode L (`channels` 1) or RGB (3), whatever its mode was.
+def convert_channels(image: Image.Image, channels: int) -> Image.Image:
+    """Convert an image of any mode to L (`channels` 1) or RGB (3).
 
-    Transparent pictures are laid on white; grey ones become RGB by repetition; 16 bits are scaled to 8, not clipped.
+    Transparent images are laid on white; gray ones become RGB by repetition; 16 bits are scaled to 8, not clipped.
     """
     if channels not in (1, 3):
-        raise ValueError(f"channels: got {channels}, expected 1 (grey) or 3 (colour)")
+        raise ValueError(f"channels: got {channels}, expected 1 (gray) or 3 (RGB)")
     if image.mode.startswith("I"):
-        image = _eight_bits(image)
+        image = _to_8_bits(image)
     if "transparency" in image.info or image.mode in ("LA", "PA", "La", "RGBA", "RGBa"):
         layer = image.convert("RGBA")
         image = Image.new("RGBA", image.size, "white")
@@ -105,8 +122,8 @@ def to_colours(image: Image.Image, channels: int) -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """A picture of mode I;16, or of mode I, in which older Pillows open 16-bit files, as L."""
+def _to_8_bits(image: Image.Image) -> Image.Image:
+    """Convert mode I;16 to L; and mode I, in which older Pillows open 16-bit files."""
     values = np.asarray(image).astype(np.int64).clip(0, 65535)
     if image.mode != "I" or values.max() > 255:
         values = (values * 255 + 32767) // 65535
@@ -114,10 +131,10 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def adm_center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
-    """ADM's centre crop to a square of `size` pixels, or to `size` = (height, width).
+    """Crop as ADM does to a square of `size` pixels, or to `size` = (height, width).
 
-    Halved by BOX while still twice as large on both sides, brought to cover the size by BICUBIC, cut out of the middle
-    (Dhariwal and Nichol, arXiv 2105.05233; the same as theirs for squares).
+    Halves by BOX while both sides are twice too large, resizes by BICUBIC to cover `size`, and cuts out the middle
+    (Dhariwal and Nichol, arXiv 2105.05233; for squares, theirs).
     """
     height, width = (size, size) if isinstance(size, int) else size
     while image.height >= 2 * height and image.width >= 2 * width:
@@ -130,15 +147,15 @@ def adm_center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Im
 
 
 def to_tensor(image: Image.Image, channels: int) -> Float[Tensor, "c h w"]:
-    """The picture's pixels in [-1, 1], float32, with 1 (grey) or 3 (colour) channels."""
-    pixels = np.array(to_colours(image, channels), dtype=np.float32)
+    """Convert an image to float32 pixels in [-1, 1], with 1 (gray) or 3 (RGB) channels."""
+    pixels = np.array(convert_channels(image, channels), dtype=np.float32)
     pixels = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray(pixels)) / 127.5 - 1
 
 
 @dataclass(frozen=True)
 class Transform:
-    """Example's picture -> tensor (channels, height, width) in [-1, 1]."""
+    """Crops an image and converts it to a tensor in [-1, 1]."""
 
     size: int | tuple[int, int]
     """Side of a square, or (height, width), in pixels."""
@@ -150,15 +167,15 @@ class Transform:
             raise ValueError(f"size: got {self.size}, expected at least 1 pixel")
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "c h w"]:
-        """The transformed picture."""
-        return to_tensor(adm_center_crop(to_colours(image, self.channels), self.size), self.channels)
+        """Return the cropped image as a tensor."""
+        return to_tensor(adm_center_crop(convert_channels(image, self.channels), self.size), self.channels)
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, scale: int = 1) -> Image.Image:
-    """Pictures of one size side by side, row by row, each pixel enlarged to scale x scale."""
+    """Arrange images of one size in rows, each pixel enlarged to scale x scale."""
     width, height = images[0].width * scale, images[0].height * scale
-    sheet = Image.new(images[0].mode, (columns * width, math.ceil(len(images) / columns) * height))
-    for place, image in enumerate(images):
+    grid = Image.new(images[0].mode, (columns * width, math.ceil(len(images) / columns) * height))
+    for i, image in enumerate(images):
         resized = image.resize((width, height), Image.Resampling.NEAREST)
-        sheet.paste(resized, (place % columns * width, place // columns * height))
-    return sheet
+        grid.paste(resized, (i % columns * width, i // columns * height))
+    return grid

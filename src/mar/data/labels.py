@@ -1,6 +1,6 @@
-"""Classes from what data says of its pictures: numbers or names.
+"""Class numbers: of labels in data, which are numbers or names; and of the labels that users type.
 
-Class numbers from what people type: numbers, names, WordNet's numbers and synonyms for ImageNet's classes.
+Users may type numbers, names, parts of names, and for ImageNet's classes WordNet numbers and synonyms.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import SupportsIndex
 
 from mar.assets import imagenet
-from mar.data.folder import natural_key
+from mar.data.paths import natural_key
 
 Label = int | str | None
-"""What a table or a shard says of a picture's class: its number (below 0: none), or its name."""
+"""A label in data: a class number (below 0: none), or a class name."""
 
 
 def class_names(labels: Iterable[Label]) -> tuple[str, ...]:
-    """The classes that labels are of: numbers count from 0 up to the largest; names are sorted as people do."""
-    plain = map(_plain, labels)
-    values = {label for label in plain if label is not None and not (isinstance(label, int) and label < 0)}
+    """Return the classes of labels: numbers from 0 to the largest, or names in natural order."""
+    values = {
+        label
+        for label in map(_without_bool, labels)
+        if label is not None and not (isinstance(label, int) and label < 0)
+    }
     numbers = [value for value in values if isinstance(value, int)]
     if len(numbers) == len(values):
         return tuple(str(number) for number in range(max(numbers, default=-1) + 1))
@@ -28,28 +31,33 @@ def class_names(labels: Iterable[Label]) -> tuple[str, ...]:
 
 
 def class_number(label: Label, numbers: Mapping[str, int]) -> int:
-    """The number of a label's class, given those of `class_names`; -1 where it has none."""
-    label = _plain(label)
+    """Return the class number of a label, given the numbers of `class_names`; -1: none."""
+    label = _without_bool(label)
     return -1 if label is None or (isinstance(label, int) and label < 0) else numbers[str(label)]
 
 
-def _plain(label: Label) -> Label:
-    """No and yes, which Python counts as numbers but writes as words, as the numbers 0 and 1."""
+def _without_bool(label: Label) -> Label:
+    """Convert False and True, which would be written as words, to 0 and 1."""
     return int(label) if isinstance(label, bool) else label
 
 
 def check_label(name: str, label: int, classes: int) -> None:
-    """Raises ValueError where the picture `name` has a class number that there is not."""
+    """Raise ValueError if the image `name` has a class number out of range."""
     if not -1 <= label < max(classes, 1):
         raise ValueError(f"{name} has the label {label}, but there are {classes} classes")
 
 
 def resolve_labels(labels: Iterable[SupportsIndex | str | None], classes: Sequence[str], count: int) -> list[int]:
-    """The class numbers of `labels` for a model with `count` classes called `classes` (may be empty); None gives -1.
+    """Return the class numbers of labels that a user typed; None gives -1.
 
-    A name may be in any case, or any part of one that only one class has. Where all classes are ImageNet's, by name or
-    WordNet number, so may their synonyms. Raises ValueError for a number out of range, for a name that no class or
-    more than one has, and for what is neither.
+    A name may be in any case, or any part of one class's name. If all classes are ImageNet's, by name or WordNet
+    number, synonyms count as names. Raises ValueError for a number out of range, a name of no class or of several, and
+    anything else.
+
+    Args:
+        labels: numbers, names or None.
+        classes: names of the model's classes; may be empty.
+        count: number of the model's classes.
     """
     if isinstance(labels, str) or not isinstance(labels, Iterable):
         raise ValueError(f"labels: got {labels!r}, expected a list of them, as [{labels!r}]")
@@ -81,38 +89,38 @@ def _resolve(
 def _by_name(label: str, names: list[tuple[str, ...]], classes: Sequence[str]) -> int:
     if not names:
         raise ValueError(f"label {label!r}: this model has no class names; give a number")
-    wanted = " ".join(label.casefold().split())
-    fitting = _fitting(wanted, names) if wanted else []
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        shown = ", ".join(f"{i} ({classes[i]})" for i in fitting[:8]) + (", ..." if len(fitting) > 8 else "")
-        raise ValueError(f"label {label!r} may be any of {len(fitting)} classes: {shown}; give one of these numbers")
-    raise ValueError(f"label {label!r} is not a class{_suggestion(wanted, names, classes)}")
+    name = " ".join(label.casefold().split())
+    matches = _matching_classes(name, names) if name else []
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        shown = ", ".join(f"{i} ({classes[i]})" for i in matches[:8]) + (", ..." if len(matches) > 8 else "")
+        raise ValueError(f"label {label!r} may be any of {len(matches)} classes: {shown}; give one of these numbers")
+    raise ValueError(f"label {label!r} is not a class{_suggestion(name, names, classes)}")
 
 
-def _fitting(wanted: str, names: list[tuple[str, ...]]) -> list[int]:
-    """The classes that fit a name by the strictest reading that fits any."""
-    readings: tuple[Callable[[tuple[str, ...]], bool], ...] = (
-        lambda known: wanted == known[0],
-        lambda known: wanted in known,
-        lambda known: any(f" {wanted} " in f" {name} " for name in known),
-        lambda known: any(wanted in name for name in known),
+def _matching_classes(name: str, names: list[tuple[str, ...]]) -> list[int]:
+    """Return the classes that match a name by the strictest rule with any match."""
+    rules: tuple[Callable[[tuple[str, ...]], bool], ...] = (
+        lambda known: name == known[0],
+        lambda known: name in known,
+        lambda known: any(f" {name} " in f" {each} " for each in known),
+        lambda known: any(name in each for each in known),
     )
-    every = ([i for i, known in enumerate(names) if fits(known)] for fits in readings)
-    return next(filter(None, every), [])
+    matches = ([i for i, known in enumerate(names) if rule(known)] for rule in rules)
+    return next(filter(None, matches), [])
 
 
-def _suggestion(wanted: str, names: list[tuple[str, ...]], classes: Sequence[str]) -> str:
-    owner = {name: i for i, known in reversed(list(enumerate(names))) for name in known}
-    close = dict.fromkeys(owner[name] for name in difflib.get_close_matches(wanted, list(owner), n=3))
+def _suggestion(name: str, names: list[tuple[str, ...]], classes: Sequence[str]) -> str:
+    owner = {each: i for i, known in reversed(list(enumerate(names))) for each in known}
+    close = dict.fromkeys(owner[each] for each in difflib.get_close_matches(name, list(owner), n=3))
     if close:
         return "; close to it: " + ", ".join(f"{i} ({classes[i]})" for i in close)
     return f"; the {len(classes)} classes are {', '.join(classes[:10])}" + (", ..." if len(classes) > 10 else "")
 
 
 def _all_names(classes: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every name of every class, its own first, in lower case."""
+    """Return all names of every class, its own first, in lower case."""
     known = {key: entry for entry in imagenet() for key in (entry.name, entry.wnid)}
     others: dict[str, tuple[str, ...]] = {}
     if all(name in known for name in classes):

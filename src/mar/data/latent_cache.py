@@ -1,11 +1,10 @@
-"""The files of a latent cache: `cache.json` (what it is of), shards of safetensors, `index.json` once all are there.
+"""Latent caches: moments of images, encoded once by `mar.data.cache_writer`, mapped to memory for training.
 
-Shard k holds the pictures from k * `About.shard` on, in two tensors: `moments` (n, flips, 1 or 2, c, h, w), whose axes
-are plain and flipped, mean and log-variance; and `labels` (n). A picture that could not be read keeps its place, with
-zeros, so that picture i is always row i % shard of shard i // shard. Every byte is under a sha256: a shard's tensors
-under one in its metadata, its header under one in the index, and the two JSON files under one of their own.
-
-A latent cache as data to train on: moments of any picture by its number, mapped to memory.
+A cache is a folder: the manifest `cache.json` (all that its latents depend on), shards of safetensors, and `index.json`
+once all shards are there. Shard k holds the images from k * `CacheManifest.shard` on in two tensors: `moments`
+(n, flips, 1 or 2, c, h, w), with axes plain and flipped, mean and log-variance; and `labels` (n). An unreadable image
+keeps its place, with zeros, so image i is always row i % shard of shard i // shard. Every byte is under a sha256: a
+shard's tensors under one in its metadata, its header under one in the index, the JSON files under one of their own.
 """
 
 from __future__ import annotations
@@ -37,42 +36,43 @@ MANIFEST = "cache.json"
 INDEX = "index.json"
 """Name of the file that lists the shards."""
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-"""How moments may be stored. float16 is for the disk alone: they are float32 again when they are read."""
+"""Types of stored moments. float16 is for the disk alone: reading makes them float32 again."""
 
-_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32"}
-_LONGEST_HEADER = 100_000_000
+_SAFETENSORS_TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32"}
+_MAX_HEADER = 100_000_000
 
 
 class DamagedCache(ConfigError):
-    """A file of a cache that is not what was written: one line that says which, and how to make it anew."""
+    """A damaged file of a cache: one line says which, and how to make it anew."""
 
 
 @dataclass(frozen=True)
 class CacheManifest:
-    """What a cache is of: all that its latents depend on, and where they came from."""
+    """All that the latents of a cache depend on. Its fields are the keys of `cache.json`."""
 
     tokenizer: str
-    """Its name, for people; the fingerprint counts."""
+    """The tokenizer's name, for people; caches are compared by `fingerprint`."""
     fingerprint: str
-    """Of the tokenizer (`mar.tokenizer.base.fingerprint`)."""
+    """The tokenizer's (`mar.tokenizer.base.fingerprint`)."""
     data: str
-    """Where the pictures were, for people; the digest counts."""
+    """The images' path or name, for people; caches are compared by `source`."""
     source: str
-    """Digest of the list of pictures (`mar.data.fingerprint`)."""
+    """Digest of the images (`mar.data.images.source_digest`)."""
     pictures: int
+    """Number of images."""
     classes: tuple[str, ...]
     size: tuple[int, int]
-    """Height and width that the pictures were cut to (ADM's centre crop)."""
+    """Height and width that images were cropped to."""
     shape: tuple[int, int, int]
     """Channels, height and width of a latent."""
     parts: int
-    """2: mean and log-variance; 1: means only, of a deterministic tokenizer."""
+    """2: mean and log-variance; 1: mean only, of a deterministic tokenizer."""
     flips: bool
-    """Whether moments of the flipped pictures are there too."""
+    """True: moments of the flipped images are there too."""
     dtype: str
     """fp16, bf16 or fp32."""
     shard: int
-    """Pictures of a shard."""
+    """Images of a shard."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -84,48 +84,48 @@ class CacheManifest:
 
     @property
     def shards(self) -> int:
-        """How many there are."""
+        """Number of shards."""
         return math.ceil(self.pictures / self.shard)
 
     def span(self, shard: int) -> range:
-        """The pictures of a shard."""
+        """Return the indices of a shard's images."""
         return range(shard * self.shard, min((shard + 1) * self.shard, self.pictures))
 
     def file(self, shard: int) -> str:
-        """A shard's name: its number in as many digits as every shard has, at least five."""
+        """Return a shard's file name: its number in at least five digits, as many for every shard."""
         return f"{shard:0{max(5, len(str(self.shards - 1)))}}.safetensors"
 
-    def row(self) -> tuple[int, ...]:
-        """The shape of what is kept of a picture."""
+    def image_shape(self) -> tuple[int, ...]:
+        """Return the shape of an image's moments."""
         return (1 + self.flips, self.parts, *self.shape)
 
-    def picture_bytes(self) -> int:
-        """Bytes of a picture in a shard, its label included."""
-        return math.prod(self.row()) * DTYPES[self.dtype].itemsize + torch.int32.itemsize
+    def image_bytes(self) -> int:
+        """Return the bytes of an image in a shard, its label included."""
+        return math.prod(self.image_shape()) * DTYPES[self.dtype].itemsize + torch.int32.itemsize
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of a cache, its tensors mapped to memory: nothing is read before it is used."""
+    """A shard of a cache, mapped to memory: nothing is read before it is used."""
 
     moments: Shaped[Tensor, "n f m c h w"]
     labels: Int[Tensor, " n"]
     sha256: str
-    """Of the bytes of both, as noted when they were written."""
+    """The tensors' sha256, noted when they were written."""
     header: str
-    """sha256 of the file's header."""
+    """The header's sha256."""
     skipped: dict[int, str]
-    """Pictures that could not be read: numbers and names."""
+    """Unreadable images: indices and names."""
     size: int
-    """Bytes of the file."""
+    """Size of the file in bytes."""
 
     def intact(self) -> bool:
-        """Whether the tensors are what was written; reads all of them."""
+        """Compare the tensors with their sha256; reads all of them."""
         return tensors_digest(self.moments, self.labels) == self.sha256
 
 
 def tensors_digest(moments: Shaped[Tensor, "..."], labels: Int[Tensor, " n"]) -> str:
-    """sha256, in hex, of the bytes of a shard's tensors."""
+    """Return the sha256, in hex, of a shard's tensors."""
     digest = hashlib.sha256()
     for tensor in (moments, labels):
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
@@ -135,7 +135,14 @@ def tensors_digest(moments: Shaped[Tensor, "..."], labels: Int[Tensor, " n"]) ->
 def write_shard(
     path: Path, moments: Shaped[Tensor, "n f m c h w"], labels: Int[Tensor, " n"], skipped: Mapping[int, str]
 ) -> None:
-    """Writes a shard, whole or not at all. Raises CheckpointError where the disk refuses."""
+    """Write a shard, complete or not at all; raises CheckpointError if the disk refuses.
+
+    Args:
+        path: the file to write.
+        moments: moments of its images, in order.
+        labels: class numbers; -1: none.
+        skipped: indices and names of unreadable images.
+    """
     note = {"format": FORMAT, "sha256": tensors_digest(moments, labels), "skipped": {**skipped}}
     data = save({"moments": moments, "labels": labels}, {"mar": json.dumps(note)})
 
@@ -145,60 +152,62 @@ def write_shard(
     write_atomically(path, write, len(data))
 
 
-def open_shard(path: Path, about: CacheManifest, shard: int) -> Shard:
-    """Maps a shard to memory. Raises DamagedCache where it is missing, cut short, or not of this cache."""
+def open_shard(path: Path, manifest: CacheManifest, shard: int) -> Shard:
+    """Map a shard to memory; raises DamagedCache if it is missing, cut short, or of another cache."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = file.read(min(length, _LONGEST_HEADER))
+            header = file.read(min(length, _MAX_HEADER))
     except OSError as error:
-        raise DamagedCache(f"{path} can't be read ({error.strerror}){remake(about)}") from error
-    count = len(about.span(shard))
-    expected = 8 + length + count * about.picture_bytes()
-    if length > _LONGEST_HEADER:
-        raise DamagedCache(f"{path} is damaged: its header can't be {length:,} bytes long{remake(about)}")
+        raise DamagedCache(f"{path} can't be read ({error.strerror}){_remake_hint(manifest)}") from error
+    count = len(manifest.span(shard))
+    expected = 8 + length + count * manifest.image_bytes()
+    if length > _MAX_HEADER:
+        raise DamagedCache(f"{path} is damaged: its header can't be {length:,} bytes long{_remake_hint(manifest)}")
     if size < 8 or length != len(header) or size < expected:
-        raise DamagedCache(f"{path} is cut short: {size_text(size)} of {size_text(expected)}{remake(about)}")
+        raise DamagedCache(f"{path} is cut short: {size_text(size)} of {size_text(expected)}{_remake_hint(manifest)}")
     try:
         entries = json.loads(header)
         note = json.loads(entries["__metadata__"]["mar"])
         skipped = {int(number): str(name) for number, name in note["skipped"].items()}
-        kept = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
-        moments = _tensor(kept, entries["moments"], DTYPES[about.dtype], (count, *about.row()))
-        labels = _tensor(kept, entries["labels"], torch.int32, (count,))
+        data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
+        moments = _map_tensor(data, entries["moments"], DTYPES[manifest.dtype], (count, *manifest.image_shape()))
+        labels = _map_tensor(data, entries["labels"], torch.int32, (count,))
         digest = hashlib.sha256(length.to_bytes(8, "little") + header).hexdigest()
         return Shard(moments, labels, str(note["sha256"]), digest, skipped, size)
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        raise DamagedCache(f"{path} is damaged: its header is not this cache's ({error}){remake(about)}") from error
+        raise DamagedCache(
+            f"{path} is damaged: its header is not this cache's ({error}){_remake_hint(manifest)}"
+        ) from error
 
 
-def _tensor(kept: Tensor, entry: Mapping[str, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    if (entry["dtype"], tuple(entry["shape"])) != (_NAMES[dtype], shape):
-        raise ValueError(f"{entry['dtype']} {entry['shape']}, not {_NAMES[dtype]} {list(shape)}")
+def _map_tensor(data: Tensor, entry: Mapping[str, Any], dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    if (entry["dtype"], tuple(entry["shape"])) != (_SAFETENSORS_TYPES[dtype], shape):
+        raise ValueError(f"{entry['dtype']} {entry['shape']}, not {_SAFETENSORS_TYPES[dtype]} {list(shape)}")
     first, end = entry["data_offsets"]
-    if end - first != math.prod(shape) * dtype.itemsize or not 0 <= first <= end <= len(kept):
+    if end - first != math.prod(shape) * dtype.itemsize or not 0 <= first <= end <= len(data):
         raise ValueError(f"bytes {first} to {end}")
-    return kept[first:end].view(dtype).view(shape)
+    return data[first:end].view(dtype).view(shape)
 
 
-def remake(about: CacheManifest) -> str:
-    """What to do about a shard, as the end of a line."""
+def _remake_hint(manifest: CacheManifest) -> str:
+    """Return the end of an error message: how to make a shard anew."""
     return (
-        f"; delete it if it is there, and run the `mar cache` that made the folder again ({about.data} by the "
-        f"tokenizer {about.tokenizer}): it makes only the shards that are missing"
+        f"; delete it if it is there, and run the `mar cache` that made the folder again ({manifest.data} by the "
+        f"tokenizer {manifest.tokenizer}): it makes only the shards that are missing"
     )
 
 
 def is_cache(folder: Path) -> bool:
-    """Whether `mar cache` made or began this folder."""
+    """Tell if `mar cache` made or began this folder."""
     return (folder / MANIFEST).is_file()
 
 
 def read_manifest(folder: Path) -> CacheManifest:
-    """What the cache in `folder` is of; DamagedCache where that can't be read."""
+    """Read the manifest of the cache in `folder`; raises DamagedCache."""
     path = folder / MANIFEST
-    values = _unseal(path, "the cache has to be made anew")
+    values = _read_sealed(path, "the cache has to be made anew")
     try:
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         return CacheManifest(**values)
@@ -206,23 +215,23 @@ def read_manifest(folder: Path) -> CacheManifest:
         raise DamagedCache(f"{path} can't be understood ({error}); the cache has to be made anew") from error
 
 
-def write_manifest(folder: Path, about: CacheManifest) -> None:
-    """Begins a cache."""
-    _seal(folder / MANIFEST, to_dict(about))
+def write_manifest(folder: Path, manifest: CacheManifest) -> None:
+    """Begin a cache with its manifest."""
+    _write_sealed(folder / MANIFEST, to_dict(manifest))
 
 
-def write_index(folder: Path, about: CacheManifest) -> dict[int, str]:
-    """Ends a cache, all of whose shards are there. Returns the pictures that could not be read."""
-    shards = [(about.file(k), open_shard(folder / about.file(k), about, k)) for k in range(about.shards)]
+def write_index(folder: Path, manifest: CacheManifest) -> dict[int, str]:
+    """Finish a cache with the index of its shards; returns the unreadable images."""
+    shards = [(manifest.file(k), open_shard(folder / manifest.file(k), manifest, k)) for k in range(manifest.shards)]
     skipped = {number: name for _, shard in shards for number, name in shard.skipped.items()}
-    listed = [{"file": f, "bytes": s.size, "sha256": s.sha256, "header": s.header} for f, s in shards]
-    _seal(folder / INDEX, {"shards": listed, "skipped": {str(n): name for n, name in skipped.items()}})
+    entries = [{"file": f, "bytes": s.size, "sha256": s.sha256, "header": s.header} for f, s in shards]
+    _write_sealed(folder / INDEX, {"shards": entries, "skipped": {str(n): name for n, name in skipped.items()}})
     return skipped
 
 
 @dataclass(frozen=True)
 class Index:
-    """What a finished cache says of its shards, by number."""
+    """The shards of a finished cache, by number."""
 
     files: tuple[str, ...]
     sizes: tuple[int, ...]
@@ -231,16 +240,18 @@ class Index:
     skipped: dict[int, str]
 
 
-def read_index(folder: Path, about: CacheManifest) -> Index:
-    """The index of a finished cache. ConfigError where it is not finished; DamagedCache where it can't be read."""
+def read_index(folder: Path, manifest: CacheManifest) -> Index:
+    """Read the index of a cache; raises ConfigError if it is not finished, DamagedCache."""
     path = folder / INDEX
     if not path.is_file():
-        there = sum((folder / about.file(k)).is_file() for k in range(about.shards))
+        there = sum((folder / manifest.file(k)).is_file() for k in range(manifest.shards))
         raise ConfigError(
-            f"{folder} is a cache that is not finished ({there} of {about.shards} shards); "
+            f"{folder} is a cache that is not finished ({there} of {manifest.shards} shards); "
             "run the `mar cache` that began it again, which goes on"
         )
-    values = _unseal(path, "delete it and run the `mar cache` that made the folder again: shards that are there stay")
+    values = _read_sealed(
+        path, "delete it and run the `mar cache` that made the folder again: shards that are there stay"
+    )
     shards = values["shards"]
     return Index(
         files=tuple(shard["file"] for shard in shards),
@@ -251,29 +262,32 @@ def read_index(folder: Path, about: CacheManifest) -> Index:
     )
 
 
-def check_shard(folder: Path, about: CacheManifest, index: Index, shard: int) -> Shard:
-    """`open_shard`, and DamagedCache where its header is not the one that the index knows."""
-    found = open_shard(folder / index.files[shard], about, shard)
-    if (found.header, found.sha256, found.size) != (index.headers[shard], index.sha256[shard], index.sizes[shard]):
-        raise DamagedCache(f"{folder / index.files[shard]} is damaged: its header is not the index's{remake(about)}")
-    return found
+def check_shard(folder: Path, manifest: CacheManifest, index: Index, shard: int) -> Shard:
+    """Open a shard and compare its header with the index; raises DamagedCache."""
+    path = folder / index.files[shard]
+    opened = open_shard(path, manifest, shard)
+    if (opened.header, opened.sha256, opened.size) != (index.headers[shard], index.sha256[shard], index.sizes[shard]):
+        raise DamagedCache(
+            f"{folder / index.files[shard]} is damaged: its header is not the index's{_remake_hint(manifest)}"
+        )
+    return opened
 
 
-def _seal(path: Path, content: dict[str, Any]) -> None:
+def _write_sealed(path: Path, content: dict[str, Any]) -> None:
     values = json.loads(json.dumps(content))
     write_text(path, json.dumps({"format": FORMAT, "sha256": _json_digest(values), "content": values}, indent=1) + "\n")
 
 
-def _unseal(path: Path, advice: str) -> dict[str, Any]:
+def _read_sealed(path: Path, advice: str) -> dict[str, Any]:
     try:
         sealed = json.loads(path.read_text(encoding="utf-8"))
         if sealed["format"] != FORMAT and str(sealed["format"]).startswith("mar-latents/"):
             raise ConfigError(f"{path} is of format {sealed['format']}, but this mar reads {FORMAT}; update mar")
         content: dict[str, Any] = sealed["content"]
-        whole = _json_digest(content) == sealed["sha256"] and sealed["format"] == FORMAT
+        intact = _json_digest(content) == sealed["sha256"] and sealed["format"] == FORMAT
     except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError):
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         raise DamagedCache(f"{path} is damaged; {advice}")
     return content
 
@@ -282,102 +296,103 @@ def _json_digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def zeros(about: CacheManifest, count: int) -> tuple[Shaped[Tensor, "n f m c h w"], Int[Tensor, " n"]]:
-    """Moments and labels for `count` pictures, to be filled: those that never are stay zero, with label -1."""
-    moments = torch.zeros(count, *about.row(), dtype=DTYPES[about.dtype])
+def empty_shard(manifest: CacheManifest, count: int) -> tuple[Shaped[Tensor, "n f m c h w"], Int[Tensor, " n"]]:
+    """Return zero moments and labels -1 of `count` images, to be filled."""
+    moments = torch.zeros(count, *manifest.image_shape(), dtype=DTYPES[manifest.dtype])
     return moments, torch.full((count,), -1, dtype=torch.int32)
 
 
 class LatentSource:
-    """The latents that `mar cache` made, in the order of the pictures; picklable, so that workers can have a copy.
+    """The latents of a cache in the order of its images; picklable, so that workers can have a copy.
 
-    Opening reads the index and looks at the size of every shard. Raises ConfigError where the cache is not finished,
-    DamagedCache where a shard is missing, cut short, or not what the index says.
+    Opening reads the index and checks the size of every shard. Raises ConfigError if the cache is not finished,
+    DamagedCache if a shard is missing, cut short, or does not match the index.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.about = read_manifest(self.folder)
-        self.index = read_index(self.folder, self.about)
-        self.classes = self.about.classes
-        self.flips = self.about.flips
-        self.rows = np.arange(self.about.pictures)
+        self.manifest = read_manifest(self.folder)
+        self.index = read_index(self.folder, self.manifest)
+        self.classes = self.manifest.classes
+        self.flips = self.manifest.flips
+        self.indices = np.arange(self.manifest.pictures)
         self._shards: dict[int, Shard] = {}
         for file, size in zip(self.index.files, self.index.sizes, strict=True):
             path = self.folder / file
-            found = path.stat().st_size if path.is_file() else None
-            if found != size:
-                what = "is missing" if found is None else f"has {found:,} bytes instead of {size:,}"
-                raise DamagedCache(f"{path} {what}{remake(self.about)}")
+            actual = path.stat().st_size if path.is_file() else None
+            if actual != size:
+                state = "is missing" if actual is None else f"has {actual:,} bytes instead of {size:,}"
+                raise DamagedCache(f"{path} {state}{_remake_hint(self.manifest)}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_shards": {}}  # each process maps files itself
 
-    def part(self, rows: np.ndarray) -> LatentSource:
-        """The same cache with these of its pictures only, numbered anew."""
+    def subset(self, indices: np.ndarray) -> LatentSource:
+        """Return the same cache with the images of `indices` only, numbered anew."""
         chosen = copy.copy(self)
-        chosen.rows = self.rows[rows]
+        chosen.indices = self.indices[indices]
         return chosen
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.indices)
 
     def read(self, index: int, flip: bool) -> tuple[Float[Tensor, "m c h w"], int]:
-        """Mean and log-variance (means alone where m is 1) of the raw latents of picture `index`, plain or flipped, in
-        float32; and its class number, -1 where it has none.
+        """Read the raw moments of image `index`, plain or flipped, in float32, and its class number.
 
-        Raises UnreadableImage for a picture that could not be read when the cache was made; ConfigError for a flipped
-        one where there are only plain ones; DamagedCache.
+        Moments are mean and log-variance, or the mean alone (m is 1). Class -1: none. Raises UnreadableImage if the
+        image could not be read when the cache was made, ConfigError if only plain images are cached, DamagedCache.
         """
-        index = int(self.rows[index])
+        index = int(self.indices[index])
         if index in self.index.skipped:
             raise UnreadableImage(self.index.skipped[index], "it could not be read when the cache was made")
         if flip and not self.flips:
             raise ConfigError(
                 f"{self.folder} holds no flipped pictures; train with --flip False, or cache them anew with --flip True"
             )
-        shard, row = divmod(index, self.about.shard)
+        shard, row = divmod(index, self.manifest.shard)
         if shard not in self._shards:
-            self._shards[shard] = check_shard(self.folder, self.about, self.index, shard)
-        found = self._shards[shard]
-        return found.moments[row, int(flip)].float(), int(found.labels[row])
+            self._shards[shard] = check_shard(self.folder, self.manifest, self.index, shard)
+        opened = self._shards[shard]
+        return opened.moments[row, int(flip)].float(), int(opened.labels[row])
 
     def in_order(self, limit: int | None = None) -> Iterator[LatentMoments]:
-        """The plain moments of every picture that could be read, once, by shards; of the first `limit` pictures."""
-        wanted = np.zeros(self.about.pictures, dtype=bool)
-        wanted[self.rows[:limit]] = True
-        wanted[list(self.index.skipped)] = False
-        for number in range(self.about.shards):
-            span = self.about.span(number)
-            rows = np.flatnonzero(wanted[span.start : span.stop]).tolist()
+        """Yield the plain moments of all readable images, or of the first `limit`, by shards."""
+        chosen = np.zeros(self.manifest.pictures, dtype=bool)
+        chosen[self.indices[:limit]] = True
+        chosen[list(self.index.skipped)] = False
+        for number in range(self.manifest.shards):
+            span = self.manifest.span(number)
+            rows = np.flatnonzero(chosen[span.start : span.stop]).tolist()
             if rows:
-                shard = check_shard(self.folder, self.about, self.index, number)
-                yield unpack(shard.moments[rows, 0].float())
+                shard = check_shard(self.folder, self.manifest, self.index, number)
+                yield split_moments(shard.moments[rows, 0].float())
 
 
-def unpack(moments: Float[Tensor, "n m c h w"]) -> LatentMoments:
-    """The two of an axis of mean and log-variance, or of means alone, by name."""
+def split_moments(moments: Float[Tensor, "n m c h w"]) -> LatentMoments:
+    """Split an axis of mean and log-variance, or of the mean alone."""
     return LatentMoments(moments[:, 0], moments[:, 1] if moments.shape[1] == 2 else None)
 
 
-def verify(folder: str | Path, advance: Callable[[float], None] = lambda pictures: None) -> LatentSource:
-    """Holds every byte of a finished cache against its checksums; tells `advance` how many pictures are done.
+def verify(folder: str | Path, advance: Callable[[float], None] = lambda images: None) -> LatentSource:
+    """Compare every byte of a finished cache with its checksums; reports images done to `advance`.
 
-    Raises DamagedCache, in one line, for the shards that are not what was written; ConfigError for no cache at all.
+    Raises DamagedCache that names the damaged shards, ConfigError if it is no finished cache.
     """
     folder = Path(folder)
-    about = read_manifest(folder)
-    index = read_index(folder, about)
+    manifest = read_manifest(folder)
+    index = read_index(folder, manifest)
     damaged: list[str] = []
-    for number in range(about.shards):
+    for number in range(manifest.shards):
         try:
-            intact = check_shard(folder, about, index, number).intact()
+            intact = check_shard(folder, manifest, index, number).intact()
         except DamagedCache:
             intact = False
         if not intact:
             damaged.append(index.files[number])
-        advance(about.span(number).stop)
+        advance(manifest.span(number).stop)
     if damaged:
-        which = ", ".join(damaged[:8]) + (", ..." if len(damaged) > 8 else "")
-        raise DamagedCache(f"{folder}: {len(damaged)} of {about.shards} shards are damaged: {which}{remake(about)}")
+        names = ", ".join(damaged[:8]) + (", ..." if len(damaged) > 8 else "")
+        raise DamagedCache(
+            f"{folder}: {len(damaged)} of {manifest.shards} shards are damaged: {names}{_remake_hint(manifest)}"
+        )
     return LatentSource(folder)

@@ -1,15 +1,10 @@
-"""The order in which training sees its pictures: endless, shuffled anew each epoch, and known at any position.
+"""Batches for training: endless, shuffled anew each epoch, read ahead by workers, resumable at any position.
 
-A position counts the pictures that all ranks together have seen. Everything random about a picture is keyed by its
-position, so that a run can stop anywhere, go on with other workers or another world size, and see the same.
+A position counts the images that all ranks together have been given. Everything random about an image is keyed by its
+position: a run may stop anywhere, go on with another number of workers or processes, and get the same batches.
 
-What is changed of a picture before it is learned from, at random: it may be mirrored, and moved by a few pixels.
-
-What data loading hands to training: batches of tensors, and how they are put together.
-
-Batches of a stream: each process reads the lanes that its share of a batch comes from, each worker some of these.
-
-Batches of pictures, or of their cached latents, for training: read ahead by workers, resumable at any position.
+Top to bottom: the order, augmentation, batches, workers, then the readers of sources, caches and streams; last, what
+`mar.training` calls: `batches`, `in_order`, `load_batch`, `data_state`, `resume_data`.
 """
 
 from __future__ import annotations
@@ -18,7 +13,7 @@ import atexit
 import functools
 import logging
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from typing import Any, NamedTuple
@@ -32,31 +27,28 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from mar.config import ConfigError
 from mar.data.images import Example, Source, Transform, UnreadableImage
 from mar.data.labels import check_label
-from mar.data.latent_cache import LatentSource, unpack
+from mar.data.latent_cache import LatentSource, split_moments
 from mar.data.stream import SampleWithFallbacks, ShardCursor, ShardReader, StreamSampler, StreamSource
 from mar.random import hash_seed, permutation
 from mar.tokenizer.base import LatentMoments
 
+logger = logging.getLogger("mar.data")
+
+MAX_UNREADABLE = 1000
+"""More broken images in a row mean that the data as a whole is broken."""
+
 # Each use of a seed has a stream of its own.
-_FLIP, _MOVE = 0xF11B, 0x30BE
+_FLIP, _SHIFT = 0xF11B, 0x30BE
 
 
-def random_flip(seed: int, position: int) -> bool:
-    """Whether the picture at `position` is mirrored: a fair coin of its own."""
-    return bool(hash_seed(seed, _FLIP, position) >> 63)
-
-
-def random_shift(seed: int, position: int, most: int) -> tuple[int, int]:
-    """By how many pixels the picture at `position` is moved down and to the right: each of -most to most alike."""
-    down, right = (hash_seed(seed, _MOVE, position, axis) % (2 * most + 1) - most for axis in (0, 1))
-    return down, right
+# ---- order
 
 
 @dataclass(frozen=True)
 class InfiniteSampler:
-    """What rank `rank` of `world` reads of an endless shuffled sequence of `length` pictures, in batches.
+    """An endless shuffled sequence of `length` images in batches, as rank `rank` of `world` reads it.
 
-    `batch` pictures are a batch of all ranks together; a rank takes the `rank`-th of `world` equal slices of each.
+    `batch` counts the images of all ranks. A rank takes the `rank`-th of `world` equal slices of each batch.
     """
 
     length: int
@@ -74,20 +66,20 @@ class InfiniteSampler:
             raise ValueError(f"batch: got {self.batch}, expected a positive multiple of the {self.world} processes")
 
     def index(self, position: int) -> int:
-        """The picture at a position."""
+        """Return the index of the image at a position."""
         return self.indices(position, 1)[0]
 
     def indices(self, first: int, count: int) -> list[int]:
-        """The pictures at `count` positions from `first` on."""
-        found: list[int] = []
-        while count > len(found):
-            epoch, within = divmod(first + len(found), self.length)
+        """Return the indices of the images at `count` positions from `first` on."""
+        indices: list[int] = []
+        while count > len(indices):
+            epoch, within = divmod(first + len(indices), self.length)
             order = permutation(self.length, self.seed, epoch)
-            found += order[within : within + count - len(found)].tolist()
-        return found
+            indices += order[within : within + count - len(indices)].tolist()
+        return indices
 
     def batches(self, start: int = 0) -> Iterator[list[tuple[int, int]]]:
-        """Lists of (position, index), without end, the first global batch beginning at position `start`."""
+        """Yield lists of (position, index), without end, from the global batch at `start` on."""
         share = self.batch // self.world
         first = start + self.rank * share
         while True:
@@ -95,17 +87,20 @@ class InfiniteSampler:
             first += self.batch
 
 
+# ---- augmentation
+
+
 @dataclass(frozen=True)
 class Augmentation:
-    """What is changed of one picture."""
+    """The random change of one image: a shift, then a flip."""
 
     flip: bool = False
     down: int = 0
-    """Pixels that it is moved by, of what it was cut to; negative ones are upwards."""
+    """Pixels to shift by, after cropping; negative: upwards."""
     right: int = 0
 
     def __call__(self, pixels: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
-        """The changed picture: moved, its edges repeated where nothing else is, and then mirrored."""
+        """Shift the image, its edges repeated to fill the gap, and flip it."""
         if self.down or self.right:
             height, width = pixels.shape[-2:]
             rows = (torch.arange(height) - self.down).clamp(0, height - 1)
@@ -115,43 +110,53 @@ class Augmentation:
 
 
 NO_AUGMENTATION = Augmentation()
-"""Nothing."""
 
 
 @dataclass(frozen=True)
 class Augmentations:
-    """What is changed of the picture at every position of an order, keyed by its seed."""
+    """The augmentation at every position of an order, keyed by its seed."""
 
     seed: int
     flip: bool
-    """Whether every other picture is mirrored."""
+    """True: every other image is mirrored."""
     shift: int
-    """Pixels that a picture is moved by each way, at most."""
+    """The most pixels that an image is shifted by each way."""
 
     def at(self, position: int) -> Augmentation:
-        """That of the picture at a position."""
+        """Return the augmentation of the image at a position."""
         down, right = random_shift(self.seed, position, self.shift) if self.shift else (0, 0)
         return Augmentation(self.flip and random_flip(self.seed, position), down, right)
 
 
-logger = logging.getLogger("mar.data")
+def random_flip(seed: int, position: int) -> bool:
+    """Decide by a fair coin if the image at `position` is mirrored."""
+    return bool(hash_seed(seed, _FLIP, position) >> 63)
+
+
+def random_shift(seed: int, position: int, most: int) -> tuple[int, int]:
+    """Draw the shift (down, right) of the image at `position`, uniform from -most to most."""
+    down, right = (hash_seed(seed, _SHIFT, position, axis) % (2 * most + 1) - most for axis in (0, 1))
+    return down, right
+
+
+# ---- batches
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of a batch: of pictures (`ImageBatch`), or of what a tokenizer said of them (`LatentBatch`)."""
+    """One rank's share of a batch: images (`ImageBatch`) or their latents (`LatentBatch`)."""
 
     labels: Int[Tensor, "n"]
-    """Class numbers; -1 where there is none."""
+    """Class numbers; -1: none."""
     positions: Int[Tensor, "n"]
-    """Places in the endless order, by which everything random about a picture is keyed."""
+    """Positions in the endless order, which key everything random about an image."""
     skipped: tuple[str, ...]
-    """Names of pictures that could not be read and were replaced by the next that could."""
+    """Names of images that could not be read and were replaced by others."""
 
 
 @dataclass(frozen=True)
 class ImageBatch(Batch):
-    """A batch of pictures."""
+    """A batch of images."""
 
     images: Float[Tensor, "n c H W"]
     """Pixels in [-1, 1]."""
@@ -165,8 +170,8 @@ class LatentBatch(Batch):
 
 
 @dataclass(frozen=True)
-class Item:
-    """One picture of a batch: its pixels, or its moments."""
+class LoadedSample:
+    """One image of a batch: its pixels, or its moments."""
 
     content: Tensor
     label: int
@@ -174,74 +179,40 @@ class Item:
     skipped: tuple[str, ...]
 
 
-def collate_images(items: Sequence[Item]) -> ImageBatch:
-    """A batch of pictures."""
-    return ImageBatch(**_shared(items), images=torch.stack([item.content for item in items]))
+def collate_images(samples: Sequence[LoadedSample]) -> ImageBatch:
+    """Stack images to a batch."""
+    return ImageBatch(**_batch_fields(samples), images=torch.stack([sample.content for sample in samples]))
 
 
-def collate_latents(items: Sequence[Item]) -> LatentBatch:
-    """A batch of moments."""
-    return LatentBatch(**_shared(items), moments=unpack(torch.stack([item.content for item in items])))
+def collate_latents(samples: Sequence[LoadedSample]) -> LatentBatch:
+    """Stack moments to a batch."""
+    return LatentBatch(
+        **_batch_fields(samples), moments=split_moments(torch.stack([sample.content for sample in samples]))
+    )
 
 
-def _shared(items: Sequence[Item]) -> dict[str, Any]:
+def _batch_fields(samples: Sequence[LoadedSample]) -> dict[str, Any]:
     return {
-        "labels": torch.tensor([item.label for item in items]),
-        "positions": torch.tensor([item.position for item in items]),
-        "skipped": tuple(name for item in items for name in item.skipped),
+        "labels": torch.tensor([sample.label for sample in samples]),
+        "positions": torch.tensor([sample.position for sample in samples]),
+        "skipped": tuple(name for sample in samples for name in sample.skipped),
     }
 
 
-def collate(build: Callable[[Sequence[Item]], Batch], items: Sequence[Item | ValueError]) -> Batch | ValueError:
-    """The batch that `build` makes of `items`, or the first error among them.
+Collate = Callable[[Sequence[LoadedSample]], Batch]
 
-    Errors are handed on and not raised by workers, whose tracebacks PyTorch makes the message.
+
+def collate_or_error(collate: Collate, samples: Sequence[LoadedSample | ValueError]) -> Batch | ValueError:
+    """Collate samples, or return the first error among them.
+
+    Workers hand errors on and do not raise them: PyTorch would make the worker's traceback the message.
     """
-    failed = next((item for item in items if isinstance(item, ValueError)), None)
-    return failed or build([item for item in items if isinstance(item, Item)])
-
-
-def make_dataloader(
-    data: Dataset[Any], *, workers: int, batches: Iterable[list[Any]] | None, collate: Callable[[Any], Any]
-) -> Iterator[Any]:
-    """What `collate` makes of the items of each of `batches`, read by so many workers; None: of each item that an
-    iterable dataset yields. No global random state is used."""
-    reads = iter(
-        DataLoader(
-            data,
-            batch_size=None if batches is None else 1,
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=collate,
-            worker_init_fn=_leave_signals_to_the_run,
-            generator=torch.Generator(),  # else it would draw from the global one
-        )
-    )
-    for worker in getattr(reads, "_workers", ()):
-        worker.terminate = worker.kill  # since they ignore the other signal
-        _open_iterators.add(reads)
-    return reads
-
-
-_open_iterators: WeakSet[Any] = WeakSet()
-"""The iterators that have workers."""
-
-
-@atexit.register
-def _end_workers() -> None:
-    """Of iterators that nobody closed: the process would wait for them without end."""
-    for reads in [*_open_iterators]:
-        reads._shutdown_workers()
-
-
-def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C and SIGTERM reach every process of a group; a worker that dies of them would stop the run from saving."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    error = next((sample for sample in samples if isinstance(sample, ValueError)), None)
+    return error or collate([sample for sample in samples if isinstance(sample, LoadedSample)])
 
 
 def log_skipped(batches: Iterator[Batch | ValueError]) -> Iterator[Batch]:
-    """The same batches; what they had to skip is named in a warning, each name once. Raises the errors among them."""
+    """Yield the batches, and warn once about each name they skipped; raises the errors among them."""
     known: set[str] = set()
     try:
         for batch in batches:
@@ -253,116 +224,245 @@ def log_skipped(batches: Iterator[Batch | ValueError]) -> Iterator[Batch]:
                     logger.warning("skipped a picture that can't be read: %s", name)
             yield batch
     finally:
-        del batches  # an error's traceback keeps this frame: it shall not keep the loader's workers, too
+        del batches  # an error's traceback keeps this frame, which must not keep the loader's workers
 
 
-class _Part(NamedTuple):
-    """What one worker has of a batch, and where its lanes stand then."""
+# ---- workers
+
+
+def make_dataloader(
+    data: Dataset[Any], *, workers: int, batches: Iterable[list[Any]] | None, collate: Callable[[Any], Any]
+) -> Iterator[Any]:
+    """Iterate over a data set with worker processes, without any global random state.
+
+    Args:
+        data: map-style; or iterable-style if `batches` is None.
+        workers: number of processes; 0 reads in this one.
+        batches: keys of each batch; None: every item of `data` is a batch.
+        collate: makes a batch of the items of its keys.
+    """
+    iterator = iter(
+        DataLoader(
+            data,
+            batch_size=None if batches is None else 1,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=collate,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # else it would draw from the global one
+        )
+    )
+    for worker in getattr(iterator, "_workers", ()):
+        worker.terminate = worker.kill  # since workers ignore SIGTERM
+        _open_iterators.add(iterator)
+    return iterator
+
+
+_open_iterators: WeakSet[Any] = WeakSet()
+"""Iterators with workers."""
+
+
+@atexit.register
+def _end_workers() -> None:
+    """End the workers of iterators that nobody closed: the process would wait for them without end."""
+    for iterator in [*_open_iterators]:
+        iterator._shutdown_workers()
+
+
+def _ignore_signals(worker: int) -> None:
+    """Leave Ctrl-C and SIGTERM, which reach every process of a group, to the run: it saves before it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+# ---- sources and latent caches
+
+ReadFunction = Callable[[int, Augmentation], tuple[Tensor, int]]
+"""(index, augmentation) -> an image's pixels or moments, and its class number."""
+
+
+@dataclass(frozen=True)
+class _ImageReader:
+    source: Source
+    transform: Transform
+
+    def read(self, index: int, augmentation: Augmentation) -> tuple[Tensor, int]:
+        example = self.source[index]
+        check_label(example.name, example.label, len(self.source.classes))
+        return augmentation(self.transform(example.image)), example.label
+
+
+@dataclass(frozen=True)
+class _LatentReader:
+    source: LatentSource
+
+    def read(self, index: int, augmentation: Augmentation) -> tuple[Tensor, int]:
+        if augmentation.down or augmentation.right:
+            raise ConfigError(f"{self.source.folder} holds latents, which can't be moved; train with --shift 0")
+        return self.source.read(index, augmentation.flip)
+
+
+def _read_function(source: Source | LatentSource, transform: Transform) -> ReadFunction:
+    return _LatentReader(source).read if isinstance(source, LatentSource) else _ImageReader(source, transform).read
+
+
+def _collate_function(source: Source | LatentSource) -> Collate:
+    return collate_latents if isinstance(source, LatentSource) else collate_images
+
+
+class _IndexedDataset(Dataset[LoadedSample | ValueError]):
+    """Maps (position, index) to a sample, or to the error if there is none; workers have copies of it."""
+
+    def __init__(self, read: ReadFunction, length: int, augmentations: Augmentations) -> None:
+        self.read, self.length, self.augmentations = read, length, augmentations
+
+    def __getitem__(self, key: tuple[int, int]) -> LoadedSample | ValueError:
+        try:
+            return self._load(*key)
+        except ValueError as error:
+            return error
+
+    def _load(self, position: int, index: int) -> LoadedSample:
+        augmentation = self.augmentations.at(position)
+        skipped: list[str] = []
+        for offset in range(min(self.length, MAX_UNREADABLE)):
+            try:
+                content, label = self.read((index + offset) % self.length, augmentation)
+            except UnreadableImage as error:
+                skipped.append(error.name)
+                continue
+            return LoadedSample(content, label, position, tuple(skipped))
+        raise ValueError(f"{len(skipped)} pictures in a row can't be read, the last of them {skipped[-1]}")
+
+
+# ---- streams: each process runs the readers of its share of a batch, each worker some of these
+
+
+class _WorkerBatch(NamedTuple):
+    """One worker's images of a batch, and its readers' cursors after them."""
 
     batch: ImageBatch
-    places: dict[int, ShardCursor]
+    cursors: dict[int, ShardCursor]
 
 
-class _Feed(IterableDataset[_Part | ValueError]):
-    """The parts of a process's batches, without end, or why there are no more; what workers run."""
+class _StreamDataset(IterableDataset[_WorkerBatch | ValueError]):
+    """Yields one worker's part of the process's batches, without end, or the error that ends them."""
 
     def __init__(
         self,
         source: StreamSource,
         order: StreamSampler,
         transform: Transform,
-        changes: Augmentations,
-        slots: range,
+        augmentations: Augmentations,
+        share: range,
         start: int,
     ) -> None:
-        self.source, self.order, self.transform, self.changes = source, order, transform, changes
-        self.slots, self.start = slots, start
-        """Which pictures of a batch are this process's."""
+        """Keep the settings.
+
+        Args:
+            source: the shards and their cursors.
+            order: the order of shards and images.
+            transform: crops images and makes tensors.
+            augmentations: the random changes, by position.
+            share: indices within a batch that belong to this process.
+            start: position of the first batch.
+        """
+        self.source, self.order, self.transform, self.augmentations = source, order, transform, augmentations
+        self.share, self.start = share, start
 
     @property
-    def lanes(self) -> range:
-        """Where they come from."""
-        return range(self.slots.start // self.order.width, (self.slots.stop - 1) // self.order.width + 1)
+    def readers(self) -> range:
+        """Numbers of the readers that this process's share comes from."""
+        of_each = self.order.images_per_reader
+        return range(self.share.start // of_each, (self.share.stop - 1) // of_each + 1)
 
-    def __iter__(self) -> Iterator[_Part | ValueError]:
+    def __iter__(self) -> Iterator[_WorkerBatch | ValueError]:
         info = get_worker_info()
-        mine = self.lanes if info is None else self.lanes[info.id :: info.num_workers]
+        readers = self.readers if info is None else self.readers[info.id :: info.num_workers]
         try:
-            yield from self._parts(mine)
+            yield from self._batches(readers)
         except ValueError as error:  # handed on: PyTorch would make the worker's traceback its message
             yield error
 
-    def _parts(self, mine: range) -> Iterator[_Part]:
-        lanes = {lane: self._open(lane) for lane in mine}
+    def _batches(self, numbers: range) -> Iterator[_WorkerBatch]:
+        readers = {number: self._open(number) for number in numbers}
+        of_each = self.order.images_per_reader
         for first in count(self.start, self.order.batch):
-            items: list[Item] = []
-            places: dict[int, ShardCursor] = {}
-            for lane, pictures in lanes.items():
-                for slot in range(lane * self.order.width, (lane + 1) * self.order.width):
-                    taken = next(pictures)
-                    places[lane] = taken.start
-                    if slot in self.slots:
-                        items.append(self._item(taken, first + slot))
-            yield _Part(collate_images(items), places)
+            samples: list[LoadedSample] = []
+            cursors: dict[int, ShardCursor] = {}
+            for number, images in readers.items():
+                for i in range(number * of_each, (number + 1) * of_each):
+                    image = next(images)
+                    cursors[number] = image.block
+                    if i in self.share:
+                        samples.append(self._load(image, first + i))
+            yield _WorkerBatch(collate_images(samples), cursors)
 
-    def _open(self, lane: int) -> Iterator[SampleWithFallbacks]:
-        place = self.source.places.get(lane, ShardCursor(0, lane, 0))
-        pictures = ShardReader(self.source.shards, self.order, lane, place)
-        return islice(pictures, self.order.needed(self.start) - place.taken, None)
+    def _open(self, number: int) -> Iterator[SampleWithFallbacks]:
+        cursor = self.source.cursors.get(number, ShardCursor(0, number, 0))
+        reader = ShardReader(self.source.shards, self.order, number, cursor)
+        return islice(reader, self.order.images_before(self.start) - cursor.images_read, None)
 
-    def _item(self, taken: SampleWithFallbacks, position: int) -> Item:
-        skipped = [*taken.row.lost]
-        for row in (taken.row, *taken.others):
+    def _load(self, image: SampleWithFallbacks, position: int) -> LoadedSample:
+        skipped = [*image.sample.unreadable]
+        for sample in (image.sample, *image.fallbacks):
             try:
-                example = self.source.example(row)
+                example = self.source.example(sample)
             except UnreadableImage as error:
                 skipped.append(error.name)
                 continue
-            content = self.changes.at(position)(self.transform(example.image))
-            return Item(content, example.label, position, tuple(skipped))
+            content = self.augmentations.at(position)(self.transform(example.image))
+            return LoadedSample(content, example.label, position, tuple(skipped))
         raise ValueError(f"{len(skipped)} pictures in a row can't be read, the last of them {skipped[-1]}")
 
 
-def stream_batches(
-    source: StreamSource, transform: Transform, changes: Augmentations, *, batch: int, start: int = 0, rank: int = 0,
-    world: int = 1, workers: int = 0,
-) -> Iterator[Batch]:  # fmt: skip
-    """This rank's batches of a stream, without end, from position `start`; `source` keeps up with what was yielded.
-
-    All is as `mar.data.loader.batches` says, and the same for any number of workers and processes, which have to divide
-    the batch. A picture that can't be read is replaced by another of its block.
-    """
+def _stream_batches(
+    source: StreamSource,
+    transform: Transform,
+    augmentations: Augmentations,
+    *,
+    batch: int,
+    start: int,
+    rank: int,
+    world: int,
+    workers: int,
+) -> Iterator[Batch]:
+    """Implement `batches` for streams; the cursors of `source` follow the batches that were yielded."""
     if batch % world:
         raise ValueError(f"batch: got {batch}, expected a multiple of the {world} processes")
-    order = StreamSampler(len(source.shards.names), changes.seed, batch, source.begun, source.epoch)
-    share = batch // world
-    slots = range(rank * share, (rank + 1) * share)
-    feed = _Feed(source, order, transform, changes, slots, start)
-    source.places = {lane: place for lane, place in source.places.items() if lane in feed.lanes}
-    workers = min(workers, len(feed.lanes))
-    reads = make_dataloader(feed, workers=workers, batches=None, collate=_as_it_is)
-    return log_skipped(_joined(reads, source, max(workers, 1)))
+    order = StreamSampler(
+        len(source.shards.names), augmentations.seed, batch, source.first_position, source.first_epoch
+    )
+    per_rank = batch // world
+    share = range(rank * per_rank, (rank + 1) * per_rank)
+    data = _StreamDataset(source, order, transform, augmentations, share, start)
+    source.cursors = {number: cursor for number, cursor in source.cursors.items() if number in data.readers}
+    workers = min(workers, len(data.readers))
+    parts = make_dataloader(data, workers=workers, batches=None, collate=_identity)
+    return log_skipped(_join_workers(parts, source, max(workers, 1)))
 
 
-def _as_it_is(part: Any) -> Any:
+def _identity(part: Any) -> Any:
     return part
 
 
-def _joined(parts: Iterator[_Part | ValueError], source: StreamSource, workers: int) -> Iterator[Batch | ValueError]:
-    """Batches from the parts of all workers, which come in turns."""
+def _join_workers(
+    parts: Iterator[_WorkerBatch | ValueError], source: StreamSource, workers: int
+) -> Iterator[Batch | ValueError]:
+    """Merge the parts of all workers, which take turns, to batches."""
     while True:
-        found = list(islice(parts, workers))
-        if failed := next((part for part in found if isinstance(part, ValueError)), None):
-            yield failed
+        received = list(islice(parts, workers))
+        if error := next((part for part in received if isinstance(part, ValueError)), None):
+            yield error
             return
-        whole = [part for part in found if isinstance(part, _Part)]
-        for part in whole:
-            source.places.update(part.places)
-        yield _merged([part.batch for part in whole])
+        complete = [part for part in received if isinstance(part, _WorkerBatch)]
+        for part in complete:
+            source.cursors.update(part.cursors)
+        yield _merge([part.batch for part in complete])
 
 
-def _merged(parts: list[ImageBatch]) -> ImageBatch:
-    """One batch, its pictures by their positions."""
+def _merge(parts: list[ImageBatch]) -> ImageBatch:
+    """Merge batches, sorted by position."""
     positions = torch.cat([part.positions for part in parts])
     order = positions.argsort()
     return replace(
@@ -374,81 +474,7 @@ def _merged(parts: list[ImageBatch]) -> ImageBatch:
     )
 
 
-__all__ = ["Batch", "ImageBatch", "LatentBatch", "batches", "in_order"]
-
-logger = logging.getLogger("mar.data")
-
-# So many broken pictures in a row are no accident: the data as a whole is not what it should be.
-_MAX_UNREADABLE = 1000
-
-Read = Callable[[int, Augmentation], tuple[Tensor, int]]
-"""(index, what is changed) -> a picture's pixels, or its moments, and its class number."""
-
-
-@dataclass(frozen=True)
-class _ImageReader:
-    source: Source
-    transform: Transform
-
-    def read(self, index: int, change: Augmentation) -> tuple[Tensor, int]:
-        example = self.source[index]
-        check_label(example.name, example.label, len(self.source.classes))
-        return change(self.transform(example.image)), example.label
-
-
-@dataclass(frozen=True)
-class _LatentReader:
-    source: LatentSource
-
-    def read(self, index: int, change: Augmentation) -> tuple[Tensor, int]:
-        if change.down or change.right:
-            raise ConfigError(f"{self.source.folder} holds latents, which can't be moved; train with --shift 0")
-        return self.source.read(index, change.flip)
-
-
-def _read_function(source: Source | LatentSource, transform: Transform) -> Read:
-    return _LatentReader(source).read if isinstance(source, LatentSource) else _ImageReader(source, transform).read
-
-
-class _Dataset(Dataset[Item | ValueError]):
-    """(position, index) -> item, or why there is none; what workers run."""
-
-    def __init__(self, read: Read, length: int, changes: Augmentations) -> None:
-        self.read, self.length, self.changes = read, length, changes
-
-    def __getitem__(self, key: tuple[int, int]) -> Item | ValueError:
-        try:
-            return self._item(*key)
-        except ValueError as error:
-            return error
-
-    def _item(self, position: int, index: int) -> Item:
-        change = self.changes.at(position)
-        skipped: list[str] = []
-        for offset in range(min(self.length, _MAX_UNREADABLE)):
-            try:
-                content, label = self.read((index + offset) % self.length, change)
-            except UnreadableImage as error:
-                skipped.append(error.name)
-                continue
-            return Item(content, label, position, tuple(skipped))
-        raise ValueError(f"{len(skipped)} pictures in a row can't be read, the last of them {skipped[-1]}")
-
-
-def read_plain(source: Source | LatentSource, transform: Transform, numbers: Sequence[int]) -> Batch | None:
-    """The pictures of these numbers, unchanged, whose positions are their numbers. Those that can't be read are left
-    out, each with a warning; None where none can."""
-    read, items = _read_function(source, transform), []
-    for number in numbers:
-        try:
-            items.append(Item(*read(number, NO_AUGMENTATION), number, ()))
-        except UnreadableImage as error:
-            logger.warning("skipped a picture that can't be read: %s", error.name)
-    return _collate_function(source)(items) if items else None
-
-
-def _collate_function(source: Source | LatentSource) -> Callable[[Sequence[Item]], Batch]:
-    return collate_latents if isinstance(source, LatentSource) else collate_images
+# ---- batches of any data
 
 
 def batches(
@@ -464,37 +490,48 @@ def batches(
     flip: bool | None = None,
     shift: int = 0,
 ) -> Iterator[Batch]:
-    """This rank's batches, without end, from position `start` of the order keyed by `seed`.
+    """Yield this rank's batches, without end, from position `start` of the order keyed by `seed`.
 
-    `batch` counts the pictures of all ranks. `flip` mirrors every other picture at random; None: if the source says
-    that its pictures may be. `shift` moves each at random by up to so many pixels up or down, and to the left or right.
-    From a latent cache, whose pictures were transformed when it was made, come moments: for the same positions, flips
-    and labels as from its pictures, which can't be moved (ConfigError). A picture that can't be read is replaced by the
-    next of the source that can, named once in a warning, and listed in `Batch.skipped`. Neither `workers` nor reading
-    ahead changes what is yielded, and no global random state is used.
+    Neither `workers` nor reading ahead changes the batches, and no global random state is used. An unreadable image is
+    replaced by the next readable one (of a stream: by another of its block), named once in a warning, and listed in
+    `Batch.skipped`. A latent cache gives moments, for the same positions, flips and labels as its images.
+
+    Args:
+        source: images, cached latents or a stream.
+        transform: crops images and makes tensors; a latent cache does not need it.
+        batch: images of a batch of all ranks.
+        seed: key of the order and of the augmentations.
+        start: position of the first batch.
+        rank: number of this process.
+        world: number of processes; divides `batch`.
+        workers: processes that read ahead; 0 reads in this one.
+        flip: mirror every other image; None: if the source allows it.
+        shift: the most pixels to shift an image by each way; ConfigError for cached latents.
     """
-    changes = Augmentations(seed, source.flips if flip is None else flip, shift)
+    augmentations = Augmentations(seed, source.flips if flip is None else flip, shift)
     if isinstance(source, StreamSource):
-        return stream_batches(
-            source, transform, changes, batch=batch, start=start, rank=rank, world=world, workers=workers
+        return _stream_batches(
+            source, transform, augmentations, batch=batch, start=start, rank=rank, world=world, workers=workers
         )
     order = InfiniteSampler(len(source), seed, batch, rank, world)
-    reads = make_dataloader(
-        _Dataset(_read_function(source, transform), len(source), changes),
-        workers=workers,
-        batches=order.batches(start),
-        collate=functools.partial(collate, _collate_function(source)),
-    )
-    return log_skipped(reads)
+    data = _IndexedDataset(_read_function(source, transform), len(source), augmentations)
+    collate = functools.partial(collate_or_error, _collate_function(source))
+    return log_skipped(make_dataloader(data, workers=workers, batches=order.batches(start), collate=collate))
 
 
 def in_order(
     source: Source | StreamSource, transform: Transform, *, batch: int = 64, limit: int | None = None
 ) -> Iterator[Float[Tensor, "n c H W"]]:
-    """Every picture once, in the source's order, unchanged; at most `limit`. Those that can't be read are left out,
-    each with a warning. Of a stream, pictures of some of its shards (`StreamSource.some`)."""
+    """Yield the readable images once, in the source's order, not augmented.
+
+    Args:
+        source: images; a stream gives those of `StreamSource.preview`.
+        transform: crops images and makes tensors.
+        batch: images of a batch; the last one may be smaller.
+        limit: the most images to read; None: all.
+    """
     pending: list[Tensor] = []
-    for read in _reads(source, limit):
+    for read in _example_readers(source, limit):
         try:
             pending.append(transform(read().image))
         except UnreadableImage as error:
@@ -506,10 +543,79 @@ def in_order(
         yield torch.stack(pending)
 
 
-def _reads(source: Source | StreamSource, limit: int | None) -> Iterator[Callable[[], Example]]:
+def _example_readers(source: Source | StreamSource, limit: int | None) -> Iterator[Callable[[], Example]]:
     if isinstance(source, StreamSource):
-        for row in islice(source.some(), limit):
-            yield functools.partial(source.example, row)
+        for sample in islice(source.preview(), limit):
+            yield functools.partial(source.example, sample)
     else:
         for index in range(len(source) if limit is None else min(limit, len(source))):
             yield functools.partial(source.__getitem__, index)
+
+
+def load_batch(source: Source | LatentSource, transform: Transform, indices: Sequence[int]) -> Batch | None:
+    """Load the images of `indices`, not augmented; `Batch.positions` are their indices.
+
+    Unreadable images are left out with a warning; None if all are.
+    """
+    read, samples = _read_function(source, transform), []
+    for index in indices:
+        try:
+            samples.append(LoadedSample(*read(index, NO_AUGMENTATION), index, ()))
+        except UnreadableImage as error:
+            logger.warning("skipped a picture that can't be read: %s", error.name)
+    return _collate_function(source)(samples) if samples else None
+
+
+# ---- resuming
+
+
+def data_state(source: Source | LatentSource | StreamSource) -> dict[str, Any]:
+    """Return the state of the data for a run to save, JSON-able; every process has to call it."""
+    if isinstance(source, StreamSource):
+        return source.state_dict()
+    return {"pictures": len(source), "classes": list(source.classes)}
+
+
+def resume_data(
+    source: Source | LatentSource | StreamSource,
+    state: Mapping[str, Any] | None,
+    images: int,
+    *,
+    split_by_position: bool = False,
+) -> str | None:
+    """Resume from the saved state of the data; returns a line for the log, if any.
+
+    Only streams have a position to load: the order of other data follows from `images` and the number of images.
+    Raises ConfigError for other classes.
+
+    Args:
+        source: the data now.
+        state: the result of `data_state`; None: an older version saved none.
+        images: images that training has been given.
+        split_by_position: an older version held out images by their position; raises ConfigError for another number of
+            images.
+    """
+    if state is None:
+        return None
+    if isinstance(source, StreamSource):
+        return source.load_state_dict(dict(state), images)
+    now, then = list(source.classes), state.get("classes", list(source.classes))
+    if now != then:
+        names = sorted(set(now) ^ set(then))
+        shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        raise ConfigError(
+            f"the data has other classes than when the run was saved ({shown or 'in another order'}); put them back, "
+            "or begin another run"
+        )
+    if len(source) == state["pictures"]:
+        return None
+    if split_by_position:
+        raise ConfigError(
+            f"the data has {len(source):,} pictures to learn from, but {state['pictures']:,} when the run was saved by "
+            "an older version, which did not note those it held out: they would be mixed with those learned from; put "
+            "the pictures back, or begin another run"
+        )
+    return (
+        f"warning: the data holds {len(source):,} pictures, but {state['pictures']:,} when the run was saved: it goes "
+        "on in another order, in which pictures of this epoch may come twice or not at all"
+    )

@@ -1,9 +1,11 @@
-"""Pictures in tables: Parquet files, or a folder written by `datasets`' `save_to_disk`."""
+"""Images in tables: Parquet files, or a folder written by `save_to_disk` of `datasets`."""
 
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping, Sequence
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -11,77 +13,77 @@ from typing import Any
 
 import datasets
 import pyarrow
-from pyarrow import parquet
+from pyarrow import compute, parquet
 
-from mar.data.folder import SPLITS
 from mar.data.images import Example, UnreadableImage, decode_image
 from mar.data.labels import Label, class_names, class_number
+from mar.data.paths import SPLITS
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a table keeps pictures, and their labels where it has some.
+    """The columns of a table with images and labels.
 
-    Pictures are in the first column of `datasets`' type Image, else in the one called image or img. Labels are the
-    first column of type ClassLabel, else the one called label, labels or cls, else what a column json calls "label".
+    Images: the first column of the type Image of `datasets`, else image or img. Labels: the first column of type
+    ClassLabel, else label, labels or cls, else "label" in a column json.
     """
 
     image: str
     label: str | None
-    kind: Any
-    """What `datasets` says of labels."""
+    label_type: Any
+    """The type of labels in `datasets`."""
 
     @staticmethod
-    def of(features: datasets.Features, table: str) -> Columns:
-        """Those of a table called `table`. ValueError where it has no pictures."""
-        image = _find(features, datasets.Image, ("image", "img"))
+    def find(features: datasets.Features, table: str) -> Columns:
+        """Find the columns of a table called `table`; raises ValueError without images."""
+        image = _find_column(features, datasets.Image, ("image", "img"))
         if image is None:
-            there = ", ".join(features)
-            raise ValueError(f"data: {table} has no column of pictures (an Image, or called image); it has {there}")
-        label = _find(features, datasets.ClassLabel, ("label", "labels", "cls"))
-        kind = features.get(label)
+            columns = ", ".join(features)
+            raise ValueError(f"data: {table} has no column of pictures (an Image, or called image); it has {columns}")
+        label = _find_column(features, datasets.ClassLabel, ("label", "labels", "cls"))
+        label_type = features.get(label)
         if label is None and isinstance(features.get("json"), dict) and "label" in features["json"]:
-            label, kind = "json", features["json"]["label"]
-        return Columns(image, label, kind)
+            label, label_type = "json", features["json"]["label"]
+        return Columns(image, label, label_type)
 
     @property
-    def names(self) -> tuple[str, ...] | None:
-        """Names of the classes, where the table tells them."""
-        return tuple(self.kind.names) if isinstance(self.kind, datasets.ClassLabel) else None
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes, if the table tells them."""
+        return tuple(self.label_type.names) if isinstance(self.label_type, datasets.ClassLabel) else None
 
     @property
-    def kept(self) -> list[str]:
-        """The columns that are read."""
+    def names(self) -> list[str]:
+        """Names of the columns to read."""
         return [self.image] if self.label is None else [self.image, self.label]
 
     def label_of(self, row: Mapping[str, Any]) -> Label:
-        """What a row says of its picture's class."""
+        """Return the label in a row."""
         value = None if self.label is None else row[self.label]
         return value.get("label") if isinstance(value, dict) else value
 
 
-def _find(features: datasets.Features, kind: type, names: Sequence[str]) -> str | None:
+def _find_column(features: datasets.Features, kind: type, names: Sequence[str]) -> str | None:
     typed = [column for column, feature in features.items() if isinstance(feature, kind)]
     return next(iter(typed + [name for name in names if name in features]), None)
 
 
 class TableSource:
-    """A `datasets.Dataset` with pictures, and labels where they have classes (`Columns` tells where they are).
+    """A `datasets.Dataset` with images, and labels if they have classes (see `Columns`).
 
-    Raises ValueError without pictures.
+    Raises ValueError without images.
     """
 
     flips = True
 
     def __init__(self, table: datasets.Dataset, name: str) -> None:
         self.name = name
-        self.columns = Columns.of(table.features, name)
+        self.columns = Columns.find(table.features, name)
         if len(table) == 0:
             raise ValueError(f"data: {name} holds no pictures: it has no rows")
-        # Not decoded by `datasets`, so that a broken picture is an UnreadableImage here.
+        # `datasets` does not decode: a broken image is an UnreadableImage here.
         undecoded = datasets.Image(decode=False)
-        self.table = table.select_columns(self.columns.kept).cast_column(self.columns.image, undecoded)
-        self.classes = self._class_names() if self.columns.names is None else self.columns.names
+        self.table = table.select_columns(self.columns.names).cast_column(self.columns.image, undecoded)
+        self.classes = self._class_names() if self.columns.class_names is None else self.columns.class_names
         self._numbers = {label: number for number, label in enumerate(self.classes)}
 
     def _class_names(self) -> tuple[str, ...]:
@@ -107,25 +109,36 @@ class TableSource:
         return Example(decode_image(file, name), self._number(self.columns.label_of(row)), name)
 
     def _number(self, label: Label) -> int:
-        if self.columns.names is not None and isinstance(label, int):
+        if self.columns.class_names is not None and isinstance(label, int):
             return label
         return class_number(label, self._numbers)
 
+    def listing(self) -> Iterator[bytes]:
+        """Yield size, file name and label of every image, a thousand at a time."""
+        for rows in self.table.with_format("arrow").iter(batch_size=1000):
+            images = rows[self.columns.image]
+            # Lengths of binary values follow from their offsets: the images themselves are not read.
+            sizes = compute.binary_length(compute.struct_field(images, "bytes")).to_pylist()
+            paths = compute.struct_field(images, "path").to_pylist()
+            labels = [None] * len(sizes) if self.columns.label is None else rows[self.columns.label].to_pylist()
+            names = [os.path.basename(path or "") for path in paths]
+            yield json.dumps([sizes, names, labels]).encode()
+
 
 def open_parquet(files: Sequence[Path], name: str) -> TableSource:
-    """The rows of Parquet files, one after the other, from a copy in `datasets`' cache that is mapped to memory."""
+    """Open Parquet files one after the other, from a memory-mapped copy in the cache of `datasets`."""
     for file in files:
         try:
             parquet.read_schema(file)
         except (OSError, pyarrow.ArrowException) as error:
             raise ValueError(f"data: {file} can't be read as Parquet: {error}") from error
-    # Escaped, since `datasets` takes names for patterns.
+    # Escaped: `datasets` takes names for patterns.
     table = datasets.load_dataset("parquet", data_files=[glob.escape(str(file)) for file in files], split="train")
     return TableSource(table, name)
 
 
 def open_saved(folder: Path, split: str) -> TableSource:
-    """A folder written by `save_to_disk`: the given split of it where it has splits."""
+    """Open a folder written by `save_to_disk`, the given split if it has splits."""
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.DatasetDict):
         for name in SPLITS[split]:

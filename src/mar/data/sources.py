@@ -1,42 +1,41 @@
-"""The pictures that come with the package.
-
-Where pictures come from, by name.
-"""
+"""Open a source of images by its name: bundled images, folders, shards, tables, data sets of the Hub, streams."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from mar.assets import FASHION_CLASSES, asset
-from mar.data.folder import (
-    SHARDS,
-    SPLIT_WORDS,
-    SPLITS,
-    FolderSource,
-    hub_name,
-    is_pattern,
-    is_picture,
-    is_saved_dataset,
-    kind_of,
-    list_images,
-    matching,
-    shards_kind,
-    split_files,
-)
-from mar.data.images import Example, Source, UnreadableImage
+from mar.data.folder import FolderSource, list_images
+from mar.data.images import Example, Source
 from mar.data.latent_cache import LatentSource, is_cache, read_manifest
+from mar.data.paths import (
+    SHARD_SUFFIXES,
+    SPLIT_NAMES,
+    SPLITS,
+    common_suffix,
+    expand_pattern,
+    find_shard_suffix,
+    find_split_files,
+    hub_name,
+    is_image_file,
+    is_pattern,
+    is_saved_dataset,
+)
 from mar.data.stream import StreamSource
 from mar.data.webdataset import TarSource
 
+logger = logging.getLogger("mar.data")
+
 
 class FashionSource:
-    """The bundled subset of Fashion-MNIST: 10,000 ("train") or 2,000 ("test") grey pictures of 28x28.
+    """The bundled subset of Fashion-MNIST: 10,000 ("train") or 2,000 ("test") gray images of 28x28.
 
-    Example i is of class i % 10, so that every run of ten holds every class. All shoes face left: no flips.
+    Example i is of class i % 10: every ten in a row have every class. All shoes face left: no flips.
     """
 
     classes = FASHION_CLASSES
@@ -61,37 +60,25 @@ class FashionSource:
         name = f"fashion/{self.split}/{index}"
         return Example(Image.fromarray(self.images[index]), int(self.labels[index]), name)
 
-
-__all__ = [
-    "Example",
-    "FashionSource",
-    "FolderSource",
-    "Source",
-    "StreamSource",
-    "TarSource",
-    "UnreadableImage",
-    "is_stream",
-    "open_data",
-    "open_source",
-]
-
-logger = logging.getLogger("mar.data")
+    def listing(self) -> Iterator[bytes]:
+        """Yield the split: its images never change."""
+        yield self.split.encode()
 
 
 def open_source(spec: str | Path, split: str = "train") -> Source:
-    """The source that `spec` names:
+    """Open the source that `spec` names:
 
-    - fashion: the bundled pictures;
-    - a folder of class folders, a flat folder of pictures (no classes), or a folder of such folders called train,
-      val, test, of which `split` is taken;
-    - a Parquet file, a folder of them (`split` in their names), or a folder written by `datasets`' `save_to_disk`;
-    - WebDataset shards: a .tar file, a folder of them (`split` in their names); Parquet files and these also by a
-      pattern such as "shards/{000..127}.tar" or "shards/*.tar";
-    - a data set of the Hub, which is downloaded into `datasets`' cache: OWNER/NAME where there is no such path,
-      hub:OWNER/NAME always, followed by @CONFIG where it has several.
+    - fashion: the bundled images;
+    - a folder of class folders, a flat folder of images (no classes), or a folder of such folders called train, val,
+      test, the one of `split`;
+    - a Parquet file, a folder of them (`split` in their names), or a folder written by `save_to_disk` of `datasets`;
+    - WebDataset shards: a .tar file, or a folder of them (`split` in their names);
+    - Parquet or .tar files by a pattern such as "shards/{000..127}.tar" or "shards/*.tar";
+    - a data set of the Hub, downloaded into the cache of `datasets`: OWNER/NAME if there is no such path,
+      hub:OWNER/NAME always, followed by @CONFIG if it has several.
 
-    `split` is "train" or "test". Raises ValueError where nothing is there, or no pictures are; and for stream:, of
-    which only training knows (`open_data`).
+    `split` is "train" or "test". Raises ValueError if nothing is there, for data without images, and for stream:
+    (`open_data` opens streams, for training only).
     """
     if split not in SPLITS:
         raise ValueError(f"split: got {split!r}, expected train or test")
@@ -104,31 +91,28 @@ def open_source(spec: str | Path, split: str = "train") -> Source:
         raise ValueError(f"data: {path} holds cached latents, not pictures; those were in {read_manifest(path).data}")
     if path.is_dir():
         return _open_folder(path, split)
-    if path.is_file() and path.suffix in SHARDS:
+    if path.is_file() and path.suffix in SHARD_SUFFIXES:
         return _open_shards([path], path.suffix, str(path))
     if not path.exists() and (hub := hub_name(str(spec))) is not None:
-        from mar.data.hub import open_hub
+        from mar.data.hub import open_hub  # imports `datasets`, which takes seconds
 
         return open_hub(*hub, split)
     if not path.exists() and is_pattern(str(spec)):
         if split != "train":
             raise ValueError(f"data: {spec} names its files, among which none are told to be for {split!r}")
-        files = matching(str(spec))
-        return _open_shards(files, kind_of(files, str(spec)), str(spec))
+        files = expand_pattern(str(spec))
+        return _open_shards(files, common_suffix(files, str(spec)), str(spec))
     state = "is neither a folder nor a .parquet or .tar file" if path.exists() else "does not exist"
     raise ValueError(
         f"data: {path} {state}; expected fashion, a folder of pictures, .parquet or .tar files, or a Hub's OWNER/NAME"
     )
 
 
-def is_stream(spec: str | Path) -> bool:
-    """Whether `spec` asks for pictures in passing, not by number."""
-    return str(spec).startswith("stream:")
-
-
 def open_data(spec: str | Path, classes: int = 0) -> Source | LatentSource | StreamSource:
-    """What a run learns from: the stream that `spec` asks for, a latent cache where it is the folder of one, else the
-    source's train split. `classes` is what labels of a stream are held against where it does not tell them."""
+    """Open the training data of `spec`: a stream, a latent cache, or a source's train split.
+
+    Labels of a stream are checked against `classes`, the number of classes, if the stream does not tell them.
+    """
     if is_stream(spec):
         from mar.data.hub import open_stream
 
@@ -137,8 +121,13 @@ def open_data(spec: str | Path, classes: int = 0) -> Source | LatentSource | Str
     return LatentSource(folder) if is_cache(folder) else open_source(spec)
 
 
-def _open_shards(files: list[Path], kind: str, name: str) -> Source:
-    if kind == ".tar":
+def is_stream(spec: str | Path) -> bool:
+    """Tell if `spec` asks for a stream, whose images have no index."""
+    return str(spec).startswith("stream:")
+
+
+def _open_shards(files: list[Path], suffix: str, name: str) -> Source:
+    if suffix == ".tar":
         return TarSource(files, name)
     from mar.data.parquet import open_parquet
 
@@ -146,26 +135,27 @@ def _open_shards(files: list[Path], kind: str, name: str) -> Source:
 
 
 def _open_folder(folder: Path, split: str) -> Source:
-    inside = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    subfolders = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     if is_saved_dataset(folder):
         from mar.data.parquet import open_saved
 
         return open_saved(folder, split)
-    if (kind := shards_kind(folder)) is not None and not (kind == ".tar" and _class_folders(folder, inside)):
-        return _open_shards(split_files(folder, kind, split), kind, str(folder))
-    if inside and set(inside) <= SPLIT_WORDS:
-        wanted = [name for name in SPLITS[split] if name in inside]
-        if not wanted:
-            raise ValueError(f"data: {folder} has no folder for {split!r}; it has {', '.join(sorted(inside))}")
-        folder = folder / wanted[0]
+    suffix = find_shard_suffix(folder)
+    if suffix is not None and not (suffix == ".tar" and _has_class_folders(folder, subfolders)):
+        return _open_shards(find_split_files(folder, suffix, split), suffix, str(folder))
+    if subfolders and set(subfolders) <= SPLIT_NAMES:
+        of_split = [name for name in SPLITS[split] if name in subfolders]
+        if not of_split:
+            raise ValueError(f"data: {folder} has no folder for {split!r}; it has {', '.join(sorted(subfolders))}")
+        folder = folder / of_split[0]
     return FolderSource(folder)
 
 
-def _class_folders(folder: Path, inside: list[str]) -> bool:
-    """Whether a folder with .tar files has class folders too, which count more; what is not used is warned of."""
-    classes = any(next(list_images(folder / name), None) for name in inside if name not in SPLIT_WORDS)
+def _has_class_folders(folder: Path, subfolders: list[str]) -> bool:
+    """Tell if a folder with .tar files has class folders too, which go first; warns about unused images."""
+    classes = any(next(list_images(folder / name), None) for name in subfolders if name not in SPLIT_NAMES)
     if classes:
         logger.warning(".tar files beside the class folders of %s are not used", folder)
-    elif any(is_picture(entry) for entry in folder.iterdir()):
+    elif any(is_image_file(entry) for entry in folder.iterdir()):
         logger.warning("pictures beside the .tar files of %s are not used", folder)
     return classes

@@ -1,4 +1,4 @@
-"""Pictures that are kept from learning, to judge by."""
+"""Splits: images held out from training for validation, and the note in a run's folder of which ones they are."""
 
 from __future__ import annotations
 
@@ -13,38 +13,38 @@ import torch
 
 from mar.checkpoint.files import write_text
 from mar.config import ConfigError
-from mar.data.fingerprint import picture_names, source_digest
 from mar.data.folder import FolderSource
-from mar.data.images import Example, Source
+from mar.data.images import Example, Source, source_digest
 from mar.data.latent_cache import LatentSource
 from mar.data.sources import open_data, open_source
 from mar.data.stream import StreamSource
+from mar.data.webdataset import TarSource
 from mar.random import make_generator
 
-EVERY = 20
-"""A tokenizer's data without a test part gives one of so many pictures."""
+TOKENIZER_HOLD_OUT = 20
+"""Without a test split, one of so many images is held out from a tokenizer."""
 
 HELD_OUT = "held-out.json"
-"""A file in a run's folder that says which pictures are held out: they are so for good, whatever else is added."""
+"""A file in a run's folder with the names or indices of its held-out images: they stay held out, whatever is added."""
 
 _CHOICE = 0x4E1D
 
 
 @dataclass(frozen=True)
-class Part:
-    """Some of a source's pictures, by their numbers there."""
+class Subset:
+    """The images of a source at `indices`."""
 
     source: Source
     indices: np.ndarray
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Those of the whole source."""
+        """Class names of the whole source."""
         return self.source.classes
 
     @property
     def flips(self) -> bool:
-        """As the whole source says."""
+        """True if images of the source may be mirrored."""
         return self.source.flips
 
     def __len__(self) -> int:
@@ -54,141 +54,171 @@ class Part:
         return self.source[int(self.indices[index])]
 
 
+# ---- choosing
+
+
 def stratified_indices(length: int, count: int) -> np.ndarray:
-    """The numbers of at most `count` of `length` pictures, ascending, always the same: one of each of as many stretches
-    of equal length, since a source may be sorted by class; which one is drawn, since classes may come in turns."""
+    """Choose at most `count` of `length` indices, ascending, always the same ones.
+
+    One is drawn from each of `count` stretches of equal length: a source may be sorted by class, or its classes may
+    come in turns.
+    """
     count = min(count, length)
     edges = np.arange(count + 1) * length // max(count, 1)
-    places = torch.rand(count, dtype=torch.float64, generator=make_generator(_CHOICE)).numpy()
-    return edges[:-1] + np.floor(places * np.diff(edges)).astype(np.int64)
+    offsets = torch.rand(count, dtype=torch.float64, generator=make_generator(_CHOICE)).numpy()
+    return edges[:-1] + np.floor(offsets * np.diff(edges)).astype(np.int64)
 
 
-def subset(source: Source, count: int) -> Part:
-    """At most `count` pictures of a source, as `choose` does it."""
-    return Part(source, stratified_indices(len(source), count))
+def subset(source: Source, count: int) -> Subset:
+    """Choose at most `count` images of a source by `stratified_indices`."""
+    return Subset(source, stratified_indices(len(source), count))
 
 
 @overload
 def train_val_split(
-    source: LatentSource, every: int, noted: Mapping[str, Any] | None = None
+    source: LatentSource, every: int, held_out: Mapping[str, Any] | None = None
 ) -> tuple[LatentSource, LatentSource]: ...
 @overload
-def train_val_split(source: Source, every: int, noted: Mapping[str, Any] | None = None) -> tuple[Source, Source]: ...
-def train_val_split(source: Any, every: int, noted: Mapping[str, Any] | None = None) -> Any:
-    """The pictures to learn from, and one of `every`, chosen by `choose`, to judge by. The same pictures of a latent
-    cache as of what was cached. ValueError for a single picture.
+def train_val_split(source: Source, every: int, held_out: Mapping[str, Any] | None = None) -> tuple[Source, Source]: ...
+def train_val_split(source: Any, every: int, held_out: Mapping[str, Any] | None = None) -> Any:
+    """Split a source into images to train on and one of `every` to validate on.
 
-    `noted`: those that were chosen before (`read_note`), of which the ones still there are held out, and no others.
-    ConfigError where that can't be told.
+    A latent cache is split like the images that were cached. `held_out`, a note of `load_held_out`, holds out those of
+    its images that are still there, and no others. Raises ValueError for a single image, ConfigError for a note that
+    does not fit.
     """
     if len(source) < 2:
         raise ValueError(f"data: got {len(source)} picture, but one to learn from and one to judge by are needed")
-    kept = np.zeros(len(source), dtype=bool)
-    kept[stratified_indices(len(source), max(1, len(source) // every)) if noted is None else _noted(source, noted)] = (
-        True
-    )
-    learned, others = np.flatnonzero(~kept), np.flatnonzero(kept)
-    if isinstance(source, LatentSource):
-        return source.part(learned), source.part(others)
-    return Part(source, learned), Part(source, others)
-
-
-def _noted(source: Source | LatentSource, noted: Mapping[str, Any]) -> np.ndarray:
-    """The numbers of the pictures that were noted."""
-    if "rows" in noted:
-        if noted["digest"] == _digest(source):
-            return np.array(noted["rows"], dtype=np.int64)
-        found = None
+    if held_out is None:
+        chosen = stratified_indices(len(source), max(1, len(source) // every))
     else:
-        names, wanted = None if isinstance(source, LatentSource) else picture_names(source), {*noted["names"]}
-        found = None if names is None else [number for number, name in enumerate(names) if name in wanted]
-    if not found:
-        raise ConfigError(
-            "the data is not what it was when the run began, and which of its pictures were held out can't be told; "
-            "put it back, or begin another run in another folder"
-        )
-    return np.array(found, dtype=np.int64)
+        chosen = _noted_indices(source, held_out)
+    is_val = np.zeros(len(source), dtype=bool)
+    is_val[chosen] = True
+    train, val = np.flatnonzero(~is_val), np.flatnonzero(is_val)
+    if isinstance(source, LatentSource):
+        return source.subset(train), source.subset(val)
+    return Subset(source, train), Subset(source, val)
 
 
-def _digest(source: Source | LatentSource) -> str:
-    return source.about.source if isinstance(source, LatentSource) else source_digest(source)
+# ---- the note of a run
 
 
-def read_note(folder: Path) -> dict[str, Any] | None:
-    """Which pictures the run in `folder` holds out; None where that was not noted. ConfigError for a damaged file."""
+def load_held_out(folder: Path) -> dict[str, Any] | None:
+    """Load the note of the run in `folder`; None if there is none, ConfigError for a damaged one."""
     path = folder / HELD_OUT
     if not path.is_file():
         return None
     try:
-        noted = json.loads(path.read_text(encoding="utf-8"))
-        return {"names": noted["names"]} if "names" in noted else {name: noted[name] for name in ("digest", "rows")}
+        note = json.loads(path.read_text(encoding="utf-8"))
+        return {"names": note["names"]} if "names" in note else {name: note[name] for name in ("digest", "rows")}
     except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{path} can't be read ({error}); put it back, or begin another run") from error
 
 
-def keep_note(folder: Path, learned: object) -> None:
-    """Notes in `folder` which pictures a run that learns from `learned`, the one part that `divide` made, holds out:
-    the first time, since those that are missing later may come back."""
-    if (folder / HELD_OUT).is_file() or not isinstance(learned, Part | LatentSource):
+def save_held_out(folder: Path, train: object) -> None:
+    """Note in `folder` which images are held out from `train`, a part made by `train_val_split`.
+
+    An earlier note stays: images that are missing now may come back. Anything but such a part is not noted.
+    """
+    if (folder / HELD_OUT).is_file() or not isinstance(train, Subset | LatentSource):
         return
-    if isinstance(learned, LatentSource):
-        whole: Source | LatentSource = learned
-        names, count, rows = None, learned.about.pictures, learned.rows
+    if isinstance(train, LatentSource):
+        whole: Source | LatentSource = train
+        names, count = None, train.manifest.pictures
     else:
-        whole = learned.source
-        names, count, rows = picture_names(whole), len(whole), learned.indices
-    others = np.setdiff1d(np.arange(count), rows).tolist()
-    note = {"digest": _digest(whole), "rows": others} if names is None else {"names": [names[row] for row in others]}
+        whole = train.source
+        names, count = _image_names(whole), len(whole)
+    val = np.setdiff1d(np.arange(count), train.indices).tolist()
+    note = {"digest": _digest(whole), "rows": val} if names is None else {"names": [names[index] for index in val]}
     write_text(folder / HELD_OUT, json.dumps(note))
 
 
-def hold_out(spec: str | Path, noted: Mapping[str, Any] | None = None) -> tuple[Source, Source]:
-    """The pictures to learn a tokenizer from, and others to judge it by: the data's test part; where it has none, one
-    of twenty pictures (one of fewer), or those of `noted`. ValueError for a single picture."""
+def _noted_indices(source: Source | LatentSource, held_out: Mapping[str, Any]) -> np.ndarray:
+    """Return the indices of the held-out images that are still there."""
+    indices: list[int] = []
+    if "rows" in held_out:
+        if held_out["digest"] == _digest(source):
+            return np.array(held_out["rows"], dtype=np.int64)
+    elif not isinstance(source, LatentSource) and (names := _image_names(source)) is not None:
+        noted = {*held_out["names"]}
+        indices = [index for index, name in enumerate(names) if name in noted]
+    if not indices:
+        raise ConfigError(
+            "the data is not what it was when the run began: its held-out pictures can't be told from the others; "
+            "put it back, or begin another run in another folder"
+        )
+    return np.array(indices, dtype=np.int64)
+
+
+def _image_names(source: Source) -> list[str] | None:
+    """Return names that stay when images are added; None for a source without unique ones."""
+    names = source.image_names() if isinstance(source, FolderSource | TarSource) else []
+    return names if names and len({*names}) == len(names) else None
+
+
+def _digest(source: Source | LatentSource) -> str:
+    return source.manifest.source if isinstance(source, LatentSource) else source_digest(source)
+
+
+# ---- opening data with its split
+
+
+def hold_out(spec: str | Path, held_out: Mapping[str, Any] | None = None) -> tuple[Source, Source]:
+    """Open images to train a tokenizer on, and others to validate it on.
+
+    The latter are the data's test split; if it has none, one of twenty images, or those of the note `held_out`. Raises
+    ValueError for a single image.
+    """
     source = open_source(spec)
-    if (test := test_split(spec)) is not None:
+    if (test := open_test_split(spec)) is not None:
         return source, test
-    return train_val_split(source, EVERY, noted)
+    return train_val_split(source, TOKENIZER_HOLD_OUT, held_out)
 
 
-def open_parts(
+def open_train_val(
     spec: str | Path,
     *,
     classes: int = 0,
     every: int = 0,
-    others: str | Path | None = None,
-    noted: Mapping[str, Any] | None = None,
+    validate_on: str | Path | None = None,
+    held_out: Mapping[str, Any] | None = None,
 ) -> tuple[Source | LatentSource | StreamSource, Source | LatentSource | None]:
-    """What a run learns from (see `open_data`), and what it is validated on, which it never learns from.
+    """Open the data of a run, and what it is validated on but never trained on (None: nothing).
 
-    `others`: other pictures, their test part if they have one. Else, if `every` is not 0, one picture of so many, which
-    is kept from learning in any case; those of `noted`, where it was divided before. Else the test part of the data,
-    which for a latent cache is that of the pictures that were cached, where they still are, unless it is what was
-    cached; None without. ValueError for a stream that is to be divided: it can't be counted.
+    Validation data is, in this order: `validate_on`; the held-out images; the test split of the data. The test split of
+    a latent cache is that of its images, if they are still there, unless that is what was cached.
+
+    Args:
+        spec: the training data, as `open_data` takes it.
+        classes: number of classes, to check labels of streams.
+        every: hold out one of so many images; 0: none. ValueError for a stream.
+        validate_on: other data, its test split if it has one.
+        held_out: the note of `load_held_out`, if the run has held out images before.
     """
-    learned = open_data(spec, classes)
-    kept: Source | LatentSource | None = None
+    train = open_data(spec, classes)
+    val: Source | LatentSource | None = None
     if every:
-        if isinstance(learned, StreamSource):
+        if isinstance(train, StreamSource):
             raise ValueError(f"data: {spec} is read in passing, and none of it can be held out; give --validate-on")
-        learned, kept = train_val_split(learned, every, noted)
-    if others is not None:
-        test = test_split(others)
-        kept = open_source(others) if test is None else test
+        train, val = train_val_split(train, every, held_out)
+    if validate_on is not None:
+        test = open_test_split(validate_on)
+        val = open_source(validate_on) if test is None else test
     elif not every:
-        kept = test_split(learned.about.data if isinstance(learned, LatentSource) else spec)
-        if kept is not None and isinstance(learned, LatentSource) and source_digest(kept) == learned.about.source:
-            kept = None
-    return learned, kept
+        val = open_test_split(train.manifest.data if isinstance(train, LatentSource) else spec)
+        if val is not None and isinstance(train, LatentSource) and source_digest(val) == train.manifest.source:
+            val = None
+    return train, val
 
 
-def test_split(spec: str | Path) -> Source | None:
-    """The pictures for testing that come with those of `spec` (see `open_source`); None where none do."""
+def open_test_split(spec: str | Path) -> Source | None:
+    """Open the test split of the data of `spec` (see `open_source`); None if it has none."""
     path = Path(spec).expanduser()
     if path.is_file() or (path / "state.json").is_file():  # one table
         return None
     try:
-        found = open_source(spec, "test")
-    except ValueError:  # it says that there is no such part
+        source = open_source(spec, "test")
+    except ValueError:  # it says that there is no such split
         return None
-    return None if isinstance(found, FolderSource) and found.folder == path else found
+    return None if isinstance(source, FolderSource) and source.folder == path else source

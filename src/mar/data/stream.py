@@ -1,15 +1,14 @@
-"""Pictures in passing: shards that are read from their beginning, near or far, and never counted.
+"""Streams: shards of images that are read from their beginning and never counted, and the order of training on them.
 
-The order in which training sees them is `mar.data.stream`' work. It is known at any position, like that of other
-sources; but what is there has to be read through. So a run keeps where its open shards stand.
+`datasets` and torchdata save a position per process and worker, and grain needs random access: none of them goes on in
+the same order at another number of processes or workers. Here the order is a function of seed, batch size and shards
+alone, and three numbers for each open shard are its position; files, formats and networks are left to `datasets`.
 
-The order in which training sees the pictures of a stream: it is the same for any number of processes and workers.
-
-Shards are shuffled anew each epoch, one epoch after the other in an endless row: their turns. Lane l of L reads turns
-l, l + L, l + 2L, ...: each shard of an epoch is read by one lane, once. Lanes begin the next epoch each by itself, so
-that epochs overlap by about the open shards. A batch has equally many pictures of every lane, in the lanes' order: a
-process reads only the lanes that its share of a batch comes from. Within a lane, pictures are shuffled by blocks, which
-end with the epoch.
+The order: shards are shuffled anew each epoch, and the epochs form one endless row of shards. Reader r of R reads the
+shards r, r + R, r + 2R, ... of that row, so each shard of an epoch is read by one reader, once. Readers begin the next
+epoch independently, so epochs overlap by about the open shards. A batch has equally many images of every reader, in the
+readers' order; a process runs only the readers of its share. A reader shuffles its images by blocks, which end with the
+epoch.
 """
 
 from __future__ import annotations
@@ -33,244 +32,258 @@ from mar.random import make_generator, permutation
 
 logger = logging.getLogger("mar.data")
 
-LANES = 32
-"""Shards, at most, that are open at a time, over all processes: beyond so many processes, several read the same."""
-WINDOW = 2048
-"""Pictures, over all lanes, within which they are shuffled; about twice as many are held in memory."""
+MAX_READERS = 32
+"""Shards, at most, that are open at a time over all processes. Beyond so many processes, several read the same."""
+SHUFFLE_WINDOW = 2048
+"""Images, over all readers, that are shuffled together. About twice as many are held in memory."""
+
+_BLOCK = 0xB10C  # keys the shuffling of blocks, beside the keys of mar.data.loader
 
 
 @dataclass(frozen=True)
 class StreamSample:
-    """A picture of a shard, not decoded yet."""
+    """An image of a shard, not decoded yet."""
 
     name: str
     data: bytes | None = None
-    """The picture's file."""
+    """The image file."""
     path: str | None = None
-    """Where it is, if it is not here."""
+    """Path or URL of the image file, if `data` is None."""
     label: int = -1
-    lost: tuple[str, ...] = ()
-    """Ends of shards before it that could not be read."""
+    unreadable: tuple[str, ...] = ()
+    """Names of the ends of shards before it that could not be read."""
 
 
 @runtime_checkable
 class Shards(Protocol):
-    """What a stream is read from; picklable, so that workers can have a copy."""
+    """The shards of a stream; picklable, so that workers can have a copy."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What each shard is called."""
+        """Names of the shards, by number."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names by number; empty where pictures have no classes."""
+        """Class names by number; empty: images have no classes."""
 
-    def rows(self, shard: int) -> Iterator[StreamSample]:
-        """The pictures of a shard, from its first. UnreadableImage, for the rest of them, where it breaks off."""
+    def samples(self, shard: int) -> Iterator[StreamSample]:
+        """Yield the images of a shard from its first; raises UnreadableImage for the rest if it breaks off."""
 
-    def fetch(self, row: StreamSample) -> bytes:
-        """The file of a row that only says where it is. UnreadableImage where it can't be read."""
+    def fetch(self, sample: StreamSample) -> bytes:
+        """Read the file at the path of a sample; raises UnreadableImage."""
 
 
 class ShardCursor(NamedTuple):
-    """Where a block of pictures of a lane begins."""
+    """The beginning of a block of a reader's images."""
 
-    taken: int
-    """Pictures of the lane before it."""
-    turn: int
-    """Number of its shard in the endless order of shards."""
-    row: int
-    """Number of its first picture in that shard."""
+    images_read: int
+    """Images of this reader before the block."""
+    shard_index: int
+    """Position of its shard in the endless row of shards."""
+    sample: int
+    """Number of its first image in that shard."""
 
 
 class StreamSource:
-    """Shards as a source to train on, and how far training has read them: that is saved with the run.
+    """Shards to train on, and how far they have been read; the run saves that.
 
-    `places` holds, of the lanes that this process reads, where the block begins in which the last batch ended.
+    `cursors`: by reader of this process, the beginning of the block in which the last batch ended. `first_position` and
+    `first_epoch`: those at which the order began.
     """
 
     flips = True
 
     def __init__(self, shards: Shards, name: str) -> None:
         self.shards, self.name = shards, name
-        self.begun, self.epoch = 0, 0
-        self.places: dict[int, ShardCursor] = {}
+        self.first_position, self.first_epoch = 0, 0
+        self.cursors: dict[int, ShardCursor] = {}
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Class names by number; empty where pictures have no classes."""
+        """Class names by number; empty: images have no classes."""
         return self.shards.classes
 
-    def example(self, row: StreamSample) -> Example:
-        """A row's picture. UnreadableImage for a broken one, ValueError for a label that is no class."""
-        if row.data is None and row.path is None:
-            raise UnreadableImage(row.name, "the cell is empty")
-        check_label(row.name, row.label, len(self.classes))
-        data = self.shards.fetch(row) if row.data is None else row.data
-        return Example(decode_image(BytesIO(data), row.name), row.label, row.name)
+    def example(self, sample: StreamSample) -> Example:
+        """Decode a sample; raises UnreadableImage for a broken one, ValueError for a label that is no class."""
+        if sample.data is None and sample.path is None:
+            raise UnreadableImage(sample.name, "the cell is empty")
+        check_label(sample.name, sample.label, len(self.classes))
+        data = self.shards.fetch(sample) if sample.data is None else sample.data
+        return Example(decode_image(BytesIO(data), sample.name), sample.label, sample.name)
 
-    def some(self) -> Iterator[StreamSample]:
-        """Pictures of at most LANES shards in turns, the same ones each time."""
+    def preview(self) -> Iterator[StreamSample]:
+        """Yield images of at most MAX_READERS shards, shard after shard, the same ones each time."""
         count = len(self.shards.names)
-        kept = min(count, LANES)
-        open_shards = [self._readable(i * count // kept) for i in range(kept)]
+        chosen = min(count, MAX_READERS)
+        open_shards = [self._readable(i * count // chosen) for i in range(chosen)]
         while open_shards:
             heads = [(shard, list(islice(shard, 1))) for shard in open_shards]
             open_shards = [shard for shard, head in heads if head]
-            yield from (row for _, head in heads for row in head)
+            yield from (sample for _, head in heads for sample in head)
 
     def _readable(self, shard: int) -> Iterator[StreamSample]:
         try:
-            yield from self.shards.rows(shard)
+            yield from self.shards.samples(shard)
         except UnreadableImage as error:
             logger.warning("skipped what can't be read: %s", error.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far all processes together have read; each of them has to call it."""
-        places: dict[int, ShardCursor] = {}
-        for part in distributed.all_gather_object(self.places):
-            for lane, place in part.items():
-                # Of a lane that several processes read, the one that is behind has what all need.
-                places[lane] = min(place, places.get(lane, place))
+        """Return the position of all processes together; each of them has to call it."""
+        cursors: dict[int, ShardCursor] = {}
+        for of_rank in distributed.all_gather_object(self.cursors):
+            for reader, cursor in of_rank.items():
+                # If several processes run a reader, the cursor of the last one serves all.
+                cursors[reader] = min(cursor, cursors.get(reader, cursor))
         return {
-            "shards": self._shards(),
-            "begun": self.begun,
-            "epoch": self.epoch,
-            "places": [[lane, *place] for lane, place in sorted(places.items())],
+            "shards": self._shards_digest(),
+            "begun": self.first_position,
+            "epoch": self.first_epoch,
+            "places": [[reader, *cursor] for reader, cursor in sorted(cursors.items())],
         }
 
     def load_state_dict(self, state: dict[str, Any], images: int) -> str:
-        """Goes on from a saved state, after `images` pictures. Returns what people should know of it."""
-        self.begun, self.epoch = state["begun"], state["epoch"]
-        self.places = {lane: ShardCursor(*place) for lane, *place in state["places"]}
-        before, now = state["shards"], self._shards()
+        """Resume from a saved state, after `images` images; returns a line for the log."""
+        self.first_position, self.first_epoch = state["begun"], state["epoch"]
+        self.cursors = {reader: ShardCursor(*cursor) for reader, *cursor in state["places"]}
+        before, now = state["shards"], self._shards_digest()
         if before != now:
-            last = max((place.turn for place in self.places.values()), default=0)
-            self.begun, self.epoch, self.places = images, self.epoch + last // before["count"] + 1, {}
+            last = max((cursor.shard_index for cursor in self.cursors.values()), default=0)
+            self.first_position, self.cursors = images, {}
+            self.first_epoch += last // before["count"] + 1
             return (
                 f"the shards are not those of when the run was saved ({now['count']} now, {before['count']} then): "
                 "it begins a new epoch, and what the last one had shown already comes again"
             )
-        lanes = len(self.places)
-        passed = sum(place.row + (images - self.begun) // lanes - place.taken for place in self.places.values())
+        readers = len(self.cursors)
+        of_each = (images - self.first_position) // readers
+        skipped = sum(cursor.sample + of_each - cursor.images_read for cursor in self.cursors.values())
         return (
-            f"the stream goes on where it was: 0 pictures are repeated; {passed:,} pictures of the {lanes} open shards "
-            "are read past to get there"
+            f"the stream goes on where it was: 0 pictures are repeated; {skipped:,} pictures of the {readers} open "
+            "shards are read past to get there"
         )
 
-    def _shards(self) -> dict[str, Any]:
+    def _shards_digest(self) -> dict[str, Any]:
         names = self.shards.names
         digest = hashlib.sha256(json.dumps(names).encode()).hexdigest()
-        return {"count": len(names), "sha256": digest, "lanes": LANES, "window": WINDOW}
-
-
-_BLOCK = 0xB10C  # key of the shuffling of blocks, beside those of mar.data.loader
-
-
-class SampleWithFallbacks(NamedTuple):
-    """The next picture of a lane, and those that stand in where it can't be read: the others of its block, then those
-    of the next block that have been read."""
-
-    start: ShardCursor
-    """Where the block begins."""
-    row: StreamSample
-    others: list[StreamSample]
+        return {"count": len(names), "sha256": digest, "lanes": MAX_READERS, "window": SHUFFLE_WINDOW}
 
 
 @dataclass(frozen=True)
 class StreamSampler:
-    """What is read of `shards` shards for batches of `batch` pictures over all processes.
+    """The order of `num_shards` shards for batches of `batch` images over all processes.
 
-    `begun`: the position at which this order began, and `epoch`: the number of its first epoch.
+    The order begins at image `first_position` with epoch `first_epoch`.
     """
 
-    shards: int
+    num_shards: int
     seed: int
     batch: int
-    begun: int = 0
-    epoch: int = 0
+    first_position: int = 0
+    first_epoch: int = 0
 
     def __post_init__(self) -> None:
-        if self.shards < 1 or self.batch < 1:
-            raise ValueError(f"stream: got {self.shards} shards and a batch of {self.batch}, expected at least 1 each")
+        if self.num_shards < 1 or self.batch < 1:
+            raise ValueError(
+                f"stream: got {self.num_shards} shards and a batch of {self.batch}, expected at least 1 each"
+            )
 
     @cached_property
-    def lanes(self) -> int:
-        """How many shards are open at a time: a number that divides the batch."""
-        return max(lanes for lanes in range(1, min(self.shards, LANES) + 1) if self.batch % lanes == 0)
+    def num_readers(self) -> int:
+        """Number of shards that are open at a time; it divides the batch."""
+        most = min(self.num_shards, MAX_READERS)
+        return max(readers for readers in range(1, most + 1) if self.batch % readers == 0)
 
     @property
-    def width(self) -> int:
-        """Pictures of a batch that come from each lane."""
-        return self.batch // self.lanes
+    def images_per_reader(self) -> int:
+        """Images of a batch that come from each reader."""
+        return self.batch // self.num_readers
 
-    def shard(self, turn: int) -> int:
-        """The shard whose turn it is."""
-        epoch, within = divmod(turn, self.shards)
-        return int(permutation(self.shards, self.seed, self.epoch + epoch)[within])
+    def shard(self, shard_index: int) -> int:
+        """Return the number of the shard at a position in the endless row of shards."""
+        epoch, within = divmod(shard_index, self.num_shards)
+        return int(permutation(self.num_shards, self.seed, self.first_epoch + epoch)[within])
 
-    def needed(self, position: int) -> int:
-        """How many pictures of each lane come before the batch at `position`. ValueError where none begins there."""
-        batches, rest = divmod(position - self.begun, self.batch)
+    def images_before(self, position: int) -> int:
+        """Count each reader's images before the batch at `position`; raises ValueError if none begins there."""
+        batches, rest = divmod(position - self.first_position, self.batch)
         if rest or batches < 0:
-            raise ValueError(f"stream: no batch of {self.batch} begins at picture {position} (first: {self.begun})")
-        return batches * self.width
+            raise ValueError(
+                f"stream: no batch of {self.batch} begins at picture {position} (first: {self.first_position})"
+            )
+        return batches * self.images_per_reader
+
+
+class SampleWithFallbacks(NamedTuple):
+    """The next image of a reader, and the images to take in its place if it can't be decoded."""
+
+    block: ShardCursor
+    """The beginning of its block."""
+    sample: StreamSample
+    fallbacks: list[StreamSample]
+    """The others of its block, then those of the next block that have been read."""
 
 
 class ShardReader:
-    """The endless pictures of a lane, from a place on."""
+    """The endless images of reader number `number`, from a cursor on."""
 
-    def __init__(self, shards: Shards, order: StreamSampler, number: int, place: ShardCursor | None = None) -> None:
+    def __init__(self, shards: Shards, order: StreamSampler, number: int, cursor: ShardCursor | None = None) -> None:
+        """Open the first shard.
+
+        Args:
+            shards: the shards to read.
+            order: which of them, one after the other.
+            number: number of this reader.
+            cursor: where to begin; None: at the reader's first shard.
+        """
         self.order, self.number = order, number
-        place = place or ShardCursor(0, number, 0)
-        self.taken = place.taken
-        self.reader = _read(shards, order, place.turn, place.row)
-        self.head = next(self.reader)
-        self.ahead: list[tuple[int, int, StreamSample]] = []
-        """What of the next block has been read."""
-
-    def _grow(self) -> bool:
-        """Reads one more picture of the next block; False where the block is whole."""
-        epochs = [turn // self.order.shards for turn, _, _ in (self.head, *self.ahead[:1])]
-        if len(self.ahead) == max(1, WINDOW // self.order.lanes) or len(set(epochs)) > 1:
-            return False
-        self.ahead.append(self.head)
-        self.head = next(self.reader)
-        return True
+        cursor = cursor or ShardCursor(0, number, 0)
+        self.images_read = cursor.images_read
+        self._samples = _endless_samples(shards, order, cursor.shard_index, cursor.sample)
+        self._head = next(self._samples)
+        self._next_block: list[tuple[int, int, StreamSample]] = []  # as far as it has been read
 
     def __iter__(self) -> Iterator[SampleWithFallbacks]:
         while True:
-            while self._grow():
+            while self._extend_block():
                 pass
-            turn, row, _ = self.ahead[0]
-            start = ShardCursor(self.taken, turn, row)
-            key = make_generator(self.order.seed, _BLOCK, self.number, self.taken)
-            rows = [self.ahead[i][2] for i in torch.randperm(len(self.ahead), generator=key).tolist()]
-            self.ahead = []
-            for offset in range(len(rows)):
-                self._grow()  # one is read as one is taken, so that no step waits for a whole block
-                ahead = [found for _, _, found in self.ahead]
-                yield SampleWithFallbacks(start, rows[offset], rows[offset + 1 :] + rows[:offset] + ahead)
-            self.taken += len(rows)
+            shard_index, sample, _ = self._next_block[0]
+            start = ShardCursor(self.images_read, shard_index, sample)
+            key = make_generator(self.order.seed, _BLOCK, self.number, self.images_read)
+            block = [self._next_block[i][2] for i in torch.randperm(len(self._next_block), generator=key).tolist()]
+            self._next_block = []
+            for offset in range(len(block)):
+                self._extend_block()  # reads one image for each one yielded: no step waits for a whole block
+                ahead = [sample for _, _, sample in self._next_block]
+                yield SampleWithFallbacks(start, block[offset], block[offset + 1 :] + block[:offset] + ahead)
+            self.images_read += len(block)
+
+    def _extend_block(self) -> bool:
+        """Read one more image of the next block; False if the block is complete."""
+        block_size = max(1, SHUFFLE_WINDOW // self.order.num_readers)
+        epochs = {shard_index // self.order.num_shards for shard_index, _, _ in (self._head, *self._next_block[:1])}
+        if len(self._next_block) == block_size or len(epochs) > 1:
+            return False
+        self._next_block.append(self._head)
+        self._head = next(self._samples)
+        return True
 
 
-def _read(shards: Shards, order: StreamSampler, turn: int, row: int) -> Iterator[tuple[int, int, StreamSample]]:
-    """(turn, number in its shard, row), without end. ValueError where there is none in any shard."""
-    empty, lost = 0, tuple[str, ...]()
+def _endless_samples(
+    shards: Shards, order: StreamSampler, shard_index: int, first: int
+) -> Iterator[tuple[int, int, StreamSample]]:
+    """Yield (shard index, number in the shard, sample) without end; raises ValueError if all shards are empty."""
+    empty, unreadable = 0, tuple[str, ...]()
     while True:
         number = -1
         try:
-            for number, found in enumerate(shards.rows(order.shard(turn))):
-                if number >= row:
-                    yield turn, number, replace(found, lost=lost) if lost else found
-                    lost = ()
-        except UnreadableImage as error:  # the rest of a shard, which takes no picture's place
-            lost = (*lost, error.name)
+            for number, sample in enumerate(shards.samples(order.shard(shard_index))):
+                if number >= first:
+                    yield shard_index, number, replace(sample, unreadable=unreadable) if unreadable else sample
+                    unreadable = ()
+        except UnreadableImage as error:  # the rest of a shard: it takes no image's place
+            unreadable = (*unreadable, error.name)
         empty = empty + 1 if number < 0 else 0
-        if empty > order.shards:
-            raise ValueError(f"data: no pictures in {empty} shards one after the other{_last(lost)}")
-        turn, row = turn + order.lanes, 0
-
-
-def _last(lost: tuple[str, ...]) -> str:
-    return f", the last of them {lost[-1]}" if lost else ""
+        if empty > order.num_shards:
+            last = f", the last of them {unreadable[-1]}" if unreadable else ""
+            raise ValueError(f"data: no pictures in {empty} shards one after the other{last}")
+        shard_index, first = shard_index + order.num_readers, 0

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from mar.data.images import Source, adm_center_crop, to_colours
+from mar.data.images import Source, adm_center_crop, convert_channels
 from mar.data.splits import stratified_indices, subset
 from mar.pipeline import Pipeline
 from mar.sampling.plan import STRIDE, Plan
@@ -86,7 +86,7 @@ class SourcePictures:
             yield ImageBatch(torch.stack(pictures), torch.tensor(indices), labels)
 
     def _pixels(self, image: Any, name: str, channels: int) -> Tensor:
-        image = to_colours(image, channels)
+        image = convert_channels(image, channels)
         if self.size is not None:
             image = adm_center_crop(image, self.size)
         size = (image.height, image.width)

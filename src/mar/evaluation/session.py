@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mar import distributed
 from mar.cli.stats import Split, progress, say_memory
 from mar.config import ConfigError, to_dict
-from mar.data.folder import SHARDS
+from mar.data.paths import SHARD_SUFFIXES
 from mar.data.sources import open_source
 from mar.evaluation.evaluate import Advance, MetricOptions, Report, collect, compare
 from mar.evaluation.features import Extractor
@@ -62,7 +62,7 @@ def is_pictures(spec: str) -> bool:
     if spec in BUNDLED:
         return False
     path = Path(spec)
-    return path.suffix in (".npz", *SHARDS) or (path.is_dir() and not (path / WEIGHTS_FILE).exists())
+    return path.suffix in (".npz", *SHARD_SUFFIXES) or (path.is_dir() and not (path / WEIGHTS_FILE).exists())
 
 
 def open_pictures(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mar import distributed
 from mar.data.images import image_grid
-from mar.data.loader import read_plain
+from mar.data.loader import load_batch
 from mar.data.splits import stratified_indices
 from mar.pipeline import Pipeline
 from mar.sampling.generate import BrokenLatents
@@ -170,7 +170,7 @@ class Validation:
         chosen = stratified_indices(len(self.source), self.run.config.validate_count).tolist()
         groups = []
         for number in range(distributed.rank(), math.ceil(len(chosen) / GROUP), distributed.world_size()):
-            found = read_plain(self.source, self.run.transform, chosen[number * GROUP : (number + 1) * GROUP])
+            found = load_batch(self.source, self.run.transform, chosen[number * GROUP : (number + 1) * GROUP])
             if found is not None:
                 latents = to_latents(self.run.tokenizer, found, SEED, self.run.device).cpu()
                 groups.append(_Group(number, latents, found.labels, found.positions))

@@ -193,6 +193,6 @@ def _source_images(source: Source | LatentSource | StreamSource) -> Source | Str
     if not isinstance(source, LatentSource):
         return source
     try:
-        return open_source(source.about.data)
+        return open_source(source.manifest.data)
     except ValueError:  # they may be on another machine by now
         return None

@@ -23,7 +23,7 @@ from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, image_c
 from mar.data.images import Source, Transform
 from mar.data.latent_cache import LatentSource
 from mar.data.loader import in_order
-from mar.data.splits import keep_note, open_parts, read_note
+from mar.data.splits import load_held_out, open_train_val, save_held_out
 from mar.data.stream import StreamSource
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
@@ -72,7 +72,7 @@ def open_run(
     run.resume()
     keep_settings(config, folder)
     if config.hold_out and distributed.rank() == 0:
-        keep_note(folder, source)
+        save_held_out(folder, source)
     return run
 
 
@@ -84,9 +84,9 @@ def open_pictures(
     ConfigError where the classes are not the model's, or where the run waits for pictures to be validated on that there
     are none of.
     """
-    source, held_out = open_parts(
-        config.data, classes=config.model.classes, every=config.hold_out, others=config.validate_on,
-        noted=read_note(folder) if folder is not None and config.hold_out else None,
+    source, held_out = open_train_val(
+        config.data, classes=config.model.classes, every=config.hold_out, validate_on=config.validate_on,
+        held_out=load_held_out(folder) if folder is not None and config.hold_out else None,
     )  # fmt: skip
     check_classes(config, source.classes)
     held_out = _of_the_same_classes(config, source, held_out)
@@ -178,7 +178,7 @@ def _tokenizer(
         except ValueError as error:
             others = "pca4, kl16, or one in diffusers' format"
             if isinstance(source, LatentSource):
-                others = source.about.tokenizer
+                others = source.manifest.tokenizer
             raise ConfigError(f"{error}; choose --tokenizer {others}") from None
     else:
         tokenizer = load_tokenizer(config.tokenizer)
@@ -224,7 +224,7 @@ def _check_components(own: Tokenizer, learned: Tokenizer) -> None:
 
 def _check_cache(config: TrainConfig, source: LatentSource, tokenizer: Tokenizer) -> None:
     """Raises ConfigError where a cache is of another tokenizer or of other sizes, or lacks the changed pictures."""
-    about = source.about
+    about = source.manifest
     if about.fingerprint != (own := fingerprint(tokenizer)):
         raise ConfigError(
             f"{config.data} was cached by the tokenizer {about.tokenizer} ({about.fingerprint[:12]}), but the run's is "

@@ -31,7 +31,7 @@ from mar.config import ConfigError, to_dict
 from mar.config.tokenizer import TokenizerTrainConfig
 from mar.data.images import Source, Transform, image_grid
 from mar.data.loader import Batch, ImageBatch, batches, in_order
-from mar.data.splits import hold_out, keep_note, read_note, subset
+from mar.data.splits import hold_out, load_held_out, save_held_out, subset
 from mar.pipeline import to_pil
 from mar.random import make_generator
 from mar.tokenizer.base import Posterior, RoundTrip, measure_latents, reconstruct, round_trip
@@ -282,14 +282,14 @@ def open_tokenizer_run(
             f"got {distributed.world_size()} processes, but a tokenizer is trained by one; start it without"
         )
     check_same(config, folder)
-    source, held_out = hold_out(config.data, read_note(folder))
+    source, held_out = hold_out(config.data, load_held_out(folder))
     network = load_network() if config.perceptual else None
     torch.manual_seed(make_generator(config.seed).initial_seed())
     tokenizer = from_config(architecture(config))
     run = TokenizerRun(config, folder, source, held_out, tokenizer, device, network)
     run.resume()
     keep_settings(config, folder)
-    keep_note(folder, source)
+    save_held_out(folder, source)
     return run
 
 

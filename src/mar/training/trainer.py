@@ -26,10 +26,9 @@ from mar import distributed
 from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState
 from mar.config import ConfigError, TrainConfig, to_dict
-from mar.data.fingerprint import data_state, resume_data
 from mar.data.images import Source, Transform
 from mar.data.latent_cache import LatentSource
-from mar.data.loader import Batch, ImageBatch, LatentBatch, batches
+from mar.data.loader import Batch, ImageBatch, LatentBatch, batches, data_state, resume_data
 from mar.data.splits import HELD_OUT
 from mar.data.stream import StreamSource
 from mar.model.mar import MAR
@@ -199,8 +198,8 @@ class Run:
         set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
         self.tokenizer.load_fitted_state(state["tokenizer"])
         self.progress = Progress.resumed(self.folder, state["progress"])
-        by_place = self.config.hold_out > 0 and not (self.folder / HELD_OUT).is_file()
-        self.told = resume_data(self.source, state.get("data"), self.progress.images, by_place=by_place)
+        by_position = self.config.hold_out > 0 and not (self.folder / HELD_OUT).is_file()
+        self.told = resume_data(self.source, state.get("data"), self.progress.images, split_by_position=by_position)
         return True
 
     def _check_tokenizer(self, saved: str | None) -> None:

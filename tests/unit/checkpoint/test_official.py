@@ -15,8 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from mar.checkpoint.files import CheckpointError
-from mar.checkpoint.official import convert_optimizer, infer_config, read_kl16, read_mar, write_mar
-from mar.checkpoint.official_names import from_official, to_official
+from mar.checkpoint.official import (
+    convert_optimizer,
+    from_official,
+    infer_config,
+    read_mar,
+    to_official,
+    write_mar,
+)
+from mar.checkpoint.official_kl16 import read_kl16
 from mar.config import HeadConfig, ModelConfig, TrunkConfig
 from mar.model.mar import MAR
 
@@ -69,7 +76,7 @@ def test_ema_is_taken_unless_told_otherwise(tmp_path: Path, caplog: pytest.LogCa
     path = write(tmp_path / "c.pth", model=RAW, model_ema=EMA, args=ARGS)
     with caplog.at_level(logging.INFO):
         read = read_mar(path, heads=2)
-    assert read.which == "ema"
+    assert read.weights == "ema"
     assert "took the ema weights" in caplog.text
     assert read.notes == {"source": "c.pth", "weights": "ema"}
     assert same(read.state, EMA)
@@ -81,7 +88,7 @@ def test_ema_is_taken_unless_told_otherwise(tmp_path: Path, caplog: pytest.LogCa
     assert (read.optimizer, read.epoch) == (None, None)
 
     raw = read_mar(path, "raw", heads=2)
-    assert raw.which == "raw"
+    assert raw.weights == "raw"
     assert same(raw.state, RAW)
 
 

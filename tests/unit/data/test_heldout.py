@@ -15,7 +15,15 @@ from mar.data.cache_writer import describe_cache, finish_cache, prepare_cache, w
 from mar.data.folder import FolderSource
 from mar.data.latent_cache import LatentSource
 from mar.data.sources import open_source
-from mar.data.splits import HELD_OUT, hold_out, keep_note, open_parts, read_note, stratified_indices, train_val_split
+from mar.data.splits import (
+    HELD_OUT,
+    hold_out,
+    load_held_out,
+    open_train_val,
+    save_held_out,
+    stratified_indices,
+    train_val_split,
+)
 from mar.tokenizer import PixelTokenizer
 
 
@@ -78,45 +86,45 @@ def test_a_cache_holds_the_same_pictures_out(tmp_path: Path) -> None:
 def test_what_was_held_out_stays_so_where_a_folder_grows(tmp_path: Path) -> None:
     data, run = pictures(tmp_path / "pictures", 20), tmp_path / "run"
     learned, kept = map(names, parts := train_val_split(FolderSource(data), 4))
-    assert read_note(run) is None
-    keep_note(run, parts[0])
-    assert [*map(names, train_val_split(FolderSource(data), 4, read_note(run)))] == [learned, kept]
+    assert load_held_out(run) is None
+    save_held_out(run, parts[0])
+    assert [*map(names, train_val_split(FolderSource(data), 4, load_held_out(run)))] == [learned, kept]
     pictures(data, 40)
     for name in ("across/0.png", "down/1.png"):  # in between
         Path(kept[0]).with_suffix(".bak").write_bytes(Path(kept[0]).read_bytes())
         Path(kept[0]).with_suffix(".bak").rename(data / name)
-    grown = train_val_split(FolderSource(data), 4, read_note(run))
+    grown = train_val_split(FolderSource(data), 4, load_held_out(run))
     assert names(grown[1]) == kept
     assert set(learned) < set(names(grown[0]))
     assert len(grown[0]) == 15 + 20 + 2
     aside = Path(kept[0]).rename(tmp_path / "aside.png")
-    less = train_val_split(FolderSource(data), 4, read_note(run))
+    less = train_val_split(FolderSource(data), 4, load_held_out(run))
     assert names(less[1]) == kept[1:]
-    keep_note(run, less[0])  # which forgets nothing
+    save_held_out(run, less[0])  # which forgets nothing
     aside.rename(kept[0])
-    assert names(train_val_split(FolderSource(data), 4, read_note(run))[1]) == kept
+    assert names(train_val_split(FolderSource(data), 4, load_held_out(run))[1]) == kept
 
 
 def test_what_was_held_out_of_shards_of_a_table_and_of_a_cache(tmp_path: Path) -> None:
     tars, tar_run = shards(tmp_path / "tars"), tmp_path / "run of tars"
     learned, kept = hold_out(tars)
-    keep_note(tar_run, learned)
+    save_held_out(tar_run, learned)
     write_tar(tars / "a.tar", [("first.png", png(1)), ("first.cls", b"0")])
-    more = hold_out(tars, read_note(tar_run))
+    more = hold_out(tars, load_held_out(tar_run))
     assert (names(more[1]), len(more[0])) == (names(kept), len(learned) + 1)
     data, run = pictures(tmp_path / "pictures", 20), tmp_path / "run"
     cache = LatentSource(cached(tmp_path / "cache", data))
     first, others = train_val_split(cache, 4)
-    keep_note(run, first)
-    note = read_note(run)
-    assert np.array_equal(train_val_split(cache, 4, note)[1].rows, others.rows)
-    with pytest.raises(ConfigError, match="which of its pictures were held out can't be told"):
+    save_held_out(run, first)
+    note = load_held_out(run)
+    assert np.array_equal(train_val_split(cache, 4, note)[1].indices, others.indices)
+    with pytest.raises(ConfigError, match="held-out pictures can't be told"):
         train_val_split(LatentSource(cached(tmp_path / "larger", pictures(data, 24))), 4, note)
-    with pytest.raises(ConfigError, match="which of its pictures were held out can't be told"):
-        train_val_split(FolderSource(data), 4, read_note(tar_run))
+    with pytest.raises(ConfigError, match="held-out pictures can't be told"):
+        train_val_split(FolderSource(data), 4, load_held_out(tar_run))
     (run / HELD_OUT).write_text("[]")
     with pytest.raises(ConfigError, match=r"held-out\.json can't be read"):
-        read_note(run)
+        load_held_out(run)
 
 
 def test_what_a_run_is_validated_on(tmp_path: Path) -> None:
@@ -125,7 +133,7 @@ def test_what_a_run_is_validated_on(tmp_path: Path) -> None:
         pictures(parted / name, count)
 
     def sizes(data: Path, every: int = 0, others: Path | None = None) -> tuple[int, int]:
-        learned, kept = open_parts(str(data), every=every, others=None if others is None else str(others))
+        learned, kept = open_train_val(str(data), every=every, validate_on=None if others is None else str(others))
         return len(learned), 0 if kept is None else len(kept)
 
     assert sizes(flat) == (6, 0)
@@ -137,7 +145,7 @@ def test_what_a_run_is_validated_on(tmp_path: Path) -> None:
     cache = cached(tmp_path / "cache", parted)
     assert sizes(cache) == (8, 4)  # of the pictures that were cached
     assert sizes(cache, every=4) == (6, 2)
-    assert all(isinstance(part, LatentSource) for part in open_parts(str(cache), every=4))
+    assert all(isinstance(part, LatentSource) for part in open_train_val(str(cache), every=4))
     of_test = cached(tmp_path / "cached test", parted, "test")
     assert sizes(of_test) == (4, 0)  # not what it learns from
     assert sizes(of_test, others=parted) == (4, 4)  # unless it is asked for

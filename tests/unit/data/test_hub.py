@@ -17,9 +17,9 @@ from PIL import Image
 from tars import numbers, png, shards, write_tar
 
 from mar.data import hub
-from mar.data.folder import hub_name
 from mar.data.images import Transform, UnreadableImage
 from mar.data.loader import batches, in_order
+from mar.data.paths import hub_name
 from mar.data.sources import open_data, open_source
 from mar.data.stream import StreamSource
 
@@ -57,7 +57,7 @@ def opened(spec: str, classes: int = 0) -> StreamSource:
 
 
 def shown(source: StreamSource, shard: int) -> list[tuple[str, int, int]]:
-    examples = [source.example(row) for row in source.shards.rows(shard)]
+    examples = [source.example(row) for row in source.shards.samples(shard)]
     return [(e.name, e.image.getpixel((0, 0)) // 5, e.label) for e in examples]
 
 
@@ -164,7 +164,7 @@ def test_pictures_that_lie_beside_their_table(tmp_path: Path) -> None:
     source = opened(f"stream:hub:{tmp_path}")
     assert source.classes == ("cat", "dog")
     assert [(number, label) for _, number, label in shown(source, 0)] == [(3, 0), (4, 1)]
-    row = next(source.shards.rows(0))
+    row = next(source.shards.samples(0))
     (tmp_path / "train" / "cat" / "1.png").unlink()
     with pytest.raises(UnreadableImage, match="No such file"):
         source.example(row)
@@ -175,7 +175,7 @@ def test_a_shard_that_breaks_off_is_left_and_named(tmp_path: Path) -> None:
     path = tmp_path / "shard-001.tar"
     whole = path.read_bytes()
     path.write_bytes(whole[: 512 * 13])  # three pictures of four blocks each, and a header
-    rows = source.shards.rows(1)
+    rows = source.shards.samples(1)
     assert [row.name for row in islice(rows, 3)] == [f"shard-001.tar#{i}" for i in range(3)]
     with pytest.raises(UnreadableImage, match=r"shard-001\.tar from its picture 3 on \(unexpected end of data\)"):
         next(rows)
@@ -194,7 +194,7 @@ def test_a_shard_that_breaks_off_is_left_and_named(tmp_path: Path) -> None:
 
 def shown_while_training(source: StreamSource) -> tuple[set[int], set[str]]:
     """Of two epochs of 24 pictures: which came, and what was skipped."""
-    source.places = {}
+    source.cursors = {}
     found = list(islice(batches(source, Transform(8, 1), batch=4, seed=0), 12))
     names = {name for batch in found for name in batch.skipped}
     return {number for batch in found for number in numbers(batch)}, names
@@ -203,13 +203,13 @@ def shown_while_training(source: StreamSource) -> tuple[set[int], set[str]]:
 def test_labels_of_a_stream(tmp_path: Path) -> None:
     parquet(tmp_path / "numbers.parquet", 0, 3, datasets.Value("int64"), [4, -1, None])
     spec = f"stream:{tmp_path / 'numbers.parquet'}"
-    assert [row.label for row in opened(spec, 5).shards.rows(0)] == [4, -1, -1]
+    assert [row.label for row in opened(spec, 5).shards.samples(0)] == [4, -1, -1]
     unconditional = opened(spec)
     assert unconditional.classes == ()
-    assert [row.label for row in unconditional.shards.rows(0)] == [-1, -1, -1]
+    assert [row.label for row in unconditional.shards.samples(0)] == [-1, -1, -1]
     few = opened(spec, 3)
     with pytest.raises(ValueError, match=r"numbers\.parquet#0 has the label 4, but there are 3 classes"):
-        few.example(next(few.shards.rows(0)))
+        few.example(next(few.shards.samples(0)))
     parquet(tmp_path / "names.parquet", 0, 1, datasets.Value("string"), ["dog"])
     assert opened(f"stream:{tmp_path / 'names.parquet'}").classes == ()
     write_tar(tmp_path / "none.tar", [("a.png", png(1))])
@@ -220,7 +220,7 @@ def test_labels_of_a_stream(tmp_path: Path) -> None:
 
 def test_labels_in_json(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [(f"{i}.{e}", d) for i in range(2) for e, d in _pair(i)])
-    assert [row.label for row in opened(f"stream:{tmp_path / 'a.tar'}", 9).shards.rows(0)] == [7, 8]
+    assert [row.label for row in opened(f"stream:{tmp_path / 'a.tar'}", 9).shards.samples(0)] == [7, 8]
     (tmp_path / "repository").mkdir()
     (tmp_path / "a.tar").rename(tmp_path / "repository" / "a.tar")
     table = open_source(f"hub:{tmp_path / 'repository'}")

@@ -27,8 +27,8 @@ TO_TENSOR = Transform(8, 1)
 class Sloping(Numbered):
     """The same shards, of pictures in which every pixel differs."""
 
-    def rows(self, shard: int) -> Iterator[StreamSample]:
-        for row in super().rows(shard):
+    def samples(self, shard: int) -> Iterator[StreamSample]:
+        for row in super().samples(shard):
             file = BytesIO()
             Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) + 2 * int(row.name[1:])).save(file, "PNG")
             yield replace(row, data=file.getvalue())
@@ -49,7 +49,7 @@ def flat(found: list[Batch]) -> list[int]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of two pictures, with four lanes."""
-    monkeypatch.setattr("mar.data.stream.WINDOW", 8)
+    monkeypatch.setattr("mar.data.stream.SHUFFLE_WINDOW", 8)
 
 
 def test_each_picture_once_an_epoch_anew_shuffled(small_blocks: None) -> None:
@@ -105,7 +105,7 @@ def test_a_single_shard_has_work_for_one_worker_and_any_process() -> None:
 def test_a_process_reads_only_the_lanes_of_its_share(small_blocks: None) -> None:
     source = stream()
     some(source, 3, rank=1, world=2)
-    assert sorted(source.places) == [2, 3]
+    assert sorted(source.cursors) == [2, 3]
     assert source.shards.read <= 2 * (3 + 3)  # of each of its lanes: what was taken, a block ahead, and one more
 
 
@@ -139,7 +139,7 @@ def test_going_on_with_another_number_of_processes(small_blocks: None, monkeypat
     pair = [stream(sizes=sizes) for _ in range(2)]
     shares = [some(pair[rank], 5, batch=6, rank=rank, world=2) for rank in range(2)]
     assert [number for both in zip(*shares, strict=True) for number in flat(list(both))] == whole[:30]
-    monkeypatch.setattr("mar.distributed.all_gather_object", lambda mine: [process.places for process in pair])
+    monkeypatch.setattr("mar.distributed.all_gather_object", lambda mine: [process.cursors for process in pair])
     state = pair[0].state_dict()
     alone = stream(sizes=sizes)
     alone.load_state_dict(state, 30)
@@ -160,7 +160,7 @@ def test_other_shards_begin_a_new_epoch_and_that_is_told() -> None:
     second = stream(sizes=(6, 6, 6, 6, 6))
     told = second.load_state_dict(first.state_dict(), 28)
     assert "(5 now, 4 then): it begins a new epoch" in told
-    assert second.epoch == 2  # the lanes were in the epoch of number 1
+    assert second.first_epoch == 2  # the lanes were in the epoch of number 1
     seen = flat(some(second, 6, 28))
     assert len(set(seen[:20])) >= 19  # four lanes of five shards, of six pictures each
     third = stream(sizes=(6, 6, 6, 6, 6))
@@ -191,7 +191,7 @@ def test_streams_that_end_a_run_do_so_in_one_line(workers: int) -> None:
 
 def test_lanes_divide_the_batch() -> None:
     for shards, batch, expected in ((1000, 256, 32), (10, 256, 8), (4, 7, 1), (1, 8, 1), (33, 33, 11), (3, 6, 3)):
-        assert StreamSampler(shards, 0, batch).lanes == expected
+        assert StreamSampler(shards, 0, batch).num_readers == expected
     with pytest.raises(ValueError, match="got 0 shards"):
         StreamSampler(0, 0, 8)
 
@@ -209,7 +209,7 @@ def test_a_lane_reads_one_picture_for_each_that_is_taken(small_blocks: None) -> 
 
 def test_some_pictures_come_from_all_over_the_stream() -> None:
     source = stream(sizes=(2, 5, 1), classes=("0", "1", "2"))
-    names = [row.name for row in source.some()]
+    names = [row.name for row in source.preview()]
     assert names == ["p0", "p2", "p7", "p1", "p3", "p4", "p5", "p6"]
     found = list(in_order(source, TO_TENSOR, batch=2, limit=3))
     assert [len(images) for images in found] == [2, 1]

@@ -19,8 +19,7 @@ from mar.checkpoint import files
 from mar.checkpoint.files import CheckpointError
 from mar.config import ConfigError
 from mar.data.cache_writer import describe_cache, finish_cache, prepare_cache, write_shards
-from mar.data.fingerprint import source_digest
-from mar.data.images import Source, Transform, UnreadableImage
+from mar.data.images import Source, Transform, UnreadableImage, source_digest
 from mar.data.latent_cache import INDEX, MANIFEST, DamagedCache, LatentSource, read_manifest, verify
 from mar.data.loader import batches
 from mar.data.sources import open_data, open_source
@@ -101,13 +100,13 @@ def test_what_storing_costs(dtype: str, error: float, data: Path, tmp_path: Path
     for i in range(20):
         (a, _), (b, _) = exact.read(i, i % 2 == 0), stored.read(i, i % 2 == 0)
         assert ((a - b).abs() <= error * a.abs()).all()
-    assert stored.about.picture_bytes() == 2 * 2 * 64 * (4 if dtype == "fp32" else 2) + 4
+    assert stored.manifest.image_bytes() == 2 * 2 * 64 * (4 if dtype == "fp32" else 2) + 4
 
 
 def test_an_imagenet_picture_takes_half_of_what_the_reference_writes(cache: Path) -> None:
     """KL-16 at 256x256: 64 KiB and the headers of npz there; 32 KiB here, and 4 bytes for its label."""
     about = read_manifest(cache)
-    assert type(about)(**{**vars(about), "shape": (16, 16, 16), "dtype": "fp16"}).picture_bytes() == 32 * 1024 + 4
+    assert type(about)(**{**vars(about), "shape": (16, 16, 16), "dtype": "fp16"}).image_bytes() == 32 * 1024 + 4
 
 
 def test_means_alone_of_a_deterministic_tokenizer_and_no_flips(data: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mar.data.folder import FolderSource
 from mar.data.images import Transform
-from mar.data.loader import Augmentations, Batch, InfiniteSampler, batches, random_flip, read_plain
+from mar.data.loader import Augmentations, Batch, InfiniteSampler, batches, load_batch, random_flip
 from mar.data.sources import FashionSource
 
 
@@ -93,7 +93,7 @@ def test_shifts_follow_the_position(fashion: FashionSource) -> None:
     for row, change in enumerate(changes):
         assert torch.equal(moved.images[row], change(plain.images[row]))
     assert torch.equal(moved.labels, plain.labels)
-    unchanged = read_plain(fashion, transform, [0, 5])
+    unchanged = load_batch(fashion, transform, [0, 5])
     assert unchanged is not None
     assert torch.equal(unchanged.images[1], transform(fashion[5].image))
 

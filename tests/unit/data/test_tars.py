@@ -16,10 +16,10 @@ from tars import numbers, png, shards, write_tar
 from tiny import open_tiny, train_config
 
 from mar.config import ConfigError
-from mar.data.fingerprint import source_digest
-from mar.data.folder import FolderSource, expand
-from mar.data.images import Source, Transform, UnreadableImage
+from mar.data.folder import FolderSource
+from mar.data.images import Source, Transform, UnreadableImage, source_digest
 from mar.data.loader import batches
+from mar.data.paths import expand_braces
 from mar.data.sources import open_source
 from mar.data.webdataset import TarSource
 from mar.sampling.plan import Plan
@@ -118,7 +118,7 @@ def test_splits_and_patterns(tmp_path: Path) -> None:
         open_source(f"{tmp_path}/x-train-{{9..11}}.tar")
     with pytest.raises(ValueError, match="none are told to be for 'test'"):
         open_source(f"{tmp_path}/x-*.tar", "test")
-    assert expand("a-{008..011}.{tar,zip}")[:3] == ["a-008.tar", "a-008.zip", "a-009.tar"]
+    assert expand_braces("a-{008..011}.{tar,zip}")[:3] == ["a-008.tar", "a-008.zip", "a-009.tar"]
     (tmp_path / "x-train-9.zip").write_bytes(b"")
     with pytest.raises(ValueError, match=r"stands for \.tar, \.zip files"):
         open_source(f"{tmp_path}/x-train-9.*")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mar.data.images import Transform, adm_center_crop, to_colours, to_tensor
+from mar.data.images import Transform, adm_center_crop, convert_channels, to_tensor
 
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
@@ -60,7 +60,7 @@ def test_grey_from_colour_is_weighed_and_colour_channels_keep_their_order() -> N
 
 
 def pixel(image: Image.Image, channels: int = 3) -> tuple[int, ...] | int:
-    return to_colours(image, channels).getpixel((0, 0))
+    return convert_channels(image, channels).getpixel((0, 0))
 
 
 def test_transparency_is_laid_on_white() -> None:
@@ -85,7 +85,7 @@ def test_other_colour_modes() -> None:
 def test_sixteen_bits_are_scaled_not_clipped(dtype: type) -> None:
     image = Image.fromarray(np.array([[0, 32768, 65535]], dtype=dtype))
     assert image.mode in ("I;16", "I")
-    assert np.asarray(to_colours(image, 1)).tolist() == [[0, 128, 255]]
+    assert np.asarray(convert_channels(image, 1)).tolist() == [[0, 128, 255]]
 
 
 def test_transform_cuts_to_a_size() -> None:
@@ -98,4 +98,4 @@ def test_bad_requests() -> None:
     with pytest.raises(ValueError, match="expected at least 1 pixel"):
         Transform((0, 4))
     with pytest.raises(ValueError, match="channels: got 2"):
-        to_colours(noise(4, 4), 2)
+        convert_channels(noise(4, 4), 2)

@@ -67,7 +67,7 @@ def test_statistics_of_a_stream_are_measured_on_some_of_it(data: Path, tmp_path:
     assert run.tokenizer.mean.item() == pytest.approx(expected.mean[0], abs=1e-6)
     assert run.tokenizer.std.item() == pytest.approx(expected.std[0], abs=1e-6)
     assert isinstance(run.source, StreamSource)
-    assert run.source.places == {}
+    assert run.source.cursors == {}
     with pytest.raises(ConfigError, match="can't be counted in pictures of a stream"):
         official(run, tmp_path)
 

@@ -14,7 +14,7 @@ from PIL import Image
 from tiny import awake, config, open_tiny, pictures, train_config
 
 from mar.config import ConfigError
-from mar.data.splits import Part
+from mar.data.splits import Subset
 from mar.model.mar import MAR
 from mar.tokenizer import PixelTokenizer
 from mar.training import callbacks
@@ -108,8 +108,8 @@ def test_the_parts_are_put_together_by_count() -> None:
 
 def test_what_is_validated_on_is_not_learned_from(data: Path, tmp_path: Path) -> None:
     run = opened(data, tmp_path, batch=4)
-    assert isinstance(run.source, Part)
-    assert isinstance(run.held_out, Part)
+    assert isinstance(run.source, Subset)
+    assert isinstance(run.held_out, Subset)
     assert (len(run.source), len(run.held_out)) == (16, 8)
     batches = run.batches()
     learned = [next(batches) for _ in range(4)]
@@ -128,7 +128,7 @@ def test_what_is_validated_on_is_not_learned_from(data: Path, tmp_path: Path) ->
 def test_a_broken_picture_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = pictures(tmp_path / "pictures", 24)
     run = opened(data, tmp_path / "run")
-    assert isinstance(run.held_out, Part)
+    assert isinstance(run.held_out, Subset)
     Path(run.held_out[4].name).write_bytes(b"no picture")
     look = Validation(run, Log())
     assert look(take_snapshot(run))["val_loss"] > 0
@@ -187,10 +187,10 @@ def test_a_drawn_latent_is_drawn_once(data: Path, tmp_path: Path) -> None:
 
 def _batch(run: Run, positions: torch.Tensor) -> Any:
     from mar.data.images import Transform
-    from mar.data.loader import read_plain
+    from mar.data.loader import load_batch
 
     assert run.held_out is not None
-    return read_plain(run.held_out, Transform((8, 8), 1), positions.tolist())
+    return load_batch(run.held_out, Transform((8, 8), 1), positions.tolist())
 
 
 def test_it_falls_as_the_model_learns(data: Path, tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""Names of data, resolved: splits, shards, file patterns with braces and stars, data sets of the Hub."""
+
+from __future__ import annotations
+
+import glob
+import re
+from pathlib import Path
+
+SPLITS = {"train": ("train", "training"), "test": ("test", "validation", "val", "valid")}
+"""Names of folders, files and splits that mean a split, the likeliest first."""
+SPLIT_NAMES = frozenset(name for names in SPLITS.values() for name in names)
+SHARD_SUFFIXES = (".parquet", ".tar")
+"""Suffixes of files that hold many images."""
+IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"])
+
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
+
+
+def natural_key(name: str) -> tuple[list[str | int], str]:
+    """Return a key that sorts names as people do: img2 before img10, in any case."""
+    parts = re.split(r"(\d+)", name.casefold())
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+
+
+def is_image_file(file: Path) -> bool:
+    """Tell by its name if a file is an image and not hidden."""
+    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Tell if `folder` was written by `save_to_disk` of `datasets`."""
+    return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
+
+
+def find_shard_suffix(folder: Path) -> str | None:
+    """Return the suffix of shards in `folder`, its `data` or a split's subfolder; None: no shards."""
+    places = ["", "data/", *(f"{name}/" for name in SPLIT_NAMES)]
+    return next((suffix for suffix in SHARD_SUFFIXES if any(any(folder.glob(f"{p}*{suffix}")) for p in places)), None)
+
+
+def find_split_files(folder: Path, suffix: str, split: str) -> list[Path]:
+    """Return the files in `folder` of a suffix and a split, known by the words of their paths.
+
+    If no path names any split, all are of train. Raises ValueError for files of other splits only.
+    """
+    shards = (file for file in folder.rglob(f"*{suffix}") if not file.name.startswith("."))
+    files = sorted(shards, key=lambda file: natural_key(str(file)))
+    words = {file: set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())) for file in files}
+    of_split = [file for file in files if words[file].intersection(SPLITS[split])]
+    if of_split or not files:
+        return of_split
+    any_split = any(words[file].intersection(SPLIT_NAMES) for file in files)
+    if any_split or split != "train":
+        shown = ", ".join(file.name for file in files[:3])
+        raise ValueError(f"data: no {suffix} file in {folder} has {split!r} in its name; there is {shown}")
+    return files
+
+
+def is_pattern(spec: str) -> bool:
+    """Tell if a name has stars, brackets or braces."""
+    return any(letter in spec for letter in "*?[{")
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Write out `a-{00..02}.tar` and `{a,b}.tar`, as shells do."""
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if braces is None:
+        return [pattern]
+    ends = _RANGE.fullmatch(braces[1])
+    if ends is None:
+        words = braces[1].split(",")
+    else:
+        first, last = int(ends[1]), int(ends[2])
+        words = [f"{number:0{len(ends[1])}}" for number in range(first, last + 1)]
+    before, after = pattern[: braces.start()], pattern[braces.end() :]
+    return [name for word in words for name in expand_braces(f"{before}{word}{after}")]
+
+
+def expand_pattern(pattern: str) -> list[Path]:
+    """Return the files of a pattern with braces and stars, in its order; raises ValueError for a missing one."""
+    files: list[Path] = []
+    for name in expand_braces(str(Path(pattern).expanduser())):
+        matches = [Path(name)] if Path(name).is_file() else [Path(path) for path in glob.glob(name, recursive=True)]
+        if not matches:
+            raise ValueError(f"data: there is no {name}, which {pattern} asks for")
+        files += sorted(matches, key=lambda file: natural_key(str(file)))
+    return list(dict.fromkeys(files))
+
+
+def common_suffix(files: list[Path] | list[str], spec: str) -> str:
+    """Return the one shard suffix of all `files`; raises ValueError if there is none."""
+    suffixes = {Path(file).suffix for file in files}
+    if len(suffixes) != 1 or not suffixes.issubset(SHARD_SUFFIXES):
+        raise ValueError(
+            f"data: {spec} stands for {', '.join(sorted(suffixes)) or 'no'} files; expected .tar or .parquet ones"
+        )
+    return suffixes.pop()
+
+
+def hub_name(spec: str) -> tuple[str, str | None] | None:
+    """Split a Hub data set's name from its configuration: `hub:NAME@CONFIG`, or OWNER/NAME.
+
+    None for anything else, an existing path OWNER/NAME included. Raises ValueError for an empty name.
+    """
+    path = Path(spec)
+    is_path = not _HUB_NAME.fullmatch(spec) or path.suffix in SHARD_SUFFIXES or path.exists()
+    if is_path and not spec.startswith("hub:"):
+        return None
+    name, _, config = spec.removeprefix("hub:").partition("@")
+    if not name:
+        raise ValueError(f"data: {spec} names no data set; expected hub:OWNER/NAME or hub:OWNER/NAME@CONFIG")
+    return name, config or None
