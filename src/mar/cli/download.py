@@ -16,7 +16,7 @@ OfficialName = Literal["kl16", "mar-base", "mar-large", "mar-huge"]
 
 @dataclass(frozen=True)
 class DownloadOptions:
-    """Fetches official files; goes on where it stopped; checks size and sha256."""
+    """Fetches official files; goes on where it stopped; checks size and form."""
 
     names: Annotated[tuple[OfficialName | Literal["all"], ...], tyro.conf.Positional]
     """all, or some of kl16 (254 MiB), mar-base (1.6 GiB), mar-large (3.6 GiB), mar-huge (7.0 GiB)."""

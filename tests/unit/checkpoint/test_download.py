@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
@@ -12,6 +13,8 @@ import re
 import shutil
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import urllib.request
 import zipfile
@@ -145,12 +148,11 @@ def get(tmp_path: Path) -> Get:
     return Get(tmp_path / "models")
 
 
-def test_a_good_file_arrives_and_its_hash_is_recorded(server: Server, get: Get) -> None:
+def test_a_good_file_arrives_alone(server: Server, get: Get) -> None:
     seen: list[tuple[int, int | None]] = []
     path = get(server.remote(), progress=lambda received, total: seen.append((received, total)))
     assert path.read_bytes() == GOOD
-    assert get.names() == {"model.pth", "hashes.json"}
-    assert json.loads((get.folder / "hashes.json").read_text()) == {"model.pth": hashlib.sha256(GOOD).hexdigest()}
+    assert {path.name for path in get.folder.iterdir()} == {"model.pth"}
     assert seen[0] == (0, len(GOOD))
     assert seen[-1] == (len(GOOD), len(GOOD))
     assert [received for received, _ in seen] == sorted({received for received, _ in seen})
@@ -163,13 +165,31 @@ def test_a_complete_file_is_checked_and_not_fetched_again(server: Server, get: G
 
 
 def test_a_complete_file_that_has_changed_since_is_an_error(server: Server, get: Get) -> None:
-    path = get(server.remote())
+    remote = server.remote(sha256=hashlib.sha256(GOOD).hexdigest())
+    path = get(remote)
     changed = bytearray(GOOD)
     changed[1000] ^= 1
     path.write_bytes(changed)
-    with pytest.raises(DownloadError, match=r"SHA-256 .* recorded .* remove .*model\.pth and run again"):
+    with pytest.raises(DownloadError, match=r"SHA-256 .* expected .* remove .*model\.pth and run again"):
+        get(remote)
+    assert path.exists()
+
+
+@pytest.mark.parametrize("kept", [700_000, len(GOOD) - 10])
+def test_a_complete_file_that_was_cut_short_since_is_an_error(server: Server, get: Get, kept: int) -> None:
+    path = get(server.remote())
+    path.write_bytes(GOOD[:kept])
+    with pytest.raises(DownloadError, match=r"(MiB|cut off).* remove .*model\.pth and run again"):
         get(server.remote())
     assert path.exists()
+
+
+def test_hashes_and_locks_of_older_versions_are_ignored(server: Server, get: Get) -> None:
+    get.folder.mkdir()
+    (get.folder / "hashes.json").write_text('{"model.pth": "00ff"}')
+    (get.folder / ".model.pth.lock").touch()
+    assert get(server.remote()).read_bytes() == GOOD
+    assert (get.folder / "hashes.json").read_text() == '{"model.pth": "00ff"}'
 
 
 def test_a_dropped_connection_is_resumed(server: Server, get: Get) -> None:
@@ -212,7 +232,7 @@ def test_attempts_are_bounded_and_the_part_is_kept_for_the_next_time(server: Ser
     seen: list[int] = []
     assert get(server.remote(), progress=lambda received, _: seen.append(received)).read_bytes() == GOOD
     assert seen[0] == 3000
-    assert get.names() == {"model.pth", "hashes.json"}
+    assert get.names() == {"model.pth"}
 
 
 def test_attempts_that_get_further_do_not_count(server: Server, get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +333,7 @@ def test_garbage_is_refused_at_its_first_bytes(server: Server, get: Get) -> None
     server.body = b"\x80\x02garbage" * 200_000
     with pytest.raises(DownloadError, match=r"does not begin like a file of torch\.save"):
         get(server.remote(mebibytes=None))
-    assert get.part().stat().st_size == 0
+    assert get.names() == set()
 
 
 def test_an_empty_file_is_refused(server: Server, get: Get) -> None:
@@ -350,23 +370,6 @@ def test_a_pinned_hash_has_to_agree(server: Server, get: Get) -> None:
     assert get.names() == set()
     assert get(server.remote(sha256=hashlib.sha256(GOOD).hexdigest().upper())).read_bytes() == GOOD
     assert get.names() == {"model.pth"}
-
-
-def test_another_file_than_the_first_time_is_an_error(server: Server, get: Get) -> None:
-    get(server.remote()).unlink()
-    server.body, server.etag = archive(seed=1), '"two"'
-    with pytest.raises(DownloadError, match=r"hashes\.json recorded"):
-        get(server.remote())
-    assert get.names() == {"hashes.json"}
-
-
-@pytest.mark.parametrize("content", ["{", "[]"])
-def test_unreadable_hashes_are_said_and_left_alone(server: Server, get: Get, content: str) -> None:
-    get.folder.mkdir()
-    (get.folder / "hashes.json").write_text(content)
-    with pytest.raises(DownloadError, match=r"hashes\.json .* mend or remove it"):
-        get(server.remote())
-    assert (get.folder / "hashes.json").read_text() == content
 
 
 def test_too_small_a_disk_is_said_beforehand(server: Server, get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -420,14 +423,74 @@ def test_a_part_of_another_address_is_not_continued(server: Server, get: Get) ->
     assert "Range" not in server.asked[1]
 
 
-def test_two_at_once_are_kept_apart(server: Server, get: Get) -> None:
+def test_two_at_once_have_a_part_each(server: Server, get: Get) -> None:
     def second(received: int, _: int | None) -> None:
         if received == 0:
-            with pytest.raises(DownloadError, match="by another process"):
-                get(server.remote())
+            assert get(server.remote()).read_bytes() == GOOD
+
+    server.answers = [Answer(stop=5000)]
+    with pytest.raises(DownloadError):
+        get(server.remote(), attempts=1)
+    server.answers = []
+    assert get(server.remote(), progress=lambda received, total: second(received - 5000, total)).read_bytes() == GOOD
+    assert ["Range" in headers for headers in server.asked] == [False, True, False]
+    assert get.names() == {"model.pth"}
+
+
+def test_the_second_of_two_leaves_nothing_when_it_fails(server: Server, get: Get) -> None:
+    def second(received: int, _: int | None) -> None:
+        if received == 0:
+            server.answers = [Answer(stop=5000)]
+            with pytest.raises(DownloadError):
+                get(server.remote(), attempts=1)
+            server.answers = []
+            assert get.names() == {"model.pth.part", "model.pth.part.json"}
 
     assert get(server.remote(), progress=second).read_bytes() == GOOD
-    assert len(server.asked) == 1
+    assert get.names() == {"model.pth"}
+
+
+def test_a_part_that_is_renamed_while_it_is_opened_is_not_written_to(
+    server: Server, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finish(*_: Any) -> None:  # the other process, which had the lock until now
+        get.part().rename(get.folder / "other.pth")
+
+    monkeypatch.setattr(fcntl, "flock", finish)
+    assert get(server.remote()).read_bytes() == GOOD
+    assert (get.folder / "other.pth").read_bytes() == b""
+    assert get.names() == {"model.pth", "other.pth"}
+
+
+def test_without_locks_each_download_has_a_part_of_its_own(
+    server: Server, get: Get, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    server.answers = [Answer(stop=5000), Answer()]
+    assert get(server.remote()).read_bytes() == GOOD
+    assert server.asked[1]["Range"] == "bytes=5000-"
+
+
+def test_the_part_of_a_killed_process_is_resumed(server: Server, get: Get) -> None:
+    get.folder.mkdir()
+    get.part().write_bytes(GOOD[:5000])
+    note = {"url": server.url, "validator": server.etag, "total": len(GOOD)}
+    (get.folder / "model.pth.part.json").write_text(json.dumps(note))
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'ab'); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, get.part()], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        process.stdout.readline()
+        with pytest.raises(DownloadError, match=r"has 1\.0 MiB"):  # not resumed meanwhile
+            get(server.remote(mebibytes=254))
+        assert get.part().read_bytes() == GOOD[:5000]
+        process.kill()
+    assert get(server.remote()).read_bytes() == GOOD
+    assert ["Range" in headers for headers in server.asked] == [False, True]
 
 
 def test_the_bar_takes_what_fetch_reports(server: Server, get: Get, capsys: pytest.CaptureFixture[str]) -> None:
