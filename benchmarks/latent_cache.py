@@ -92,9 +92,9 @@ def train_side_by_side(folder: Path, data: Path, steps: int, batch: int) -> None
 
 
 def training(data: Path, out: Path, tokenizer: KLTokenizer, classes: int, batch: int) -> tuple[Run, Iterator[object]]:
-    trunk = TrunkConfig(width=128, depth=3, heads=4)
+    trunk = TrunkConfig(width=128, depth=3, num_heads=4)
     model = ModelConfig(
-        channels=4, grid=(SIDE // 8, SIDE // 8), encoder=trunk, decoder=trunk, buffer=8, classes=classes,
+        channels=4, grid=(SIDE // 8, SIDE // 8), encoder=trunk, decoder=trunk, buffer_size=8, classes=classes,
         head=HeadConfig(width=128, depth=2),
     )  # fmt: skip
     config = TrainConfig(model=model, data=str(data), tokenizer="small", batch=batch, images=10**6)

@@ -34,7 +34,7 @@ def measure(name: str, dtype: str, steps: int, diffusion_steps: int) -> None:
     loaded = resident("VmRSS") - program
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
     pipeline.sample(
-        [0], [0], steps=steps, diffusion_steps=diffusion_steps, guidance=3.0, x0_bound=3.0, allow_broken=True
+        [0], [0], steps=steps, diffusion_steps=diffusion_steps, guidance_scale=3.0, x0_bound=3.0, allow_broken=True
     )
     peak = resident("VmHWM") - program
     print(

@@ -7,15 +7,15 @@
 PATH is the folder of the four gzipped IDX files of Fashion-MNIST, judged by the classifier that `fashion_judge.py
 train` made (`--classifier FILE`), or what `mar train --data` takes, judged by EfficientNet-Lite0. A recipe is one of
 `mar train`'s, or `reference`: the paper's settings at the size of this data's recipe, with EMA warm-up and a bounded
-x0. `--set model.patch=2` changes a setting of it; `--set tokenizer=FOLDER` with channels and grid to match, what is
-learned from raw pixels otherwise.
+x0. `--set model.patch_size=2` changes a setting of it; `--set tokenizer=FOLDER` with channels and grid to match, what
+is learned from raw pixels otherwise.
 
 Minutes are the processor time that learning took, divided by `--threads`: a busy neighbour takes none of them, though
 fewer pictures are seen in each while it works. How many pictures fit into them is measured before the first step, and
 warm-up and decay of the learning rate are fitted to that; the time it took in the end is told beside. Judging is not
 counted. The same command goes on where a run was stopped; of one at its end it judges what was not judged yet: another
-`--count`, `--guidance` or `--weights`. All else has to be as it was when the run was begun; the data and the classifier
-may have been moved.
+`--count`, `--guidance-scale` or `--weights`. All else has to be as it was when the run was begun; the data and the
+classifier may have been moved.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ WARM_UP, MEASURED = 2, 6.0
 def open_trial(config: TrainConfig, folder: Path, parts: tuple[Source, Source]) -> TimedRun:
     """The run of `config` on the first part, held against the second; resumed where it has saved states."""
     channels = config.model.channels
-    colours = channels if config.tokenizer == "pixels" else 1 if is_fashion(Path(config.data)) else 3
+    image_channels = channels if config.tokenizer == "pixels" else 1 if is_fashion(Path(config.data)) else 3
     check_classes(config, parts[0].classes)
     name = config.tokenizer
-    tokenizer = from_name(name, colours, channels) if is_name(name) else load_tokenizer(name)
+    tokenizer = from_name(name, image_channels, channels) if is_name(name) else load_tokenizer(name)
     transform = Transform(tokenizer.image_size(config.model.grid), tokenizer.image_channels)
     if not tokenizer.has_stats:
         tokenizer.fit(in_order(subset(parts[0], 1000), transform))
@@ -133,7 +133,7 @@ class Trial:
     def once(self, count: int, weights: str = "ema", **changes: Any) -> dict[str, Any]:
         """The line that `judge` wrote of the run as it is now, or writes where there is none yet."""
         wanted = self._about(count, weights, **changes)
-        names = {"images", "pictures", "weights", "guidance"}
+        names = {"images", "pictures", "weights", "guidance_scale"}
         written = (line for line in self.lines if {n: v for n, v in line.items() if n in names} == wanted)
         return next(written, None) or self.judge(count, weights, **changes)
 
@@ -206,8 +206,8 @@ def run_train(args: argparse.Namespace) -> None:
         if not train(run, log):
             return
         last = trial.once(args.count)
-        for guidance in args.guidance:
-            trial.once(args.count, guidance=guidance)
+        for guidance in args.guidance_scale:
+            trial.once(args.count, guidance_scale=guidance)
         for weights in args.weights:
             trial.once(args.count, weights)
         print(f"{trial.real(args.count):.3f} is the distance of {args.count:,} training pictures")
@@ -231,7 +231,7 @@ def main() -> int:
     verb.add_argument("--count", type=int, default=5000, help="pictures that are drawn and judged at the end")
     verb.add_argument("--on-the-way", type=int, default=1000, help="and at each mark")
     verb.add_argument("--marks", type=int, nargs="*", default=MARKS, metavar="MINUTES", help="when, beside the end")
-    verb.add_argument("--guidance", type=float, nargs="*", default=[], help="further scales to judge at the end")
+    verb.add_argument("--guidance-scale", type=float, nargs="*", default=[], help="further scales to judge at the end")
     verb.add_argument("--weights", nargs="*", default=[], help="others to judge at the end: raw, ema-0.99 (ema_others)")
     verb.set_defaults(run=run_train)
     verb = verbs.add_parser("table", help="all marks of runs, as Markdown")

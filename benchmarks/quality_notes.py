@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mar.checkpoint.files import write_text
+from mar.config import SamplingConfig, rename_old_keys
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -17,7 +18,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
+            lines.append(rename_old_keys(SamplingConfig, json.loads(text)))
         except json.JSONDecodeError as error:
             if text.endswith("\n"):
                 raise ValueError(f"{path}, line {number} is not JSON ({error}); take it out") from error

@@ -15,7 +15,7 @@ from mar.presets import recipe
 
 
 def settings(name: str, data: Path, changes: Sequence[str]) -> TrainConfig:
-    """The recipe called `name` with `changes` such as model.patch=2. ConfigError for what there is not."""
+    """The recipe called `name` with `changes` such as model.patch_size=2. ConfigError for what there is not."""
     base = reference(recipe("fashion" if is_fashion(data) else "cifar10")) if name == "reference" else recipe(name)
     values = to_dict(replace(base, data=str(data)))
     for change in changes:
@@ -45,11 +45,11 @@ def reference(base: TrainConfig) -> TrainConfig:
     """The paper's objective, optimizer and dropout around the trunk and the head's size of `base`, on raw pixels in
     patches of 4 x 4; constant rate."""
     head = HeadConfig(width=base.model.head.width, depth=base.model.head.depth)
-    encoder, decoder = (TrunkConfig(t.width, t.depth, t.heads) for t in (base.model.encoder, base.model.decoder))
+    encoder, decoder = (TrunkConfig(t.width, t.depth, t.num_heads) for t in (base.model.encoder, base.model.decoder))
     grey = base.model.channels == 1
     channels, side = (1, 28) if grey else (3, 32)
     model = replace(
-        base.model, channels=channels, grid=(side, side), patch=4, encoder=encoder, decoder=decoder, head=head,
+        base.model, channels=channels, grid=(side, side), patch_size=4, encoder=encoder, decoder=decoder, head=head,
         attention_dropout=0.1, projection_dropout=0.1, mask_ratio_min=0.7,
     )  # fmt: skip
     return replace(

@@ -9,6 +9,8 @@ from typing import Any
 
 from quality_notes import read_lines
 
+from mar.config import SamplingConfig, rename_old_keys
+
 TRIAL, MARKED = "trial.json", "quality.jsonl"
 """What a trial is, and what was said of it at its marks: files of its folder."""
 
@@ -34,8 +36,9 @@ def run_table(args: argparse.Namespace) -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- | --- |")
     for folder in args.folders:
         kept, lines = read(folder)
+        sampling = rename_old_keys(SamplingConfig, kept["config"]["sampling"])
         for line in lines:
-            guidance = line.get("guidance", kept["config"]["sampling"]["guidance"])
+            guidance = line.get("guidance_scale", sampling["guidance_scale"])
             rate = line["images"] / line["minutes"] / 60
             loss, distance = shown(line.get("val_loss"), ".4f"), shown(line.get("distance"), ".2f")
             print(
@@ -53,7 +56,7 @@ def run_plot(args: argparse.Namespace) -> None:
     axes = figure.subplots()
     for folder in args.folders:
         kept, lines = read(folder)
-        usual = [line for line in lines if "distance" in line and not {"guidance", "weights"} & {*line}]
+        usual = [line for line in lines if "distance" in line and not {"guidance_scale", "weights"} & {*line}]
         points = [(line["minutes"], line["distance"]) for line in usual]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=f"{folder.name} ({kept['recipe']})")

@@ -31,7 +31,7 @@ class Block(nn.Module):
     def __init__(self, trunk: TrunkConfig, attention_dropout: float, dropout: float) -> None:
         super().__init__()
         width, hidden = trunk.width, int(trunk.width * trunk.mlp_ratio)
-        self.heads, self.attention_dropout = trunk.heads, attention_dropout
+        self.num_heads, self.attention_dropout = trunk.num_heads, attention_dropout
         self.norm1, self.norm2 = nn.LayerNorm(width, EPS), nn.LayerNorm(width, EPS)
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         drop = nn.Dropout(dropout)
@@ -40,7 +40,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, s, e = x.shape
-        q, k, v = self.qkv(self.norm1(x)).reshape(n, s, 3, self.heads, e // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = (
+            self.qkv(self.norm1(x))
+            .reshape(n, s, 3, self.num_heads, e // self.num_heads)
+            .permute(2, 0, 3, 1, 4)
+            .unbind(0)
+        )
         mixed = functional.scaled_dot_product_attention(q, k, v, dropout_p=self.attention_dropout)
         x = x + self.drop(self.out(mixed.transpose(1, 2).reshape(n, s, e)))
         return x + self.mlp(self.norm2(x))
@@ -91,7 +96,7 @@ class Reference(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        e, f, length, buffer = config.encoder.width, config.decoder.width, config.tokens, config.buffer
+        e, f, length, buffer = config.encoder.width, config.decoder.width, config.tokens, config.buffer_size
         dropouts = (config.attention_dropout, config.projection_dropout)
         self.classes, self.null = nn.Embedding(config.classes, e), nn.Parameter(torch.zeros(1, e))
         self.tokens, self.embed = nn.Linear(config.token_width, e), nn.Linear(e, f)
@@ -107,7 +112,7 @@ class Reference(nn.Module):
         self.register_buffer("table", table, persistent=False)
 
     def forward(self, latents: Tensor, labels: Tensor, masked: int) -> Tensor:
-        tokens = patchify(latents, self.config.patch)
+        tokens = patchify(latents, self.config.patch_size)
         mask = self.draw_mask(len(tokens), masked)
         return self.head_loss(tokens, self.trunk(tokens, self.embed_labels(labels), mask), mask)
 
@@ -120,7 +125,7 @@ class Reference(nn.Module):
         return dropped * self.null + (1 - dropped) * self.classes(labels)
 
     def trunk(self, tokens: Tensor, classes: Tensor, mask: Tensor) -> Tensor:
-        n, buffer = len(tokens), self.config.buffer
+        n, buffer = len(tokens), self.config.buffer_size
         x = torch.cat([torch.zeros(n, buffer, classes.shape[-1]), self.tokens(tokens)], dim=1)
         with_buffer = torch.cat([torch.zeros(n, buffer), mask], dim=1)
         x[:, :buffer] = classes[:, None]

@@ -70,7 +70,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     model = random_model(options.model)
     sampling = SamplingConfig(
-        options.steps, options.diffusion_steps, SAMPLING[options.model].guidance, x0_bound=X0_BOUND
+        options.steps, options.diffusion_steps, SAMPLING[options.model].guidance_scale, x0_bound=X0_BOUND
     )
     schedule = cosine(model.config.head.diffusion_steps)
     labels = torch.arange(options.images) % model.config.classes
@@ -81,7 +81,7 @@ def main() -> None:
     for preset in options.preset:
         way = apply_preset(sampling, model.config.tokens, preset)
         steps = min(way.steps, model.config.tokens)
-        alike = way.guidance_refresh == 1 and way.guidance_from == 0.0  # neighbours do as much work as each other
+        alike = way.uncond_interval == 1 and way.guidance_interval[0] == 0.0  # neighbours do as much work as each other
         measured = choose_steps(steps, options.every if alike and not options.full else 1)
         task = Task(labels, way, schedule, measured)
         runs = measure(model, task, options.repeats, bf16, options.int8)
@@ -280,7 +280,7 @@ def print_settings(options: argparse.Namespace, preset: str, task: Task, model: 
     drawn = sum(weight * len(state.revealed(i)) for state, weight in states(model, task) for i in range(images))
     print(
         f"{options.model} with random weights, {images} image(s), preset {preset}, K={steps}, "
-        f"{sampling.diffusion_steps} diffusion steps, guidance {sampling.guidance} {sampling.guidance_schedule}; "
+        f"{sampling.diffusion_steps} diffusion steps, guidance {sampling.guidance_scale} {sampling.guidance_schedule}; "
         f"{torch.get_num_threads()} thread(s), torch {torch.__version__}\n"
         f"measured {len(task.measured)} of {steps} reveal steps, standing for {drawn} of "
         f"{images * model.config.tokens} tokens; medians of {options.repeats}"

@@ -49,7 +49,7 @@ class Ours:
         run.model.zero_grad()
         draws = times("draws", lambda: sample_randomness(config.model, 0, number, range(config.batch)))
         hidden, visible = split_by_mask(draws.order, draws.masked)
-        tokens = patchify(self.latents, config.model.patch)
+        tokens = patchify(self.latents, config.model.patch_size)
         labels = torch.where(draws.drop_label, UNCONDITIONAL, self.labels)
         with trainer.autocast(run.device, config.precision):
             z = times("trunk", lambda: gather_tokens(run.model(tokens, labels, visible), hidden))
@@ -83,7 +83,7 @@ class Theirs:
         """As ours."""
         model, times, masked = self.model, Times(), masked_of(self.config.model, number)
         model.zero_grad()
-        tokens = patchify(self.latents, self.config.model.patch)
+        tokens = patchify(self.latents, self.config.model.patch_size)
         mask = times("draws", lambda: model.draw_mask(len(tokens), masked))
         z = times("trunk", lambda: model.trunk(tokens, model.embed_labels(self.labels), mask))
         copy = z.detach().requires_grad_()

@@ -43,13 +43,13 @@ from mar.pipeline import Pipeline
 from mar.sampling.generate import BrokenLatents
 from mar.sampling.plan import Plan
 
-FEW = "spacing=log-snr noisiest=0.95"
+FEW = "timestep_spacing=log-snr start_t=0.95"
 """What belongs to the solvers that need few steps."""
 WAYS = (
     "preset=exact",
     "preset=balanced",
     "preset=fast",
-    "preset=fast guidance_refresh=1",
+    "preset=fast uncond_interval=1",
     "preset=fast guidance_from=0.0",
     "preset=fast diffusion_steps_end=5",
     "preset=fast order=halton",
@@ -62,20 +62,20 @@ WAYS = (
     "diffusion_steps=15",
     "diffusion_steps=10",
     "diffusion_steps=25 diffusion_steps_end=8",
-    "diffusion_steps=10 solver=ddim noisiest=0.95",
+    "diffusion_steps=10 solver=ddim start_t=0.95",
     f"diffusion_steps=10 solver=dpm++2s {FEW}",
     f"diffusion_steps=8 solver=dpm++2m {FEW}",
     f"diffusion_steps=8 solver=dpm++2m-sde {FEW}",
     f"diffusion_steps=12 solver=dpm++2m-sde {FEW}",
     # guidance
-    "guidance_refresh=2",
-    "guidance_refresh=3",
+    "uncond_interval=2",
+    "uncond_interval=3",
     "guidance_from=0.1",
     "guidance_from=0.3",
     # order and schedule, where few steps reveal many tokens each
     "K=10 order=checkerboard",
     "K=10 order=halton",
-    "K=10 reveal_schedule=exponential",
+    "K=10 mask_schedule=exponential",
     # together
     f"K=10 diffusion_steps=8 solver=dpm++2m {FEW}",
     f"K=10 diffusion_steps=8 solver=dpm++2m-sde {FEW}",

@@ -181,7 +181,7 @@ def child(options: argparse.Namespace) -> dict[str, Any]:
     before = peak()
     config = TrainConfig(model=MODELS[options.model], batch=options.batch)
     if options.child in MODES:
-        config = replace(config, recompute=options.child)
+        config = replace(config, activation_checkpointing=options.child)
     elif options.child == "bf16":
         config = replace(config, precision="bf16")
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ from mar.tokenizer import PixelTokenizer
 from mar.training.run import open_run
 from mar.training.trainer import Run
 
-TRUNK = TrunkConfig(width=16, depth=1, heads=2, mlp_ratio=2.0)
+TRUNK = TrunkConfig(width=16, depth=1, num_heads=2, mlp_ratio=2.0)
 HEAD = HeadConfig(width=16, depth=1, prediction="v", batch_mul=2)
 FAST = SamplingConfig(steps=4, diffusion_steps=4)
 
@@ -27,7 +27,7 @@ FAST = SamplingConfig(steps=4, diffusion_steps=4)
 def config(**changes: Any) -> ModelConfig:
     """A model of 4x4 tokens of two values, three classes and v prediction, but for `changes`."""
     settings: dict[str, Any] = {
-        "channels": 2, "grid": (4, 4), "encoder": TRUNK, "decoder": TRUNK, "head": HEAD, "buffer": 2, "classes": 3,
+        "channels": 2, "grid": (4, 4), "encoder": TRUNK, "decoder": TRUNK, "head": HEAD, "buffer_size": 2, "classes": 3,
     }  # fmt: skip
     return ModelConfig(**{**settings, **changes})
 
@@ -68,7 +68,7 @@ def pictures(folder: Path, count: int = 20) -> Path:
 
 def train_config(data: Path, **changes: Any) -> TrainConfig:
     """A run over `pictures`, 4 a step for ten steps; dropouts on as in the paper."""
-    small = config(channels=1, grid=(8, 8), patch=2, classes=2)
+    small = config(channels=1, grid=(8, 8), patch_size=2, classes=2)
     settings: dict[str, Any] = {
         "model": small, "sampling": FAST, "data": str(data), "images": 40, "batch": 4, "lr": 0.5, "warmup": 12,
         "ema": 0.99, "save_every": 10_000, "sample_every": 0, "log_every": 1, "seed": 5,

@@ -14,15 +14,14 @@ def ways(draw: st.DrawFn) -> dict[str, Any]:
     """Fields of SamplingConfig beside `steps` and `diffusion_steps`; few diffusion steps, guidance or none."""
     start, end = sorted(draw(st.tuples(*2 * [st.sampled_from([0.0, 0.2, 0.5, 1.0])])))
     return {
-        "guidance": draw(st.sampled_from([1.0, 2.5])),
+        "guidance_scale": draw(st.sampled_from([1.0, 2.5])),
         "guidance_schedule": draw(st.sampled_from(["linear", "constant"])),
         "solver": draw(st.sampled_from(get_args(Solver))),
-        "spacing": draw(st.sampled_from(get_args(TimestepSpacing))),
+        "timestep_spacing": draw(st.sampled_from(get_args(TimestepSpacing))),
         "diffusion_steps_end": draw(st.sampled_from([None, 1, 5])),
-        "noisiest": draw(st.sampled_from([1.0, 0.95])),
-        "guidance_from": start,
-        "guidance_until": end,
-        "guidance_refresh": draw(st.integers(1, 4)),
-        "reveal_schedule": draw(st.sampled_from(get_args(MaskSchedule))),
+        "start_t": draw(st.sampled_from([1.0, 0.95])),
+        "guidance_interval": (start, end),
+        "uncond_interval": draw(st.integers(1, 4)),
+        "mask_schedule": draw(st.sampled_from(get_args(MaskSchedule))),
         "order": draw(st.sampled_from(get_args(Order))),
     }

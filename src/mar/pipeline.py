@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mar.backends.cpu.int8 import is_quantized, quantize_, require_int8
 from mar.checkpoint import store
-from mar.config import ConfigError, SamplingConfig, to_dict
+from mar.config import ConfigError, SamplingConfig, rename_old_keys, to_dict_for_hash
+from mar.config.fields import log_new_names
 from mar.data.images import Transform
 from mar.data.labels import resolve_labels
 from mar.model.mar import MAR
@@ -123,7 +124,7 @@ class Pipeline(
 
     def fingerprint(self) -> str:
         """sha256, in hex, of everything that pictures depend on but sampling: weights as loaded, model, tokenizer."""
-        configs = {"model": to_dict(self.model.config), "tokenizer": self.tokenizer.config()}
+        configs = {"model": to_dict_for_hash(self.model.config), "tokenizer": self.tokenizer.config()}
         digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
         for module in (self.model, self.tokenizer):
             for name, tensor in sorted(module.state_dict().items()):
@@ -139,7 +140,8 @@ class Pipeline(
         ConfigError for what can't be, or asks more than the model has learned.
         """
         sampling = self.sampling if preset is None else apply_preset(self.sampling, self.model.config.tokens, preset)
-        sampling = replace(sampling, **changes)
+        log_new_names(SamplingConfig, changes)
+        sampling = replace(sampling, **rename_old_keys(SamplingConfig, changes, base=sampling))
         sampling.check(self.model.config)
         return sampling
 
@@ -166,7 +168,7 @@ class Pipeline(
     ) -> list[Image.Image] | Tensor:
         """Draws a picture for each label (number, class name, or None) and seed (0, 1, 2, ... by default).
 
-        `settings` are those of `sampling_with`: a preset, and fields of SamplingConfig (guidance, steps, ...) that
+        `settings` are those of `sampling_with`: a preset, and fields of SamplingConfig (guidance_scale, ...) that
         differ from the model's own. `known` pictures are kept where `mask`, one flag a token, is false. Returns PIL
         images, or a float32 tensor (n, channels, height, width) in [-1, 1]. A picture depends on its label, seed, known
         part and the settings alone, not on `batch`, unless the weights are int8. Raises BrokenLatents for noise, unless
@@ -261,7 +263,7 @@ class Pipeline(
         return self.tokenizer.decode(latents.nan_to_num(0.0, 0.0, 0.0)).cpu()
 
     def _to_pixels(self, tokens: Tensor) -> Tensor:
-        side = self.model.config.patch * self.tokenizer.stride
+        side = self.model.config.patch_size * self.tokenizer.stride
         return tokens.repeat_interleave(side, 1).repeat_interleave(side, 2).unsqueeze(1)
 
     # ---- keeping

@@ -32,9 +32,9 @@ MODELS: dict[str, ModelConfig] = {
 """The paper's models for ImageNet 256x256 in KL-16 latents: 208, 479 and 943 million parameters (paper, table 4)."""
 
 SAMPLING: dict[str, SamplingConfig] = {
-    "mar-base": SamplingConfig(steps=256, guidance=2.9),
-    "mar-large": SamplingConfig(steps=256, guidance=3.0),
-    "mar-huge": SamplingConfig(steps=256, guidance=3.2),
+    "mar-base": SamplingConfig(steps=256, guidance_scale=2.9),
+    "mar-large": SamplingConfig(steps=256, guidance_scale=3.0),
+    "mar-huge": SamplingConfig(steps=256, guidance_scale=3.2),
 }
 """The guidance with which each official model reaches its published FID: 2.31, 1.78, 1.55 (paper, table 4)."""
 
@@ -48,41 +48,45 @@ class SamplingPreset:
     diffusion_steps: int | None = None
     """The same number for every model: what a solver needs does not depend on how many a model takes by itself."""
     solver: Solver | None = None
-    spacing: TimestepSpacing | None = None
-    noisiest: float | None = None
-    guidance_from: float | None = None
-    guidance_refresh: int | None = None
+    timestep_spacing: TimestepSpacing | None = None
+    start_t: float | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    uncond_interval: int | None = None
 
     def of(self, sampling: SamplingConfig, tokens: int) -> SamplingConfig:
         """`sampling` so hastened, for pictures of L `tokens`."""
         reveals = sampling.steps if self.steps is None else math.ceil(self.steps * math.sqrt(tokens))
-        first, end = sampling.diffusion_steps, sampling.diffusion_steps_end
+        end = min(sampling.guidance_interval[1], self.guidance_interval[1])
+        start = min(max(sampling.guidance_interval[0], self.guidance_interval[0]), end)
+        first, last = sampling.diffusion_steps, sampling.diffusion_steps_end
         if self.diffusion_steps is not None:
-            first, end = min(first, self.diffusion_steps), None if end is None else min(end, self.diffusion_steps)
+            first, last = min(first, self.diffusion_steps), None if last is None else min(last, self.diffusion_steps)
         return replace(
             sampling,
             steps=min(sampling.steps, reveals),
             diffusion_steps=first,
-            diffusion_steps_end=end,
+            diffusion_steps_end=last,
             solver=self.solver or sampling.solver,
-            spacing=self.spacing or sampling.spacing,
-            noisiest=min(self.noisiest or 1.0, sampling.noisiest),
-            guidance_from=min(max(self.guidance_from or 0.0, sampling.guidance_from), sampling.guidance_until),
-            guidance_refresh=max(self.guidance_refresh or 1, sampling.guidance_refresh),
+            timestep_spacing=self.timestep_spacing or sampling.timestep_spacing,
+            start_t=min(self.start_t or 1.0, sampling.start_t),
+            guidance_interval=(start, end),
+            uncond_interval=max(self.uncond_interval or 1, sampling.uncond_interval),
         )
 
 
 SAMPLING_PRESETS: dict[Preset, SamplingPreset] = {
     "exact": SamplingPreset(),
-    "balanced": SamplingPreset(steps=1.75, solver="dpm++2m-sde", spacing="log-snr", diffusion_steps=12, noisiest=0.95),
+    "balanced": SamplingPreset(
+        steps=1.75, solver="dpm++2m-sde", timestep_spacing="log-snr", diffusion_steps=12, start_t=0.95
+    ),
     "fast": SamplingPreset(
         steps=1.05,
         solver="dpm++2m-sde",
-        spacing="log-snr",
+        timestep_spacing="log-snr",
         diffusion_steps=8,
-        noisiest=0.95,
-        guidance_from=0.1,
-        guidance_refresh=3,
+        start_t=0.95,
+        guidance_interval=(0.1, 1.0),
+        uncond_interval=3,
     ),
 }
 """Ways to draw, by name. 5,000 pictures of the bundled model: `exact` is at a distance of 2.30, `balanced` at 2.03 in
@@ -142,16 +146,16 @@ FASHION = TrainConfig(
     model=ModelConfig(
         channels=1,
         grid=(28, 28),
-        patch=4,
-        encoder=TrunkConfig(width=160, depth=3, heads=5, rotary=True),
-        decoder=TrunkConfig(width=160, depth=5, heads=5, rotary=True),
+        patch_size=4,
+        encoder=TrunkConfig(width=160, depth=3, num_heads=5, rotary=True),
+        decoder=TrunkConfig(width=160, depth=5, num_heads=5, rotary=True),
         head=HeadConfig(width=224, depth=3, prediction="v", batch_mul=3),
-        buffer=8,
+        buffer_size=8,
         classes=10,
         attention_dropout=0.0,
         projection_dropout=0.0,
     ),
-    sampling=SamplingConfig(steps=20, diffusion_steps=25, guidance=4.0, x0_bound=2.2),
+    sampling=SamplingConfig(steps=20, diffusion_steps=25, guidance_scale=4.0, x0_bound=2.2),
     data="fashion",
     images=210_000,
     batch=32,
@@ -175,9 +179,11 @@ The bundled model is from before its rotary positions and its rate of 0.012: 210
 
 CIFAR10 = replace(
     FASHION,
-    model=replace(FASHION.model, channels=16, grid=(8, 8), patch=1, head=replace(FASHION.model.head, prediction="x0")),
+    model=replace(
+        FASHION.model, channels=16, grid=(8, 8), patch_size=1, head=replace(FASHION.model.head, prediction="x0")
+    ),
     tokenizer="pca4",
-    sampling=SamplingConfig(steps=24, guidance=4.0, x0_bound=10.0, **OF_X0),
+    sampling=SamplingConfig(steps=24, guidance_scale=4.0, x0_bound=10.0, **OF_X0),
     data="cifar10",
     images=1_000_000,
     decay=330_000,

@@ -93,8 +93,8 @@ def import_official(
     *,
     weights: official.Weights = "ema",
     sampling: SamplingConfig | None = None,
-    heads: int | None = None,
-    patch: int | None = None,
+    num_heads: int | None = None,
+    patch_size: int | None = None,
 ) -> Pipeline:
     """Load an official `checkpoint-last.pth` with the KL-16 tokenizer.
 
@@ -103,12 +103,12 @@ def import_official(
         tokenizer: kl16.ckpt.
         weights: which weights to take.
         sampling: defaults of the pipeline.
-        heads: attention heads, where the file does not tell: for models that are not B, L or H.
-        patch: patch size, where the file does not tell.
+        num_heads: attention heads, where the file does not tell: for models that are not B, L or H.
+        patch_size: patch size, where the file does not tell.
     """
     if tokenizer is None:
         raise CheckpointError(f"{path} needs the KL-16 tokenizer beside it; get it with `mar download kl16`")
-    read = official.read_mar(path, weights, heads=heads, patch=patch)
+    read = official.read_mar(path, weights, num_heads=num_heads, patch_size=patch_size)
     with init_empty_weights():
         model = MAR(read.model_config)
     model.load_state_dict(read.state, assign=True)

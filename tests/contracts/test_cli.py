@@ -26,16 +26,16 @@ from mar.pipeline import Pipeline
 from mar.presets import apply_preset
 from mar.tokenizer import PixelTokenizer
 
-TRUNK = TrunkConfig(width=16, depth=1, heads=2)
+TRUNK = TrunkConfig(width=16, depth=1, num_heads=2)
 HEAD = HeadConfig(width=16, depth=1, prediction="v", batch_mul=1)
-TINY = ["--model.encoder.width", "16", "--model.encoder.heads", "2", "--model.encoder.depth", "1"]
-TINY += ["--model.decoder.width", "16", "--model.decoder.heads", "2", "--model.decoder.depth", "1"]
+TINY = ["--model.encoder.width", "16", "--model.encoder.num-heads", "2", "--model.encoder.depth", "1"]
+TINY += ["--model.decoder.width", "16", "--model.decoder.num-heads", "2", "--model.decoder.depth", "1"]
 TINY += ["--model.head.width", "16", "--model.head.depth", "1"]
 
 
 def config(label_drop: float = 0.1) -> ModelConfig:
     return ModelConfig(
-        channels=1, grid=(8, 8), patch=4, encoder=TRUNK, decoder=TRUNK, head=HEAD, buffer=2, classes=3,
+        channels=1, grid=(8, 8), patch_size=4, encoder=TRUNK, decoder=TRUNK, head=HEAD, buffer_size=2, classes=3,
         label_drop=label_drop,
     )  # fmt: skip
 
@@ -79,9 +79,9 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         (["--x0-bound", "None"], ["--x0-bound", "got 'None', expected FLOAT or off"]),
         (["--diffusion-steps-end", "None"], ["--diffusion-steps-end", "got 'None', expected INT or off"]),
         (["--diffusion-steps-end", "1001"], ["diffusion_steps_end is 1001", "1000"]),
-        (["--noisiest", "0"], ["noisiest is 0"]),
-        (["--guidance-from", "0.7", "--guidance-until", "0.2"], ["0.7", "0.2"]),
-        (["--guidance-refresh", "0"], ["guidance_refresh", "at least 1"]),
+        (["--start-t", "0"], ["start_t is 0"]),
+        (["--guidance-interval", "0.7", "0.2"], ["0.7", "0.2"]),
+        (["--uncond-interval", "0"], ["uncond_interval", "at least 1"]),
         (["--device", "tpu"], ["tpu", "cpu"]),
         (["--bogus", "1"], ["--bogus", "mar sample --help"]),
     ],
@@ -95,12 +95,12 @@ def test_a_sample_that_can_not_be(
 
 
 def test_a_preset_with_flags_and_what_the_picture_says_of_it(model: Path, tmp_path: Path) -> None:
-    way = ["--preset", "fast", "--guidance", "2", "--order", "halton", "--diffusion-steps", "3"]
+    way = ["--preset", "fast", "--guidance-scale", "2", "--order", "halton", "--diffusion-steps", "3"]
     assert main(["sample", str(model), "--labels", "dog", "--out", str(tmp_path / "out"), "--device", "cpu", *way]) == 0
     with Image.open(tmp_path / "out" / "dog-00000.png") as image:
         facts = json.loads(image.text["mar"])  # type: ignore[attr-defined]
     expected = apply_preset(SamplingConfig(steps=2, diffusion_steps=2, x0_bound=3), 4, "fast")
-    expected = replace(expected, guidance=2.0, order="halton", diffusion_steps=3)
+    expected = replace(expected, guidance_scale=2.0, order="halton", diffusion_steps=3)
     assert {name: facts[name] for name in to_dict(expected)} == to_dict(expected)
     held = Pipeline.open(model)
     assert (facts["label"], facts["dtype"], facts["seed"]) == (held.classes.index("dog"), "fp32", 0)
@@ -117,9 +117,9 @@ def test_off_is_another_thing_than_the_models_own() -> None:
 
 def test_guidance_needs_a_class_free_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny(tmp_path / "classful.safetensors", label_drop=0.0)
-    said = refused(capsys, "sample", path, "--guidance", "2", "--out", tmp_path / "out")
+    said = refused(capsys, "sample", path, "--guidance-scale", "2", "--out", tmp_path / "out")
     assert "label_drop 0" in said
-    assert "guidance 1" in said
+    assert "guidance_scale 1" in said
 
 
 def test_a_patch_that_does_not_divide_the_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,7 +136,7 @@ def test_a_truncated_checkpoint(model: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_a_checkpoint_of_another_config(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = model.read_bytes()
-    model.write_bytes(data.replace(b'\\"buffer\\": 2', b'\\"buffer\\": 3'))
+    model.write_bytes(data.replace(b'\\"buffer_size\\": 2', b'\\"buffer_size\\": 3'))
     said = refused(capsys, "sample", model, "--out", tmp_path / "out")
     assert "config" in said
     assert "encoder_position" in said
@@ -269,7 +269,7 @@ def test_a_tokenizer_of_ones_own_then_a_model_on_it(tmp_path: Path, capsys: pyte
     assert main([*command, "--images", "4"]) == 0
     assert main([*command, "--images", "8"]) == 0
     said = capsys.readouterr()
-    assert "768 values in, 20 out: 38.4 times fewer\n4 tokens of 5 values with --model.patch 1\n" in said.out
+    assert "768 values in, 20 out: 38.4 times fewer\n4 tokens of 5 values with --model.patch-size 1\n" in said.out
     assert "PSNR " in said.out
     assert "on 1 held-out pictures" in said.out
     names = {path.name for path in Path(vae).iterdir()}
@@ -343,7 +343,14 @@ def refused_after(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> s
 
 def test_convert_to_the_official_format_and_half_the_size(tmp_path: Path) -> None:
     noise = ModelConfig(
-        channels=1, grid=(8, 8), patch=4, encoder=TRUNK, decoder=TRUNK, head=HeadConfig(16, 1), buffer=2, classes=3
+        channels=1,
+        grid=(8, 8),
+        patch_size=4,
+        encoder=TRUNK,
+        decoder=TRUNK,
+        head=HeadConfig(16, 1),
+        buffer_size=2,
+        classes=3,
     )
     source = tmp_path / "ours.safetensors"
     Pipeline(MAR(noise), PixelTokenizer(1, 0.0, 1.0)).save(source)
@@ -369,7 +376,7 @@ def test_too_little_memory_is_one_line(
 
 
 def small(weights: str = "ema", seed: int = 0) -> Pipeline:
-    noise = ModelConfig(channels=1, grid=(4, 4), encoder=TRUNK, decoder=TRUNK, head=HeadConfig(16, 1), buffer=2)
+    noise = ModelConfig(channels=1, grid=(4, 4), encoder=TRUNK, decoder=TRUNK, head=HeadConfig(16, 1), buffer_size=2)
     torch.manual_seed(seed)
     return Pipeline(MAR(noise), PixelTokenizer(1, 0.0, 1.0), weights=weights)
 
@@ -388,7 +395,7 @@ def test_convert_takes_the_weights_of_a_run_that_are_asked_for(tmp_path: Path) -
     ("arguments", "words"),
     [
         (["m.safetensors", "o.safetensors", "--weights", "raw"], "--weights says nothing of m.safetensors"),
-        (["m.safetensors", "o.safetensors", "--heads", "2"], "--heads says nothing of m.safetensors"),
+        (["m.safetensors", "o.safetensors", "--num-heads", "2"], "--num-heads says nothing of m.safetensors"),
         (["run", "o.safetensors", "--tokenizer", "kl16.ckpt"], "--tokenizer says nothing of run"),
         (["run", "o.safetensors", "--weights", "raw"], "model-raw.safetensors"),
         (["m.safetensors", "o.pth", "--dtype", "bf16"], "--dtype says nothing of the official format"),

@@ -309,9 +309,9 @@ def test_what_a_folder_gets_is_as_it_is_said() -> None:
 
 def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With a model of the bundled one's shape and classes, tiny and untrained, in its place."""
-    trunk = config.TrunkConfig(width=8, depth=1, heads=1)
+    trunk = config.TrunkConfig(width=8, depth=1, num_heads=1)
     tiny = dataclasses.replace(
-        presets.FASHION.model, encoder=trunk, decoder=trunk, head=config.HeadConfig(8, 1, prediction="v"), buffer=2
+        presets.FASHION.model, encoder=trunk, decoder=trunk, head=config.HeadConfig(8, 1, prediction="v"), buffer_size=2
     )
     sampling = config.SamplingConfig(steps=2, diffusion_steps=2, x0_bound=1.0)
 

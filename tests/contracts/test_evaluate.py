@@ -274,7 +274,7 @@ def never(*_: object, **__: object) -> None:
         (["floats.npz", "--reference", "statistics.npz"], ["float32", "expected uint8"]),
         (["unnamed.npz", "--reference", "statistics.npz"], ["no arr_0"]),
         (["statistics.npz", "--reference", "statistics.npz", "--count", "9"], ["count needs pictures"]),
-        (["pictures", "--reference", "pictures", "--guidance", "4"], ["guidance is of drawing", "is no model"]),
+        (["pictures", "--reference", "pictures", "--guidance-scale", "4"], ["guidance-scale is of drawing"]),
         (["pictures", "--reference", "pictures", "--preset", "fast"], ["leave --preset out"]),
         (["pictures", "--reference", "pictures", "--dtype", "int8"], ["leave --dtype out"]),
         (["pictures", "--reference", "pictures", "--seed", "7"], ["leave --seed out"]),
@@ -411,7 +411,7 @@ def undisturbed(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_sweep(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     held = table(undisturbed)
     assert [row["point"] for row in held["rows"]] == [
-        {"guidance": guidance, "steps": steps} for guidance in (1.0, 3.0) for steps in (1, 4)
+        {"guidance_scale": guidance, "steps": steps} for guidance in (1.0, 3.0) for steps in (1, 4)
     ]
     assert len({row["report"]["distance"] for row in held["rows"]}) == 4
     assert sorted(path.name for path in undisturbed.iterdir()) == ["sweep.csv", "sweep.json", "sweep.png"]
@@ -421,7 +421,7 @@ def test_a_sweep(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr()
     assert said.err == ""
     best = min(held["rows"], key=lambda row: row["report"]["distance"])
-    assert f"guidance {best['point']['guidance']}, steps {best['point']['steps']}: FD (tiny)" in said.out
+    assert f"guidance scale {best['point']['guidance_scale']}, steps {best['point']['steps']}: FD (tiny)" in said.out
 
 
 def test_a_sweep_over_presets_and_solvers(tmp_path: Path) -> None:
@@ -482,7 +482,7 @@ def test_a_sweep_that_was_stopped_goes_on(
     [
         (["--seed", "1"], "seed 0 -> 1"),
         (["--temperature", "0.5"], "temperature 1.0 -> 0.5"),
-        (["--sweep", "temperature=0.5,1"], "swept guidance, steps -> guidance, steps, temperature"),
+        (["--sweep", "temperature=0.5,1"], "swept guidance_scale, steps -> guidance_scale, steps, temperature"),
         (["--count", "14"], "pictures 12 -> 14"),
         (["--features", f"{judges.__file__}:other", "--reference", "pictures"], "features"),
         (["--splits", "3"], "splits 10 -> 3"),

@@ -31,8 +31,8 @@ from mar.tokenizer.kl import from_config
 from mar.training.run import keep_settings
 from mar.training.tokenizer import architecture
 
-SMALL = ["--model.encoder.width", "16", "--model.encoder.heads", "2", "--model.encoder.depth", "1"]
-SMALL += ["--model.decoder.width", "16", "--model.decoder.heads", "2", "--model.decoder.depth", "1"]
+SMALL = ["--model.encoder.width", "16", "--model.encoder.num-heads", "2", "--model.encoder.depth", "1"]
+SMALL += ["--model.decoder.width", "16", "--model.decoder.num-heads", "2", "--model.decoder.depth", "1"]
 SMALL += ["--model.head.width", "16", "--model.head.depth", "1", "--sampling.steps", "2"]
 SMALL += ["--sampling.diffusion-steps", "2", "--sampling.x0-bound", "1", "--device", "cpu"]
 SHORT = ["--images", "16", "--batch", "4", "--log-every", "1", "--save-every", "4"]
@@ -69,7 +69,7 @@ def test_small_grey_pictures_become_pixels(data: Path, tmp_path: Path) -> None:
     config = steps.train.config
     assert (steps.tokenizer, steps.cache) == (None, None)
     assert (config.data, config.tokenizer, config.model.classes) == (str(data), "pixels", 2)
-    assert (config.model.channels, config.model.grid, config.model.patch) == (1, (8, 8), 2)
+    assert (config.model.channels, config.model.grid, config.model.patch_size) == (1, (8, 8), 2)
     assert "20 grey pictures in 2 classes, typically of 8 pixels, cut to 8x8; raw pixels, 16 tokens" in steps.told[0]
     assert "3 + 5 blocks 192 wide, head 3 x 256; 100,000 pictures to be seen in all, 32 a step" in steps.told[1]
     assert not (tmp_path / "run").exists()
@@ -103,20 +103,20 @@ def test_flat_pictures_are_no_mistake(tmp_path: Path) -> None:
 def test_grey_pictures_have_grey_components(data: Path, tmp_path: Path) -> None:
     """Of colours that are all the same, there would be three times the values, and pictures in colour."""
     out = tmp_path / "run"
-    assert planned(data, "--out", out, "--tokenizer", "pca4").train.config.colours == 1
+    assert planned(data, "--out", out, "--tokenizer", "pca4").train.config.image_channels == 1
     run = command(str(data), str(out), "--tokenizer", "pca4", "--sample-every", "0", "--images", "4")
     assert main(run) == 0
     model = Pipeline.open(out / "model.safetensors")
     assert (model.tokenizer.image_channels, model.tokenizer.channels) == (1, 16)
     assert model.sample([0], steps=1, diffusion_steps=2)[0].mode == "L"
-    assert planned(data, "--out", out).train.config.colours is None, "pixels say it themselves"
-    assert planned("fashion", "--tokenizer", "pca4").train.config.colours is None, "the bundled ones are known"
+    assert planned(data, "--out", out).train.config.image_channels is None, "pixels say it themselves"
+    assert planned("fashion", "--tokenizer", "pca4").train.config.image_channels is None, "the bundled ones are known"
 
 
 def test_every_choice_may_be_changed(tmp_path: Path) -> None:
     data, out = colour(tmp_path / "data", 20, (90, 140)), tmp_path / "run"
     pixels = planned(data, "--out", out, "--tokenizer", "pixels").train.config
-    assert (pixels.model.grid, pixels.model.patch, pixels.tokenizer) == ((64, 64), 4, "pixels")
+    assert (pixels.model.grid, pixels.model.patch_size, pixels.tokenizer) == ((64, 64), 4, "pixels")
     smaller = planned(data, "--out", out, "--image-size", "32", "24").train.config
     assert (smaller.model.grid, smaller.model.channels, smaller.tokenizer) == ((8, 6), 16, "pca4")
     taken = planned(data, "--out", out, "--tokenizer", "pca8", "--model.channels", "40")
@@ -141,8 +141,8 @@ def test_every_choice_may_be_changed(tmp_path: Path) -> None:
     assert cells.tokenizer.config.size == (32, 48)
     assert "cut to 32x48" in cells.told[0]
     without = planned(data, "--out", out, "--model.classes", "0").train.config
-    assert (without.model.classes, without.sampling.guidance) == (0, 1)
-    assert planned(data, "--out", out, "--model.label-drop", "0").train.config.sampling.guidance == 1
+    assert (without.model.classes, without.sampling.guidance_scale) == (0, 1)
+    assert planned(data, "--out", out, "--model.label-drop", "0").train.config.sampling.guidance_scale == 1
 
 
 def test_a_tokenizer_that_is_there_tells_cells_and_size(tmp_path: Path) -> None:
@@ -214,7 +214,7 @@ def test_larger_is_said_where_more_pictures_would_be(side: int, asked: str, said
 def test_a_size_that_nobody_asked_for_fits_the_tokenizer(tmp_path: Path) -> None:
     data, out = colour(tmp_path / "data", 20, (140, 140)), tmp_path / "run"
     model = planned(data, "--out", out, "--tokenizer", "pca3").train.config.model
-    assert (model.grid, model.patch) == ((40, 40), 4)
+    assert (model.grid, model.patch_size) == ((40, 40), 4)
     small = planned(colour(tmp_path / "small", 20, (28, 28)), "--out", out, "--vae.stride", "8", "--tokenizer", "own")
     assert small.tokenizer is not None
     assert small.tokenizer.config.size == (24, 24)
@@ -261,7 +261,7 @@ def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.Captur
         ("pictures.json", "[]", "can't be understood"),
         ("pictures.json", {"count": "many"}, "count is 'many', but it must be a whole number"),
         ("pictures.json", {"classes": 2}, "classes is 2, but it must be their names"),
-        ("pictures.json", {"reach": "far"}, "reach is 'far', but it must be positive"),
+        ("pictures.json", {"max_abs_z": "far"}, "max_abs_z is 'far', but it must be positive"),
         ("run.json", "", "is damaged"),
         ("run.json", "[]", "is damaged"),
         ("run.json", {"lr": "high"}, "is damaged"),

@@ -150,7 +150,7 @@ def test_fifty_of_each_class_where_nothing_is_said(model: Path, tmp_path: Path) 
         (["--format", "npz"], "expected a file .npz for npz"),
         (["--format", "jpeg"], "mar generate --help"),
         (["--out", "x.npz", "--format", "png"], "expected a file .npz for npz"),
-        (["--guidance", "-1"], "guidance is -1"),
+        (["--guidance-scale", "-1"], "guidance_scale is -1"),
         (["--diffusion-steps", "1001"], "1001"),
         (["--device", "tpu"], "'tpu'"),
         (["--bogus", "1"], "--bogus"),

@@ -18,8 +18,8 @@ KILLS = int(os.environ.get("MAR_KILLS", "4"))
 """At random moments, and as many while a state is being written."""
 KEPT = ("images", "step", "loss", "gradient_norm", "lr", "skipped_steps")
 
-MODEL = ["--model.encoder.width", "16", "--model.encoder.heads", "2", "--model.encoder.depth", "1"]
-MODEL += ["--model.decoder.width", "16", "--model.decoder.heads", "2", "--model.decoder.depth", "1"]
+MODEL = ["--model.encoder.width", "16", "--model.encoder.num-heads", "2", "--model.encoder.depth", "1"]
+MODEL += ["--model.decoder.width", "16", "--model.decoder.num-heads", "2", "--model.decoder.depth", "1"]
 MODEL += ["--model.head.width", "16", "--model.head.depth", "1", "--model.classes", "2", "--model.grid", "8", "8"]
 MODEL += ["--model.projection-dropout", "0.1"]
 

@@ -97,8 +97,8 @@ def test_two_processes_and_parts_have_the_losses_of_one(
 def test_two_nodes_find_each_other_by_tcp(data: Path, tmp_path: Path) -> None:
     """Two agents of torchrun at two addresses of this machine, one process each."""
     endpoint = f"127.0.0.1:{starts.free_port()}"
-    model = ["--model.encoder.width", "16", "--model.encoder.heads", "2", "--model.encoder.depth", "1"]
-    model += ["--model.decoder.width", "16", "--model.decoder.heads", "2", "--model.decoder.depth", "1"]
+    model = ["--model.encoder.width", "16", "--model.encoder.num-heads", "2", "--model.encoder.depth", "1"]
+    model += ["--model.decoder.width", "16", "--model.decoder.num-heads", "2", "--model.decoder.depth", "1"]
     model += ["--model.head.width", "16", "--model.head.depth", "1", "--model.classes", "2", "--model.grid", "8", "8"]
     model += ["--images", "16", "--batch", "4", "--sample-every", "0", "--device", "cpu"]
     agents = [

@@ -14,8 +14,8 @@ from mar import zoo
 from mar.cli import main
 from mar.training.early_stopping import BEST, HISTORY
 
-SMALL = ["--model.encoder.width", "16", "--model.encoder.heads", "2", "--model.encoder.depth", "1"]
-SMALL += ["--model.decoder.width", "16", "--model.decoder.heads", "2", "--model.decoder.depth", "1"]
+SMALL = ["--model.encoder.width", "16", "--model.encoder.num-heads", "2", "--model.encoder.depth", "1"]
+SMALL += ["--model.decoder.width", "16", "--model.decoder.num-heads", "2", "--model.decoder.depth", "1"]
 SMALL += ["--model.head.width", "16", "--model.head.depth", "1", "--device", "cpu"]
 STILL = ["--lr", "1e-30", "--weight-decay", "0", "--ema", "0", "--optimizer", "adamw"]
 """Nothing is learned, so that the loss stays the same to the bit."""

@@ -125,7 +125,7 @@ def test_parts_and_recomputing_change_nothing(data: Path, tmp_path: Path, alone:
     for changes in ({"accumulate": 4}, {"recompute": "full"}):
         got = weights(go(settings(data, **changes), tmp_path / next(iter(changes))))
         assert furthest(got, alone) < 1e-4, changes
-    changed = settings(data, strategy="fsdp", accumulate=2, recompute="selective", ema_others=(0.1,))
+    changed = settings(data, strategy="fsdp", accumulate=2, activation_checkpointing="selective", ema_others=(0.1,))
     parts = together(tmp_path / "two", changed)
     assert furthest({name: tensor for name, tensor in parts.items() if "ema-" not in name}, alone) < 2e-4
     shorter, usual, raw = (parts[f"{which}.mask_token"] for which in ("ema-0.1", "ema", "raw"))

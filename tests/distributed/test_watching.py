@@ -27,7 +27,7 @@ from mar.training.log import open_log
 from mar.training.trainer import Run, train
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-MODEL = config(channels=1, grid=(8, 8), patch=2, classes=2, attention_dropout=0.0, projection_dropout=0.0)
+MODEL = config(channels=1, grid=(8, 8), patch_size=2, classes=2, attention_dropout=0.0, projection_dropout=0.0)
 STRATEGIES = ("ddp", "fsdp")
 COUNT = 6
 """Pictures of an evaluation; their reference has 20."""

@@ -65,13 +65,13 @@ def config_of(golden_config: Mapping[str, int]) -> ModelConfig:
     return ModelConfig(
         channels=golden_config["latent_channels"],
         grid=(side, side),
-        patch=golden_config["patch_size"],
+        patch_size=golden_config["patch_size"],
         encoder=TrunkConfig(width, golden_config["encoder_depth"], heads),
         decoder=TrunkConfig(width, golden_config["decoder_depth"], heads),
         head=HeadConfig(
             golden_config["head_width"], golden_config["head_depth"], batch_mul=golden_config["diffusion_batch_mul"]
         ),
-        buffer=golden_config["buffer"],
+        buffer_size=golden_config["buffer"],
         classes=golden_config["classes"],
     )
 

@@ -53,7 +53,7 @@ def recorded_draws(config: ModelConfig, theirs: dict[str, Tensor]) -> StepRandom
 
 def run(config: ModelConfig, shapes: dict[str, list[int]], theirs: dict[str, Tensor]) -> Step:
     model = model_with(config, drawn_state(shapes))
-    tokens = patchify(theirs["latents"], config.patch)
+    tokens = patchify(theirs["latents"], config.patch_size)
     draws = recorded_draws(config, theirs)
     _, visible = split_by_mask(draws.order, draws.masked)
     with torch.no_grad():

@@ -64,7 +64,7 @@ def models(draw: st.DrawFn) -> ModelConfig:
 SAMPLINGS = st.builds(
     SamplingConfig, COUNT, COUNT, st.floats(0, 20), st.sampled_from(get_args(GuidanceSchedule)), st.floats(0, 5),
     st.none() | POSITIVE, st.sampled_from(get_args(Solver)), st.sampled_from(get_args(TimestepSpacing)),
-    st.none() | COUNT, st.floats(0.01, 1), st.floats(0, 0.5), st.floats(0.5, 1), COUNT,
+    st.none() | COUNT, st.floats(0.01, 1), st.tuples(st.floats(0, 0.5), st.floats(0.5, 1)), COUNT,
     st.sampled_from(get_args(MaskSchedule)), st.sampled_from(get_args(Order)),
 )  # fmt: skip
 
@@ -73,9 +73,9 @@ SAMPLINGS = st.builds(
 def runs(draw: st.DrawFn) -> TrainConfig:
     model = draw(models())
     drawn = draw(SAMPLINGS)
-    timesteps = round(drawn.noisiest * (model.head.diffusion_steps - 1)) + 1
+    timesteps = round(drawn.start_t * (model.head.diffusion_steps - 1)) + 1
     sampling = replace(
-        drawn, guidance=drawn.guidance if model.guidable else 1.0,
+        drawn, guidance_scale=drawn.guidance_scale if model.guidable else 1.0,
         diffusion_steps=min(drawn.diffusion_steps, timesteps),
         diffusion_steps_end=drawn.diffusion_steps_end and min(drawn.diffusion_steps_end, timesteps),
     )  # fmt: skip
@@ -86,7 +86,7 @@ def runs(draw: st.DrawFn) -> TrainConfig:
         optimizer=draw(st.sampled_from(get_args(Optimizer))), muon_factor=draw(POSITIVE), weight_decay=draw(FRACTION),
         beta1=draw(FRACTION), beta2=draw(FRACTION), clip=draw(POSITIVE), ema=draw(FRACTION),
         precision=draw(st.sampled_from(get_args(Precision))), strategy=draw(st.sampled_from(get_args(Strategy))),
-        accumulate=draw(COUNT), recompute=draw(st.sampled_from(get_args(ActivationCheckpointing))),
+        accumulate=draw(COUNT), activation_checkpointing=draw(st.sampled_from(get_args(ActivationCheckpointing))),
         compile=draw(st.booleans()), flip=draw(st.none() | st.booleans()), shift=draw(NOT_NEGATIVE),
         seed=draw(st.integers()), workers=draw(NOT_NEGATIVE),
         save_every=draw(COUNT), keep=draw(COUNT), sample_every=draw(NOT_NEGATIVE), log_every=draw(COUNT),
@@ -121,7 +121,7 @@ def test_a_field_of_another_version_is_refused_by_name(config: TrainConfig, name
 @given(config=models())
 def test_missing_fields_keep_their_defaults(config: ModelConfig) -> None:
     values = to_dict(config)
-    del values["buffer"], values["head"]["width"]
+    del values["buffer_size"], values["head"]["width"]
     read = from_dict(ModelConfig, values)
-    assert (read.buffer, read.head.width) == (ModelConfig().buffer, HeadConfig().width)
+    assert (read.buffer_size, read.head.width) == (ModelConfig().buffer, HeadConfig().width)
     assert (read.grid, read.head.depth) == (config.grid, config.head.depth)

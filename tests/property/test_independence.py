@@ -38,7 +38,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 @settings(max_examples=24)
 @given(
     labels=st.lists(st.integers(-1, 2), min_size=2, max_size=4),
-    way=st.sampled_from([1.0, 2.5]).map(lambda guidance: {"guidance": guidance}) | ways(),
+    way=st.sampled_from([1.0, 2.5]).map(lambda guidance: {"guidance_scale": guidance}) | ways(),
     steps=st.integers(1, 20),
     masked=st.booleans(),
     data=st.data(),
@@ -64,7 +64,7 @@ def test_a_picture_does_not_know_its_neighbours(
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_batch_size_of_a_trained_model(guidance: float) -> None:
     trained = trained_tiny()
-    sampling = SamplingConfig(steps=8, diffusion_steps=10, guidance=guidance, x0_bound=3.0)
+    sampling = SamplingConfig(steps=8, diffusion_steps=10, guidance_scale=guidance, x0_bound=3.0)
     labels, seeds = [i % trained.config.classes for i in range(5)], [10, 11, 12, 13, 14]
     whole = draw(trained, labels, seeds, sampling)
     assert 0.2 < float(whole.std()) < 3
@@ -109,21 +109,21 @@ class Counted:
 @settings(max_examples=10)
 @given(seed=st.integers(0, 1000), steps=st.integers(1, 16), schedule=st.sampled_from(["linear", "constant"]))
 def test_guidance_1_is_no_guidance_and_costs_none(seed: int, steps: int, schedule: str) -> None:
-    sampling = SamplingConfig(steps=steps, diffusion_steps=3, guidance=1.0, guidance_schedule=schedule)
+    sampling = SamplingConfig(steps=steps, diffusion_steps=3, guidance_scale=1.0, guidance_schedule=schedule)
     unguidable = model(seed=3, label_drop=0.0)  # the same weights
     with pytest.MonkeyPatch.context() as monkeypatch:
         counted = Counted(TINY, monkeypatch)
         plain = draw(TINY, [0, 2], [seed, seed + 1], sampling)
     assert set(counted.rows) == {2}
     assert torch.equal(plain, draw(unguidable, [0, 2], [seed, seed + 1], sampling))
-    nearly = SamplingConfig(steps=steps, diffusion_steps=3, guidance=1 + 1e-7, guidance_schedule=schedule)
+    nearly = SamplingConfig(steps=steps, diffusion_steps=3, guidance_scale=1 + 1e-7, guidance_schedule=schedule)
     assert difference(draw(TINY, [0, 2], [seed, seed + 1], nearly), plain) < BOUND  # and there is no jump beside it
 
 
 @pytest.mark.parametrize(("labels", "rows"), [([0, 1], 4), ([0, -1], 4), ([-1, -1], 2)])
 def test_guidance_runs_the_unconditional_half(labels: list[int], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Counted(TINY, monkeypatch)
-    guided = draw(TINY, labels, [0, 1], SamplingConfig(steps=4, diffusion_steps=3, guidance=3.0))
+    guided = draw(TINY, labels, [0, 1], SamplingConfig(steps=4, diffusion_steps=3, guidance_scale=3.0))
     assert set(counted.rows) == {rows}
     plain = draw(TINY, labels, [0, 1], SamplingConfig(steps=4, diffusion_steps=3))
     for i, label in enumerate(labels):  # where there is no class, guidance has nowhere to go

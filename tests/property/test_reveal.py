@@ -23,7 +23,9 @@ from mar.sampling.decode import SeededNoise, init_state
 from mar.sampling.generate import generate
 
 GRIDS = [(1, 1), (4, 4), (2, 6), (6, 4)]
-MODELS = {(grid, patch): model(grid=grid, patch=patch) for grid in GRIDS for patch in (1, 2) if grid[0] % patch == 0}
+MODELS = {
+    (grid, patch): model(grid=grid, patch_size=patch) for grid in GRIDS for patch in (1, 2) if grid[0] % patch == 0
+}
 
 
 @st.composite

@@ -35,7 +35,7 @@ def test_the_papers_settings_are_the_papers(quality: ModuleType) -> None:
     config = quality.settings("reference", Path("pictures"), [])
     model, own = config.model, CIFAR10.model
     assert model.head == HeadConfig(own.head.width, own.head.depth)
-    assert (config.tokenizer, model.channels, model.grid, model.patch) == ("pixels", 3, (32, 32), 4)
+    assert (config.tokenizer, model.channels, model.grid, model.patch_size) == ("pixels", 3, (32, 32), 4)
     assert not model.encoder.rotary
     assert (model.encoder.width, model.decoder.depth) == (own.encoder.width, own.decoder.depth)
     assert (model.attention_dropout, model.projection_dropout, model.mask_ratio_min) == (0.1, 0.1, 0.7)
@@ -44,9 +44,9 @@ def test_the_papers_settings_are_the_papers(quality: ModuleType) -> None:
 
 
 def test_settings_are_changed_by_their_paths(quality: ModuleType) -> None:
-    changes = ["model.patch=7", "sampling.solver=ddim", "ema_others=0.99", "optimizer=adamw"]
+    changes = ["model.patch_size=7", "sampling.solver=ddim", "ema_others=0.99", "optimizer=adamw"]
     config = quality.settings("fashion", Path("pictures"), changes)
-    assert (config.model.patch, config.sampling.solver, config.optimizer) == (7, "ddim", "adamw")
+    assert (config.model.patch_size, config.sampling.solver, config.optimizer) == (7, "ddim", "adamw")
     assert (config.ema_others, config.lr, config.data) == ((0.99,), FASHION.lr, "pictures")
     for wrong in ("model.patches=7", "patch=7", "model.encoder=3"):
         with pytest.raises(ConfigError, match=f"a recipe has no setting {wrong[:5]}"):
@@ -115,11 +115,11 @@ def test_what_was_judged_is_not_judged_again(quality: ModuleType, data: Path, tm
     for wanted in (
         {},
         {"pictures": 6},
-        {"guidance": 1.5},
-        {"guidance": 2.0},
+        {"guidance_scale": 1.5},
+        {"guidance_scale": 2.0},
         {"weights": "raw"},
         {"weights": "raw"},
-        {"guidance": 1.5},
+        {"guidance_scale": 1.5},
     ):
         changes: dict[str, Any] = {"pictures": 5, **wanted}
         line = again.once(changes.pop("pictures"), **changes)
@@ -128,7 +128,7 @@ def test_what_was_judged_is_not_judged_again(quality: ModuleType, data: Path, tm
         about += [] if wanted in about else [wanted]
     log.close()
     written = (tmp_path / "trial" / quality.MARKED).read_text(encoding="utf-8").splitlines()
-    names = ("images", "pictures", "guidance", "weights")
+    names = ("images", "pictures", "guidance_scale", "weights")
     assert [{name: line[name] for name in names if name in line} for line in map(json.loads, written)] == about
     assert len(about) == 6
 
@@ -149,7 +149,7 @@ def command(quality: ModuleType, no_judge: None, tmp_path: Path, monkeypatch: py
     """`quality.py train` of ten steps, its judge made up; called with what is given beside the usual."""
 
     def settings(_: str, data: Path, changes: Any) -> TrainConfig:
-        return train_config(data, model=config(channels=1, grid=(28, 28), patch=14, classes=10))
+        return train_config(data, model=config(channels=1, grid=(28, 28), patch_size=14, classes=10))
 
     monkeypatch.setattr(quality, "settings", settings)
     monkeypatch.setattr(quality, "fitted", lambda config, *_: config)
@@ -160,7 +160,9 @@ def command(quality: ModuleType, no_judge: None, tmp_path: Path, monkeypatch: py
     usual |= {"seed": 0, "threads": torch.get_num_threads(), "count": 5, "out": tmp_path / "trial", "marks": 60}
 
     def run(*others: str, **changes: Any) -> int:
-        options = [text for name, value in {**usual, **changes}.items() for text in (f"--{name}", str(value))]
+        options = [
+            text for name, value in {**usual, **changes}.items() for text in (f"--{name.replace('_', '-')}", str(value))
+        ]
         monkeypatch.setattr(sys, "argv", ["quality.py", "train", *options, "--set", "lr=0.5", "ema=0.99", *others])
         code: int = quality.main()
         return code
@@ -218,12 +220,12 @@ def test_other_judges_and_pictures_are_refused_moved_ones_are_not(
     for name in ("fashion", "judge"):
         (tmp_path / name).rename(tmp_path / f"moved-{name}")
     moved = {"data": tmp_path / "moved-fashion", "classifier": tmp_path / "moved-judge"}
-    assert command("ema=0.99", **moved, guidance=2) == 0
+    assert command("ema=0.99", **moved, guidance_scale=2) == 0
     written = (tmp_path / "trial" / quality.MARKED).read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line).get("guidance") for line in written] == [None, 2.0]
+    assert [json.loads(line).get("guidance_scale") for line in written] == [None, 2.0]
     capsys.readouterr()
     moved["classifier"].write_bytes(b"another judge")
-    assert command(**moved, guidance=3) == 2
+    assert command(**moved, guidance_scale=3) == 2
     assert "was begun otherwise (classifier " in capsys.readouterr().err
     assert len((tmp_path / "trial" / quality.MARKED).read_text(encoding="utf-8").splitlines()) == 2
 
@@ -238,7 +240,7 @@ def test_the_pictures_of_a_folder_are_known_wherever_it_is(quality: ModuleType, 
 
 
 def test_a_trials_classes_are_the_datas(quality: ModuleType, data: Path, tmp_path: Path) -> None:
-    three = train_config(data, model=config(channels=1, grid=(8, 8), patch=2, classes=3))
+    three = train_config(data, model=config(channels=1, grid=(8, 8), patch_size=2, classes=3))
     with pytest.raises(ConfigError, match=r"the model has 3 classes, but .* has 2"):
         quality.open_trial(three, tmp_path / "trial", hold_out(data))
 
@@ -269,7 +271,7 @@ def test_a_mark_that_cannot_be_kept_leaves_those_before(quality: ModuleType, dat
     (folder / quality.MARKED).write_bytes(b'{"images": 0, "minutes": 0}\n')
     trial, log = open_trial(quality, data, folder)
     with pytest.raises(ValueError, match="No space left"):
-        trial.judge(5, guidance=2.0)
+        trial.judge(5, guidance_scale=2.0)
     log.close()
     assert (folder / quality.MARKED).read_bytes() == b'{"images": 0, "minutes": 0}\n'
 

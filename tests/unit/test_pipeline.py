@@ -68,11 +68,11 @@ def test_other_seeds_are_refused(seeds: Any) -> None:
 @pytest.mark.parametrize("preset", ["exact", "balanced", "fast"])
 def test_a_preset_draws_the_same_pictures_again_whatever_the_batch(preset: str) -> None:
     labels, seeds = [0, 1, 2, None], [7, 8, 9, 10]
-    whole = TINY.sample(labels, seeds, output="tensor", preset=preset, guidance=2.0)
-    assert torch.equal(TINY.sample(labels, seeds, output="tensor", preset=preset, guidance=2.0), whole)
-    cut = TINY.sample(labels, seeds, output="tensor", preset=preset, guidance=2.0, batch=1)
+    whole = TINY.sample(labels, seeds, output="tensor", preset=preset, guidance_scale=2.0)
+    assert torch.equal(TINY.sample(labels, seeds, output="tensor", preset=preset, guidance_scale=2.0), whole)
+    cut = TINY.sample(labels, seeds, output="tensor", preset=preset, guidance_scale=2.0, batch=1)
     assert float((cut - whole).abs().max()) < 1e-4
-    plain = TINY.sample(labels, seeds, output="tensor", guidance=2.0)
+    plain = TINY.sample(labels, seeds, output="tensor", guidance_scale=2.0)
     assert torch.equal(plain, whole) == (preset == "exact")
 
 
@@ -89,7 +89,7 @@ def test_what_is_given_beside_a_preset_has_the_last_word() -> None:
 def test_settings_differ_for_one_call_only() -> None:
     before = TINY.sampling
     default = pixels(TINY.sample([0]))
-    other = pixels(TINY.sample([0], steps=16, guidance=3.0, temperature=0.5))
+    other = pixels(TINY.sample([0], steps=16, guidance_scale=3.0, temperature=0.5))
     assert not np.array_equal(default, other)
     assert TINY.sampling is before
     assert np.array_equal(pixels(TINY.sample([0])), default)
@@ -140,7 +140,7 @@ def test_labels_of_a_model_without_classes() -> None:
     with pytest.raises(ValueError, match="has no classes; leave the labels out"):
         unconditional.sample([0])
     with pytest.raises(ConfigError, match="guidance"):
-        unconditional.sample([None], guidance=2.0)
+        unconditional.sample([None], guidance_scale=2.0)
 
 
 def test_tokenizer_and_model_must_fit() -> None:
@@ -208,7 +208,7 @@ def test_known_pictures_of_another_size_and_colour_are_brought_to_the_models() -
 
 
 def test_masks_may_differ_and_patches_are_whole() -> None:
-    coarse = pipeline(patch=2)
+    coarse = pipeline(patch_size=2)
     mask = torch.tensor([[[True, False], [False, False]], [[False, False], [False, False]]])
     drawn = pixels(coarse.sample([0, 1], known=to_pil(grey(2)), mask=mask))
     kept = drawn == pixels(to_pil(grey(2)))

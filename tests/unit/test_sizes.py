@@ -22,9 +22,9 @@ from mar.model.mar import MAR
 KINDS = ("ant", "bee", "cat")
 
 
-def chosen(count: int, side: int, colours: int = 3, classes: tuple[str, ...] = KINDS) -> tuple[int, TrainConfig]:
+def chosen(count: int, side: int, image_channels: int = 3, classes: tuple[str, ...] = KINDS) -> tuple[int, TrainConfig]:
     """The side, and the recipe, that pictures get where nothing else is asked for."""
-    pictures = DatasetSummary(count, side, colours, classes)
+    pictures = DatasetSummary(count, side, image_channels, classes)
     found = side_for(pictures, largest_for(count))
     return found, recipe_for(pictures, (found, found), default_latent_shape(pictures, (found, found)))
 
@@ -55,7 +55,7 @@ def test_sizes_follow_from_count_and_resolution(
 
 
 def test_wide_tokens_get_a_wide_head() -> None:
-    _, grey = chosen(500, 28, colours=1)
+    _, grey = chosen(500, 28, image_channels=1)
     colour = recipe_for(DatasetSummary(500, 28, 3, KINDS), (28, 28))  # pixels, as they may be asked for
     assert (grey.model.token_width, colour.model.token_width) == (16, 48)
     assert grey.model.head.width < colour.model.head.width
@@ -63,15 +63,15 @@ def test_wide_tokens_get_a_wide_head() -> None:
 
 def test_principal_components_are_predicted_clean_and_their_rare_values_kept() -> None:
     _, config = chosen(500, 32)
-    assert (config.model.channels, config.model.grid, config.model.patch) == (16, (8, 8), 1)
+    assert (config.model.channels, config.model.grid, config.model.patch_size) == (16, (8, 8), 1)
     assert (config.model.head.prediction, config.sampling.x0_bound) == ("x0", 10)
-    assert chosen(500, 64)[1].model.head.prediction == chosen(500, 32, colours=1)[1].model.head.prediction == "v"
+    assert chosen(500, 64)[1].model.head.prediction == chosen(500, 32, image_channels=1)[1].model.head.prediction == "v"
 
 
 def test_guidance_is_for_classes_to_choose_from() -> None:
-    assert chosen(500, 28)[1].sampling.guidance == 3
-    assert chosen(500, 28, classes=())[1].sampling.guidance == 1
-    assert chosen(500, 28, classes=("only",))[1].sampling.guidance == 1
+    assert chosen(500, 28)[1].sampling.guidance_scale == 3
+    assert chosen(500, 28, classes=())[1].sampling.guidance_scale == 1
+    assert chosen(500, 28, classes=("only",))[1].sampling.guidance_scale == 1
 
 
 @pytest.mark.parametrize("count", [16, 19_999, 20_000, 199_999, 200_000, 10**7])
@@ -96,15 +96,15 @@ def test_more_pictures_get_a_larger_model() -> None:
 def test_a_foreign_tokenizers_cells_become_at_most_sixteen_tokens_a_side() -> None:
     pictures = DatasetSummary(60_000, 256, 3)
     kl8 = recipe_for(pictures, (256, 256), LatentShape(stride=8, channels=4)).model
-    assert (kl8.grid, kl8.patch, kl8.token_width, kl8.tokens) == ((32, 32), 2, 16, 256)
+    assert (kl8.grid, kl8.patch_size, kl8.token_width, kl8.tokens) == ((32, 32), 2, 16, 256)
     oblong = recipe_for(pictures, (128, 256), LatentShape(stride=16, channels=16)).model
-    assert (oblong.grid, oblong.patch) == ((8, 16), 1)
+    assert (oblong.grid, oblong.patch_size) == ((8, 16), 1)
     wide = recipe_for(pictures, (256, 256), LatentShape(stride=16, channels=64)).model
     assert wide.head == HeadConfig(512, 3, prediction="v", batch_mul=2)
 
 
 def test_black_and_white_bound_pixels() -> None:
-    dark = DatasetSummary(500, 32, 1, reach=6.21)  # as radiographs are
+    dark = DatasetSummary(500, 32, 1, max_abs_z=6.21)  # as radiographs are
     assert recipe_for(dark, (32, 32)).sampling.x0_bound == 6.3
     assert recipe_for(dark, (32, 32), LatentShape(4, 4)).sampling.x0_bound == 4
 

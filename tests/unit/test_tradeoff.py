@@ -33,10 +33,10 @@ def test_on_the_front_no_other_is_sooner_and_better(tradeoff: ModuleType) -> Non
 
 
 def test_a_way_has_one_value_for_each_field(tradeoff: ModuleType) -> None:
-    assert tradeoff.settings("K=10 solver=dpm++2m noisiest=0.95") == {
+    assert tradeoff.settings("K=10 solver=dpm++2m start_t=0.95") == {
         "steps": 10,
         "solver": "dpm++2m",
-        "noisiest": 0.95,
+        "start_t": 0.95,
     }
     with pytest.raises(ValueError, match="2 combinations, expected one value"):
         tradeoff.settings("K=10,20")

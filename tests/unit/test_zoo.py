@@ -17,9 +17,9 @@ from mar.pipeline import Pipeline
 from mar.tokenizer import PixelTokenizer
 from mar.training.run import adopt_official, open_run
 
-TRUNK = TrunkConfig(width=16, depth=1, heads=2)
+TRUNK = TrunkConfig(width=16, depth=1, num_heads=2)
 CONFIG = ModelConfig(
-    channels=3, grid=(4, 4), encoder=TRUNK, decoder=TRUNK, head=HeadConfig(16, 1, batch_mul=1), buffer=2, classes=2
+    channels=3, grid=(4, 4), encoder=TRUNK, decoder=TRUNK, head=HeadConfig(16, 1, batch_mul=1), buffer_size=2, classes=2
 )
 
 
@@ -101,7 +101,7 @@ def test_an_official_file_needs_its_tokenizer_and_gets_names(tmp_path: Path, mon
     with pytest.raises(CheckpointError, match="mar download kl16"):
         zoo.load(path)
     monkeypatch.setattr(zoo, "load_kl16", lambda path: PixelTokenizer(3, 0.0, 1.0))
-    loaded = zoo.import_official(path, tmp_path / "kl16.ckpt", heads=2)
+    loaded = zoo.import_official(path, tmp_path / "kl16.ckpt", num_heads=2)
     assert loaded.weights == "ema"
     assert loaded.model.config.encoder == TRUNK
     assert loaded.model.state_dict().keys() == model.state_dict().keys()

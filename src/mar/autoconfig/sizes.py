@@ -18,20 +18,22 @@ class DatasetSummary:
     """How many there are."""
     side: int
     """Pixels of the shorter side of a typical one."""
-    colours: int
+    image_channels: int
     """Channels: 1 where all are grey, else 3."""
     classes: tuple[str, ...] = ()
     """Their names; empty where pictures have none."""
-    reach: float = 2.5
+    max_abs_z: float = 2.5
     """How many standard deviations of their pixels black and white are from the mean, whichever is farther."""
 
     def __post_init__(self) -> None:
         positive(self, "count", "side")
-        require(self.colours in (1, 3), f"colours is {self.colours!r}, but it must be 1 (grey) or 3")
+        require(
+            self.image_channels in (1, 3), f"image_channels is {self.image_channels!r}, but it must be 1 (gray) or 3"
+        )
         names = isinstance(self.classes, tuple) and all(isinstance(name, str) for name in self.classes)
         require(names, f"classes is {self.classes!r}, but it must be their names")
-        reach = isinstance(self.reach, int | float) and 0 < self.reach < math.inf
-        require(reach, f"reach is {self.reach!r}, but it must be positive and finite")
+        finite = isinstance(self.max_abs_z, int | float) and 0 < self.max_abs_z < math.inf
+        require(finite, f"max_abs_z is {self.max_abs_z!r}, but it must be positive and finite")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class _Size:
     """Width, heads, blocks of the encoder and of the decoder."""
     head: tuple[int, int, int]
     """Width for tokens of at most 16 values, width for others, depth."""
-    buffer: int
+    buffer_size: int
     batch: int
     optimizer: Optimizer
     rate: float
@@ -73,11 +75,11 @@ class _Size:
 
 
 _SIZES = (
-    _Size(20_000, (192, 6, 3, 5), (256, 512, 3), buffer=8, batch=32,
+    _Size(20_000, (192, 6, 3, 5), (256, 512, 3), buffer_size=8, batch=32,
           optimizer="muon", rate=1.5e-3, warmup=6_000, ema=0.999, save_every=5_000),
-    _Size(200_000, (256, 8, 4, 6), (384, 512, 3), buffer=16, batch=64,
+    _Size(200_000, (256, 8, 4, 6), (384, 512, 3), buffer_size=16, batch=64,
           optimizer="muon", rate=1e-3, warmup=12_000, ema=0.9995, save_every=10_000),
-    _Size(10**18, (768, 12, 12, 12), (1024, 1024, 6), buffer=64, batch=256,
+    _Size(10**18, (768, 12, 12, 12), (1024, 1024, 6), buffer_size=64, batch=256,
           optimizer="adamw", rate=1e-4, warmup=500_000, ema=0.9999, save_every=200_000),
 )  # fmt: skip
 SIDES = (256, 128, 64, 32)
@@ -93,7 +95,7 @@ PIXELS_UP_TO = 32
 PIXELS_BELOW = 16
 """Smaller ones have too few squares of 4 x 4 pixels for their components."""
 SMALLEST = 8
-OF_X0: dict[str, Any] = {"solver": "dpm++2m-sde", "diffusion_steps": 12, "spacing": "log-snr", "noisiest": 0.95}
+OF_X0: dict[str, Any] = {"solver": "dpm++2m-sde", "diffusion_steps": 12, "timestep_spacing": "log-snr", "start_t": 0.95}
 """How models of x0 draw: by the paper's noisy process in few steps, of which the learned variances are no part."""
 
 
@@ -146,7 +148,7 @@ def default_latent_shape(pictures: DatasetSummary, size: tuple[int, int]) -> Lat
     for large ones, principal components for small ones, and None, their pixels, for the smallest and for grey ones."""
     if max(size) > PIXELS_UP_TO:
         return latent_shape_for(size)
-    return None if pictures.colours == 1 or min(size) < PIXELS_BELOW else components()
+    return None if pictures.image_channels == 1 or min(size) < PIXELS_BELOW else components()
 
 
 def components(stride: int = 4) -> LatentShape:
@@ -176,12 +178,12 @@ def recipe_for(
     if min(size) < 1:
         raise ConfigError(f"image-size: got {size[0]}x{size[1]}, expected a height and a width of at least 1 pixel")
     chosen = next(size for size in _SIZES if pictures.count < size.pictures)
-    stride, channels = (cells.stride, cells.channels) if cells else (1, pictures.colours)
+    stride, channels = (cells.stride, cells.channels) if cells else (1, pictures.image_channels)
     patch = _patch(size, cells)
     if any(side % (stride * patch) for side in size):
         raise ConfigError(f"image-size: got {size[0]}x{size[1]}, expected multiples of {stride * patch}")
     taken = cells is not None and cells.components
-    bound = 10.0 if taken else 4.0 if cells else math.ceil(10 * pictures.reach) / 10
+    bound = 10.0 if taken else 4.0 if cells else math.ceil(10 * pictures.max_abs_z) / 10
     narrow, wide, depth = chosen.head
     encoder, decoder = chosen.trunks
     total = images or max(40 * pictures.count, 100_000)
@@ -190,13 +192,13 @@ def recipe_for(
         model=ModelConfig(
             channels=channels,
             grid=(size[0] // stride, size[1] // stride),
-            patch=patch,
+            patch_size=patch,
             encoder=encoder,
             decoder=decoder,
             head=HeadConfig(
                 narrow if channels * patch**2 <= 16 else wide, depth, prediction="x0" if taken else "v", batch_mul=2
             ),
-            buffer=chosen.buffer,
+            buffer_size=chosen.buffer_size,
             classes=len(pictures.classes),
             attention_dropout=0.0,
             projection_dropout=0.0,
@@ -204,7 +206,7 @@ def recipe_for(
         sampling=SamplingConfig(
             **(OF_X0 if taken else {"diffusion_steps": 50}),
             steps=32,
-            guidance=3.0 if len(pictures.classes) > 1 else 1.0,
+            guidance_scale=3.0 if len(pictures.classes) > 1 else 1.0,
             x0_bound=bound,
         ),
         images=total,

@@ -44,9 +44,9 @@ def summarize_dataset(source: Source, name: str) -> DatasetSummary:
         return min(image.size), np.asarray(convert_channels(image, 3))[::every, ::every]
 
     sides, pixels = zip(*_read_sample(len(source), name, seen), strict=True)
-    colours = 1 if all((values == values[..., :1]).all() for values in pixels) else 3
-    reach = _max_abs_z([values / 127.5 - 1 for values in pixels])
-    return DatasetSummary(len(source), int(np.median(sides)), colours, tuple(source.classes), reach)
+    channels = 1 if all((values == values[..., :1]).all() for values in pixels) else 3
+    max_abs_z = _max_abs_z([values / 127.5 - 1 for values in pixels])
+    return DatasetSummary(len(source), int(np.median(sides)), channels, tuple(source.classes), max_abs_z)
 
 
 def _read_sample(count: int, name: str, seen: Callable[[int], Seen]) -> list[Seen]:
@@ -78,7 +78,7 @@ def summarize_cache(source: LatentSource) -> tuple[DatasetSummary, LatentShape |
         pixels = _read_sample(
             len(source), str(source.folder), lambda number: source.read(number, flip=False)[0].numpy()
         )
-        return replace(pictures, colours=channels, reach=_max_abs_z(pixels)), None
+        return replace(pictures, image_channels=channels, max_abs_z=_max_abs_z(pixels)), None
     # an autoencoder has variances, too
     return pictures, LatentShape(about.size[0] // height, channels, components=about.parts == 1)
 

@@ -52,13 +52,17 @@ class OfficialMAR:
 
 
 def read_mar(
-    path: str | os.PathLike[str], weights: Weights = "ema", *, heads: int | None = None, patch: int | None = None
+    path: str | os.PathLike[str],
+    weights: Weights = "ema",
+    *,
+    num_heads: int | None = None,
+    patch_size: int | None = None,
 ) -> OfficialMAR:
     """Reads the reference's `checkpoint-last.pth`.
 
-    `heads` and `patch` can't be seen in the tensors: given here, or taken from the settings of the run in the file, or
-    known of B, L and H (by width), and 1 for the patch. CheckpointError for a file that asks to run code, that is
-    damaged, that lacks the weights asked for, or that holds another model.
+    `num_heads` and `patch_size` can't be seen in the tensors: given here, or taken from the settings of the run in the
+    file, or known of B, L and H (by width), and 1 for the patch. CheckpointError for a file that asks to run code, that
+    is damaged, that lacks the weights asked for, or that holds another model.
     """
     if weights not in get_args(Weights):
         raise ValueError(f"weights is {weights!r}, but it must be ema or raw")
@@ -72,7 +76,7 @@ def read_mar(
     if chosen is None:
         raise CheckpointError(_lacks(path, weights, list(holder)))
     try:
-        config = infer_config(chosen, args or {}, heads=heads, patch=patch)
+        config = infer_config(chosen, args or {}, num_heads=num_heads, patch_size=patch_size)
         states = {kind: _convert(state, config) for kind, state in official.items() if state is not None}
         optimizer = holder.get("optimizer")
         moments = convert_optimizer(optimizer, official["raw"] or chosen) if isinstance(optimizer, Mapping) else None
@@ -116,7 +120,11 @@ def write_mar(
 
 
 def infer_config(
-    official: Mapping[str, Tensor], args: Mapping[str, Any], *, heads: int | None = None, patch: int | None = None
+    official: Mapping[str, Tensor],
+    args: Mapping[str, Any],
+    *,
+    num_heads: int | None = None,
+    patch_size: int | None = None,
 ) -> ModelConfig:
     """The config of an official state dict, from its shapes and the settings of its run. ValueError if it is no MAR."""
     shapes = {name: tuple(tensor.shape) for name, tensor in official.items()}
@@ -124,23 +132,25 @@ def infer_config(
         positions, tokens = shapes["encoder_pos_embed_learned"][1], shapes["diffusion_pos_embed_learned"][1]
         token_width, classes = shapes["z_proj.weight"][1], shapes["class_emb.weight"][0]
         head_width = shapes["diffloss.net.input_proj.weight"][0]
-        trunks = [_trunk(shapes, stack, heads, str(args.get("model"))) for stack in ("encoder", "decoder")]
+        trunks = [_trunk(shapes, stack, num_heads, str(args.get("model"))) for stack in ("encoder", "decoder")]
     except (KeyError, IndexError) as error:
         raise ValueError(f"these are not the tensors of a MAR: {error} is missing; it holds {_few(shapes)}") from None
-    patch = patch or _number(args, "patch_size", 1)
+    patch_size = patch_size or _number(args, "patch_size", 1)
     side = math.isqrt(tokens)
-    if side * side != tokens or token_width % patch**2:
-        raise ValueError(f"{tokens} tokens of {token_width} values are no square of patches of {patch}x{patch}")
+    if side * side != tokens or token_width % patch_size**2:
+        raise ValueError(
+            f"{tokens} tokens of {token_width} values are no square of patches of {patch_size}x{patch_size}"
+        )
     return ModelConfig(
-        channels=token_width // patch**2,
-        grid=(side * patch, side * patch),
-        patch=patch,
+        channels=token_width // patch_size**2,
+        grid=(side * patch_size, side * patch_size),
+        patch_size=patch_size,
         encoder=trunks[0],
         decoder=trunks[1],
         head=HeadConfig(
             head_width, _count(shapes, "diffloss.net.res_blocks."), batch_mul=_number(args, "diffusion_batch_mul", 4)
         ),
-        buffer=positions - tokens,
+        buffer_size=positions - tokens,
         classes=classes,
         label_drop=_number(args, "label_drop_prob", 0.1),
         attention_dropout=_number(args, "attn_dropout", 0.1),
@@ -207,16 +217,16 @@ def _lacks(path: Path, weights: Weights, found: list[str]) -> str:
     return held + "Raw weights draw worse pictures (FID 5.56 where EMA has 2.31); ask for them with weights=raw"
 
 
-def _trunk(shapes: Mapping[str, tuple[int, ...]], stack: str, heads: int | None, model: str) -> TrunkConfig:
+def _trunk(shapes: Mapping[str, tuple[int, ...]], stack: str, num_heads: int | None, model: str) -> TrunkConfig:
     width = shapes[f"{stack}_pos_embed_learned"][2]
-    heads = heads or _HEADS_BY_MODEL.get(model) or _HEADS_BY_WIDTH.get(width)
-    if heads is None:
+    num_heads = num_heads or _HEADS_BY_MODEL.get(model) or _HEADS_BY_WIDTH.get(width)
+    if num_heads is None:
         raise ValueError(
             f"the number of attention heads can't be seen in tensors of width {width}, and is only known of "
-            "MAR-B, L and H: give it (heads)"
+            "MAR-B, L and H: give it (num_heads)"
         )
     return TrunkConfig(
-        width, _count(shapes, f"{stack}_blocks."), heads, shapes[f"{stack}_blocks.0.mlp.fc1.weight"][0] / width
+        width, _count(shapes, f"{stack}_blocks."), num_heads, shapes[f"{stack}_blocks.0.mlp.fc1.weight"][0] / width
     )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from mar.cli.options import parse, stoppable
-from mar.config import ConfigError, image_channels
+from mar.config import ConfigError, resolve_image_channels
 
 if TYPE_CHECKING:
     import torch
@@ -152,7 +152,7 @@ def _prepared(options: CacheOptions, out: Path) -> tuple[Source, Tokenizer, Cach
     with distributed.collective_errors():
         source = open_source(options.data, options.split)
         name = options.tokenizer
-        tokenizer = load_tokenizer(name, image_channels(options.data))
+        tokenizer = load_tokenizer(name, resolve_image_channels(options.data))
         side = options.image_size
         if distributed.rank() == 0:
             about = describe_cache(

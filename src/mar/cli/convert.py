@@ -24,9 +24,9 @@ class ConvertOptions:
     """Which weights of an official file or a run to take: by default ema; raw ones draw worse pictures."""
     tokenizer: Path | None = None
     """kl16.ckpt; by default the one beside the source, or that `mar download` fetched."""
-    heads: int | None = None
+    num_heads: int | None = None
     """Attention heads of an official file that is not B, L or H and does not tell."""
-    patch: int | None = None
+    patch_size: int | None = None
     """Its patch size, where it does not tell."""
     dtype: Dtype | None = None
     """Of the file of ours, by default fp32; bf16 halves it, its weights are rounded."""
@@ -59,8 +59,8 @@ def convert(arguments: Sequence[str]) -> int:
             source,
             options.tokenizer or zoo.kl16_path(source.parent),
             weights=options.weights or "ema",
-            heads=options.heads,
-            patch=options.patch,
+            num_heads=options.num_heads,
+            patch_size=options.patch_size,
         )
     pipeline.save(target, torch_dtype(options.dtype or "fp32"))
     count = sum(p.numel() for p in pipeline.model.parameters())
@@ -70,9 +70,9 @@ def convert(arguments: Sequence[str]) -> int:
 
 def _only(options: ConvertOptions, fitting: tuple[str, ...], what: str) -> None:
     """ValueError where an option is given that is not among those `fitting` this direction."""
-    for name in ("weights", "tokenizer", "heads", "patch", "dtype"):
+    for name in ("weights", "tokenizer", "num_heads", "patch_size", "dtype"):
         if name not in fitting and getattr(options, name) is not None:
-            raise ValueError(f"--{name} says nothing of {what}; leave it out")
+            raise ValueError(f"--{name.replace('_', '-')} says nothing of {what}; leave it out")
 
 
 def _raw(path: Path) -> Path:

@@ -56,7 +56,7 @@ class EvaluateOptions(FeatureFlags, SamplingFlags):
     classifier_weights: Path | None = None
     """A file of weights for it."""
     sweep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """NAME=FIRST:LAST:STEP or NAME=A,B,C: judge every combination; cfg (guidance), K (steps), diffusion_steps, ..."""
+    """NAME=FIRST:LAST:STEP or NAME=A,B,C: every combination; cfg (guidance_scale), K (steps), diffusion_steps, ..."""
     out: Path | None = None
     """Where the report (.json) goes, or the sweep's folder (by default runs/sweep)."""
 

@@ -29,7 +29,7 @@ from mar.cli.options import parse
 from mar.cli.steps import FolderPlan
 from mar.cli.tokenizer import TokenizerTrainOptions
 from mar.cli.train import TrainOptions
-from mar.config import ConfigError, TrainConfig, image_channels
+from mar.config import ConfigError, TrainConfig, resolve_image_channels
 from mar.config.tokenizer import Stride, TokenizerTrainConfig, tokenizer_for
 from mar.data.latent_cache import LatentSource
 from mar.data.sources import open_data
@@ -48,7 +48,7 @@ class OwnTokenizer(TokenizerTrainConfig):
 
     data: tyro.conf.Suppress[str] = ""
     image_size: tyro.conf.Suppress[int | tuple[int, int]] = 64
-    colours: tyro.conf.Suppress[int | None] = None
+    image_channels: tyro.conf.Suppress[int | None] = None
 
 
 @dataclass(frozen=True)
@@ -249,11 +249,11 @@ def _options(
     chosen = recipe_for(labelled, tokens.size, tokens.cells, images=wishes.images)
     shift = 0 if cached else chosen.shift
     data, name = wishes.data or "", tokens.tokenizer
-    usual = COMPONENTS.fullmatch(name) is None or image_channels(data) == pictures.colours
-    colours = None if usual else pictures.colours
-    chosen = replace(chosen, data=data, tokenizer=name, colours=colours, shift=shift)
+    usual = COMPONENTS.fullmatch(name) is None or resolve_image_channels(data) == pictures.image_channels
+    image_channels = None if usual else pictures.image_channels
+    chosen = replace(chosen, data=data, tokenizer=name, image_channels=image_channels, shift=shift)
     if wishes.model.label_drop == 0:
-        chosen = replace(chosen, sampling=replace(chosen.sampling, guidance=1.0))
+        chosen = replace(chosen, sampling=replace(chosen.sampling, guidance_scale=1.0))
     vae = OwnTokenizer()
     if tokens.cells is not None and tokens.tokenizer == OWN:
         own = tokenizer_for(pictures, tokens.size, tokens.cells.stride, tokens.cells.channels, wishes.vae.images)
@@ -267,7 +267,7 @@ def _choices_text(options: FolderOptions, pictures: DatasetSummary, tokens: _Tok
     """Two lines: what the pictures are like and are made to, and the model that was chosen for them."""
     model, many = options.config.model, f"{pictures.count:,}"
     kinds = f"in {len(pictures.classes)} classes" if pictures.classes else "without classes"
-    colours = "grey" if pictures.colours == 1 else "colour"
+    colours = "grey" if pictures.image_channels == 1 else "colour"
     names = {"pixels": "raw pixels", OWN: "by a tokenizer of their own"}
     if tokens.cells is not None and tokens.cells.components:
         names[tokens.tokenizer] = "as principal components"

@@ -10,14 +10,15 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
 from mar.config import GuidanceSchedule, MaskSchedule, Order, Preset, SamplingConfig, Solver, TimestepSpacing
+from mar.config.fields import RENAMED, new_names, renamed_fields
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +56,7 @@ class SamplingFlags:
 
     preset: Preset | None = None
     """exact: the model's own settings; balanced, fast: fewer steps of all kinds. Flags beside it have the last word."""
-    guidance: float | None = None
+    guidance_scale: float | None = None
     """Classifier-free guidance scale; 1 is none."""
     guidance_schedule: GuidanceSchedule | None = None
     """linear: rises to the scale as tokens are revealed; constant."""
@@ -69,19 +70,19 @@ class SamplingFlags:
     """Clip predicted tokens to this many standard deviations: for young models; off: not at all."""
     solver: Solver | None = None
     """ancestral; in fewer diffusion steps dpm++2m-sde, and without noise on the way ddim, dpm++2m, dpm++2s."""
-    spacing: TimestepSpacing | None = None
+    timestep_spacing: TimestepSpacing | None = None
     """Of diffusion timesteps: even in time, or in log-snr."""
     diffusion_steps_end: Annotated[int | Literal["off"] | None, _or_off(int)] = None
     """Diffusion steps at the last reveal step, linear in between; off: the same number throughout."""
-    noisiest: float | None = None
+    start_t: float | None = None
     """Where diffusion starts, as a share of the trained timesteps: 0.95 skips the noisiest."""
-    guidance_from: float | None = None
-    """Guide only from the step after which this share of a picture's tokens is known."""
-    guidance_until: float | None = None
-    """Guide only up to the last step after which no more than this share is known."""
-    guidance_refresh: int | None = None
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only at steps after which the share of known tokens is within FROM UNTIL."""
+    guidance_from: tyro.conf.Suppress[float | None] = None  # old names of its numbers; `parse` sets them
+    guidance_until: tyro.conf.Suppress[float | None] = None
+    uncond_interval: int | None = None
     """Run the trunk without the class at every so many guided steps only."""
-    reveal_schedule: MaskSchedule | None = None
+    mask_schedule: MaskSchedule | None = None
     """cosine; exponential: slower at first."""
     order: Order | None = None
     """Of a picture's tokens: random, checkerboard first, halton."""
@@ -96,7 +97,7 @@ class SamplingFlags:
 
     def settings(self) -> dict[str, Any]:
         """What `Pipeline.sampling_with` is to be told: the preset, and the fields of SamplingConfig that were set."""
-        names = ("preset", *(field.name for field in fields(SamplingConfig)))
+        names = ("preset", *(field.name for field in fields(SamplingConfig)), "guidance_from", "guidance_until")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         return {name: None if value == "off" else value for name, value in given.items()}
 
@@ -110,6 +111,65 @@ class SamplingFlags:
         return load(model, device=device or self.device, dtype=torch_dtype(self.dtype))
 
 
+RENAMED["SamplingFlags"] = RENAMED["SamplingConfig"]
+
+
+def _rename_flags(kind: type, arguments: Sequence[str], default: Any) -> tuple[list[str], dict[str, float]]:
+    """Replaces old names of options by the new ones, and says each new name once on stderr.
+
+    Returns:
+        The arguments under new names; and by old name each number whose pair has no default to complete it from.
+    """
+    words: list[str] = []
+    intervals: dict[str, list[str]] = {}
+    numbers: dict[str, float] = {}
+    rest = iter(arguments)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        *path, old = flag.removeprefix("--").replace("-", "_").split(".")
+        owners = _owners(kind, path, default) if flag.startswith("--") else ()
+        owner, config = next((pair for pair in owners if old in renamed_fields(pair[0])), (None, None))
+        if owner is None:
+            words.append(word)
+            continue
+        name, _, index = renamed_fields(owner)[old].rstrip("]").partition("[")
+        renamed = "--" + ".".join([*path, name]).replace("_", "-")
+        for _ in new_names(owner, [old]):
+            place = f"number {int(index) + 1} of " if index else ""
+            print(f"mar: {flag} is now {place}{renamed}; the old name still works", file=sys.stderr)
+        if not index:
+            words.append(renamed + equals + value)
+            continue
+        value = value if equals else next(rest, "")
+        whole = getattr(config or owner, name)
+        if whole is None:
+            numbers[old] = _number(value, flag)
+        else:
+            intervals.setdefault(renamed, [str(number) for number in whole])[int(index)] = value
+    return [*words, *(word for flag, pair in intervals.items() for word in (flag, *pair))], numbers
+
+
+def _number(text: str, flag: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{flag}: got {text!r}, expected a number") from None
+
+
+def _owners(kind: type, path: Sequence[str], default: Any) -> Iterator[tuple[type, Any]]:
+    """Yields the dataclasses inside `kind` that own options called --PATH.NAME, each with its default."""
+    if not path:
+        yield kind, default
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        inner, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if not isinstance(inner, type) or not is_dataclass(inner):
+            continue
+        if any(getattr(mark, "name", None) == "" for mark in marks):  # tyro.conf.arg(name=""): options of the outer one
+            yield from _owners(inner, path, getattr(default, name, None))
+        elif path[:1] == [name]:
+            yield from _owners(inner, path[1:], getattr(default, name, None))
+
+
 def parse(
     kind: type[Options], verb: str, arguments: Sequence[str], default: Options | None = None, *, partly: bool = False
 ) -> Options:
@@ -118,19 +178,20 @@ def parse(
     Prints help and exits 0 where it is asked for; ValueError for options that can't be.
     """
     given: dict[str, Any] = {} if default is None else {"default": default}
+    words, numbers = _rename_flags(kind, arguments, default)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
             found: Any = tyro.cli(  # type: ignore[call-overload]
                 kind,
                 prog=f"mar {verb}",
-                args=list(arguments),
+                args=words,
                 description=kind.__doc__,
                 return_unknown_args=partly,
                 **given,
             )
         options: Options = found[0] if partly else found
-        return options
+        return replace(options, **numbers) if numbers else options  # type: ignore[type-var]
     except SystemExit as stopped:
         if not stopped.code:
             raise

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mar.cli.options import parse
-from mar.config import image_channels
+from mar.config import resolve_image_channels
 from mar.config.tokenizer import TokenizerTrainConfig
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def _stats(arguments: Sequence[str]) -> int:
     from mar.tokenizer.base import measure_latents
 
     source = open_source(options.data)
-    found = zoo.load_tokenizer(options.tokenizer, image_channels(options.data))
+    found = zoo.load_tokenizer(options.tokenizer, resolve_image_channels(options.data))
     transform = Transform(options.image_size, found.image_channels)
     statistics = measure_latents(
         found, in_order(source, transform, limit=options.limit), per_channel=options.per_channel
@@ -152,4 +152,4 @@ def _print_summary(run: TokenizerRun, tokenizer: KLTokenizer, found: RoundTrip) 
     after = cells[0] * cells[1] * tokenizer.channels
     print(f"PSNR {found.psnr:.2f} dB on {found.images:,} held-out pictures")
     print(f"{before:,} values in, {after:,} out: {before / after:.1f} times fewer")
-    print(f"{cells[0] * cells[1]} tokens of {tokenizer.channels} values with --model.patch 1")
+    print(f"{cells[0] * cells[1]} tokens of {tokenizer.channels} values with --model.patch-size 1")

@@ -3,7 +3,7 @@
 A field's docstring is its command-line help. `to_dict` and `from_dict` carry a config to JSON and back.
 """
 
-from mar.config.fields import ConfigError, from_dict, to_dict
+from mar.config.fields import ConfigError, from_dict, rename_old_keys, to_dict, to_dict_for_hash
 from mar.config.model import HeadConfig, ModelConfig, NoiseSchedule, Prediction, TrunkConfig
 from mar.config.sampling import GuidanceSchedule, MaskSchedule, Order, Preset, SamplingConfig, Solver, TimestepSpacing
 from mar.config.training import (
@@ -13,7 +13,7 @@ from mar.config.training import (
     Precision,
     Strategy,
     TrainConfig,
-    image_channels,
+    resolve_image_channels,
 )
 
 __all__ = [
@@ -37,6 +37,8 @@ __all__ = [
     "TrainConfig",
     "TrunkConfig",
     "from_dict",
-    "image_channels",
+    "rename_old_keys",
+    "resolve_image_channels",
     "to_dict",
+    "to_dict_for_hash",
 ]

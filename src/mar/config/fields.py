@@ -1,13 +1,18 @@
-"""What all configurations share: checks of their fields, and the way to JSON and back."""
+"""Check the fields of configs, carry them to JSON and back, and read the names that fields had before."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import logging
+import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
@@ -44,12 +49,112 @@ def fraction(record: Any, *names: str) -> None:
 
 Config = TypeVar("Config")
 _GONE = (("norm", "layer"), ("mlp", "gelu"), ("timesteps", "uniform"), ("qk_norm", False))
-"""Fields of older versions, and what they said where it was as it always is now."""
+"""Fields of older versions with the one value that this version still has."""
+RENAMED: dict[str, dict[str, str]] = {
+    "SamplingConfig": {
+        "guidance": "guidance_scale",
+        "guidance_from": "guidance_interval[0]",
+        "guidance_until": "guidance_interval[1]",
+        "guidance_refresh": "uncond_interval",
+        "spacing": "timestep_spacing",
+        "noisiest": "start_t",
+        "reveal_schedule": "mask_schedule",
+    },
+    "TrunkConfig": {"heads": "num_heads"},
+    "ModelConfig": {"patch": "patch_size", "buffer": "buffer_size"},
+    "TrainConfig": {"recompute": "activation_checkpointing", "colours": "image_channels"},
+    "TokenizerTrainConfig": {"colours": "image_channels"},
+    "DatasetSummary": {"colours": "image_channels", "reach": "max_abs_z"},
+    "ConvertOptions": {"heads": "num_heads", "patch": "patch_size"},
+}
+"""Old names of fields by class, and their new ones; `name[i]` is element i of a tuple.
+
+Files, the command line and Python all read old names by this table (`rename_old_keys`, `renamed_fields`).
+"""
+_noted: set[tuple[str, str]] = set()
+"""Old and new names that this process has told its user of."""
+
+
+def renamed_fields(kind: type) -> dict[str, str]:
+    """Returns the old field names of a class and its bases, with their new ones."""
+    return {old: new for base in reversed(kind.__mro__) for old, new in RENAMED.get(base.__name__, {}).items()}
+
+
+def rename_old_keys(kind: type, values: Mapping[str, Any], base: Any = None) -> dict[str, Any]:
+    """Renames the old field names of class `kind` in plain values; other keys stay as they are.
+
+    Args:
+        kind: The config class whose names changed; its nested configs are left to `from_dict`.
+        values: Fields and values, of a file or of a caller. They may hold keys that are no fields.
+        base: A config of this kind: gives elements of a tuple that have no old name in `values`. None: the defaults.
+
+    Returns:
+        The values under new names, in their order. Where no old name occurs, they are equal to `values`.
+
+    Raises:
+        ConfigError: The values hold an old name and its new one.
+    """
+    names, renamed = renamed_fields(kind), dict[str, Any]()
+    for old, value in values.items():
+        if old not in names:
+            renamed[old] = value
+            continue
+        new, _, index = names[old].rstrip("]").partition("[")
+        if new in values:
+            raise ConfigError(f"got both {old} and {new}, expected {new} alone; leave {old} out")
+        if index:
+            whole = list(renamed[new] if new in renamed else getattr(base or kind, new))
+            whole[int(index)] = value
+            value = tuple(whole)
+        renamed[new] = value
+    return renamed
+
+
+def new_names(kind: type, names: Iterable[str]) -> list[tuple[str, str]]:
+    """Returns old and new name of each field in `names` that was renamed; each pair once per process, on rank 0."""
+    renamed = renamed_fields(kind)
+    pairs = [(old, renamed[old]) for old in names if old in renamed and (old, renamed[old]) not in _noted]
+    _noted.update(pairs)
+    return pairs if os.environ.get("RANK", "0") == "0" else []  # `mar.distributed.rank`, without torch
+
+
+def log_new_names(kind: type, names: Iterable[str]) -> None:
+    """Logs the new name of each field in `names` that was renamed, once per process."""
+    for old, new in new_names(kind, names):
+        logger.warning("%s is now called %s; the old name still works", old, new)
+
+
+def accept_old_names(kind: type[Config]) -> type[Config]:
+    """Decorates a dataclass: its constructor takes old field names (`RENAMED`) and logs the new ones."""
+    init: Any = kind.__init__
+    old_names = renamed_fields(kind).keys()
+
+    @functools.wraps(init)
+    def renaming(self: Any, *args: Any, **fields: Any) -> None:
+        if old_names & fields.keys():
+            log_new_names(kind, fields)
+            fields = rename_old_keys(kind, fields)
+        init(self, *args, **fields)
+
+    kind.__init__ = renaming  # type: ignore[method-assign]
+    return kind
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain JSON-able values."""
+    """Returns a config as plain JSON-able values."""
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def to_dict_for_hash(config: Any) -> dict[str, Any]:
+    """Returns a config as plain values under its first names, so that renaming a field changes no digest."""
+    first = {new: old for old, new in renamed_fields(type(config)).items()}
+    values = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        values[first.get(field.name, field.name)] = (
+            to_dict_for_hash(value) if dataclasses.is_dataclass(value) else _plain(value)
+        )
+    return values
 
 
 def _plain(value: Any) -> Any:
@@ -59,20 +164,23 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    """A config of class `kind` from plain values; missing fields keep their defaults.
+    """Builds a config of class `kind` from plain values; missing fields keep their defaults.
 
-    Raises ConfigError for a field that `kind` does not have: it was written by another version, or is not a config.
+    Old field names are read as the new ones (`RENAMED`). ConfigError for a field that `kind` never had.
     """
     hints = typing.get_type_hints(kind)
+    values = rename_old_keys(kind, values)
     values = {name: value for name, value in values.items() if name in hints or (name, value) not in _GONE}
     unknown = sorted(set(values) - set(hints))
     require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(hints))}")
-    return kind(**{name: _typed(hints[name], _spelt(name, value)) for name, value in values.items()})
+    return kind(**{name: _typed(hints[name], _respell(name, value)) for name, value in values.items()})
 
 
-def _spelt(name: str, value: Any) -> Any:
-    """A value that an older version wrote, as this one spells it."""
-    return {True: "full", False: "none"}[value] if name == "recompute" and isinstance(value, bool) else value
+def _respell(name: str, value: Any) -> Any:
+    """Returns a value of an older version as this one spells it."""
+    if name == "activation_checkpointing" and isinstance(value, bool):
+        return "full" if value else "none"
+    return value
 
 
 def _typed(hint: Any, value: Any) -> Any:

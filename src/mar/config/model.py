@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mar.config.fields import fraction, one_of, positive, require
+from mar.config.fields import accept_old_names, fraction, one_of, positive, require
 
 Prediction = Literal["noise", "v", "x0", "flow"]
 """Predict noise, v, clean tokens or the flow's velocity."""
@@ -13,6 +13,7 @@ NoiseSchedule = Literal["cosine", "linear"]
 """Follow the cosine schedule or the linear path of flow matching."""
 
 
+@accept_old_names
 @dataclass(frozen=True)
 class TrunkConfig:
     """A stack of transformer blocks: the encoder or the decoder."""
@@ -21,7 +22,7 @@ class TrunkConfig:
     """Features of a token inside the stack."""
     depth: int = 12
     """Number of blocks."""
-    heads: int = 12
+    num_heads: int = 12
     """Attention heads; they divide the width."""
     mlp_ratio: float = 4.0
     """Width of a block's MLP as a multiple of `width`."""
@@ -29,9 +30,9 @@ class TrunkConfig:
     """Let attention see how far tokens are apart on the grid (rotary position embeddings), beside where they stand."""
 
     def __post_init__(self) -> None:
-        positive(self, "width", "depth", "heads")
+        positive(self, "width", "depth", "num_heads")
         require(self.mlp_ratio > 0, f"mlp_ratio is {self.mlp_ratio}, but it must be positive")
-        require(self.width % self.heads == 0, f"width {self.width} is not a multiple of the {self.heads} heads")
+        require(self.width % self.num_heads == 0, f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         require(
             not self.rotary or self.head_width % 4 == 0,
             f"heads of {self.head_width} features can't be turned: rotary needs a multiple of 4",
@@ -40,7 +41,7 @@ class TrunkConfig:
     @property
     def head_width(self) -> int:
         """Features of an attention head."""
-        return self.width // self.heads
+        return self.width // self.num_heads
 
     @property
     def hidden(self) -> int:
@@ -72,6 +73,7 @@ class HeadConfig:
         one_of(self, "prediction", Prediction)
 
 
+@accept_old_names
 @dataclass(frozen=True)
 class ModelConfig:
     """A MAR: which latents it models, its encoder, decoder and diffusion head."""
@@ -80,12 +82,12 @@ class ModelConfig:
     """Channels of the tokenizer's latents."""
     grid: tuple[int, int] = (16, 16)
     """Height and width of the latents, in latent cells."""
-    patch: int = 1
-    """A token is a patch x patch square of latent cells."""
+    patch_size: int = 1
+    """Side of a token in latent cells: a token is a square of them."""
     encoder: TrunkConfig = field(default_factory=TrunkConfig)
     decoder: TrunkConfig = field(default_factory=TrunkConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
-    buffer: int = 64
+    buffer_size: int = 64
     """Tokens in front of the sequence that carry the class."""
     classes: int = 1000
     """Number of classes; 0 for an unconditional model."""
@@ -99,26 +101,27 @@ class ModelConfig:
     """Left end of the truncated normal(1, 0.25) from which a batch's mask ratio is drawn."""
 
     def __post_init__(self) -> None:
-        positive(self, "channels", "patch", "buffer")
+        positive(self, "channels", "patch_size", "buffer_size")
         require(self.classes >= 0, f"classes is {self.classes}, but it must be 0 (unconditional) or more")
         fraction(self, "label_drop", "attention_dropout", "projection_dropout")
         require(0 < self.mask_ratio_min <= 1, f"mask_ratio_min is {self.mask_ratio_min}, outside (0, 1]")
         height, width = self.grid
+        side = self.patch_size
         require(
-            min(height, width) >= 1 and height % self.patch == 0 and width % self.patch == 0,
-            f"a latent grid of {height}x{width} cells can't be cut into patches of {self.patch}x{self.patch}: "
-            "choose an image size or a patch that divides it",
+            min(height, width) >= 1 and height % side == 0 and width % side == 0,
+            f"a latent grid of {height}x{width} cells can't be cut into patches of {side}x{side}: "
+            "choose an image size or a patch_size that divides it",
         )
 
     @property
     def tokens(self) -> int:
         """L: the number of tokens of an image."""
-        return (self.grid[0] // self.patch) * (self.grid[1] // self.patch)
+        return (self.grid[0] // self.patch_size) * (self.grid[1] // self.patch_size)
 
     @property
     def token_width(self) -> int:
         """d: the number of values of a token."""
-        return self.channels * self.patch**2
+        return self.channels * self.patch_size**2
 
     @property
     def guidable(self) -> bool:

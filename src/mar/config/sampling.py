@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from mar.config.fields import one_of, positive, require
+from mar.config.fields import accept_old_names, one_of, positive, require
 from mar.config.model import ModelConfig
 
 GuidanceSchedule = Literal["linear", "constant"]
@@ -23,6 +23,7 @@ Preset = Literal["exact", "balanced", "fast"]
 """Name a preset of `mar.presets`."""
 
 
+@accept_old_names
 @dataclass(frozen=True)
 class SamplingConfig:
     """How pictures are drawn."""
@@ -31,7 +32,7 @@ class SamplingConfig:
     """K: reveal steps; more than there are tokens means one token a step."""
     diffusion_steps: int = 100
     """Diffusion steps for each token, of the 1000 it was trained on."""
-    guidance: float = 1.0
+    guidance_scale: float = 1.0
     """Classifier-free guidance scale; 1 is none."""
     guidance_schedule: GuidanceSchedule = "linear"
     """`linear`: from 1 up to the scale as tokens are revealed; `constant`: the scale at every step."""
@@ -42,26 +43,27 @@ class SamplingConfig:
     solver: Solver = "ancestral"
     """`ancestral` (the paper), or `dpm++2m-sde`, the same in fewer steps; without noise on the way `ddim`, `dpm++2m`,
     `dpm++2s`."""
-    spacing: TimestepSpacing = "time"
+    timestep_spacing: TimestepSpacing = "time"
     """How diffusion timesteps are spaced: evenly in `time` (the paper) or in `log-snr`."""
     diffusion_steps_end: int | None = None
     """Diffusion steps at the last reveal step, linear in between (DiSA); by default `diffusion_steps` throughout."""
-    noisiest: float = 1.0
+    start_t: float = 1.0
     """Where diffusion starts, as a share of the trained timesteps; 0.95 skips the noisiest 5% (DiSA)."""
-    guidance_from: float = 0.0
-    """Guide only from the step after which this share of an image's tokens is known."""
-    guidance_until: float = 1.0
-    """Guide only up to the last step after which no more than this share is known."""
-    guidance_refresh: int = 1
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Guide only at steps after which the share of an image's known tokens is within FROM UNTIL, both included."""
+    uncond_interval: int = 1
     """Run the trunk without the class at every so many guided steps, and keep its difference in between (LazyMAR)."""
-    reveal_schedule: MaskSchedule = "cosine"
+    mask_schedule: MaskSchedule = "cosine"
     """How many tokens are hidden after each step: `cosine` (the paper), or `exponential`, slower at first."""
     order: Order = "random"
     """Order of an image's tokens: `random` (the paper), random on a `checkerboard` first, or spread out by `halton`."""
 
     def __post_init__(self) -> None:
-        positive(self, "steps", "diffusion_steps", "guidance_refresh")
-        require(math.isfinite(self.guidance) and self.guidance >= 0, f"guidance is {self.guidance}, not 0 or more")
+        positive(self, "steps", "diffusion_steps", "uncond_interval")
+        require(
+            math.isfinite(self.guidance_scale) and self.guidance_scale >= 0,
+            f"guidance_scale is {self.guidance_scale}, but it must be 0 or more",
+        )
         one_of(self, "guidance_schedule", GuidanceSchedule)
         require(
             math.isfinite(self.temperature) and self.temperature >= 0, f"temperature is {self.temperature}, not >= 0"
@@ -71,29 +73,30 @@ class SamplingConfig:
             f"x0_bound is {self.x0_bound}, but it must be positive and finite",
         )
         one_of(self, "solver", Solver)
-        one_of(self, "spacing", TimestepSpacing)
-        one_of(self, "reveal_schedule", MaskSchedule)
+        one_of(self, "timestep_spacing", TimestepSpacing)
+        one_of(self, "mask_schedule", MaskSchedule)
         one_of(self, "order", Order)
         if self.diffusion_steps_end is not None:
             positive(self, "diffusion_steps_end")
-        require(0 < self.noisiest <= 1, f"noisiest is {self.noisiest}, outside (0, 1]")
+        require(0 < self.start_t <= 1, f"start_t is {self.start_t}, outside (0, 1]")
+        start, end = self.guidance_interval
         require(
-            0 <= self.guidance_from <= self.guidance_until <= 1,
-            f"guidance from {self.guidance_from} until {self.guidance_until}: not a part of the range from 0 to 1",
+            0 <= start <= end <= 1,
+            f"guidance_interval is {start} {end}, but it must be two numbers from 0 to 1, the smaller one first",
         )
 
     def check(self, model: ModelConfig) -> None:
         """Raises ConfigError where this way of drawing asks more than `model` has learned."""
-        timesteps = round(self.noisiest * (model.head.diffusion_steps - 1)) + 1
+        timesteps = round(self.start_t * (model.head.diffusion_steps - 1)) + 1
         for name in ("diffusion_steps", "diffusion_steps_end"):
             steps = getattr(self, name) or 1
-            less = f", of which noisiest {self.noisiest} leaves {timesteps}" if self.noisiest < 1 else ""
+            less = f", of which start_t {self.start_t} leaves {timesteps}" if self.start_t < 1 else ""
             require(
                 steps <= timesteps,
                 f"{name} is {steps}, but the model's schedule has {model.head.diffusion_steps}{less}",
             )
         require(
-            self.guidance == 1.0 or model.guidable,
-            f"guidance {self.guidance} needs a model that was trained to do without classes "
-            f"(this one: {model.classes} classes, label_drop {model.label_drop}); use guidance 1",
+            self.guidance_scale == 1.0 or model.guidable,
+            f"guidance_scale {self.guidance_scale} needs a model that was trained to do without classes "
+            f"(this one: {model.classes} classes, label_drop {model.label_drop}); use guidance_scale 1",
         )

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mar.autoconfig.sizes import DatasetSummary
-from mar.config import LogTo, Precision, image_channels
-from mar.config.fields import fraction, positive, require
+from mar.config import LogTo, Precision, resolve_image_channels
+from mar.config.fields import accept_old_names, fraction, positive, require
 
 Stride = Literal[2, 4, 8, 16]
 
 
+@accept_old_names
 @dataclass(frozen=True)
 class TokenizerTrainConfig:
     """Trains an autoencoder (diffusers' AutoencoderKL) on pictures. Lengths are counted in images."""
@@ -21,7 +22,7 @@ class TokenizerTrainConfig:
     """fashion, a folder of pictures, Parquet or .tar (WebDataset) files, or OWNER/NAME on the Hub."""
     image_size: int | tuple[int, int] = 32
     """Pictures are cut to squares of so many pixels, or to HEIGHT WIDTH."""
-    colours: int | None = None
+    image_channels: int | None = None
     """Channels of the pictures: 1 (grey) or 3; by default 1 for fashion and 3 for all else."""
     stride: Stride = 4
     """Pixels of a latent cell's side."""
@@ -82,7 +83,10 @@ class TokenizerTrainConfig:
         fraction(self, "ema", "beta1", "beta2", "adversarial_start")
         require(self.precision in typing.get_args(Precision), f"precision is {self.precision!r}, not fp32 or bf16")
         require(self.stride in typing.get_args(Stride), f"stride is {self.stride}, but it must be 2, 4, 8 or 16")
-        require(self.colours in (None, 1, 3), f"colours is {self.colours}, but it must be 1 (grey) or 3")
+        require(
+            self.image_channels in (None, 1, 3),
+            f"image_channels is {self.image_channels}, but it must be 1 (gray) or 3",
+        )
         require(self.width >= 8 and self.width % 8 == 0, f"width is {self.width}, but it must be a multiple of 8")
         height, width = self.size
         require(
@@ -96,9 +100,9 @@ class TokenizerTrainConfig:
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     @property
-    def image_channels(self) -> int:
-        """Channels of the pictures."""
-        return image_channels(self.data, self.colours)
+    def channels_in(self) -> int:
+        """Channels of the pictures: `image_channels`, or the default for `data`."""
+        return resolve_image_channels(self.data, self.image_channels)
 
     @property
     def scaled_lr(self) -> float:
@@ -119,7 +123,7 @@ def tokenizer_for(
     total = images or max(10 * pictures.count, 60_000)
     return TokenizerTrainConfig(
         image_size=size,
-        colours=pictures.colours,
+        image_channels=pictures.image_channels,
         stride=stride,  # type: ignore[arg-type]  # checked there
         channels=channels,
         width=16 if max(size) <= 64 else 32 if max(size) <= 128 else 64,

@@ -6,7 +6,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mar.config.fields import fraction, one_of, positive, require
+from mar.config.fields import accept_old_names, fraction, one_of, positive, require
 from mar.config.model import ModelConfig
 from mar.config.sampling import SamplingConfig
 
@@ -22,12 +22,12 @@ ActivationCheckpointing = Literal["none", "selective", "full"]
 """Recompute no activations, cheap ones, or all."""
 
 
-def image_channels(data: str, colours: int | None = None) -> int:
-    """Channels that the pictures of `data` are read with: `colours` where that is said, else 1 (grey) for the bundled
-    ones and 3 for all else."""
-    return colours or (1 if data == "fashion" else 3)
+def resolve_image_channels(data: str, image_channels: int | None = None) -> int:
+    """Returns `image_channels`, or by default those of `data`: 1 (gray) for fashion, 3 for all else."""
+    return image_channels or (1 if data == "fashion" else 3)
 
 
+@accept_old_names
 @dataclass(frozen=True)
 class TrainConfig:
     """A training run: what is learned from what, for how long, and how. Lengths are counted in images."""
@@ -41,7 +41,7 @@ class TrainConfig:
     tokenizer: str = "pixels"
     """`pixels`; `pca4`: the first principal components of squares of 4 x 4 pixels, as many as the model has channels;
     or a folder or repository of an AutoencoderKL in diffusers' format, or `kl16`."""
-    colours: int | None = None
+    image_channels: int | None = None
     """Channels of the pictures that principal components are taken of: 1 (grey) or 3; by default 1 for fashion and 3
     for all else."""
     images: int = 1_000_000
@@ -77,7 +77,7 @@ class TrainConfig:
     """Several processes: `ddp`, the model on each; `fsdp`, a share of every tensor on each."""
     accumulate: int = 1
     """Parts in which a process works through its share of a batch: less memory, the same step."""
-    recompute: ActivationCheckpointing = "none"
+    activation_checkpointing: ActivationCheckpointing = "none"
     """Gradient checkpointing, what the backward pass computes again instead of keeping it: `selective`, all but matrix
     products, which costs little time; `full`, whole blocks, which costs a third."""
     compile: bool = False
@@ -134,10 +134,13 @@ class TrainConfig:
             f"ema_others has {', '.join(map(str, others))}, but each must be from 0 to less than 1, and none twice or "
             f"ema's {self.ema}",
         )
-        require(self.colours in (None, 1, 3), f"colours is {self.colours}, but it must be 1 (grey) or 3")
+        require(
+            self.image_channels in (None, 1, 3),
+            f"image_channels is {self.image_channels}, but it must be 1 (gray) or 3",
+        )
         unknown = ", ".join(sorted({*self.log_to} - {*typing.get_args(LogTo)}))
         require(not unknown, f"log_to has {unknown}, but there are only {', '.join(typing.get_args(LogTo))}")
-        one_of(self, "recompute", ActivationCheckpointing)
+        one_of(self, "activation_checkpointing", ActivationCheckpointing)
         self.sampling.check(self.model)
 
     @property

@@ -244,7 +244,7 @@ class DiffusionHead(nn.Module):
 
     def schedule(self, steps: int, sampling: SamplingConfig, device: torch.device) -> Schedule:
         """Return the training schedule respaced to `steps`, its timesteps on `device`."""
-        return _respaced(self.config, steps, sampling.spacing, sampling.noisiest, device)
+        return _respaced(self.config, steps, sampling.timestep_spacing, sampling.start_t, device)
 
     def num_noises(self, steps: int, sampling: SamplingConfig) -> int:
         """Return how many noises `sample` needs for a token: one, or one a diffusion step."""

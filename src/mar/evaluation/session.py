@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mar import distributed
 from mar.cli.stats import Split, progress, say_memory
-from mar.config import ConfigError, to_dict
+from mar.config import ConfigError
 from mar.data.paths import SHARD_SUFFIXES
 from mar.data.sources import open_source
 from mar.evaluation.evaluate import Advance, MetricOptions, Report, collect, compare
@@ -323,6 +323,7 @@ class EvalSession:
         """What the numbers of a sweep over `points` depend on, beside the point."""
         from mar.evaluation.image_sets import digest
         from mar.evaluation.statistics import FeatureStats
+        from mar.evaluation.sweep import fixed_settings
 
         def named(opened: FeatureStats | PictureSet, spec: str) -> tuple[str, int | None, str]:
             if isinstance(opened, FeatureStats):
@@ -333,7 +334,6 @@ class EvalSession:
         assert model is not None
         source, count, held = named(self.opened, options.reference)
         *others, held_others = (None, None) if held_out is None else named(held_out, str(options.held_out))
-        sampling = to_dict(model.sampling_with(**options.settings()))
         return {
             "weights": model.fingerprint(), "pictures": len(self.plan), "seed": options.seed, "dtype": options.dtype,
             "tf32": options.tf32, "features": self.extractor.fingerprint, "reference": source,
@@ -343,5 +343,5 @@ class EvalSession:
             "held_out": None if held_out is None else others,
             "reference_digest": held, "held_out_digest": held_others,
             "classifier": self.classifier and self.classifier.fingerprint, "swept": ", ".join(sorted(points[0])),
-            **{name: value for name, value in sampling.items() if name not in points[0]},
+            **fixed_settings(model.sampling_with(**options.settings()), points[0]),
         }  # fmt: skip

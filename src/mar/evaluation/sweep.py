@@ -18,10 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from mar.checkpoint.files import write_atomically, write_text
-from mar.config import ConfigError, SamplingConfig
+from mar.config import ConfigError, SamplingConfig, to_dict
+from mar.config.fields import log_new_names, renamed_fields
 from mar.evaluation.evaluate import Report
 
-ALIASES = {"cfg": "guidance", "K": "steps"}
+ALIASES = {"cfg": "guidance_scale", "K": "steps"}
+RENAMED = {old: new for old, new in renamed_fields(SamplingConfig).items() if not new.endswith("]")}
+"""Old names of fields, in commands and in tables."""
+ENDS = {old: new[:-1].split("[") for old, new in renamed_fields(SamplingConfig).items() if new.endswith("]")}
+"""Axes that are one number of a field with two: name -> field and index."""
 SINCE = ("reference_digest", "held_out_digest")
 """Settings that older tables do not have; their sweeps are gone on with as if they had the same."""
 MOST = 10_000
@@ -32,14 +37,17 @@ Point = dict[str, Any]
 
 
 def parse_axis(text: str) -> tuple[str, list[Any]]:
-    """`guidance=1:5:0.5` (both ends included) or `steps=10,25,50` -> the field's name and its values.
+    """`guidance_scale=1:5:0.5` (both ends included) or `steps=10,25,50` -> the field's name and its values.
 
-    Names are those of SamplingConfig, `cfg` for guidance, `K` for steps, and `preset`. ConfigError for what can't be
-    read.
+    Names are those of SamplingConfig, `cfg` for guidance_scale, `K` for steps, `guidance_from` and `guidance_until` for
+    the ends of guidance_interval, and `preset`. ConfigError for what can't be read.
     """
     name, equals, values = text.partition("=")
     name = ALIASES.get(name, name).replace("-", "_")
-    kinds = {**{f.name: str(f.type) for f in fields(SamplingConfig)}, "preset": "Preset"}
+    log_new_names(SamplingConfig, {name} & {*RENAMED})
+    name = RENAMED.get(name, name)
+    kinds = {f.name: str(f.type) for f in fields(SamplingConfig) if not str(f.type).startswith("tuple")}
+    kinds |= {**dict.fromkeys(ENDS, "float"), "preset": "Preset"}
     if not equals or name not in kinds or not values:
         known = ", ".join(sorted({*kinds, *ALIASES}))
         raise ConfigError(f"sweep: got {text!r}, expected NAME=FIRST:LAST:STEP or NAME=A,B,C with a name of {known}")
@@ -83,6 +91,15 @@ def points(axes: Sequence[str]) -> list[Point]:
     return [dict(zip(names, values, strict=True)) for values in itertools.product(*(v for _, v in parsed))]
 
 
+def fixed_settings(sampling: SamplingConfig, point: Point) -> dict[str, Any]:
+    """Returns the sampling settings that a sweep over the names of `point` leaves as they are, by axis."""
+    values = to_dict(sampling)
+    ends = {name: values[field][int(index)] for name, (field, index) in ENDS.items()}
+    for field, _ in ENDS.values():
+        values.pop(field, None)
+    return {name: value for name, value in {**values, **ends}.items() if name not in point}
+
+
 @dataclass(frozen=True)
 class Row:
     """A point that was measured."""
@@ -121,9 +138,12 @@ class Table:
     def _read(path: Path) -> tuple[dict[str, Any], list[Row]]:
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
-            rows = [Row(dict(row["point"]), dict(row["report"])) for row in held["rows"]]
+            rows = [Row(_renamed(dict(row["point"])), dict(row["report"])) for row in held["rows"]]
             if all(math.isfinite(row.distance) and math.isfinite(row.seconds_per_picture) for row in rows):
-                return dict(held["settings"]), rows
+                settings = _renamed(dict(held["settings"]))
+                if isinstance(swept := settings.get("swept"), str):
+                    settings["swept"] = ", ".join(sorted(_renamed(dict.fromkeys(swept.split(", ")))))
+                return settings, rows
             why = "a row is no measurement"
         except (ValueError, KeyError, TypeError) as error:
             why = f"{type(error).__name__}: {error}"
@@ -179,6 +199,11 @@ class Table:
         return text.getvalue()
 
 
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns values of a table under the new names of fields."""
+    return {RENAMED.get(name, name): value for name, value in values.items()}
+
+
 MISSING = 'plots need matplotlib: pip install ".[eval]" in the clone of mar'
 
 
@@ -224,10 +249,10 @@ def plot(table: Table, path: Path) -> None:
 
 
 def _across(table: Table) -> str:
-    """The field on the horizontal axis: guidance where it was swept, else that with the most values."""
+    """The field on the horizontal axis: guidance_scale where it was swept, else that with the most values."""
     names = list(table.rows[0].point)
-    if "guidance" in names:
-        return "guidance"
+    if "guidance_scale" in names:
+        return "guidance_scale"
     return max(names, key=lambda name: len({str(row.point[name]) for row in table.rows}))
 
 

@@ -25,7 +25,7 @@ class Attention(nn.Module):
 
     def __init__(self, trunk: TrunkConfig, attention_dropout: float, projection_dropout: float) -> None:
         super().__init__()
-        self.num_heads = trunk.heads
+        self.num_heads = trunk.num_heads
         self.attention_dropout = attention_dropout
         self.qkv = Linear(trunk.width, 3 * trunk.width, splits=3)
         self.out = Linear(trunk.width, trunk.width)

@@ -36,7 +36,7 @@ class MAR(nn.Module):
         self.class_embed = nn.Embedding(config.classes, e) if config.classes else None
         self.null_class = nn.Parameter(torch.empty(1, e))
         self.token_embed = Linear(config.token_width, e)
-        self.encoder_position = nn.Parameter(torch.empty(config.buffer + length, e))
+        self.encoder_position = nn.Parameter(torch.empty(config.buffer_size + length, e))
         self.embed_norm = nn.LayerNorm(e, eps=NORM_EPS)
         self.encoder = make_blocks(config.encoder, *dropouts)
         self.encoder_norm = nn.LayerNorm(e, eps=NORM_EPS)
@@ -44,14 +44,14 @@ class MAR(nn.Module):
         # decoder
         self.decoder_embed = Linear(e, f)
         self.mask_token = nn.Parameter(torch.empty(f))
-        self.decoder_position = nn.Parameter(torch.empty(config.buffer + length, f))
+        self.decoder_position = nn.Parameter(torch.empty(config.buffer_size + length, f))
         self.decoder = make_blocks(config.decoder, *dropouts)
         self.decoder_norm = nn.LayerNorm(f, eps=NORM_EPS)
         self.diffusion_position = nn.Parameter(torch.empty(length, f))
 
         for name, trunk in (("encoder_rope", config.encoder), ("decoder_rope", config.decoder)):
-            patches = (config.grid[0] // config.patch, config.grid[1] // config.patch)
-            cache = rope_cache(config.buffer, patches, trunk.head_width) if trunk.rotary else None
+            patches = (config.grid[0] // config.patch_size, config.grid[1] // config.patch_size)
+            cache = rope_cache(config.buffer_size, patches, trunk.head_width) if trunk.rotary else None
             self.register_buffer(name, cache, persistent=False)
 
         self.head = build_head(config.token_width, f, config.head)
@@ -105,7 +105,7 @@ class MAR(nn.Module):
         padded: bool = False,
     ) -> Float[Tensor, "n s e"]:
         """Encode the buffer tokens, which carry the class, and the visible tokens. Args as in `forward`."""
-        b, length, n = self.config.buffer, self.config.tokens, len(tokens)
+        b, length, n = self.config.buffer_size, self.config.tokens, len(tokens)
 
         # buffer tokens, then visible tokens, each with its position embedding
         buffer_tokens = self.embed_labels(labels).unsqueeze(1) + self.encoder_position[:b]
@@ -136,7 +136,7 @@ class MAR(nn.Module):
 
         Every block but the last needs all tokens; the last computes those at `query_idx` alone.
         """
-        b, length = self.config.buffer, self.config.tokens
+        b, length = self.config.buffer_size, self.config.tokens
 
         # mask tokens everywhere, encoded tokens at visible positions, buffer tokens in front
         x = self.decoder_embed(encoded)

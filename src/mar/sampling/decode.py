@@ -166,7 +166,7 @@ def decode_step(
     steps = plan_step(state, sampling, model.config.tokens, guidable)
 
     # trunk: z of these tokens, with and without the class
-    conditions = compute_conditions(model, labels, state, steps, sampling.guidance_refresh)
+    conditions = compute_conditions(model, labels, state, steps, sampling.uncond_interval)
 
     # head: draws the tokens, those of images with the same settings together
     tokens, unknown = state.tokens, state.unknown

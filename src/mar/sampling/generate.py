@@ -135,7 +135,7 @@ def generate(
     if len(labels) != len(seeds) or not len(labels):
         raise ValueError(f"labels and seeds: got {len(labels)} and {len(seeds)}, expected one of each per image")
     device = model.mask_token.device
-    grid = (config.grid[0] // config.patch, config.grid[1] // config.patch)
+    grid = (config.grid[0] // config.patch_size, config.grid[1] // config.patch_size)
     tokens, unknown = _known_tokens(model, len(labels), known, mask)
     source = noise_source if noise_source is not None else SeededNoise(seeds)
     start = init_state(
@@ -143,7 +143,7 @@ def generate(
         unknown,
         sampling.steps,
         source,
-        schedule=sampling.reveal_schedule,
+        schedule=sampling.mask_schedule,
         order=sampling.order,
         grid=grid,
     )
@@ -156,7 +156,7 @@ def generate(
 
 
 def _latent_step(model: MAR, state: DecodeState, grid: tuple[int, int]) -> LatentStep:
-    latents = unpatchify(state.tokens, model.config.patch, model.config.grid)
+    latents = unpatchify(state.tokens, model.config.patch_size, model.config.grid)
     return LatentStep(state.step, state.steps, latents, ~state.unknown.view(-1, *grid))
 
 
@@ -171,12 +171,12 @@ def _known_tokens(model: MAR, count: int, known: Tensor | None, mask: Tensor | N
         raise ValueError(f"known latents: got shape {tuple(known.shape)}, expected {expected}")
     if not known.isfinite().all():
         raise ValueError("known latents: got values that are no finite numbers")
-    grid = (config.grid[0] // config.patch, config.grid[1] // config.patch)
+    grid = (config.grid[0] // config.patch_size, config.grid[1] // config.patch_size)
     if mask.shape != (count, *grid) or mask.dtype != torch.bool:
         raise ValueError(
             f"mask: got {tuple(mask.shape)} of {mask.dtype}, expected {(count, *grid)} of bool, one a token"
         )
-    return patchify(known.float(), config.patch), mask.flatten(1).cpu()
+    return patchify(known.float(), config.patch_size), mask.flatten(1).cpu()
 
 
 def check_latents(

@@ -32,7 +32,7 @@ def step_settings(sampling: SamplingConfig, schedule: tuple[int, ...], tokens: i
 
     `schedule` tells how many of the image's `tokens` stay masked after each step. Diffusion steps go linearly from the
     first number to the last (DiSA, arXiv 2505.20297). Of the guided steps, the first and then every
-    `guidance_refresh`-th run the trunk without the class (LazyMAR, arXiv 2503.12450).
+    `uncond_interval`-th run the trunk without the class (LazyMAR, arXiv 2503.12450).
     """
     first = sampling.diffusion_steps
     last = first if sampling.diffusion_steps_end is None else sampling.diffusion_steps_end
@@ -40,7 +40,7 @@ def step_settings(sampling: SamplingConfig, schedule: tuple[int, ...], tokens: i
     for step, masked in enumerate(schedule):
         diffusion_steps = round(first + (last - first) * step / max(len(schedule) - 1, 1))
         scale = guidance_scale(sampling, masked, tokens)
-        run_uncond = scale != 1.0 and guided % sampling.guidance_refresh == 0
+        run_uncond = scale != 1.0 and guided % sampling.uncond_interval == 0
         guided += scale != 1.0
         settings.append(StepSettings(diffusion_steps, scale, run_uncond))
     return tuple(settings)
@@ -53,8 +53,9 @@ def guidance_scale(sampling: SamplingConfig, masked: int, tokens: int) -> float:
     `constant` is the same at every step. Where that share lies outside the guidance interval, the scale is 1: none.
     """
     known = (tokens - max(masked, 1)) / tokens
-    if not sampling.guidance_from <= known <= sampling.guidance_until:
+    start, end = sampling.guidance_interval
+    if not start <= known <= end:
         return 1.0
     if sampling.guidance_schedule == "constant":
-        return sampling.guidance
-    return 1 + (sampling.guidance - 1) * (tokens - max(masked, 1)) / tokens
+        return sampling.guidance_scale
+    return 1 + (sampling.guidance_scale - 1) * (tokens - max(masked, 1)) / tokens

@@ -73,7 +73,7 @@ class DiffusionLoss(nn.Module):
     ) -> Float[Tensor, " rows"]:
         """The loss of every (timestep, noise) of every masked token, in the order of `draws.timestep`."""
         config = self.model.config
-        tokens = patchify(latents, config.patch)
+        tokens = patchify(latents, config.patch_size)
         labels = torch.where(draws.drop_label, UNCONDITIONAL, labels)
         hidden, visible = split_by_mask(draws.order, draws.masked)
         z = self.model(tokens, labels, visible, query_idx=hidden)

@@ -61,8 +61,8 @@ def parallelize(loss: DiffusionLoss, averages: Iterable[Any], config: TrainConfi
             f"batch is {config.batch}, but it must be a multiple of {cuts}: {world} process(es), each with "
             f"{config.accumulate} part(s)"
         )
-    if config.recompute != "none":
-        options = _RECOMPUTE[config.recompute]
+    if config.activation_checkpointing != "none":
+        options = _RECOMPUTE[config.activation_checkpointing]
         for block in loss.model.blocks():
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
     if config.compile:

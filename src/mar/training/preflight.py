@@ -77,7 +77,7 @@ def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
     return Estimate(
         parameters=parameters,
         weights=4 * (5 + others) * parameters,
-        activations=4 * activation_floats(config.model, config.batch // cuts, config.recompute),
+        activations=4 * activation_floats(config.model, config.batch // cuts, config.activation_checkpointing),
         state=state,
         disk=(config.keep + 1) * state + exports * 4 * parameters,  # one state more while it is being written
     )
@@ -91,13 +91,13 @@ def _size(path: Path) -> int:
 def activation_floats(model: ModelConfig, images: int, recompute: ActivationCheckpointing = "none") -> int:
     """Numbers that a step over `images` images keeps, at the mean mask ratio, the block at hand being whole."""
     masked = round(model.tokens * (1 + model.mask_ratio_min) / 2)
-    seen = model.buffer + model.tokens - masked
-    trunks = ((model.encoder, seen), (model.decoder, model.buffer + model.tokens))
+    seen = model.buffer_size + model.tokens - masked
+    trunks = ((model.encoder, seen), (model.decoder, model.buffer_size + model.tokens))
     rows = masked * model.head.batch_mul
     kept = sum(t.depth * tokens * t.width * _BLOCK[recompute] for t, tokens in trunks)
     kept += rows * model.head.width * (_HEAD_BLOCK[recompute] * model.head.depth + _HEAD)
     if recompute == "none":  # a byte, a quarter of a float, for each weight of attention: its dropout
-        kept += sum(t.depth * t.heads * tokens**2 / 4 for t, tokens in trunks if model.attention_dropout)
+        kept += sum(t.depth * t.num_heads * tokens**2 / 4 for t, tokens in trunks if model.attention_dropout)
     else:
         whole = [tokens * t.width * _BLOCK["none"] for t, tokens in trunks]
         kept += max(*whole, rows * model.head.width * _HEAD_BLOCK["none"])
@@ -148,7 +148,7 @@ def wide_tokens(model: ModelConfig) -> str | None:
         return None
     return (
         f"warning: a token has {model.token_width} values, but the head is only {model.head.width} wide, which is "
-        f"little above {WIDE_TOKEN} values; set --model.head.width {WIDE_HEAD}, or a smaller --model.patch"
+        f"little above {WIDE_TOKEN} values; set --model.head.width {WIDE_HEAD}, or a smaller --model.patch-size"
     )
 
 

@@ -19,7 +19,7 @@ from mar import distributed
 from mar.checkpoint import official
 from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState, changed_settings
-from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, image_channels, to_dict
+from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, resolve_image_channels, to_dict
 from mar.data.images import Source, Transform
 from mar.data.latent_cache import LatentSource
 from mar.data.loader import in_order
@@ -40,7 +40,7 @@ MEASURED = 10_000
 """Pictures of a stream, at most, that a tokenizer's statistics are of."""
 # Settings that may change when a run is resumed: they do not touch what has been learned so far.
 _FREE = {"images", "decay", "workers", "save_every", "sample_every", "log_every", "keep", "sampling"}
-_FREE |= {"strategy", "accumulate", "recompute", "compile", "log_to"}
+_FREE |= {"strategy", "accumulate", "activation_checkpointing", "compile", "log_to"}
 _FREE |= {"validate_every", "validate_on", "validate_count", "patience"}
 # Settings of a model that may differ from those of the weights it starts from.
 _LEARNING = {"classes", "label_drop", "attention_dropout", "projection_dropout", "mask_ratio_min"}
@@ -174,7 +174,8 @@ def _tokenizer(
     channels = config.model.channels
     if is_name(config.tokenizer):
         try:
-            tokenizer = from_name(config.tokenizer, image_channels(config.data, config.colours), channels)
+            image_channels = resolve_image_channels(config.data, config.image_channels)
+            tokenizer = from_name(config.tokenizer, image_channels, channels)
         except ValueError as error:
             others = "pca4, kl16, or one in diffusers' format"
             if isinstance(source, LatentSource):
@@ -186,10 +187,10 @@ def _tokenizer(
         _check_cache(config, source, tokenizer)
     if tokenizer.channels != channels:
         raise ConfigError(f"the tokenizer's latents have {tokenizer.channels} channels, the model's {channels}")
-    if config.colours not in (None, tokenizer.image_channels):
+    if config.image_channels not in (None, tokenizer.image_channels):
         raise ConfigError(
-            f"colours is {config.colours}, but the tokenizer takes pictures of {tokenizer.image_channels}; leave "
-            "--colours out, which is for components that a run takes itself (--tokenizer pca4)"
+            f"image_channels is {config.image_channels}, but the tokenizer takes {tokenizer.image_channels}; "
+            "leave --image-channels out, which is for components that a run takes itself (--tokenizer pca4)"
         )
     if not tokenizer.has_stats and not measured_later:  # a resumed run has the statistics in its state
         if learned is not None and _components(learned) == _components(tokenizer) is not None:

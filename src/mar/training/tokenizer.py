@@ -125,8 +125,8 @@ def architecture(config: TokenizerTrainConfig) -> dict[str, Any]:
     """The autoencoder in diffusers' terms."""
     stages = int(math.log2(config.stride)) + 1
     return {
-        "in_channels": config.image_channels,
-        "out_channels": config.image_channels,
+        "in_channels": config.channels_in,
+        "out_channels": config.channels_in,
         "down_block_types": ["DownEncoderBlock2D"] * stages,
         "up_block_types": ["UpDecoderBlock2D"] * stages,
         "block_out_channels": [config.width * min(2**stage, 4) for stage in range(stages)],
@@ -164,7 +164,7 @@ class TokenizerRun:
         self.critic_from = config.adversarial_from
         """Images seen from which on it takes part: once it has begun, it stays, also where the run is made longer."""
         if config.adversarial:
-            self.critic = PatchDiscriminator(config.image_channels, config.width).to(self.device)
+            self.critic = PatchDiscriminator(config.channels_in, config.width).to(self.device)
             self.critic_optimizer = self._optimizer(self.critic)
 
     def _optimizer(self, module: nn.Module) -> torch.optim.AdamW:
@@ -207,7 +207,7 @@ class TokenizerRun:
     @property
     def transform(self) -> Transform:
         """What is done to pictures first."""
-        return Transform(self.config.size, self.config.image_channels)
+        return Transform(self.config.size, self.config.channels_in)
 
     @property
     def finished(self) -> bool:

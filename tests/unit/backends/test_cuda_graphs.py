@@ -169,7 +169,7 @@ def test_where_recording_fails_all_goes_on_and_says_so_once() -> None:
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_pictures_are_those_of_the_plain_loop(guidance: float) -> None:
-    sampling = SamplingConfig(steps=16, diffusion_steps=6, guidance=guidance, diffusion_steps_end=5)
+    sampling = SamplingConfig(steps=16, diffusion_steps=6, guidance_scale=guidance, diffusion_steps_end=5)
     first, second = (SeededNoise([0, 1, 2]) for _ in range(2))
     labels, recorder = torch.tensor([0, 1, 2]), Recorder()
     graphed = GraphedHead(HEAD, recorder)

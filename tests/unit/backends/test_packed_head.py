@@ -51,7 +51,7 @@ def test_in_bfloat16_it_is_as_near_to_the_head_as_roundings_are(rows: int) -> No
 
 
 def test_pictures_are_those_of_the_head() -> None:
-    of, sampling = model(), SamplingConfig(steps=5, diffusion_steps=6, guidance=2.0)
+    of, sampling = model(), SamplingConfig(steps=5, diffusion_steps=6, guidance_scale=2.0)
     draws, labels = (SeededNoise([0, 1, 2]) for _ in range(2)), torch.tensor([0, 1, 2])
     first, second = draws
     state = init_state(torch.zeros(3, 16, 2), all_masked(3, 16), sampling.steps, first)

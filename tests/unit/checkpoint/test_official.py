@@ -30,11 +30,11 @@ from mar.model.mar import MAR
 TINY = ModelConfig(
     channels=3,
     grid=(8, 8),
-    patch=2,
+    patch_size=2,
     encoder=TrunkConfig(8, 1, 2),
     decoder=TrunkConfig(8, 2, 2),
     head=HeadConfig(12, 2, batch_mul=3),
-    buffer=5,
+    buffer_size=5,
     classes=7,
     attention_dropout=0.0,
 )
@@ -75,7 +75,7 @@ class Malice:
 def test_ema_is_taken_unless_told_otherwise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "c.pth", model=RAW, model_ema=EMA, args=ARGS)
     with caplog.at_level(logging.INFO):
-        read = read_mar(path, heads=2)
+        read = read_mar(path, num_heads=2)
     assert read.weights == "ema"
     assert "took the ema weights" in caplog.text
     assert read.notes == {"source": "c.pth", "weights": "ema"}
@@ -87,7 +87,7 @@ def test_ema_is_taken_unless_told_otherwise(tmp_path: Path, caplog: pytest.LogCa
     assert read.args["img_size"] == 64
     assert (read.optimizer, read.epoch) == (None, None)
 
-    raw = read_mar(path, "raw", heads=2)
+    raw = read_mar(path, "raw", num_heads=2)
     assert raw.weights == "raw"
     assert same(raw.state, RAW)
 
@@ -96,21 +96,21 @@ def test_ema_is_taken_unless_told_otherwise(tmp_path: Path, caplog: pytest.LogCa
 def test_without_ema_it_is_refused_unless_raw_is_asked_for(tmp_path: Path, ema: dict[str, None]) -> None:
     path = write(tmp_path / "c.pth", model=RAW, args=ARGS, **ema)
     with pytest.raises(CheckpointError, match=r"has no EMA weights \(`model_ema`\).*ask for them with weights=raw"):
-        read_mar(path, heads=2)
-    assert same(read_mar(path, "raw", heads=2).state, RAW)
+        read_mar(path, num_heads=2)
+    assert same(read_mar(path, "raw", num_heads=2).state, RAW)
 
 
 def test_a_bare_state_dict_is_raw_weights(tmp_path: Path) -> None:
     path = write(tmp_path / "c.pth", **RAW)
-    assert same(read_mar(path, "raw", heads=2, patch=2).state, RAW)
+    assert same(read_mar(path, "raw", num_heads=2, patch_size=2).state, RAW)
     with pytest.raises(CheckpointError, match="has no EMA weights"):
-        read_mar(path, heads=2, patch=2)
+        read_mar(path, num_heads=2, patch_size=2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_becomes_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     halves = {name: nn.Parameter(tensor.to(dtype)) for name, tensor in EMA.items()}
-    read = read_mar(write(tmp_path / "c.pth", model=RAW, model_ema=halves, args=ARGS), heads=2)
+    read = read_mar(write(tmp_path / "c.pth", model=RAW, model_ema=halves, args=ARGS), num_heads=2)
     assert same(read.state, {name: tensor.detach().float() for name, tensor in halves.items()})
     assert {(tensor.dtype, tensor.requires_grad) for tensor in read.state.values()} == {(torch.float32, False)}
 
@@ -129,10 +129,10 @@ def test_unknown_heads_have_to_be_given(tmp_path: Path) -> None:
     path = write(tmp_path / "c.pth", model=RAW, model_ema=EMA)
     with pytest.raises(CheckpointError, match=r"c\.pth: the number of attention heads .* width 8, .* give it"):
         read_mar(path)
-    with pytest.raises(CheckpointError, match="width 8 is not a multiple of the 3 heads"):
-        read_mar(path, heads=3)
+    with pytest.raises(CheckpointError, match="width 8 is not a multiple of num_heads 3"):
+        read_mar(path, num_heads=3)
     with pytest.raises(CheckpointError, match="no square of patches of 5x5"):
-        read_mar(path, heads=2, patch=5)
+        read_mar(path, num_heads=2, patch_size=5)
 
 
 def test_another_model_is_named(tmp_path: Path) -> None:
@@ -141,10 +141,10 @@ def test_another_model_is_named(tmp_path: Path) -> None:
         read_mar(path)
     extra = {**EMA, "encoder_blocks.0.attn.rope": torch.ones(3)}
     with pytest.raises(CheckpointError, match=r"1 tensors are not those of a MAR: encoder_blocks\.0\.attn\.rope"):
-        read_mar(write(path, model_ema=extra), heads=2)
+        read_mar(write(path, model_ema=extra), num_heads=2)
     missing = {name: tensor for name, tensor in EMA.items() if name != "mask_token"}
     with pytest.raises(CheckpointError, match="mask_token is missing"):
-        read_mar(write(path, model_ema=missing), heads=2)
+        read_mar(write(path, model_ema=missing), num_heads=2)
 
 
 @pytest.mark.parametrize("reader", [read_mar, read_kl16])
@@ -237,7 +237,7 @@ def test_a_training_run_can_be_continued(tmp_path: Path) -> None:
     path = write(
         tmp_path / "c.pth", model=RAW, model_ema=EMA, optimizer=optimizer.state_dict(), epoch=12, scaler={}, args=ARGS
     )
-    read = read_mar(path, heads=2)
+    read = read_mar(path, num_heads=2)
     assert read.epoch == 12
     assert read.optimizer is not None
     assert set(read.optimizer) == set(read.state)
@@ -261,14 +261,14 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
     stored = optimizer.state_dict()
     stored["state"] = {0: {"step": 1, "exp_avg": torch.ones(77), "exp_avg_sq": torch.ones(77)}}
     with pytest.raises(CheckpointError, match=r"its optimizer has \(77,\) where z_proj\.bias is \(8,\)"):
-        read_mar(write(tmp_path / "c.pth", model=RAW, model_ema=EMA, optimizer=stored), heads=2, patch=2)
+        read_mar(write(tmp_path / "c.pth", model=RAW, model_ema=EMA, optimizer=stored), num_heads=2, patch_size=2)
     sgd = torch.optim.SGD(list(named.values())[:3])
     with pytest.raises(ValueError, match="its optimizer is not the reference's AdamW"):
         convert_optimizer(sgd.state_dict(), RAW)
 
 
 def test_what_is_written_back_is_what_was_read(tmp_path: Path) -> None:
-    read = read_mar(write(tmp_path / "c.pth", model=RAW, model_ema=EMA, args=ARGS), heads=2)
+    read = read_mar(write(tmp_path / "c.pth", model=RAW, model_ema=EMA, args=ARGS), num_heads=2)
     assert read.raw is not None
     write_mar(tmp_path / "back.pth", read.model_config, read.raw, read.state)
     back = torch.load(tmp_path / "back.pth", weights_only=True)

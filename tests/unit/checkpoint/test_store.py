@@ -28,12 +28,12 @@ TINY = ModelConfig(
     encoder=TrunkConfig(8, 1, 2),
     decoder=TrunkConfig(12, 1, 3),
     head=HeadConfig(8, 1),
-    buffer=3,
+    buffer_size=3,
     classes=3,
 )
 HEADER = Header(
     TINY,
-    SamplingConfig(steps=8, guidance=1.5, x0_bound=3.0),
+    SamplingConfig(steps=8, guidance_scale=1.5, x0_bound=3.0),
     {"kind": "pixels", "image_channels": 1},
     ("t-shirt", "Łódź", "größe"),
     "raw",

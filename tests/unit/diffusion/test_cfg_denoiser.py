@@ -55,11 +55,13 @@ def test_guidance_moves_away_from_the_unconditional() -> None:
 
 
 def test_linear_guidance_rises_from_one_to_just_below_the_scale() -> None:
-    sampling = SamplingConfig(guidance=3.0)
+    sampling = SamplingConfig(guidance_scale=3.0)
     scales = [guidance_scale(sampling, hidden, 256) for hidden in mask_schedule(256, 64)]
     assert scales == sorted(scales)
     assert scales[0] == pytest.approx(1 + 2 * 1 / 256)
     assert scales[-1] == guidance_scale(sampling, 1, 256) == pytest.approx(1 + 2 * 255 / 256)  # just short of it
-    constant = SamplingConfig(guidance=3.0, guidance_schedule="constant")
+    constant = SamplingConfig(guidance_scale=3.0, guidance_schedule="constant")
     assert {guidance_scale(constant, hidden, 256) for hidden in (0, 1, 255)} == {3.0}
-    assert guidance_scale(SamplingConfig(guidance=0.0), 128, 256) == pytest.approx(0.5)  # and falls below 1 as well
+    assert guidance_scale(SamplingConfig(guidance_scale=0.0), 128, 256) == pytest.approx(
+        0.5
+    )  # and falls below 1 as well

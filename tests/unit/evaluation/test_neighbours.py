@@ -169,7 +169,7 @@ def test_what_can_not_be_measured() -> None:
 
 def test_a_table_of_a_sweep_has_the_share_but_not_the_pairs(tmp_path: Path) -> None:
     table = Table(tmp_path, {})
-    table.add({"guidance": 1.0}, judged(drawn(2), drawn(0), drawn(1)))
+    table.add({"guidance_scale": 1.0}, judged(drawn(2), drawn(0), drawn(1)))
     assert {"copies", "neighbour_distance", "held_out_distance"} < set(table.columns())
     assert "pairs" not in table.columns()
 

@@ -242,7 +242,7 @@ def test_drawn_pictures_with_other_settings_and_how_far_they_are() -> None:
     plan = Plan.total(4, [0])
     plain = walk(DrawnPictures(tiny.pipeline(), plan, name="a", allow_broken=True), 2)
     drawn = DrawnPictures(
-        tiny.pipeline(), plan, name="b", allow_broken=True, advance=told.append, guidance=3.0, steps=2
+        tiny.pipeline(), plan, name="b", allow_broken=True, advance=told.append, guidance_scale=3.0, steps=2
     )
     assert not torch.equal(walk(drawn, 2).images, plain.images)
     assert told == [1.0, 2.0, 3.0, 4.0]

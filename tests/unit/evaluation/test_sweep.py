@@ -28,14 +28,14 @@ def report(distance: float, seconds: float = 5.0) -> Report:
 @pytest.mark.parametrize(
     ("text", "name", "values"),
     [
-        ("cfg=1:5:0.5", "guidance", [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0]),
-        ("guidance=1:2:0.1", "guidance", [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0]),
-        ("guidance=1:2:0.4", "guidance", [1.0, 1.4, 1.8]),
+        ("cfg=1:5:0.5", "guidance_scale", [1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0]),
+        ("guidance_scale=1:2:0.1", "guidance_scale", [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7, 1.8, 1.9, 2.0]),
+        ("guidance_scale=1:2:0.4", "guidance_scale", [1.0, 1.4, 1.8]),
         ("temperature=1:0.8:-0.1", "temperature", [1.0, 0.9, 0.8]),
         ("K=8:64:8", "steps", [8, 16, 24, 32, 40, 48, 56, 64]),
         ("steps=10,25,10", "steps", [10, 25]),
         ("diffusion-steps=100", "diffusion_steps", [100]),
-        ("guidance=3:3:1", "guidance", [3]),
+        ("guidance_scale=3:3:1", "guidance_scale", [3]),
         ("x0_bound=none,3", "x0_bound", [None, 3.0]),
         ("guidance_schedule=linear,constant", "guidance_schedule", ["linear", "constant"]),
         ("solver=ancestral,dpm++2m", "solver", ["ancestral", "dpm++2m"]),
@@ -56,20 +56,20 @@ def test_axes(text: str, name: str, values: list[Any]) -> None:
     ("text", "words"),
     [
         ("cgf=1:5:1", "cfg"),
-        ("guidance", "NAME=FIRST:LAST:STEP"),
-        ("guidance=", "NAME=FIRST:LAST:STEP"),
-        ("batch=1,2", "guidance"),
+        ("guidance_scale", "NAME=FIRST:LAST:STEP"),
+        ("guidance_scale=", "NAME=FIRST:LAST:STEP"),
+        ("batch=1,2", "guidance_scale"),
         ("steps=1.5", "1.5"),
         ("K=1:2:0.5", "1:2:0.5"),
         ("diffusion_steps_end=1:2:0.5", "1:2:0.5"),
         ("steps=ten", "ten"),
-        ("guidance=1:5", "1:5"),
-        ("guidance=1:5:0", "1:5:0"),
-        ("guidance=5:1:1", "5:1:1"),
-        ("guidance=1:inf:1", "inf"),
-        ("guidance=nan:2:1", "nan"),
-        ("guidance=0:1e9:1", "1e9"),
-        ("guidance=1,,2", "1,,2"),
+        ("guidance_scale=1:5", "1:5"),
+        ("guidance_scale=1:5:0", "1:5:0"),
+        ("guidance_scale=5:1:1", "5:1:1"),
+        ("guidance_scale=1:inf:1", "inf"),
+        ("guidance_scale=nan:2:1", "nan"),
+        ("guidance_scale=0:1e9:1", "1e9"),
+        ("guidance_scale=1,,2", "1,,2"),
         ("steps=none", "none"),
         ("diffusion_steps_end=5.5", "5.5"),
     ],
@@ -83,11 +83,11 @@ def test_axes_that_can_not_be(text: str, words: str) -> None:
 
 def test_every_combination_the_last_axis_fastest() -> None:
     assert points(["cfg=1,2", "K=4,8"]) == [
-        {"guidance": 1.0, "steps": 4}, {"guidance": 1.0, "steps": 8},
-        {"guidance": 2.0, "steps": 4}, {"guidance": 2.0, "steps": 8},
+        {"guidance_scale": 1.0, "steps": 4}, {"guidance_scale": 1.0, "steps": 8},
+        {"guidance_scale": 2.0, "steps": 4}, {"guidance_scale": 2.0, "steps": 8},
     ]  # fmt: skip
-    with pytest.raises(ConfigError, match="guidance twice"):
-        points(["cfg=1,2", "guidance=3"])
+    with pytest.raises(ConfigError, match="guidance_scale twice"):
+        points(["cfg=1,2", "guidance_scale=3"])
     with pytest.raises(ConfigError, match=f"{MOST:,}"):
         points(["cfg=1:101:1", "temperature=1:101:1"])
 
@@ -100,7 +100,8 @@ def fill(folder: Path, rows: list[tuple[Point, float]]) -> Table:
 
 
 ROWS: list[tuple[Point, float]] = [
-    ({"guidance": 1.0, "steps": 4}, 3.0), ({"guidance": 1.0, "steps": 8}, 1.5), ({"guidance": 2.0, "steps": 4}, 2.5),
+    ({"guidance_scale": 1.0, "steps": 4}, 3.0), ({"guidance_scale": 1.0, "steps": 8}, 1.5),
+    ({"guidance_scale": 2.0, "steps": 4}, 2.5),
 ]  # fmt: skip
 
 
@@ -109,11 +110,11 @@ def test_a_table_that_stopped_goes_on_to_the_same_files(tmp_path: Path) -> None:
     fill(tmp_path / "parts", ROWS[:1])
     again = Table(tmp_path / "parts", dict(reversed(SETTINGS.items())))
     assert [again.has(point) for point, _ in ROWS] == [True, False, False]
-    assert again.has({"guidance": 1, "steps": 4})  # an int for a float
+    assert again.has({"guidance_scale": 1, "steps": 4})  # an int for a float
     again = fill(tmp_path / "parts", ROWS[1:])
     best = again.best()
     assert best is not None
-    assert best.point == {"guidance": 1.0, "steps": 8}
+    assert best.point == {"guidance_scale": 1.0, "steps": 8}
     for name in ("sweep.json", "sweep.csv"):
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
@@ -121,7 +122,7 @@ def test_a_table_that_stopped_goes_on_to_the_same_files(tmp_path: Path) -> None:
 def test_the_files_hold_what_was_measured(tmp_path: Path) -> None:
     fill(tmp_path, ROWS)
     rows = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
-    assert list(rows[0]) == ["guidance", "steps", "distance", "inception_score", "seconds_per_picture"]
+    assert list(rows[0]) == ["guidance_scale", "steps", "distance", "inception_score", "seconds_per_picture"]
     assert [float(row["distance"]) for row in rows] == [3.0, 1.5, 2.5]
     assert rows[2]["steps"] == "4"
     assert rows[2]["seconds_per_picture"] == "0.5"
@@ -207,8 +208,11 @@ def test_a_plot_of_any_fields(rows: list[tuple[Point, float]], tmp_path: Path) -
 
 def test_lines_and_axes_of_a_plot(tmp_path: Path) -> None:
     table = fill(tmp_path, ROWS)
-    assert sweep._across(table) == "guidance"
-    assert {name: len(rows) for name, rows in sweep._series(table, "guidance").items()} == {"steps 4": 2, "steps 8": 1}
+    assert sweep._across(table) == "guidance_scale"
+    assert {name: len(rows) for name, rows in sweep._series(table, "guidance_scale").items()} == {
+        "steps 4": 2,
+        "steps 8": 1,
+    }
     assert (
         sweep._across(fill(tmp_path / "b", [({"steps": 1, "temperature": t}, t) for t in (1.0, 2.0)])) == "temperature"
     )

@@ -11,7 +11,7 @@ from mar.config import HeadConfig, TrunkConfig
 from mar.model.mar import MAR, UNCONDITIONAL
 from mar.nn import set_matrix_dtype
 
-MODERN = TrunkConfig(width=16, depth=2, heads=2, rotary=True)
+MODERN = TrunkConfig(width=16, depth=2, num_heads=2, rotary=True)
 trunks = pytest.mark.parametrize("trunk", [TRUNK, MODERN], ids=["paper", "modern"])
 
 VISIBLE = torch.tensor([[0, 3, 7], [2, 9, 15]])
@@ -99,10 +99,10 @@ def test_padding_must_be_declared(trunk: TrunkConfig) -> None:
     "changes",
     [
         {"grid": (2, 6)},
-        {"grid": (4, 8), "patch": 2, "channels": 3},
+        {"grid": (4, 8), "patch_size": 2, "channels": 3},
         {"encoder": TrunkConfig(8, 2, 2), "decoder": TrunkConfig(24, 1, 3)},
-        {"head": HeadConfig(32, 3, diffusion_steps=10), "buffer": 7, "classes": 0},
-        {"encoder": MODERN, "decoder": MODERN, "grid": (4, 8), "patch": 2},
+        {"head": HeadConfig(32, 3, diffusion_steps=10), "buffer_size": 7, "classes": 0},
+        {"encoder": MODERN, "decoder": MODERN, "grid": (4, 8), "patch_size": 2},
     ],
 )
 def test_any_shape(changes: dict[str, object]) -> None:
@@ -125,7 +125,7 @@ def test_dropout_is_for_training_only() -> None:
 
 def test_initialisation_is_the_references() -> None:
     torch.manual_seed(0)
-    of = MAR(config(encoder=TrunkConfig(64, 1, 2), buffer=32, classes=50, head=HeadConfig(64, 2)))
+    of = MAR(config(encoder=TrunkConfig(64, 1, 2), buffer_size=32, classes=50, head=HeadConfig(64, 2)))
     qkv = of.encoder[0].attention.qkv  # type: ignore[union-attr,index]
     bound = (6 / (64 + 3 * 64)) ** 0.5  # Xavier on the fused matrix
     assert bound * 0.99 < float(qkv.weight.detach().abs().max()) <= bound

@@ -48,4 +48,4 @@ def test_the_table_is_real_where_weights_are_to_come() -> None:
 
 def test_heads_that_can_t_be_turned() -> None:
     with pytest.raises(ConfigError, match="heads of 6 features can't be turned: rotary needs a multiple of 4"):
-        TrunkConfig(width=12, depth=1, heads=2, rotary=True)
+        TrunkConfig(width=12, depth=1, num_heads=2, rotary=True)

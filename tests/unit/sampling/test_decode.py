@@ -27,7 +27,7 @@ from mar.sampling.decode import (
 
 TINY = model(seed=3)
 LABELS = torch.tensor([0, 2])
-GUIDED = SamplingConfig(steps=8, diffusion_steps=3, guidance=3.0)
+GUIDED = SamplingConfig(steps=8, diffusion_steps=3, guidance_scale=3.0)
 
 
 def states(sampling: SamplingConfig, unknown: Tensor | None = None) -> Iterator[DecodeState]:
@@ -66,7 +66,7 @@ def ends(sampling: SamplingConfig, unknown: Tensor | None = None) -> DecodeState
 
 def test_outside_of_its_interval_guidance_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Rows(monkeypatch)
-    ends(SamplingConfig(steps=8, diffusion_steps=3, guidance=3.0, guidance_from=0.3, guidance_until=0.8))
+    ends(SamplingConfig(steps=8, diffusion_steps=3, guidance_scale=3.0, guidance_interval=(0.3, 0.8)))
     # after each step 15, 14, 13, 11, 8, 6, 3, 1 of 16 are hidden: 0.31, 0.5 and 0.63 known lie within
     assert rows.trunk == [2, 2, 2, 4, 4, 4, 2, 2]
     guided = [guided for _, _, guided in rows.heads]
@@ -76,13 +76,13 @@ def test_outside_of_its_interval_guidance_costs_nothing(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("refresh", [1, 2, 3, 9])
 def test_between_refreshes_the_trunk_runs_once(refresh: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Rows(monkeypatch)
-    ends(SamplingConfig(steps=8, diffusion_steps=3, guidance=3.0, guidance_refresh=refresh))
+    ends(SamplingConfig(steps=8, diffusion_steps=3, guidance_scale=3.0, uncond_interval=refresh))
     assert rows.trunk == [2 if step % refresh else 4 for step in range(8)]
     assert all(guided for _, _, guided in rows.heads)  # the head is guided all the same
 
 
 def test_the_residual_is_the_difference_at_the_last_refresh() -> None:
-    sampling = SamplingConfig(steps=8, diffusion_steps=3, guidance=3.0, guidance_refresh=2)
+    sampling = SamplingConfig(steps=8, diffusion_steps=3, guidance_scale=3.0, uncond_interval=2)
     first, after_first, after_second, *_ = states(sampling)
     assert first.residual is None
     assert after_first.residual is not None
@@ -111,7 +111,12 @@ def test_images_that_are_elsewhere_are_diffused_apart(monkeypatch: pytest.Monkey
     unknown[0, 4:] = False
     rows = Rows(monkeypatch)
     sampling = SamplingConfig(
-        steps=8, diffusion_steps=9, diffusion_steps_end=2, guidance=3.0, guidance_from=0.6, solver="ddim"
+        steps=8,
+        diffusion_steps=9,
+        diffusion_steps_end=2,
+        guidance_scale=3.0,
+        guidance_interval=(0.6, 1.0),
+        solver="ddim",
     )
     ends(sampling, unknown)
     assert rows.trunk[:4] == [3, 3, 3, 3]  # the first image with and without its class, the other with it
@@ -156,7 +161,7 @@ def test_wide_models_are_shown_and_asked_for_few_numbers_of_tokens(monkeypatch: 
     """What is filled up is not looked at, also where the difference of the classes is kept for some steps."""
     unknown = all_masked(2, 16)
     unknown[0, 12:] = False
-    sampling = [GUIDED, replace(GUIDED, guidance_refresh=3), replace(GUIDED, steps=3)]
+    sampling = [GUIDED, replace(GUIDED, uncond_interval=3), replace(GUIDED, steps=3)]
     expected = [ends(each, unknown).tokens for each in sampling]
     shapes: list[tuple[int, int]] = []
     encode, decoded = TINY.encode, TINY.decode

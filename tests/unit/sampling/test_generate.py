@@ -115,8 +115,10 @@ def test_arguments_that_do_not_fit(options: dict[str, Any], words: str) -> None:
 
 def test_guidance_needs_a_model_that_can_do_without_classes() -> None:
     for changes in ({"classes": 0}, {"label_drop": 0.0}):
-        with pytest.raises(ConfigError, match=r"guidance 2\.0 needs a model that was trained to do without classes"):
-            last(model(**changes), [-1], [0], replace(FAST, guidance=2.0))
+        with pytest.raises(
+            ConfigError, match=r"guidance_scale 2\.0 needs a model that was trained to do without classes"
+        ):
+            last(model(**changes), [-1], [0], replace(FAST, guidance_scale=2.0))
 
 
 def test_more_diffusion_steps_than_the_model_knows() -> None:

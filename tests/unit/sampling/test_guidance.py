@@ -17,7 +17,7 @@ SCHEDULE = tuple(mask_schedule(256, 16))
 
 
 def test_as_the_paper_every_step_is_alike_but_for_the_scale() -> None:
-    found = step_settings(SamplingConfig(guidance=3.0), SCHEDULE, 256)
+    found = step_settings(SamplingConfig(guidance_scale=3.0), SCHEDULE, 256)
     assert {pace.diffusion_steps for pace in found} == {100}
     assert all(pace.guided and pace.run_uncond for pace in found)
     assert [pace.scale for pace in found] == pytest.approx([1 + 2 * (256 - max(n, 1)) / 256 for n in SCHEDULE])
@@ -33,17 +33,20 @@ def test_diffusion_steps_fall_linearly() -> None:
 
 
 def test_guidance_in_an_interval_of_what_is_known() -> None:
-    sampling = SamplingConfig(guidance=3.0, guidance_from=0.3, guidance_until=0.8)
+    sampling = SamplingConfig(guidance_scale=3.0, guidance_interval=(0.3, 0.8))
     for pace, hidden in zip(step_settings(sampling, SCHEDULE, 256), SCHEDULE, strict=True):
         known = (256 - max(hidden, 1)) / 256
         assert pace.guided == (0.3 <= known <= 0.8)
         assert pace.scale == pytest.approx(1 + 2 * known if pace.guided else 1.0)
     # of an image that is nearly known, the reveal begins where guidance has long been on
-    assert all(pace.guided for pace in step_settings(SamplingConfig(guidance=3.0, guidance_from=0.8), (12, 4, 0), 256))
+    assert all(
+        pace.guided
+        for pace in step_settings(SamplingConfig(guidance_scale=3.0, guidance_interval=(0.8, 1.0)), (12, 4, 0), 256)
+    )
 
 
 def test_every_so_many_guided_steps_refresh() -> None:
-    sampling = SamplingConfig(guidance=3.0, guidance_from=0.3, guidance_refresh=3)
+    sampling = SamplingConfig(guidance_scale=3.0, guidance_interval=(0.3, 1.0), uncond_interval=3)
     found = step_settings(sampling, SCHEDULE, 256)
     assert [pace.run_uncond for pace in found] == [False] * 8 + [True, False, False, True, False, False, True, False]
     assert [pace.guided for pace in found] == [False] * 8 + [True] * 8
@@ -64,6 +67,4 @@ def test_what_holds_for_every_way(way: dict[str, object], unknown: int, steps: i
     assert sum(before != after for before, after in pairwise([False, *guided, False])) in (0, 2)  # one stretch
     first = guided.index(True) if any(guided) else None
     for step, pace in enumerate(found):
-        assert pace.run_uncond == (
-            pace.guided and first is not None and (step - first) % sampling.guidance_refresh == 0
-        )
+        assert pace.run_uncond == (pace.guided and first is not None and (step - first) % sampling.uncond_interval == 0)

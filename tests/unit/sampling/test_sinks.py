@@ -25,9 +25,9 @@ FORMATS = {"png": "out", "npz": "out.npz", "webdataset": "out"}
 
 
 def job(out: Path, channels: int = 3, **changes: Any) -> Job:
-    settings = {"guidance": 1.0, **changes}
+    settings = {"guidance_scale": 1.0, **changes}
     plan = Plan((0, 1, 2, -1, 0, 1, 2), seed=3)
-    return Job(out, plan, 3, (channels, 2, 4), CLASSES, settings, {"guidance": 1.0})
+    return Job(out, plan, 3, (channels, 2, 4), CLASSES, settings, {"guidance_scale": 1.0})
 
 
 def pictures(unit: WorkUnit, channels: int = 3) -> np.ndarray:
@@ -54,7 +54,7 @@ def test_a_folder_of_classes(channels: int, tmp_path: Path) -> None:
         assert image.mode == {1: "L", 3: "RGB"}[channels]
         values = np.asarray(image).reshape(2, 4, channels).transpose(2, 0, 1)
         assert np.array_equal(values, pictures(WorkUnit(0, 3, (-1,), (0,)), channels)[0])
-        assert json.loads(image.text["mar"]) == {"guidance": 1.0, "label": None, "seed": 3 * 2**32 + 3}
+        assert json.loads(image.text["mar"]) == {"guidance_scale": 1.0, "label": None, "seed": 3 * 2**32 + 3}
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -153,8 +153,8 @@ def test_other_settings_are_another_run(kind: str, tmp_path: Path) -> None:
     units = prepare(sink)
     assert units
     sink.write(units[0], pictures(units[0]))
-    with pytest.raises(ConfigError, match=r"begun with guidance 1.0, not 2.0, steps None, not 4; give the same"):
-        prepare(SINKS[kind](job(tmp_path / FORMATS[kind], guidance=2.0, steps=4)))
+    with pytest.raises(ConfigError, match=r"begun with guidance_scale 1.0, not 2.0, steps None, not 4; give the same"):
+        prepare(SINKS[kind](job(tmp_path / FORMATS[kind], guidance_scale=2.0, steps=4)))
     sink = SINKS[kind](job(tmp_path / FORMATS[kind], mar="another version"))
     assert prepare(sink)
     sink.manifest.write_text('{"guidance": ')
@@ -165,12 +165,12 @@ def test_other_settings_are_another_run(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_run_without_a_picture_may_be_begun_again_with_other_settings(kind: str, tmp_path: Path) -> None:
     assert prepare(SINKS[kind](job(tmp_path / FORMATS[kind])))
-    sink = SINKS[kind](job(tmp_path / FORMATS[kind], guidance=2.0))
+    sink = SINKS[kind](job(tmp_path / FORMATS[kind], guidance_scale=2.0))
     units = prepare(sink)
     assert units
-    assert json.loads(sink.manifest.read_text())["guidance"] == 2.0
+    assert json.loads(sink.manifest.read_text())["guidance_scale"] == 2.0
     sink.manifest.write_text('{"mine": 1}')
-    with pytest.raises(ConfigError, match=r"begun with guidance None, not 2\.0"):
+    with pytest.raises(ConfigError, match=r"begun with guidance_scale None, not 2\.0"):
         prepare(sink)
     assert sink.manifest.read_text() == '{"mine": 1}'
 

@@ -160,7 +160,7 @@ def data(tmp_path: Path) -> Path:
 
 def test_a_run_takes_them_from_its_pictures_keeps_them_and_exports_them(data: Path, tmp_path: Path) -> None:
     config = train_config(data, tokenizer="pca4", save_every=20)
-    config = replace(config, model=replace(config.model, channels=3, grid=(2, 2), patch=1))
+    config = replace(config, model=replace(config.model, channels=3, grid=(2, 2), patch_size=1))
     run = open_tiny(replace(config, images=20), tmp_path / "run")
     basis = run.tokenizer.fitted_state()["basis"].clone()
     log = RunLog(run.folder, run.config.images, 0)
@@ -181,14 +181,14 @@ def test_a_run_takes_them_from_its_pictures_keeps_them_and_exports_them(data: Pa
 
 def test_more_components_than_values_are_refused_before_the_run(data: Path, tmp_path: Path) -> None:
     config = train_config(data, tokenizer="pca2")
-    config = replace(config, model=replace(config.model, channels=13, grid=(4, 4), patch=1))
+    config = replace(config, model=replace(config.model, channels=13, grid=(4, 4), patch_size=1))
     with pytest.raises(ValueError, match="got 13, expected 1 to 12"):
         open_tiny(config, tmp_path / "run")
 
 
 def test_weights_start_with_the_components_they_have_learned(data: Path, tmp_path: Path) -> None:
     config = train_config(data, tokenizer="pca2", images=4)
-    config = replace(config, model=replace(config.model, channels=2, grid=(4, 4), patch=1))
+    config = replace(config, model=replace(config.model, channels=2, grid=(4, 4), patch_size=1))
     first = open_tiny(config, tmp_path / "first")
     assert train(first, Log())
     export(first)
@@ -205,15 +205,15 @@ def test_weights_start_with_the_components_they_have_learned(data: Path, tmp_pat
 
 def test_weights_of_other_components_are_refused(data: Path, tmp_path: Path) -> None:
     config = train_config(data, tokenizer="pca2")
-    config = replace(config, model=replace(config.model, channels=2, grid=(4, 4), patch=1), init="theirs")
+    config = replace(config, model=replace(config.model, channels=2, grid=(4, 4), patch_size=1), init="theirs")
     other = Pipeline(MAR(config.model), fitted(2, smooth()))  # as many, but of larger squares
     with pytest.raises(ConfigError, match=r"have learned other latents than .* makes; --tokenizer pca4 takes"):
         open_tiny(config, tmp_path / "run", lambda name: other)
 
 
 def test_colours_are_of_components_only(data: Path, tmp_path: Path) -> None:
-    grey = train_config(data, tokenizer="pca4", colours=1)
-    run = open_tiny(replace(grey, model=replace(grey.model, channels=3, grid=(2, 2), patch=1)), tmp_path / "run")
+    grey = train_config(data, tokenizer="pca4", image_channels=1)
+    run = open_tiny(replace(grey, model=replace(grey.model, channels=3, grid=(2, 2), patch_size=1)), tmp_path / "run")
     assert run.tokenizer.image_channels == 1
-    with pytest.raises(ConfigError, match="colours is 3, but the tokenizer takes pictures of 1; leave --colours out"):
-        open_tiny(train_config(data, colours=3), tmp_path / "other")
+    with pytest.raises(ConfigError, match="image_channels is 3, but the tokenizer takes 1; leave --image-channels out"):
+        open_tiny(train_config(data, image_channels=3), tmp_path / "other")

@@ -19,21 +19,27 @@ from mar.training.loss import DiffusionLoss, sample_randomness
 from mar.training.parallelize import parallelize
 from mar.training.preflight import activation_floats, estimate
 
-SMALL = TrunkConfig(width=96, depth=2, heads=6)
+SMALL = TrunkConfig(width=96, depth=2, num_heads=6)
 CONFIGS = {
     "fashion": FASHION.model,
     "latents": ModelConfig(
-        grid=(8, 8), encoder=SMALL, decoder=SMALL, head=HeadConfig(128, 2), buffer=16, classes=5, mask_ratio_min=0.7
+        grid=(8, 8),
+        encoder=SMALL,
+        decoder=SMALL,
+        head=HeadConfig(128, 2),
+        buffer_size=16,
+        classes=5,
+        mask_ratio_min=0.7,
     ),
     "deep head": ModelConfig(
-        grid=(4, 4), encoder=SMALL, decoder=SMALL, head=HeadConfig(160, 6), buffer=4, classes=5, mask_ratio_min=0.9
+        grid=(4, 4), encoder=SMALL, decoder=SMALL, head=HeadConfig(160, 6), buffer_size=4, classes=5, mask_ratio_min=0.9
     ),
 }
 
 
 def most(config: ModelConfig, images: int, recompute: ActivationCheckpointing) -> int:
     """Bytes that forward and backward pass of one step hold at once, at most; weights and gradients apart."""
-    run = TrainConfig(model=config, batch=images, recompute=recompute)
+    run = TrainConfig(model=config, batch=images, activation_checkpointing=recompute)
     forward = parallelize(DiffusionLoss(MAR(config).train()), (), run, torch.device("cpu"))
     draws = sample_randomness(config, 0, 1, range(images))
     latents, labels = torch.randn(images, config.channels, *config.grid), torch.zeros(images, dtype=torch.long)

@@ -154,8 +154,8 @@ def test_training_makes_the_loss_fall(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model": config(channels=1, grid=(8, 8), patch=2, classes=0)},
-        {"model": config(channels=3, grid=(4, 8), patch=4, classes=2)},
+        {"model": config(channels=1, grid=(8, 8), patch_size=2, classes=0)},
+        {"model": config(channels=3, grid=(4, 8), patch_size=4, classes=2)},
         {"precision": "bf16"},
         {"batch": 7, "images": 14},
     ],
@@ -229,7 +229,7 @@ def test_statistics_are_those_of_the_pictures(data: Path, tmp_path: Path) -> Non
 
 
 def test_data_of_another_class_count_is_refused(data: Path, tmp_path: Path) -> None:
-    ten = config(channels=1, grid=(8, 8), patch=2, classes=10)
+    ten = config(channels=1, grid=(8, 8), patch_size=2, classes=10)
     with pytest.raises(ConfigError, match=r"model has 10 classes, but .* has 2; set --model.classes 2, or 0"):
         open_tiny(train_config(data, model=ten), tmp_path)
     assert not (tmp_path / "run.json").exists()
@@ -265,12 +265,12 @@ def test_weights_of_other_classes_start_with_new_ones() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"buffer": 3}, "buffer 3, here 2"),
+        ({"buffer_size": 3}, "buffer_size 3, here 2"),
         ({"encoder": replace(config().encoder, depth=2)}, "encoder .*'depth': 2.*, here .*'depth': 1"),
         ({"head": replace(HEAD, depth=2)}, "head.depth 2, here 1"),
         ({"head": replace(HEAD, prediction="noise")}, "head.prediction noise, here v"),
         ({"grid": (2, 8)}, r"grid \[2, 8\], here \[4, 4\]"),
-        ({"encoder": replace(config().encoder, heads=4)}, "'heads': 4"),
+        ({"encoder": replace(config().encoder, num_heads=4)}, "'num_heads': 4"),
     ],
 )
 def test_weights_of_another_model_are_refused(changes: dict[str, Any], words: str) -> None:

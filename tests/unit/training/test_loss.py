@@ -105,7 +105,9 @@ def test_gradients_reach_every_tensor() -> None:
     assert {name for name, p in of.named_parameters() if p.grad is None or not p.grad.any()} == set()
 
 
-@pytest.mark.parametrize("changes", [{"classes": 0}, {"grid": (2, 6)}, {"patch": 2}, {"channels": 3, "patch": 4}])
+@pytest.mark.parametrize(
+    "changes", [{"classes": 0}, {"grid": (2, 6)}, {"patch_size": 2}, {"channels": 3, "patch_size": 4}]
+)
 def test_any_model_has_a_loss(changes: dict[str, object]) -> None:
     of = model(**changes)
     latents = noise(2, of.config.channels, *of.config.grid)

@@ -243,7 +243,7 @@ def test_a_run_that_did_not_note_what_it_holds_out(tmp_path: Path) -> None:
         ({"lr": 0.01}, "lr 0.5 -> 0.01"),
         ({"batch": 2}, "batch 4 -> 2"),
         ({"seed": 6}, "seed 5 -> 6"),
-        ({"model": config(channels=1, grid=(8, 8), patch=4, classes=2)}, r"model\.patch 2 -> 4"),
+        ({"model": config(channels=1, grid=(8, 8), patch_size=4, classes=2)}, r"model\.patch_size 2 -> 4"),
     ],
 )
 def test_another_config_in_the_same_folder_is_refused(
@@ -257,7 +257,7 @@ def test_another_config_in_the_same_folder_is_refused(
 
 
 def test_a_run_that_never_saved_begins_anew_with_its_init(data: Path, tmp_path: Path) -> None:
-    start = model(seed=4, channels=1, grid=(8, 8), patch=2, classes=2)
+    start = model(seed=4, channels=1, grid=(8, 8), patch_size=2, classes=2)
     settings, loaded = train_config(data, init="some-weights"), []
 
     def load(name: str) -> Pipeline:

@@ -63,7 +63,7 @@ def test_both_weights_are_exported_and_drawn(data: Path, tmp_path: Path) -> None
 
 
 def test_a_grid_that_is_broken_is_said_and_nothing_else(data: Path, tmp_path: Path) -> None:
-    noise_model = config(channels=1, grid=(8, 8), patch=2, classes=2, head=replace(HEAD, prediction="noise"))
+    noise_model = config(channels=1, grid=(8, 8), patch_size=2, classes=2, head=replace(HEAD, prediction="noise"))
     run, log = open_tiny(train_config(data, model=noise_model), tmp_path), Kept()
     export_and_draw(take_snapshot(run), log)
     assert [note.split(" at ")[0] for note in log.notes] == [

@@ -104,9 +104,10 @@ def test_the_command_line_tells_what_is_repeated(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "run"
-    tiny = "--model.grid 8 8 --model.patch 4 --model.encoder.width 16 --model.encoder.depth 1 --model.encoder.heads 2"
-    tiny += " --model.decoder.width 16 --model.decoder.depth 1 --model.decoder.heads 2 --model.head.width 16"
-    tiny += " --model.head.depth 1 --model.buffer 2 --batch 4 --sample-every 0 --device cpu --model.classes"
+    tiny = "--model.grid 8 8 --model.patch-size 4 --model.encoder.width 16 --model.encoder.depth 1"
+    tiny += " --model.encoder.num-heads 2 --model.decoder.width 16 --model.decoder.depth 1 --model.decoder.num-heads 2"
+    tiny += " --model.head.width 16 --model.head.depth 1 --model.buffer-size 2 --batch 4 --sample-every 0"
+    tiny += " --device cpu --model.classes"
     command = ["train", "fashion", "--data", f"stream:{data}", "--out", str(out), *tiny.split()]
     assert main([*command, "2", "--images", "8"]) == 0
     with caplog.at_level(logging.WARNING):

@@ -36,34 +36,34 @@ def test_odd_sizes_and_colour_modes(tmp_path: Path) -> None:
         Image.new("1", (44, 44)),
     )  # fmt: skip
     seen = look_at(folder)
-    assert (seen.count, seen.side, seen.colours, seen.classes) == (32, 47, 3, ())
+    assert (seen.count, seen.side, seen.image_channels, seen.classes) == (32, 47, 3, ())
 
 
 def test_grey_pictures_are_grey_whatever_their_mode(tmp_path: Path) -> None:
     grey = Image.effect_noise((40, 40), 60)
-    assert look_at(fill(tmp_path / "grey", grey, grey.convert("RGB"), grey.convert("I;16"))).colours == 1
+    assert look_at(fill(tmp_path / "grey", grey, grey.convert("RGB"), grey.convert("I;16"))).image_channels == 1
     tinted = Image.merge("RGB", (grey, grey, grey.point(lambda value: min(value + 1, 255))))
-    assert look_at(fill(tmp_path / "tinted", grey, tinted)).colours == 3
+    assert look_at(fill(tmp_path / "tinted", grey, tinted)).image_channels == 3
 
 
 def test_large_pictures_are_looked_at_in_part(tmp_path: Path) -> None:
     image = np.zeros((600, 800, 3), np.uint8)
     image[::2, :, 0] = 255
     seen = look_at(fill(tmp_path / "large", Image.fromarray(image), copies=16))
-    assert (seen.side, seen.colours) == (600, 3)
+    assert (seen.side, seen.image_channels) == (600, 3)
 
 
 def test_reach_is_that_of_the_statistics_that_will_be_measured() -> None:
     source = FashionSource()
     seen = summarize_dataset(source, "fashion")
-    assert (seen.count, seen.side, seen.colours, len(seen.classes)) == (10_000, 28, 1, 10)
+    assert (seen.count, seen.side, seen.image_channels, len(seen.classes)) == (10_000, 28, 1, 10)
     images = torch.from_numpy(source.images[:2000]).unsqueeze(1) / 127.5 - 1
     found = measure_latents(PixelTokenizer(1), [images])
-    assert seen.reach == pytest.approx((1 + abs(found.mean[0])) / found.std[0], rel=0.2)
+    assert seen.max_abs_z == pytest.approx((1 + abs(found.mean[0])) / found.std[0], rel=0.2)
 
 
 def test_pictures_of_one_colour_have_a_reach_too(tmp_path: Path) -> None:
-    assert look_at(fill(tmp_path / "flat", Image.new("L", (9, 9), 128), copies=16)).reach < 200
+    assert look_at(fill(tmp_path / "flat", Image.new("L", (9, 9), 128), copies=16)).max_abs_z < 200
 
 
 def test_what_can_not_be_read_is_left_out(tmp_path: Path) -> None:
@@ -101,10 +101,10 @@ def test_a_run_remembers_what_its_pictures_were_like(tmp_path: Path) -> None:
         load_summary(run, open_source(data), "data")
 
 
-WHOLE = {"count": 20, "side": 8, "colours": 1, "classes": ["across", "down"], "reach": 2.5}
+WHOLE = {"count": 20, "side": 8, "image_channels": 1, "classes": ["across", "down"], "max_abs_z": 2.5}
 
 
-@pytest.mark.parametrize("changes", [{"side": 0}, {"colours": 2}, {"reach": -1}, {"other": 1}])
+@pytest.mark.parametrize("changes", [{"side": 0}, {"image_channels": 2}, {"max_abs_z": -1}, {"other": 1}])
 def test_memories_that_can_not_be(changes: dict[str, int], tmp_path: Path) -> None:
     source = open_source(bars(tmp_path / "data", 20))
     file = tmp_path / "run" / SURVEY_FILE

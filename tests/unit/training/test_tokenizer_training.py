@@ -64,7 +64,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(data: Path, **changes: Any) -> TokenizerTrainConfig:
     """A run over `pictures` for six steps: 8x8 pixels to 4x4 cells of three values."""
     own: dict[str, Any] = {
-        "data": str(data), "image_size": 8, "colours": 1, "stride": 2, "channels": 3, "width": 8, "images": 24,
+        "data": str(data), "image_size": 8, "image_channels": 1, "stride": 2, "channels": 3, "width": 8, "images": 24,
         "batch": 4, "lr": 0.3, "warmup": 8, "decay": 8, "ema": 0.9, "log_every": 1, "sample_every": 0, "seed": 3,
     }  # fmt: skip
     return TokenizerTrainConfig(**{**own, **changes})
@@ -191,7 +191,7 @@ def test_what_is_left_is_a_tokenizer_of_normalised_latents(trained: tuple[Path, 
 
 
 def latents_config(data: Path, folder: Path, **changes: Any) -> TrainConfig:
-    small = model_config(channels=3, grid=(4, 4), patch=1, classes=2)
+    small = model_config(channels=3, grid=(4, 4), patch_size=1, classes=2)
     return train_config(data, tokenizer=str(folder), model=replace(small, **changes), images=8, lr=0.01)
 
 
@@ -248,7 +248,7 @@ def test_a_poor_tokenizer_and_wide_tokens_are_warned_of(data: Path, tmp_path: Pa
     poor = opened(settings(data, images=4), tmp_path / "poor")
     assert train(poor, Log())
     finish(poor, Log())
-    run = latent_run(latents_config(data, tmp_path / "poor", patch=4), tmp_path / "run")
+    run = latent_run(latents_config(data, tmp_path / "poor", patch_size=4), tmp_path / "run")
     told = Told()
     check_tokenizer(run, told)
     assert told.numbers["tokenizer_psnr"] < 20
@@ -258,7 +258,7 @@ def test_a_poor_tokenizer_and_wide_tokens_are_warned_of(data: Path, tmp_path: Pa
     check_tokenizer(pixels, silent)
     assert silent.notes == []
     wide = train_config(data)
-    run = open_tiny(replace(wide, model=replace(wide.model, patch=8)), tmp_path / "wide")
+    run = open_tiny(replace(wide, model=replace(wide.model, patch_size=8)), tmp_path / "wide")
     check_tokenizer(run, silent)
     assert ["a token has 64 values" in note for note in silent.notes] == [True]
 
@@ -281,7 +281,7 @@ def test_with_cached_latents_the_pictures_are_looked_for(trained: tuple[Path, fl
     (16, 1, 256, False), (32, 1, 256, False), (33, 1, 1023, True), (16, 2, 1024, False), (4, 4, 512, True),
 ])  # fmt: skip
 def test_which_tokens_are_wide(channels: int, patch: int, width: int, warned: bool) -> None:
-    config = model_config(channels=channels, patch=patch, head=replace(HEAD, width=width))
+    config = model_config(channels=channels, patch_size=patch, head=replace(HEAD, width=width))
     assert (wide_tokens(config) is not None) == warned
 
 
@@ -403,7 +403,7 @@ def test_the_discriminator_learns_to_tell_and_its_weight_balances() -> None:
     [
         ({"image_size": 9}, "image_size is 9x9, but it must be a multiple of the stride 2"),
         ({"width": 12}, "width is 12, but it must be a multiple of 8"),
-        ({"colours": 2}, "colours is 2"),
+        ({"image_channels": 2}, "image_channels is 2"),
         ({"kl": -1.0}, "kl is -1.0"),
         ({"adversarial_start": 1.0}, "adversarial_start is 1.0"),
         ({"channels": 0}, "channels is 0"),
@@ -417,8 +417,8 @@ def test_settings_that_can_not_be(changes: dict[str, Any], words: str) -> None:
 def test_settings_to_json_and_back() -> None:
     config = settings(Path("x"), image_size=(8, 16))
     assert from_dict(TokenizerTrainConfig, json.loads(json.dumps(to_dict(config)))) == config
-    assert TokenizerTrainConfig("fashion").image_channels == 1
-    assert TokenizerTrainConfig("photos").image_channels == 3
+    assert TokenizerTrainConfig("fashion").channels_in == 1
+    assert TokenizerTrainConfig("photos").channels_in == 3
     assert config.size == (8, 16)
 
 

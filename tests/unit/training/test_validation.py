@@ -140,7 +140,7 @@ def test_a_broken_picture_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureF
 @pytest.mark.parametrize("classes", [0, 2])
 def test_pictures_of_ones_own_choice(data: Path, tmp_path: Path, classes: int) -> None:
     others = pictures(tmp_path / "others", 6)
-    model = config(channels=1, grid=(8, 8), patch=2, classes=classes)
+    model = config(channels=1, grid=(8, 8), patch_size=2, classes=classes)
     run = opened(data, tmp_path / "run", model=model, validate_on=str(others))
     assert run.held_out is not None
     assert (len(run.source), len(run.held_out)) == (16, 6)

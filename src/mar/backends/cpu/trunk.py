@@ -34,7 +34,7 @@ def is_wide(config: ModelConfig) -> bool:
 def images_per_group(config: ModelConfig) -> int:
     """Return how many images the trunk processes at a time."""
     widest = max(trunk.hidden for trunk in (config.encoder, config.decoder))
-    return max(1, MLP_BYTES // (4 * widest * (config.buffer + config.tokens)))
+    return max(1, MLP_BYTES // (4 * widest * (config.buffer_size + config.tokens)))
 
 
 def bucketed_trunk(model: Any) -> Callable[..., Tensor]:

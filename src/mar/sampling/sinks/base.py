@@ -22,7 +22,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mar.checkpoint.files import write_atomically, write_text
-from mar.config import ConfigError
+from mar.config import ConfigError, SamplingConfig, rename_old_keys
 from mar.sampling.plan import Plan, WorkUnit
 
 MANIFEST = "generate.json"
@@ -167,7 +167,10 @@ def _read(manifest: Path) -> dict[str, Any] | None:
         begun = json.loads(manifest.read_text(encoding="utf-8"))
     except ValueError:
         return None
-    return begun if isinstance(begun, dict) else None
+    if not isinstance(begun, dict):
+        return None
+    renamed: dict[str, Any] = json.loads(json.dumps(rename_old_keys(SamplingConfig, begun)))
+    return renamed
 
 
 def _is_manifest(sink: Sink) -> bool:
