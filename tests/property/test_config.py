@@ -123,5 +123,5 @@ def test_missing_fields_keep_their_defaults(config: ModelConfig) -> None:
     values = to_dict(config)
     del values["buffer_size"], values["head"]["width"]
     read = from_dict(ModelConfig, values)
-    assert (read.buffer_size, read.head.width) == (ModelConfig().buffer, HeadConfig().width)
+    assert (read.buffer_size, read.head.width) == (ModelConfig().buffer_size, HeadConfig().width)
     assert (read.grid, read.head.depth) == (config.grid, config.head.depth)
