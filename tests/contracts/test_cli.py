@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from mar.cli import VERBS, main
-from mar.cli.options import parse
+from mar.cli.options import _field_docs, parse
 from mar.cli.sample import SampleOptions
 from mar.config import HeadConfig, ModelConfig, SamplingConfig, TrunkConfig, to_dict
 from mar.model.mar import MAR
@@ -113,6 +113,18 @@ def test_off_is_another_thing_than_the_models_own() -> None:
     numbers = parse(SampleOptions, "sample", ["fashion", "--x0-bound", "2.5", "--diffusion-steps-end", "5"])
     assert numbers.settings() == {"x0_bound": 2.5, "diffusion_steps_end": 5}
     assert parse(SampleOptions, "sample", ["fashion"]).settings() == {}
+
+
+@pytest.mark.parametrize("verb", ["sample", "generate", "evaluate"])
+def test_every_sampling_option_is_an_option_with_its_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name, help in _field_docs(SamplingConfig).items():
+        assert f"--{name.replace('_', '-')} " in shown
+        assert help in shown
+    assert "--guidance-from" not in shown
+    assert {*_field_docs(SamplingConfig)} == {*to_dict(SamplingConfig())}
 
 
 def test_guidance_needs_a_class_free_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

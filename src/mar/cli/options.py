@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import inspect
 import io
+import itertools
 import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
-from mar.config import GuidanceSchedule, MaskSchedule, Order, Preset, SamplingConfig, Solver, TimestepSpacing
+from mar.config import Preset, SamplingConfig
 from mar.config.fields import RENAMED, new_names, renamed_fields
 
 if TYPE_CHECKING:
@@ -32,7 +35,7 @@ DrawnDtype = Literal["fp32", "bf16", "int8"]
 
 
 def _or_off(number: type[float]) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
-    """How a number, or `off`, is read: a None that is typed would be taken for a flag that was left out."""
+    """Parses a number or `off`: tyro takes a typed None for an option that was left out."""
     kind = number.__name__.upper()
 
     def read(words: list[str]) -> float | str:
@@ -50,42 +53,54 @@ def _or_off(number: type[float]) -> tyro.constructors.PrimitiveConstructorSpec[A
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SamplingFlags:
-    """How pictures are drawn, for every verb that draws. What is None is the preset's, or the model's own default."""
+def _field_docs(kind: type) -> dict[str, str]:
+    """Returns the docstrings below the fields of a dataclass, each in one line."""
+    [body] = [node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef)]
+    docs = {}
+    for field, below in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            docs[ast.unparse(field.target)] = " ".join(str(below.value.value).split())
+    return docs
 
-    preset: Preset | None = None
-    """exact: the model's own settings; balanced, fast: fewer steps of all kinds. Flags beside it have the last word."""
-    guidance_scale: float | None = None
-    """Classifier-free guidance scale; 1 is none."""
-    guidance_schedule: GuidanceSchedule | None = None
-    """linear: rises to the scale as tokens are revealed; constant."""
-    steps: int | None = None
-    """K: reveal steps."""
-    diffusion_steps: int | None = None
-    """Diffusion steps for each token."""
-    temperature: float | None = None
-    """Factor of the noise of each diffusion step; of the first noise for solvers that add none."""
-    x0_bound: Annotated[float | Literal["off"] | None, _or_off(float)] = None
-    """Clip predicted tokens to this many standard deviations: for young models; off: not at all."""
-    solver: Solver | None = None
-    """ancestral; in fewer diffusion steps dpm++2m-sde, and without noise on the way ddim, dpm++2m, dpm++2s."""
-    timestep_spacing: TimestepSpacing | None = None
-    """Of diffusion timesteps: even in time, or in log-snr."""
-    diffusion_steps_end: Annotated[int | Literal["off"] | None, _or_off(int)] = None
-    """Diffusion steps at the last reveal step, linear in between; off: the same number throughout."""
-    start_t: float | None = None
-    """Where diffusion starts, as a share of the trained timesteps: 0.95 skips the noisiest."""
-    guidance_interval: tuple[float, float] | None = None
-    """Guide only at steps after which the share of known tokens is within FROM UNTIL."""
-    guidance_from: tyro.conf.Suppress[float | None] = None  # old names of its numbers; `parse` sets them
-    guidance_until: tyro.conf.Suppress[float | None] = None
-    uncond_interval: int | None = None
-    """Run the trunk without the class at every so many guided steps only."""
-    mask_schedule: MaskSchedule | None = None
-    """cosine; exponential: slower at first."""
-    order: Order | None = None
-    """Of a picture's tokens: random, checkerboard first, halton."""
+
+def _optional(hint: Any, doc: str) -> Any:
+    """Returns the type of an option that may be left out, with its help; `off` stands for a typed None."""
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    if type(None) in get_args(hint):
+        typed: Any = Annotated[hint | Literal["off"], _or_off(kinds[0])]
+        return Annotated[typed, tyro.conf.arg(help=doc, help_behavior_hint="")]
+    if get_origin(hint) is Literal:
+        metavar = f"{{{','.join(kinds)}}}"
+    else:
+        metavar = " ".join(kind.__name__.upper() for kind in kinds or [hint])
+    return Annotated[hint | None, tyro.conf.arg(help=doc, metavar=metavar, help_behavior_hint="")]
+
+
+def _sampling_options() -> list[tuple[str, Any, None]]:
+    """Lists name, type and default of an option for each field of SamplingConfig, and of its preset."""
+    hints, docs = get_type_hints(SamplingConfig), _field_docs(SamplingConfig)
+    preset = _optional(Preset, "exact: the model's own settings; balanced, fast: fewer steps of all kinds.")
+    suppressed: Any = Annotated[float | None, tyro.conf.Suppress]
+    ends = [old for old, new in renamed_fields(SamplingConfig).items() if new.endswith("]")]
+    return [
+        ("preset", preset, None),
+        *((field.name, _optional(hints[field.name], docs[field.name]), None) for field in fields(SamplingConfig)),
+        *((old, suppressed, None) for old in ends),  # `parse` sets them
+    ]
+
+
+if TYPE_CHECKING:
+
+    @dataclass(frozen=True, kw_only=True)
+    class _SamplingOptions: ...
+else:
+    _SamplingOptions = make_dataclass("_SamplingOptions", _sampling_options(), frozen=True, kw_only=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags(_SamplingOptions):
+    """Options of every verb that draws: the preset and the fields of SamplingConfig, None where left out."""
+
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     dtype: DrawnDtype = "fp32"
@@ -96,10 +111,9 @@ class SamplingFlags:
     """Take pictures even where the latents are no pictures, instead of saying why."""
 
     def settings(self) -> dict[str, Any]:
-        """What `Pipeline.sampling_with` is to be told: the preset, and the fields of SamplingConfig that were set."""
-        names = ("preset", *(field.name for field in fields(SamplingConfig)), "guidance_from", "guidance_until")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
-        return {name: None if value == "off" else value for name, value in given.items()}
+        """Returns the preset and the fields of SamplingConfig that were given, for `Pipeline.sampling_with`."""
+        given = {field.name: getattr(self, field.name) for field in fields(_SamplingOptions)}
+        return {name: None if value == "off" else value for name, value in given.items() if value is not None}
 
     def load(self, model: str, device: torch.device | None = None) -> Pipeline:
         """The model of this name, on `device` (by default the one asked for), in the precision asked for."""

@@ -1,4 +1,4 @@
-"""The configuration of sampling: how pictures are drawn."""
+"""Configure sampling."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ Preset = Literal["exact", "balanced", "fast"]
 @accept_old_names
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How pictures are drawn."""
+    """Settings of drawing images."""
 
     steps: int = 64
-    """K: reveal steps; more than there are tokens means one token a step."""
+    """K: reveal steps (`num_iter` of the reference); at most one for each token."""
     diffusion_steps: int = 100
     """Diffusion steps for each token, of the 1000 it was trained on."""
     guidance_scale: float = 1.0
-    """Classifier-free guidance scale; 1 is none."""
+    """Scale of classifier-free guidance; 1 is none."""
     guidance_schedule: GuidanceSchedule = "linear"
     """`linear`: from 1 up to the scale as tokens are revealed; `constant`: the scale at every step."""
     temperature: float = 1.0
     """Factor of the noise added at each diffusion step; of the noise at the start for solvers that add none."""
     x0_bound: float | None = None
-    """Clip the predicted clean token to this many standard deviations: for young models; off for official weights."""
+    """Clip predicted clean tokens to this many standard deviations, for young models; `off` for official weights."""
     solver: Solver = "ancestral"
     """`ancestral` (the paper), or `dpm++2m-sde`, the same in fewer steps; without noise on the way `ddim`, `dpm++2m`,
     `dpm++2s`."""
     timestep_spacing: TimestepSpacing = "time"
-    """How diffusion timesteps are spaced: evenly in `time` (the paper) or in `log-snr`."""
+    """Space diffusion timesteps evenly in `time` (the paper) or in `log-snr`."""
     diffusion_steps_end: int | None = None
     """Diffusion steps at the last reveal step, linear in between (DiSA); by default `diffusion_steps` throughout."""
     start_t: float = 1.0
-    """Where diffusion starts, as a share of the trained timesteps; 0.95 skips the noisiest 5% (DiSA)."""
+    """Start of diffusion, as a share of the trained timesteps; 0.95 skips the noisiest 5% (DiSA)."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    """Guide only at steps after which the share of an image's known tokens is within FROM UNTIL, both included."""
+    """Guide only while the share of known tokens is from the first to the second number, after the step."""
     uncond_interval: int = 1
-    """Run the trunk without the class at every so many guided steps, and keep its difference in between (LazyMAR)."""
+    """Run the trunk without the class at every N-th guided step; reuse the last residual in between (LazyMAR)."""
     mask_schedule: MaskSchedule = "cosine"
-    """How many tokens are hidden after each step: `cosine` (the paper), or `exponential`, slower at first."""
+    """Share of tokens masked after each step: `cosine` (the paper), or `exponential`, slower at first."""
     order: Order = "random"
     """Order of an image's tokens: `random` (the paper), random on a `checkerboard` first, or spread out by `halton`."""
 
@@ -86,7 +86,7 @@ class SamplingConfig:
         )
 
     def check(self, model: ModelConfig) -> None:
-        """Raises ConfigError where this way of drawing asks more than `model` has learned."""
+        """Checks that `model` can be sampled like this; ConfigError otherwise."""
         timesteps = round(self.start_t * (model.head.diffusion_steps - 1)) + 1
         for name in ("diffusion_steps", "diffusion_steps_end"):
             steps = getattr(self, name) or 1
