@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import socket
 import sys
-import time
 from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -23,7 +22,7 @@ Moment = tuple[int | str, int]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once by the server that forks processes, and not by every process again.
-_MODULES = ["tiny", "judges", "mar.zoo", "mar.cli.generate", "mar.cli.folder", "mar.cli.evaluate", "mar.sampling.sinks"]
+_MODULES = ["tiny", "judges", "mar.zoo", "mar.cli.generate", "mar.cli.train", "mar.cli.evaluate", "mar.sampling.sinks"]
 _MODULES += ["mar.sampling.progress", "mar.training.tokenizer", "torch.utils.tensorboard.writer", "pytest"]
 _MODULES += ["torch.distributed", "torch._dynamo", "torch._refs"]
 _missing = [name for name in _MODULES if importlib.util.find_spec(name) is None]
@@ -108,13 +107,6 @@ def _die(moment: int | str, signal: int) -> None:
             os.kill(os.getpid(), signal)
 
     files.flush = counted
-
-
-def wait(said: Path) -> int:
-    """Work that tells where it belongs, and goes on until it is stopped."""
-    said.write_text(os.environ.get("RANK", "alone"))
-    time.sleep(60)
-    return 0
 
 
 def tree(folder: Path) -> dict[str, bytes]:

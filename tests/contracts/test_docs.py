@@ -16,6 +16,7 @@ import sys
 import textwrap
 import tomllib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ from mar import cli, config, presets
 from mar.assets import FASHION_CLASSES, imagenet_classes
 from mar.autoconfig import sizes
 from mar.checkpoint.download import OFFICIAL
-from mar.cli.folder import OwnTokenizer
+from mar.cli.train import OwnTokenizer
 from mar.config.tokenizer import TokenizerTrainConfig
 from mar.data.labels import resolve_labels
 from mar.model.mar import MAR
@@ -136,7 +137,8 @@ def test_the_papers_models_have_the_sizes_it_is_said() -> None:
 DRY = """
 import importlib, json, shlex, sys, types
 from mar import cli
-from mar.cli import folder, options
+from mar.autoconfig import plan
+from mar.cli import options
 
 class Parsed(Exception):
     pass
@@ -151,8 +153,9 @@ real, results = sys.stdout, {}
 sys.stdout = sys.stderr
 for module, _ in cli.VERBS.values():
     importlib.import_module(module).parse = parse
-folder.parse = parse
-folder.zoo.load_tokenizer = lambda name: types.SimpleNamespace(stride=16, channels=16, config=dict)
+plan.zoo.load_tokenizer = lambda name: types.SimpleNamespace(
+    stride=16, channels=16, config=dict, lossless=False, learns_basis=False
+)
 for line in json.load(sys.stdin):
     try:
         results[line] = {"code": cli.main(shlex.split(line, comments=True)[1:])}
@@ -288,7 +291,8 @@ def test_recipes_and_models_named_are_there() -> None:
         names = set(re.findall(r"\b(?:mar|imagenet)-(?:base|large|huge)\b", text))
         assert names <= {*presets.MODELS, *presets.RECIPES}
     assert {"kl16", *presets.MODELS} == set(OFFICIAL)
-    assert set(re.findall(r"^\| `([\w-]+)` \|", TRAINING.split("## A folder")[0], re.MULTILINE)) == set(presets.RECIPES)
+    recipes = re.findall(r"^\| `([\w-]+)` \|", TRAINING.split("## A folder")[0], re.MULTILINE)
+    assert set(recipes) == set(presets.RECIPE_NAMES)
 
 
 def test_what_a_folder_gets_is_as_it_is_said() -> None:
@@ -298,7 +302,7 @@ def test_what_a_folder_gets_is_as_it_is_said() -> None:
         encoder, decoder = size.trunks
         trunk = f"{encoder.depth} + {decoder.depth} blocks {encoder.width} wide"
         assert f"than {size.pictures:,}: {trunk}" in table
-    assert large.trunks == (presets.RECIPES["imagenet-256-modern"].model.encoder,) * 2
+    assert large.trunks == (replace(presets.RECIPES["imagenet-base"].model.encoder, rotary=True),) * 2
     narrow, wide = zip(*(size.head[:2] for size in sizes._SIZES), strict=True)
     assert (
         f"{narrow[0]}, {narrow[1]} or {narrow[2]} wide for tokens of up to 16 values; {wide[0]} or {wide[2]}" in table

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
+import re
+import shlex
 import shutil
 import signal
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +17,11 @@ import torch
 from PIL import Image
 from tiny import pictures as bars
 
+from mar.autoconfig.plan import FolderPlan
 from mar.autoconfig.summary import save_summary
 from mar.checkpoint.tokenizers import save_tokenizer
 from mar.cli import main
-from mar.cli.alone import run_on_rank0
-from mar.cli.folder import plan
-from mar.cli.steps import FolderPlan
+from mar.cli.train import plan_folder
 from mar.config.tokenizer import TokenizerTrainConfig
 from mar.pipeline import Pipeline
 from mar.tokenizer import PCATokenizer
@@ -53,7 +51,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def planned(data: Path | str, *more: str | Path) -> FolderPlan:
-    return plan(["--data", str(data), *map(str, more)])
+    return plan_folder(["--data", str(data), *map(str, more)])[0]
 
 
 def colour(folder: Path, count: int, size: tuple[int, int], kinds: int = 2) -> Path:
@@ -66,12 +64,12 @@ def colour(folder: Path, count: int, size: tuple[int, int], kinds: int = 2) -> P
 
 def test_small_grey_pictures_become_pixels(data: Path, tmp_path: Path) -> None:
     steps = planned(data, "--out", tmp_path / "run")
-    config = steps.train.config
+    config = steps.train
     assert (steps.tokenizer, steps.cache) == (None, None)
     assert (config.data, config.tokenizer, config.model.classes) == (str(data), "pixels", 2)
     assert (config.model.channels, config.model.grid, config.model.patch_size) == (1, (8, 8), 2)
-    assert "20 grey pictures in 2 classes, typically of 8 pixels, cut to 8x8; raw pixels, 16 tokens" in steps.told[0]
-    assert "3 + 5 blocks 192 wide, head 3 x 256; 100,000 pictures to be seen in all, 32 a step" in steps.told[1]
+    assert "20 grey pictures in 2 classes, typically of 8 pixels, cut to 8x8; raw pixels, 16 tokens" in steps.lines[0]
+    assert "3 + 5 blocks 192 wide, head 3 x 256; 100,000 pictures to be seen in all, 32 a step" in steps.lines[1]
     assert not (tmp_path / "run").exists()
 
 
@@ -80,16 +78,18 @@ def test_large_colour_pictures_get_a_tokenizer_and_a_cache(tmp_path: Path) -> No
     steps = planned(data, "--out", out, "--flip", "False", "--workers", "2", "--vae.perceptual", "0.5")
     assert steps.tokenizer is not None
     assert steps.cache is not None
-    tokenizer, config = steps.tokenizer.config, steps.train.config
+    tokenizer, config = steps.tokenizer.config, steps.train
     assert (tokenizer.data, tokenizer.size, tokenizer.stride, tokenizer.channels) == (str(data), (64, 64), 8, 16)
     assert (tokenizer.image_channels, tokenizer.flip, tokenizer.perceptual) == (3, False, 0.5)
     assert (steps.cache.data, steps.cache.tokenizer) == (str(data), str(out / "tokenizer"))
     assert (steps.cache.image_size, steps.cache.flip, steps.cache.workers) == ((64, 64), False, 2)
     assert (config.data, config.tokenizer) == (str(out / "latents"), str(out / "tokenizer"))
     assert (config.model.channels, config.model.grid, config.model.classes) == (16, (8, 8), 3)
-    assert steps.train.eval_reference == str(data)
+    _, options = plan_folder(["--data", str(data), "--out", str(out)])
+    assert options.eval_reference == str(data)
     assert (
-        "cut to 64x64 (larger from 5,000 pictures on, or by --image-size); by a tokenizer of their own" in steps.told[0]
+        "cut to 64x64 (larger from 5,000 pictures on, or by --image-size); by a tokenizer of their own"
+        in steps.lines[0]
     )
 
 
@@ -103,46 +103,46 @@ def test_flat_pictures_are_no_mistake(tmp_path: Path) -> None:
 def test_grey_pictures_have_grey_components(data: Path, tmp_path: Path) -> None:
     """Of colours that are all the same, there would be three times the values, and pictures in colour."""
     out = tmp_path / "run"
-    assert planned(data, "--out", out, "--tokenizer", "pca4").train.config.image_channels == 1
+    assert planned(data, "--out", out, "--tokenizer", "pca4").train.image_channels == 1
     run = command(str(data), str(out), "--tokenizer", "pca4", "--sample-every", "0", "--images", "4")
     assert main(run) == 0
     model = Pipeline.open(out / "model.safetensors")
     assert (model.tokenizer.image_channels, model.tokenizer.channels) == (1, 16)
     assert model.sample([0], steps=1, diffusion_steps=2)[0].mode == "L"
-    assert planned(data, "--out", out).train.config.image_channels is None, "pixels say it themselves"
-    assert planned("fashion", "--tokenizer", "pca4").train.config.image_channels is None, "the bundled ones are known"
+    assert planned(data, "--out", out).train.image_channels is None, "pixels say it themselves"
+    assert planned("fashion", "--tokenizer", "pca4").train.image_channels is None, "the bundled ones are known"
 
 
 def test_every_choice_may_be_changed(tmp_path: Path) -> None:
     data, out = colour(tmp_path / "data", 20, (90, 140)), tmp_path / "run"
-    pixels = planned(data, "--out", out, "--tokenizer", "pixels").train.config
+    pixels = planned(data, "--out", out, "--tokenizer", "pixels").train
     assert (pixels.model.grid, pixels.model.patch_size, pixels.tokenizer) == ((64, 64), 4, "pixels")
-    smaller = planned(data, "--out", out, "--image-size", "32", "24").train.config
+    smaller = planned(data, "--out", out, "--image-size", "32", "24").train
     assert (smaller.model.grid, smaller.model.channels, smaller.tokenizer) == ((8, 6), 16, "pca4")
     taken = planned(data, "--out", out, "--tokenizer", "pca8", "--model.channels", "40")
     assert (taken.tokenizer, taken.cache) == (None, None), "components are taken as pictures are read"
-    model = taken.train.config.model
-    assert (model.grid, model.channels, taken.train.config.tokenizer) == ((8, 8), 40, "pca8")
-    assert "as principal components, 64 tokens of 40 values each" in taken.told[0]
+    model = taken.train.model
+    assert (model.grid, model.channels, taken.train.tokenizer) == ((8, 8), 40, "pca8")
+    assert "as principal components, 64 tokens of 40 values each" in taken.lines[0]
     own = planned(data, "--out", out, "--image-size", "32", "--tokenizer", "own", "--vae.channels", "6")
     assert own.tokenizer is not None
-    assert (own.tokenizer.config.size, own.train.config.model.channels, own.train.config.model.grid) == (
+    assert (own.tokenizer.config.size, own.train.model.channels, own.train.model.grid) == (
         (32, 32),
         6,
         (8, 8),
     )
     larger = planned(data, "--out", out, "--image-size", "128", "--vae.stride", "16", "--images", "320", "--lr", "0.5")
     assert larger.tokenizer is not None
-    assert (larger.tokenizer.config.stride, larger.train.config.model.grid) == (16, (8, 8))
-    assert (larger.train.config.images, larger.train.config.decay, larger.train.config.lr) == (320, 106, 0.5)
+    assert (larger.tokenizer.config.stride, larger.train.model.grid) == (16, (8, 8))
+    assert (larger.train.images, larger.train.decay, larger.train.lr) == (320, 106, 0.5)
     assert larger.recipe.lr == 1.2e-2
     cells = planned(data, "--out", out, "--model.grid", "4", "6")
     assert cells.tokenizer is not None
     assert cells.tokenizer.config.size == (32, 48)
-    assert "cut to 32x48" in cells.told[0]
-    without = planned(data, "--out", out, "--model.classes", "0").train.config
+    assert "cut to 32x48" in cells.lines[0]
+    without = planned(data, "--out", out, "--model.classes", "0").train
     assert (without.model.classes, without.sampling.guidance_scale) == (0, 1)
-    assert planned(data, "--out", out, "--model.label-drop", "0").train.config.sampling.guidance_scale == 1
+    assert planned(data, "--out", out, "--model.label-drop", "0").train.sampling.guidance_scale == 1
 
 
 def test_a_tokenizer_that_is_there_tells_cells_and_size(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_a_tokenizer_that_is_there_tells_cells_and_size(tmp_path: Path) -> None:
     assert steps.tokenizer is None
     assert steps.cache is not None
     assert (steps.cache.tokenizer, steps.cache.image_size) == (str(tmp_path / "vae"), (32, 32))
-    config = steps.train.config
+    config = steps.train
     assert (config.model.channels, config.model.grid, config.tokenizer) == (3, (8, 8), str(tmp_path / "vae"))
 
 
@@ -166,14 +166,14 @@ def test_components_of_a_file_or_a_cache_are_learned_as_those_taken_here(tmp_pat
     file = tmp_path / "other.safetensors"
     Pipeline(tiny.model(channels=16), tokenizer, classes=("ant", "bee", "cat"), sampling=tiny.FAST).save(file)
     steps = planned(data, "--out", tmp_path / "run", "--tokenizer", file)
-    named = planned(data, "--out", tmp_path / "run", "--tokenizer", "pca4").train.config
+    named = planned(data, "--out", tmp_path / "run", "--tokenizer", "pca4").train
     assert steps.cache is None
-    assert steps.train.config == replace(named, tokenizer=str(file))
+    assert steps.train == replace(named, tokenizer=str(file))
     assert (named.shift, named.model.head.prediction, named.sampling.x0_bound) == (4, "x0", 10)
-    assert "as principal components, 256 tokens" in steps.told[0]
+    assert "as principal components, 256 tokens" in steps.lines[0]
     cache = tmp_path / "cache"
     assert main(["cache", str(data), "--tokenizer", str(file), "--image-size", "128", "--out", str(cache)]) == 0
-    from_cache = planned(cache).train.config
+    from_cache = planned(cache).train
     assert from_cache == replace(named, data=str(cache), tokenizer=str(file), shift=0)
 
 
@@ -186,7 +186,7 @@ def test_pixels_are_bounded_alike_from_pictures_and_from_a_cache(tmp_path: Path)
         image.save(data / f"{number}.png")
     assert main(["cache", str(data), "--tokenizer", "pixels", "--image-size", "16", "--out", str(cache)]) == 0
     bounds = [
-        planned(where, "--tokenizer", "pixels", "--out", tmp_path / "run").train.config.sampling.x0_bound
+        planned(where, "--tokenizer", "pixels", "--out", tmp_path / "run").train.sampling.x0_bound
         for where in (data, cache)
     ]
     assert bounds[0] == bounds[1]
@@ -208,12 +208,12 @@ def test_pixels_are_bounded_alike_from_pictures_and_from_a_cache(tmp_path: Path)
 )
 def test_larger_is_said_where_more_pictures_would_be(side: int, asked: str, said: bool, tmp_path: Path) -> None:
     steps = planned(colour(tmp_path / "data", 20, (side, side)), "--out", tmp_path / "run", *asked.split())
-    assert ("(larger from 5,000 pictures on" in steps.told[0]) == said
+    assert ("(larger from 5,000 pictures on" in steps.lines[0]) == said
 
 
 def test_a_size_that_nobody_asked_for_fits_the_tokenizer(tmp_path: Path) -> None:
     data, out = colour(tmp_path / "data", 20, (140, 140)), tmp_path / "run"
-    model = planned(data, "--out", out, "--tokenizer", "pca3").train.config.model
+    model = planned(data, "--out", out, "--tokenizer", "pca3").train.model
     assert (model.grid, model.patch_size) == ((40, 40), 4)
     small = planned(colour(tmp_path / "small", 20, (28, 28)), "--out", out, "--vae.stride", "8", "--tokenizer", "own")
     assert small.tokenizer is not None
@@ -272,9 +272,9 @@ def test_damaged_notes_are_one_line(file: str, content: str | dict[str, object],
     """In a process of its own: pytest's checks of types would speak first."""
     data, run = bars(tmp_path / "data"), tmp_path / "run"
     steps = planned(data, "--out", run)
-    assert steps.pictures is not None
-    save_summary(run, steps.pictures)
-    keep_settings(steps.train.config, run)
+    assert steps.summary is not None
+    save_summary(run, steps.summary)
+    keep_settings(steps.train, run)
     if isinstance(content, dict):
         content = json.dumps({**json.loads((run / file).read_text()), **content})
     (run / file).write_text(content)
@@ -371,7 +371,7 @@ def test_pixels_that_are_cached_are_not_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert planned(colour(tmp_path / "data", 20, (16, 16))).train.config.shift == 1
+    assert planned(colour(tmp_path / "data", 20, (16, 16))).train.shift == 1
     assert main(["cache", "data", "--tokenizer", "pixels", "--image-size", "16", "--out", "cache"]) == 0
     assert main(command("cache", "moved", "--shift", "1")) == 2
     assert "can't be moved by 1 pixels; train with --shift 0" in capsys.readouterr().err
@@ -397,29 +397,19 @@ def test_killed_before_the_model_it_goes_on(place: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
-def test_several_processes_let_one_train_the_tokenizer(place: Path) -> None:
+def test_own_tokenizer_in_several_processes_is_refused_with_the_command_that_trains_it(place: Path) -> None:
     shutil.rmtree(place / "run")
     codes = starts.several(2, [*WHOLE, "--sample-every", "0"], place / "said")
     said = [(place / f"said.{rank}").read_text() for rank in range(2)]
+    assert codes == [2, 2], said
+    assert "got 2 processes, but a tokenizer is trained by one: first run `mar tokenizer train pictures" in said[0]
+    assert "first run" not in said[1]
+    (first,) = re.findall(r"first run `mar (.*?)`", said[0])
+    assert main(shlex.split(first)) == 0
+    codes = starts.several(2, [*WHOLE, "--sample-every", "0"], place / "said")
+    said = [(place / f"said.{rank}").read_text() for rank in range(2)]
     assert codes == [0, 0], said
-    assert said[0].count("first, the tokenizer") == 1
-    assert "first" not in said[1]
     assert Pipeline.open(place / "run" / "model.safetensors").image_size == (8, 8)
-
-
-def test_who_works_alone_gets_the_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said = tmp_path / "said"
-
-    def stop() -> None:
-        while not said.exists():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    threading.Thread(target=stop).start()
-    assert run_on_rank0(starts.wait, said) == 128 + signal.SIGTERM
-    assert said.read_text() == "alone"
 
 
 def test_a_rate_far_off_the_recipes_is_warned_of(

@@ -14,9 +14,9 @@ from mar.autoconfig.sizes import (
     largest_multiple,
     recipe_for,
     side_for,
+    tokenizer_for,
 )
 from mar.config import ConfigError, HeadConfig, TrainConfig
-from mar.config.tokenizer import tokenizer_for
 from mar.model.mar import MAR
 
 KINDS = ("ant", "bee", "cat")

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from mar.config import ConfigError, HeadConfig, ModelConfig, Optimizer, SamplingConfig, TrainConfig, TrunkConfig
 from mar.config.fields import positive, require
+from mar.config.tokenizer import TokenizerTrainConfig
+from mar.presets import X0_SAMPLING
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,6 @@ PIXELS_UP_TO = 32
 PIXELS_BELOW = 16
 """Smaller ones have too few squares of 4 x 4 pixels for their components."""
 SMALLEST = 8
-OF_X0: dict[str, Any] = {"solver": "dpm++2m-sde", "diffusion_steps": 12, "timestep_spacing": "log-snr", "start_t": 0.95}
-"""How models of x0 draw: by the paper's noisy process in few steps, of which the learned variances are no part."""
 
 
 def largest_for(count: int) -> int:
@@ -204,7 +203,7 @@ def recipe_for(
             projection_dropout=0.0,
         ),
         sampling=SamplingConfig(
-            **(OF_X0 if taken else {"diffusion_steps": 50}),
+            **(X0_SAMPLING if taken else {"diffusion_steps": 50}),
             steps=32,
             guidance_scale=3.0 if len(pictures.classes) > 1 else 1.0,
             x0_bound=bound,
@@ -220,6 +219,25 @@ def recipe_for(
         save_every=min(chosen.save_every, now_and_then),
         sample_every=now_and_then,
         validate_every=now_and_then,
+    )
+
+
+def tokenizer_for(
+    pictures: DatasetSummary, size: tuple[int, int], stride: int, channels: int, images: int | None = None
+) -> TokenizerTrainConfig:
+    """A tokenizer for pictures of one's own, cut to `size`; the data is still to be named. Each is seen 10 times, and
+    60,000 at least are seen in all, unless `images` says how many."""
+    total = images or max(10 * pictures.count, 60_000)
+    return TokenizerTrainConfig(
+        image_size=size,
+        image_channels=pictures.image_channels,
+        stride=stride,  # type: ignore[arg-type]  # checked there
+        channels=channels,
+        width=16 if max(size) <= 64 else 32 if max(size) <= 128 else 64,
+        images=total,
+        decay=total // 4,
+        save_every=min(5_000, max(total // 10, 1)),
+        sample_every=total // 4 + 1,  # the end is judged anyway
     )
 
 

@@ -12,12 +12,13 @@ import tyro
 
 from mar.cli.options import parse
 from mar.config import ConfigError, TrainConfig
-from mar.presets import RECIPES, recipe
+from mar.config.tokenizer import Stride, TokenizerTrainConfig
+from mar.presets import RECIPE_NAMES, recipe
 
 if TYPE_CHECKING:
     import torch
 
-    from mar.cli.steps import FolderPlan
+    from mar.autoconfig.plan import FolderPlan, TokenizerStep
     from mar.training.callbacks import OnSnapshot, Snapshot
     from mar.training.log import Log
     from mar.training.trainer import Run
@@ -51,27 +52,23 @@ class TrainOptions:
 
 
 def train(arguments: Sequence[str]) -> int:
-    """`mar train [RECIPE]`."""
+    """Run `mar train [RECIPE]`."""
     from mar import devices, distributed
 
-    steps: FolderPlan | None = None
+    plan: FolderPlan | None = None
     with distributed.collective_errors():
         name = arguments[0] if arguments and not arguments[0].startswith("-") else "fashion"
+        options: TrainOptions
         if name == "folder":
-            from mar.cli.folder import plan
-
-            steps = plan(arguments[1:])
-            options, chosen = steps.train, steps.recipe
+            plan, options = plan_folder(arguments[1:])
+            chosen = plan.recipe
         else:
             chosen = recipe(name)
             options = _options(name, chosen, arguments)
         devices.choose_device(options.device)
     with distributed.process_group(options.device) as device:
-        if steps is not None:
-            from mar.cli.steps import prepare
-
-            if code := prepare(steps):
-                return code
+        if plan is not None and (code := _run_first_steps(plan, options)):
+            return code
         return _train(options, device, chosen, name)
 
 
@@ -79,7 +76,7 @@ def _options(name: str, chosen: TrainConfig, arguments: Sequence[str]) -> TrainO
     """The recipe `chosen`, called `name`, as the arguments change it."""
     rest = list(arguments[1:] if arguments[:1] == [name] else arguments)
     if "-h" in rest or "--help" in rest:
-        print(f"mar train [RECIPE] --out FOLDER ...    recipes: {', '.join(RECIPES)}; shown: {name}\n")
+        print(f"mar train [RECIPE] --out FOLDER ...    recipes: {', '.join(RECIPE_NAMES)}; shown: {name}\n")
     options = parse(TrainOptions, f"train {name}", rest, TrainOptions(Path("runs", name), chosen))
     return replace(options, out=options.out or Path("runs", name))
 
@@ -198,3 +195,158 @@ def _evaluation(options: TrainOptions, run: Run, log: Log) -> OnSnapshot:
         return found
 
     return evaluate
+
+
+# ---- mar train folder
+
+
+@dataclass(frozen=True)
+class OwnTokenizer(TokenizerTrainConfig):
+    """The tokenizer that is trained first where pixels are too many; all else as for `mar tokenizer train`."""
+
+    data: tyro.conf.Suppress[str] = ""
+    image_size: tyro.conf.Suppress[int | tuple[int, int]] = 64
+    image_channels: tyro.conf.Suppress[int | None] = None
+
+
+@dataclass(frozen=True)
+class FolderOptions(TrainOptions):
+    """Trains a model on pictures of one's own, of sizes that fit them; before that a tokenizer, where it needs one.
+
+    Every option changes one of the choices; --tokenizer own asks for a tokenizer where there would be none. The same
+    command goes on where it stopped.
+    """
+
+    image_size: int | tuple[int, int] | None = None
+    """Pictures are cut to squares of so many pixels, or to HEIGHT WIDTH; by default as large as they and their number
+    allow."""
+    vae: OwnTokenizer = field(default_factory=OwnTokenizer)
+
+
+@dataclass(frozen=True)
+class _ModelOverrides:
+    classes: int | None = None
+    label_drop: float | None = None
+
+
+@dataclass(frozen=True)
+class _TokenizerOverrides:
+    stride: Stride | None = None
+    channels: int | None = None
+    images: int | None = None
+
+
+@dataclass(frozen=True)
+class _FolderOverrides:
+    """The options that choices follow from."""
+
+    data: str | None = None
+    tokenizer: str | None = None
+    out: Path = Path("runs/folder")
+    image_size: int | tuple[int, int] | None = None
+    images: int | None = None
+    model: _ModelOverrides = field(default_factory=_ModelOverrides)
+    vae: _TokenizerOverrides = field(default_factory=_TokenizerOverrides)
+
+
+def plan_folder(arguments: Sequence[str]) -> tuple[FolderPlan, FolderOptions]:
+    """Plan `mar train folder ARGUMENTS`; nothing is done yet.
+
+    Returns the plan, and the options with the configuration of the model's run.
+    """
+    from mar.autoconfig.plan import FOLDER, Overrides, choose, make_plan
+    from mar.training.run import check_classes, open_pictures
+
+    verb = "train folder"
+    if "-h" in arguments or "--help" in arguments:
+        print("shown: what is chosen for 10,000 colour pictures of 32x32 in ten classes\n")
+        parse(FolderOptions, verb, arguments, FolderOptions(_FolderOverrides.out, FOLDER))
+    given = parse(_FolderOverrides, verb, arguments, partly=True)
+    if given.data is None:
+        raise ConfigError("mar train folder needs --data: a folder of pictures, a Parquet file, or a `mar cache`")
+    choice = choose(
+        Overrides(
+            data=given.data,
+            out=given.out,
+            tokenizer=given.tokenizer,
+            image_size=given.image_size,
+            images=given.images,
+            classes=given.model.classes,
+            label_drop=given.model.label_drop,
+            own_tokenizer=any(word.startswith("--vae.") for word in arguments),
+            stride=given.vae.stride,
+            channels=given.vae.channels,
+            tokenizer_images=given.vae.images,
+        )
+    )
+    vae = OwnTokenizer() if choice.tokenizer is None else OwnTokenizer(**vars(choice.tokenizer))
+    options = parse(FolderOptions, verb, arguments, FolderOptions(given.out, choice.recipe, vae=vae))
+    if not choice.from_cache:
+        check_classes(options.config, choice.summary.classes)
+        if options.config.patience:  # its held-out pictures have to be there before a tokenizer is trained
+            open_pictures(options.config)
+    plan = make_plan(choice, options.config, options.vae, given.out)
+    reference = options.eval_reference or (options.config.data if plan.cache else None)
+    return plan, replace(options, out=given.out, config=plan.train, eval_reference=reference)
+
+
+def _run_first_steps(plan: FolderPlan, options: TrainOptions) -> int:
+    """Train the tokenizer and cache the latents, where that is left to do. Returns the exit code."""
+    from mar import distributed
+    from mar.autoconfig.summary import save_summary
+    from mar.cli.cache import CacheOptions, make_cache
+    from mar.cli.tokenizer import TokenizerTrainOptions, train_tokenizer
+    from mar.data.latent_cache import INDEX
+    from mar.training.preflight import estimate
+    from mar.training.run import check_same
+
+    def note(text: str) -> None:
+        if distributed.rank() == 0:
+            print(text, file=sys.stderr)
+
+    assert options.out is not None
+    with distributed.collective_errors():
+        check_same(plan.train, options.out)
+        estimate(plan.train, distributed.world_size()).check_disk(options.out)
+        untrained = None if plan.tokenizer is None or _is_trained(plan.tokenizer) else plan.tokenizer
+        for line in plan.lines:
+            note(line)
+        if plan.summary is not None and distributed.rank() == 0:
+            save_summary(options.out, plan.summary)
+        if untrained is not None and distributed.world_size() > 1:
+            raise ConfigError(
+                f"got {distributed.world_size()} processes, but a tokenizer is trained by one: first run "
+                f"`{untrained.command()}`, then this command again"
+            )
+    if untrained is not None:
+        note(f"first, the tokenizer: {untrained.out}")
+        if code := train_tokenizer(TokenizerTrainOptions(untrained.out, untrained.config, options.device)):
+            return code
+    if (step := plan.cache) is not None:
+        if not (step.out / INDEX).is_file():
+            note(f"then the latents of all pictures: {step.out}")
+            cache = CacheOptions(
+                step.data, out=step.out, tokenizer=step.tokenizer, image_size=step.image_size, flip=step.flip,
+                workers=step.workers, device=options.device,
+            )  # fmt: skip
+            if code := make_cache(cache):
+                return code
+        note(f"then the model: {options.out}")
+    return 0
+
+
+def _is_trained(step: TokenizerStep) -> bool:
+    """Return whether a tokenizer is finished. Raises ConfigError where another one is."""
+    from mar.checkpoint.tokenizers import STATISTICS_FILE
+    from mar.training.run import check_same, saved_settings
+
+    if not (step.out / STATISTICS_FILE).is_file():
+        return False
+    check_same(step.config, step.out)
+    saved = saved_settings(TokenizerTrainConfig, step.out)
+    if saved is not None and saved.images != step.config.images:
+        raise ConfigError(
+            f"{step.out} is finished: it has seen {saved.images:,} pictures, not {step.config.images:,}; "
+            "leave out --vae.images, or take another --out"
+        )
+    return True

@@ -6,7 +6,6 @@ import typing
 from dataclasses import dataclass
 from typing import Literal
 
-from mar.autoconfig.sizes import DatasetSummary
 from mar.config import LogTo, Precision, resolve_image_channels
 from mar.config.fields import accept_old_names, fraction, positive, require
 
@@ -113,22 +112,3 @@ class TokenizerTrainConfig:
     def adversarial_from(self) -> int:
         """Images seen from which on the discriminator takes part."""
         return round(self.images * self.adversarial_start)
-
-
-def tokenizer_for(
-    pictures: DatasetSummary, size: tuple[int, int], stride: int, channels: int, images: int | None = None
-) -> TokenizerTrainConfig:
-    """A tokenizer for pictures of one's own, cut to `size`; the data is still to be named. Each is seen 10 times, and
-    60,000 at least are seen in all, unless `images` says how many."""
-    total = images or max(10 * pictures.count, 60_000)
-    return TokenizerTrainConfig(
-        image_size=size,
-        image_channels=pictures.image_channels,
-        stride=stride,  # type: ignore[arg-type]  # checked there
-        channels=channels,
-        width=16 if max(size) <= 64 else 32 if max(size) <= 128 else 64,
-        images=total,
-        decay=total // 4,
-        save_every=min(5_000, max(total // 10, 1)),
-        sample_every=total // 4 + 1,  # the end is judged anyway
-    )

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from mar.tokenizer.kl import KLTokenizer
 
 __all__ = [
-    "COMPONENTS",
     "TOKENIZERS",
     "KLTokenizer",
     "LatentStats",
@@ -53,8 +52,6 @@ TOKENIZERS: dict[str, Entry] = {
     "kl": Entry("mar.tokenizer.kl", "KLTokenizer"),
 }
 """Every tokenizer, by the `kind` that its config has."""
-COMPONENTS = re.compile(r"pca([1-9]\d?)")
-"""Names of principal components: pca and the side of a square in pixels."""
 
 
 def __getattr__(name: str) -> Any:

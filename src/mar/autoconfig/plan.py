@@ -1,0 +1,325 @@
+"""Planning of `mar train folder`: from images and options to sizes and steps.
+
+`choose` looks at the images and picks a recipe. The caller lets the user change it. `make_plan` says what is to be
+done: a tokenizer of the run's own, a latent cache, the model.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from mar import zoo
+from mar.autoconfig.sizes import (
+    SIDES,
+    DatasetSummary,
+    LatentShape,
+    components,
+    default_latent_shape,
+    larger_from,
+    largest_for,
+    largest_multiple,
+    latent_shape_for,
+    recipe_for,
+    side_for,
+    tokenizer_for,
+)
+from mar.autoconfig.summary import load_summary, summarize_cache
+from mar.config import ConfigError, TrainConfig, resolve_image_channels
+from mar.config.tokenizer import TokenizerTrainConfig
+from mar.data.latent_cache import LatentSource
+from mar.data.sources import open_data
+from mar.data.stream import StreamSource
+from mar.tokenizer import PixelTokenizer, Tokenizer, from_name, is_name
+
+OWN = "own"
+"""Name of a tokenizer that is trained first, on the run's own images."""
+
+
+FOLDER = replace(
+    recipe_for(DatasetSummary(10_000, 32, 3, tuple(map(str, range(10)))), (32, 32), components()),
+    data="pictures",
+    tokenizer="pca4",
+)
+"""The recipe for 10,000 color images of 32x32 in ten classes, for help and tables."""
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """Options that a user gave and other choices follow from. None: not given."""
+
+    data: str
+    out: Path
+    tokenizer: str | None = None
+    image_size: int | tuple[int, int] | None = None
+    images: int | None = None
+    classes: int | None = None
+    label_drop: float | None = None
+    own_tokenizer: bool = False
+    """Options of a tokenizer of the run's own were given."""
+    stride: int | None = None
+    """Stride of that tokenizer."""
+    channels: int | None = None
+    """Channels of that tokenizer."""
+    tokenizer_images: int | None = None
+    """Length of that tokenizer's training, in images seen."""
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Crops of images, and the tokenizer that makes tokens of them."""
+
+    size: tuple[int, int]
+    """Height and width that images are cropped to."""
+    tokenizer: str
+    """A name of `mar.tokenizer.from_name`, `own`, or where a tokenizer is."""
+    shape: LatentShape | None
+    """None: pixels."""
+    larger_from: int | None = None
+    """From so many images on, crops would be larger; None where that does not follow from their number."""
+
+    @property
+    def needs_cache(self) -> bool:
+        """True where latents are cached before the model is trained."""
+        return self.shape is not None and not self.shape.components
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A recipe for some images, before a user's other options change it."""
+
+    recipe: TrainConfig
+    layout: TokenLayout
+    summary: DatasetSummary
+    tokenizer: TokenizerTrainConfig | None = None
+    """Settings of a tokenizer of the run's own, if it needs one."""
+    note: str | None = None
+    """A line on what has changed since the run began."""
+    from_cache: bool = False
+    """The data are cached latents."""
+
+
+@dataclass(frozen=True)
+class TokenizerStep:
+    """Train a tokenizer on the images."""
+
+    config: TokenizerTrainConfig
+    out: Path
+
+    def command(self) -> str:
+        """Return the command that makes this step."""
+        default = TokenizerTrainConfig()
+        words = ["mar", "tokenizer", "train", self.config.data, "--out", str(self.out)]
+        for field in fields(self.config):
+            value = getattr(self.config, field.name)
+            if field.name != "data" and value != getattr(default, field.name):
+                values = value if isinstance(value, tuple) else (value,)
+                words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
+        return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """Cache the latents of all images."""
+
+    data: str
+    out: Path
+    tokenizer: str
+    image_size: tuple[int, int]
+    flip: bool | None
+    workers: int
+
+
+@dataclass(frozen=True)
+class FolderPlan:
+    """The steps of `mar train folder`; None: a step is not needed."""
+
+    train: TrainConfig
+    """The model's run."""
+    recipe: TrainConfig
+    """The model's run before the user's options changed it."""
+    lines: tuple[str, ...]
+    """The choices in words."""
+    summary: DatasetSummary | None = None
+    """Summary of the images, from which the choices follow; None for cached latents."""
+    tokenizer: TokenizerStep | None = None
+    cache: CacheStep | None = None
+
+
+def choose(overrides: Overrides) -> Choice:
+    """Choose a recipe for the images of `overrides.data`.
+
+    Raises ConfigError for options that contradict each other, and for data that can't be counted.
+    """
+    source = open_data(overrides.data)
+    if isinstance(source, StreamSource):
+        raise ConfigError(f"{overrides.data} can't be counted, as mar train folder has to; name another recipe")
+    if isinstance(source, LatentSource):
+        return _choose_for_cache(overrides, source)
+    _check_out_is_apart(overrides.out, overrides.data)
+    summary, note = load_summary(overrides.out, source, overrides.data)
+    layout = _layout(overrides, summary)
+    tokenizer = None
+    if layout.tokenizer == OWN:
+        assert layout.shape is not None
+        tokenizer = tokenizer_for(
+            summary, layout.size, layout.shape.stride, layout.shape.channels, overrides.tokenizer_images
+        )
+    return Choice(_recipe(overrides, summary, layout), layout, summary, tokenizer, note)
+
+
+def _choose_for_cache(overrides: Overrides, source: LatentSource) -> Choice:
+    if overrides.own_tokenizer or overrides.tokenizer == OWN or overrides.image_size is not None:
+        raise ConfigError(f"{overrides.data} holds cached latents: leave out --image-size, --vae.* and --tokenizer own")
+    summary, shape = summarize_cache(source)
+    layout = TokenLayout(source.manifest.size, overrides.tokenizer or source.manifest.tokenizer, shape)
+    recipe = replace(_recipe(overrides, summary, layout), shift=0)  # cached latents, or pixels, can't be shifted
+    return Choice(recipe, layout, summary, from_cache=True)
+
+
+def _check_out_is_apart(out: Path, data: str) -> None:
+    """Raise ConfigError where the run's own samples would become its data."""
+    folder = Path(data).expanduser().resolve()
+    if folder.is_dir() and out.resolve().is_relative_to(folder):
+        raise ConfigError(f"{out} is in {data}, whose pictures are learned from; take another --out")
+
+
+# ---- size and tokenizer
+
+
+def _layout(overrides: Overrides, summary: DatasetSummary) -> TokenLayout:
+    """Choose the size of crops, and what makes tokens of them."""
+    name = overrides.tokenizer or (OWN if overrides.own_tokenizer else None)
+    if overrides.own_tokenizer and name != OWN:
+        raise ConfigError(f"--vae.* is for a tokenizer of the run's own, but --tokenizer is {name}; leave one out")
+    if name is not None and name != OWN:
+        shape, largest = _shape_of(name)
+        return TokenLayout(_crop(overrides, summary, largest, shape), name, shape)
+    largest = largest_for(summary.count)
+    size = _crop(overrides, summary, largest)
+    shape = latent_shape_for(size) if name == OWN else default_latent_shape(summary, size)
+    if shape is None:
+        assert PixelTokenizer.name is not None
+        name = PixelTokenizer.name
+    elif shape.components:
+        name = f"pca{shape.stride}"
+    else:
+        name = OWN
+        shape = LatentShape(overrides.stride or shape.stride, overrides.channels or shape.channels)
+    larger = larger_from(summary) if overrides.image_size is None else None
+    return TokenLayout(_crop(overrides, summary, largest, shape), name, shape, larger)
+
+
+def _shape_of(name: str) -> tuple[LatentShape | None, int]:
+    """Return the latents of the tokenizer called `name`, and the largest side of crops for it."""
+    tokenizer = from_name(name, image_channels=3) if is_name(name) else zoo.load_tokenizer(name)
+    if tokenizer.lossless:
+        return None, SIDES[1]
+    if tokenizer.learns_basis:
+        default = components(tokenizer.stride)
+        return default if is_name(name) else replace(default, channels=tokenizer.channels), SIDES[1]
+    return LatentShape(tokenizer.stride, tokenizer.channels), _trained_side(tokenizer)
+
+
+def _trained_side(tokenizer: Tokenizer) -> int:
+    """Return the side of the images that a tokenizer was trained on, at most the largest side."""
+    side = tokenizer.config().get("config", {}).get("sample_size")
+    is_known = isinstance(side, int) and side >= 8 * tokenizer.stride  # else diffusers' default, which says nothing
+    return min(side, SIDES[0]) if is_known else SIDES[0]
+
+
+def _crop(
+    overrides: Overrides, summary: DatasetSummary, largest: int, shape: LatentShape | None = None
+) -> tuple[int, int]:
+    """Return height and width of crops."""
+    size = overrides.image_size
+    if size is None:
+        size = largest_multiple(side_for(summary, largest), shape)
+    return (size, size) if isinstance(size, int) else size
+
+
+def _recipe(overrides: Overrides, summary: DatasetSummary, layout: TokenLayout) -> TrainConfig:
+    labeled = summary if overrides.classes != 0 else replace(summary, classes=())
+    recipe = recipe_for(labeled, layout.size, layout.shape, images=overrides.images)
+    # components are taken of images with the channels that they have
+    fitted = is_name(layout.tokenizer) and from_name(layout.tokenizer, image_channels=3).learns_basis
+    unusual = fitted and resolve_image_channels(overrides.data) != summary.image_channels
+    recipe = replace(
+        recipe,
+        data=overrides.data,
+        tokenizer=layout.tokenizer,
+        image_channels=summary.image_channels if unusual else None,
+    )
+    if overrides.label_drop == 0:
+        recipe = replace(recipe, sampling=replace(recipe.sampling, guidance_scale=1.0))
+    return recipe
+
+
+# ---- steps
+
+
+def make_plan(choice: Choice, config: TrainConfig, tokenizer: TokenizerTrainConfig | None, out: Path) -> FolderPlan:
+    """Return the steps that lead to a model.
+
+    Args:
+        choice: of `choose`.
+        config: its recipe with the user's options.
+        tokenizer: the settings of a tokenizer of the run's own with the user's options.
+        out: folder of the run.
+    """
+    lines = (*_describe(choice, config), *([choice.note] if choice.note else []))
+    if choice.from_cache:
+        return FolderPlan(config, choice.recipe, lines)
+    plan = FolderPlan(config, choice.recipe, lines, choice.summary)
+    return _with_latents(plan, choice.layout, tokenizer, out) if choice.layout.needs_cache else plan
+
+
+def _with_latents(
+    plan: FolderPlan, layout: TokenLayout, tokenizer: TokenizerTrainConfig | None, out: Path
+) -> FolderPlan:
+    """Return the plan with a latent cache, and the tokenizer's training before it."""
+    config = plan.train
+    assert layout.shape is not None
+    if config.shift:
+        raise ConfigError(
+            f"shift is {config.shift}, but the pictures are cached as latents, which can't be moved; "
+            "leave --shift out, or learn pixels (--tokenizer pixels)"
+        )
+    size = (config.model.grid[0] * layout.shape.stride, config.model.grid[1] * layout.shape.stride)
+    step, name = None, layout.tokenizer
+    if name == OWN:
+        assert tokenizer is not None
+        if config.model.channels != tokenizer.channels:
+            raise ConfigError(
+                f"the model's latents have {config.model.channels} channels, its tokenizer's {tokenizer.channels}; "
+                "choose their number by --vae.channels alone"
+            )
+        flip = config.flip if tokenizer.flip is None else tokenizer.flip
+        settings = {**vars(tokenizer), "data": config.data, "image_size": size, "flip": flip}
+        step = TokenizerStep(TokenizerTrainConfig(**settings), out / "tokenizer")
+        name = str(step.out)
+    cache = CacheStep(config.data, out / "latents", name, size, config.flip, config.workers)
+    return replace(plan, train=replace(config, data=str(cache.out), tokenizer=name), tokenizer=step, cache=cache)
+
+
+def _describe(choice: Choice, config: TrainConfig) -> tuple[str, str]:
+    """Say in two lines what the images are like, and which model was chosen for them."""
+    summary, layout, model = choice.summary, choice.layout, config.model
+    classes = f"in {len(summary.classes)} classes" if summary.classes else "without classes"
+    color = "grey" if summary.image_channels == 1 else "colour"
+    by = {PixelTokenizer.name: "raw pixels", OWN: "by a tokenizer of their own"}.get(
+        layout.tokenizer, f"by {layout.tokenizer}"
+    )
+    if layout.shape is not None and layout.shape.components:
+        by = "as principal components"
+    stride = layout.shape.stride if layout.shape else 1
+    height, width = model.grid[0] * stride, model.grid[1] * stride
+    larger = layout.larger_from if (height, width) == layout.size else None
+    more = f" (larger from {larger:,} pictures on, or by --image-size)" if larger else ""
+    return (
+        f"{config.data}: {summary.count:,} {color} pictures {classes}, typically of {summary.side} pixels, cut to "
+        f"{height}x{width}{more}; {by}, {model.tokens} tokens of {model.token_width} values each",
+        f"for so many pictures: {model.encoder.depth} + {model.decoder.depth} blocks {model.encoder.width} wide, head "
+        f"{model.head.depth} x {model.head.width}; {config.images:,} pictures to be seen in all, {config.batch} a step",
+    )
