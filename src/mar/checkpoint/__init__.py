@@ -1,1 +1,1 @@
-"""Weights and runs on the disk: our files, a run's state, the reference's files, downloads."""
+"""Weights and runs on the disk, the authors' files, downloads."""

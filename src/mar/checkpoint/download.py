@@ -1,7 +1,7 @@
-"""Download files: resumed where they stopped, and checked before they get their name.
+"""Download files: resumed where they stopped, checked before they are renamed.
 
-`NAME.part` holds a file's bytes so far, and `NAME.part.json` says which version they are of (ETag or date): a later
-attempt goes on only if the server still has the same one (If-Range, RFC 9110, 13.1.5). One process at a time has them,
+`NAME.part` holds a file's bytes so far, and `NAME.part.json` their version (ETag or date). A later attempt goes on only
+if the server still has the same version (If-Range, RFC 9110, 13.1.5). One process at a time has them,
 by a lock on `NAME.part`. Others download to a temporary file of their own, and each renames its file when it is done.
 """
 
@@ -36,14 +36,14 @@ TOLERANCE = 0.01
 HEADROOM = 64 * MIB
 """Bytes that have to stay free on the disk."""
 ADVANCE = MIB
-"""An attempt that got so many bytes further than all before it does not count as a failure."""
+"""An attempt does not count as a failure if it got so many bytes further than all before it."""
 
 Progress = Callable[[int, int | None], None]
 """Called with the bytes so far and, if the server tells, the bytes of the whole file."""
 
 
 class DownloadError(ValueError):
-    """A file could not be downloaded, or is not the expected one: one line for people."""
+    """A file could not be downloaded, or is not the expected one."""
 
 
 class _AttemptFailed(Exception):
@@ -99,7 +99,7 @@ def fetch(
     wait: Callable[[float], object] = time.sleep,
     opener: urllib.request.OpenerDirector | None = None,
 ) -> Path:
-    """Download a file, if it is not there yet, and check it; returns its path.
+    """Download a file, if it is not there yet, and check it. Returns its path.
 
     An interrupted download, Ctrl-C included, is resumed. Raises DownloadError, or OSError if the folder can't be
     written.
@@ -134,7 +134,7 @@ def fetch(
 
 @contextmanager
 def progress_bar(name: str) -> Iterator[Progress]:
-    """Show a bar with size, speed and time left; yields the `progress` for `fetch`."""
+    """Show a bar with size, speed and time left. Yields the `progress` for `fetch`."""
     from rich import progress as rich
 
     columns = (rich.DownloadColumn(), rich.TransferSpeedColumn(), rich.TimeRemainingColumn())
@@ -191,7 +191,7 @@ class _Part:
         return headers
 
     def begin(self, response: http.client.HTTPResponse) -> int | None:
-        """Prepare for the body of `response`, at the part's end or anew; returns the whole file's size."""
+        """Prepare for the body of `response`, at the part's end or anew. Returns the whole file's size."""
         validator = _validator(response)
         if response.status == http.HTTPStatus.PARTIAL_CONTENT:
             note = self.note()

@@ -1,4 +1,4 @@
-"""Writing files so that a full disk, a signal or a crash leaves either the old ones or the new ones, never a half."""
+"""Atomic writing: a file is the old one or the new one."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 
 
 class CheckpointError(ValueError):
-    """A file of weights or a run's state that can't be read or written: one line that says why and what to do."""
+    """A file can't be read or written; says what to do."""
 
 
 def size_text(size: int) -> str:
-    """Bytes for people: `12.3 MiB`."""
+    """Format bytes for people: `12.3 MiB`."""
     value = float(size)
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if value < 1024:
@@ -24,7 +24,7 @@ def size_text(size: int) -> str:
 
 
 def require_room(path: Path, needed: int) -> None:
-    """Raises CheckpointError where the disk that `path` is to be written to has fewer than `needed` bytes free."""
+    """Raise CheckpointError if `path`'s disk has fewer than `needed` bytes free."""
     folder = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -34,17 +34,17 @@ def require_room(path: Path, needed: int) -> None:
         )
 
 
-def cannot_write(path: Path, needed: int, error: OSError) -> CheckpointError:
-    """What to raise when writing `needed` bytes to `path` ended in `error`."""
+def write_error(path: Path, needed: int, error: OSError) -> CheckpointError:
+    """Return the CheckpointError for an `error` on writing `needed` bytes to `path`."""
     why = error.strerror or str(error)
     return CheckpointError(f"can't write {path} ({size_text(needed)} needed): {why}; nothing was left behind")
 
 
 def write_atomically(path: Path, write: Callable[[Path], None], needed: int = 0) -> None:
-    """Has `write` make a temporary file beside `path`, and renames it there once it is whole and on the disk.
+    """Write a temporary file beside `path`, flush it, and rename it.
 
-    Whatever goes wrong, `path` is what it was before and the temporary file is gone. Raises CheckpointError where the
-    disk refuses; `needed` (bytes) is checked before and named in the message.
+    Whatever goes wrong, `path` is unchanged and the temporary file is gone. Raises CheckpointError if the disk refuses;
+    `needed` (bytes) is checked before and named in the message.
     """
     temporary = None
     try:
@@ -55,19 +55,19 @@ def write_atomically(path: Path, write: Callable[[Path], None], needed: int = 0)
         temporary = Path(name)
         write(temporary)
         flush(temporary)
-        # mkstemp makes files that only their owner reads; a new file is to have the usual rights
+        # mkstemp gives its owner alone the right to read; a new file has the usual rights
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
         flush(path.parent)
     except OSError as error:
-        raise cannot_write(path, needed, error) from error
+        raise write_error(path, needed, error) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_atomically` for a small text file."""
+    """Write a small text file by `write_atomically`."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
@@ -76,7 +76,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def flush(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
+    """Wait until a file, or a folder's list, is on the disk."""
     if os.name == "nt" and path.is_dir():  # folders can't be opened there
         return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

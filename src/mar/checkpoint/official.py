@@ -1,6 +1,6 @@
-"""PyTorch's own files (.pth, .ckpt), read without running what is in them.
+"""The authors' `checkpoint-last.pth` of a MAR, read and written.
 
-The authors' files: `checkpoint-last.pth` of a MAR, with or without the state of its training, and `kl16.ckpt`.
+A file of `torch.save` is read without running anything in it. It may hold the state of its training, too.
 """
 
 from __future__ import annotations
@@ -32,21 +32,24 @@ _HEADS_BY_WIDTH = {768: 12, 1024: 16, 1280: 16}
 
 @dataclass(frozen=True)
 class OfficialMAR:
-    """An official checkpoint under our names; tensors are float32, and stay on the disk until they are used."""
+    """An official checkpoint under our names.
+
+    Tensors are float32, and stay on the disk until they are used.
+    """
 
     model_config: ModelConfig
     state: dict[str, Tensor]
-    """The weights that were asked for."""
+    """The requested weights."""
     weights: Weights
-    """Which these are."""
+    """The kind of `state`."""
     raw: dict[str, Tensor] | None
     ema: dict[str, Tensor] | None
     notes: dict[str, Any] = field(default_factory=dict)
-    """For the header of an export: where the weights come from."""
+    """The weights' origin, for the header of an export."""
     optimizer: dict[str, dict[str, Tensor]] | None = None
-    """AdamW's `step`, `exp_avg` and `exp_avg_sq` for each of our parameters, where the file goes on with training."""
+    """AdamW's `step`, `exp_avg` and `exp_avg_sq` for each of our parameters, if the file has them."""
     epoch: int | None = None
-    """The last epoch that was finished, counted from 0."""
+    """The last finished epoch, counted from 0."""
     args: dict[str, Any] | None = None
     """The settings of the reference's command line."""
 
@@ -58,23 +61,28 @@ def read_mar(
     num_heads: int | None = None,
     patch_size: int | None = None,
 ) -> OfficialMAR:
-    """Reads the reference's `checkpoint-last.pth`.
+    """Read the reference's `checkpoint-last.pth`.
 
-    `num_heads` and `patch_size` can't be seen in the tensors: given here, or taken from the settings of the run in the
-    file, or known of B, L and H (by width), and 1 for the patch. CheckpointError for a file that asks to run code, that
-    is damaged, that lacks the weights asked for, or that holds another model.
+    Raises CheckpointError for a file that asks to run code, is damaged, lacks the requested weights, or holds another
+    model.
+
+    Args:
+        path: the file.
+        weights: ema or raw.
+        num_heads: number of attention heads; None: from the file's settings, or known for the widths of B, L and H.
+        patch_size: side of a patch in latent cells; None: from the file's settings, or 1.
     """
     if weights not in get_args(Weights):
-        raise ValueError(f"weights is {weights!r}, but it must be ema or raw")
+        raise ValueError(f"weights: got {weights!r}, expected ema or raw")
     path = Path(path)
     holder = read_torch(path)
     args = vars(holder["args"]) if isinstance(holder.get("args"), argparse.Namespace) else None
-    official = {"raw": _tensors(holder, "model"), "ema": _tensors(holder, "model_ema")}
+    official = {"raw": _state_dict(holder, "model"), "ema": _state_dict(holder, "model_ema")}
     if all(isinstance(value, Tensor) for value in holder.values()):
         official["raw"] = holder  # a bare state dict
     chosen = official[weights]
     if chosen is None:
-        raise CheckpointError(_lacks(path, weights, list(holder)))
+        raise CheckpointError(_missing_weights(path, weights, list(holder)))
     try:
         config = infer_config(chosen, args or {}, num_heads=num_heads, patch_size=patch_size)
         states = {kind: _convert(state, config) for kind, state in official.items() if state is not None}
@@ -97,12 +105,18 @@ def write_mar(
     state: Mapping[str, Tensor],
     ema_state: Mapping[str, Tensor],
 ) -> None:
-    """Writes raw and EMA weights as the reference reads them (`--resume FOLDER`, with the file as checkpoint-last.pth).
+    """Write raw and EMA weights for the reference's `--resume FOLDER`.
 
-    CheckpointError for a model that the reference can't be told of, and where the disk refuses.
+    Raises CheckpointError for a model with features that the reference lacks, and if the disk refuses.
+
+    Args:
+        path: the file, which the reference expects to be called checkpoint-last.pth.
+        config: the model's.
+        state: raw weights.
+        ema_state: EMA weights.
     """
     path = Path(path)
-    if why := _only_ours(config):
+    if why := _unsupported_feature(config):
         raise CheckpointError(f"{path}: the reference has no {why}, so this model can't be written in its format")
     holder: dict[str, dict[str, Tensor]] = {}
     for kind, tensors in (("model", state), ("model_ema", ema_state)):
@@ -126,16 +140,25 @@ def infer_config(
     num_heads: int | None = None,
     patch_size: int | None = None,
 ) -> ModelConfig:
-    """The config of an official state dict, from its shapes and the settings of its run. ValueError if it is no MAR."""
+    """Infer the config of an official state dict. Raises ValueError if it is no MAR.
+
+    Args:
+        official: tensors under the reference's names.
+        args: settings of the reference's command line.
+        num_heads: as for `read_mar`.
+        patch_size: as for `read_mar`.
+    """
     shapes = {name: tuple(tensor.shape) for name, tensor in official.items()}
     try:
         positions, tokens = shapes["encoder_pos_embed_learned"][1], shapes["diffusion_pos_embed_learned"][1]
         token_width, classes = shapes["z_proj.weight"][1], shapes["class_emb.weight"][0]
         head_width = shapes["diffloss.net.input_proj.weight"][0]
-        trunks = [_trunk(shapes, stack, num_heads, str(args.get("model"))) for stack in ("encoder", "decoder")]
+        trunks = [_trunk_config(shapes, stack, num_heads, str(args.get("model"))) for stack in ("encoder", "decoder")]
     except (KeyError, IndexError) as error:
-        raise ValueError(f"these are not the tensors of a MAR: {error} is missing; it holds {_few(shapes)}") from None
-    patch_size = patch_size or _number(args, "patch_size", 1)
+        raise ValueError(
+            f"these are not the tensors of a MAR: {error} is missing; it holds {_first_few(shapes)}"
+        ) from None
+    patch_size = patch_size or _setting(args, "patch_size", 1)
     side = math.isqrt(tokens)
     if side * side != tokens or token_width % patch_size**2:
         raise ValueError(
@@ -148,22 +171,24 @@ def infer_config(
         encoder=trunks[0],
         decoder=trunks[1],
         head=HeadConfig(
-            head_width, _count(shapes, "diffloss.net.res_blocks."), batch_mul=_number(args, "diffusion_batch_mul", 4)
+            head_width,
+            _count_blocks(shapes, "diffloss.net.res_blocks."),
+            batch_mul=_setting(args, "diffusion_batch_mul", 4),
         ),
         buffer_size=positions - tokens,
         classes=classes,
-        label_drop=_number(args, "label_drop_prob", 0.1),
-        attention_dropout=_number(args, "attn_dropout", 0.1),
-        projection_dropout=_number(args, "proj_dropout", 0.1),
-        mask_ratio_min=_number(args, "mask_ratio_min", 0.7),
+        label_drop=_setting(args, "label_drop_prob", 0.1),
+        attention_dropout=_setting(args, "attn_dropout", 0.1),
+        projection_dropout=_setting(args, "proj_dropout", 0.1),
+        mask_ratio_min=_setting(args, "mask_ratio_min", 0.7),
     )
 
 
 def convert_optimizer(optimizer: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """AdamW's state for each of our parameters, from the reference's.
+    """Convert the reference's AdamW state to one for each of our parameters.
 
-    `parameters` are the official ones in the reference's order. Its first group has those without weight decay
-    (1-d tensors, biases, the whole head), its second the others. ValueError where the moments don't fit.
+    `parameters` are the official ones in the reference's order. Its first group has no weight decay: 1-d tensors,
+    biases, the whole head. Its second has the others. Raises ValueError if the moments don't fit.
     """
     undecayed = [n for n, p in parameters.items() if p.dim() == 1 or n.endswith(".bias") or "diffloss" in n]
     names = undecayed + [name for name in parameters if name not in set(undecayed)]
@@ -180,10 +205,10 @@ def convert_optimizer(optimizer: Mapping[str, Any], parameters: Mapping[str, Ten
     for name, moment in moments["exp_avg"].items():
         if moment.shape != parameters[name].shape:
             raise ValueError(f"its optimizer has {tuple(moment.shape)} where {name} is {tuple(parameters[name].shape)}")
-    return _by_our_names(steps, moments)
+    return _rename_moments(steps, moments)
 
 
-def _by_our_names(
+def _rename_moments(
     steps: Mapping[str, Tensor], moments: Mapping[str, Mapping[str, Tensor]]
 ) -> dict[str, dict[str, Tensor]]:
     ours = {key: from_official(tensors) for key, tensors in moments.items()}
@@ -201,23 +226,24 @@ def _convert(official: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
     return state
 
 
-def _tensors(holder: Mapping[str, Any], key: str) -> dict[str, Tensor] | None:
-    """The state dict under a key; None where there is none (the reference writes None for an EMA it did not keep)."""
-    found = holder.get(key)
-    if not isinstance(found, Mapping):
+def _state_dict(holder: Mapping[str, Any], key: str) -> dict[str, Tensor] | None:
+    """Return the tensors under a key; None if there are none: the reference writes None without EMA."""
+    state = holder.get(key)
+    if not isinstance(state, Mapping):
         return None
-    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
-def _lacks(path: Path, weights: Weights, found: list[str]) -> str:
+def _missing_weights(path: Path, weights: Weights, keys: list[str]) -> str:
     key = "model_ema" if weights == "ema" else "model"
-    held = f"{path} has no {weights.upper() if weights == 'ema' else weights} weights (`{key}`); it has {_few(found)}. "
+    kind = "EMA" if weights == "ema" else "raw"
+    message = f"{path} has no {kind} weights (`{key}`); it has {_first_few(keys)}. "
     if weights == "raw":
-        return held + "Is it a MAR's checkpoint-last.pth?"
-    return held + "Raw weights draw worse pictures (FID 5.56 where EMA has 2.31); ask for them with weights=raw"
+        return message + "Is it a MAR's checkpoint-last.pth?"
+    return message + "Raw weights draw worse pictures (FID 5.56 where EMA has 2.31); ask for them with weights=raw"
 
 
-def _trunk(shapes: Mapping[str, tuple[int, ...]], stack: str, num_heads: int | None, model: str) -> TrunkConfig:
+def _trunk_config(shapes: Mapping[str, tuple[int, ...]], stack: str, num_heads: int | None, model: str) -> TrunkConfig:
     width = shapes[f"{stack}_pos_embed_learned"][2]
     num_heads = num_heads or _HEADS_BY_MODEL.get(model) or _HEADS_BY_WIDTH.get(width)
     if num_heads is None:
@@ -226,27 +252,30 @@ def _trunk(shapes: Mapping[str, tuple[int, ...]], stack: str, num_heads: int | N
             "MAR-B, L and H: give it (num_heads)"
         )
     return TrunkConfig(
-        width, _count(shapes, f"{stack}_blocks."), num_heads, shapes[f"{stack}_blocks.0.mlp.fc1.weight"][0] / width
+        width,
+        _count_blocks(shapes, f"{stack}_blocks."),
+        num_heads,
+        shapes[f"{stack}_blocks.0.mlp.fc1.weight"][0] / width,
     )
 
 
-def _count(shapes: Mapping[str, Any], prefix: str) -> int:
+def _count_blocks(shapes: Mapping[str, Any], prefix: str) -> int:
     pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
     return len({match[1] for name in shapes if (match := pattern.match(name))})
 
 
-def _number(args: Mapping[str, Any], name: str, default: Any) -> Any:
+def _setting(args: Mapping[str, Any], name: str, default: Any) -> Any:
     value = args.get(name, default)
     return value if isinstance(value, int | float) else default
 
 
-def _few(names: Any) -> str:
+def _first_few(names: Any) -> str:
     names = list(names)
     return ", ".join(map(str, names[:4])) + (", ..." if len(names) > 4 else "")
 
 
-def _only_ours(config: ModelConfig) -> str | None:
-    """What of a model the reference does not have."""
+def _unsupported_feature(config: ModelConfig) -> str | None:
+    """Name a feature of the model that the reference lacks, if any."""
     shape = (config.encoder.mlp_ratio, config.decoder.mlp_ratio)
     reasons = {
         "unconditional models": config.classes == 0,
@@ -317,7 +346,7 @@ _ORDER = {official: place for place, (official, _) in enumerate(_PARAMETERS)}
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """An official MAR state dict under our names. ValueError where a tensor is not MAR's."""
+    """Rename an official state dict to our names. Raises ValueError for other tensors."""
     renamed = {name: _rename(name, _TO_OURS) for name in state}
     _check_names([name for name, ours in renamed.items() if ours is None])
     ours = {str(renamed[name]): tensor for name, tensor in state.items()}
@@ -328,7 +357,7 @@ def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our MAR state dict under the official names, in the reference's order: the inverse of `from_official`."""
+    """Invert `from_official`; the names come in the reference's order."""
     renamed = {name: _rename(name, _TO_OFFICIAL) for name in state}
     _check_names([name for name, official in renamed.items() if official is None])
     official = {
@@ -359,10 +388,10 @@ def _check_names(names: list[str]) -> None:
 
 
 def read_torch(path: Path) -> dict[str, Any]:
-    """The dict in a file of `torch.save`, its tensors mapped from the disk rather than read.
+    """Read the dict in a file of `torch.save`, mapped to memory.
 
-    Tensors, plain values and `argparse.Namespace` are let through. CheckpointError for a file that wants anything else,
-    that is truncated, or that is no such file at all.
+    Allows tensors, plain values and `argparse.Namespace`. Raises CheckpointError for a file with anything else, a
+    truncated one, and any other file.
     """
     _check_is_torch_file(path)
     try:
@@ -395,11 +424,11 @@ def _check_is_torch_file(path: Path) -> None:
 
 
 def _pickle_refusal(path: Path, message: str) -> str:
-    wanted = re.search(r"GLOBAL ([\w.]+)", message) or re.search(r"type <class '([\w.]+)'>", message)
-    if wanted is None:
+    blocked = re.search(r"GLOBAL ([\w.]+)", message) or re.search(r"type <class '([\w.]+)'>", message)
+    if blocked is None:
         return f"{path} is refused: its pickle asks for more than tensors and plain values"
     return (
-        f"{path} is refused: its pickle wants to run {wanted[1]}, and weights need nothing but tensors, plain values "
+        f"{path} is refused: its pickle wants to run {blocked[1]}, and weights need nothing but tensors, plain values "
         "and argparse.Namespace; don't trust it, or save it again without that"
     )
 

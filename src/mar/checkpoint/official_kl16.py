@@ -1,4 +1,4 @@
-"""The names of the reference's KL-16 tensors and those of diffusers' `AutoencoderKL`, both ways."""
+"""The authors' `kl16.ckpt`, and its tensors under the names of diffusers' `AutoencoderKL`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mar.checkpoint.official import read_torch
 
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 _TOP = 4
-"""The last of five resolutions; for the decoder the reference counts from the output, diffusers from the latents."""
+"""The last of five resolutions. In the decoder the reference counts from the output, diffusers from the latents."""
 
 # (official, diffusers); {} stands for a number.
 _RESNET = [("nin_shortcut", "conv_shortcut"), *((name, name) for name in ("norm1", "conv1", "norm2", "conv2"))]
@@ -37,8 +37,8 @@ _NAMES = [
     ("quant_conv", "quant_conv"),
     ("post_quant_conv", "post_quant_conv"),
 ]
-# What the training of a tokenizer may leave in its file: the discriminator, the perceptual loss, moving averages.
-_FOREIGN = ("loss.", "model_ema.", "perceptual_loss.", "discriminator.")
+# Parts of the tokenizer's training in its file: discriminator, perceptual loss, moving averages.
+_TRAINING_ONLY = ("loss.", "model_ema.", "perceptual_loss.", "discriminator.")
 
 _Table = list[tuple[re.Pattern[str], str]]
 
@@ -71,7 +71,7 @@ def _convert(state: Mapping[str, Tensor], table: _Table, direction: str) -> dict
 
 
 def read_kl16(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of the reference's `kl16.ckpt` under its names, float32, without what is not the tokenizer's."""
+    """Read the tokenizer's tensors in `kl16.ckpt` under their names there, in float32."""
     path = Path(path)
     holder = read_torch(path)
     stored = holder.get("model", holder)
@@ -87,27 +87,28 @@ def read_kl16(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def foreign(state: Mapping[str, Tensor]) -> list[str]:
-    """Names in an official file that belong to the tokenizer's training, not to the tokenizer."""
-    return [name for name in state if name.startswith(_FOREIGN)]
+def training_only(state: Mapping[str, Tensor]) -> list[str]:
+    """List the names of tensors that only the tokenizer's training needs."""
+    return [name for name in state if name.startswith(_TRAINING_ONLY)]
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Official KL-16 tensors under diffusers' names; the 1x1 convolutions of its attention become matrices.
+    """Rename official KL-16 tensors as diffusers does.
 
-    Tensors of the tokenizer's training (`foreign`) are left out. Raises ValueError for any other unknown name.
+    1x1 convolutions of attention become matrices. Tensors of the training (`training_only`) are left out. Raises
+    ValueError for any other unknown name.
     """
-    left_out = set(foreign(state))
+    left_out = set(training_only(state))
     converted = _convert({n: t for n, t in state.items() if n not in left_out}, _TO_DIFFUSERS, "reference")
     return {name: tensor.flatten(1) if _is_matrix(name) else tensor for name, tensor in converted.items()}
 
 
 def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_diffusers`. Raises ValueError for names that a KL-16 of diffusers does not have."""
+    """Invert `to_diffusers`. Raises ValueError for names unknown to diffusers' KL-16."""
     shaped = {name: tensor[:, :, None, None] if _is_matrix(name) else tensor for name, tensor in state.items()}
     return _convert(shaped, _TO_OFFICIAL, "diffusers")
 
 
 def _is_matrix(diffusers_name: str) -> bool:
-    """Whether diffusers keeps as a matrix what is a 1x1 convolution in the reference."""
+    """Tell if the tensor is a matrix in diffusers, a 1x1 convolution in the reference."""
     return re.search(r"\.attentions\.\d+\.to_\w+(\.0)?\.weight$", diffusers_name) is not None

@@ -1,4 +1,4 @@
-"""Weights to keep and to share: one safetensors file with the model, its tokenizer, and all that is needed to use them.
+"""Weights to share: one safetensors file with model, tokenizer and settings.
 
 The file's metadata has one entry of ours, `mar`: the header as JSON. Tensors are called `model.<name>` and
 `tokenizer.<name>`.
@@ -31,27 +31,30 @@ _KEY = "mar"
 
 @dataclass(frozen=True)
 class Header:
-    """What a file of weights says about itself."""
+    """The description in a file of weights."""
 
     model: ModelConfig
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How to draw unless told otherwise."""
+    """Default settings of sampling."""
     tokenizer: dict[str, Any] = field(default_factory=lambda: {"kind": "pixels"})
-    """What `mar.tokenizer.build` makes the tokenizer from."""
+    """The config for `mar.tokenizer.build`."""
     classes: tuple[str, ...] = ()
     """Names of the classes; may be empty."""
     weights: str = "ema"
-    """Which of a run's weights these are: `ema` or `raw`."""
+    """`ema` or `raw`."""
     notes: dict[str, Any] = field(default_factory=dict)
-    """Where they come from: images seen, recipe, source file and the like."""
+    """Their origin: images seen, recipe, source file and the like."""
 
     def __post_init__(self) -> None:
         if self.weights not in ("ema", "raw"):
-            raise ValueError(f"weights is {self.weights!r}, but it must be ema or raw")
+            raise ValueError(f"weights: got {self.weights!r}, expected ema or raw")
 
 
 def save(path: str | os.PathLike[str], header: Header, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a file of weights, whole or not at all. CheckpointError where the disk refuses, or tensors don't fit."""
+    """Write a file of weights, complete or not at all.
+
+    Raises CheckpointError if the disk refuses, or the tensors are not those of the config.
+    """
     path = Path(path)
     _check_fit(path, header.model, {name: tensor.shape for name, tensor in tensors.items()})
     # One entry alone: safetensors writes several in an order that changes from call to call.
@@ -69,9 +72,10 @@ def save(path: str | os.PathLike[str], header: Header, tensors: Mapping[str, Ten
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tuple[Header, dict[str, Tensor]]:
-    """The header and tensors of a file that `save` wrote, the model's checked against the config.
+    """Load the header and tensors of a file that `save` wrote.
 
-    CheckpointError for a file that is not one: empty, truncated, of another kind, of a newer version.
+    Raises CheckpointError for any other file: empty, truncated, of another kind, of a newer version, or with tensors
+    that are not those of its config.
     """
     path = Path(path)
     header = read_header(path)
@@ -82,9 +86,9 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tu
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:
-    """The header alone; raises as `load` does."""
+    """Read the header alone. Raises CheckpointError as `load` does."""
     path = Path(path)
-    _refuse_others(path)
+    _check_kind(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata, names = file.metadata() or {}, list(file.keys())
@@ -100,13 +104,13 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
 
 def model_shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """Name and shape of every tensor of a model, without making it."""
+    """Return name and shape of every tensor, without creating the model."""
     with init_empty_weights():
         return {name: tensor.shape for name, tensor in MAR(config).state_dict().items()}
 
 
 def shape_differences(shapes: Mapping[str, torch.Size], expected: Mapping[str, torch.Size]) -> list[str]:
-    """Return a line for each difference in name or shape between two sets of tensors."""
+    """Describe each difference in name or shape between two sets of tensors."""
     lines = [
         f"{name} is {tuple(shapes[name])}, expected {tuple(expected[name])}"
         for name in sorted(set(shapes) & set(expected))
@@ -146,14 +150,14 @@ def _check_fit(path: Path, config: ModelConfig, shapes: Mapping[str, torch.Size]
         raise CheckpointError(f"{path}: the tensors are not those of its config: {'; '.join(different[:3])}{more}")
 
 
-def _refuse_others(path: Path) -> None:
-    """Says what a file is that can't be one of ours, before safetensors says something less helpful."""
+def _check_kind(path: Path) -> None:
+    """Raise CheckpointError for a file of another kind: safetensors would say less."""
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file")
     size = path.stat().st_size
     with path.open("rb") as file:
         start, first = file.read(8), file.read(1)
-        length = int.from_bytes(start, "little")  # whose bytes may be any: they tell nothing where a header follows
+        length = int.from_bytes(start, "little")
         if size < 8 or length > 100_000_000 or first not in (b"{", b""):
             raise CheckpointError(_other_kind(path, start))
         expected = 8 + length

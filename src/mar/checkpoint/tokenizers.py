@@ -1,4 +1,4 @@
-"""Autoencoders in diffusers' format, on disk or on the Hub, with the statistics we keep beside them."""
+"""Autoencoders in diffusers' format, with our statistics of their latents beside them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ STATISTICS_FILE = "mar_statistics.json"
 
 
 def load_tokenizer(path: str | Path, subfolder: str | None = None, *, local_files_only: bool = False) -> Tokenizer:
-    """The autoencoder in a folder or a Hub repository of diffusers' format (config.json and safetensors).
+    """Load an autoencoder in diffusers' format, from a folder or the Hub.
 
-    `subfolder`: where in it; a pipeline's "vae" is found by itself. Statistics are those that `save_tokenizer` left in
-    a folder; without them the tokenizer's are unknown (`measured` is False): diffusers' own scaling_factor is not
-    read, since its default is another model's. Raises ValueError where there is none, or it is not an AutoencoderKL.
+    Statistics are those that `save_tokenizer` left in a folder. Without them the tokenizer has none: the scaling_factor
+    of diffusers is not read, since its default is another model's. `subfolder` is "vae" by default for a pipeline.
+    Raises ValueError if there is no AutoencoderKL.
     """
     folder = Path(path)
     if subfolder is None and not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
@@ -33,7 +33,7 @@ def load_tokenizer(path: str | Path, subfolder: str | None = None, *, local_file
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Writes what `load_tokenizer` reads: diffusers' config.json and safetensors, and the statistics if measured."""
+    """Write a tokenizer in diffusers' format, with its statistics, if any."""
     from mar.tokenizer.kl import KLTokenizer
 
     if not isinstance(tokenizer, KLTokenizer):
@@ -44,7 +44,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 
 def save_statistics(tokenizer: Tokenizer, folder: str | Path) -> Path:
-    """Writes the statistics beside an autoencoder in diffusers' format, where `load_tokenizer` finds them."""
+    """Write the statistics beside an autoencoder's files, for `load_tokenizer`."""
     path = Path(folder, STATISTICS_FILE)
     text = json.dumps({"mean": tokenizer.mean.tolist(), "std": tokenizer.std.tolist()}, indent=1)
     write_text(path, text + "\n")

@@ -1,1 +1,1 @@
-"""Pictures by number or in passing, in an order that can be resumed, as batches of tensors."""
+"""Images from anywhere, as batches of tensors in a resumable order."""

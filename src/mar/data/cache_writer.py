@@ -1,4 +1,4 @@
-"""Write a latent cache: a tokenizer encodes a source once, and training never needs the images again.
+"""Write a latent cache: a source is encoded once, for all trainings.
 
 A shard follows from the source, the tokenizer and the batch size alone, whichever process makes it and with however
 many threads. Each is written to a temporary file and renamed: a cache that was killed goes on at the last whole shard.
@@ -83,7 +83,7 @@ def describe_cache(
     flip: bool | None = None,
     shard: int = 1024,
 ) -> CacheManifest:
-    """Describe a cache that is to be made; raises ConfigError for a size that is no multiple of the stride.
+    """Describe a cache to be made. Raises ConfigError for a size that is no multiple of the stride.
 
     Args:
         source: the images.
@@ -115,7 +115,7 @@ def describe_cache(
 
 
 def prepare_cache(out: Path, manifest: CacheManifest) -> list[int] | None:
-    """Prepare a folder for a cache, new or begun; returns the missing shards, None if it is finished.
+    """Prepare a folder for a cache, new or begun. Returns the missing shards, None if it is finished.
 
     Raises ConfigError, and changes nothing, if the folder holds another cache or something else, and CheckpointError if
     its disk has too little room.
@@ -135,7 +135,7 @@ def prepare_cache(out: Path, manifest: CacheManifest) -> list[int] | None:
 
 
 def _has_shard(out: Path, manifest: CacheManifest, shard: int) -> bool:
-    """Tell if a shard is there; raises DamagedCache for a damaged one, which is not removed."""
+    """Tell if a shard is there. Raises DamagedCache for a damaged one, which is not removed."""
     path = out / manifest.file(shard)
     if path.is_file():
         open_shard(path, manifest, shard)
@@ -194,8 +194,8 @@ def write_shards(
 ) -> None:
     """Write the given shards.
 
-    Unreadable images keep their places, and are listed. Raises ValueError for moments that are not finite or beyond the
-    range of the cache's dtype, for a label that is no class, and for 1000 unreadable images in a row.
+    Unreadable images keep their places, and are listed. Raises ValueError for moments not finite or beyond the range of
+    the cache's dtype, for a label out of range, and for 1000 unreadable images in a row.
 
     Args:
         out: the cache's folder.
@@ -281,7 +281,7 @@ class _Encoder:
 
 
 def finish_cache(out: Path, manifest: CacheManifest) -> dict[int, str]:
-    """Finish a cache once all shards are there; returns names of unreadable images by index.
+    """Finish a cache once all shards are there. Returns names of unreadable images by index.
 
     Raises ValueError if all are unreadable, DamagedCache if a shard is missing.
     """

@@ -61,7 +61,7 @@ class FolderSource:
         return [os.fsdecode(file).replace(os.sep, "/") for file in self._files.tolist()]
 
     def listing(self) -> Iterator[bytes]:
-        """Yield path in the folder, label and size of every image: the folder may be moved."""
+        """Yield path in the folder, label and size of every image."""
         for file, label in zip(self._files.tolist(), self.labels, strict=True):
             try:
                 size = os.stat(os.path.join(os.fsencode(self.folder), file)).st_size
@@ -71,7 +71,7 @@ class FolderSource:
 
 
 def list_images(folder: Path) -> Iterator[Path]:
-    """Yield the image files anywhere in `folder`, in natural order, hidden files and folders left out."""
+    """Yield the image files at any depth, in natural order. Hidden files and folders are left out."""
     for parent, subfolders, files in os.walk(folder):
         subfolders[:] = sorted((name for name in subfolders if not name.startswith(".")), key=natural_key)
         for name in sorted(files, key=natural_key):

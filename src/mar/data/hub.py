@@ -1,4 +1,7 @@
-"""Data sets of the Hugging Face Hub, and streams of shards on the Hub, the web and the disk, read by `datasets`."""
+"""Data sets of the Hugging Face Hub, and streams of shards.
+
+`datasets` downloads and reads both, streams also from the web and from the disk.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ Result = TypeVar("Result")
 
 
 def open_hub(name: str, config: str | None, split: str) -> TableSource:
-    """Download a split of a data set into the cache of `datasets`, and open it.
+    """Download a split of a Hub data set, and open it.
 
     Raises ValueError if there is none, or no network.
     """
@@ -79,18 +82,15 @@ def open_stream(spec: str, classes: int = 0) -> StreamSource:
 
 
 class DatasetShards:
-    """The shards of a `datasets.IterableDataset`, named after `files` if each shard is one.
-
-    `classes`: number of classes if the data does not tell it; 0 ignores labels.
-    """
+    """The shards of a `datasets.IterableDataset`."""
 
     def __init__(self, table: datasets.IterableDataset, name: str, files: Sequence[str], classes: int) -> None:
-        """Find the columns; raises ValueError without images, and for labels that are names.
+        """Find the columns. Raises ValueError without images, and for labels that are names.
 
         Args:
             table: the data, read in passing.
             name: its name in messages.
-            files: its files.
+            files: its files; shards are called like them if each is one.
             classes: number of classes if the data does not tell it; 0 ignores labels.
         """
         if table.features is None:
@@ -108,7 +108,7 @@ class DatasetShards:
         self.classes = self.columns.class_names or tuple(str(number) for number in range(count))
 
     def samples(self, shard: int) -> Iterator[StreamSample]:
-        """Yield the images of a shard from its first; raises UnreadableImage for the rest if it breaks off."""
+        """Yield the images of a shard. Raises UnreadableImage for the rest if it breaks off."""
         number = 0
         try:
             # By batches: iterated in a worker, `datasets` would share the one shard out again. Of one row: a larger
@@ -128,7 +128,7 @@ class DatasetShards:
         return StreamSample(name, cell.get("bytes"), cell.get("path"), number)
 
     def fetch(self, sample: StreamSample) -> bytes:
-        """Read the file at the path of a sample; raises UnreadableImage."""
+        """Read the file at the path of a sample. Raises UnreadableImage."""
         try:
             with xopen(sample.path, "rb") as file:
                 data: bytes = file.read()
@@ -163,7 +163,7 @@ def _find_files(name: str) -> list[str]:
 
 
 def _load_or_explain(load: Callable[[], Result], name: str, hub: bool) -> Result:
-    """Return the result of `load`; raises its errors as a ValueError of one line."""
+    """Return the result of `load`. Raises its errors as a ValueError of one line."""
     try:
         return load()
     except _read_errors() as error:

@@ -1,4 +1,4 @@
-"""Images on their way to tensors: examples of a source, decoding, ADM's center crop, scaling to [-1, 1], grids.
+"""Images: the examples of a source, decoded, cropped, as tensors, in grids.
 
 EXIF orientation is not applied: neither does the reference, and its numbers are compared with ours.
 """
@@ -70,19 +70,19 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """Return example number `index`; raises UnreadableImage for a broken one."""
+        """Return example number `index`. Raises UnreadableImage for a broken one."""
 
 
 @runtime_checkable
 class Listed(Protocol):
-    """A source that can tell, without reading images, if they are still the same ones."""
+    """A source that lists its images without reading them."""
 
     def listing(self) -> Iterator[bytes]:
         """Yield the names, sizes and labels of its images, in order."""
 
 
 def source_digest(source: Source) -> str:
-    """Return the sha256, in hex, of a source's number of images, class names and listing.
+    """Return a sha256, in hex, of length, class names and listing.
 
     Images are not read. A source without a listing is known by number and classes alone.
     """
@@ -93,7 +93,7 @@ def source_digest(source: Source) -> str:
 
 
 def decode_image(file: Path | BytesIO, name: str) -> Image.Image:
-    """Decode an image file, all its pixels; raises UnreadableImage with this `name`."""
+    """Decode an image file, all its pixels. Raises UnreadableImage with this `name`."""
     try:
         with Image.open(file) as image:
             image.load()
@@ -105,7 +105,7 @@ def decode_image(file: Path | BytesIO, name: str) -> Image.Image:
 
 
 def convert_channels(image: Image.Image, channels: int) -> Image.Image:
-    """Convert an image of any mode to L (`channels` 1) or RGB (3).
+    """Convert an image to L (`channels` 1) or RGB (3).
 
     Transparent images are laid on white; gray ones become RGB by repetition; 16 bits are scaled to 8, not clipped.
     """
@@ -131,7 +131,7 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def adm_center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Image:
-    """Crop as ADM does to a square of `size` pixels, or to `size` = (height, width).
+    """Crop as ADM does, to a square or to (height, width).
 
     Halves by BOX while both sides are twice too large, resizes by BICUBIC to cover `size`, and cuts out the middle
     (Dhariwal and Nichol, arXiv 2105.05233; for squares, theirs).
@@ -147,7 +147,7 @@ def adm_center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Im
 
 
 def to_tensor(image: Image.Image, channels: int) -> Float[Tensor, "c h w"]:
-    """Convert an image to float32 pixels in [-1, 1], with 1 (gray) or 3 (RGB) channels."""
+    """Convert an image to float32 in [-1, 1], with 1 (gray) or 3 (RGB) channels."""
     pixels = np.array(convert_channels(image, channels), dtype=np.float32)
     pixels = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
     return torch.from_numpy(np.ascontiguousarray(pixels)) / 127.5 - 1
@@ -172,7 +172,7 @@ class Transform:
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, scale: int = 1) -> Image.Image:
-    """Arrange images of one size in rows, each pixel enlarged to scale x scale."""
+    """Put images of one size in rows. Each pixel becomes scale x scale pixels."""
     width, height = images[0].width * scale, images[0].height * scale
     grid = Image.new(images[0].mode, (columns * width, math.ceil(len(images) / columns) * height))
     for i, image in enumerate(images):

@@ -1,6 +1,7 @@
-"""Class numbers: of labels in data, which are numbers or names; and of the labels that users type.
+"""Class numbers of labels in data, and of those that users type.
 
-Users may type numbers, names, parts of names, and for ImageNet's classes WordNet numbers and synonyms.
+Data has numbers or names. Users may type numbers, names, parts of names, and for ImageNet's classes WordNet numbers
+and synonyms.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Label = int | str | None
 
 
 def class_names(labels: Iterable[Label]) -> tuple[str, ...]:
-    """Return the classes of labels: numbers from 0 to the largest, or names in natural order."""
+    """Return the classes of labels: all numbers, or sorted names."""
     values = {
         label
         for label in map(_without_bool, labels)
@@ -31,7 +32,7 @@ def class_names(labels: Iterable[Label]) -> tuple[str, ...]:
 
 
 def class_number(label: Label, numbers: Mapping[str, int]) -> int:
-    """Return the class number of a label, given the numbers of `class_names`; -1: none."""
+    """Return the class number of a label, by the numbers of `class_names`. -1: none."""
     label = _without_bool(label)
     return -1 if label is None or (isinstance(label, int) and label < 0) else numbers[str(label)]
 
@@ -42,7 +43,7 @@ def _without_bool(label: Label) -> Label:
 
 
 def check_label(name: str, label: int, classes: int) -> None:
-    """Raise ValueError if the image `name` has a class number out of range."""
+    """Raise ValueError if image `name` has a class number out of range."""
     if not -1 <= label < max(classes, 1):
         raise ValueError(f"{name} has the label {label}, but there are {classes} classes")
 

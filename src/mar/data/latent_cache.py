@@ -1,10 +1,11 @@
-"""Latent caches: moments of images, encoded once by `mar.data.cache_writer`, mapped to memory for training.
+"""Latent caches: moments of images, encoded once and mapped to memory.
 
-A cache is a folder: the manifest `cache.json` (all that its latents depend on), shards of safetensors, and `index.json`
-once all shards are there. Shard k holds the images from k * `CacheManifest.shard` on in two tensors: `moments`
-(n, flips, 1 or 2, c, h, w), with axes plain and flipped, mean and log-variance; and `labels` (n). An unreadable image
-keeps its place, with zeros, so image i is always row i % shard of shard i // shard. Every byte is under a sha256: a
-shard's tensors under one in its metadata, its header under one in the index, the JSON files under one of their own.
+`mar.data.cache_writer` makes them. A cache is a folder: the manifest `cache.json` (all that its latents depend on),
+shards of safetensors, and `index.json` once all shards are there. Shard k holds the images from k *
+`CacheManifest.shard` on in two tensors: `labels` (n), and `moments` (n, flips, 1 or 2, c, h, w), with axes plain and
+flipped, mean and log-variance. An unreadable image keeps its place, with zeros, so image i is always row i % shard of
+shard i // shard. Every byte is under a sha256: a shard's tensors under one in its metadata, its header under one in the
+index, the JSON files under one of their own.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ _MAX_HEADER = 100_000_000
 
 
 class DamagedCache(ConfigError):
-    """A damaged file of a cache: one line says which, and how to make it anew."""
+    """A file of a cache is damaged; says what to do."""
 
 
 @dataclass(frozen=True)
 class CacheManifest:
-    """All that the latents of a cache depend on. Its fields are the keys of `cache.json`."""
+    """All that a cache's latents depend on. Its fields are the keys of `cache.json`."""
 
     tokenizer: str
     """The tokenizer's name, for people; caches are compared by `fingerprint`."""
@@ -92,7 +93,7 @@ class CacheManifest:
         return range(shard * self.shard, min((shard + 1) * self.shard, self.pictures))
 
     def file(self, shard: int) -> str:
-        """Return a shard's file name: its number in at least five digits, as many for every shard."""
+        """Return a shard's file name, with at least five digits, all alike."""
         return f"{shard:0{max(5, len(str(self.shards - 1)))}}.safetensors"
 
     def image_shape(self) -> tuple[int, ...]:
@@ -106,7 +107,7 @@ class CacheManifest:
 
 @dataclass(frozen=True)
 class Shard:
-    """A shard of a cache, mapped to memory: nothing is read before it is used."""
+    """A shard of a cache, mapped to memory."""
 
     moments: Shaped[Tensor, "n f m c h w"]
     labels: Int[Tensor, " n"]
@@ -135,7 +136,7 @@ def tensors_digest(moments: Shaped[Tensor, "..."], labels: Int[Tensor, " n"]) ->
 def write_shard(
     path: Path, moments: Shaped[Tensor, "n f m c h w"], labels: Int[Tensor, " n"], skipped: Mapping[int, str]
 ) -> None:
-    """Write a shard, complete or not at all; raises CheckpointError if the disk refuses.
+    """Write a shard, complete or not at all. Raises CheckpointError if the disk refuses.
 
     Args:
         path: the file to write.
@@ -153,7 +154,7 @@ def write_shard(
 
 
 def open_shard(path: Path, manifest: CacheManifest, shard: int) -> Shard:
-    """Map a shard to memory; raises DamagedCache if it is missing, cut short, or of another cache."""
+    """Map a shard to memory. Raises DamagedCache if it is missing, cut short, or of another cache."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -205,7 +206,7 @@ def is_cache(folder: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> CacheManifest:
-    """Read the manifest of the cache in `folder`; raises DamagedCache."""
+    """Read the manifest of the cache in `folder`. Raises DamagedCache."""
     path = folder / MANIFEST
     values = _read_sealed(path, "the cache has to be made anew")
     try:
@@ -216,12 +217,12 @@ def read_manifest(folder: Path) -> CacheManifest:
 
 
 def write_manifest(folder: Path, manifest: CacheManifest) -> None:
-    """Begin a cache with its manifest."""
+    """Start a cache with its manifest."""
     _write_sealed(folder / MANIFEST, to_dict(manifest))
 
 
 def write_index(folder: Path, manifest: CacheManifest) -> dict[int, str]:
-    """Finish a cache with the index of its shards; returns the unreadable images."""
+    """Finish a cache with the index of its shards. Returns the unreadable images."""
     shards = [(manifest.file(k), open_shard(folder / manifest.file(k), manifest, k)) for k in range(manifest.shards)]
     skipped = {number: name for _, shard in shards for number, name in shard.skipped.items()}
     entries = [{"file": f, "bytes": s.size, "sha256": s.sha256, "header": s.header} for f, s in shards]
@@ -241,13 +242,13 @@ class Index:
 
 
 def read_index(folder: Path, manifest: CacheManifest) -> Index:
-    """Read the index of a cache; raises ConfigError if it is not finished, DamagedCache."""
+    """Read the index of a cache. Raises ConfigError if it is not finished, DamagedCache."""
     path = folder / INDEX
     if not path.is_file():
         there = sum((folder / manifest.file(k)).is_file() for k in range(manifest.shards))
         raise ConfigError(
-            f"{folder} is a cache that is not finished ({there} of {manifest.shards} shards); "
-            "run the `mar cache` that began it again, which goes on"
+            f"{folder} is a cache, but not finished ({there} of {manifest.shards} shards); "
+            "run the `mar cache` that began it again: it goes on"
         )
     values = _read_sealed(
         path, "delete it and run the `mar cache` that made the folder again: shards that are there stay"
@@ -263,7 +264,14 @@ def read_index(folder: Path, manifest: CacheManifest) -> Index:
 
 
 def check_shard(folder: Path, manifest: CacheManifest, index: Index, shard: int) -> Shard:
-    """Open a shard and compare its header with the index; raises DamagedCache."""
+    """Open a shard and compare its header with the index. Raises DamagedCache.
+
+    Args:
+        folder: the cache.
+        manifest: of the cache.
+        index: of the cache.
+        shard: number of the shard.
+    """
     path = folder / index.files[shard]
     opened = open_shard(path, manifest, shard)
     if (opened.header, opened.sha256, opened.size) != (index.headers[shard], index.sha256[shard], index.sizes[shard]):
@@ -303,7 +311,9 @@ def empty_shard(manifest: CacheManifest, count: int) -> tuple[Shaped[Tensor, "n 
 
 
 class LatentSource:
-    """The latents of a cache in the order of its images; picklable, so that workers can have a copy.
+    """The latents of a cache, in the order of its images.
+
+    Picklable, so that workers can have a copy.
 
     Opening reads the index and checks the size of every shard. Raises ConfigError if the cache is not finished,
     DamagedCache if a shard is missing, cut short, or does not match the index.
@@ -337,7 +347,7 @@ class LatentSource:
         return len(self.indices)
 
     def read(self, index: int, flip: bool) -> tuple[Float[Tensor, "m c h w"], int]:
-        """Read the raw moments of image `index`, plain or flipped, in float32, and its class number.
+        """Read raw moments, in float32, and the class number of an image.
 
         Moments are mean and log-variance, or the mean alone (m is 1). Class -1: none. Raises UnreadableImage if the
         image could not be read when the cache was made, ConfigError if only plain images are cached, DamagedCache.
@@ -356,7 +366,7 @@ class LatentSource:
         return opened.moments[row, int(flip)].float(), int(opened.labels[row])
 
     def in_order(self, limit: int | None = None) -> Iterator[LatentMoments]:
-        """Yield the plain moments of all readable images, or of the first `limit`, by shards."""
+        """Yield the plain moments of readable images, by shards. `limit`: the first so many."""
         chosen = np.zeros(self.manifest.pictures, dtype=bool)
         chosen[self.indices[:limit]] = True
         chosen[list(self.index.skipped)] = False
@@ -374,9 +384,10 @@ def split_moments(moments: Float[Tensor, "n m c h w"]) -> LatentMoments:
 
 
 def verify(folder: str | Path, advance: Callable[[float], None] = lambda images: None) -> LatentSource:
-    """Compare every byte of a finished cache with its checksums; reports images done to `advance`.
+    """Compare every byte of a finished cache with its checksums.
 
-    Raises DamagedCache that names the damaged shards, ConfigError if it is no finished cache.
+    Calls `advance` with the number of images done. Raises DamagedCache with the names of damaged shards, ConfigError if
+    it is no finished cache.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)

@@ -1,4 +1,4 @@
-"""Batches for training: endless, shuffled anew each epoch, read ahead by workers, resumable at any position.
+"""Batches for training: endless, shuffled, read ahead, resumable at any position.
 
 A position counts the images that all ranks together have been given. Everything random about an image is keyed by its
 position: a run may stop anywhere, go on with another number of workers or processes, and get the same batches.
@@ -46,7 +46,7 @@ _FLIP, _SHIFT = 0xF11B, 0x30BE
 
 @dataclass(frozen=True)
 class InfiniteSampler:
-    """An endless shuffled sequence of `length` images in batches, as rank `rank` of `world` reads it.
+    """An endless sequence of `length` images, shuffled anew each epoch.
 
     `batch` counts the images of all ranks. A rank takes the `rank`-th of `world` equal slices of each batch.
     """
@@ -79,7 +79,7 @@ class InfiniteSampler:
         return indices
 
     def batches(self, start: int = 0) -> Iterator[list[tuple[int, int]]]:
-        """Yield lists of (position, index), without end, from the global batch at `start` on."""
+        """Yield lists of (position, index), beginning with the batch at `start`."""
         share = self.batch // self.world
         first = start + self.rank * share
         while True:
@@ -100,7 +100,7 @@ class Augmentation:
     right: int = 0
 
     def __call__(self, pixels: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
-        """Shift the image, its edges repeated to fill the gap, and flip it."""
+        """Shift the image, repeating its edges, and flip it."""
         if self.down or self.right:
             height, width = pixels.shape[-2:]
             rows = (torch.arange(height) - self.down).clamp(0, height - 1)
@@ -129,12 +129,12 @@ class Augmentations:
 
 
 def random_flip(seed: int, position: int) -> bool:
-    """Decide by a fair coin if the image at `position` is mirrored."""
+    """Draw, by a fair coin, if the image at `position` is mirrored."""
     return bool(hash_seed(seed, _FLIP, position) >> 63)
 
 
 def random_shift(seed: int, position: int, most: int) -> tuple[int, int]:
-    """Draw the shift (down, right) of the image at `position`, uniform from -most to most."""
+    """Draw the shift (down, right) at `position`, each uniform in [-most, most]."""
     down, right = (hash_seed(seed, _SHIFT, position, axis) % (2 * most + 1) - most for axis in (0, 1))
     return down, right
 
@@ -203,7 +203,7 @@ Collate = Callable[[Sequence[LoadedSample]], Batch]
 
 
 def collate_or_error(collate: Collate, samples: Sequence[LoadedSample | ValueError]) -> Batch | ValueError:
-    """Collate samples, or return the first error among them.
+    """Make a batch of samples, or return the first error among them.
 
     Workers hand errors on and do not raise them: PyTorch would make the worker's traceback the message.
     """
@@ -212,7 +212,7 @@ def collate_or_error(collate: Collate, samples: Sequence[LoadedSample | ValueErr
 
 
 def log_skipped(batches: Iterator[Batch | ValueError]) -> Iterator[Batch]:
-    """Yield the batches, and warn once about each name they skipped; raises the errors among them."""
+    """Yield the batches and warn once about each skipped image. Raises the errors among them."""
     known: set[str] = set()
     try:
         for batch in batches:
@@ -233,7 +233,9 @@ def log_skipped(batches: Iterator[Batch | ValueError]) -> Iterator[Batch]:
 def make_dataloader(
     data: Dataset[Any], *, workers: int, batches: Iterable[list[Any]] | None, collate: Callable[[Any], Any]
 ) -> Iterator[Any]:
-    """Iterate over a data set with worker processes, without any global random state.
+    """Iterate over a data set with worker processes.
+
+    No global random state is used.
 
     Args:
         data: map-style; or iterable-style if `batches` is None.
@@ -490,7 +492,7 @@ def batches(
     flip: bool | None = None,
     shift: int = 0,
 ) -> Iterator[Batch]:
-    """Yield this rank's batches, without end, from position `start` of the order keyed by `seed`.
+    """Yield this rank's batches, without end, from position `start` on.
 
     Neither `workers` nor reading ahead changes the batches, and no global random state is used. An unreadable image is
     replaced by the next readable one (of a stream: by another of its block), named once in a warning, and listed in
@@ -553,9 +555,9 @@ def _example_readers(source: Source | StreamSource, limit: int | None) -> Iterat
 
 
 def load_batch(source: Source | LatentSource, transform: Transform, indices: Sequence[int]) -> Batch | None:
-    """Load the images of `indices`, not augmented; `Batch.positions` are their indices.
+    """Load the images of `indices`, not augmented, to a batch.
 
-    Unreadable images are left out with a warning; None if all are.
+    Its positions are the indices. Unreadable images are left out with a warning; None if all are.
     """
     read, samples = _read_function(source, transform), []
     for index in indices:
@@ -570,7 +572,7 @@ def load_batch(source: Source | LatentSource, transform: Transform, indices: Seq
 
 
 def data_state(source: Source | LatentSource | StreamSource) -> dict[str, Any]:
-    """Return the state of the data for a run to save, JSON-able; every process has to call it."""
+    """Return the data's state for a run to save, JSON-able. Every process has to call it."""
     if isinstance(source, StreamSource):
         return source.state_dict()
     return {"pictures": len(source), "classes": list(source.classes)}
@@ -583,7 +585,7 @@ def resume_data(
     *,
     split_by_position: bool = False,
 ) -> str | None:
-    """Resume from the saved state of the data; returns a line for the log, if any.
+    """Resume from the saved state of the data. Returns a line for the log, if any.
 
     Only streams have a position to load: the order of other data follows from `images` and the number of images.
     Raises ConfigError for other classes.
@@ -612,7 +614,7 @@ def resume_data(
     if split_by_position:
         raise ConfigError(
             f"the data has {len(source):,} pictures to learn from, but {state['pictures']:,} when the run was saved by "
-            "an older version, which did not note those it held out: they would be mixed with those learned from; put "
+            "an older version, which did not note those it held out. They would be mixed with those learned from; put "
             "the pictures back, or begin another run"
         )
     return (

@@ -1,4 +1,4 @@
-"""Images in tables: Parquet files, or a folder written by `save_to_disk` of `datasets`."""
+"""Images in Parquet files, or in a folder of `datasets`' `save_to_disk`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Columns:
 
     @staticmethod
     def find(features: datasets.Features, table: str) -> Columns:
-        """Find the columns of a table called `table`; raises ValueError without images."""
+        """Find the columns of a table called `table`. Raises ValueError without images."""
         image = _find_column(features, datasets.Image, ("image", "img"))
         if image is None:
             columns = ", ".join(features)
@@ -68,9 +68,9 @@ def _find_column(features: datasets.Features, kind: type, names: Sequence[str]) 
 
 
 class TableSource:
-    """A `datasets.Dataset` with images, and labels if they have classes (see `Columns`).
+    """A `datasets.Dataset` with images, and labels if they have classes.
 
-    Raises ValueError without images.
+    `Columns` finds both. Raises ValueError without images.
     """
 
     flips = True
@@ -114,7 +114,7 @@ class TableSource:
         return class_number(label, self._numbers)
 
     def listing(self) -> Iterator[bytes]:
-        """Yield size, file name and label of every image, a thousand at a time."""
+        """Yield size, file name and label of every image, by thousands."""
         for rows in self.table.with_format("arrow").iter(batch_size=1000):
             images = rows[self.columns.image]
             # Lengths of binary values follow from their offsets: the images themselves are not read.
@@ -126,7 +126,10 @@ class TableSource:
 
 
 def open_parquet(files: Sequence[Path], name: str) -> TableSource:
-    """Open Parquet files one after the other, from a memory-mapped copy in the cache of `datasets`."""
+    """Open Parquet files, one after the other.
+
+    `datasets` copies them to its cache and maps that to memory.
+    """
     for file in files:
         try:
             parquet.read_schema(file)
@@ -138,7 +141,7 @@ def open_parquet(files: Sequence[Path], name: str) -> TableSource:
 
 
 def open_saved(folder: Path, split: str) -> TableSource:
-    """Open a folder written by `save_to_disk`, the given split if it has splits."""
+    """Open a folder of `save_to_disk`, the given split if it has splits."""
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.DatasetDict):
         for name in SPLITS[split]:

@@ -1,4 +1,4 @@
-"""Names of data, resolved: splits, shards, file patterns with braces and stars, data sets of the Hub."""
+"""Names of data: splits, shards, file patterns, data sets of the Hub."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
 def natural_key(name: str) -> tuple[list[str | int], str]:
-    """Return a key that sorts names as people do: img2 before img10, in any case."""
+    """Return a key to sort names as people do, img2 before img10."""
     parts = re.split(r"(\d+)", name.casefold())
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 def is_image_file(file: Path) -> bool:
-    """Tell by its name if a file is an image and not hidden."""
+    """Tell by its name if a file is a visible image."""
     return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
 
 
@@ -34,15 +34,19 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def find_shard_suffix(folder: Path) -> str | None:
-    """Return the suffix of shards in `folder`, its `data` or a split's subfolder; None: no shards."""
+    """Return the suffix of shards in `folder`; None: no shards.
+
+    Its `data` and subfolders called like splits are searched too.
+    """
     places = ["", "data/", *(f"{name}/" for name in SPLIT_NAMES)]
     return next((suffix for suffix in SHARD_SUFFIXES if any(any(folder.glob(f"{p}*{suffix}")) for p in places)), None)
 
 
 def find_split_files(folder: Path, suffix: str, split: str) -> list[Path]:
-    """Return the files in `folder` of a suffix and a split, known by the words of their paths.
+    """Find the files of a suffix and a split in `folder`.
 
-    If no path names any split, all are of train. Raises ValueError for files of other splits only.
+    The words of their paths tell the split. If no path names any split, all are of train. Raises ValueError for
+    files of other splits only.
     """
     shards = (file for file in folder.rglob(f"*{suffix}") if not file.name.startswith("."))
     files = sorted(shards, key=lambda file: natural_key(str(file)))
@@ -78,7 +82,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def expand_pattern(pattern: str) -> list[Path]:
-    """Return the files of a pattern with braces and stars, in its order; raises ValueError for a missing one."""
+    """Return the files of a pattern, in its order. Raises ValueError for a missing one."""
     files: list[Path] = []
     for name in expand_braces(str(Path(pattern).expanduser())):
         matches = [Path(name)] if Path(name).is_file() else [Path(path) for path in glob.glob(name, recursive=True)]
@@ -89,7 +93,7 @@ def expand_pattern(pattern: str) -> list[Path]:
 
 
 def common_suffix(files: list[Path] | list[str], spec: str) -> str:
-    """Return the one shard suffix of all `files`; raises ValueError if there is none."""
+    """Return the one shard suffix of all `files`. Raises ValueError if there is none."""
     suffixes = {Path(file).suffix for file in files}
     if len(suffixes) != 1 or not suffixes.issubset(SHARD_SUFFIXES):
         raise ValueError(
@@ -99,7 +103,7 @@ def common_suffix(files: list[Path] | list[str], spec: str) -> str:
 
 
 def hub_name(spec: str) -> tuple[str, str | None] | None:
-    """Split a Hub data set's name from its configuration: `hub:NAME@CONFIG`, or OWNER/NAME.
+    """Split `hub:NAME@CONFIG` or OWNER/NAME into name and configuration.
 
     None for anything else, an existing path OWNER/NAME included. Raises ValueError for an empty name.
     """

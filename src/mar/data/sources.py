@@ -1,4 +1,7 @@
-"""Open a source of images by its name: bundled images, folders, shards, tables, data sets of the Hub, streams."""
+"""Open a source of images by its name.
+
+Bundled images, folders, shards, tables, data sets of the Hub, latent caches and streams are opened here.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +112,7 @@ def open_source(spec: str | Path, split: str = "train") -> Source:
 
 
 def open_data(spec: str | Path, classes: int = 0) -> Source | LatentSource | StreamSource:
-    """Open the training data of `spec`: a stream, a latent cache, or a source's train split.
+    """Open training data: a stream, a latent cache, or a train split.
 
     Labels of a stream are checked against `classes`, the number of classes, if the stream does not tell them.
     """
@@ -122,7 +125,7 @@ def open_data(spec: str | Path, classes: int = 0) -> Source | LatentSource | Str
 
 
 def is_stream(spec: str | Path) -> bool:
-    """Tell if `spec` asks for a stream, whose images have no index."""
+    """Tell if `spec` asks for a stream."""
     return str(spec).startswith("stream:")
 
 

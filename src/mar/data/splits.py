@@ -1,4 +1,4 @@
-"""Splits: images held out from training for validation, and the note in a run's folder of which ones they are."""
+"""Splits: images held out from training, and the note of them."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def train_val_split(
 @overload
 def train_val_split(source: Source, every: int, held_out: Mapping[str, Any] | None = None) -> tuple[Source, Source]: ...
 def train_val_split(source: Any, every: int, held_out: Mapping[str, Any] | None = None) -> Any:
-    """Split a source into images to train on and one of `every` to validate on.
+    """Split a source into training images and one of `every` for validation.
 
     A latent cache is split like the images that were cached. `held_out`, a note of `load_held_out`, holds out those of
     its images that are still there, and no others. Raises ValueError for a single image, ConfigError for a note that
@@ -105,7 +105,7 @@ def train_val_split(source: Any, every: int, held_out: Mapping[str, Any] | None 
 
 
 def load_held_out(folder: Path) -> dict[str, Any] | None:
-    """Load the note of the run in `folder`; None if there is none, ConfigError for a damaged one."""
+    """Load the note of the run in `folder`; None: no note. Raises ConfigError if it is damaged."""
     path = folder / HELD_OUT
     if not path.is_file():
         return None
@@ -117,9 +117,10 @@ def load_held_out(folder: Path) -> dict[str, Any] | None:
 
 
 def save_held_out(folder: Path, train: object) -> None:
-    """Note in `folder` which images are held out from `train`, a part made by `train_val_split`.
+    """Save a note of the images held out from `train` in `folder`.
 
-    An earlier note stays: images that are missing now may come back. Anything but such a part is not noted.
+    `train` is a part that `train_val_split` made; anything else is not noted. An earlier note stays: images that are
+    missing now may come back.
     """
     if (folder / HELD_OUT).is_file() or not isinstance(train, Subset | LatentSource):
         return
@@ -165,7 +166,7 @@ def _digest(source: Source | LatentSource) -> str:
 
 
 def hold_out(spec: str | Path, held_out: Mapping[str, Any] | None = None) -> tuple[Source, Source]:
-    """Open images to train a tokenizer on, and others to validate it on.
+    """Open images to train a tokenizer on, and validation images.
 
     The latter are the data's test split; if it has none, one of twenty images, or those of the note `held_out`. Raises
     ValueError for a single image.
@@ -184,10 +185,10 @@ def open_train_val(
     validate_on: str | Path | None = None,
     held_out: Mapping[str, Any] | None = None,
 ) -> tuple[Source | LatentSource | StreamSource, Source | LatentSource | None]:
-    """Open the data of a run, and what it is validated on but never trained on (None: nothing).
+    """Open training and validation data of a run. None: no validation data.
 
-    Validation data is, in this order: `validate_on`; the held-out images; the test split of the data. The test split of
-    a latent cache is that of its images, if they are still there, unless that is what was cached.
+    Validation data is, in this order: `validate_on`; the held-out images; the test split of the data. For a latent
+    cache, this is the test split of its images, if they are still there and were not cached themselves.
 
     Args:
         spec: the training data, as `open_data` takes it.
@@ -213,7 +214,7 @@ def open_train_val(
 
 
 def open_test_split(spec: str | Path) -> Source | None:
-    """Open the test split of the data of `spec` (see `open_source`); None if it has none."""
+    """Open the test split of data; None: it has none."""
     path = Path(spec).expanduser()
     if path.is_file() or (path / "state.json").is_file():  # one table
         return None

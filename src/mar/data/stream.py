@@ -1,8 +1,8 @@
-"""Streams: shards of images that are read from their beginning and never counted, and the order of training on them.
+"""Streams: shards of images, read from their beginning, and their order.
 
-`datasets` and torchdata save a position per process and worker, and grain needs random access: none of them goes on in
-the same order at another number of processes or workers. Here the order is a function of seed, batch size and shards
-alone, and three numbers for each open shard are its position; files, formats and networks are left to `datasets`.
+`datasets`, torchdata and grain save a position for each process or worker, so a run can't go on in the same order with
+another number of them. Here the order follows from seed, batch size and shards alone, and a position is three numbers
+for each open shard; files, formats and networks are left to `datasets`.
 
 The order: shards are shuffled anew each epoch, and the epochs form one endless row of shards. Reader r of R reads the
 shards r, r + R, r + 2R, ... of that row, so each shard of an epoch is read by one reader, once. Readers begin the next
@@ -56,7 +56,7 @@ class StreamSample:
 
 @runtime_checkable
 class Shards(Protocol):
-    """The shards of a stream; picklable, so that workers can have a copy."""
+    """The shards of a stream. Picklable, so that workers can have a copy."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -67,10 +67,10 @@ class Shards(Protocol):
         """Class names by number; empty: images have no classes."""
 
     def samples(self, shard: int) -> Iterator[StreamSample]:
-        """Yield the images of a shard from its first; raises UnreadableImage for the rest if it breaks off."""
+        """Yield the images of a shard. Raises UnreadableImage for the rest if it breaks off."""
 
     def fetch(self, sample: StreamSample) -> bytes:
-        """Read the file at the path of a sample; raises UnreadableImage."""
+        """Read the file at the path of a sample. Raises UnreadableImage."""
 
 
 class ShardCursor(NamedTuple):
@@ -85,7 +85,7 @@ class ShardCursor(NamedTuple):
 
 
 class StreamSource:
-    """Shards to train on, and how far they have been read; the run saves that.
+    """Shards to train on, and the position in them.
 
     `cursors`: by reader of this process, the beginning of the block in which the last batch ended. `first_position` and
     `first_epoch`: those at which the order began.
@@ -104,7 +104,7 @@ class StreamSource:
         return self.shards.classes
 
     def example(self, sample: StreamSample) -> Example:
-        """Decode a sample; raises UnreadableImage for a broken one, ValueError for a label that is no class."""
+        """Decode a sample. Raises UnreadableImage, or ValueError for a label out of range."""
         if sample.data is None and sample.path is None:
             raise UnreadableImage(sample.name, "the cell is empty")
         check_label(sample.name, sample.label, len(self.classes))
@@ -112,7 +112,7 @@ class StreamSource:
         return Example(decode_image(BytesIO(data), sample.name), sample.label, sample.name)
 
     def preview(self) -> Iterator[StreamSample]:
-        """Yield images of at most MAX_READERS shards, shard after shard, the same ones each time."""
+        """Yield images of at most MAX_READERS shards, one of each in turn."""
         count = len(self.shards.names)
         chosen = min(count, MAX_READERS)
         open_shards = [self._readable(i * count // chosen) for i in range(chosen)]
@@ -128,7 +128,7 @@ class StreamSource:
             logger.warning("skipped what can't be read: %s", error.name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position of all processes together; each of them has to call it."""
+        """Return the position of all processes together. Each of them has to call it."""
         cursors: dict[int, ShardCursor] = {}
         for of_rank in distributed.all_gather_object(self.cursors):
             for reader, cursor in of_rank.items():
@@ -142,7 +142,7 @@ class StreamSource:
         }
 
     def load_state_dict(self, state: dict[str, Any], images: int) -> str:
-        """Resume from a saved state, after `images` images; returns a line for the log."""
+        """Resume from a saved state after `images` images. Returns a line for the log."""
         self.first_position, self.first_epoch = state["begun"], state["epoch"]
         self.cursors = {reader: ShardCursor(*cursor) for reader, *cursor in state["places"]}
         before, now = state["shards"], self._shards_digest()
@@ -170,7 +170,7 @@ class StreamSource:
 
 @dataclass(frozen=True)
 class StreamSampler:
-    """The order of `num_shards` shards for batches of `batch` images over all processes.
+    """The order of shards for batches of `batch` images over all processes.
 
     The order begins at image `first_position` with epoch `first_epoch`.
     """
@@ -189,7 +189,7 @@ class StreamSampler:
 
     @cached_property
     def num_readers(self) -> int:
-        """Number of shards that are open at a time; it divides the batch."""
+        """Number of shards open at a time; it divides the batch."""
         most = min(self.num_shards, MAX_READERS)
         return max(readers for readers in range(1, most + 1) if self.batch % readers == 0)
 
@@ -199,12 +199,12 @@ class StreamSampler:
         return self.batch // self.num_readers
 
     def shard(self, shard_index: int) -> int:
-        """Return the number of the shard at a position in the endless row of shards."""
+        """Return the shard at an index of the endless row of shards."""
         epoch, within = divmod(shard_index, self.num_shards)
         return int(permutation(self.num_shards, self.seed, self.first_epoch + epoch)[within])
 
     def images_before(self, position: int) -> int:
-        """Count each reader's images before the batch at `position`; raises ValueError if none begins there."""
+        """Count each reader's images before the batch at `position`. Raises ValueError within a batch."""
         batches, rest = divmod(position - self.first_position, self.batch)
         if rest or batches < 0:
             raise ValueError(
@@ -214,7 +214,7 @@ class StreamSampler:
 
 
 class SampleWithFallbacks(NamedTuple):
-    """The next image of a reader, and the images to take in its place if it can't be decoded."""
+    """The next image of a reader, and fallbacks for a broken one."""
 
     block: ShardCursor
     """The beginning of its block."""
@@ -271,7 +271,7 @@ class ShardReader:
 def _endless_samples(
     shards: Shards, order: StreamSampler, shard_index: int, first: int
 ) -> Iterator[tuple[int, int, StreamSample]]:
-    """Yield (shard index, number in the shard, sample) without end; raises ValueError if all shards are empty."""
+    """Yield (shard index, number in the shard, sample) without end. Raises ValueError if all shards are empty."""
     empty, unreadable = 0, tuple[str, ...]()
     while True:
         number = -1

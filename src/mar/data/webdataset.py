@@ -1,4 +1,4 @@
-"""Images in WebDataset shards on the disk: tar files, indexed once and read at any place, not unpacked."""
+"""Images in WebDataset shards on the disk: tar files, indexed, not unpacked."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ class _TarSample:
 
 
 class TarSource:
-    """The images of tar files, one after the other, with the label in `.cls`, or at "label" in `.json`.
+    """The images of tar files, one after the other.
 
-    Members in a row of the same name, up to its first dot, belong together. Labels are numbers, or names of classes.
+    Members in a row of the same name, up to its first dot, belong together. Labels are in `.cls`, or at "label" in
+    `.json`: numbers, or names of classes.
     Opening reads the headers of all files, once. Raises ValueError without images, and for a damaged tar file.
     """
 
