@@ -134,7 +134,7 @@ class StreamSource:
             for reader, cursor in of_rank.items():
                 # If several processes run a reader, the cursor of the last one serves all.
                 cursors[reader] = min(cursor, cursors.get(reader, cursor))
-        return {
+        return {  # the keys are those of version 0.1, here and in `_shards_digest`
             "shards": self._shards_digest(),
             "begun": self.first_position,
             "epoch": self.first_epoch,

@@ -48,7 +48,7 @@ def flat(found: list[Batch]) -> list[int]:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of two pictures, with four lanes."""
+    """Blocks of two pictures, with four readers."""
     monkeypatch.setattr("mar.data.stream.SHUFFLE_WINDOW", 8)
 
 
@@ -102,11 +102,11 @@ def test_a_single_shard_has_work_for_one_worker_and_any_process() -> None:
     assert [number for both in zip(*shares, strict=True) for number in flat(list(both))] == alone
 
 
-def test_a_process_reads_only_the_lanes_of_its_share(small_blocks: None) -> None:
+def test_a_process_reads_only_the_readers_of_its_share(small_blocks: None) -> None:
     source = stream()
     some(source, 3, rank=1, world=2)
     assert sorted(source.cursors) == [2, 3]
-    assert source.shards.read <= 2 * (3 + 3)  # of each of its lanes: what was taken, a block ahead, and one more
+    assert source.shards.read <= 2 * (3 + 3)  # of each of its readers: what was taken, a block ahead, and one more
 
 
 @pytest.mark.parametrize(("sizes", "batch"), [((6, 6, 6, 6), 4), ((1, 9, 5, 3, 7), 6), ((24,), 4), ((5, 0, 19), 8)])
@@ -118,18 +118,19 @@ def test_going_on_repeats_nothing_and_reads_open_shards_only(
         first = stream(sizes=sizes)
         seen = flat(some(first, stop, batch=batch))
         state = pickle.loads(pickle.dumps(first.state_dict()))
+        assert state.keys() == {"shards", "begun", "epoch", "places"}  # as in the files of version 0.1
         second = stream(sizes=sizes)
         told = second.load_state_dict(state, stop * batch)
         assert "0 pictures are repeated; " in told
         assert seen + flat(some(second, 20 - stop, stop * batch, batch=batch)) == whole
-        lanes = len(state["places"])
+        readers = len(state["places"])
         passed = int(told.split("repeated; ")[1].split(" pictures")[0].replace(",", ""))
-        assert 0 <= passed <= lanes * max(sizes)
+        assert 0 <= passed <= readers * max(sizes)
         third = stream(sizes=sizes)
         third.load_state_dict(state, stop * batch)
         some(third, 1, stop * batch, batch=batch)
-        block = 8 // lanes
-        assert third.shards.read <= passed + batch + lanes * (2 * block + 1) + lanes * max(sizes)
+        block = 8 // readers
+        assert third.shards.read <= passed + batch + readers * (2 * block + 1) + readers * max(sizes)
 
 
 def test_going_on_with_another_number_of_processes(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,9 +161,9 @@ def test_other_shards_begin_a_new_epoch_and_that_is_told() -> None:
     second = stream(sizes=(6, 6, 6, 6, 6))
     told = second.load_state_dict(first.state_dict(), 28)
     assert "(5 now, 4 then): it begins a new epoch" in told
-    assert second.first_epoch == 2  # the lanes were in the epoch of number 1
+    assert second.first_epoch == 2  # the readers were in the epoch of number 1
     seen = flat(some(second, 6, 28))
-    assert len(set(seen[:20])) >= 19  # four lanes of five shards, of six pictures each
+    assert len(set(seen[:20])) >= 19  # four readers of five shards, of six pictures each
     third = stream(sizes=(6, 6, 6, 6, 6))
     assert "0 pictures are repeated" in third.load_state_dict(second.state_dict(), 52)
     again = stream(sizes=(6, 6, 6, 6, 6))
@@ -189,7 +190,7 @@ def test_streams_that_end_a_run_do_so_in_one_line(workers: int) -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_lanes_divide_the_batch() -> None:
+def test_readers_divide_the_batch() -> None:
     for shards, batch, expected in ((1000, 256, 32), (10, 256, 8), (4, 7, 1), (1, 8, 1), (33, 33, 11), (3, 6, 3)):
         assert StreamSampler(shards, 0, batch).num_readers == expected
     with pytest.raises(ValueError, match="got 0 shards"):
@@ -198,11 +199,11 @@ def test_lanes_divide_the_batch() -> None:
 
 def test_a_lane_reads_one_picture_for_each_that_is_taken(small_blocks: None) -> None:
     shards = Numbered((40, 40, 40, 40))
-    lane = iter(ShardReader(shards, StreamSampler(4, 0, 4), 0))
-    next(lane)
+    reader = iter(ShardReader(shards, StreamSampler(4, 0, 4), 0))
+    next(reader)
     begun = shards.read
     for _ in range(20):
-        next(lane)
+        next(reader)
     assert begun <= 2 + 2
     assert shards.read - begun <= 20 + 1
 
