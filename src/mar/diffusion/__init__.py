@@ -1,1 +1,1 @@
-"""The diffusion of one token: schedule, process and loss, samplers, and the head that denoises."""
+"""Diffusion of one token: schedule, process, loss, solvers and head."""

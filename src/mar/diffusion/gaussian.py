@@ -1,4 +1,4 @@
-"""The Gaussian diffusion process of one token: forward (q), reverse (p), and the training loss.
+"""The Gaussian diffusion of one token: forward (q), reverse (p), training loss.
 
 Source: DDPM (arXiv 2006.11239); improved DDPM (arXiv 2102.09672) for the learned variance and the hybrid loss; paper,
 section 3.2, equation 1. Letters of shapes: r rows (tokens), d values of a token, T timesteps.
@@ -21,22 +21,22 @@ HALF_BIN = 1 / 255
 
 
 class Coefficients(NamedTuple):
-    """Coefficients of one timestep t: numbers, or (r, 1) tensors where every row has its own t."""
+    """Coefficients of one timestep t, or (r, 1) tensors for a t of each row."""
 
     sqrt_alphas_cumprod: Tensor | float
     sqrt_one_minus_alphas_cumprod: Tensor | float
     sqrt_recip_alphas_cumprod: Tensor | float
     sqrt_recipm1_alphas_cumprod: Tensor | float
     posterior_mean_coef1: Tensor | float
-    """Of x_0."""
+    """Coefficient of x_0 in the posterior mean."""
     posterior_mean_coef2: Tensor | float
-    """Of x_t."""
+    """Coefficient of x_t in the posterior mean."""
     log_beta: Tensor | float
     posterior_log_variance: Tensor | float
 
     @classmethod
     def table(cls, schedule: Schedule) -> Float[Tensor, "8 T"]:
-        """Return all coefficients of a schedule, float64, in the order of the fields."""
+        """Return all coefficients of a schedule in float64, fields as rows."""
         return torch.stack(
             [
                 schedule.alphas_cumprod.sqrt(),
@@ -84,7 +84,7 @@ def p_mean_variance(
         output: the prediction, then the variance values v.
         x: x_t.
         c: coefficients of t.
-        prediction: what the network predicts.
+        prediction: the quantity that the network predicts.
         x0_bound: clips the predicted x_0 (None: no clipping).
         clamp_variance: keep the variance between the posterior variance and beta.
     """
@@ -103,10 +103,17 @@ def p_mean_variance(
 def predict_x0(
     predicted: Float[Tensor, "r d"], x: Float[Tensor, "r d"], c: Coefficients, prediction: Prediction
 ) -> Float[Tensor, "r d"]:
-    """Compute x_0 from x_t and the network's prediction."""
+    """Compute x_0 from x_t and the network's prediction.
+
+    Args:
+        predicted: the network's output for x_t.
+        x: x_t.
+        c: coefficients of t.
+        prediction: the quantity that `predicted` is.
+    """
     match prediction:
         case "noise":
-            # factors up to 20,000: only the reference's order of roundings reaches its numbers
+            # factors up to 20,000: keep the reference's order of operations, or rounding errors differ visibly
             return c.sqrt_recip_alphas_cumprod * x - c.sqrt_recipm1_alphas_cumprod * predicted
         case "v":
             return c.sqrt_alphas_cumprod * x - c.sqrt_one_minus_alphas_cumprod * predicted
@@ -120,7 +127,14 @@ def predict_x0(
 def training_target(
     x0: Float[Tensor, "r d"], noise: Float[Tensor, "r d"], c: Coefficients, prediction: Prediction
 ) -> Float[Tensor, "r d"]:
-    """Return what the network is trained to predict."""
+    """Return the target of the network's prediction.
+
+    Args:
+        x0: clean tokens.
+        noise: the noise in x_t.
+        c: coefficients of t.
+        prediction: the quantity to predict.
+    """
     match prediction:
         case "noise":
             return noise
@@ -141,18 +155,18 @@ def diffusion_loss(
     c: Coefficients,
     prediction: Prediction,
 ) -> Float[Tensor, " r"]:
-    """Compute the hybrid loss of each row: squared error + variational bound in bits.
+    """Compute the hybrid loss of each row: squared error plus variational bound.
 
-    The bound's gradient trains the variance only. Source: improved DDPM, equation 16.
+    The bound is in bits, and its gradient trains the variance only. Source: improved DDPM, equation 16.
 
     Args:
         output: the network's, for x.
         x0: clean tokens.
         x: x_t of `q_sample`.
         noise: the noise in x.
-        first: rows at timestep 0, where the bound is a negative log-likelihood.
+        first: true for rows at timestep 0, whose bound is a negative log-likelihood.
         c: coefficients of each row's timestep.
-        prediction: what the network predicts.
+        prediction: the quantity that the network predicts.
     """
     # squared error of the prediction
     predicted, v = output.chunk(2, dim=-1)
@@ -178,7 +192,7 @@ def _normal_cdf(x: Tensor) -> Tensor:
 
 
 def _discretized_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Compute the log-probability of the bin x +- 1/255 under N(mean, std), in nats; one-sided beyond +-0.999."""
+    """Compute the log-probability of x +- 1/255 under N(mean, std), in nats; one-sided beyond +-0.999."""
     inverse_std = (-log_std).exp()
     below = _normal_cdf(inverse_std * (x - mean + HALF_BIN))
     above = _normal_cdf(inverse_std * (x - mean - HALF_BIN))

@@ -1,11 +1,13 @@
-"""The diffusion head: a small MLP with adaptive layer norm that denoises one token, given its condition z.
+"""The diffusion head: a small MLP that denoises one token, given z.
 
-Source: paper, sections 3.2 and 4.1 ("Denoising MLP"). Letters of shapes: ... any leading dimensions, d values of a
-token, f width of z, w width of the head; in sampling r rows (tokens to draw), s noises a token, t diffusion steps,
-g = r, or 2r with guidance; in training n images, m masked tokens, k timesteps a token.
+Source: paper, sections 3.2 and 4.1 ("Denoising MLP").
 
-Shift, scale and gate of a layer depend on timestep and z but not on the noisy token, and are 62% of the arithmetic.
-They have a call of their own (`modulations`), so that a sampler computes them for many steps in one product.
+The layer norms are adaptive. Shift, scale and gate depend on timestep and z, but not on the noisy token, and are 62% of
+the arithmetic. `modulations` computes them alone, so that a sampler does it for many steps in one product.
+
+Letters of shapes: ... any leading dimensions, d values of a token, f width of z, w width of the head.
+In sampling: r rows (tokens to draw), s noises a token, t diffusion steps, g = r, or 2r with guidance.
+In training: n images, m masked tokens, k timesteps a token.
 """
 
 from __future__ import annotations
@@ -33,12 +35,12 @@ MODULATION_BYTES = 128 * 2**20
 """Memory for shift, scale and gate of one chunk of diffusion steps."""
 
 Modulations = list[Tensor]
-"""For each residual block (..., 3w): shift, scale and gate; for the last layer (..., 2w): shift and scale."""
+"""Shift, scale and gate (..., 3w) of each residual block, then shift and scale (..., 2w) of the last layer."""
 
 
 @runtime_checkable
 class TokenSampler(Protocol):
-    """A head as the sampler sees it; a backend may have one that is faster."""
+    """Interface of a head in sampling; a backend may have another."""
 
     token_width: int
 
@@ -47,20 +49,24 @@ class TokenSampler(Protocol):
         ...
 
     def sample(self, z: Tensor, noise: Tensor, scale: Tensor | None, steps: int, sampling: SamplingConfig) -> Tensor:
-        """Draw tokens from noise, given z."""
+        """Draw tokens from noise, given z.
+
+        Args:
+            z, noise, scale, steps, sampling: as in `DiffusionHead.sample`.
+        """
         ...
 
 
 @runtime_checkable
 class Head(TokenSampler, Protocol):
-    """A model of one token given its condition z, as MAR, the training loss and the optimizers see it."""
+    """Interface of a head in the model and in training: p(token | z)."""
 
     weight_decay: bool
-    """Whether weight decay applies to its weights."""
+    """Weight decay applies to its weights."""
 
     @property
     def blocks(self) -> Iterable[nn.Module]:
-        """What is compiled, recomputed or quantized as one."""
+        """Units to compile, recompute or quantize."""
         ...
 
     def init_weights(self) -> None:
@@ -68,13 +74,17 @@ class Head(TokenSampler, Protocol):
         ...
 
     def loss(self, x0: Tensor, z: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """Return the loss of every (timestep, noise) of every token."""
+        """Return the loss of every (timestep, noise) of every token.
+
+        Args:
+            x0, z, timestep, noise: as in `DiffusionHead.loss`.
+        """
         ...
 
 
 @runtime_checkable
 class DenoisingLayers(Protocol):
-    """The parts of a `DiffusionHead` that `CFGDenoiser` calls; a backend may have faster ones."""
+    """Layers that `CFGDenoiser` calls; a backend may have faster ones."""
 
     config: HeadConfig
 
@@ -95,7 +105,7 @@ class DenoisingLayers(Protocol):
         ...
 
     def denoise_embedded(self, h: Tensor, modulations: Modulations) -> Tensor:
-        """Run the residual blocks and the last layer on embedded tokens."""
+        """Run residual blocks and last layer on embedded tokens."""
         ...
 
 
@@ -154,7 +164,7 @@ class DiffusionHead(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Draw the weights so that every block starts as the identity and the output at zero."""
+        """Draw the weights; blocks start as the identity, the output at zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -167,17 +177,17 @@ class DiffusionHead(nn.Module):
     def forward(
         self, x: Float[Tensor, "... d"], t: Int[Tensor, "..."], z: Float[Tensor, "... f"]
     ) -> Float[Tensor, "... two_d"]:
-        """Run the whole network at once, as in training; `t` are timesteps of the training schedule."""
+        """Run the whole network; `t` are timesteps of the training schedule."""
         condition = self.condition(self.embed_times(t), self.embed_conditions(z))
         h = self.embed_tokens(x)
         for block in self.blocks:
             h = block(h, condition)
         return self.final(h, self.final_modulation(condition))
 
-    # ---- its parts
+    # ---- layers
 
     def embed_times(self, t: Int[Tensor, "..."]) -> Float[Tensor, "... w"]:
-        """Embed timesteps; each once, where there are more rows than timesteps."""
+        """Embed timesteps: all of the schedule, where `t` has more values."""
         steps = self.config.diffusion_steps
         if t.numel() <= steps:
             embedded: Tensor = self.time_embed(t)
@@ -196,7 +206,7 @@ class DiffusionHead(nn.Module):
 
     @staticmethod
     def condition(time: Float[Tensor, "... w"], z: Float[Tensor, "... w"]) -> Float[Tensor, "... w"]:
-        """Return SiLU(time + z) of embedded timesteps and conditions: the input of all modulations."""
+        """Return SiLU(time + z), the input of all modulations, from embeddings."""
         return functional.silu(time + z)
 
     def modulations(self, condition: Float[Tensor, "... w"]) -> Modulations:
@@ -204,7 +214,7 @@ class DiffusionHead(nn.Module):
         return [layer(condition) for layer in self.modulation_layers()]
 
     def modulation_layers(self) -> list[nn.Module]:
-        """Return the linear layers of the modulations: of each block, and the last."""
+        """Return the modulations' linear layers: of each block, then the last."""
         return [*(cast(ResidualBlock, block).modulation for block in self.blocks), self.final_modulation]
 
     def denoise_embedded(self, h: Float[Tensor, "... w"], modulations: Modulations) -> Float[Tensor, "... two_d"]:
@@ -228,7 +238,9 @@ class DiffusionHead(nn.Module):
         timestep: Int[Tensor, "k n m"],
         noise: Float[Tensor, "k n m d"],
     ) -> Float[Tensor, " rows"]:
-        """Return the diffusion loss of every (timestep, noise) of every token (paper, equation 1).
+        """Return the loss of every (timestep, noise) of every token.
+
+        Source: paper, equation 1.
 
         Args:
             x0: clean tokens.
@@ -247,7 +259,7 @@ class DiffusionHead(nn.Module):
         return _respaced(self.config, steps, sampling.timestep_spacing, sampling.start_t, device)
 
     def num_noises(self, steps: int, sampling: SamplingConfig) -> int:
-        """Return how many noises `sample` needs for a token: one, or one a diffusion step."""
+        """Return the noises per token: one, or one per step."""
         return num_noises(sampling.solver, steps)
 
     def sample(
@@ -261,7 +273,7 @@ class DiffusionHead(nn.Module):
         """Draw tokens by the solver of `sampling`, in `steps` diffusion steps.
 
         Args:
-            z: the condition of each row; with a `scale` followed by the unconditional one of each row.
+            z: the condition of each row; with a `scale`, then the unconditional one of each row.
             noise: `num_noises` standard normal noises of each row.
             scale: guidance scale of each row (None: no guidance).
             steps: number of diffusion steps.
@@ -279,10 +291,17 @@ class DiffusionHead(nn.Module):
 
 
 class CFGDenoiser:
-    """The head under classifier-free guidance: (x (r, d), index of the diffusion step) -> output (r, 2d).
+    """The head under classifier-free guidance, as a solver calls it.
 
-    With a `scale`, `z` holds the rows' conditions and then their unconditional ones. Both are evaluated at the same x;
-    the prediction is uncond + scale (cond - uncond), and the variance is the conditional one (paper, appendix B).
+    Both conditions of a row are evaluated at the same x. The prediction is uncond + scale (cond - uncond), and the
+    variance is the conditional one (paper, appendix B).
+
+    Args:
+        head: the layers.
+        z: the condition of each row; with a `scale`, then the unconditional one of each row.
+        timesteps: of each diffusion step.
+        scale: guidance scale of each row (None: no guidance).
+        budget: bytes for the modulations of one chunk of diffusion steps.
     """
 
     def __init__(
@@ -304,7 +323,7 @@ class CFGDenoiser:
         self.cached: Modulations = []
 
     def modulations(self, index: int) -> Modulations:
-        """Return those of one diffusion step, computed in chunks; steps come from last to first."""
+        """Return those of one step, computed in chunks."""
         if not self.first <= index < self.end:
             self.first, self.end = max(0, index + 1 - self.chunk_steps), index + 1
             times = self.times[self.first : self.end]
@@ -313,7 +332,7 @@ class CFGDenoiser:
         return [layer[index - self.first] for layer in self.cached]
 
     def __call__(self, x: Float[Tensor, "r d"], index: int) -> Float[Tensor, "r two_d"]:
-        """Evaluate the head at x."""
+        """Evaluate the head at x: prediction and variance values."""
         embedded = self.head.embed_tokens(x)
         if self.scale is None:
             return self.head.denoise_embedded(embedded, self.modulations(index))
@@ -325,11 +344,11 @@ class CFGDenoiser:
 
 
 HEADS: dict[type[HeadConfig], type[nn.Module]] = {HeadConfig: DiffusionHead}
-"""The head of each kind of configuration. A new head is a class that fulfils `Head`, and a line here."""
+"""The head of each kind of configuration. A new head is a class that implements `Head`, and a line here."""
 
 
 def build_head(token_width: int, z_width: int, config: HeadConfig) -> DiffusionHead:
-    """Create the head of a configuration, for tokens of `token_width` values and z of `z_width` features."""
+    """Create the head of a configuration."""
     return cast(DiffusionHead, HEADS[type(config)](token_width, z_width, config))
 
 

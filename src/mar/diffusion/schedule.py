@@ -1,5 +1,6 @@
-"""The noise schedule of the diffusion head, in float64: cosine betas or a linear path, respaced to fewer steps.
+"""Noise schedules of the diffusion head, in float64.
 
+Betas are of the cosine schedule or of a linear path, and may be respaced to fewer steps.
 Source: improved DDPM (arXiv 2102.09672), equations 17 and 10 (posterior variance); paper, section 4.1. Spacing by
 log-SNR: DPM-Solver (arXiv 2206.00927), section 3. The linear path: flow matching (arXiv 2210.02747), example II.
 Letters of shapes: T timesteps.
@@ -28,14 +29,14 @@ class Schedule:
 
     betas: Float[Tensor, " T"]
     timesteps: Int[Tensor, " T"]
-    """For each step the timestep of the training schedule, which the network receives."""
+    """Timestep of the training schedule at each step: the network's input."""
 
     def __len__(self) -> int:
         return len(self.betas)
 
     @cached_property
     def alphas_cumprod(self) -> Float[Tensor, " T"]:
-        """alpha-bar_t: the share of the clean token's variance that is left after step t."""
+        """alpha-bar_t: the share of signal in the variance of x_t."""
         return torch.cumprod(1 - self.betas, 0)
 
     @cached_property
@@ -55,7 +56,7 @@ class Schedule:
 
     @cached_property
     def posterior_log_variance(self) -> Float[Tensor, " T"]:
-        """Its logarithm; the first step, whose variance is 0, takes the second's value."""
+        """Its logarithm; the first step, of variance 0, takes the second's."""
         variance = self.posterior_variance.clone()
         variance[0] = variance[1] if len(variance) > 1 else self.betas[0]
         return variance.log()
@@ -77,16 +78,20 @@ def training_schedule(head: HeadConfig) -> Schedule:
 
 
 def cosine(steps: int) -> Schedule:
-    """Return beta_t = 1 - f((t+1)/T) / f(t/T), f(u) = cos^2(pi/2 (u + 0.008) / 1.008), at most 0.999."""
+    """Return the cosine schedule.
+
+    beta_t = 1 - f((t+1)/T) / f(t/T), at most 0.999, with f(u) = cos^2(pi/2 (u + 0.008) / 1.008).
+    """
     f = [math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(steps + 1)]
     betas = [min(1 - after / before, MAX_BETA) for before, after in pairwise(f)]
     return Schedule(torch.tensor(betas, dtype=torch.float64), torch.arange(steps))
 
 
 def linear(steps: int) -> Schedule:
-    """Return the path (1 - u) x_0 + u noise of flow matching, u = (t + 1/2) / T, divided by its standard deviation.
+    """Return the linear path of flow matching, made variance preserving.
 
-    The division makes it variance preserving; the signal-to-noise ratio at every t stays the same.
+    The path (1 - u) x_0 + u noise, u = (t + 1/2) / T, is divided by its standard deviation. That leaves the
+    signal-to-noise ratio at every t the same.
     """
     u = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
     return _from_alphas_cumprod((1 - u).square() / ((1 - u).square() + u.square()), torch.arange(steps))
@@ -97,22 +102,24 @@ def respace(schedule: Schedule, steps: int, spacing: TimestepSpacing = "time", s
 
     Args:
         schedule: the training schedule.
-        steps: a single step is the noisiest one. Raises ValueError for more than there are timesteps.
+        steps: number of timesteps. A single one is the noisiest.
         spacing: evenly in time or in log-SNR.
         start_t: the noisiest timestep, as a share of the length of `schedule`.
+
+    Raises ValueError for more steps than there are timesteps.
     """
     last = last_timestep(len(schedule), start_t)
     if not 1 <= steps <= last + 1:
-        available = f"the timesteps up to the share {start_t} of the trained schedule's {len(schedule)}"
+        available = f"the training schedule's {len(schedule)} timesteps up to start_t {start_t}"
         raise ValueError(f"diffusion steps: got {steps}, expected 1 to {last + 1}, {available}")
     if steps == len(schedule):
         return schedule
-    kept = torch.tensor([last]) if steps == 1 else _SPACINGS[spacing](schedule, steps, last)
-    return _from_alphas_cumprod(schedule.alphas_cumprod[kept], schedule.timesteps[kept])
+    index = torch.tensor([last]) if steps == 1 else _SPACINGS[spacing](schedule, steps, last)
+    return _from_alphas_cumprod(schedule.alphas_cumprod[index], schedule.timesteps[index])
 
 
 def last_timestep(length: int, start_t: float) -> int:
-    """Return the noisiest timestep in use, of a schedule of `length` steps counted from 0."""
+    """Return the noisiest timestep in use; timesteps count from 0."""
     return round(start_t * (length - 1))
 
 
@@ -127,13 +134,16 @@ def _evenly_in_time(schedule: Schedule, steps: int, last: int) -> Int[Tensor, " 
 
 
 def _evenly_in_log_snr(schedule: Schedule, steps: int, last: int) -> Int[Tensor, " steps"]:
-    """Return the timesteps nearest to even steps of log-SNR, each once: neighbors move up, or down at the noisy end."""
+    """Return the timesteps nearest to even steps of log-SNR, each once.
+
+    A timestep that is taken already moves up to the next, or down at the noisy end.
+    """
     log_snr = schedule.log_snr[: last + 1]
     even = torch.linspace(float(log_snr[0]), float(log_snr[-1]), steps, dtype=torch.float64)
     nearest = (log_snr - even.unsqueeze(1)).abs().argmin(1)
-    place = torch.arange(steps)
-    distinct = (nearest - place).cummax(0).values + place
-    return torch.minimum(distinct, last - place.flip(0))
+    index = torch.arange(steps)
+    distinct = (nearest - index).cummax(0).values + index
+    return torch.minimum(distinct, last - index.flip(0))
 
 
 _SPACINGS = {"time": _evenly_in_time, "log-snr": _evenly_in_log_snr}

@@ -1,8 +1,8 @@
-"""Samplers of the diffusion head: each a pure function from noise to tokens, given a denoiser.
+"""Solvers of the reverse diffusion: pure functions from noise to tokens.
 
 `ancestral` and `dpm++2m-sde` add noise at every step. The others follow the probability flow, an ordinary differential
 equation with the same marginals (arXiv 2011.13456, section 4.3), and depend on the first noise alone. With alpha and
-sigma the factors of signal and noise, lambda = log(alpha / sigma) and h the step in lambda from s to t, it is solved by
+sigma the factors of signal and noise, lambda = log(alpha / sigma) and h the step in lambda, a step from s to t is
 
     x_t = sigma_t / sigma_s x_s - alpha_t (e^-h - 1) D,    D: x_0, averaged over the step
 
@@ -23,7 +23,7 @@ from mar.diffusion.gaussian import Coefficients, p_mean_variance, predict_x0
 from mar.diffusion.schedule import Schedule
 
 Denoiser = Callable[[Tensor, int], Tensor]
-"""(x (r, d), index of the step in the schedule) -> output (r, 2d): prediction and variance values."""
+"""(x (r, d), index of the step) -> output (r, 2d): prediction and variance values."""
 
 
 def ancestral(
@@ -35,14 +35,16 @@ def ancestral(
     temperature: float = 1.0,
     x0_bound: float | None = None,
 ) -> Float[Tensor, "r d"]:
-    """Sample by DDPM's algorithm 2: from noise[0], with noise[j] added after the j-th step.
+    """Sample by DDPM's algorithm 2 (arXiv 2006.11239).
+
+    It starts from noise[0] and adds noise[j] after the j-th step.
 
     Args:
         denoiser: the network.
         noise: one for each step of the schedule.
         schedule: the timesteps.
-        prediction: what the network predicts. For x0, the learned variance is kept in its range: it was trained on
-            small steps, where it grows out of its range to account for errors of x_0 (docs/decisions).
+        prediction: the quantity that the network predicts. For x0, the learned variance is clamped to its range:
+            trained on small steps, it leaves the range to account for errors of x_0 (docs/decisions).
         temperature: factor of the noise of each step (paper, section 3.2), not of the first noise.
         x0_bound: clips the predicted x_0.
     """
@@ -54,7 +56,7 @@ def ancestral(
         p = p_mean_variance(output, x, c, prediction, x0_bound, clamp_variance=clamp_variance)
         x = p.mean
         if index > 0:
-            # The reference's order of roundings: one rounding here may be a tenth of a standard deviation at the end.
+            # The reference's order of operations: a rounding error here may grow to a tenth of a standard deviation.
             x = x + (0.5 * p.log_variance).exp() * noise[j] * temperature
     return x
 
@@ -68,10 +70,14 @@ def ddim(
     temperature: float = 1.0,
     x0_bound: float | None = None,
 ) -> Float[Tensor, "r d"]:
-    """Sample by DDIM without noise (arXiv 2010.02502, equation 12, eta = 0): D is the step's first x_0. Order 1.
+    """Sample by DDIM without noise (arXiv 2010.02502, equation 12, eta = 0).
 
-    Args: as for `ancestral`, but only noise[0] is read, and the temperature is its factor. With a perfect denoiser of a
-        Gaussian it scales the standard deviation of the samples.
+    D is x_0 at the step's start. Order 1.
+
+    Args:
+        denoiser, schedule, prediction, x0_bound: as in `ancestral`.
+        noise: only noise[0] is read.
+        temperature: factor of noise[0]; for a perfect denoiser of a Gaussian, of the samples' standard deviation.
     """
     integrator = _Integrator(denoiser, schedule, prediction, x0_bound)
     x = temperature * noise[0]
@@ -89,9 +95,12 @@ def dpm_2m(
     temperature: float = 1.0,
     x0_bound: float | None = None,
 ) -> Float[Tensor, "r d"]:
-    """Sample by DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2): D extrapolates x_0 from two steps. Order 2.
+    """Sample by DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2).
 
-    Args: as for `ddim`.
+    D extrapolates x_0 from two steps. Order 2.
+
+    Args:
+        denoiser, noise, schedule, prediction, temperature, x0_bound: as in `ddim`.
     """
     integrator = _Integrator(denoiser, schedule, prediction, x0_bound)
     x = temperature * noise[0]
@@ -112,12 +121,13 @@ def dpm_2m_sde(
     temperature: float = 1.0,
     x0_bound: float | None = None,
 ) -> Float[Tensor, "r d"]:
-    """Sample by SDE-DPM-Solver++(2M) (arXiv 2211.01095, section 5): D as in `dpm_2m`, noise[j] at the j-th step.
+    """Sample by SDE-DPM-Solver++(2M) (arXiv 2211.01095, section 5).
 
-    It follows the process of `ancestral`, whose noise corrects errors of earlier steps. Mean and standard deviation of
-    the samples are of order 2.
+    D as in `dpm_2m`, with noise[j] added after the j-th step, as in `ancestral`. The noise corrects errors of earlier
+    steps. Mean and standard deviation of the samples are of order 2.
 
-    Args: as for `ancestral`.
+    Args:
+        denoiser, noise, schedule, prediction, temperature, x0_bound: as in `ancestral`.
     """
     integrator = _Integrator(denoiser, schedule, prediction, x0_bound)
     x = noise[0]
@@ -139,12 +149,13 @@ def dpm_2s(
     temperature: float = 1.0,
     x0_bound: float | None = None,
 ) -> Float[Tensor, "r d"]:
-    """Sample by DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1): D from the step's start and a midpoint. Order 2.
+    """Sample by DPM-Solver++(2S) (arXiv 2211.01095, algorithm 1).
 
-    A step covers two intervals of the schedule, whose middle timestep is the midpoint. An interval left over at the end
-    is a step of `ddim`.
+    D is of the step's start and its midpoint. A step covers two intervals of the schedule, with the midpoint between
+    them. An interval left over at the end is a step of `ddim`. Order 2.
 
-    Args: as for `ddim`.
+    Args:
+        denoiser, noise, schedule, prediction, temperature, x0_bound: as in `ddim`.
     """
     integrator = _Integrator(denoiser, schedule, prediction, x0_bound)
     x = temperature * noise[0]
@@ -183,7 +194,7 @@ class _Integrator:
     def step(
         self, x: Float[Tensor, "r d"], average: Float[Tensor, "r d"], start: int, end: int
     ) -> Float[Tensor, "r d"]:
-        """Return x at timestep `end` from x at `start`, given D, the `average` of x_0."""
+        """Return x at `end` from x at `start`, given D, the `average` of x_0."""
         ratio = self.sigma[end] / self.sigma[start]
         return ratio * x - self.alpha[end] * math.expm1(-self.h(start, end)) * average
 
@@ -195,16 +206,16 @@ class _Integrator:
         end: int,
         noise: Float[Tensor, "r d"],
     ) -> Float[Tensor, "r d"]:
-        """Return x at `end` along the noisy process: x shrinks by e^-h more, and `noise` takes its place."""
+        """Return x at `end` along the noisy process: x shrinks by e^-h more, and `noise` replaces it."""
         h = self.h(start, end)
-        kept = self.sigma[end] / self.sigma[start] * math.exp(-h)
+        ratio = self.sigma[end] / self.sigma[start] * math.exp(-h)
         replaced = -math.expm1(-2 * h)
-        return kept * x + self.alpha[end] * replaced * average + self.sigma[end] * math.sqrt(replaced) * noise
+        return ratio * x + self.alpha[end] * replaced * average + self.sigma[end] * math.sqrt(replaced) * noise
 
     def extrapolate(
         self, x0: Float[Tensor, "r d"], prev_x0: Float[Tensor, "r d"] | None, index: int
     ) -> Float[Tensor, "r d"]:
-        """Extrapolate x_0 to half a step after `index` from the step before (None, in the first: x_0 itself)."""
+        """Extrapolate x_0 to half a step after `index`; the first step has no `prev_x0`."""
         if prev_x0 is None:
             return x0
         return x0 + 0.5 * self.h(index, index - 1) / self.h(index + 1, index) * (x0 - prev_x0)
@@ -220,7 +231,7 @@ SOLVERS: dict[Solver, Sampler] = {
     "dpm++2m-sde": dpm_2m_sde,
     "dpm++2s": dpm_2s,
 }
-"""Solvers by the name that a user gives."""
+"""Solvers by their names in `SamplingConfig`."""
 STOCHASTIC: tuple[Solver, ...] = ("ancestral", "dpm++2m-sde")
 """Solvers that add noise at every step."""
 

@@ -1,1 +1,1 @@
-"""The transformer: known tokens of an image -> a condition z for each unknown one."""
+"""The transformer: known tokens -> a condition z for each masked token."""

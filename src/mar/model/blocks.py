@@ -1,5 +1,6 @@
-"""The transformer block of encoder and decoder: pre-norm attention and MLP (paper, section 4; ViT).
+"""The transformer block of encoder and decoder: pre-norm attention and MLP.
 
+Source: paper, section 4; ViT (arXiv 2010.11929).
 Letters of shapes: n images, s tokens in the sequence, r output tokens, e width.
 """
 
@@ -21,7 +22,7 @@ NORM_EPS = 1e-6
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection for queries, keys and values, in this order."""
+    """Multi-head self-attention with one fused projection for queries, keys, values."""
 
     def __init__(self, trunk: TrunkConfig, attention_dropout: float, projection_dropout: float) -> None:
         super().__init__()
@@ -95,7 +96,12 @@ class Block(nn.Module):
         rope: Float[Tensor, "#n s half_d two"] | None = None,
         query_idx: Int[Tensor, "n r"] | None = None,
     ) -> Float[Tensor, "n r e"]:
-        """Run the block for the tokens at `query_idx`; arguments as in `Attention.forward`."""
+        """Run the block on the tokens at `query_idx`.
+
+        Args:
+            x: the sequence.
+            key_mask, rope, query_idx: as in `Attention.forward`.
+        """
         # attention
         attended = self.attention(self.norm1(x), key_mask, rope, query_idx)
         x = (x if query_idx is None else gather_tokens(x, query_idx)) + attended

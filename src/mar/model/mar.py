@@ -1,5 +1,6 @@
-"""MAR: an encoder of the visible tokens, a decoder of all, a condition z for each token, and the head that draws it.
+"""MAR, the masked autoregressive model: encoder, decoder and diffusion head.
 
+The encoder reads the visible tokens, the decoder computes a condition z for each token, and the head draws it given z.
 Source: paper (arXiv 2406.11838), section 3.4 and figure 2b. Letters of shapes: n images, L tokens, d values of a token,
 b buffer tokens, v visible tokens, r output tokens, s = b + v, e encoder width, f decoder width.
 """
@@ -22,7 +23,7 @@ UNCONDITIONAL = -1
 
 
 class MAR(nn.Module):
-    """tokens (n, L, d), labels (n,) and the positions of the visible tokens -> conditions z (n, L, f)."""
+    """Visible tokens, their positions and labels -> conditions z of all tokens."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -72,7 +73,7 @@ class MAR(nn.Module):
         self.head.init_weights()
 
     def blocks(self) -> list[nn.Module]:
-        """Return the blocks of trunk and head: each is compiled, recomputed or quantized as one."""
+        """Return all blocks, the units to compile, recompute or quantize."""
         return [*self.encoder, *self.decoder, *self.head.blocks]
 
     def forward(
@@ -104,7 +105,11 @@ class MAR(nn.Module):
         *,
         padded: bool = False,
     ) -> Float[Tensor, "n s e"]:
-        """Encode the buffer tokens, which carry the class, and the visible tokens. Args as in `forward`."""
+        """Encode the buffer tokens, which carry the class, and the visible tokens.
+
+        Args:
+            tokens, labels, visible, padded: as in `forward`.
+        """
         b, length, n = self.config.buffer_size, self.config.tokens, len(tokens)
 
         # buffer tokens, then visible tokens, each with its position embedding
@@ -113,17 +118,19 @@ class MAR(nn.Module):
         visible_tokens = self.token_embed(gather_tokens(tokens, visible)) + gather_tokens(positions, visible)
         x = self.embed_norm(torch.cat([buffer_tokens, visible_tokens], dim=1))
 
-        # padding is not attended to
+        # attention ignores padding
         key_mask = None
         if padded:
             key_mask = nn.functional.pad(visible < length, (b, 0), value=True)[:, None, None, :]
 
+        # rotary angles of these tokens
         rope = None
         if self.encoder_rope is not None:
             buffer_rope = self.encoder_rope[:b].expand(n, -1, -1, -1)
             grid_rope = self.encoder_rope[b:].flatten(1).expand(n, -1, -1)
             rope = torch.cat([buffer_rope, gather_tokens(grid_rope, visible).unflatten(-1, (-1, 2))], dim=1)
 
+        # encoder blocks
         for block in self.encoder:
             x = block(x, key_mask, rope)
         encoded: Tensor = self.encoder_norm(x)
@@ -132,7 +139,7 @@ class MAR(nn.Module):
     def decode(
         self, encoded: Float[Tensor, "n s e"], visible: Int[Tensor, "n v"], query_idx: Int[Tensor, "n r"] | None = None
     ) -> Float[Tensor, "n r f"]:
-        """Put mask tokens at hidden positions and compute z of the tokens at `query_idx`, as in `forward`.
+        """Put mask tokens at masked positions, and compute z at `query_idx`.
 
         Every block but the last needs all tokens; the last computes those at `query_idx` alone.
         """
@@ -143,6 +150,7 @@ class MAR(nn.Module):
         mask_tokens = self.mask_token.to(x.dtype).expand(len(x), length, -1)
         x = torch.cat([x[:, :b], scatter_tokens(mask_tokens, visible, x[:, b:])], dim=1) + self.decoder_position
 
+        # decoder blocks
         rope = None if self.decoder_rope is None else self.decoder_rope.unsqueeze(0)
         if query_idx is None:
             query_idx = torch.arange(length, device=x.device).expand(len(x), -1)
@@ -151,6 +159,7 @@ class MAR(nn.Module):
             x = block(x, rope=rope)
         x = last(x, rope=rope, query_idx=b + query_idx)
 
+        # z: the output plus the position embedding for the head
         positions = self.diffusion_position.expand(len(x), -1, -1)
         z: Tensor = self.decoder_norm(x) + gather_tokens(positions, query_idx)
         return z

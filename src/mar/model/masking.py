@@ -1,4 +1,4 @@
-"""Orders of tokens, the mask ratio of training, and the mask schedule of sampling.
+"""Orders of tokens, mask ratio of training, mask schedule of sampling.
 
 Pure functions. Letters: n images, L tokens, K reveal steps, M unknown tokens.
 """
@@ -19,7 +19,7 @@ EXPONENT = 5.0
 
 
 def random_order(length: int, generator: torch.Generator) -> Int[Tensor, " L"]:
-    """Draw a permutation of the token positions; tokens are revealed from its end to its start."""
+    """Draw a permutation of the positions; tokens are revealed from its end."""
     return torch.randperm(length, generator=generator)
 
 
@@ -37,53 +37,56 @@ def draw_mask_ratio(minimum: float, generator: torch.Generator) -> float:
 
 
 def masked_count(length: int, ratio: float) -> int:
-    """Return how many of `length` tokens a mask ratio masks: ceil(L * ratio)."""
+    """Return the number of masked tokens, ceil(L * ratio)."""
     return min(length, math.ceil(length * ratio))
 
 
 def split_by_mask(order: Int[Tensor, "n L"], masked: int) -> tuple[Int[Tensor, "n m"], Int[Tensor, "n v"]]:
-    """Return the positions (masked, visible), each ascending: the first `masked` of each order are masked."""
+    """Split orders into the first `masked` positions and the rest, both ascending."""
     return order[:, :masked].sort(dim=1).values, order[:, masked:].sort(dim=1).values
 
 
 def apply_order(order: Int[Tensor, " L"], grid: tuple[int, int], kind: Order) -> Int[Tensor, " L"]:
-    """Turn a random order into one of another kind, for tokens on a grid; no other randomness is used."""
+    """Turn a random order into one of another kind, without further randomness."""
     if kind == "checkerboard":
         return checkerboard_first(order, grid)
     return halton_order(order, grid) if kind == "halton" else order
 
 
 def checkerboard_first(order: Int[Tensor, " L"], grid: tuple[int, int]) -> Int[Tensor, " L"]:
-    """Reveal the black squares of a checkerboard before the white ones (GtR, arXiv 2510.17171)."""
+    """Reveal a checkerboard's black squares before its white ones (GtR, arXiv 2510.17171)."""
     white = (order // grid[1] + order % grid[1]) % 2 == 1
     return torch.cat([order[white], order[~white]])
 
 
 def halton_order(order: Int[Tensor, " L"], grid: tuple[int, int]) -> Int[Tensor, " L"]:
-    """Reveal tokens far from each other, by the Halton sequence of bases 2 and 3 (arXiv 2503.17076).
+    """Reveal tokens far from each other, by the Halton sequence (arXiv 2503.17076).
 
-    The sequence begins at the token that `order` reveals first, and wraps around the grid.
+    Its bases are 2 and 3. It begins at the token that `order` reveals first, and wraps around the grid.
     """
     rows, columns = grid
-    row, column = halton_places(rows, columns).unbind(1)
-    down, right = divmod(int(order[-1]), columns)
-    places = (row + down - row[0]) % rows * columns + (column + right - column[0]) % columns
-    return places.flip(0).to(order.device)
+    row, column = halton_cells(rows, columns).unbind(1)
+    first_row, first_column = divmod(int(order[-1]), columns)
+    positions = (row + first_row - row[0]) % rows * columns + (column + first_column - column[0]) % columns
+    return positions.flip(0).to(order.device)
 
 
 @lru_cache(maxsize=16)
-def halton_places(rows: int, columns: int) -> Int[Tensor, "L 2"]:
-    """Return row and column of every cell of a grid, in the order of the Halton sequence."""
-    places: dict[tuple[int, int], None] = {}
+def halton_cells(rows: int, columns: int) -> Int[Tensor, "L 2"]:
+    """Return row and column of every cell, in Halton order."""
+    cells: dict[tuple[int, int], None] = {}  # a dict keeps the order of insertion
     index = 0
-    while len(places) < rows * columns:
+    while len(cells) < rows * columns:
         index += 1
-        places.setdefault((int(van_der_corput(index, 2) * rows), int(van_der_corput(index, 3) * columns)))
-    return torch.tensor(list(places))
+        cells.setdefault((int(van_der_corput(index, 2) * rows), int(van_der_corput(index, 3) * columns)))
+    return torch.tensor(list(cells))
 
 
 def van_der_corput(index: int, base: int) -> float:
-    """Mirror the digits of `index` at the point: 1, 2, 3 in base 2 give 1/2, 1/4, 3/4."""
+    """Mirror the digits of `index` at the radix point.
+
+    In base 2, 1, 2, 3 give 1/2, 1/4, 3/4.
+    """
     value, weight = 0.0, 1.0
     while index:
         index, digit = divmod(index, base)
@@ -93,10 +96,10 @@ def van_der_corput(index: int, base: int) -> float:
 
 
 def mask_schedule(unknown: int, steps: int, kind: MaskSchedule = "cosine") -> list[int]:
-    """Return how many tokens stay masked after each step (MaskGIT's cosine; paper, section 4.2).
+    """Return the number of tokens still masked after each step.
 
-    n_k = max(1, min(n_{k-1} - 1, floor(M masked_fraction((k+1)/K)))), and 0 after the last step, which draws all that
-    are left. Every step reveals at least one token, so that K > M means K = M. Without unknown tokens there is no step.
+    n_k = max(1, min(n_{k-1} - 1, floor(M f((k+1)/K)))) with f of `masked_fraction` (paper, section 4.2), and 0 after the
+    last step. Every step reveals at least one token, so K > M means K = M. Without unknown tokens there is no step.
     """
     if not unknown:
         return []
@@ -110,12 +113,12 @@ def mask_schedule(unknown: int, steps: int, kind: MaskSchedule = "cosine") -> li
 
 
 def masked_fraction(done: int, steps: int, kind: MaskSchedule) -> float:
-    """Return cos(pi/2 u), or (1 - e^(-5 (1-u))) / (1 - e^-5), with u = done / steps: both fall from 1 to 0."""
+    """Return cos(pi/2 u) or (1 - e^(-5 (1-u))) / (1 - e^-5), with u = done / steps."""
     if kind == "exponential":
         return math.expm1(-EXPONENT * (1 - done / steps)) / math.expm1(-EXPONENT)
     return math.cos(math.pi / 2 * done / steps)
 
 
 def unknown_order(order: Int[Tensor, " L"], unknown: Bool[Tensor, " L"]) -> Int[Tensor, " M"]:
-    """Return the part of an order that is to be generated."""
+    """Return the unknown tokens of an order: those to generate."""
     return order[unknown[order]]

@@ -1,7 +1,8 @@
-"""Rotary position embeddings on a grid: attention sees the distance of two tokens, in rows and in columns.
+"""Rotary position embeddings in two dimensions.
 
-Source: Su et al. (arXiv 2104.09864). In two dimensions, half of the angles follow the row and half the column. Letters
-of shapes: n images, s tokens, h heads, d features of a head, b buffer tokens, L tokens of the grid.
+Half of the angles follow the row of a token and half its column: attention depends on the distance of two tokens.
+Source: Su et al. (arXiv 2104.09864). Letters of shapes: n images, s tokens, h heads, d features of a head, b buffer
+tokens, L tokens of the grid.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 BASE = 100.0
-"""The slowest angle turns once in about 2 pi times as many rows, far more than grids have."""
+"""Base of the frequencies. The slowest angle has a period of nearly 2 pi BASE rows, far more than grids have."""
 
 
 def rope_cache(buffer_size: int, grid: tuple[int, int], head_width: int) -> Float[Tensor, "b_and_L half_d two"]:
-    """Compute cosine and sine of every token's angles; those of buffer tokens, which have no place, are 0.
+    """Compute cosine and sine of every token's angles; buffer tokens have angle 0.
 
-    Always on the CPU, even where weights are still to come (on the meta device): no file has this table.
+    The table is real even on the meta device, since no weights file has it.
     """
 
     def count(end: int) -> Tensor:
@@ -31,7 +32,7 @@ def rope_cache(buffer_size: int, grid: tuple[int, int], head_width: int) -> Floa
 
 
 def apply_rope(x: Float[Tensor, "n s h d"], rope: Float[Tensor, "#n s half_d two"]) -> Float[Tensor, "n s h d"]:
-    """Rotate features i and i + d/2 of every head by the i-th angle of their token."""
+    """Rotate features i and i + d/2 of every head by the token's i-th angle."""
     cos, sin = rope.to(x.dtype).unsqueeze(2).unbind(-1)
     first, second = x.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)

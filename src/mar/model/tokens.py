@@ -27,7 +27,7 @@ def unpatchify(tokens: Float[Tensor, "n L d"], patch_size: int, grid: tuple[int,
 
 
 def gather_tokens(sequence: Float[Tensor, "n L e"], index: Int[Tensor, "n v"]) -> Float[Tensor, "n v e"]:
-    """Return sequence[i, index[i, j]] for every image i; an index of L, the padding, gives zeros."""
+    """Return sequence[i, index[i, j]] for every image i; index L, the padding, gives zeros."""
     padded = nn.functional.pad(sequence, (0, 0, 0, 1))
     return padded.gather(1, index.unsqueeze(-1).expand(-1, -1, sequence.shape[-1]))
 
@@ -35,6 +35,6 @@ def gather_tokens(sequence: Float[Tensor, "n L e"], index: Int[Tensor, "n v"]) -
 def scatter_tokens(
     background: Float[Tensor, "n L e"], index: Int[Tensor, "n v"], values: Float[Tensor, "n v e"]
 ) -> Float[Tensor, "n L e"]:
-    """Return `background` with values[i, j] at position index[i, j]; an index of L, the padding, is dropped."""
+    """Return `background` with values[i, j] at index[i, j]; index L, the padding, is dropped."""
     padded = nn.functional.pad(background, (0, 0, 0, 1))
     return padded.scatter(1, index.unsqueeze(-1).expand_as(values), values)[:, :-1]

@@ -77,8 +77,8 @@ def test_spacing_by_log_snr_is_as_even_as_timesteps_allow(steps: int) -> None:
 
 def test_fewer_timesteps_than_steps_are_refused() -> None:
     assert len(respace(FULL, 500, "log-snr", 0.4995)) == 500
-    reach = "the timesteps up to the share 0.4995 of the trained schedule's 1000"
-    with pytest.raises(ValueError, match=f"got 501, expected 1 to 500, {reach}"):
+    available = "the training schedule's 1000 timesteps up to start_t 0.4995"
+    with pytest.raises(ValueError, match=f"got 501, expected 1 to 500, {available}"):
         respace(FULL, 501, "log-snr", 0.4995)
 
 

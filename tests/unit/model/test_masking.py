@@ -10,7 +10,7 @@ import torch
 from mar.model.masking import (
     apply_order,
     draw_mask_ratio,
-    halton_places,
+    halton_cells,
     mask_schedule,
     masked_count,
     masked_fraction,
@@ -85,7 +85,7 @@ def test_a_random_order_stays_what_was_drawn() -> None:
 
 def test_halton_spreads_out() -> None:
     """Of a grid of 2^a x 3^b cells, its first points fall one into each of 2^c x 3^d equal parts."""
-    places = halton_places(4, 9)
+    places = halton_cells(4, 9)
     assert len({tuple(place) for place in places.tolist()}) == 36
     assert places[0].tolist() == [2, 3]  # 1/2 and 1/3
     assert places[1].tolist() == [1, 6]  # 1/4 and 2/3
