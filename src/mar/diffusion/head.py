@@ -325,6 +325,7 @@ class CFGDenoiser:
     def modulations(self, index: int) -> Modulations:
         """Return those of one step, computed in chunks."""
         if not self.first <= index < self.end:
+            # solvers go from the last step to the first
             self.first, self.end = max(0, index + 1 - self.chunk_steps), index + 1
             times = self.times[self.first : self.end]
             self.cached = []  # frees the last chunk before the next is made

@@ -98,8 +98,8 @@ def van_der_corput(index: int, base: int) -> float:
 def mask_schedule(unknown: int, steps: int, kind: MaskSchedule = "cosine") -> list[int]:
     """Return the number of tokens still masked after each step.
 
-    n_k = max(1, min(n_{k-1} - 1, floor(M f((k+1)/K)))) with f of `masked_fraction` (paper, section 4.2), and 0 after the
-    last step. Every step reveals at least one token, so K > M means K = M. Without unknown tokens there is no step.
+    n_k = max(1, min(n_{k-1} - 1, floor(M f((k+1)/K)))) with f of `masked_fraction` (paper, section 4.2), and 0 after
+    the last step. Every step reveals at least one token, so K > M means K = M. Without unknown tokens there is no step.
     """
     if not unknown:
         return []
