@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from mar.data.sources import open_source
 from mar.evaluation.evaluate import MetricOptions, collect
 from mar.evaluation.features import ModuleExtractor, open_extractor
-from mar.evaluation.image_sets import ImageBatch, NpzPictures, PictureSet, SourcePictures
+from mar.evaluation.image_sets import ImageBatch, ImageSet, NpzImages, SourceImages
 
 SIDE, BATCH = 32, 64
 FEW, MANY = 5_000, 50_000
@@ -75,8 +75,8 @@ def peak(pictures: int, keep: bool) -> None:
     """Prints the peak memory of this process, in KiB, after judging so many pictures."""
     torch.manual_seed(0)
     extractor = ModuleExtractor(Small(), "small", scores=True)
-    found = collect(Random(pictures), extractor, wanted=MetricOptions(kernel=keep), batch=BATCH)
-    assert found.score is not None
+    found = collect(Random(pictures), extractor, options=MetricOptions(kid=keep), batch=BATCH)
+    assert found.inception_score is not None
     assert found.statistics.count == pictures
     # not getrusage: there a process begins with the peak of the one that started it
     status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
@@ -104,7 +104,7 @@ def timed(run: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - clock, time.process_time() - processor
 
 
-def write(folder: Path, count: int) -> dict[str, PictureSet]:
+def write(folder: Path, count: int) -> dict[str, ImageSet]:
     """The same pictures as an .npz and as PNGs."""
     values = np.random.default_rng(0).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
     np.savez(folder / "pictures.npz", arr_0=values)
@@ -112,8 +112,8 @@ def write(folder: Path, count: int) -> dict[str, PictureSet]:
     for i, picture in enumerate(values):
         Image.fromarray(picture).save(folder / "pictures" / f"{i}.png")
     return {
-        "npz": NpzPictures(folder / "pictures.npz"),
-        "folder of PNGs": SourcePictures(open_source(folder / "pictures"), "PNGs"),
+        "npz": NpzImages(folder / "pictures.npz"),
+        "folder of PNGs": SourceImages(open_source(folder / "pictures"), "PNGs"),
     }
 
 

@@ -45,7 +45,7 @@ from mar.data.loader import in_order
 from mar.data.splits import subset
 from mar.evaluation.evaluate import MetricOptions, collect, compare
 from mar.evaluation.features import Extractor
-from mar.evaluation.image_sets import DrawnPictures, SourcePictures
+from mar.evaluation.image_sets import GeneratedImages, SourceImages
 from mar.model.mar import MAR
 from mar.sampling.generate import BrokenLatents
 from mar.sampling.plan import Plan
@@ -110,7 +110,7 @@ class Trial:
         held = run.held_out
         assert isinstance(held, Idx | Source)
         self.size = run.tokenizer.image_size(run.config.model.grid)
-        self.reference = collect(SourcePictures(held, "held out", size=self.size), extractor).statistics
+        self.reference = collect(SourceImages(held, "held out", size=self.size), extractor).statistics
         self.validate = Validation(run, log)
         so_far = run.saved_minutes()
         if so_far is None:  # saved by an older version
@@ -120,7 +120,7 @@ class Trial:
     def real(self, count: int) -> float:
         """The distance of as many training pictures, evenly taken."""
         assert isinstance(self.run.source, Idx | Source)
-        pictures = SourcePictures(subset(self.run.source, count), "learned from", size=self.size)
+        pictures = SourceImages(subset(self.run.source, count), "learned from", size=self.size)
         return compare(collect(pictures, self.extractor), self.reference, self.extractor, MetricOptions()).distance
 
     def at_mark(self, count: int) -> None:
@@ -154,10 +154,10 @@ class Trial:
         plan = Plan.total(count, list(range(self.run.config.model.classes)) or [-1])
         begun = time.process_time()
         try:
-            found = collect(DrawnPictures(drawer, plan, name="the run"), self.extractor, batch=100)
+            found = collect(GeneratedImages(drawer, plan, name="the run"), self.extractor, batch=100)
             report = compare(found, self.reference, self.extractor, MetricOptions())
-            line |= {"distance": report.distance, "agreement": report.agreement}
-            line |= {"worst_class": report.worst_agreement, "drawing_seconds": time.process_time() - begun}
+            line |= {"distance": report.distance, "agreement": report.class_accuracy}
+            line |= {"worst_class": report.worst_class_accuracy, "drawing_seconds": time.process_time() - begun}
         except BrokenLatents as error:
             line |= {"broken": str(error)}
         self.lines.append(line)

@@ -29,7 +29,7 @@ from mar.data.sources import FashionSource
 from mar.evaluation import metrics
 from mar.evaluation.evaluate import MetricOptions, collect, compare
 from mar.evaluation.features import Extractor, open_extractor
-from mar.evaluation.image_sets import ImageBatch, NpzPictures
+from mar.evaluation.image_sets import ImageBatch, NpzImages
 from mar.evaluation.statistics import FeatureStats
 
 Bytes = NDArray[np.uint8]
@@ -85,7 +85,7 @@ def rows(data: Path, count: int, model: Path | None) -> dict[str, Callable[[], I
 
 def from_npz(path: Path, count: int) -> InMemory:
     """The pictures of an `.npz`, grey."""
-    held = NpzPictures(path, limit=count)
+    held = NpzImages(path, limit=count)
     parts = list(held.batches(500, 0, len(held)))
     images = torch.cat([part.images[:, 0] for part in parts]).numpy()
     return InMemory(str(path), images, torch.cat([part.labels for part in parts]).numpy())
@@ -96,24 +96,24 @@ class Judge:
 
     def __init__(self, data: Path, count: int, judge: Path) -> None:
         self.lite, self.small = open_extractor("efficientnet-lite0"), classifier(judge)
-        self.wanted = MetricOptions(kernel=True, precision=True)
+        self.wanted = MetricOptions(kid=True, precision=True)
         test = load_split(data, "t10k")
         held = InMemory("test", test.images[:count], test.labels[:count])
         learned = FashionSource("train")
-        self.test = collect(held, self.lite, wanted=self.wanted).statistics
+        self.test = collect(held, self.lite, options=self.wanted).statistics
         self.test_small = collect(held, self.small).statistics
         of = InMemory("learned from", learned.images, learned.labels.astype(np.int64))
         self.learned = features(of, self.lite)
         assert self.test.features is not None
-        self.usual = metrics.nearest(self.learned, self.test.features)
+        self.usual = metrics.nearest_neighbors(self.learned, self.test.features)[0]
 
     def __call__(self, pictures: InMemory) -> dict[str, Any]:
-        found = collect(pictures, self.lite, wanted=self.wanted)
+        found = collect(pictures, self.lite, options=self.wanted)
         report = compare(found, self.test, self.lite, self.wanted)
         small = collect(pictures, self.small)
         judged = compare(small, self.test_small, self.small, MetricOptions())
         assert found.statistics.features is not None
-        near = metrics.nearest(self.learned, found.statistics.features)
+        near = metrics.nearest_neighbors(self.learned, found.statistics.features)[0]
         return {
             "FD (EfficientNet-Lite0)": report.distance,
             "KID x 1000": 1000 * (report.kernel_distance or 0),
@@ -121,7 +121,7 @@ class Judge:
             "precision": report.precision,
             "recall": report.recall,
             f"{self.small.metric}": judged.distance,
-            "class agreement": judged.agreement,
+            "class agreement": judged.class_accuracy,
             "nearest learned picture, median": float(near.median()),
             "nearer than 1% of test pictures are": float((near < self.usual.quantile(0.01)).double().mean()),
         }
@@ -129,7 +129,7 @@ class Judge:
 
 def features(pictures: InMemory, extractor: Extractor) -> torch.Tensor:
     """(n, d) of all the pictures."""
-    found: FeatureStats = collect(pictures, extractor, wanted=MetricOptions(kernel=True)).statistics
+    found: FeatureStats = collect(pictures, extractor, options=MetricOptions(kid=True)).statistics
     assert found.features is not None
     return found.features
 

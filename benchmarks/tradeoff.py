@@ -36,7 +36,7 @@ from mar.checkpoint.files import write_text
 from mar.cli.options import DrawnDtype, torch_dtype
 from mar.data.splits import subset
 from mar.evaluation.evaluate import MetricOptions, collect, compare
-from mar.evaluation.image_sets import DrawnPictures, ImageBatch, SourcePictures
+from mar.evaluation.image_sets import GeneratedImages, ImageBatch, SourceImages
 from mar.evaluation.metrics import frechet_distance
 from mar.evaluation.sweep import points
 from mar.pipeline import Pipeline
@@ -89,7 +89,7 @@ MEASURED, ABOUT = "tradeoff.jsonl", "tradeoff.json"
 class Timed:
     """A set of drawn pictures, and how long drawing them took, in seconds of the processor."""
 
-    drawn: DrawnPictures
+    drawn: GeneratedImages
     seconds: float = 0.0
 
     @property
@@ -117,7 +117,7 @@ class Timed:
 def draw(pipeline: Pipeline, way: str, count: int, seed: int) -> Timed:
     """Pictures of all classes, drawn in that way when they are asked for."""
     plan = Plan.total(count, list(range(pipeline.model.config.classes)) or [-1], seed=seed)
-    return Timed(DrawnPictures(pipeline, plan, name=way, **settings(way)))
+    return Timed(GeneratedImages(pipeline, plan, name=way, **settings(way)))
 
 
 def settings(way: str) -> dict[str, Any]:
@@ -154,8 +154,8 @@ class Measurement:
         note_or_check(args, fingerprints(args.data, parts, args.classifier))
         self.path = args.out / MEASURED
         size = self.pipeline.image_size
-        self.reference = collect(SourcePictures(parts[1], "held out", size=size), self.extractor).statistics
-        real = collect(SourcePictures(subset(parts[0], self.count), "learned from", size=size), self.extractor)
+        self.reference = collect(SourceImages(parts[1], "held out", size=size), self.extractor).statistics
+        real = collect(SourceImages(subset(parts[0], self.count), "learned from", size=size), self.extractor)
         distance = frechet_distance(real.statistics, self.reference)
         print(f"{distance:.3f} is the distance of {self.count:,} training pictures", flush=True)
 
@@ -166,7 +166,7 @@ class Measurement:
         try:
             found = collect(pictures, self.extractor, batch=self.batch)
             report = compare(found, self.reference, self.extractor, MetricOptions())
-            line |= {"distance": report.distance, "agreement": report.agreement}
+            line |= {"distance": report.distance, "agreement": report.class_accuracy}
             line |= {"seconds": pictures.seconds / self.count}
         except BrokenLatents as error:
             line |= {"broken": str(error)}

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Shaped
+from torch import Tensor
 
 from mar.config import ConfigError
 from mar.devices import choose_device
@@ -145,6 +147,36 @@ def all_gather_object(value: Any) -> list[Any]:
     values = [None] * dist.get_world_size()
     run_collective(lambda: dist.all_gather_object(values, value))
     return values
+
+
+def sum_over_ranks(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """Returns the sum of all ranks' tensors of one shape; `tensor` itself without a process group."""
+    if not in_group():
+        return tensor
+    total = tensor.to(_collective_device(), copy=True).contiguous()
+    run_collective(lambda: dist.all_reduce(total))
+    return total.to(tensor.device)
+
+
+def gather_rows(tensor: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "m d"]:
+    """Concatenates the rows of all ranks, in the order of ranks; returns `tensor` itself without a process group.
+
+    Ranks may have different n, 0 too, but the same d and dtype.
+    """
+    if not in_group():
+        return tensor
+    sizes = all_gather_object(len(tensor))
+    # all_gather wants equal shapes: short shares are padded
+    padded = torch.zeros(max(sizes), tensor.shape[1], dtype=tensor.dtype, device=_collective_device())
+    padded[: len(tensor)] = tensor
+    shares = [torch.empty_like(padded) for _ in sizes]
+    run_collective(lambda: dist.all_gather(shares, padded))
+    return torch.cat([share[:size] for share, size in zip(shares, sizes, strict=True)]).to(tensor.device)
+
+
+def _collective_device() -> torch.device:
+    """Returns the device of tensors that the process group can carry."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 class OtherRankFailed(Exception):

@@ -40,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    monkeypatch.setattr("mar.evaluation.evaluate.KERNEL_SUBSETS", 5)
+    monkeypatch.setattr("mar.evaluation.evaluate.KID_SUBSETS", 5)
 
 
 def evaluate(*arguments: str | Path) -> int:
@@ -78,9 +78,9 @@ def test_stats_of_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert said.err == "keeping the features of 9 pictures takes 216 bytes of memory\n"
     found = FeatureStats.load(out)
     assert found.count == 9
-    assert found.about is not None
-    assert found.about.size == (8, 8)
-    assert found.about.source == "pictures (train)"
+    assert found.provenance is not None
+    assert found.provenance.size == (8, 8)
+    assert found.provenance.source == "pictures (train)"
     assert found.features is not None
     assert list(tmp_path.iterdir()) == [out]
 
@@ -104,9 +104,9 @@ def test_stats_of_statistics_as_adm_publishes_them(tmp_path: Path, capsys: pytes
         (["statistics.npz", "--out", "o.npz", "--count", "5"], ["count needs pictures"]),
         (["statistics.npz", "--out", "o.npz", "--keep-features"], ["keep-features needs pictures"]),
         (["statistics.npz", "--out", "o.npz", "--image-size", "8"], ["image-size needs pictures"]),
-        (["pictures", "--out", "o.npz", "--count", "1"], ["count is 1", "at least 2"]),
-        (["pictures", "--out", "o.npz", "--batch", "0"], ["batch is 0"]),
-        (["pictures", "--out", "o.npz", "--image-size", "0"], ["image-size is 0"]),
+        (["pictures", "--out", "o.npz", "--count", "1"], ["count: got 1", "at least 2"]),
+        (["pictures", "--out", "o.npz", "--batch", "0"], ["batch: got 0"]),
+        (["pictures", "--out", "o.npz", "--image-size", "0"], ["image-size: got 0"]),
         (["pictures", "--out", "o.npz", "--features", "resnet"], ["resnet", "efficientnet-lite0"]),
         (["pictures", "--out", "o.npz", "--device", "tpu"], ["tpu"]),
     ],
@@ -245,7 +245,7 @@ def never(*_: object, **__: object) -> None:
     [
         (["model.safetensors", "--reference", "statistics.npz", "--kid"], ["need the features", "--keep-features"]),
         (["model.safetensors", "--reference", "statistics.npz", "--precision"], ["statistics.npz", "--keep-features"]),
-        (["model.safetensors", "--reference", "statistics.npz", "--neighbours"], ["neighbours", "--keep-features"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--neighbours"], ["neighbors", "--keep-features"]),
         (["model.safetensors", "--reference", "pictures", "--held-out", "statistics.npz"], ["--keep-features"]),
         (["model.safetensors", "--reference", "pictures", "--held-out", "nowhere"], ["nowhere"]),
         (["model.safetensors", "--reference", "statistics.npz", "--neighbours-grid", "g.png"], ["needs pictures"]),
@@ -256,14 +256,14 @@ def never(*_: object, **__: object) -> None:
         (["model.safetensors", "--reference", "pictures.npz"], ["8x8", "expected 4x4"]),
         (["model.safetensors", "--reference", "nothing.npz"], ["nothing.npz"]),
         (["model.safetensors", "--reference", "empty"], ["no pictures in empty"]),
-        (["model.safetensors", "--reference", "statistics.npz", "--count", "1"], ["count is 1"]),
-        (["model.safetensors", "--reference", "statistics.npz", "--splits", "0"], ["splits is 0"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--count", "1"], ["count: got 1"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--splits", "0"], ["splits: got 0"]),
         (["model.safetensors", "--reference", "statistics.npz", "--seed", "-1"], ["seed is -1"]),
         (["model.safetensors", "--reference", "statistics.npz", "--steps", "0"], ["steps is 0"]),
-        (["model.safetensors", "--reference", "statistics.npz", "--image-size", "8"], ["image-size is 8", "4x4"]),
-        (["model.safetensors", "--reference", "statistics.npz", "--out", "empty"], ["out is the folder empty"]),
-        (["model.safetensors", "--reference", "statistics.npz", "--out", "r.txt"], ["out is r.txt", ".json"]),
-        (["pictures", "--reference", "statistics.npz", "--out", "statistics.npz"], ["out is statistics.npz", ".json"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--image-size", "8"], ["image-size: got 8", "4x4"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--out", "empty"], ["out: got the folder empty"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--out", "r.txt"], ["out: got r.txt", ".json"]),
+        (["pictures", "--reference", "statistics.npz", "--out", "statistics.npz"], ["got statistics.npz", ".json"]),
         (["model.safetensors", "--reference", "pictures", "--neighbours-grid", "g.png", "--out", "g.png"], [".json"]),
         (["model.safetensors", "--reference", "r.json", "--out", "./r.json"], ["out is r.json, and so is reference"]),
         (["model.safetensors", "--reference", "pictures", "--sweep", "K=1", "--out", "pictures"], ["so is reference"]),
@@ -299,7 +299,7 @@ def test_what_can_not_be_judged_is_said_before_anything_is_drawn(
         np.savez("unnamed.npz", pictures=pictures)
         Path("damaged.npz").write_bytes(Path("pictures.npz").read_bytes()[:500])
         assert main(["stats", "pictures", "--out", "large.npz", *JUDGE]) == 0
-    monkeypatch.setattr("mar.evaluation.evaluate.collect", never)
+    monkeypatch.setattr("mar.evaluation.session.collect", never)
     said = refused(capsys, "evaluate", *options)
     assert all(word in said for word in words), said
     assert not Path("runs").exists()
@@ -309,7 +309,7 @@ def test_what_can_not_be_judged_is_said_before_anything_is_drawn(
 def test_statistics_of_another_extractor(
     judge: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mar.evaluation.evaluate.collect", never)
+    monkeypatch.setattr("mar.evaluation.session.collect", never)
     arguments = ["--reference", "statistics.npz", "--features", f"{judges.__file__}:{judge}", "--device", "cpu"]
     assert words in refused(capsys, "evaluate", "model.safetensors", *arguments, judge=False)
 
@@ -317,7 +317,7 @@ def test_statistics_of_another_extractor(
 def test_pictures_that_do_not_fit_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mixed = png(tmp_path / "mixed", 8, 8, 6)
     said = refused(capsys, "evaluate", mixed, "--reference", "pictures")
-    assert "2.png is 6x6, but those before it are 8x8" in said
+    assert "2.png is 6x6, expected 8x8 as before it" in said
     assert "--image-size" in said
     assert evaluate(mixed, "--reference", "pictures", "--image-size", "4") == 0
     said = refused(capsys, "evaluate", png(tmp_path / "small", 6, 6), "--reference", "pictures")
@@ -325,7 +325,7 @@ def test_pictures_that_do_not_fit_together(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_a_classifier_that_shares_no_class(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mar.evaluation.evaluate.collect", never)
+    monkeypatch.setattr("mar.evaluation.session.collect", never)
     judge = ["--classifier", f"{judges.__file__}:brightness"]
     said = refused(capsys, "evaluate", "model.safetensors", "--reference", "statistics.npz", *DRAW, *judge)
     assert "brightness knows the classes dark, middling, bright" in said
@@ -369,7 +369,7 @@ def test_stopped_while_the_neighbours_are_shown_nothing_was_written(
     def stop(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("mar.evaluation.neighbors._picture", stop)
+    monkeypatch.setattr("mar.evaluation.neighbors._read_image", stop)
     out = ["--out", tmp_path / "r.json", "--neighbours-grid", tmp_path / "g.png"]
     assert evaluate("pictures", "--reference", "pictures", *out) == 130
     said = capsys.readouterr()
@@ -491,7 +491,7 @@ def test_a_sweep_that_was_stopped_goes_on(
 def test_a_sweep_of_other_settings_is_refused_and_its_folder_left_alone(
     more: list[str], words: str, undisturbed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mar.evaluation.evaluate.collect", never)
+    monkeypatch.setattr("mar.evaluation.session.collect", never)
     before = {path.name: path.read_bytes() for path in undisturbed.iterdir()}
     said = refused(capsys, *sweep(undisturbed), *JUDGE, *more, judge=False)
     assert "holds another sweep" in said

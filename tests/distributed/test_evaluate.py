@@ -30,7 +30,7 @@ from mar.random import make_generator
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 COUNTS = (700, 2)
 """Pictures: uneven shares, and fewer than processes, so that one has none."""
-ALL = MetricOptions(kernel=True, precision=True, splits=2)
+ALL = MetricOptions(kid=True, precision=True, splits=2)
 JUDGE = ["--features", f"{judges.__file__}:insects", "--device", "cpu"]
 DRAW = ["--allow-broken", "--count", "8", "--batch", "3", "--splits", "2"]
 SEVERAL = (2, 3)
@@ -78,7 +78,7 @@ def outcome(folder: Path, rank: int, world: int) -> None:
     found = {}
     for count in COUNTS:
         for extractor in (Recorded(), judges.insects()):
-            found[count, extractor.name] = collect(Numbered(count), extractor, wanted=ALL, batch=16)
+            found[count, extractor.name] = collect(Numbered(count), extractor, options=ALL, batch=16)
     torch.save({key: plain(value) for key, value in found.items()}, folder / f"{world}-{rank}.pt")
     refusals = [said(Numbered(60, wide=40)), said(Numbered(60, broken=59)), said(Numbered(60, broken=0))]
     (folder / f"{world}-{rank}.json").write_text(json.dumps(refusals))
@@ -88,7 +88,7 @@ def plain(found: Collected) -> dict[str, object]:
     of = found.statistics
     return {
         "mean": of.mean, "covariance": of.covariance, "features": of.features, "count": of.count,
-        "score": found.score, "right": found.right, "judged": found.judged,
+        "score": found.inception_score, "right": found.correct, "judged": found.total,
     }  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def said(pictures: Numbered) -> str:
 
 def on_each_rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    evaluate.KERNEL_SUBSETS = 5
+    evaluate.KID_SUBSETS = 5
     cli.ERROR_GRACE_S = 0.5
     sweep.plot = lambda table, path: None  # matplotlib takes seconds to come
     os.chdir(folder)
@@ -155,7 +155,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         report = ["evaluate", "model.safetensors", "--reference", "pictures", "--kid", "--out", "report-1.json"]
         report += ["--held-out", "others", "--neighbours-grid", "near-1.png"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("mar.evaluation.evaluate.KERNEL_SUBSETS", 5)
+            patch.setattr("mar.evaluation.evaluate.KID_SUBSETS", 5)
             assert main([*report, *DRAW, *JUDGE]) == 0
         starts.ranks(max(SEVERAL), on_each_rank, folder)
     finally:
@@ -166,7 +166,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("world", SEVERAL)
 @pytest.mark.parametrize("count", COUNTS)
 def test_the_same_features_give_the_same_statistics(world: int, count: int, folder: Path) -> None:
-    alone = plain(collect(Numbered(count), Recorded(), wanted=ALL, batch=64))
+    alone = plain(collect(Numbered(count), Recorded(), options=ALL, batch=64))
     for rank in range(world):
         found = torch.load(folder / f"{world}-{rank}.pt")[count, "recorded"]
         for name in ("mean", "covariance"):
@@ -181,13 +181,13 @@ def test_the_same_features_give_the_same_statistics(world: int, count: int, fold
 @pytest.mark.parametrize("count", COUNTS)
 def test_end_to_end(world: int, count: int, folder: Path) -> None:
     extractor = judges.insects()
-    alone = collect(Numbered(count), extractor, wanted=ALL, batch=64)
+    alone = collect(Numbered(count), extractor, options=ALL, batch=64)
     assert compare(alone, alone.statistics, extractor, MetricOptions()).distance <= 1e-6
     for rank in range(world):
         found = torch.load(folder / f"{world}-{rank}.pt")[count, "insects"]
         torch.testing.assert_close(found["mean"], alone.statistics.mean, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found["covariance"], alone.statistics.covariance, rtol=1e-5, atol=1e-7)
-        assert found["right"] == alone.right
+        assert found["right"] == alone.correct
 
 
 @pytest.mark.parametrize("world", SEVERAL)

@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mar.distributed import gather_rows, sum_over_ranks
 from mar.evaluation.metrics import ScoreSums, inception_score
-from mar.evaluation.statistics import Moments, gather_rows, sum_over_ranks
+from mar.evaluation.statistics import Moments
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 ROWS, WIDTH = 1300, 6

@@ -73,7 +73,7 @@ def test_a_way_that_cannot_be_noted_leaves_those_before(
     path = tmp_path / tradeoff.MEASURED
     path.write_bytes(b'{"way": "K=5", "broken": "step 3"}\n')
     monkeypatch.setattr(tradeoff, "collect", lambda *_, **__: None)
-    report = SimpleNamespace(distance=1.0, agreement=None)
+    report = SimpleNamespace(distance=1.0, class_accuracy=None)
     monkeypatch.setattr(tradeoff, "compare", lambda *_: report)
     measurement = object.__new__(tradeoff.Measurement)
     vars(measurement).update(pipeline=pipeline(), path=path, count=2, seed=0, batch=2, extractor=None, reference=None)

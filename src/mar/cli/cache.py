@@ -171,18 +171,13 @@ def _make(
     """Makes this process's share of the shards."""
     from mar import distributed
     from mar.data.cache_writer import write_shards
-    from mar.sampling.progress import meter
+    from mar.sampling.progress import rank_meter
 
     source, tokenizer, device = parts
     assert options.out is not None
     mine = shards[distributed.rank() :: distributed.world_size()]
     share, to_do = (sum(len(about.span(k)) for k in some) for some in (mine, shards))
-    with meter(distributed.rank() == 0, about.pictures, about.pictures - to_do) as progress:
-
-        def advance(done: int) -> None:
-            check()
-            progress(about.pictures - to_do + done * to_do / share)  # the others are taken to be as far
-
+    with rank_meter(share, about.pictures, about.pictures - to_do, check) as advance:
         write_shards(
             options.out, about, source, tokenizer, mine, device=device, batch=options.batch, workers=options.workers,
             advance=advance,

@@ -1,10 +1,10 @@
-"""`mar evaluate`: how good a model or a set of pictures is, in numbers, and which way of drawing is best."""
+"""`mar evaluate`: metrics of a model or of a set of images, and sweeps over sampling settings."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,53 +16,55 @@ from mar.cli.stats import FeatureFlags, Split, check_count, check_out
 from mar.config import ConfigError
 
 if TYPE_CHECKING:
+    import torch
+
     from mar.evaluation.evaluate import Report
-    from mar.evaluation.session import EvalSession
+    from mar.evaluation.session import EvalOptions, EvalSession
     from mar.evaluation.sweep import Table
 
 
 @dataclass(frozen=True)
 class EvaluateOptions(FeatureFlags, SamplingFlags):
-    """Judges a model, or pictures that are there: FID or another Fréchet distance, Inception Score, KID, precision,
-    recall, copies, class agreement. For several processes: torchrun --nproc-per-node 8 -m mar evaluate ..."""
+    """Measures a model, or pictures that are there: FID or another Fréchet distance, Inception Score, KID, precision,
+    recall, copies, class accuracy. For several processes: torchrun --nproc-per-node 8 -m mar evaluate ..."""
 
     what: Annotated[str, tyro.conf.Positional]
     """A model by name, file or folder; a folder or .npz of pictures; or an .npz of `mar stats`."""
     reference: str
     """Real pictures: an .npz of `mar stats` or ADM's, an .npz or folder of pictures, a Parquet file, fashion."""
     reference_split: Split = "test"
-    """Which part of a reference that has several."""
+    """The part of a reference that has several."""
     count: int | None = None
     """Pictures in all: of a model in turns of its classes, of a set spread over it. By default 50 of each class, or the
     whole set."""
     seed: int = 0
-    """Pictures of another seed are others."""
+    """Another seed draws other pictures."""
     kid: bool = False
     """Also the kernel distance, with its standard error."""
     precision: bool = False
     """Also precision and recall."""
     neighbours: bool = False
-    """Also how near pictures come to those of the reference, which is to be what the model learned from."""
+    """Also the distance of pictures to those of the reference, for which take the training pictures."""
     held_out: str | None = None
-    """Real pictures that it did not learn from, as for reference: also the share of copies, nearer than 99% of them."""
+    """Real pictures outside the training set, as for reference: also the share of copies, nearer than 99% of them."""
     held_out_split: Split = "test"
-    """Which part of them."""
+    """The part of them."""
     neighbours_grid: Path | None = None
     """A .png of the pictures nearest to a reference picture: left the picture, right that of the reference."""
     splits: int = 10
     """Parts over which the Inception Score is averaged."""
     classifier: str | None = None
-    """FILE.py:function or module:function of a network that knows the classes: is a picture of the class asked for?"""
+    """FILE.py:function or module:function of a network that knows the classes: adds class accuracy."""
     classifier_weights: Path | None = None
     """A file of weights for it."""
     sweep: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=FIRST:LAST:STEP or NAME=A,B,C: every combination; cfg (guidance_scale), K (steps), diffusion_steps, ..."""
     out: Path | None = None
-    """Where the report (.json) goes, or the sweep's folder (by default runs/sweep)."""
+    """The report's file (.json), or the sweep's folder (by default runs/sweep)."""
 
 
 def evaluate(arguments: Sequence[str]) -> int:
-    """`mar evaluate`."""
+    """Runs `mar evaluate`."""
     sweep = any(argument.startswith("--sweep") for argument in arguments)
     note = "the same command goes on" if sweep else "nothing was written"
     return interruptible(note, lambda check: _evaluate(arguments, check))
@@ -70,20 +72,28 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 def _evaluate(arguments: Sequence[str], check: Callable[[], None]) -> int:
     from mar import devices, distributed
-    from mar.evaluation.session import EvalSession
 
     with distributed.collective_errors():
         options = parse(EvaluateOptions, "evaluate", arguments)
         devices.choose_device(options.device)
-        check_count(options.count)
-        if options.classifier_weights is not None and options.classifier is None:
-            raise ConfigError("classifier-weights are of a classifier; name it with --classifier")
-        _check_out(options)
-        _check_grid(options)
+        _check(options)
     with distributed.process_group(options.device) as device:
         with distributed.collective_errors():
-            judge = EvalSession(options, device, check)
-        return _sweep(judge) if options.sweep else _once(judge)
+            session = _open_session(options, device, check)
+        return _sweep(options, session) if options.sweep else _report(options, session)
+
+
+# ---- Options -> session
+
+
+def _check(options: EvaluateOptions) -> None:
+    """Raises ConfigError for options that contradict each other or the files that are there."""
+    check_count(options.count)
+    if options.classifier_weights is not None and options.classifier is None:
+        raise ConfigError("classifier-weights are of a classifier; name it with --classifier")
+    _check_out(options)
+    _check_source(options)
+    _check_grid(options)
 
 
 def _check_out(options: EvaluateOptions) -> None:
@@ -92,19 +102,38 @@ def _check_out(options: EvaluateOptions) -> None:
         return
     if not options.sweep and (out.suffix != ".json" or out.is_dir()):
         kind = "the folder " if out.is_dir() else ""
-        raise ConfigError(f"out is {kind}{out}, expected a file .json for the report")
+        raise ConfigError(f"out: got {kind}{out}, expected a file .json for the report")
     names = ("what", "reference", "held_out", "weights", "classifier_weights")
     check_out(out, **{name: getattr(options, name) for name in names})
 
 
+def _check_source(options: EvaluateOptions) -> None:
+    """Raises ConfigError for options of a model where there is none, and of pictures where there are none."""
+    from mar.evaluation.image_sets import is_image_set, is_statistics
+
+    if not is_image_set(options.what):
+        return
+    if options.sweep:
+        raise ConfigError(f"a sweep compares ways of drawing, but {options.what} is no model")
+    given = [*options.settings(), *(n for n in ("seed", "tf32", "allow_broken") if getattr(options, n))]
+    given += ["dtype"] if options.dtype != "fp32" else []
+    if given:
+        name = given[0].replace("_", "-")
+        raise ConfigError(f"{name} is of drawing, but {options.what} is no model; leave --{name} out")
+    if is_statistics(options.what):
+        for name in ("classifier", "count"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"{name} needs pictures, but {options.what} has only their statistics")
+
+
 def _check_grid(options: EvaluateOptions) -> None:
+    from mar.evaluation.image_sets import is_statistics
+
     path = options.neighbours_grid
     if path is None:
         return
-    from mar.evaluation.session import is_statistics
-
     if path.suffix != ".png" or path.is_dir():
-        raise ConfigError(f"neighbours-grid is {path}, expected a file .png")
+        raise ConfigError(f"neighbours-grid: got {path}, expected a file .png")
     if options.sweep:
         raise ConfigError("neighbours-grid shows one way of drawing, but a sweep has several; leave out one of the two")
     for spec in (options.what, options.reference):
@@ -112,78 +141,58 @@ def _check_grid(options: EvaluateOptions) -> None:
             raise ConfigError(f"neighbours-grid needs pictures on both sides, but {spec} has only their statistics")
 
 
-def _once(judge: EvalSession) -> int:
+def _open_session(options: EvaluateOptions, device: torch.device, check: Callable[[], None]) -> EvalSession:
+    from mar.evaluation.features import open_extractor
+    from mar.evaluation.image_sets import is_image_set
+    from mar.evaluation.session import EvalSession
+
+    model = None if is_image_set(options.what) else options.load(options.what, device)
+    extractor, classifier = options.extractor(device), None
+    if options.classifier is not None:
+        classifier = open_extractor(options.classifier, options.classifier_weights).to(device)
+    return EvalSession(_eval_options(options), extractor, model=model, classifier=classifier, check=check)
+
+
+def _eval_options(options: EvaluateOptions) -> EvalOptions:
+    from mar.evaluation.evaluate import MetricOptions
+    from mar.evaluation.session import EvalOptions
+
+    neighbors = options.neighbours or options.neighbours_grid is not None
+    return EvalOptions(
+        source=options.what,
+        reference=options.reference,
+        reference_split=options.reference_split,
+        held_out=options.held_out,
+        held_out_split=options.held_out_split,
+        metrics=MetricOptions(options.kid, options.precision, options.splits, neighbors),
+        count=options.count,
+        seed=options.seed,
+        image_size=options.size(),
+        batch=options.batch,
+        sampling=options.settings(),
+        allow_broken=options.allow_broken,
+    )
+
+
+# ---- One report
+
+
+def _report(options: EvaluateOptions, session: EvalSession) -> int:
     from mar import distributed
     from mar.checkpoint.files import write_text
 
-    judge.measure_reference()
-    report, out, grid = judge.report(), judge.options.out, judge.options.neighbours_grid
+    report = session.report()
     with distributed.collective_errors():
         if distributed.rank() == 0:
             for name, value in report.lines():
                 print(f"{name:<32} {value}")
             _warn(report)
-            sheet = judge.grid(report)  # pictures are drawn again: nothing is written before all is there
-            if sheet is not None and grid is not None:
-                save_png(sheet, grid, pairs=report.to_dict()["pairs"])
-            if out is not None:
-                write_text(out, json.dumps(report.to_dict(), indent=1) + "\n")
+            if options.neighbours_grid is not None:  # draws images again: nothing is written before all is there
+                grid = session.pair_grid(report)
+                save_png(grid, options.neighbours_grid, pairs=report.to_dict()["pairs"])
+            if options.out is not None:
+                write_text(options.out, json.dumps(report.to_dict(), indent=1) + "\n")
     return 0
-
-
-def _sweep(judge: EvalSession) -> int:
-    from mar import distributed
-    from mar.evaluation.sweep import Table, plot, points, require_matplotlib
-
-    folder = judge.options.out or Path("runs/sweep")
-    with distributed.collective_errors():
-        require_matplotlib()
-        wanted = points(judge.options.sweep)
-        assert judge.model is not None
-        for point in wanted:
-            judge.model.sampling_with(**{**judge.options.settings(), **point})
-        table = Table(folder, judge.settings(wanted))
-        missing = [point for point in wanted if not table.has(point)]
-    if missing:
-        judge.measure_reference()
-    for place, point in enumerate(missing, 1):
-        if distributed.rank() == 0:
-            print(f"{place} of {len(missing)}: {_words(point)}", file=sys.stderr, flush=True)
-        report = judge.report(**point)
-        with distributed.collective_errors():
-            if distributed.rank() == 0:
-                table.add(point, report)
-                plot(table, folder / "sweep.png")
-                if place == 1:
-                    _warn(report)
-    with distributed.collective_errors():
-        if distributed.rank() == 0:
-            table.write()  # a sweep may have been killed between its files
-            plot(table, folder / "sweep.png")
-            _show(table)
-            print(f"{folder}: sweep.json, sweep.csv, sweep.png")
-    return 0
-
-
-def _show(table: Table) -> None:
-    from rich.console import Console
-    from rich.table import Table as Shown
-
-    shown, best = Shown(box=None), table.best()
-    # spreads and the worst class are in the files; here lines have to stay readable
-    names = [name for name in table.columns() if not name.endswith(("_std", "_error")) and "worst" not in name]
-    for name in names:
-        shown.add_column(name.replace("_", " "), justify="right")
-    for row in table.rows:
-        cells = dict(zip(table.columns(), table.cells(row), strict=True))
-        shown.add_row(*(_short(cells[name]) for name in names), style="bold" if row is best else None)
-    Console().print(shown)
-    if best is not None:
-        print(f"best: {_words(best.point)}: {best.report['metric']} {best.distance:.4g}")
-
-
-def _short(cell: Any) -> str:
-    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
 def _warn(report: Report) -> None:
@@ -191,5 +200,64 @@ def _warn(report: Report) -> None:
         print(f"mar: {line}", file=sys.stderr)
 
 
-def _words(point: dict[str, Any]) -> str:
+# ---- A sweep
+
+
+def _sweep(options: EvaluateOptions, session: EvalSession) -> int:
+    from mar import distributed
+    from mar.evaluation.sweep import Table, plot, points, require_matplotlib
+
+    folder = options.out or Path("runs/sweep")
+    with distributed.collective_errors():
+        require_matplotlib()
+        all_points = points(options.sweep)
+        assert session.model is not None
+        for point in all_points:
+            session.model.sampling_with(**{**options.settings(), **point})
+        loading = {"dtype": options.dtype, "tf32": options.tf32}
+        table = Table(folder, {**session.sweep_settings(all_points), **loading})
+        missing = [point for point in all_points if not table.has(point)]
+    if missing:
+        session.measure_reference()
+    for number, point in enumerate(missing, 1):
+        if distributed.rank() == 0:
+            print(f"{number} of {len(missing)}: {_point_text(point)}", file=sys.stderr, flush=True)
+        report = session.report(**point)
+        with distributed.collective_errors():
+            if distributed.rank() == 0:
+                table.add(point, report)
+                plot(table, folder / "sweep.png")
+                if number == 1:
+                    _warn(report)
+    with distributed.collective_errors():
+        if distributed.rank() == 0:
+            table.write()  # a sweep may have been killed between its files
+            plot(table, folder / "sweep.png")
+            _print_table(table)
+            print(f"{folder}: sweep.json, sweep.csv, sweep.png")
+    return 0
+
+
+def _print_table(table: Table) -> None:
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    printed, best = RichTable(box=None), table.best()
+    # spreads and the worst class are in the files; here lines have to stay readable
+    names = [name for name in table.columns() if not name.endswith(("_std", "_error")) and "worst" not in name]
+    for name in names:
+        printed.add_column(name.replace("_", " "), justify="right")
+    for row in table.rows:
+        cells = dict(zip(table.columns(), table.cells(row), strict=True))
+        printed.add_row(*(_short(cells[name]) for name in names), style="bold" if row is best else None)
+    Console().print(printed)
+    if best is not None:
+        print(f"best: {_point_text(best.point)}: {best.report['metric']} {best.distance:.4g}")
+
+
+def _short(cell: Any) -> str:
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+
+
+def _point_text(point: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in point.items())

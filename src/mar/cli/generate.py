@@ -168,16 +168,15 @@ def _draw(
     """Draws and writes this process's share of the units."""
     from mar import distributed
     from mar.sampling.generate import BrokenLatents
-    from mar.sampling.progress import meter
+    from mar.sampling.progress import rank_meter
 
     mine = units[distributed.rank() :: distributed.world_size()]
-    share, to_draw = sum(len(unit.labels) for unit in mine), sum(len(unit.labels) for unit in units)
-    before, done = len(sink.job.plan) - to_draw, 0
-    with meter(distributed.rank() == 0, len(sink.job.plan), before) as progress:
+    share, to_draw = (sum(len(unit.labels) for unit in part) for part in (mine, units))
+    total, done = len(sink.job.plan), 0
+    with rank_meter(share, total, total - to_draw, check) as show:
 
         def advance(part: float) -> None:
-            check()
-            progress(before + (done + part) * to_draw / share)  # the others are taken to be as far
+            show(done + part)
 
         for unit in mine:
             labels = [None if label < 0 else label for label in unit.labels]

@@ -178,7 +178,7 @@ def _evaluation(options: TrainOptions, run: Run, log: Log) -> OnSnapshot:
 
     extractor = open_extractor(options.eval_features, options.eval_weights).to(run.device)
     judge = OnlineEvaluator(extractor, options.eval_reference or options.config.data, options.eval_count)
-    judge.measure(
+    judge.measure_reference(
         take_snapshot(run).pipeline("ema").image_size
     )  # what is wrong with it is wrong before hours of training, too
 

@@ -1,82 +1,92 @@
-"""Is a picture of the class that was asked for? Classes of pictures and of a judge are matched by name."""
+"""Class accuracy: the share of images that a classifier takes for the class they were drawn with.
+
+Classes of the images and of the classifier are matched by name.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mar import distributed
 from mar.evaluation.features import Extractor, Features
-from mar.evaluation.image_sets import ImageBatch, PictureSet
-from mar.evaluation.statistics import sum_over_ranks
+from mar.evaluation.image_sets import ImageBatch, ImageSet
 from mar.sampling.sinks.folder import class_folders
 
 
 class ClassAccuracy:
-    """Counts, class by class, the pictures that the judge takes for what they are to be.
+    """Running counts of correct and of all classified images, class by class.
 
-    `classifier` is the judge; by default the extractor, where its classes are the pictures'. Classes that the judge
-    does not know are left out. Raises ValueError where a classifier shares no class with the pictures.
+    `classifier` is by default the extractor itself, if it knows classes of the images; without either nothing is
+    counted. Classes that it does not know are left out. Raises ValueError for a classifier without a shared class.
     """
 
-    def __init__(self, pictures: PictureSet, extractor: Extractor, classifier: Extractor | None) -> None:
-        judge = classifier or extractor
-        self._classifier, self._classes = classifier, pictures.classes
-        self._table = class_numbers(pictures.classes, judge.classes)
-        if classifier is not None and self._table is None:
+    def __init__(self, images: ImageSet, extractor: Extractor, classifier: Extractor | None) -> None:
+        network = classifier or extractor
+        self._classifier, self._classes = classifier, images.classes
+        self._class_map = match_classes(images.classes, network.classes)
+        if classifier is not None and self._class_map is None:
             raise ValueError(
-                f"{classifier.name} knows {_few(classifier.classes)}, but {pictures.name} has {_few(pictures.classes)}:"
-                " it can't say whether they agree"
+                f"{classifier.name} knows {_class_list(classifier.classes)}, but {images.name} has "
+                f"{_class_list(images.classes)}: expected a classifier with at least one of them"
             )
-        self._right = torch.zeros(len(pictures.classes), dtype=torch.int64)
-        self._asked = torch.zeros_like(self._right)
+        self._correct = torch.zeros(len(images.classes), dtype=torch.int64)
+        self._total = torch.zeros_like(self._correct)
 
-    def add(self, part: ImageBatch, found: Features) -> None:
-        """Adds a batch, of which the extractor has `found` this."""
-        if self._table is None:
+    def add(self, batch: ImageBatch, features: Features) -> None:
+        """Counts a batch; `features` are the extractor's."""
+        if self._class_map is None:
             return
-        logits = found.logits if self._classifier is None else self._classifier(part.images).logits
-        assert logits is not None  # who has classes has logits
-        known = torch.isin(part.labels, self._table) & (part.labels >= 0)
-        hits = (self._table[logits.argmax(1).cpu()] == part.labels)[known]
-        self._asked.index_add_(0, part.labels[known], torch.ones_like(part.labels[known]))
-        self._right.index_add_(0, part.labels[known], hits.long())
+        logits = features.logits if self._classifier is None else self._classifier(batch.images).logits
+        assert logits is not None  # a network with classes has logits
+        known = torch.isin(batch.labels, self._class_map) & (batch.labels >= 0)
+        correct = (self._class_map[logits.argmax(1).cpu()] == batch.labels)[known]
+        self._total.index_add_(0, batch.labels[known], torch.ones_like(batch.labels[known]))
+        self._correct.index_add_(0, batch.labels[known], correct.long())
 
-    def left_out(self) -> tuple[str, ...]:
-        """The names of the classes that the judge does not know; () without a judge."""
-        if self._table is None:
+    def unknown_classes(self) -> tuple[str, ...]:
+        """Returns the names of the classes that the classifier does not know; () without a classifier."""
+        if self._class_map is None:
             return ()
-        known = set(self._table.tolist())
+        known = set(self._class_map.tolist())
         return tuple(name for i, name in enumerate(self._classes) if i not in known)
 
     def counts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """For each class how many pictures were right, and how many judged, over all processes; () without a judge."""
-        if self._table is None:
+        """Returns the correct and all classified images of each class, over all ranks; () without a classifier."""
+        if self._class_map is None:
             return (), ()
-        return tuple(sum_over_ranks(self._right).tolist()), tuple(sum_over_ranks(self._asked).tolist())
+        correct, total = distributed.sum_over_ranks(self._correct), distributed.sum_over_ranks(self._total)
+        return tuple(correct.tolist()), tuple(total.tolist())
 
 
-def class_numbers(theirs: tuple[str, ...], judges: tuple[str, ...]) -> Int[Tensor, " k"] | None:
-    """For each class of the judge its number among `theirs`, -1 where there is none; None where no name is shared.
+def match_classes(images: Sequence[str], classifier: Sequence[str]) -> Int[Tensor, " k"] | None:
+    """Returns for each class of the classifier its number among the images' classes.
 
-    Classes are the same where their names are, in any case, or those of the folders that `mar generate` makes for them:
-    pictures that it wrote know only these.
+    It is -1 for a class that the images do not have; the whole result is None if no class is shared. Names match in
+    any case, and also as the names of folders that `mar generate` makes of them.
     """
-    names = {name.casefold(): i for i, name in enumerate(theirs)}
-    numbers = names | {folder: i for i, folder in enumerate(_folders(theirs))}
-    found = [
+    names = {name.casefold(): i for i, name in enumerate(images)}
+    numbers = names | {folder: i for i, folder in enumerate(_folder_names(images))}
+    matches = [
         numbers.get(folder, numbers.get(name.casefold(), -1))
-        for folder, name in zip(_folders(judges), judges, strict=True)
+        for folder, name in zip(_folder_names(classifier), classifier, strict=True)
     ]
-    table = torch.tensor(found, dtype=torch.int64)
-    return table if bool((table >= 0).any()) else None
+    class_map = torch.tensor(matches, dtype=torch.int64)
+    return class_map if bool((class_map >= 0).any()) else None
 
 
-def _folders(names: tuple[str, ...]) -> list[str]:
-    folders = class_folders(names)
-    return [folders[i].casefold() for i in range(len(names))]
+def _folder_names(classes: Sequence[str]) -> list[str]:
+    folders = class_folders(classes)
+    return [folders[i].casefold() for i in range(len(classes))]
 
 
-def _few(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return f"the classes {shown}" if names else "no class names"
+def _class_list(names: Sequence[str]) -> str:
+    return f"the classes {shorten(names)}" if names else "no class names"
+
+
+def shorten(names: Sequence[str]) -> str:
+    """Lists the first five names."""
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -1,9 +1,9 @@
-"""Does a model draw copies of what it learned from? Fréchet distances reward that; the nearest learned picture tells.
+"""Copies of training images: generated images nearer to a training image than held-out real images ever are.
 
-The distance to the nearest learned picture says little alone: how near is near depends on the pictures and on the
-network. Real pictures that were not learned from ("held out") are the measure, as in the data-copying test of Meehan,
-Chaudhuri and Dasgupta, "A Non-Parametric Test to Detect Data-Copying in Generative Models" (arXiv 2004.05675); of
-which this is the idea, not the statistic.
+Fréchet distances reward copies. A distance to the nearest training image says little alone: it depends on the images
+and on the network. Real images that were not trained on ("held out") set the scale, as in the data-copying test of
+Meehan, Chaudhuri and Dasgupta, "A Non-Parametric Test to Detect Data-Copying in Generative Models" (arXiv
+2004.05675). This is their idea, not their statistic.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from PIL import Image
 from torch import Tensor
 
 from mar.data.images import image_grid
-from mar.evaluation.image_sets import PictureSet
-from mar.evaluation.metrics import nearest
+from mar.evaluation.image_sets import ImageSet
+from mar.evaluation.metrics import nearest_neighbors
 from mar.evaluation.statistics import FeatureStats, check_comparable
 
-RARE = 0.01
-"""The share of held-out pictures that may be as near to a learned one as what is called a copy."""
-SHOWN = 8
-"""How many of the nearest pairs are reported."""
-SIDE = 112
-"""Pixels that a picture of a sheet has at least, where a whole factor brings it there."""
+COPY_QUANTILE = 0.01
+"""The share of held-out images that is as near to a training image as a copy."""
+NUM_PAIRS = 8
+"""Nearest pairs that are reported."""
+MIN_SIDE = 112
+"""Pixels of an image in the grid of pairs, at least, if a whole factor brings it there."""
 
 
 class Pair(NamedTuple):
-    """A picture and the reference picture nearest to it, by their numbers in their sets."""
+    """An image and the reference image nearest to it, by their numbers in their sets."""
 
     picture: int
     reference: int
@@ -39,63 +39,74 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class HeldOut:
-    """How near real pictures that were not learned from come to those that were."""
+    """Distances of held-out real images to the training images."""
 
     count: int
     median: float
-    """Of the distances to the nearest learned picture."""
-    near: float
-    """The distance that all but 1% of them keep: what comes nearer is called a copy."""
+    """The median distance to the nearest training image."""
+    copy_distance: float
+    """Its 1% quantile: an image nearer than this counts as a copy."""
 
     @classmethod
     def of(cls, held_out: FeatureStats, reference: FeatureStats) -> HeldOut:
-        """From statistics with features. ValueError where they can't be compared, features are missing, or 1% of the
-        held-out pictures are in the reference themselves, so that no copy could be nearer."""
-        if held_out.about is not None and reference.about is not None:
-            check_comparable(held_out.about, reference.about)
-        if held_out.features is None or reference.features is None:
-            raise ValueError("held-out pictures: the features of all pictures are needed, on both sides")
-        distances = nearest(reference.features, held_out.features)
-        near = float(distances.quantile(RARE))
-        # the same picture in another batch differs by float32's rounding
-        if near <= 1e-5 * float(reference.features.double().norm(dim=1).mean()):
-            names = [of.about.source if of.about else "statistics" for of in (held_out, reference)]
-            raise ValueError(
-                f"{RARE:.0%} or more of the held-out pictures ({names[0]}) are in the reference ({names[1]}) itself; "
-                "the reference has to be what the model learned from, and the held-out pictures others"
-            )
-        return cls(len(distances), float(distances.quantile(0.5)), near)
+        """Measures `held_out` against `reference`; both need features.
 
-    def doubts(self) -> tuple[str, ...]:
-        """Why the share of copies is not what it seems, one line each."""
-        if self.count * RARE >= 1:
+        Raises ValueError for statistics that can't be compared, and for held-out images of which 1% are in the
+        reference: no copy could be nearer.
+        """
+        check_comparable(held_out.provenance, reference.provenance)
+        if held_out.features is None or reference.features is None:
+            raise ValueError("held-out pictures: got statistics without features, expected all features on both sides")
+        distances, _ = nearest_neighbors(reference.features, held_out.features)
+        copy_distance = float(distances.quantile(COPY_QUANTILE))
+        # the same image in another batch differs by float32's rounding
+        if copy_distance <= 1e-5 * float(reference.features.double().norm(dim=1).mean()):
+            names = [s.provenance.source if s.provenance else "statistics" for s in (held_out, reference)]
+            raise ValueError(
+                f"{COPY_QUANTILE:.0%} or more of the held-out pictures ({names[0]}) are in the reference ({names[1]}) "
+                "itself; expected the training pictures as reference, and others held out"
+            )
+        return cls(len(distances), float(distances.quantile(0.5)), copy_distance)
+
+    def sanity_warnings(self) -> tuple[str, ...]:
+        """Returns reasons to doubt the share of copies, one line each."""
+        if self.count * COPY_QUANTILE >= 1:
             return ()
-        return (f"{self.count:,} held-out pictures: {RARE:.0%} of them is less than one; copies are a rough guess",)
+        return (
+            f"{self.count:,} held-out pictures: {COPY_QUANTILE:.0%} of them is less than one; copies are a rough guess",
+        )
 
 
 def share_of_copies(distances: Float64[Tensor, "n"], held_out: HeldOut) -> float:
-    """The share of pictures at these distances from the nearest learned one that are nearer than all but 1% of the
-    held-out pictures are. About 1% for a model whose pictures are new, 1 for one that draws copies."""
-    return float((distances < held_out.near).double().mean())
+    """Returns the share of images nearer to a training image than 99% of the held-out ones.
 
-
-def closest(distances: Float64[Tensor, "n"], numbers: Int64[Tensor, "n"], count: int = SHOWN) -> tuple[Pair, ...]:
-    """The `count` pictures nearest to a reference picture (or all there are), the nearest first; `numbers` are those
-    of the reference pictures."""
-    order = distances.argsort(stable=True)[:count].tolist()
-    return tuple(Pair(i, int(numbers[i]), float(distances[i])) for i in order)
-
-
-def sheet(pairs: tuple[Pair, ...], pictures: PictureSet, reference: PictureSet) -> Image.Image:
-    """A pair a row: on the left the picture, on the right the reference picture. Both sets have pictures of one size.
-
-    Pictures are fetched again one by one; a model draws them anew (in bfloat16 not the same to the last bit).
+    `distances` are those to the nearest training image. The share is about 1% for a model of new images, and 1 for one
+    that copies.
     """
-    found = [_picture(of, n) for pair in pairs for of, n in ((pictures, pair.picture), (reference, pair.reference))]
-    return image_grid(found, columns=2, scale=max(1, SIDE // max(found[0].size)))
+    return float((distances < held_out.copy_distance).double().mean())
 
 
-def _picture(pictures: PictureSet, number: int) -> Image.Image:
-    """Picture `number`, in colours."""
-    (part,) = pictures.batches(1, number, number + 1)
-    return Image.fromarray(part.images[0].expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())
+def closest_pairs(
+    distances: Float64[Tensor, "n"], indices: Int64[Tensor, "n"], count: int = NUM_PAIRS
+) -> tuple[Pair, ...]:
+    """Returns the `count` images nearest to a reference image (or all there are), the nearest first.
+
+    `indices` are the numbers of the reference images.
+    """
+    order = distances.argsort(stable=True)[:count].tolist()
+    return tuple(Pair(i, int(indices[i]), float(distances[i])) for i in order)
+
+
+def pair_grid(pairs: tuple[Pair, ...], images: ImageSet, reference: ImageSet) -> Image.Image:
+    """Draws a pair a row: the image on the left, the reference image on the right.
+
+    Images are read again one by one; a model draws them anew (in bfloat16 not the same to the last bit).
+    """
+    cells = [_read_image(s, i) for pair in pairs for s, i in ((images, pair.picture), (reference, pair.reference))]
+    return image_grid(cells, columns=2, scale=max(1, MIN_SIDE // max(cells[0].size)))
+
+
+def _read_image(images: ImageSet, index: int) -> Image.Image:
+    """Reads one image of a set, in color."""
+    (batch,) = images.batches(1, index, index + 1)
+    return Image.fromarray(batch.images[0].expand(3, -1, -1).permute(1, 2, 0).contiguous().numpy())

@@ -1,347 +1,284 @@
-"""What people name on the command line -> sets of pictures and reference statistics.
+"""Evaluation sessions: a reference is opened and measured once, then many sets of images are held against it.
 
-Judging a model while it learns: the same pictures, the same reference, again and again.
-
-What `mar evaluate` holds on to while it judges: networks, model, reference, held-out pictures.
+`EvalSession` serves `mar evaluate`: one report, or one for each point of a sweep. `OnlineEvaluator` evaluates a model
+during training.
 """
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
 
 from mar import distributed
-from mar.cli.stats import Split, progress, say_memory
 from mar.config import ConfigError
-from mar.data.paths import SHARD_SUFFIXES
-from mar.data.sources import open_source
-from mar.evaluation.evaluate import Advance, MetricOptions, Report, collect, compare
+from mar.evaluation.class_accuracy import ClassAccuracy
+from mar.evaluation.evaluate import Collected, MetricOptions, Report, collect, compare, print_feature_memory
 from mar.evaluation.features import Extractor
-from mar.evaluation.image_sets import DrawnPictures, NpzPictures, PictureSet, SourcePictures
+from mar.evaluation.image_sets import (
+    GeneratedImages,
+    ImageSet,
+    digest,
+    has_test_split,
+    is_statistics,
+    open_images,
+    rank_share,
+)
+from mar.evaluation.neighbors import HeldOut, pair_grid
 from mar.evaluation.statistics import FeatureStats, StatsProvenance, check_comparable
-from mar.pipeline import WEIGHTS_FILE, Pipeline
+from mar.evaluation.sweep import fixed_settings
+from mar.pipeline import Pipeline
 from mar.sampling.plan import Plan
-from mar.zoo import BUNDLED
+from mar.sampling.progress import rank_meter
 
-if TYPE_CHECKING:
-    import torch
-    from PIL import Image
-
-    from mar.cli.evaluate import EvaluateOptions
-    from mar.evaluation.evaluate import Collected, Report
-    from mar.evaluation.features import Extractor
-    from mar.evaluation.image_sets import PictureSet
-    from mar.evaluation.neighbors import HeldOut
-    from mar.evaluation.statistics import FeatureStats
-    from mar.pipeline import Pipeline
-
-RUN_FILE = "run.json"
-"""What tells the folder of a run (`mar.training.run`, which this room does not know)."""
-
-
-def is_statistics(spec: str) -> bool:
-    """Whether `spec` is an `.npz` that holds statistics rather than pictures."""
-    path = Path(spec)
-    if path.suffix != ".npz" or not path.is_file():
-        return False
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return "mu.npy" in archive.namelist()
-    except zipfile.BadZipFile:
-        return False  # what is wrong with it is said by who opens it
-
-
-def is_pictures(spec: str) -> bool:
-    """Whether `spec` is an `.npz`, a Parquet or .tar file, or a folder without a model in it.
-
-    The name of a bundled model is not, whatever folder there is: to `zoo.load` it means the model.
-    """
-    if spec in BUNDLED:
-        return False
-    path = Path(spec)
-    return path.suffix in (".npz", *SHARD_SUFFIXES) or (path.is_dir() and not (path / WEIGHTS_FILE).exists())
-
-
-def open_pictures(
-    spec: str, *, split: str = "train", size: tuple[int, int] | None = None, limit: int | None = None
-) -> PictureSet:
-    """The pictures of an `.npz`, or of a data source as `open_source` knows them. ValueError where there are none.
-
-    The folder of a run is refused: what pictures it has were drawn, or looked at, on the way.
-
-    `size` (height, width) is what those of a source are brought to; an `.npz` has to have it already.
-    """
-    path = Path(spec)
-    if (path / RUN_FILE).is_file():
-        raise ValueError(
-            f"{path} is the folder of a run, whose pictures are samples of its training; expected a folder of "
-            f"pictures, or the model of a run that has saved its {WEIGHTS_FILE}"
-        )
-    if path.suffix != ".npz":
-        return SourcePictures(open_source(spec, split), f"{spec} ({split})", size=size, limit=limit)
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    found = NpzPictures(path, limit=limit)
-    if size is not None and found.shape[1:3] != size:
-        have, want = ("x".join(map(str, pair)) for pair in (found.shape[1:3], size))
-        raise ValueError(f"{path} has pictures of {have} pixels, expected {want}; make it again at that size")
-    return found
+# ---- Statistics or images by name
 
 
 def open_statistics(
-    path: Path, extractor: Extractor, wanted: MetricOptions, *, size: tuple[int, int] | None = None
+    path: Path, extractor: Extractor, options: MetricOptions, *, size: tuple[int, int] | None = None
 ) -> FeatureStats:
-    """The file's statistics. ValueError where they lack what is `wanted`, or are of another extractor.
+    """Reads statistics, and checks them before anything is drawn.
 
-    `size` (height, width) is that of the pictures they will be held against, where it is known: so that nothing is
-    drawn that can't be compared.
+    Args:
+        path: a file of `FeatureStats.save`, or of ADM.
+        extractor: the network of the features to compare with.
+        options: the metrics to compute.
+        size: height and width of the images to compare with, if known.
+
+    Raises:
+        ValueError: for statistics of another extractor or size, or without the features that are needed.
     """
-    found = FeatureStats.load(path, features=wanted.features)
-    if len(found.mean) != extractor.width:
+    stats = FeatureStats.load(path, features=options.needs_features)
+    if len(stats.mean) != extractor.width:
         raise ValueError(
-            f"{path} has statistics of {len(found.mean)} features, but {extractor.name} has {extractor.width}; "
+            f"{path}: got statistics of {len(stats.mean)} features, expected {extractor.width} of {extractor.name}; "
             "choose the --features they were made with"
         )
-    if found.about is not None:
-        own = StatsProvenance(
-            extractor.name, extractor.fingerprint, size or found.about.size, "what it is held against"
-        )
-        check_comparable(replace(found.about, source=str(path)), own)
-    if wanted.features and found.features is None:
+    if stats.provenance is not None:
+        expected_size = size or stats.provenance.size
+        own = StatsProvenance(extractor.name, extractor.fingerprint, expected_size, "the set to compare it with")
+        check_comparable(replace(stats.provenance, source=str(path)), own)
+    if options.needs_features and stats.features is None:
         raise ValueError(
-            f"KID, precision, recall and neighbours need the features of all pictures, and {path} has only their mean "
+            f"KID, precision, recall and neighbors need the features of all pictures, and {path} has only their mean "
             "and covariance: give the pictures, or statistics that `mar stats --keep-features` made"
         )
-    return found
+    return stats
 
 
 def open_either(
-    spec: str, extractor: Extractor, wanted: MetricOptions, *, split: str = "train",
+    spec: str,
+    extractor: Extractor,
+    options: MetricOptions,
+    *,
+    split: str = "train",
     size: tuple[int, int] | None = None,
     limit: int | None = None,
-) -> FeatureStats | PictureSet:  # fmt: skip
-    """The statistics in a file (`open_statistics`), or the pictures that `spec` names (`open_pictures`)."""
+) -> FeatureStats | ImageSet:
+    """Opens the statistics in a file (`open_statistics`), or the images called `spec` (`open_images`).
+
+    Args:
+        spec: an `.npz` of statistics, or anything that `open_images` takes.
+        extractor: the network of the features to compare with.
+        options: the metrics to compute.
+        split: the part of a source that has several.
+        size: height and width of the images.
+        limit: at most so many images.
+    """
     if is_statistics(spec):
-        return open_statistics(Path(spec), extractor, wanted, size=size)
-    return open_pictures(spec, split=split, size=size, limit=limit)
+        return open_statistics(Path(spec), extractor, options, size=size)
+    return open_images(spec, split=split, size=size, limit=limit)
 
 
-def open_reference(
-    spec: str, extractor: Extractor, wanted: MetricOptions, *, split: str = "train",
-    size: tuple[int, int] | None = None,
-    batch: int = 64, advance: Advance | None = None,
-) -> FeatureStats:  # fmt: skip
-    """Statistics from a file, or measured now from the pictures that `spec` names, of which features are `wanted`."""
-    found = open_either(spec, extractor, wanted, split=split, size=size)
-    if isinstance(found, FeatureStats):
-        return found
-    return collect(found, extractor, wanted=wanted, batch=batch, advance=advance).statistics
+# ---- A session of `mar evaluate`
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """The settings of a session."""
+
+    source: str
+    """What is evaluated: a set of images, an `.npz` of statistics, or the name of the model."""
+    reference: str
+    """Real images, or an `.npz` of their statistics."""
+    reference_split: str = "test"
+    """The part of a reference that has several."""
+    held_out: str | None = None
+    """Real images that the model was not trained on, as for reference: adds the share of copies."""
+    held_out_split: str = "test"
+    metrics: MetricOptions = field(default_factory=MetricOptions)
+    count: int | None = None
+    """Images to evaluate. None: 50 of each class of a model, or the whole set."""
+    seed: int = 0
+    image_size: tuple[int, int] | None = None
+    """Height and width to crop a source's images to. None: the model's, or as they are."""
+    batch: int = 64
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of `Pipeline.sampling_with`."""
+    allow_broken: bool = False
+    """Go on where a model draws latents that are no image."""
+
+
+class EvalSession:
+    """An evaluation with everything opened and checked before the first image is drawn.
+
+    Args:
+        options: the settings.
+        extractor: the feature network.
+        model: draws the images; without it they are those of `options.source`.
+        classifier: judges their classes (`collect`).
+        check: is called now and then; may raise to stop the session.
+
+    Raises:
+        ValueError: for sets that can't be opened, or that don't fit each other, the model or the networks.
+    """
+
+    def __init__(
+        self, options: EvalOptions, extractor: Extractor, *, model: Pipeline | None = None,
+        classifier: Extractor | None = None, check: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
+        self.options, self.extractor, self.model = options, extractor, model
+        self.classifier, self.check = classifier, check
+        self.metrics = replace(options.metrics, neighbors=options.metrics.neighbors or options.held_out is not None)
+        self.size = options.image_size
+        if model is None:
+            self.images = open_either(options.source, extractor, self.metrics, size=self.size, limit=options.count)
+        else:
+            self.plan = self._plan(model)
+            self.size = model.image_size
+            self.images = self._generate({})
+        if classifier is not None and not isinstance(self.images, FeatureStats):
+            ClassAccuracy(self.images, extractor, classifier)  # raises for a classifier without a shared class
+        self.reference_set = self._open(options.reference, options.reference_split)
+        self.held_out_set = None if options.held_out is None else self._open(options.held_out, options.held_out_split)
+        self.reference: FeatureStats | None = None
+        self.held_out: HeldOut | None = None
+
+    def _plan(self, model: Pipeline) -> Plan:
+        options = self.options
+        model.sampling_with(**options.sampling)  # raises for settings that the model can't follow
+        size, expected = options.image_size, model.image_size
+        if size is not None and size != expected:
+            raise ConfigError(
+                f"image-size: got {size[0]}x{size[1]}, but {options.source} draws {expected[0]}x{expected[1]}; "
+                "leave it out"
+            )
+        classes = list(range(model.model.config.classes)) or [-1]
+        if options.count is None:
+            return Plan.per_class(50, classes, options.seed)
+        return Plan.total(options.count, classes, options.seed)
+
+    def _open(self, spec: str, split: str) -> FeatureStats | ImageSet:
+        return open_either(spec, self.extractor, self.metrics, split=split, size=self.size)
+
+    def _generate(self, point: Mapping[str, Any]) -> GeneratedImages:
+        assert self.model is not None
+        return GeneratedImages(
+            self.model, self.plan, name=self.options.source, allow_broken=self.options.allow_broken,
+            advance=lambda done: self.check(), **{**self.options.sampling, **point},
+        )  # fmt: skip
+
+    def measure_reference(self) -> None:
+        """Computes the statistics of the reference and of the held-out images, unless they come from files."""
+        self.reference = self._collect(self.reference_set, None).statistics
+        if self.held_out_set is not None:
+            held_out = self._collect(self.held_out_set, None).statistics
+            with distributed.collective_errors():
+                self.held_out = HeldOut.of(held_out, self.reference)
+
+    def report(self, **point: Any) -> Report:
+        """Evaluates the images, drawn by a model with the sampling settings of `point`."""
+        if self.reference is None:
+            self.measure_reference()
+        assert self.reference is not None
+        collected = self._collect(self._generate(point) if self.model else self.images, self.classifier)
+        with distributed.collective_errors():
+            return compare(collected, self.reference, self.extractor, self.metrics, self.held_out)
+
+    def _collect(self, images: FeatureStats | ImageSet, classifier: Extractor | None) -> Collected:
+        if isinstance(images, FeatureStats):
+            return Collected(images)
+        if self.metrics.needs_features:
+            print_feature_memory(len(images), self.extractor)
+        first, end = rank_share(len(images), distributed.rank(), distributed.world_size())
+        with distributed.collective_errors(), rank_meter(end - first, len(images), check=self.check) as advance:
+            if isinstance(images, GeneratedImages):
+                images.advance = advance
+            return collect(
+                images, self.extractor, options=self.metrics, classifier=classifier, batch=self.options.batch,
+                advance=advance,
+            )  # fmt: skip
+
+    def pair_grid(self, report: Report) -> Image.Image:
+        """Draws the report's nearest pairs. Both sides have to be images, not statistics."""
+        assert not isinstance(self.images, FeatureStats)
+        assert not isinstance(self.reference_set, FeatureStats)
+        return pair_grid(report.pairs, self.images, self.reference_set)
+
+    def sweep_settings(self, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Returns everything that the reports of a sweep over `points` depend on, beside the point."""
+        options, model = self.options, self.model
+        assert model is not None
+
+        def identify(images: FeatureStats | ImageSet | None, spec: str | None) -> tuple[str | None, int | None, Any]:
+            if images is None:
+                return None, None, None
+            if isinstance(images, FeatureStats):
+                return images.provenance.source if images.provenance else spec, images.count, images.digest()
+            return images.name, len(images), digest(images)
+
+        reference, reference_count, reference_digest = identify(self.reference_set, options.reference)
+        *held_out, held_out_digest = identify(self.held_out_set, options.held_out)
+        sampling = fixed_settings(model.sampling_with(**options.sampling), points[0])
+        return {
+            "weights": model.fingerprint(), "pictures": len(self.plan), "seed": options.seed,
+            "features": self.extractor.fingerprint, "reference": reference, "reference_pictures": reference_count,
+            "kid": self.metrics.kid, "precision": self.metrics.precision, "splits": self.metrics.splits,
+            # None is as good as missing: sweeps from before these settings go on
+            "neighbours": self.metrics.neighbors or None,
+            "held_out": None if self.held_out_set is None else held_out,
+            "reference_digest": reference_digest, "held_out_digest": held_out_digest,
+            "classifier": self.classifier and self.classifier.fingerprint, "swept": ", ".join(sorted(points[0])),
+            **sampling,
+        }  # fmt: skip
+
+
+# ---- Evaluation during training
 
 
 @dataclass
 class OnlineEvaluator:
-    """Draws `count` pictures, the classes in turns and seeds always the same, and holds them against a reference."""
+    """Draws `count` images, classes in turns and seeds always the same, and compares them with a reference."""
 
     extractor: Extractor
     reference: str
-    """As `open_reference` takes it: statistics, or pictures; of these those for testing, where there are any."""
+    """An `.npz` of statistics, or images; of a data source its test part, if there is one."""
     count: int
     batch: int = 64
 
     def __post_init__(self) -> None:
         if self.count < 2:
-            raise ValueError(f"pictures of an evaluation: got {self.count}, expected at least 2")
-        self.measured: FeatureStats | None = None
+            raise ValueError(f"images of an evaluation: got {self.count}, expected at least 2")
+        self._stats: FeatureStats | None = None
 
-    def measure(self, size: tuple[int, int]) -> FeatureStats:
-        """The reference, at `size` (height, width); measured or read the first time."""
-        if self.measured is None:
+    def measure_reference(self, size: tuple[int, int]) -> FeatureStats:
+        """Returns the reference's statistics at `size` (height, width); reads or measures them the first time."""
+        if self._stats is None:
             split = "test" if is_statistics(self.reference) or has_test_split(self.reference) else "train"
-            self.measured = open_reference(
-                self.reference, self.extractor, MetricOptions(), split=split, size=size, batch=self.batch
+            opened = open_either(self.reference, self.extractor, MetricOptions(), split=split, size=size)
+            self._stats = (
+                opened
+                if isinstance(opened, FeatureStats)
+                else collect(opened, self.extractor, batch=self.batch).statistics
             )
-        return self.measured
+        return self._stats
 
     def __call__(self, model: Pipeline) -> Report:
-        """The report on what `model` draws with its own sampling settings. BrokenLatents where that is no picture."""
-        reference = self.measure(model.image_size)
+        """Reports on images that `model` draws with its own sampling settings. Raises BrokenLatents for no images."""
+        reference = self.measure_reference(model.image_size)
         plan = Plan.total(self.count, list(range(model.model.config.classes)) or [-1])
-        pictures = DrawnPictures(model, plan, name="the run's model")
-        found = collect(pictures, self.extractor, batch=self.batch)
-        return compare(found, reference, self.extractor, MetricOptions())
-
-
-def has_test_split(data: str) -> bool:
-    """Whether `data` (see `open_source`) has pictures of its own for testing."""
-    try:
-        open_source(data, "test")
-    except ValueError:
-        return False
-    return True
-
-
-class EvalSession:
-    """What stays the same from one set of pictures to the next: networks, model, reference.
-
-    All is opened and checked before the first picture is drawn.
-    """
-
-    reference: FeatureStats
-    held_out: HeldOut | None = None
-
-    def __init__(self, options: EvaluateOptions, device: torch.device, check: Callable[[], None]) -> None:
-        from mar.evaluation.evaluate import MetricOptions
-        from mar.evaluation.features import open_extractor
-
-        self.options, self.check = options, check
-        self.model, self.given, size = None, None, options.size()
-        if not is_pictures(options.what):
-            self.model = self._load(device)
-            size = self.model.image_size
-        elif options.sweep:
-            raise ConfigError(f"a sweep compares ways of drawing, but {options.what} is no model")
-        neighbours = options.neighbours or options.held_out is not None or options.neighbours_grid is not None
-        self.wanted = MetricOptions(options.kid, options.precision, options.splits, neighbours)
-        self.extractor = options.extractor(device)
-        self.classifier = (
-            open_extractor(options.classifier, options.classifier_weights).to(device) if options.classifier else None
-        )
-        if self.model is None:
-            self._require_nothing_drawn()
-            self.given = open_either(options.what, self.extractor, self.wanted, size=size, limit=options.count)
-            self._require_pictures()
-
-        def opened(spec: str, split: Split) -> FeatureStats | PictureSet:
-            return open_either(spec, self.extractor, self.wanted, split=split, size=size)
-
-        self._require_shared_classes()
-        self.opened = opened(options.reference, options.reference_split)
-        self.opened_held_out = None if options.held_out is None else opened(options.held_out, options.held_out_split)
-
-    def _load(self, device: torch.device) -> Pipeline:
-        from mar.sampling.plan import Plan
-
-        options = self.options
-        model = options.load(options.what, device)
-        model.sampling_with(**options.settings())
-        if options.size() not in (None, model.image_size):
-            height, width = model.image_size
-            raise ConfigError(f"image-size is {options.image_size}, but {options.what} draws {height}x{width}")
-        classes = list(range(model.model.config.classes)) or [-1]
-        if options.count is None:
-            self.plan = Plan.per_class(50, classes, options.seed)
-        else:
-            self.plan = Plan.total(options.count, classes, options.seed)
-        return model
-
-    def _require_nothing_drawn(self) -> None:
-        options = self.options
-        given = [*options.settings(), *(n for n in ("seed", "tf32", "allow_broken") if getattr(options, n))]
-        given += ["dtype"] if options.dtype != "fp32" else []
-        if given:
-            name = given[0].replace("_", "-")
-            raise ConfigError(f"{name} is of drawing, but {options.what} is no model; leave --{name} out")
-
-    def _require_pictures(self) -> None:
-        from mar.evaluation.statistics import FeatureStats
-
-        if not isinstance(self.given, FeatureStats):
-            return
-        for name in ("classifier", "count"):
-            if getattr(self.options, name) is not None:
-                raise ConfigError(f"{name} needs pictures, but {self.options.what} has only their statistics")
-
-    def _require_shared_classes(self) -> None:
-        """ValueError for a classifier that knows none of the classes, before the reference is looked at."""
-        from mar.evaluation.class_accuracy import ClassAccuracy
-        from mar.evaluation.statistics import FeatureStats
-
-        pictures = self._drawn({}) if self.given is None else self.given
-        if self.classifier is not None and not isinstance(pictures, FeatureStats):
-            ClassAccuracy(pictures, self.extractor, self.classifier)
-
-    def measure_reference(self) -> None:
-        """Looks at the reference's pictures, unless it is statistics; and at those that are held out."""
-        from mar.evaluation.neighbors import HeldOut
-
-        self.reference = self._collect(self.opened, None).statistics
-        if self.opened_held_out is not None:
-            held_out = self._collect(self.opened_held_out, None).statistics
-            with distributed.collective_errors():
-                self.held_out = HeldOut.of(held_out, self.reference)
-
-    def report(self, **point: Any) -> Report:
-        """On the pictures that are there, or on those drawn with the settings of `point`."""
-        from mar.evaluation.evaluate import compare
-
-        collected = self._collect(self._drawn(point) if self.given is None else self.given, self.classifier)
-        with distributed.collective_errors():
-            return compare(collected, self.reference, self.extractor, self.wanted, self.held_out)
-
-    def grid(self, report: Report) -> Image.Image | None:
-        """The nearest pairs as a picture, where that was asked for."""
-        from mar.evaluation.neighbors import sheet
-        from mar.evaluation.statistics import FeatureStats
-
-        if self.options.neighbours_grid is None:
-            return None
-        pictures = self._drawn({}) if self.given is None else self.given
-        assert not isinstance(pictures, FeatureStats)  # `_check_grid`
-        assert not isinstance(self.opened, FeatureStats)
-        return sheet(report.pairs, pictures, self.opened)
-
-    def _collect(self, opened: FeatureStats | PictureSet, classifier: Extractor | None) -> Collected:
-        from mar.evaluation.evaluate import Collected, collect
-        from mar.evaluation.image_sets import DrawnPictures
-        from mar.evaluation.statistics import FeatureStats
-
-        if isinstance(opened, FeatureStats):
-            return Collected(opened)
-        if self.wanted.features:
-            say_memory(len(opened), self.extractor)
-        with distributed.collective_errors(), progress(len(opened), self.check) as advance:
-            if isinstance(opened, DrawnPictures):
-                opened.advance = advance
-            return collect(
-                opened, self.extractor, wanted=self.wanted, classifier=classifier, batch=self.options.batch,
-                advance=advance,
-            )  # fmt: skip
-
-    def _drawn(self, point: dict[str, Any]) -> PictureSet:
-        from mar.evaluation.image_sets import DrawnPictures
-
-        assert self.model is not None
-        return DrawnPictures(
-            self.model, self.plan, name=self.options.what, allow_broken=self.options.allow_broken,
-            advance=lambda done: self.check(), **{**self.options.settings(), **point},
-        )  # fmt: skip
-
-    def settings(self, points: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """What the numbers of a sweep over `points` depend on, beside the point."""
-        from mar.evaluation.image_sets import digest
-        from mar.evaluation.statistics import FeatureStats
-        from mar.evaluation.sweep import fixed_settings
-
-        def named(opened: FeatureStats | PictureSet, spec: str) -> tuple[str, int | None, str]:
-            if isinstance(opened, FeatureStats):
-                return opened.about.source if opened.about else spec, opened.count, opened.digest()
-            return opened.name, len(opened), digest(opened)
-
-        options, model, held_out = self.options, self.model, self.opened_held_out
-        assert model is not None
-        source, count, held = named(self.opened, options.reference)
-        *others, held_others = (None, None) if held_out is None else named(held_out, str(options.held_out))
-        return {
-            "weights": model.fingerprint(), "pictures": len(self.plan), "seed": options.seed, "dtype": options.dtype,
-            "tf32": options.tf32, "features": self.extractor.fingerprint, "reference": source,
-            "reference_pictures": count, "kid": options.kid, "precision": options.precision, "splits": options.splits,
-            # None is as good as missing: sweeps of before there were neighbours go on
-            "neighbours": self.wanted.neighbours or None,
-            "held_out": None if held_out is None else others,
-            "reference_digest": held, "held_out_digest": held_others,
-            "classifier": self.classifier and self.classifier.fingerprint, "swept": ", ".join(sorted(points[0])),
-            **fixed_settings(model.sampling_with(**options.settings()), points[0]),
-        }  # fmt: skip
+        images = GeneratedImages(model, plan, name="the run's model")
+        return compare(collect(images, self.extractor, batch=self.batch), reference, self.extractor, MetricOptions())

@@ -11,7 +11,7 @@ import numpy as np
 
 from mar.config import ConfigError
 
-STRIDE = 2**32
+SEED_STRIDE = 2**32
 """Seeds of pictures of neighbouring base seeds are so far apart; no plan is longer."""
 
 
@@ -40,10 +40,10 @@ class Plan:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.labels) <= STRIDE:
+        if not 1 <= len(self.labels) <= SEED_STRIDE:
             raise ConfigError(f"pictures: got {len(self.labels)}, expected at least 1")
-        if not 0 <= self.seed < STRIDE:
-            raise ConfigError(f"seed is {self.seed}, but it must be from 0 to {STRIDE - 1}")
+        if not 0 <= self.seed < SEED_STRIDE:
+            raise ConfigError(f"seed is {self.seed}, but it must be from 0 to {SEED_STRIDE - 1}")
 
     @classmethod
     def per_class(cls, count: int, classes: Sequence[int], seed: int = 0) -> Plan:
@@ -69,7 +69,7 @@ class Plan:
             raise ConfigError(f"batch is {size}, but it must be at least 1")
         for number, first in enumerate(range(0, len(self), size)):
             labels = self.labels[first : first + size]
-            seeds = tuple(self.seed * STRIDE + i for i in range(first, first + len(labels)))
+            seeds = tuple(self.seed * SEED_STRIDE + i for i in range(first, first + len(labels)))
             yield WorkUnit(number, first, labels, seeds)
 
     def fingerprint(self) -> str:

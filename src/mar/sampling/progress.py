@@ -1,4 +1,4 @@
-"""How far drawing has come, on stderr: a bar that vanishes, or pictures per second and the time left."""
+"""Progress on stderr: a bar that vanishes, or images per second and the time left."""
 
 from __future__ import annotations
 
@@ -7,74 +7,99 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-PAUSE = 10.0
-"""Seconds between lines where stderr is no terminal."""
+from mar import distributed
+
+LINE_INTERVAL_S = 10.0
+"""Seconds between lines if stderr is no terminal."""
 
 Advance = Callable[[float], None]
-"""Takes how many pictures are done, in fractions of one."""
+"""Takes the number of images done so far, in fractions of one."""
 
 
 @contextlib.contextmanager
-def bar(wanted: bool, pictures: int) -> Iterator[Advance]:
-    """A bar over `pictures`, gone at the end; nothing unless `wanted`."""
-    if not wanted:
+def bar(visible: bool, total: int) -> Iterator[Advance]:
+    """Shows a bar over `total` images, gone at the end; nothing unless `visible`."""
+    if not visible:
         yield lambda done: None
         return
     from rich.console import Console
     from rich.progress import Progress
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("drawing", total=pictures)
+        task = progress.add_task("drawing", total=total)
         yield lambda done: progress.update(task, completed=done)
 
 
 @contextlib.contextmanager
-def meter(wanted: bool, pictures: int, before: int = 0) -> Iterator[Advance]:
-    """A long run over `pictures`, of which `before` were there: a live bar in a terminal, else a line now and then.
+def meter(visible: bool, total: int, before: int = 0) -> Iterator[Advance]:
+    """Shows a long run over `total` images: a live bar in a terminal, else a line now and then.
 
-    What it yields takes how many are done by now, those before included.
+    `before` of them were done by an earlier run. The yielded function takes the number done by now, these included.
     """
-    begun = time.monotonic()
+    started = time.monotonic()
 
     def text(done: float) -> str:
-        return progress_text(done, pictures, before, time.monotonic() - begun)
+        return progress_text(done, total, before, time.monotonic() - started)
 
-    if not wanted:
+    if not visible:
         yield lambda done: None
     elif sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
         with Progress(BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True)) as progress:
-            task = progress.add_task(text(before), total=pictures, completed=before)
+            task = progress.add_task(text(before), total=total, completed=before)
             yield lambda done: progress.update(task, completed=done, description=text(done))
     else:
-        yield _lines(text, begun)
+        yield _print_lines(text, started)
 
 
-def _lines(text: Callable[[float], str], begun: float) -> Advance:
-    last = begun
+@contextlib.contextmanager
+def rank_meter(share: int, total: int, before: int = 0, check: Callable[[], None] | None = None) -> Iterator[Advance]:
+    """Shows the progress of all ranks on rank 0, which assumes that the others are as far.
+
+    Args:
+        share: images of this rank's share.
+        total: images of all ranks, and of earlier runs.
+        before: images of earlier runs.
+        check: is called at every advance; may raise, for instance to stop.
+
+    Yields:
+        A function of the number of this rank's images done by now, in fractions of one.
+    """
+    with meter(distributed.rank() == 0, total, before) as show:
+
+        def advance(done: float) -> None:
+            if check is not None:
+                check()
+            show(before + done * (total - before) / max(share, 1))
+
+        yield advance
+
+
+def _print_lines(text: Callable[[float], str], started: float) -> Advance:
+    last = started
 
     def advance(done: float) -> None:
         nonlocal last
-        if time.monotonic() - last >= PAUSE:
+        if time.monotonic() - last >= LINE_INTERVAL_S:
             last = time.monotonic()
             print(text(done), file=sys.stderr, flush=True)
 
     return advance
 
 
-def progress_text(done: float, pictures: int, before: int, seconds: float) -> str:
-    """`640 of 50,000 pictures, 12.3 a second, 1:06:53 left`; the rate is that of this start alone."""
-    drawn = done - before
-    if drawn <= 0 or seconds <= 0:
-        return f"{int(done):,} of {pictures:,} pictures"
-    rate = drawn / seconds
-    pace = f"{rate:.1f} a second" if rate >= 1 else f"{1 / rate:.1f} s a picture"
-    return f"{int(done):,} of {pictures:,} pictures, {pace}, {clock((pictures - done) / rate)} left"
+def progress_text(done: float, total: int, before: int, seconds: float) -> str:
+    """Formats `640 of 50,000 pictures, 12.3 a second, 1:06:53 left`; the rate is that of this run alone."""
+    new = done - before
+    if new <= 0 or seconds <= 0:
+        return f"{int(done):,} of {total:,} pictures"
+    rate = new / seconds
+    speed = f"{rate:.1f} a second" if rate >= 1 else f"{1 / rate:.1f} s a picture"
+    return f"{int(done):,} of {total:,} pictures, {speed}, {clock((total - done) / rate)} left"
 
 
 def clock(seconds: float) -> str:
-    """`1:06:53`; days are hours."""
+    """Formats `1:06:53`; days are hours."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"

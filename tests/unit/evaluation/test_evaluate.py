@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mar.assets import FASHION_CLASSES, imagenet_classes
 from mar.evaluation import metrics
-from mar.evaluation.class_accuracy import class_numbers
+from mar.evaluation.class_accuracy import match_classes
 from mar.evaluation.evaluate import MetricOptions, Report, collect, compare
 from mar.evaluation.features import Extractor
 from mar.evaluation.image_sets import ImageBatch
@@ -22,12 +22,12 @@ from mar.evaluation.statistics import FeatureStats
 from mar.random import make_generator
 from mar.sampling.sinks.folder import class_folders
 
-ALL = MetricOptions(kernel=True, precision=True, splits=3)
+ALL = MetricOptions(kid=True, precision=True, splits=3)
 
 
 @pytest.fixture(autouse=True)
 def few_subsets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mar.evaluation.evaluate.KERNEL_SUBSETS", 5)
+    monkeypatch.setattr("mar.evaluation.evaluate.KID_SUBSETS", 5)
 
 
 class Held:
@@ -57,8 +57,8 @@ def grey(*levels: int) -> Tensor:
 
 
 def judged(extractor: Extractor, own: Held, reference: Held, wanted: MetricOptions = ALL, batch: int = 64) -> Report:
-    statistics = collect(reference, extractor, wanted=wanted, batch=batch).statistics
-    return compare(collect(own, extractor, wanted=wanted, batch=batch), statistics, extractor, wanted)
+    statistics = collect(reference, extractor, options=wanted, batch=batch).statistics
+    return compare(collect(own, extractor, options=wanted, batch=batch), statistics, extractor, wanted)
 
 
 def test_the_numbers_are_those_of_all_features_at_once() -> None:
@@ -104,7 +104,7 @@ def test_a_set_against_itself_in_other_batches(count: int) -> None:
 def test_features_are_kept_only_where_they_are_wanted() -> None:
     held, extractor = Held(pictures()), judges.tiny()
     assert collect(held, extractor).statistics.features is None
-    kept = collect(held, extractor, wanted=MetricOptions(kernel=True), batch=7).statistics.features
+    kept = collect(held, extractor, options=MetricOptions(kid=True), batch=7).statistics.features
     assert kept is not None
     torch.testing.assert_close(kept, extractor(held.images).values)
 
@@ -128,7 +128,7 @@ def test_fewer_pictures_than_features_is_said_with_the_reason() -> None:
 def test_a_reference_that_does_not_say_what_it_is() -> None:
     extractor, held = judges.tiny(), Held(pictures())
     found = collect(held, extractor)
-    bare = replace(found.statistics, count=None, about=None)
+    bare = replace(found.statistics, count=None, provenance=None)
     report = compare(found, bare, extractor, MetricOptions())
     assert report.distance <= 1e-6
     assert ("pictures", "50 against unknown") in report.lines()
@@ -156,16 +156,16 @@ def test_features_that_the_reference_does_not_have() -> None:
     extractor, held = judges.tiny(), Held(pictures())
     reference = collect(held, extractor).statistics
     with pytest.raises(ValueError, match="--keep-features"):
-        compare(collect(held, extractor, wanted=ALL), reference, extractor, ALL)
+        compare(collect(held, extractor, options=ALL), reference, extractor, ALL)
 
 
 def test_too_few_pictures_and_splits() -> None:
     with pytest.raises(ValueError, match="got 1, expected at least 2"):
         collect(Held(pictures(1)), judges.tiny())
-    with pytest.raises(ValueError, match="splits is 0"):
+    with pytest.raises(ValueError, match="splits: got 0"):
         MetricOptions(splits=0)
     assert (
-        collect(Held(pictures(2)), judges.tiny(), wanted=MetricOptions(splits=10)).score is not None
+        collect(Held(pictures(2)), judges.tiny(), options=MetricOptions(splits=10)).inception_score is not None
     )  # takes two splits
 
 
@@ -184,22 +184,22 @@ def test_pictures_that_change_their_size() -> None:
 
 
 def test_class_names_are_matched_whatever_their_order() -> None:
-    numbers = class_numbers(("ant", "Bee", "cat"), ("CAT", "dog", "ant"))
+    numbers = match_classes(("ant", "Bee", "cat"), ("CAT", "dog", "ant"))
     assert numbers is not None
     assert numbers.tolist() == [2, -1, 0]
-    assert class_numbers(("ant",), ("dog",)) is None
-    assert class_numbers((), ("dog",)) is None
-    assert class_numbers(("ant",), ()) is None
+    assert match_classes(("ant",), ("dog",)) is None
+    assert match_classes((), ("dog",)) is None
+    assert match_classes(("ant",), ()) is None
 
 
 def test_folders_of_generated_pictures_are_matched_with_the_names_of_their_classes() -> None:
     for names in (FASHION_CLASSES, imagenet_classes(), ("a/b", "a b", "none")):
         folders = tuple(class_folders(names)[i] for i in range(len(names)))
         for theirs, judges_ in ((folders, names), (names, folders), (names, names)):
-            numbers = class_numbers(theirs, judges_)
+            numbers = match_classes(theirs, judges_)
             assert numbers is not None
             assert numbers.tolist() == list(range(len(names)))  # ImageNet has two classes called crane
-    some = class_numbers(("Ankle-boot", "t-shirt-TOP"), FASHION_CLASSES)
+    some = match_classes(("Ankle-boot", "t-shirt-TOP"), FASHION_CLASSES)
     assert some is not None
     assert some.tolist() == [1, *[-1] * 8, 0]
 
@@ -212,27 +212,27 @@ def test_agreement_maps_classes_by_name(batch: int, as_classifier: bool) -> None
     held, judge = Held(images, labels, classes), judges.brightness()
     extractor, classifier = (judges.tiny(), judge) if as_classifier else (judge, None)
     found = collect(held, extractor, classifier=classifier, batch=batch)
-    assert found.right == (2, 1, 1)
-    assert found.judged == (2, 1, 3)
+    assert found.correct == (2, 1, 1)
+    assert found.total == (2, 1, 3)
     report = compare(found, found.statistics, extractor, MetricOptions())
-    assert report.agreement == pytest.approx(4 / 6)
-    assert (report.worst_class, report.worst_agreement) == ("middling", pytest.approx(1 / 3))
+    assert report.class_accuracy == pytest.approx(4 / 6)
+    assert (report.worst_class, report.worst_class_accuracy) == ("middling", pytest.approx(1 / 3))
 
 
 def test_classes_that_the_judge_does_not_know_and_pictures_without_one() -> None:
     images, classes = grey(0, 255, 255, 0), ("dark", "bright", "purple", "middling")
     found = collect(Held(images, [0, 0, 2, -1], classes), judges.brightness())
-    assert found.right == (1, 0, 0, 0)
-    assert found.judged == (2, 0, 0, 0)
+    assert found.correct == (1, 0, 0, 0)
+    assert found.total == (2, 0, 0, 0)
     report = compare(found, found.statistics, judges.brightness(), MetricOptions())
-    assert (report.agreement, report.worst_class) == (0.5, "dark")  # not one without pictures
+    assert (report.class_accuracy, report.worst_class) == (0.5, "dark")  # not one without pictures
     assert "leaves out 1 of 4 classes, which the classifier does not know: purple" in report.warnings[-1]
 
 
 def test_no_labels_no_agreement() -> None:
     found = collect(Held(grey(0, 255, 9), classes=("dark", "bright")), judges.brightness())
     report = compare(found, found.statistics, judges.brightness(), MetricOptions())
-    assert report.agreement is None
+    assert report.class_accuracy is None
     assert report.worst_class is None
 
 
@@ -258,7 +258,7 @@ def test_a_report_is_valid_json() -> None:
 def test_a_report_for_people() -> None:
     report = Report(
         "FD (x)", 12.34567, 1000, 20000, inception_score=9.87654, inception_score_std=0.1234, precision=0.5,
-        recall=0.25, agreement=0.98765, worst_class="cat", worst_agreement=0.5, seconds=1.25,
+        recall=0.25, class_accuracy=0.98765, worst_class="cat", worst_class_accuracy=0.5, seconds=1.25,
     )  # fmt: skip
     said = dict(report.lines())
     assert said["FD (x)"] == "12.35"

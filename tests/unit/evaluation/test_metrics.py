@@ -16,11 +16,9 @@ from torch import Tensor
 from mar.evaluation import metrics
 from mar.evaluation.metrics import (
     ScoreSums,
-    class_accuracy,
     frechet_distance,
     inception_score,
     kernel_distance,
-    nearest,
     nearest_neighbors,
     precision_recall,
 )
@@ -168,11 +166,11 @@ def test_scores_say_what_is_wrong() -> None:
         with pytest.raises(ValueError, match=f"got {splits} splits"):
             ScoreSums(splits, 3, 4)
     sums = ScoreSums(2, 3, 4)
-    with pytest.raises(ValueError, match="got 2 logits a picture, expected 3"):
+    with pytest.raises(ValueError, match="got 2 logits an image, expected 3"):
         sums.update(torch.zeros(1, 2))
     sums.update(torch.zeros(0, 3))
     sums.update(torch.zeros(2, 3), (sums._parts == 0).nonzero()[:, 0])
-    with pytest.raises(ValueError, match="2 of 4 pictures"):  # the second split has none
+    with pytest.raises(ValueError, match="2 of 4 images"):  # the second split has none
         sums.score()
     for number in (-1, 4):
         with pytest.raises(ValueError, match=f"number {number}, expected 0 to 3"):
@@ -269,27 +267,17 @@ def test_a_set_needs_neighbours() -> None:
             precision_recall(drawn(9, 2), drawn(3, 2), k)
 
 
-def test_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_neighbors(monkeypatch: pytest.MonkeyPatch) -> None:
     real, fake = 100 + drawn(300, 6), 100 + drawn(200, 6, seed=1)
     fake[7] = real[299]
     expected = torch.cdist(fake, real, compute_mode="donot_use_mm_for_euclid_dist").amin(1)
-    torch.testing.assert_close(nearest(real, fake), expected, rtol=1e-12, atol=0)
-    assert nearest(real, fake)[7] == 0
+    torch.testing.assert_close(nearest_neighbors(real, fake)[0], expected, rtol=1e-12, atol=0)
+    assert nearest_neighbors(real, fake)[0][7] == 0
     small_chunks(monkeypatch)
-    torch.testing.assert_close(nearest(real, fake), expected, rtol=1e-12, atol=0)
     distances, numbers = nearest_neighbors(real, fake)
-    assert torch.equal(distances, nearest(real, fake))
+    torch.testing.assert_close(distances, expected, rtol=1e-12, atol=0)
     assert numbers[7] == 299
     torch.testing.assert_close((fake - real[numbers]).norm(dim=1), expected, rtol=1e-12, atol=0)
-    assert nearest(real, fake[:0]).shape == (0,)
-    with pytest.raises(ValueError, match="no real features"):
-        nearest(real[:0], fake)
-
-
-# --- agreement
-
-
-def test_agreement() -> None:
-    assert class_accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0])) == 0.75
-    with pytest.raises(ValueError, match="no pictures"):
-        class_accuracy(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    assert nearest_neighbors(real, fake[:0])[0].shape == (0,)
+    with pytest.raises(ValueError, match="no reference features"):
+        nearest_neighbors(real[:0], fake)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mar import distributed
 from mar.checkpoint.files import CheckpointError
-from mar.evaluation.statistics import BLOCK, FeatureStats, Moments, StatsProvenance, check_comparable, gather_rows
+from mar.evaluation.statistics import BLOCK, FeatureStats, Moments, StatsProvenance, check_comparable
 
 ABOUT = StatsProvenance("inception", "ab" * 32, (32, 28), "data/train")
 
@@ -69,7 +70,7 @@ def test_reading_changes_nothing() -> None:
 
 def test_the_state_does_not_grow() -> None:
     few, many = moments(rows(3)), moments(rows(3 * BLOCK + 5))
-    assert state(few) == state(many) == {"mean": 5, "scatter": 25, "_rows": 5 * BLOCK}
+    assert state(few) == state(many) == {"mean": 5, "scatter": 25, "_block": 5 * BLOCK}
 
 
 @pytest.mark.parametrize("cut", [0, 1, 300, 700, 900])
@@ -93,12 +94,12 @@ def test_single_precision_is_summed_in_double() -> None:
 def test_one_process_gathers_itself() -> None:
     seen = moments(rows(3))
     assert seen.gather() is seen
-    assert torch.equal(gather_rows(rows(3)), rows(3))
+    assert torch.equal(distributed.gather_rows(rows(3)), rows(3))
 
 
 def test_moments_say_what_is_missing() -> None:
     seen = Moments(5)
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         _ = seen.mean
     seen.update(rows(1))
     assert torch.equal(seen.mean, rows(1)[0])
@@ -124,7 +125,7 @@ def test_a_file_gives_back_every_bit(tmp_path: Path) -> None:
     assert statistics.features is not None
     assert loaded.features.dtype == torch.float32
     assert torch.equal(loaded.features, statistics.features)
-    assert (loaded.count, loaded.about) == (7, ABOUT)
+    assert (loaded.count, loaded.provenance) == (7, ABOUT)
     assert FeatureStats.load(path, features=False).features is None
     assert [file.name for file in path.parent.iterdir()] == ["stats.npz"]
 
@@ -135,7 +136,7 @@ def test_published_files_hold_mean_and_covariance_only(tmp_path: Path, dtype: ty
     pictures = np.zeros((2, 4, 4, 3), np.uint8)
     np.savez(tmp_path / "adm.npz", mu=mean, sigma=covariance, mu_s=mean[:2], sigma_s=covariance[:2, :2], arr_0=pictures)
     loaded = FeatureStats.load(tmp_path / "adm.npz")
-    assert (loaded.count, loaded.features, loaded.about) == (None, None, None)
+    assert (loaded.count, loaded.features, loaded.provenance) == (None, None, None)
     assert loaded.mean.dtype == loaded.covariance.dtype == torch.float64
     loaded.save(tmp_path / "again.npz")
     with np.load(tmp_path / "again.npz") as again:  # as the tools that read ADM's files do
@@ -162,13 +163,13 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 GOOD = {"mu": np.zeros(2), "sigma": np.eye(2), "count": np.array(9)}
 BAD = {
     "no sigma": ({"mu": np.zeros(2)}, "no sigma"),
-    "pictures": ({"arr_0": np.zeros((1, 2, 2, 3), np.uint8)}, "no mu and no sigma, but pictures"),
+    "pictures": ({"arr_0": np.zeros((1, 2, 2, 3), np.uint8)}, "no mu and no sigma, but images"),
     "nothing": ({}, "no mu and no sigma, but nothing"),
     "mean of two dimensions": (GOOD | {"mu": np.zeros((1, 2))}, r"shapes \(1, 2\)"),
     "other covariance": (GOOD | {"sigma": np.eye(3)}, r"\(2,\) and \(3, 3\)"),
     "no features": (GOOD | {"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"\(0,\)"),
-    "nan": (GOOD | {"mu": np.array([0, np.nan])}, "mean has values that are not finite"),
-    "infinity": (GOOD | {"sigma": np.diag([1, np.inf])}, "covariance has values that are not finite"),
+    "nan": (GOOD | {"mu": np.array([0, np.nan])}, "mean with values that are not finite"),
+    "infinity": (GOOD | {"sigma": np.diag([1, np.inf])}, "covariance with values that are not finite"),
     "asymmetric": (GOOD | {"sigma": np.array([[1.0, 0.5], [0, 1]])}, "not symmetric"),
     "negative": (GOOD | {"sigma": np.diag([1.0, -1])}, "negative variance"),
     "integers": (GOOD | {"mu": np.zeros(2, np.int64)}, "int64"),

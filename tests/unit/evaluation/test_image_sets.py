@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import judges
 import numpy as np
 import pytest
 import tiny
@@ -13,11 +14,26 @@ import torch
 from PIL import Image
 
 from mar.data.sources import open_source
-from mar.evaluation.image_sets import DrawnPictures, ImageBatch, NpzPictures, PictureSet, SourcePictures, digest, share
+from mar.evaluation import image_sets
+from mar.evaluation.evaluate import collect
+from mar.evaluation.image_sets import (
+    GeneratedImages,
+    ImageBatch,
+    ImageSet,
+    NpzImages,
+    SourceImages,
+    digest,
+    has_test_split,
+    is_image_set,
+    is_statistics,
+    open_images,
+    rank_share,
+)
 from mar.sampling.plan import Plan
+from mar.training import run
 
 
-def walk(pictures: PictureSet, batch: int, first: int = 0, end: int | None = None) -> ImageBatch:
+def walk(pictures: ImageSet, batch: int, first: int = 0, end: int | None = None) -> ImageBatch:
     """All batches of a share, below each other."""
     parts = list(pictures.batches(batch, first, len(pictures) if end is None else end))
     assert all(len(part.images) <= batch for part in parts)
@@ -40,7 +56,7 @@ def write(path: Path, compressed: bool = False, **arrays: Any) -> Path:
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 100])
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_shares_are_everything_once_and_of_one_size(count: int, world: int) -> None:
-    shares = [share(count, rank, world) for rank in range(world)]
+    shares = [rank_share(count, rank, world) for rank in range(world)]
     assert [i for first, end in shares for i in range(first, end)] == list(range(count))
     sizes = [end - first for first, end in shares]
     assert max(sizes) - min(sizes) <= 1
@@ -51,7 +67,7 @@ def test_shares_are_everything_once_and_of_one_size(count: int, world: int) -> N
 @pytest.mark.parametrize("batch", [1, 4, 64])
 def test_an_npz_in_any_batches_and_shares(compressed: bool, channels: int, batch: int, tmp_path: Path) -> None:
     values, labels = pixels(channels=channels), np.arange(11) % 3
-    found = NpzPictures(write(tmp_path / "a.npz", compressed, arr_0=values, arr_1=labels))
+    found = NpzImages(write(tmp_path / "a.npz", compressed, arr_0=values, arr_1=labels))
     whole = walk(found, batch)
     assert np.array_equal(whole.images.permute(0, 2, 3, 1).numpy(), values)
     assert whole.labels.tolist() == labels.tolist()
@@ -64,10 +80,10 @@ def test_an_npz_in_any_batches_and_shares(compressed: bool, channels: int, batch
 
 
 def test_an_npz_without_labels_and_with_a_limit(tmp_path: Path) -> None:
-    found = NpzPictures(write(tmp_path / "a.npz", arr_0=pixels()), limit=6)
+    found = NpzImages(write(tmp_path / "a.npz", arr_0=pixels()), limit=6)
     assert len(found) == 6
     assert walk(found, 4).labels.tolist() == [-1] * 6
-    assert len(NpzPictures(tmp_path / "a.npz", limit=50)) == 11
+    assert len(NpzImages(tmp_path / "a.npz", limit=50)) == 11
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -79,9 +95,9 @@ def test_a_limit_takes_pictures_of_all_classes(compressed: bool, tmp_path: Path)
     for number, label in enumerate(classes):
         (by_class / f"c{label}").mkdir(parents=True, exist_ok=True)
         Image.fromarray(values[number, :, :, 0].repeat(4, 1)).save(by_class / f"c{label}" / f"{number}.png")
-    found: list[PictureSet] = [
-        NpzPictures(write(tmp_path / "a.npz", compressed, arr_0=values, arr_1=classes), limit=6),
-        SourcePictures(open_source(by_class), "p", limit=6),
+    found: list[ImageSet] = [
+        NpzImages(write(tmp_path / "a.npz", compressed, arr_0=values, arr_1=classes), limit=6),
+        SourceImages(open_source(by_class), "p", limit=6),
     ]
     for pictures in found:
         whole = walk(pictures, 6)
@@ -95,11 +111,11 @@ def test_a_limit_takes_pictures_of_all_classes(compressed: bool, tmp_path: Path)
 
 def test_sets_of_one_name_and_size_are_told_apart(tmp_path: Path) -> None:
     def held(values: np.ndarray) -> str:
-        return digest(NpzPictures(write(tmp_path / "a.npz", arr_0=values)))
+        return digest(NpzImages(write(tmp_path / "a.npz", arr_0=values)))
 
     assert held(pixels()) == held(pixels()) != held(255 - pixels())
     one, same_, other = (
-        digest(SourcePictures(open_source(folder(tmp_path / name, Image.new("L", (8, 6), value))), "p"))
+        digest(SourceImages(open_source(folder(tmp_path / name, Image.new("L", (8, 6), value))), "p"))
         for name, value in (("one", 1), ("same", 1), ("other", 2))
     )
     assert one == same_ != other
@@ -132,7 +148,7 @@ def test_an_npz_that_is_no_pictures(
 ) -> None:
     path = write(tmp_path / "a.npz", **arrays)
     with pytest.raises(ValueError, match=r"a\.npz") as refused:
-        NpzPictures(path)
+        NpzImages(path)
     said = str(refused.value)
     assert all(word in said for word in words), said
     assert "\n" not in said
@@ -161,7 +177,7 @@ def test_a_damaged_npz(compressed: bool, damage: Callable[[bytearray], bytearray
     path = write(tmp_path / "a.npz", compressed, arr_0=pixels(70))
     path.write_bytes(damage(bytearray(path.read_bytes())))
     with pytest.raises(ValueError, match=r"a\.npz: .*can't be read .*; make it again") as refused:
-        list(NpzPictures(path).batches(8, first, 70))
+        list(NpzImages(path).batches(8, first, 70))
     assert "\n" not in str(refused.value)
 
 
@@ -169,7 +185,7 @@ def test_an_npz_that_holds_fewer_pictures_than_it_says(tmp_path: Path) -> None:
     path = write(tmp_path / "a.npz", arr_0=pixels(11))
     path.write_bytes(path.read_bytes().replace(b"(11, 5, 4, 3)", b"(99, 5, 4, 3)"))
     with pytest.raises(ValueError, match=r"ends before its last picture|CRC"):
-        walk(NpzPictures(path), 50)
+        walk(NpzImages(path), 50)
 
 
 def folder(path: Path, *pictures: Image.Image) -> Path:
@@ -181,7 +197,7 @@ def folder(path: Path, *pictures: Image.Image) -> Path:
 
 def test_a_folder_in_any_batches_and_shares(tmp_path: Path) -> None:
     source = open_source(tiny.pictures(tmp_path / "pictures", 9))
-    found = SourcePictures(source, "bars")
+    found = SourceImages(source, "bars")
     whole = walk(found, 4)
     assert whole.images.shape == (9, 1, 8, 8)
     for i in range(9):
@@ -192,13 +208,13 @@ def test_a_folder_in_any_batches_and_shares(tmp_path: Path) -> None:
     part = walk(found, 2, 3, 8)
     assert torch.equal(part.images, whole.images[3:8])
     assert part.indices.tolist() == [3, 4, 5, 6, 7]
-    assert len(SourcePictures(source, "bars", limit=4)) == 4
+    assert len(SourceImages(source, "bars", limit=4)) == 4
 
 
 def test_grey_pictures_among_colours_are_the_same_in_any_batch(tmp_path: Path) -> None:
     grey = Image.fromarray(pixels(1)[0, ..., 0])
     colour = Image.fromarray(pixels(1)[0])
-    found = SourcePictures(open_source(folder(tmp_path / "p", grey, colour, grey)), "p")
+    found = SourceImages(open_source(folder(tmp_path / "p", grey, colour, grey)), "p")
     together = walk(found, 3).images
     alone = [part.images[0] for part in found.batches(1, 0, 3)]
     assert [tuple(one.shape) for one in alone] == [(1, 5, 4), (3, 5, 4), (1, 5, 4)]
@@ -208,21 +224,21 @@ def test_grey_pictures_among_colours_are_the_same_in_any_batch(tmp_path: Path) -
 
 def test_pictures_of_several_sizes(tmp_path: Path) -> None:
     source = open_source(folder(tmp_path / "p", Image.new("L", (8, 6)), Image.new("L", (9, 6))))
-    with pytest.raises(ValueError, match=r"1\.png is 6x9, but those before it are 6x8; .*--image-size"):
-        walk(SourcePictures(source, "p"), 4)
-    assert walk(SourcePictures(source, "p", size=(4, 4)), 4).images.shape == (2, 1, 4, 4)
+    with pytest.raises(ValueError, match=r"1\.png is 6x9, expected 6x8 as before it; .*--image-size"):
+        walk(SourceImages(source, "p"), 4)
+    assert walk(SourceImages(source, "p", size=(4, 4)), 4).images.shape == (2, 1, 4, 4)
 
 
 def test_a_broken_picture_is_named(tmp_path: Path) -> None:
     where = folder(tmp_path / "p", Image.new("L", (8, 8)), Image.new("L", (8, 8)))
     (where / "1.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"1\.png"):
-        walk(SourcePictures(open_source(where), "p"), 1)
+        walk(SourceImages(open_source(where), "p"), 1)
 
 
 def test_drawn_pictures_follow_from_seed_and_number_alone() -> None:
     model = tiny.pipeline()
-    drawn = DrawnPictures(model, Plan.total(7, [0, 1, 2, -1], seed=3), name="tiny", allow_broken=True)
+    drawn = GeneratedImages(model, Plan.total(7, [0, 1, 2, -1], seed=3), name="tiny", allow_broken=True)
     whole = walk(drawn, 7)
     assert whole.images.shape == (7, 1, 4, 4)
     assert whole.labels.tolist() == [0, 1, 2, -1, 0, 1, 2]
@@ -240,9 +256,94 @@ def test_drawn_pictures_follow_from_seed_and_number_alone() -> None:
 def test_drawn_pictures_with_other_settings_and_how_far_they_are() -> None:
     told: list[float] = []
     plan = Plan.total(4, [0])
-    plain = walk(DrawnPictures(tiny.pipeline(), plan, name="a", allow_broken=True), 2)
-    drawn = DrawnPictures(
+    plain = walk(GeneratedImages(tiny.pipeline(), plan, name="a", allow_broken=True), 2)
+    drawn = GeneratedImages(
         tiny.pipeline(), plan, name="b", allow_broken=True, advance=told.append, guidance_scale=3.0, steps=2
     )
     assert not torch.equal(walk(drawn, 2).images, plain.images)
     assert told == [1.0, 2.0, 3.0, 4.0]
+
+
+# --- by name
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> str:
+    return str(tiny.pictures(tmp_path / "pictures", 9))
+
+
+@pytest.fixture
+def statistics(pictures: str, tmp_path: Path) -> str:
+    """Of the pictures, without their features."""
+    collect(open_images(pictures), judges.tiny()).statistics.save(tmp_path / "statistics.npz")
+    return str(tmp_path / "statistics.npz")
+
+
+def test_statistics_and_pictures_are_told_apart(statistics: str, tmp_path: Path) -> None:
+    assert is_statistics(statistics)
+    assert is_statistics(str(write(tmp_path / "adm.npz", mu=np.zeros(6), sigma=np.eye(6))))
+    assert not is_statistics(str(write(tmp_path / "a.npz", arr_0=pixels(9, size=(8, 8)))))
+    assert not is_statistics(str(tmp_path / "nothing.npz"))
+    (tmp_path / "text.npz").write_text("no zip")
+    assert not is_statistics(str(tmp_path / "text.npz"))
+    damaged = Path(statistics).read_bytes().replace(b"PK\x01\x02", b"XXXX")
+    (tmp_path / "damaged.npz").write_bytes(damaged)
+    assert not is_statistics(str(tmp_path / "damaged.npz"))
+
+
+def test_models_and_pictures_are_told_apart(pictures: str, tmp_path: Path) -> None:
+    assert is_image_set(pictures)
+    assert is_image_set("anything.npz")
+    assert is_image_set("anything.parquet")
+    for model in ("fashion", "mar-base", "a/model.safetensors", "owner/name", str(tmp_path / "not-there")):
+        assert not is_image_set(model)
+    (tmp_path / "run").mkdir()
+    tiny.pipeline().save(tmp_path / "run" / "model.safetensors")
+    assert not is_image_set(str(tmp_path / "run"))
+
+
+def test_a_bundled_model_is_meant_whatever_folder_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("fashion", "mar-base"):
+        tiny.pictures(Path(name), 4)
+    assert not is_image_set("fashion")
+    assert is_image_set("./fashion")
+    assert is_image_set("mar-base")  # as to `zoo.load`, for which what is there comes before an official model
+
+
+def test_samples_of_a_run_are_not_judged(tmp_path: Path) -> None:
+    assert image_sets.RUN_FILE == run.RUN_FILE
+    tiny.pictures(tmp_path / "young" / "samples", 4)
+    (tmp_path / "young" / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"young is the folder of a run, .* saved its model\.safetensors"):
+        open_images(str(tmp_path / "young"))
+
+
+def test_an_npz_has_its_size(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "a.npz", arr_0=pixels(9, size=(8, 8))))
+    assert len(open_images(path, size=(8, 8), limit=5)) == 5
+    with pytest.raises(ValueError, match=r"a\.npz: got images of 8x8 pixels, expected 4x4"):
+        open_images(path, size=(4, 4))
+    with pytest.raises(ValueError, match=r"there is no file .*b\.npz"):
+        open_images(str(tmp_path / "b.npz"))
+
+
+def test_sources_have_splits_sizes_and_names(pictures: str, tmp_path: Path) -> None:
+    found = open_images(pictures, size=(4, 4), split="test", limit=5)
+    (part,) = found.batches(64, 0, 5)
+    assert part.images.shape == (5, 1, 4, 4)
+    assert found.name == f"{pictures} (test)"
+    assert [len(open_images("fashion", split=split)) for split in ("train", "test")] == [10_000, 2_000]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no pictures in .*empty"):
+        open_images(str(tmp_path / "empty"))
+    with pytest.raises(ValueError, match="does not exist"):
+        open_images(str(tmp_path / "nowhere"))
+
+
+def test_a_test_split_is_noticed(tmp_path: Path) -> None:
+    flat, parted = tiny.pictures(tmp_path / "flat", 6), tmp_path / "parted"
+    tiny.pictures(parted / "train", 8)
+    assert has_test_split("fashion")
+    assert has_test_split(str(flat))  # the whole folder serves for both
+    assert not has_test_split(str(parted))

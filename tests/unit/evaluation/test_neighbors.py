@@ -16,12 +16,12 @@ from torch import Tensor
 from mar.evaluation import metrics
 from mar.evaluation.evaluate import Collected, MetricOptions, Report, collect, compare
 from mar.evaluation.image_sets import ImageBatch
-from mar.evaluation.neighbors import SHOWN, HeldOut, Pair, closest, share_of_copies, sheet
+from mar.evaluation.neighbors import NUM_PAIRS, HeldOut, Pair, closest_pairs, pair_grid, share_of_copies
 from mar.evaluation.statistics import FeatureStats
 from mar.evaluation.sweep import Table
 from mar.random import make_generator
 
-WANTED = MetricOptions(neighbours=True)
+WANTED = MetricOptions(neighbors=True)
 MANY = 3000
 
 
@@ -43,8 +43,8 @@ def test_a_model_that_returns_what_it_learned_from_draws_copies_only() -> None:
     learned = drawn(0)
     report = judged(learned.flip(0)[:1000], learned, drawn(1))
     assert report.copies == 1
-    assert report.neighbour_distance == 0
-    assert report.pairs == tuple(Pair(i, MANY - 1 - i, 0.0) for i in range(SHOWN))
+    assert report.neighbor_distance == 0
+    assert report.pairs == tuple(Pair(i, MANY - 1 - i, 0.0) for i in range(NUM_PAIRS))
     hardly_changed = learned + 1e-3 * drawn(2)
     assert judged(hardly_changed, learned, drawn(1)).copies == 1
 
@@ -52,16 +52,16 @@ def test_a_model_that_returns_what_it_learned_from_draws_copies_only() -> None:
 def test_independent_pictures_are_copies_in_one_case_of_a_hundred() -> None:
     report = judged(drawn(2), drawn(0), drawn(1))
     assert report.copies == pytest.approx(0.01, abs=0.006)  # three standard deviations: both sides are drawn
-    assert report.neighbour_distance == pytest.approx(report.held_out_distance, rel=0.03)
-    assert report.neighbour_distance == float(metrics.nearest(drawn(0), drawn(2)).quantile(0.5))
+    assert report.neighbor_distance == pytest.approx(report.held_out_distance, rel=0.03)
+    assert report.neighbor_distance == float(metrics.nearest_neighbors(drawn(0), drawn(2))[0].quantile(0.5))
 
 
 def test_what_is_drawn_again_among_what_is_new_is_counted() -> None:
     learned = drawn(0)
     report = judged(torch.cat([drawn(2)[:2000], learned[:500]]), learned, drawn(1))
     assert report.copies == pytest.approx(0.2 + 0.8 * 0.01, abs=0.006)
-    assert [pair.picture for pair in report.pairs] == list(range(2000, 2000 + SHOWN))
-    assert [pair.reference for pair in report.pairs] == list(range(SHOWN))
+    assert [pair.picture for pair in report.pairs] == list(range(2000, 2000 + NUM_PAIRS))
+    assert [pair.reference for pair in report.pairs] == list(range(NUM_PAIRS))
 
 
 def test_the_threshold_is_the_distance_that_all_but_one_percent_keep() -> None:
@@ -74,15 +74,15 @@ def test_the_threshold_is_the_distance_that_all_but_one_percent_keep() -> None:
 
     found = HeldOut.of(line(held_out), line(learned))
     assert (found.count, found.median) == (201, 101)
-    assert found.near == pytest.approx(3, rel=1e-12)  # the third of 201: 1% of 200 gaps are below it
+    assert found.copy_distance == pytest.approx(3, rel=1e-12)  # the third of 201: 1% of 200 gaps are below it
     assert share_of_copies(torch.tensor([0.0, 2.9, 3.1, 400.0]).double(), found) == 0.5
-    assert found.doubts() == ()
+    assert found.sanity_warnings() == ()
 
 
 def test_the_nearest_pairs_come_first_and_equals_in_their_order() -> None:
     distances, numbers = torch.tensor([3.0, 1.0, 2.0, 1.0]).double(), torch.tensor([4, 5, 6, 7])
-    assert closest(distances, numbers, 3) == (Pair(1, 5, 1.0), Pair(3, 7, 1.0), Pair(2, 6, 2.0))
-    assert len(closest(distances, numbers)) == 4
+    assert closest_pairs(distances, numbers, 3) == (Pair(1, 5, 1.0), Pair(3, 7, 1.0), Pair(2, 6, 2.0))
+    assert len(closest_pairs(distances, numbers)) == 4
 
 
 def test_few_held_out_pictures_are_a_rough_measure() -> None:
@@ -100,7 +100,7 @@ def test_held_out_pictures_that_were_learned_from_are_no_measure() -> None:
     assert "\n" not in str(refused.value)
     one_in_thousand = new.clone()
     one_in_thousand[::1000] = learned[:3]
-    assert HeldOut.of(statistics(one_in_thousand), statistics(learned)).near > 0.1
+    assert HeldOut.of(statistics(one_in_thousand), statistics(learned)).copy_distance > 0.1
 
 
 class Held:
@@ -129,40 +129,41 @@ def test_from_pictures_to_the_report() -> None:
     extractor = judges.tiny()
     learned, held_out = pictures(0, 150), pictures(1, 120)
     own = torch.cat([pictures(2, 30), learned[70:80]])
-    reference, others = (collect(Held(images), extractor, wanted=WANTED).statistics for images in (learned, held_out))
-    found = collect(Held(own), extractor, wanted=WANTED, batch=7)
+    reference, others = (collect(Held(images), extractor, options=WANTED).statistics for images in (learned, held_out))
+    found = collect(Held(own), extractor, options=WANTED, batch=7)
     report = compare(found, reference, extractor, WANTED, HeldOut.of(others, reference))
     distances, usual = (
-        metrics.nearest(extractor(learned).values, extractor(images).values).double() for images in (own, held_out)
+        metrics.nearest_neighbors(extractor(learned).values, extractor(images).values)[0].double()
+        for images in (own, held_out)
     )
     assert report.copies == float((distances < usual.quantile(0.01)).double().mean()) >= 0.25
-    assert report.neighbour_distance == pytest.approx(float(distances.quantile(0.5)), rel=1e-4)
+    assert report.neighbor_distance == pytest.approx(float(distances.quantile(0.5)), rel=1e-4)
     assert report.held_out_distance == pytest.approx(float(usual.quantile(0.5)), rel=1e-4)
     assert {(pair.picture - 30, pair.reference - 70) for pair in report.pairs} <= {(i, i) for i in range(10)}
     said = dict(report.lines())
     assert said["copies"] == f"{report.copies:.2%} (nearer than 99% of held-out pictures)"
-    assert said["nearest reference picture"] == f"{report.neighbour_distance:.4g} (median)"
+    assert said["nearest reference picture"] == f"{report.neighbor_distance:.4g} (median)"
     back = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert back["pairs"][0] == report.pairs[0]._asdict()
     alone = compare(found, reference, extractor, WANTED)
     assert (alone.copies, alone.held_out_distance) == (None, None)
-    assert (alone.neighbour_distance, alone.pairs) == (report.neighbour_distance, report.pairs)
+    assert (alone.neighbor_distance, alone.pairs) == (report.neighbor_distance, report.pairs)
     assert "copies" not in dict(alone.lines())
     unasked = compare(found, reference, extractor, MetricOptions())
-    assert (unasked.neighbour_distance, unasked.pairs) == (None, ())
+    assert (unasked.neighbor_distance, unasked.pairs) == (None, ())
 
 
 def test_what_can_not_be_measured() -> None:
     extractor = judges.tiny()
     kept, bare = (
-        collect(Held(pictures(0, 30)), extractor, wanted=wanted).statistics for wanted in (WANTED, MetricOptions())
+        collect(Held(pictures(0, 30)), extractor, options=wanted).statistics for wanted in (WANTED, MetricOptions())
     )
-    with pytest.raises(ValueError, match="neighbours need the features"):
+    with pytest.raises(ValueError, match="neighbors need the features"):
         compare(Collected(kept), bare, extractor, WANTED)
-    with pytest.raises(ValueError, match="features of all pictures are needed"):
+    with pytest.raises(ValueError, match="expected all features on both sides"):
         HeldOut.of(bare, kept)
-    assert kept.about is not None
-    other = replace(kept, about=replace(kept.about, size=(8, 8)))
+    assert kept.provenance is not None
+    other = replace(kept, provenance=replace(kept.provenance, size=(8, 8)))
     with pytest.raises(ValueError, match="can't be compared"):
         HeldOut.of(other, kept)
 
@@ -177,7 +178,7 @@ def test_a_table_of_a_sweep_has_the_share_but_not_the_pairs(tmp_path: Path) -> N
 def test_a_sheet_shows_each_picture_beside_its_neighbour() -> None:
     own, learned = pictures(0, 5, channels=1), pictures(1, 9)
     pairs = (Pair(4, 8, 0.1), Pair(0, 2, 0.2), Pair(1, 8, 0.3))
-    found = sheet(pairs, Held(own), Held(learned))
+    found = pair_grid(pairs, Held(own), Held(learned))
     scale = 112 // 6
     assert found.size == (2 * 6 * scale, 3 * 6 * scale)
     shown = torch.from_numpy(np.asarray(found)[::scale, ::scale].copy()).permute(2, 0, 1)
