@@ -69,7 +69,7 @@ def seen(run: Run, data: Path) -> dict[str, Any]:
 
 
 def opened(data: Path, folder: Path, strategy: str = "ddp") -> Run:
-    whole = tiny_pipeline(**{name: getattr(MODEL, name) for name in ("grid", "patch", "classes")})
+    whole = tiny_pipeline(**{name: getattr(MODEL, name) for name in ("grid", "patch_size", "classes")})
     return open_tiny(settings(data, strategy), folder, lambda name: whole)
 
 

@@ -91,7 +91,7 @@ def points(axes: Sequence[str]) -> list[Point]:
     return [dict(zip(names, values, strict=True)) for values in itertools.product(*(v for _, v in parsed))]
 
 
-def fixed_settings(sampling: SamplingConfig, point: Point) -> dict[str, Any]:
+def fixed_settings(sampling: SamplingConfig, point: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the sampling settings that a sweep over the names of `point` leaves as they are, by axis."""
     values = to_dict(sampling)
     ends = {name: values[field][int(index)] for name, (field, index) in ENDS.items()}
