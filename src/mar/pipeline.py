@@ -234,12 +234,12 @@ class Pipeline(
         numbers = resolve_labels(labels, self.classes, self.model.config.classes)
         whole = list(range(len(numbers))) if seeds is None else as_seeds(seeds)
         if len(whole) != len(numbers):
-            raise ValueError(f"seeds: got {len(whole)} for {len(numbers)} labels, expected one a picture")
+            raise ValueError(f"seeds: got {len(whole)} for {len(numbers)} labels, expected one per picture")
         pictures = None if known is None else as_images(known)
         flags = None if mask is None else as_mask(mask)
         for name, given in (("known", pictures), ("mask", flags)):
             if given is not None and len(given) != len(numbers):
-                raise ValueError(f"{name}: got {len(given)} for {len(numbers)} labels, expected one a picture")
+                raise ValueError(f"{name}: got {len(given)} for {len(numbers)} labels, expected one per picture")
         latents = None if pictures is None or not numbers else self._encode(pictures, batch)
         return Request(numbers, whole, sampling, latents, flags)
 

@@ -61,7 +61,7 @@ def test_whole_numbers_of_any_kind_are_seeds(seeds: Any) -> None:
 @pytest.mark.parametrize("seeds", [[0.0, 1.5], np.array([0.0, 1.0]), torch.zeros(2), "12", 7])
 @pytest.mark.usefixtures("untyped")
 def test_other_seeds_are_refused(seeds: Any) -> None:
-    with pytest.raises(ValueError, match=r"^seeds: got .*, expected whole numbers, one a picture"):
+    with pytest.raises(ValueError, match=r"^seeds: got .*, expected whole numbers, one per picture"):
         TINY.sample([0, 1], seeds)
 
 
@@ -186,7 +186,7 @@ def test_known_pictures_and_masks_of_any_kind(known: Any, mask: Any) -> None:
         ({"known": to_pil(grey(1))[0]}, "known: got <PIL.Image.*, expected PIL pictures, or floats in"),
         ({"known": 5}, "known: got 5, expected PIL pictures"),
         ({"known": ["a.png"]}, "known: got .*a.png.*, expected PIL pictures"),
-        ({"known": grey(1).log()}, "known: got values that are no finite numbers"),
+        ({"known": grey(1).log()}, "known: got values that are not finite"),
         ({"known": grey(1)[0]}, r"known: got \(1, 4, 4\) of torch.float32, expected PIL pictures"),
         ({"known": (grey(1) + 1).byte().numpy()}, r"known: got \(1, 1, 4, 4\) of torch.uint8, expected PIL pictures"),
         ({"mask": LEFT[:1].int().tolist()}, r"mask: got \(1, 4, 4\) of torch.int64, expected \(1, 4, 4\) of bool"),

@@ -1,8 +1,8 @@
-"""Reveal the tokens of images step by step, as a function over an explicit state.
+"""Reveals tokens step by step, by pure functions of a state.
 
-One reveal step: the trunk computes a condition z for each token to be revealed, from the visible tokens; the diffusion
-head draws these tokens. Source: paper, section 3.4 (equation 3, figure 3c) and 4.2. Letters of shapes: n images,
-L tokens, d values of a token, v visible tokens, f width of z, M tokens to generate, r tokens revealed in this step.
+One reveal step: the trunk computes z for each token to reveal, from the visible tokens; the diffusion head draws these
+tokens. Source: paper, sections 3.4 (equation 3, figure 3c) and 4.2. Letters of shapes: n images, L tokens, d values of a
+token, v visible tokens, f width of z, M tokens to generate, r tokens revealed in this step.
 """
 
 from __future__ import annotations
@@ -31,19 +31,26 @@ from mar.sampling.guidance import StepSettings, step_settings
 
 @runtime_checkable
 class NoiseSource(Protocol):
-    """The randomness of sampling: for each image first its order, then its noise at each reveal step."""
+    """Randomness of sampling: each image's order, then noise for each step."""
 
     def order(self, image: int, length: int) -> Int[Tensor, " L"]:
-        """Draw the order of an image's tokens; they are revealed from its end."""
+        """Draw the order of an image's tokens, revealed from its end."""
         ...
 
     def noise(self, image: int, noises: int, count: int, width: int) -> Float[Tensor, "noises count width"]:
-        """Draw noise for `count` tokens, positions ascending: the first noise of each, then that of each step."""
+        """Draw noise for the tokens that an image reveals in a step.
+
+        Args:
+            image: its index in the batch.
+            noises: noises per token, the first and then one for each further diffusion step.
+            count: number of tokens, in ascending order of position.
+            width: values of a token.
+        """
         ...
 
 
 class SeededNoise:
-    """Noise from one CPU generator for each image, so that an image depends on its seed and not on the batch."""
+    """Noise from one CPU generator per image, independent of the batch."""
 
     def __init__(self, seeds: Sequence[int]) -> None:
         self.generators = [make_generator(seed) for seed in seeds]
@@ -53,7 +60,11 @@ class SeededNoise:
         return random_order(length, self.generators[image])
 
     def noise(self, image: int, noises: int, count: int, width: int) -> Tensor:
-        """Draw noise for `count` tokens."""
+        """Draw noise for the tokens that an image reveals in a step.
+
+        Args:
+            image, noises, count, width: as in `NoiseSource.noise`.
+        """
         return torch.randn(noises, count, width, generator=self.generators[image])
 
 
@@ -62,28 +73,28 @@ class SeededNoise:
 
 @dataclass(frozen=True)
 class DecodeState:
-    """The state of the generation of a batch."""
+    """State of a batch between two reveal steps."""
 
     tokens: Float[Tensor, "n L d"]
     """Values of the known tokens; zeros elsewhere."""
     unknown: Bool[Tensor, "n L"]
-    """Which tokens are still masked (CPU)."""
+    """True at tokens that are still masked (CPU)."""
     orders: tuple[Int[Tensor, " _M"], ...]
-    """For each image the M positions to generate, M its own; revealed from the end (CPU)."""
+    """Positions to generate of each image, M its own; revealed from the end (CPU)."""
     schedules: tuple[tuple[int, ...], ...]
-    """For each image how many tokens stay masked after each of its steps."""
+    """Number of tokens of each image that are still masked after each step."""
     step: int = 0
-    """Reveal steps done."""
+    """Number of reveal steps done."""
     residual: Float[Tensor, "n L f"] | None = None
-    """z without the class minus z with it, where it is kept from one step to the next."""
+    """Last residual (uncond - cond) of z; None if the sampler does not reuse it."""
 
     @property
     def steps(self) -> int:
-        """Reveal steps in all; images with fewer tokens to generate finish sooner."""
+        """Number of reveal steps; images with few tokens to generate finish sooner."""
         return max((len(schedule) for schedule in self.schedules), default=0)
 
     def revealed(self, image: int) -> Int[Tensor, " r"]:
-        """Return the positions that the next step reveals of an image, ascending; none where it is finished."""
+        """Return the positions of the next step, ascending; none after the last."""
         schedule = self.schedules[image]
         if self.step >= len(schedule):
             return self.orders[image][:0]
@@ -101,22 +112,22 @@ def init_state(
     order: Order = "random",
     grid: tuple[int, int] | None = None,
 ) -> DecodeState:
-    """Return the state before the first step.
+    """Create the state before the first step.
 
     Args:
-        tokens: are kept where `unknown` is false.
-        unknown: which tokens to generate.
+        tokens: the known ones; others are not read.
+        unknown: true at tokens to generate.
         steps: K, the number of reveal steps.
         noise_source: draws the order of each image.
-        schedule: how many tokens stay masked after each step.
+        schedule: kind of mask schedule.
         order: kind of order.
         grid: rows and columns of the tokens, for orders that need them (None: one row).
     """
     unknown = unknown.cpu()
     length = unknown.shape[1]
-    drawn = [apply_order(noise_source.order(i, length), grid or (1, length), order) for i in range(len(unknown))]
-    orders = tuple(unknown_order(each, mask) for each, mask in zip(drawn, unknown, strict=True))
-    schedules = tuple(tuple(mask_schedule(len(each), steps, schedule)) for each in orders)
+    all_positions = [apply_order(noise_source.order(i, length), grid or (1, length), order) for i in range(len(unknown))]
+    orders = tuple(unknown_order(positions, mask) for positions, mask in zip(all_positions, unknown, strict=True))
+    schedules = tuple(tuple(mask_schedule(len(positions), steps, schedule)) for positions in orders)
     known = torch.where(unknown.unsqueeze(-1).to(tokens.device), 0.0, tokens)
     return DecodeState(known, unknown, orders, schedules)
 
@@ -127,13 +138,13 @@ def init_state(
 def sample_tokens(
     model: MAR, labels: Int[Tensor, " n"], state: DecodeState, sampling: SamplingConfig, noise_source: NoiseSource
 ) -> Iterator[DecodeState]:
-    """Yield the state after every reveal step, the last with nothing masked.
+    """Yield the state after every reveal step, until nothing is masked.
 
     Args:
         model: in eval mode.
         labels: class numbers, or UNCONDITIONAL.
         state: of `init_state`.
-        sampling: how to sample.
+        sampling: the settings.
         noise_source: image i depends on its label, its noise and its known tokens alone.
     """
     sampling.check(model.config)
@@ -142,7 +153,7 @@ def sample_tokens(
     while state.step < state.steps:
         state = decode_step(model, labels, state, sampling, noise_source, head)
         if state.step == state.steps:
-            del head  # it may hold a copy of the weights, and the tokenizer needs room next
+            del head  # frees its copy of the weights: the tokenizer needs memory next
         backend.free_memory(model)
         yield state
 
@@ -156,19 +167,20 @@ def decode_step(
     noise_source: NoiseSource,
     head: TokenSampler | None = None,
 ) -> DecodeState:
-    """Make one reveal step: conditions from the visible tokens, then new tokens from the head.
+    """Reveal the tokens of one step: trunk -> z -> head -> tokens.
 
-    `head` is the model's, as the backend prepared it for sampling (None: as it is). Other arguments as for
-    `sample_tokens`.
+    Args:
+        model, labels, state, sampling, noise_source: as in `sample_tokens`.
+        head: the model's, prepared by the backend for sampling (None: as it is).
     """
-    # which tokens each image reveals, and how
+    # plan: tokens and settings of each image
     guidable = bool((labels != UNCONDITIONAL).any())
     steps = plan_step(state, sampling, model.config.tokens, guidable)
 
-    # trunk: z of these tokens, with and without the class
+    # trunk: z of these tokens, conditional and unconditional
     conditions = compute_conditions(model, labels, state, steps, sampling.uncond_interval)
 
-    # head: draws the tokens, those of images with the same settings together
+    # head: draws the tokens, all images with the same settings together
     tokens, unknown = state.tokens, state.unknown
     for _, group in groupby(sorted(steps, key=_group_key), key=_group_key):
         images = list(group)
@@ -181,18 +193,26 @@ def decode_step(
 
 
 class ImageStep(NamedTuple):
-    """What one image does in a reveal step."""
+    """One image's part of a reveal step."""
 
     row: int
-    """Its number among the images that are not finished."""
+    """Index among the unfinished images."""
     image: int
+    """Index in the batch."""
     positions: Int[Tensor, " r"]
-    """The tokens that it reveals, ascending."""
+    """Tokens to reveal, ascending."""
     settings: StepSettings
 
 
 def plan_step(state: DecodeState, sampling: SamplingConfig, tokens: int, guidable: bool) -> list[ImageStep]:
-    """Return what each image that is not finished does in the next step; unguided unless `guidable`."""
+    """Plan the next step of each unfinished image.
+
+    Args:
+        state: before the step.
+        sampling: the settings.
+        tokens: number of tokens of an image.
+        guidable: whether any image has a class; without one, guidance has no effect and is left out.
+    """
     steps: list[ImageStep] = []
     for image, schedule in enumerate(state.schedules):
         if state.step < len(schedule):
@@ -214,19 +234,25 @@ class Conditions(NamedTuple):
     """z of the tokens that a reveal step reveals."""
 
     z: Float[Tensor, "n_and_g r f"]
-    """For each image step, padded; then, for each guided one, without the class."""
+    """Conditional z of each image step, padded; then the unconditional z of each guided one."""
     uncond_rows: dict[int, int]
-    """Row of a guided image step -> its row without the class."""
+    """Row of a guided image step -> row of its unconditional z."""
     residual: Float[Tensor, "n L f"] | None
-    """The residual (uncond - cond) that the next step may reuse, for all images of the batch."""
+    """Residual (uncond - cond) for the next step to reuse, of all images of the batch."""
 
 
 def compute_conditions(
     model: MAR, labels: Int[Tensor, " n"], state: DecodeState, steps: Sequence[ImageStep], uncond_interval: int
 ) -> Conditions:
-    """Compute z with and without the class.
+    """Compute conditional and unconditional z of the tokens to reveal.
 
-    Between unconditional runs, `uncond_interval` guided steps apart, the last residual (uncond - cond) is reused.
+    Between unconditional runs, `uncond_interval` guided steps apart, the last residual (uncond - cond) is reused
+    (LazyMAR, arXiv 2503.12450).
+
+    Args:
+        model, labels, state: as in `sample_tokens`.
+        steps: of `plan_step`.
+        uncond_interval: of `SamplingConfig`.
     """
     device, length = state.tokens.device, state.unknown.shape[1]
     unfinished = [step.image for step in steps]
@@ -235,9 +261,9 @@ def compute_conditions(
     uncond = [step.row for step in steps if step.settings.run_uncond]
     uncond_rows = torch.tensor(uncond, dtype=torch.long, device=device)
     guided = [step.row for step in steps if step.settings.guided]
-    rows_of_guided = {row: len(steps) + place for place, row in enumerate(guided)}
+    rows_of_guided = {row: len(steps) + index for index, row in enumerate(guided)}
 
-    # a residual that is kept is one of all tokens
+    # a residual for later steps needs z of all tokens
     keep_residual = uncond_interval > 1 and len(uncond) > 0
     all_positions = torch.arange(length, device=device).expand(len(steps), -1)
     z = run_trunk(
@@ -247,6 +273,7 @@ def compute_conditions(
     if uncond_interval == 1:
         return Conditions(z, rows_of_guided, None)
 
+    # unconditional z = conditional z + residual
     cond, residual = z[: len(steps)], state.residual
     if residual is None:
         residual = z.new_zeros(len(state.orders), length, z.shape[-1])
@@ -266,7 +293,16 @@ def run_trunk(
     uncond_rows: Int[Tensor, " u"],
     query_idx: Int[Tensor, "n r"],
 ) -> Float[Tensor, "n_and_u r f"]:
-    """Compute z at `query_idx` from the known tokens: of all images, then of `uncond_rows` without their class."""
+    """Compute z of all images, then of `uncond_rows` without their class.
+
+    Args:
+        model: in eval mode.
+        tokens: of the unfinished images.
+        labels: class numbers, or UNCONDITIONAL.
+        unknown: true at masked tokens (CPU).
+        uncond_rows: images to run without their class as well.
+        query_idx: positions of the output, padded with L.
+    """
     visible, padded = visible_positions(unknown)
     visible = visible.to(tokens.device)
     if len(uncond_rows):
@@ -277,7 +313,10 @@ def run_trunk(
 
 
 def visible_positions(unknown: Bool[Tensor, "n L"]) -> tuple[Int[Tensor, "n v"], bool]:
-    """Return the positions of known tokens, ascending and padded with L, and whether any is padding."""
+    """Return the positions of known tokens, ascending, and whether any is padded.
+
+    The padding is L.
+    """
     length = unknown.shape[1]
     counts = (~unknown).sum(1)
     longest = int(counts.max())
@@ -295,32 +334,34 @@ def denoise_tokens(
     sampling: SamplingConfig,
     noise_source: NoiseSource,
 ) -> Float[Tensor, "r d"]:
-    """Draw the tokens that a group of image steps with the same settings reveals, row-major over image and position.
+    """Draw the tokens that a group of image steps reveals, row-major.
 
     Args:
         head: the model's.
         conditions: of the reveal step.
-        group: image steps with as many diffusion steps, all guided or none.
-        sampling: how to sample.
+        group: image steps with the same number of diffusion steps, all guided or none.
+        sampling: the settings.
         noise_source: gives each image its noise.
     """
     device = conditions.z.device
     diffusion_steps, guided = _group_key(group[0])
-    places = torch.cat([torch.arange(len(step.positions)) for step in group]).to(device)
+    # z of each token; with guidance, then its unconditional z
+    columns = torch.cat([torch.arange(len(step.positions)) for step in group]).to(device)
     rows = torch.tensor([step.row for step in group for _ in step.positions], device=device)
-    z, scale = conditions.z[rows, places], None
+    z, scale = conditions.z[rows, columns], None
     if guided:
         uncond = [conditions.uncond_rows[step.row] for step in group for _ in step.positions]
-        z = torch.cat([z, conditions.z[torch.tensor(uncond, device=device), places]])
+        z = torch.cat([z, conditions.z[torch.tensor(uncond, device=device), columns]])
         scale = torch.tensor([[step.settings.scale] for step in group for _ in step.positions], device=device)
 
+    # noise of each image, on its positions ascending
     noises, width = head.num_noises(diffusion_steps, sampling), head.token_width
     noise = torch.cat([noise_source.noise(s.image, noises, len(s.positions), width) for s in group], dim=1)
     return head.sample(z, noise.to(device), scale, diffusion_steps, sampling)
 
 
 def all_masked(count: int, tokens: int) -> Bool[Tensor, "n L"]:
-    """Return the mask of a generation from nothing."""
+    """Return a mask with all tokens unknown."""
     return torch.ones(count, tokens, dtype=torch.bool)
 
 

@@ -1,4 +1,4 @@
-"""Labels and seeds -> latents: checks what was asked for, and what was generated."""
+"""Labels and seeds -> latents, with checks of request and result."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Request:
     known: Tensor | None
     mask: Tensor | None
     first: int = 0
-    """Number of its first image in the whole request."""
+    """Index of its first image in the whole request."""
 
     def part(self, first: int, end: int) -> Request:
         """Return the images from `first` up to `end`."""
@@ -47,20 +47,20 @@ class Request:
 
 
 def as_seeds(seeds: Iterable[SupportsIndex]) -> list[int]:
-    """Return seeds as Python integers, of which all 64 bits count. Raises ValueError for anything else."""
+    """Convert seeds to Python integers, all 64 bits. Raises ValueError for anything else."""
     try:
         return [operator.index(seed) for seed in seeds]
     except TypeError:
-        raise ValueError(f"seeds: got {reprlib.repr(seeds)}, expected whole numbers, one a picture") from None
+        raise ValueError(f"seeds: got {reprlib.repr(seeds)}, expected whole numbers, one per picture") from None
 
 
 def as_images(known: Images) -> Sequence[Image.Image] | Tensor:
-    """Return known images as they can be encoded. Raises ValueError for anything else."""
+    """Check known images; arrays become tensors. Raises ValueError for anything else."""
     if isinstance(known, Tensor | np.ndarray):
         values = torch.as_tensor(known)
         if values.ndim == 4 and values.is_floating_point():
             if not values.isfinite().all():
-                raise ValueError("known: got values that are no finite numbers, expected them in [-1, 1]")
+                raise ValueError("known: got values that are not finite, expected numbers in [-1, 1]")
             return values.float()
         got = f"{tuple(values.shape)} of {values.dtype}"
     elif isinstance(known, Sequence) and all(isinstance(image, Image.Image) for image in known):
@@ -71,24 +71,24 @@ def as_images(known: Images) -> Sequence[Image.Image] | Tensor:
 
 
 def as_mask(mask: Mask) -> Tensor:
-    """Return a mask as a tensor; `generate` checks its shape and type. Raises ValueError for anything else."""
+    """Convert a mask to a tensor; `generate` checks shape and type. Raises ValueError for no mask."""
     try:
         flags = torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError):
         flags = torch.empty(())
     if not flags.ndim:
-        raise ValueError(f"mask: got {reprlib.repr(mask)}, expected bools (n, rows, columns), one a token")
+        raise ValueError(f"mask: got {reprlib.repr(mask)}, expected bools (n, rows, columns), one per token")
     return flags
 
 
 # ---- generation
 
 MAX_STD = 3.0
-"""Latents have a standard deviation of 1; images beyond this one are noise."""
+"""Latents have a standard deviation of 1; above this one an image is noise."""
 
 
 class BrokenLatents(ValueError):
-    """The model generated noise; the message names the step, the likely cause and the remedy."""
+    """The model generated noise; the message names step, likely cause and remedy."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ class LatentStep:
     """A batch after a reveal step."""
 
     step: int
-    """Reveal steps done, from 1."""
+    """Number of reveal steps done, from 1."""
     steps: int
     latents: Float[Tensor, "n c h w"]
     """Normalized latents; zeros where a token is still masked."""
     known: Bool[Tensor, "n rows columns"]
-    """Which tokens are known by now (CPU)."""
+    """True at known tokens (CPU)."""
 
 
 def generate(
@@ -116,20 +116,21 @@ def generate(
     allow_broken: bool = False,
     first: int = 0,
 ) -> Iterator[LatentStep]:
-    """Generate one image for each label and seed; yields after every reveal step, the last with all latents.
+    """Generate one image per label and seed; yield after every reveal step.
 
-    Image i depends on its own label, seed, known latents and mask, and not on the batch, unless the weights are int8.
+    The last step has all latents. Image i depends on its own label, seed, known latents and mask, and not on the batch,
+    unless the weights are int8.
 
     Args:
         model: in eval mode.
         labels: class numbers, -1 for none.
-        seeds: one for each label.
-        sampling: how to sample.
-        known: latents that are kept where `mask` is false.
-        mask: one flag a token, true: generate. Masks may differ between images.
+        seeds: one per label.
+        sampling: the settings.
+        known: latents to keep where `mask` is false.
+        mask: one flag per token, true: generate. Masks may differ between images.
         noise_source: draws orders and noise (None: from `seeds`).
         allow_broken: do not raise BrokenLatents.
-        first: number of the first image, for messages.
+        first: index of the first image, for messages.
     """
     config = model.config
     if len(labels) != len(seeds) or not len(labels):
@@ -170,11 +171,11 @@ def _known_tokens(model: MAR, count: int, known: Tensor | None, mask: Tensor | N
     if known.shape != expected:
         raise ValueError(f"known latents: got shape {tuple(known.shape)}, expected {expected}")
     if not known.isfinite().all():
-        raise ValueError("known latents: got values that are no finite numbers")
+        raise ValueError("known latents: got values that are not finite, expected numbers")
     grid = (config.grid[0] // config.patch_size, config.grid[1] // config.patch_size)
     if mask.shape != (count, *grid) or mask.dtype != torch.bool:
         raise ValueError(
-            f"mask: got {tuple(mask.shape)} of {mask.dtype}, expected {(count, *grid)} of bool, one a token"
+            f"mask: got {tuple(mask.shape)} of {mask.dtype}, expected {(count, *grid)} of bool, one per token"
         )
     return patchify(known.float(), config.patch_size), mask.flatten(1).cpu()
 
@@ -182,14 +183,14 @@ def _known_tokens(model: MAR, count: int, known: Tensor | None, mask: Tensor | N
 def check_latents(
     state: DecodeState, generated: Bool[Tensor, "n L"], sampling: SamplingConfig, model: MAR, first: int = 0
 ) -> None:
-    """Raise BrokenLatents where generated tokens are not finite, or spread far wider than any image's.
+    """Raise BrokenLatents for generated tokens that are noise or not finite.
 
     Args:
-        state: after a reveal step. The spread of an image counts once a quarter of its tokens are there.
-        generated: which tokens are generated, not given.
+        state: after a reveal step. An image's standard deviation counts once a quarter of its tokens are generated.
+        generated: true at tokens to generate.
         sampling: for the remedy.
         model: for the remedy.
-        first: number of the first image, for the message.
+        first: index of the first image, for the message.
     """
     done = (generated & ~state.unknown).to(state.tokens.device)
     count = done.sum(1) * state.tokens.shape[-1]
@@ -197,22 +198,22 @@ def check_latents(
     finite = values.isfinite().flatten(1).all(1)
     mean = values.sum((1, 2)) / count.clamp(min=1)
     std = ((values.square().sum((1, 2)) / count.clamp(min=1)) - mean.square()).clamp(min=0).sqrt()
-    enough = 4 * done.sum(1) >= generated.sum(1).to(done.device)
-    broken = ~finite | (enough & (std > MAX_STD))
+    quarter_done = 4 * done.sum(1) >= generated.sum(1).to(done.device)
+    broken = ~finite | (quarter_done & (std > MAX_STD))
     if not bool(broken.any()):
         return
     image = int(broken.nonzero()[0])
-    fault = f"a standard deviation of {float(std[image]):,.1f} where pictures have 1" if finite[image] else "no numbers"
+    fault = f"have a standard deviation of {float(std[image]):,.1f}, expected 1" if finite[image] else "are not finite"
     raise BrokenLatents(
-        f"image {first + image} is broken at reveal step {state.step} of {state.steps}: its latents have {fault}. "
+        f"image {first + image} is broken at reveal step {state.step} of {state.steps}: its latents {fault}. "
         + _remedy(sampling, model)
     )
 
 
 def _remedy(sampling: SamplingConfig, model: MAR) -> str:
     if any(not p.isfinite().all() for p in model.parameters()):
-        return "The weights hold values that are not finite: use an older checkpoint"
-    advice = "Likely the model is young, and its errors at the noisiest steps are amplified: train it longer"
+        return "Some weights are not finite: use an older checkpoint"
+    advice = "Likely the model is trained too little, and errors of the noisiest steps are amplified: train it longer"
     if sampling.x0_bound is None:
         advice += ", or bound the predicted tokens (--x0-bound 3)"
-    return f"{advice}; lower guidance may help; to see it all the same, allow broken pictures (--allow-broken)"
+    return f"{advice}; lower guidance may help; to see it all the same, allow broken images (--allow-broken)"

@@ -1,6 +1,6 @@
-"""The settings of each reveal step: its guidance scale, its diffusion steps, and whether the trunk runs twice.
+"""Settings of each reveal step: guidance scale, diffusion steps, unconditional runs.
 
-Guidance itself is applied in `mar.diffusion.head.CFGDenoiser`.
+`mar.diffusion.head.CFGDenoiser` applies the guidance.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ class StepSettings(NamedTuple):
 
     diffusion_steps: int
     scale: float
-    """Guidance scale; 1 is none."""
+    """Guidance scale; 1: no guidance."""
     run_uncond: bool
-    """Whether the trunk also runs without the class."""
+    """True if the trunk also runs without the class."""
 
     @property
     def guided(self) -> bool:
-        """Whether the head runs with and without the class."""
+        """True if the head runs with and without the class."""
         return self.scale != 1.0
 
 
@@ -30,7 +30,7 @@ class StepSettings(NamedTuple):
 def step_settings(sampling: SamplingConfig, schedule: tuple[int, ...], tokens: int) -> tuple[StepSettings, ...]:
     """Return the settings of every reveal step of an image.
 
-    `schedule` tells how many of the image's `tokens` stay masked after each step. Diffusion steps go linearly from the
+    After each step, `schedule` has the number of `tokens` that are still masked. Diffusion steps go linearly from the
     first number to the last (DiSA, arXiv 2505.20297). Of the guided steps, the first and then every
     `uncond_interval`-th run the trunk without the class (LazyMAR, arXiv 2503.12450).
     """
@@ -47,15 +47,15 @@ def step_settings(sampling: SamplingConfig, schedule: tuple[int, ...], tokens: i
 
 
 def guidance_scale(sampling: SamplingConfig, masked: int, tokens: int) -> float:
-    """Return the scale of a reveal step after which `masked` of `tokens` tokens stay masked.
+    """Return the guidance scale of a step that leaves `masked` tokens masked.
 
-    The last step counts as 1 masked token. `linear` rises with the share of known tokens (paper, appendix B);
-    `constant` is the same at every step. Where that share lies outside the guidance interval, the scale is 1: none.
+    `linear` rises with the share of known tokens (paper, appendix B); `constant` is the same at every step. If the share
+    lies outside the guidance interval, the scale is 1: no guidance. The last step counts as leaving one masked token.
     """
-    known = (tokens - max(masked, 1)) / tokens
+    known = tokens - max(masked, 1)
     start, end = sampling.guidance_interval
-    if not start <= known <= end:
+    if not start <= known / tokens <= end:
         return 1.0
     if sampling.guidance_schedule == "constant":
         return sampling.guidance_scale
-    return 1 + (sampling.guidance_scale - 1) * (tokens - max(masked, 1)) / tokens
+    return 1 + (sampling.guidance_scale - 1) * known / tokens
