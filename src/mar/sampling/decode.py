@@ -1,8 +1,8 @@
 """Reveals tokens step by step, by pure functions of a state.
 
 One reveal step: the trunk computes z for each token to reveal, from the visible tokens; the diffusion head draws these
-tokens. Source: paper, sections 3.4 (equation 3, figure 3c) and 4.2. Letters of shapes: n images, L tokens, d values of a
-token, v visible tokens, f width of z, M tokens to generate, r tokens revealed in this step.
+tokens. Source: paper, sections 3.4 (equation 3, figure 3c) and 4.2. Letters of shapes: n images, L tokens, d values of
+a token, v visible tokens, f width of z, M tokens to generate, r tokens revealed in this step.
 """
 
 from __future__ import annotations
@@ -125,9 +125,10 @@ def init_state(
     """
     unknown = unknown.cpu()
     length = unknown.shape[1]
-    all_positions = [apply_order(noise_source.order(i, length), grid or (1, length), order) for i in range(len(unknown))]
-    orders = tuple(unknown_order(positions, mask) for positions, mask in zip(all_positions, unknown, strict=True))
-    schedules = tuple(tuple(mask_schedule(len(positions), steps, schedule)) for positions in orders)
+    random_orders = [noise_source.order(image, length) for image in range(len(unknown))]
+    full_orders = [apply_order(each, grid or (1, length), order) for each in random_orders]
+    orders = tuple(unknown_order(each, mask) for each, mask in zip(full_orders, unknown, strict=True))
+    schedules = tuple(tuple(mask_schedule(len(each), steps, schedule)) for each in orders)
     known = torch.where(unknown.unsqueeze(-1).to(tokens.device), 0.0, tokens)
     return DecodeState(known, unknown, orders, schedules)
 

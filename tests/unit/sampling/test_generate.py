@@ -29,11 +29,9 @@ def untrained(**changes: Any) -> MAR:
 
 
 def test_a_young_model_is_stopped_with_cause_and_remedy() -> None:
-    with pytest.raises(
-        BrokenLatents, match=r"reveal step \d of 4.* deviation of [\d,.]+, expected 1"
-    ) as info:
+    with pytest.raises(BrokenLatents, match=r"reveal step \d of 4.* deviation of [\d,.]+, expected 1") as info:
         last(untrained(), [0], [0], FAST)
-    for words in ("image 0", "young", "train it longer", "--x0-bound 3", "--allow-broken"):
+    for words in ("image 0", "trained too little", "train it longer", "--x0-bound 3", "--allow-broken"):
         assert words in str(info.value)
 
 
