@@ -1,4 +1,4 @@
-"""Named models and recipes, each with what it costs and what to expect."""
+"""Name models, recipes and sampling presets, with their costs and results."""
 
 from __future__ import annotations
 
@@ -41,21 +41,21 @@ SAMPLING: dict[str, SamplingConfig] = {
 
 @dataclass(frozen=True)
 class SamplingPreset:
-    """A way to draw sooner. What is None stays the model's own, and nothing is more than that."""
+    """Bounds for faster sampling. None keeps the model's own setting, and no setting is raised."""
 
     steps: float | None = None
-    """K: reveal steps as a multiple of the square root of L, the side of a square grid of tokens."""
+    """K as a multiple of the square root of L, the side of a square grid of tokens."""
     diffusion_steps: int | None = None
-    """The same number for every model: what a solver needs does not depend on how many a model takes by itself."""
+    """The same for every model: a solver's need does not depend on the model's own number."""
     solver: Solver | None = None
     timestep_spacing: TimestepSpacing | None = None
     start_t: float | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     uncond_interval: int | None = None
 
-    def of(self, sampling: SamplingConfig, tokens: int) -> SamplingConfig:
-        """`sampling` so hastened, for pictures of L `tokens`."""
-        reveals = sampling.steps if self.steps is None else math.ceil(self.steps * math.sqrt(tokens))
+    def apply(self, sampling: SamplingConfig, tokens: int) -> SamplingConfig:
+        """Returns `sampling` within these bounds, for images of L `tokens`."""
+        steps = sampling.steps if self.steps is None else math.ceil(self.steps * math.sqrt(tokens))
         end = min(sampling.guidance_interval[1], self.guidance_interval[1])
         start = min(max(sampling.guidance_interval[0], self.guidance_interval[0]), end)
         first, last = sampling.diffusion_steps, sampling.diffusion_steps_end
@@ -63,7 +63,7 @@ class SamplingPreset:
             first, last = min(first, self.diffusion_steps), None if last is None else min(last, self.diffusion_steps)
         return replace(
             sampling,
-            steps=min(sampling.steps, reveals),
+            steps=min(sampling.steps, steps),
             diffusion_steps=first,
             diffusion_steps_end=last,
             solver=self.solver or sampling.solver,
@@ -89,16 +89,22 @@ SAMPLING_PRESETS: dict[Preset, SamplingPreset] = {
         uncond_interval=3,
     ),
 }
-"""Ways to draw, by name. 5,000 pictures of the bundled model: `exact` is at a distance of 2.30, `balanced` at 2.03 in
-0.56 of the time, `fast` at 2.16 in 0.27 of it; on MAR-B's shape they take a quarter to a third, and an eighth to a
-ninth (docs/sampling.md)."""
+"""Sampling presets by name.
+
+Fréchet distance of 5,000 images of the bundled model, and time: `exact` 2.30; `balanced` 2.03 in 0.56 of the time;
+`fast` 2.16 in 0.27 of it. On MAR-B's shape `balanced` takes a quarter to a third of the time, `fast` an eighth to a
+ninth (docs/sampling.md).
+"""
 
 
 def apply_preset(sampling: SamplingConfig, tokens: int, preset: str) -> SamplingConfig:
-    """A model's own way of drawing pictures of L `tokens`, made sooner by a preset."""
-    for name, haste in SAMPLING_PRESETS.items():
+    """Returns a model's own settings within the bounds of a preset.
+
+    `tokens` is L, the tokens of an image. ConfigError for an unknown preset.
+    """
+    for name, bounds in SAMPLING_PRESETS.items():
         if name == preset:
-            return haste.of(sampling, tokens)
+            return bounds.apply(sampling, tokens)
     raise ConfigError(f"preset is {preset!r}, but it must be one of {', '.join(SAMPLING_PRESETS)}")
 
 
@@ -107,11 +113,11 @@ IMAGENET_IMAGES = 1_281_167
 
 
 def _imagenet(name: str) -> TrainConfig:
-    """The paper's recipe for ImageNet 256x256, for the 800 epochs of the released weights.
+    """Returns the paper's recipe for ImageNet 256x256 and 800 epochs.
 
-    From pictures or from their latents it is the same run: `--data CACHE`. What the reference's authors and users
-    report for theirs: 400 epochs of L in 1 day 7 hours on 32 H100, from cached latents in 1 day 11 hours on 16; the
-    loss stands near 0.25 to 0.35 while pictures keep getting better; the FIDs of `SAMPLING`. None of it was run here.
+    Cached latents give the same run: `--data CACHE`. Authors and users of the reference report: 400 epochs of L in 1
+    day 7 hours on 32 H100, or from cached latents in 1 day 11 hours on 16. The loss stays near 0.25 to 0.35 while
+    images keep getting better. FIDs are those of `SAMPLING`. None of it was run here.
     """
     return TrainConfig(
         model=MODELS[name],
@@ -159,12 +165,12 @@ FASHION = TrainConfig(
 )
 """3.5 million parameters on 10,000 pictures of Fashion-MNIST in raw pixels, 4x4 patches.
 
-On the full set of 60,000, fitted to its time, by minutes of one core (AVX2, float32; docs/quality.md): after 5 minutes
-classes are plain to see (82% are of the class asked for, Fréchet distance 17), after 15 they are 92% (7 to 8), and
-after 64 95% (2.2), where the paper's settings come to 86% and 15. Where the processor has products in bfloat16,
-`--precision bf16` sees a third more pictures in the same time.
+Images of the right class and Fréchet distance on the full set of 60,000, by minutes of one core (AVX2, float32; runs
+fitted to their time; docs/quality.md): 82% and 17 after 5 minutes, 92% and 7 to 8 after 15, 95% and 2.2 after 64. The
+paper's settings reach 86% and 15 in 64 minutes. On processors with bfloat16 products, `--precision bf16` sees a third
+more images in the same time.
 
-The bundled model is from before its rotary positions and its rate of 0.012: 210,000 pictures at 0.008, in bf16.
+The bundled model was trained earlier: without rotary positions, on 210,000 images at a rate of 0.008, in bf16.
 """
 
 X0_SAMPLING: dict[str, Any] = {
@@ -188,12 +194,12 @@ CIFAR10 = replace(
     save_every=50_000,
     sample_every=50_000,
 )
-"""The trunk and the rates of `FASHION` for CIFAR-10's 50,000 pictures, from class folders or Parquet files: 16
-principal components of each square of 4x4 pixels, whose clean values are predicted; 3.6 million parameters.
+"""The trunk and rates of `FASHION` for the 50,000 images of CIFAR-10, from class folders or Parquet files.
 
-By minutes of one core (AVX2, float32, 29 pictures a second; docs/quality.md): after 5 minutes colours and their layout,
-after 15 skies, ground and the beginnings of shapes, at a Fréchet distance of 726 and 699 (EfficientNet-Lite0; real
-ones: 56), after 56 horses on grass, ships and cars, at 479, where the paper's settings have 1,963 after an hour.
+Tokens are 16 principal components of 4x4 pixels, and the model predicts x0; 3.6 million parameters. By minutes of one
+core (AVX2, float32, 29 images a second; docs/quality.md): after 5 minutes colors and their layout; after 15 skies,
+ground and first shapes; after 56 horses on grass, ships and cars. The Fréchet distances (EfficientNet-Lite0) are 726,
+699 and 479; 56 for real images, 1,963 for the paper's settings after an hour.
 """
 
 RECIPES: dict[str, TrainConfig] = {
@@ -208,7 +214,7 @@ RECIPE_NAMES = (*RECIPES, "folder")
 
 
 def recipe(name: str) -> TrainConfig:
-    """The recipe called `name`; ConfigError names those that there are."""
+    """Returns a recipe by name; ConfigError for an unknown one."""
     if name not in RECIPES:
         raise ConfigError(f"there is no recipe {name!r}; there are {', '.join(RECIPE_NAMES)}")
     return RECIPES[name]

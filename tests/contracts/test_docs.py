@@ -296,14 +296,14 @@ def test_recipes_and_models_named_are_there() -> None:
 
 
 def test_what_a_folder_gets_is_as_it_is_said() -> None:
-    small, medium, large = sizes._SIZES
+    small, medium, large = sizes.MODEL_SIZES
     table = TRAINING.split("### What is chosen")[1].split("### An example")[0]
     for size in (small, medium):
         encoder, decoder = size.trunks
         trunk = f"{encoder.depth} + {decoder.depth} blocks {encoder.width} wide"
-        assert f"than {size.pictures:,}: {trunk}" in table
+        assert f"than {size.max_count:,}: {trunk}" in table
     assert large.trunks == (replace(presets.RECIPES["imagenet-base"].model.encoder, rotary=True),) * 2
-    narrow, wide = zip(*(size.head[:2] for size in sizes._SIZES), strict=True)
+    narrow, wide = zip(*(size.head[:2] for size in sizes.MODEL_SIZES), strict=True)
     assert (
         f"{narrow[0]}, {narrow[1]} or {narrow[2]} wide for tokens of up to 16 values; {wide[0]} or {wide[2]}" in table
     )

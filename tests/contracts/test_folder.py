@@ -68,7 +68,7 @@ def test_small_grey_pictures_become_pixels(data: Path, tmp_path: Path) -> None:
     assert (steps.tokenizer, steps.cache) == (None, None)
     assert (config.data, config.tokenizer, config.model.classes) == (str(data), "pixels", 2)
     assert (config.model.channels, config.model.grid, config.model.patch_size) == (1, (8, 8), 2)
-    assert "20 grey pictures in 2 classes, typically of 8 pixels, cut to 8x8; raw pixels, 16 tokens" in steps.lines[0]
+    assert "20 gray pictures in 2 classes, typically of 8 pixels, cut to 8x8; raw pixels, 16 tokens" in steps.lines[0]
     assert "3 + 5 blocks 192 wide, head 3 x 256; 100,000 pictures to be seen in all, 32 a step" in steps.lines[1]
     assert not (tmp_path / "run").exists()
 
@@ -351,7 +351,7 @@ def test_another_run_is_refused(place: Path, capsys: pytest.CaptureFixture[str])
 def test_latents_that_are_cached_are_enough(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(place / "pictures")
     assert main(command("run/latents", "second", "--sample-every", "0")) == 0
-    assert "20 colour pictures in 2 classes" in capsys.readouterr().err
+    assert "20 color pictures in 2 classes" in capsys.readouterr().err
     assert (place / "second" / "model.safetensors").read_bytes() == (place / "run" / "model.safetensors").read_bytes()
     assert "leave out --image-size" in refused(capsys, "--data", "run/latents", "--image-size", "8")
 

@@ -88,17 +88,17 @@ def test_a_preset_never_asks_for_more_than_a_model_does_by_itself() -> None:
 
 
 def test_a_preset_in_numbers() -> None:
-    haste = SamplingPreset(steps=1.5, diffusion_steps=8, guidance_interval=(0.2, 1.0), uncond_interval=2)
+    bounds = SamplingPreset(steps=1.5, diffusion_steps=8, guidance_interval=(0.2, 1.0), uncond_interval=2)
     own = SamplingConfig(steps=64, diffusion_steps=25, diffusion_steps_end=5, guidance_scale=3.0, solver="ddim")
-    way = haste.of(own, 256)
+    way = bounds.apply(own, 256)
     assert (way.steps, way.diffusion_steps, way.diffusion_steps_end) == (24, 8, 5)
     assert (way.solver, way.guidance_scale, way.guidance_interval, way.uncond_interval) == ("ddim", 3.0, (0.2, 1.0), 2)
-    assert haste.of(replace(own, guidance_interval=(0.0, 0.1)), 256).guidance_interval == (0.1, 0.1)
-    assert haste.of(replace(own, guidance_interval=(0.5, 1.0)), 256).guidance_interval == (0.5, 1.0)
-    assert haste.of(own, 49).steps == 11
+    assert bounds.apply(replace(own, guidance_interval=(0.0, 0.1)), 256).guidance_interval == (0.1, 0.1)
+    assert bounds.apply(replace(own, guidance_interval=(0.5, 1.0)), 256).guidance_interval == (0.5, 1.0)
+    assert bounds.apply(own, 49).steps == 11
     unusual = SamplingConfig(
         steps=100, diffusion_steps=10, diffusion_steps_end=25, solver="dpm++2m", start_t=0.9, uncond_interval=3
     )
-    assert SamplingPreset().of(own, 49) == own
-    assert SamplingPreset().of(unusual, 49) == unusual
-    assert SamplingPreset(start_t=0.95, uncond_interval=2).of(unusual, 49) == unusual
+    assert SamplingPreset().apply(own, 49) == own
+    assert SamplingPreset().apply(unusual, 49) == unusual
+    assert SamplingPreset(start_t=0.95, uncond_interval=2).apply(unusual, 49) == unusual

@@ -1,1 +1,1 @@
-""""""
+"""Choose sizes, models and steps for a data set."""

@@ -15,15 +15,15 @@ from mar.autoconfig.sizes import (
     SIDES,
     DatasetSummary,
     LatentShape,
-    components,
+    autoencoder_shape,
+    crop_side,
     default_latent_shape,
-    larger_from,
-    largest_for,
     largest_multiple,
-    latent_shape_for,
-    recipe_for,
-    side_for,
-    tokenizer_for,
+    max_side,
+    next_larger_count,
+    pca_shape,
+    tokenizer_config_for,
+    train_config_for,
 )
 from mar.autoconfig.summary import load_summary, summarize_cache
 from mar.config import ConfigError, TrainConfig, resolve_image_channels
@@ -38,7 +38,7 @@ OWN = "own"
 
 
 FOLDER = replace(
-    recipe_for(DatasetSummary(10_000, 32, 3, tuple(map(str, range(10)))), (32, 32), components()),
+    train_config_for(DatasetSummary(10_000, 32, 3, tuple(map(str, range(10)))), (32, 32), pca_shape()),
     data="pictures",
     tokenizer="pca4",
 )
@@ -82,7 +82,7 @@ class TokenLayout:
     @property
     def needs_cache(self) -> bool:
         """True where latents are cached before the model is trained."""
-        return self.shape is not None and not self.shape.components
+        return self.shape is not None and not self.shape.is_pca
 
 
 @dataclass(frozen=True)
@@ -163,9 +163,7 @@ def choose(overrides: Overrides) -> Choice:
     tokenizer = None
     if layout.tokenizer == OWN:
         assert layout.shape is not None
-        tokenizer = tokenizer_for(
-            summary, layout.size, layout.shape.stride, layout.shape.channels, overrides.tokenizer_images
-        )
+        tokenizer = tokenizer_config_for(summary, layout.size, layout.shape, overrides.tokenizer_images)
     return Choice(_recipe(overrides, summary, layout), layout, summary, tokenizer, note)
 
 
@@ -196,18 +194,18 @@ def _layout(overrides: Overrides, summary: DatasetSummary) -> TokenLayout:
     if name is not None and name != OWN:
         shape, largest = _shape_of(name)
         return TokenLayout(_crop(overrides, summary, largest, shape), name, shape)
-    largest = largest_for(summary.count)
+    largest = max_side(summary.count)
     size = _crop(overrides, summary, largest)
-    shape = latent_shape_for(size) if name == OWN else default_latent_shape(summary, size)
+    shape = autoencoder_shape(size) if name == OWN else default_latent_shape(summary, size)
     if shape is None:
         assert PixelTokenizer.name is not None
         name = PixelTokenizer.name
-    elif shape.components:
+    elif shape.is_pca:
         name = f"pca{shape.stride}"
     else:
         name = OWN
         shape = LatentShape(overrides.stride or shape.stride, overrides.channels or shape.channels)
-    larger = larger_from(summary) if overrides.image_size is None else None
+    larger = next_larger_count(summary) if overrides.image_size is None else None
     return TokenLayout(_crop(overrides, summary, largest, shape), name, shape, larger)
 
 
@@ -217,7 +215,7 @@ def _shape_of(name: str) -> tuple[LatentShape | None, int]:
     if tokenizer.lossless:
         return None, SIDES[1]
     if tokenizer.learns_basis:
-        default = components(tokenizer.stride)
+        default = pca_shape(tokenizer.stride)
         return default if is_name(name) else replace(default, channels=tokenizer.channels), SIDES[1]
     return LatentShape(tokenizer.stride, tokenizer.channels), _trained_side(tokenizer)
 
@@ -235,13 +233,13 @@ def _crop(
     """Return height and width of crops."""
     size = overrides.image_size
     if size is None:
-        size = largest_multiple(side_for(summary, largest), shape)
+        size = largest_multiple(crop_side(summary, largest), shape)
     return (size, size) if isinstance(size, int) else size
 
 
 def _recipe(overrides: Overrides, summary: DatasetSummary, layout: TokenLayout) -> TrainConfig:
     labeled = summary if overrides.classes != 0 else replace(summary, classes=())
-    recipe = recipe_for(labeled, layout.size, layout.shape, images=overrides.images)
+    recipe = train_config_for(labeled, layout.size, layout.shape, images=overrides.images)
     # components are taken of images with the channels that they have
     fitted = is_name(layout.tokenizer) and from_name(layout.tokenizer, image_channels=3).learns_basis
     unusual = fitted and resolve_image_channels(overrides.data) != summary.image_channels
@@ -307,11 +305,11 @@ def _describe(choice: Choice, config: TrainConfig) -> tuple[str, str]:
     """Say in two lines what the images are like, and which model was chosen for them."""
     summary, layout, model = choice.summary, choice.layout, config.model
     classes = f"in {len(summary.classes)} classes" if summary.classes else "without classes"
-    color = "grey" if summary.image_channels == 1 else "colour"
+    color = "gray" if summary.image_channels == 1 else "color"
     by = {PixelTokenizer.name: "raw pixels", OWN: "by a tokenizer of their own"}.get(
         layout.tokenizer, f"by {layout.tokenizer}"
     )
-    if layout.shape is not None and layout.shape.components:
+    if layout.shape is not None and layout.shape.is_pca:
         by = "as principal components"
     stride = layout.shape.stride if layout.shape else 1
     height, width = model.grid[0] * stride, model.grid[1] * stride

@@ -1,4 +1,4 @@
-"""A recipe for pictures of one's own: sizes chosen from how many there are, how large, and of what colours."""
+"""Choose sizes of crops, tokenizers and models for a data set, and how they are trained."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from mar.presets import X0_SAMPLING
 
 @dataclass(frozen=True)
 class DatasetSummary:
-    """What a recipe has to know of pictures (`mar.autoconfig.summary` finds it out)."""
+    """The properties of a data set that choices follow from (`mar.autoconfig.summary`)."""
 
     count: int
-    """How many there are."""
+    """Number of images."""
     side: int
-    """Pixels of the shorter side of a typical one."""
+    """Median of the images' shorter sides, in pixels."""
     image_channels: int
-    """Channels: 1 where all are grey, else 3."""
+    """1 for gray images, else 3."""
     classes: tuple[str, ...] = ()
-    """Their names; empty where pictures have none."""
+    """Names of the classes; empty for images without labels."""
     max_abs_z: float = 2.5
-    """How many standard deviations of their pixels black and white are from the mean, whichever is farther."""
+    """Distance of black or white from the mean of all pixels, the larger one, in standard deviations."""
 
     def __post_init__(self) -> None:
         positive(self, "count", "side")
@@ -39,25 +39,25 @@ class DatasetSummary:
 
 @dataclass(frozen=True)
 class LatentShape:
-    """What a tokenizer makes of pictures."""
+    """The shape of a tokenizer's latents."""
 
     stride: int
-    """Pixels of a latent cell's side."""
+    """Side of a latent cell, in pixels."""
     channels: int
-    components: bool = False
-    """They are principal components, which need no cache, rather than an autoencoder's latents."""
+    is_pca: bool = False
+    """Principal components, which are computed in training, rather than an autoencoder's latents, which are cached."""
 
 
 @dataclass(frozen=True)
-class _Size:
-    """A size of model, and how it is trained."""
+class _ModelSize:
+    """A size of model and its training."""
 
-    pictures: int
-    """It is for fewer pictures than that."""
+    max_count: int
+    """Chosen for fewer images than this."""
     trunk: tuple[int, int, int, int]
     """Width, heads, blocks of the encoder and of the decoder."""
     head: tuple[int, int, int]
-    """Width for tokens of at most 16 values, width for others, depth."""
+    """Width for narrow tokens, width for others, depth."""
     buffer_size: int
     batch: int
     optimizer: Optimizer
@@ -75,138 +75,174 @@ class _Size:
         return encoder, decoder
 
 
-_SIZES = (
-    _Size(20_000, (192, 6, 3, 5), (256, 512, 3), buffer_size=8, batch=32,
-          optimizer="muon", rate=1.5e-3, warmup=6_000, ema=0.999, save_every=5_000),
-    _Size(200_000, (256, 8, 4, 6), (384, 512, 3), buffer_size=16, batch=64,
-          optimizer="muon", rate=1e-3, warmup=12_000, ema=0.9995, save_every=10_000),
-    _Size(10**18, (768, 12, 12, 12), (1024, 1024, 6), buffer_size=64, batch=256,
-          optimizer="adamw", rate=1e-4, warmup=500_000, ema=0.9999, save_every=200_000),
+MODEL_SIZES = (
+    _ModelSize(20_000, (192, 6, 3, 5), (256, 512, 3), buffer_size=8, batch=32,
+               optimizer="muon", rate=1.5e-3, warmup=6_000, ema=0.999, save_every=5_000),
+    _ModelSize(200_000, (256, 8, 4, 6), (384, 512, 3), buffer_size=16, batch=64,
+               optimizer="muon", rate=1e-3, warmup=12_000, ema=0.9995, save_every=10_000),
+    _ModelSize(10**18, (768, 12, 12, 12), (1024, 1024, 6), buffer_size=64, batch=256,
+               optimizer="adamw", rate=1e-4, warmup=500_000, ema=0.9999, save_every=200_000),
 )  # fmt: skip
+"""Model sizes by number of images, ascending."""
 SIDES = (256, 128, 64, 32)
-"""Sides of the square that pictures are cut to, the largest that they have; smaller ones keep multiples of 4 or 2."""
+"""Sides of crops, for images as large as that; smaller images keep a multiple of 4 or 2."""
 MAX_SIDE_BY_COUNT = ((5_000, 64), (50_000, 128), (10**18, 256))
-"""Fewer pictures than the one are cut to no more than the other."""
-SMALL_DATASET = 5_000
-"""Fewer pictures are moved by a few pixels as they are learned."""
-SHIFT = 4
-"""Pixels, at most, that they are moved by."""
-PIXELS_UP_TO = 32
-"""Larger pictures are learned as the latents of a tokenizer of their own."""
-PIXELS_BELOW = 16
-"""Smaller ones have too few squares of 4 x 4 pixels for their components."""
-SMALLEST = 8
+"""Number of images and side: crops of fewer images are no larger."""
+MIN_SIDE = 8
+"""Smaller images are refused."""
+MAX_SIDE_WITHOUT_AUTOENCODER = 32
+"""Larger crops get an autoencoder of their own."""
+MIN_SIDE_FOR_PCA = 16
+"""Smaller crops are learned as pixels: they have too few squares of 4 x 4 pixels for principal components."""
+MAX_TOKENS_PER_SIDE = 16
+MAX_NARROW_TOKEN = 16
+"""Tokens of more values get a wide head."""
+MAX_COUNT_FOR_SHIFT = 5_000
+"""Fewer images are shifted at random in training."""
+MAX_SHIFT = 4
+"""Largest shift, in pixels."""
+EPOCHS, MIN_IMAGES = 40, 100_000
+"""Length of a model's training: so many times each image, and at least so many in all."""
+TOKENIZER_EPOCHS, TOKENIZER_MIN_IMAGES = 10, 60_000
+"""Length of a tokenizer's training."""
 
 
-def largest_for(count: int) -> int:
-    """The largest side that so many pictures are cut to."""
-    return next(side for fewer, side in MAX_SIDE_BY_COUNT if count < fewer)
+# ---- crops
 
 
-def side_for(pictures: DatasetSummary, largest: int) -> int:
-    """The side of the square that pictures are cut to: what they have, up to `largest`. ConfigError below 8 pixels."""
-    found = min(pictures.side, largest)
-    if found < SMALLEST:
+def max_side(count: int) -> int:
+    """Returns the largest side of crops for `count` images."""
+    return next(side for max_count, side in MAX_SIDE_BY_COUNT if count < max_count)
+
+
+def crop_side(summary: DatasetSummary, largest: int) -> int:
+    """Returns the side of square crops: that of the images, up to `largest`. ConfigError below 8 pixels."""
+    side = min(summary.side, largest)
+    if side < MIN_SIDE:
         raise ConfigError(
-            f"the pictures are only {pictures.side} pixels wide or high: expected at least {SMALLEST}; --image-size "
-            f"{SMALLEST} enlarges them"
+            f"the pictures are only {summary.side} pixels wide or high: expected at least {MIN_SIDE}; --image-size "
+            f"{MIN_SIDE} enlarges them"
         )
-    largest_multiple = 4 if found >= 16 else 2
-    return next((side for side in SIDES if side <= found), found // largest_multiple * largest_multiple)
+    multiple = 4 if side >= 16 else 2
+    return next((usual for usual in SIDES if usual <= side), side // multiple * multiple)
 
 
-def larger_from(pictures: DatasetSummary) -> int | None:
-    """So many of these pictures, at least, would be cut to larger squares; None where more of them would not."""
-    side = side_for(pictures, largest_for(pictures.count))
-    return next(
-        (
-            count
-            for count, _ in MAX_SIDE_BY_COUNT[:-1]
-            if pictures.count < count and side < side_for(pictures, largest_for(count))
-        ),
-        None,
-    )
+def next_larger_count(summary: DatasetSummary) -> int | None:
+    """Returns the number of images from which on crops would be larger; None if they would not."""
+    side = crop_side(summary, max_side(summary.count))
+    for count, _ in MAX_SIDE_BY_COUNT[:-1]:
+        if summary.count < count and side < crop_side(summary, max_side(count)):
+            return count
+    return None
 
 
-def largest_multiple(side: int, cells: LatentShape | None) -> int:
-    """The side of the largest square within one of `side` pixels that can be cut into tokens; of one cell at least."""
-    step = (cells.stride if cells else 1) * _patch((side, side), cells)
+def largest_multiple(side: int, latents: LatentShape | None) -> int:
+    """Returns the largest side up to `side` that can be cut into tokens, at least one cell."""
+    step = (latents.stride if latents else 1) * _patch_size((side, side), latents)
     return max(side // step, 1) * step
 
 
-def latent_shape_for(size: tuple[int, int]) -> LatentShape:
-    """The tokenizer to train for pictures of `size` (height, width): 64 to 256 cells for squares of 32 to 256 pixels,
-    each of no more values than a narrow head is enough for."""
-    if max(size) <= PIXELS_UP_TO:
+# ---- tokens
+
+
+def autoencoder_shape(size: tuple[int, int]) -> LatentShape:
+    """Returns the latents of the autoencoder to train for crops of `size` (height, width).
+
+    Squares of 32 to 256 pixels get 64 to 256 cells, narrow enough for a narrow head.
+    """
+    if max(size) <= MAX_SIDE_WITHOUT_AUTOENCODER:
         return LatentShape(stride=4, channels=4)
     return LatentShape(stride=8 if max(size) < 256 else 16, channels=16)
 
 
-def default_latent_shape(pictures: DatasetSummary, size: tuple[int, int]) -> LatentShape | None:
-    """What makes tokens of pictures cut to `size` (height, width) where nothing is asked for: a tokenizer to be trained
-    for large ones, principal components for small ones, and None, their pixels, for the smallest and for grey ones."""
-    if max(size) > PIXELS_UP_TO:
-        return latent_shape_for(size)
-    return None if pictures.image_channels == 1 or min(size) < PIXELS_BELOW else components()
+def pca_shape(stride: int = 4) -> LatentShape:
+    """Returns the principal components to keep of squares of `stride` pixels.
+
+    They are a third of the values of a color image; the others hold 0.3% of CIFAR-10's variance. Of a
+    gray image they are all values: a third of them brings Fashion-MNIST back at 22 dB only.
+    """
+    return LatentShape(stride, stride**2, is_pca=True)
 
 
-def components(stride: int = 4) -> LatentShape:
-    """The principal components to keep of squares of `stride` pixels: a third of the values that they have in colour,
-    and what is left of CIFAR-10's variance without them is 0.3%; all that they have in grey, where nothing is so much
-    alike as colours are (a third of them brings Fashion-MNIST back at 22 dB)."""
-    return LatentShape(stride, stride**2, components=True)
+def default_latent_shape(summary: DatasetSummary, size: tuple[int, int]) -> LatentShape | None:
+    """Returns the latents for crops of `size` (height, width); None: pixels.
+
+    Large crops get an autoencoder, small ones principal components. The smallest and gray ones stay pixels.
+    """
+    if max(size) > MAX_SIDE_WITHOUT_AUTOENCODER:
+        return autoencoder_shape(size)
+    return None if summary.image_channels == 1 or min(size) < MIN_SIDE_FOR_PCA else pca_shape()
 
 
-def recipe_for(
-    pictures: DatasetSummary, size: tuple[int, int], cells: LatentShape | None = None, *, images: int | None = None
+def _patch_size(size: tuple[int, int], latents: LatentShape | None) -> int:
+    """Returns the side of a token in cells or pixels, for at most 16 tokens along the longer side."""
+    smallest = 1 if latents else 2 if min(size) < 16 else 4
+    side = max(size) / (latents.stride if latents else 1)
+    return max(smallest, 2 ** math.ceil(math.log2(side / MAX_TOKENS_PER_SIDE)))
+
+
+# ---- training
+
+
+def train_config_for(
+    summary: DatasetSummary, size: tuple[int, int], latents: LatentShape | None = None, *, images: int | None = None
 ) -> TrainConfig:
-    """A recipe for pictures of one's own, cut to `size` (height, width), as pixels or as a tokenizer's `cells`; where
-    data and tokenizer are is still to be said.
+    """Returns a training run for a data set; `data` and `tokenizer` are left to be set.
 
-    The model grows with the number of pictures, the head with the width of tokens. Each picture is seen 40 times,
-    and 100,000 at least are seen in all, unless `images` says how many. The model predicts v, or x0 of principal
-    components, has rotary positions, and is bounded when it draws: pixels by black and white, latents by 4 standard
-    deviations, components, whose rare values are far out, by 10. Fewer than 5,000 pictures are moved by up to a
-    sixteenth of their shorter side, and by 4 pixels at most, but not where latents are cached of them as they are.
-    Whether pictures are mirrored is left to the data.
+    The model grows with the number of images, the head with the width of tokens. The model predicts v, or x0 of
+    principal components, with rotary positions. Samples are bounded: pixels by black and white, latents by 4 standard
+    deviations, principal components by 10, since their rare values are far out. Fewer than 5,000 images are shifted
+    by up to a sixteenth of the shorter side and 4 pixels, except cached latents. `flip` is left to the data.
 
-    What to expect of small colour pictures, by minutes of one core (docs/quality.md): of 50,000 what `CIFAR10` says,
-    which is no better; of 500, after 14 minutes colours and layouts, and few copies. Of large
-    pictures, the tokenizer's training comes first. ConfigError for a size that can't be cut into cells or patches.
+    What to expect of small color images, by minutes of one core (docs/quality.md): of 50,000 what `CIFAR10` says; of
+    500, after 14 minutes colors and layouts, and few copies.
+
+    Args:
+        summary: Properties of the data set.
+        size: Height and width of crops.
+        latents: Latents of the tokenizer; None: pixels.
+        images: Length of the run; by default 40 times each image, and 100,000 at least.
+
+    Raises:
+        ConfigError: `size` can't be cut into cells or tokens.
     """
     if min(size) < 1:
         raise ConfigError(f"image-size: got {size[0]}x{size[1]}, expected a height and a width of at least 1 pixel")
-    chosen = next(size for size in _SIZES if pictures.count < size.pictures)
-    stride, channels = (cells.stride, cells.channels) if cells else (1, pictures.image_channels)
-    patch = _patch(size, cells)
-    if any(side % (stride * patch) for side in size):
-        raise ConfigError(f"image-size: got {size[0]}x{size[1]}, expected multiples of {stride * patch}")
-    taken = cells is not None and cells.components
-    bound = 10.0 if taken else 4.0 if cells else math.ceil(10 * pictures.max_abs_z) / 10
+    chosen = next(entry for entry in MODEL_SIZES if summary.count < entry.max_count)
+    stride, channels = (latents.stride, latents.channels) if latents else (1, summary.image_channels)
+    patch_size = _patch_size(size, latents)
+    if any(side % (stride * patch_size) for side in size):
+        raise ConfigError(f"image-size: got {size[0]}x{size[1]}, expected multiples of {stride * patch_size}")
+    is_pca = latents is not None and latents.is_pca
+    x0_bound = 10.0 if is_pca else 4.0 if latents else math.ceil(10 * summary.max_abs_z) / 10
     narrow, wide, depth = chosen.head
     encoder, decoder = chosen.trunks
-    total = images or max(40 * pictures.count, 100_000)
-    now_and_then = max(total // 10, 1)
+    total = images or max(EPOCHS * summary.count, MIN_IMAGES)
+    tenth = max(total // 10, 1)
+    is_shifted = (latents is None or is_pca) and summary.count < MAX_COUNT_FOR_SHIFT
     return TrainConfig(
         model=ModelConfig(
             channels=channels,
             grid=(size[0] // stride, size[1] // stride),
-            patch_size=patch,
+            patch_size=patch_size,
             encoder=encoder,
             decoder=decoder,
             head=HeadConfig(
-                narrow if channels * patch**2 <= 16 else wide, depth, prediction="x0" if taken else "v", batch_mul=2
+                narrow if channels * patch_size**2 <= MAX_NARROW_TOKEN else wide,
+                depth,
+                prediction="x0" if is_pca else "v",
+                batch_mul=2,
             ),
             buffer_size=chosen.buffer_size,
-            classes=len(pictures.classes),
+            classes=len(summary.classes),
             attention_dropout=0.0,
             projection_dropout=0.0,
         ),
         sampling=SamplingConfig(
-            **(X0_SAMPLING if taken else {"diffusion_steps": 50}),
+            **(X0_SAMPLING if is_pca else {"diffusion_steps": 50}),
             steps=32,
-            guidance_scale=3.0 if len(pictures.classes) > 1 else 1.0,
-            x0_bound=bound,
+            guidance_scale=3.0 if len(summary.classes) > 1 else 1.0,
+            x0_bound=x0_bound,
         ),
         images=total,
         batch=chosen.batch,
@@ -215,34 +251,33 @@ def recipe_for(
         decay=total // 3,
         optimizer=chosen.optimizer,
         ema=chosen.ema,
-        shift=min(min(size) // 16, SHIFT) if (cells is None or taken) and pictures.count < SMALL_DATASET else 0,
-        save_every=min(chosen.save_every, now_and_then),
-        sample_every=now_and_then,
-        validate_every=now_and_then,
+        shift=min(min(size) // 16, MAX_SHIFT) if is_shifted else 0,
+        save_every=min(chosen.save_every, tenth),
+        sample_every=tenth,
+        validate_every=tenth,
     )
 
 
-def tokenizer_for(
-    pictures: DatasetSummary, size: tuple[int, int], stride: int, channels: int, images: int | None = None
+def tokenizer_config_for(
+    summary: DatasetSummary, size: tuple[int, int], latents: LatentShape, images: int | None = None
 ) -> TokenizerTrainConfig:
-    """A tokenizer for pictures of one's own, cut to `size`; the data is still to be named. Each is seen 10 times, and
-    60,000 at least are seen in all, unless `images` says how many."""
-    total = images or max(10 * pictures.count, 60_000)
+    """Returns the training of an autoencoder for a data set; `data` is left to be set.
+
+    Args:
+        summary: Properties of the data set.
+        size: Height and width of crops.
+        latents: Latents of the autoencoder.
+        images: Length of the run; by default 10 times each image, and 60,000 at least.
+    """
+    total = images or max(TOKENIZER_EPOCHS * summary.count, TOKENIZER_MIN_IMAGES)
     return TokenizerTrainConfig(
         image_size=size,
-        image_channels=pictures.image_channels,
-        stride=stride,  # type: ignore[arg-type]  # checked there
-        channels=channels,
+        image_channels=summary.image_channels,
+        stride=latents.stride,  # type: ignore[arg-type]  # checked there
+        channels=latents.channels,
         width=16 if max(size) <= 64 else 32 if max(size) <= 128 else 64,
         images=total,
         decay=total // 4,
         save_every=min(5_000, max(total // 10, 1)),
-        sample_every=total // 4 + 1,  # the end is judged anyway
+        sample_every=total // 4 + 1,  # the end is evaluated anyway
     )
-
-
-def _patch(size: tuple[int, int], cells: LatentShape | None) -> int:
-    """The side of a token in cells or pixels: not more than 16 tokens along a picture's longer side."""
-    least = 1 if cells else 2 if min(size) < 16 else 4
-    side = max(size) / (cells.stride if cells else 1)
-    return max(least, 2 ** math.ceil(math.log2(side / 16)))

@@ -1,5 +1,7 @@
-"""Looking at pictures before a recipe is chosen for them, and remembering what was seen: a run that goes on is the same
-run, also where its folder of pictures has grown meanwhile."""
+"""Summarize a data set from a sample of its images, and keep the summary with the run.
+
+A resumed run reads its summary: it stays the same run although its folder of images has grown.
+"""
 
 from __future__ import annotations
 
@@ -21,96 +23,100 @@ from mar.data.splits import stratified_indices
 from mar.tokenizer import PixelTokenizer
 from mar.tokenizer.base import fingerprint
 
-Seen = TypeVar("Seen")
+Item = TypeVar("Item")
 
-LOOKED_AT = 64
-"""So many pictures tell what they all are like."""
-FEWEST = 16
-"""Fewer pictures than that are no data to learn from."""
-SURVEY_FILE = "pictures.json"
+SAMPLED_IMAGES = 64
+"""Images that a summary is computed from."""
+MIN_IMAGES = 16
+"""Fewer images are refused."""
+SUMMARY_FILE = "pictures.json"
 
 
 def summarize_dataset(source: Source, name: str) -> DatasetSummary:
-    """What the pictures of `source`, called `name`, are like, by a few of them, evenly over the source.
+    """Summarizes the images of `source`, called `name`, from a sample spread evenly over it.
 
-    ConfigError for fewer than 16 pictures, ValueError where none of those looked at can be read.
+    ConfigError for fewer than 16 images, ValueError if no image of the sample can be read.
     """
-    if len(source) < FEWEST:
-        raise ConfigError(f"{name} has {len(source)} pictures: expected at least {FEWEST}, and hundreds for good ones")
+    if len(source) < MIN_IMAGES:
+        raise ConfigError(
+            f"{name} has {len(source)} pictures: expected at least {MIN_IMAGES}, and hundreds for good ones"
+        )
 
-    def seen(number: int) -> tuple[int, np.ndarray]:
-        image = source[number].image
-        every = max(min(image.size) // 128, 1)  # of a large picture a part of the rows and columns tells enough
-        return min(image.size), np.asarray(convert_channels(image, 3))[::every, ::every]
+    def side_and_pixels(index: int) -> tuple[int, np.ndarray]:
+        image = source[index].image
+        step = max(min(image.size) // 128, 1)  # a part of the rows and columns of a large image is enough
+        return min(image.size), np.asarray(convert_channels(image, 3))[::step, ::step]
 
-    sides, pixels = zip(*_read_sample(len(source), name, seen), strict=True)
+    sides, pixels = zip(*_read_sample(len(source), name, side_and_pixels), strict=True)
     channels = 1 if all((values == values[..., :1]).all() for values in pixels) else 3
     max_abs_z = _max_abs_z([values / 127.5 - 1 for values in pixels])
     return DatasetSummary(len(source), int(np.median(sides)), channels, tuple(source.classes), max_abs_z)
 
 
-def _read_sample(count: int, name: str, seen: Callable[[int], Seen]) -> list[Seen]:
-    """What is `seen` of a few of `count` pictures, evenly over them. ValueError where none of them can be read."""
-    found = []
-    numbers = stratified_indices(count, LOOKED_AT).tolist()
-    for number in numbers:
+def summarize_cache(source: LatentSource) -> tuple[DatasetSummary, LatentShape | None]:
+    """Returns the summary of a latent cache, and the shape of its latents; None: pixels."""
+    manifest = source.manifest
+    channels, height, _ = manifest.shape
+    summary = DatasetSummary(manifest.pictures, min(manifest.size), 3, manifest.classes)
+    if channels in (1, 3) and manifest.fingerprint == fingerprint(PixelTokenizer(channels)):
+        pixels = _read_sample(len(source), str(source.folder), lambda index: source.read(index, flip=False)[0].numpy())
+        return replace(summary, image_channels=channels, max_abs_z=_max_abs_z(pixels)), None
+    # An autoencoder's cache has two parts, mean and variance.
+    return summary, LatentShape(manifest.size[0] // height, channels, is_pca=manifest.parts == 1)
+
+
+def _read_sample(count: int, name: str, read: Callable[[int], Item]) -> list[Item]:
+    """Reads images spread evenly over `count`. ValueError if none of them can be read."""
+    items = []
+    indices = stratified_indices(count, SAMPLED_IMAGES).tolist()
+    for index in indices:
         with suppress(UnreadableImage):
-            found.append(seen(number))
-    if not found:
-        raise ValueError(f"data: none of {len(numbers)} pictures of {name} that were looked at can be read")
-    return found
+            items.append(read(index))
+    if not items:
+        raise ValueError(f"data: none of {len(indices)} pictures of {name} that were looked at can be read")
+    return items
 
 
-def _max_abs_z(pixels: list[np.ndarray]) -> float:
-    """How many standard deviations of all pixels, in [-1, 1], black or white is from their mean, each picture weighing
-    the same."""
-    mean = float(np.mean([each.mean() for each in pixels]))
-    square = float(np.mean([np.square(each).mean() for each in pixels]))
+def _max_abs_z(images: list[np.ndarray]) -> float:
+    """Returns the distance of black or white from the mean, the larger one, in standard deviations.
+
+    Pixels are in [-1, 1]. Each image has the same weight.
+    """
+    mean = float(np.mean([image.mean() for image in images]))
+    square = float(np.mean([np.square(image).mean() for image in images]))
     return (1 + abs(mean)) / max(square - mean**2, 1e-4) ** 0.5
 
 
-def summarize_cache(source: LatentSource) -> tuple[DatasetSummary, LatentShape | None]:
-    """What a latent cache says of its pictures, and its tokenizer's cells: none where that is pixels."""
-    about = source.manifest
-    channels, height, _ = about.shape
-    pictures = DatasetSummary(about.pictures, min(about.size), 3, about.classes)
-    if channels in (1, 3) and about.fingerprint == fingerprint(PixelTokenizer(channels)):
-        pixels = _read_sample(
-            len(source), str(source.folder), lambda number: source.read(number, flip=False)[0].numpy()
-        )
-        return replace(pictures, image_channels=channels, max_abs_z=_max_abs_z(pixels)), None
-    # an autoencoder has variances, too
-    return pictures, LatentShape(about.size[0] // height, channels, components=about.parts == 1)
+# ---- the summary of a run
 
 
 def load_summary(folder: Path, source: Source, name: str) -> tuple[DatasetSummary, str | None]:
-    """What the pictures of the run in `folder` were like when it began, or are like where it has yet to begin; and a
-    line on what has changed since.
+    """Returns the summary kept with the run in `folder`, or one of `source` for a new run.
 
-    ConfigError where their classes are others now.
+    The second value is a line on the images added or removed since. ConfigError if the classes have changed.
     """
-    path = folder / SURVEY_FILE
+    path = folder / SUMMARY_FILE
     if not path.is_file():
         return summarize_dataset(source, name), None
     try:
-        then = from_dict(DatasetSummary, json.loads(path.read_text(encoding="utf-8")))
-    except (AttributeError, TypeError, ValueError) as error:  # what JSON, or a record, is not made of
+        saved = from_dict(DatasetSummary, json.loads(path.read_text(encoding="utf-8")))
+    except (AttributeError, TypeError, ValueError) as error:  # no JSON, or JSON that is no record
         raise ConfigError(f"{path} can't be understood ({error}); take another --out") from error
-    if then.classes != tuple(source.classes):
+    if saved.classes != tuple(source.classes):
         raise ConfigError(
-            f"{name} has {_class_list(source.classes)} now, but {_class_list(then.classes)} when {folder} began; put "
+            f"{name} has {_class_list(source.classes)} now, but {_class_list(saved.classes)} when {folder} began; put "
             f"the folders back to go on, or take another --out for a new run"
         )
-    changed = len(source) != then.count
-    return then, f"{name} has {len(source):,} pictures now, {then.count:,} when the run began" if changed else None
+    changed = len(source) != saved.count
+    return saved, f"{name} has {len(source):,} pictures now, {saved.count:,} when the run began" if changed else None
 
 
-def save_summary(folder: Path, pictures: DatasetSummary) -> None:
-    """Keeps what a run's choices follow from in its folder, the first time."""
-    path = folder / SURVEY_FILE
+def save_summary(folder: Path, summary: DatasetSummary) -> None:
+    """Saves a summary with the run in `folder`, unless it has one."""
+    path = folder / SUMMARY_FILE
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(to_dict(pictures), indent=1) + "\n")
+        write_text(path, json.dumps(to_dict(summary), indent=1) + "\n")
 
 
 def _class_list(names: tuple[str, ...]) -> str:

@@ -259,7 +259,7 @@ def plan_folder(arguments: Sequence[str]) -> tuple[FolderPlan, FolderOptions]:
 
     verb = "train folder"
     if "-h" in arguments or "--help" in arguments:
-        print("shown: what is chosen for 10,000 colour pictures of 32x32 in ten classes\n")
+        print("shown: what is chosen for 10,000 color pictures of 32x32 in ten classes\n")
         parse(FolderOptions, verb, arguments, FolderOptions(_FolderOverrides.out, FOLDER))
     given = parse(_FolderOverrides, verb, arguments, partly=True)
     if given.data is None:

@@ -1,6 +1,7 @@
-"""The configuration of a model, of sampling and of a training run: frozen dataclasses, validated on construction.
+"""Configure models, sampling and training by frozen dataclasses.
 
-A field's docstring is its command-line help. `to_dict` and `from_dict` carry a config to JSON and back.
+They are validated on construction. A field's docstring is its command-line help. `to_dict` and `from_dict` carry a
+config to JSON and back.
 """
 
 from mar.config.fields import ConfigError, from_dict, rename_old_keys, to_dict, to_dict_for_hash

@@ -1,4 +1,4 @@
-"""Check the fields of configs, carry them to JSON and back, and read the names that fields had before."""
+"""Check configs, carry them to JSON and back, read old names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class ConfigError(ValueError):
-    """A configuration that can't be: the message says what was got and what was expected."""
+    """A value that a configuration can't have."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -76,17 +76,17 @@ _noted: set[tuple[str, str]] = set()
 
 
 def renamed_fields(kind: type) -> dict[str, str]:
-    """Returns the old field names of a class and its bases, with their new ones."""
+    """Returns old field names of a class, with the new ones."""
     return {old: new for base in reversed(kind.__mro__) for old, new in RENAMED.get(base.__name__, {}).items()}
 
 
 def rename_old_keys(kind: type, values: Mapping[str, Any], base: Any = None) -> dict[str, Any]:
-    """Renames the old field names of class `kind` in plain values; other keys stay as they are.
+    """Renames the old field names of `kind` in plain values.
 
     Args:
         kind: The config class whose names changed; its nested configs are left to `from_dict`.
-        values: Fields and values, of a file or of a caller. They may hold keys that are no fields.
-        base: A config of this kind: gives elements of a tuple that have no old name in `values`. None: the defaults.
+        values: Fields and values, of a file or of a caller. Keys that are no old names stay as they are.
+        base: A config of this kind, which completes a tuple of which `values` has one element; by default the defaults.
 
     Returns:
         The values under new names, in their order. Where no old name occurs, they are equal to `values`.
@@ -111,7 +111,10 @@ def rename_old_keys(kind: type, values: Mapping[str, Any], base: Any = None) -> 
 
 
 def new_names(kind: type, names: Iterable[str]) -> list[tuple[str, str]]:
-    """Returns old and new name of each field in `names` that was renamed; each pair once per process, on rank 0."""
+    """Returns old and new names of renamed fields, once per process.
+
+    Only rank 0 gets any.
+    """
     renamed = renamed_fields(kind)
     pairs = [(old, renamed[old]) for old in names if old in renamed and (old, renamed[old]) not in _noted]
     _noted.update(pairs)
@@ -119,13 +122,16 @@ def new_names(kind: type, names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def log_new_names(kind: type, names: Iterable[str]) -> None:
-    """Logs the new name of each field in `names` that was renamed, once per process."""
+    """Logs the new names of renamed fields, each once per process."""
     for old, new in new_names(kind, names):
         logger.warning("%s is now called %s; the old name still works", old, new)
 
 
 def accept_old_names(kind: type[Config]) -> type[Config]:
-    """Decorates a dataclass: its constructor takes old field names (`RENAMED`) and logs the new ones."""
+    """Decorates a dataclass, so that its constructor takes old field names.
+
+    The new ones are logged.
+    """
     init: Any = kind.__init__
     old_names = renamed_fields(kind).keys()
 
@@ -146,7 +152,10 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def to_dict_for_hash(config: Any) -> dict[str, Any]:
-    """Returns a config as plain values under its first names, so that renaming a field changes no digest."""
+    """Returns a config as plain values under its first field names.
+
+    Renaming a field changes no digest of them.
+    """
     first = {new: old for old, new in renamed_fields(type(config)).items()}
     values = {}
     for field in dataclasses.fields(config):
@@ -164,7 +173,7 @@ def _plain(value: Any) -> Any:
 
 
 def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
-    """Builds a config of class `kind` from plain values; missing fields keep their defaults.
+    """Builds a config from plain values; missing fields keep their defaults.
 
     Old field names are read as the new ones (`RENAMED`). ConfigError for a field that `kind` never had.
     """

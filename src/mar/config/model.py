@@ -1,4 +1,4 @@
-"""The configuration of a model: which latents it models, its encoder, decoder and diffusion head."""
+"""Configure a model: latents, encoder, decoder and diffusion head."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class TrunkConfig:
     depth: int = 12
     """Number of blocks."""
     num_heads: int = 12
-    """Attention heads; they divide the width."""
+    """Attention heads; divides the width."""
     mlp_ratio: float = 4.0
     """Width of a block's MLP as a multiple of `width`."""
     rotary: bool = False
-    """Let attention see how far tokens are apart on the grid (rotary position embeddings), beside where they stand."""
+    """Rotary position embeddings on the grid of tokens, beside the learned ones."""
 
     def __post_init__(self) -> None:
         positive(self, "width", "depth", "num_heads")
@@ -35,7 +35,7 @@ class TrunkConfig:
         require(self.width % self.num_heads == 0, f"width {self.width} is not a multiple of num_heads {self.num_heads}")
         require(
             not self.rotary or self.head_width % 4 == 0,
-            f"heads of {self.head_width} features can't be turned: rotary needs a multiple of 4",
+            f"rotary needs heads of a multiple of 4 features, but they have {self.head_width}; change the width",
         )
 
     @property
@@ -51,7 +51,10 @@ class TrunkConfig:
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """The diffusion head: an MLP that draws one token given its condition z (paper, sections 3.2 and 4.1)."""
+    """The diffusion head: an MLP that samples a token given z.
+
+    Paper, sections 3.2 and 4.1.
+    """
 
     width: int = 1024
     """Features of the MLP."""
@@ -60,12 +63,12 @@ class HeadConfig:
     diffusion_steps: int = 1000
     """Length of the training noise schedule."""
     path: NoiseSchedule = "cosine"
-    """How noise comes in over the timesteps: by the paper's `cosine`, or `linear`, the path of flow matching."""
+    """Noise schedule: `cosine` (the paper), or `linear`, the path of flow matching."""
     prediction: Prediction = "noise"
-    """What the network predicts: the noise (the paper, official weights), v = sqrt(a) noise - sqrt(1-a) x0, the clean
-    token x0, or the flow, noise - x0."""
+    """Target: the `noise` (the paper), `v` = sqrt(a) noise - sqrt(1-a) x0, the clean token `x0`, or the `flow`,
+    noise - x0."""
     batch_mul: int = 4
-    """How many (timestep, noise) pairs each token is trained on per step."""
+    """Pairs of timestep and noise for each token in a training step."""
 
     def __post_init__(self) -> None:
         positive(self, "width", "depth", "diffusion_steps", "batch_mul")
@@ -76,7 +79,7 @@ class HeadConfig:
 @accept_old_names
 @dataclass(frozen=True)
 class ModelConfig:
-    """A MAR: which latents it models, its encoder, decoder and diffusion head."""
+    """A MAR: latents, encoder, decoder and diffusion head."""
 
     channels: int = 16
     """Channels of the tokenizer's latents."""
@@ -88,7 +91,7 @@ class ModelConfig:
     decoder: TrunkConfig = field(default_factory=TrunkConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     buffer_size: int = 64
-    """Tokens in front of the sequence that carry the class."""
+    """Tokens in front of the sequence, which carry the class."""
     classes: int = 1000
     """Number of classes; 0 for an unconditional model."""
     label_drop: float = 0.1
@@ -98,7 +101,7 @@ class ModelConfig:
     projection_dropout: float = 0.1
     """Dropout after the projections of attention and MLP, in training."""
     mask_ratio_min: float = 0.7
-    """Left end of the truncated normal(1, 0.25) from which a batch's mask ratio is drawn."""
+    """Lower end of the truncated normal(1, 0.25) of mask ratios."""
 
     def __post_init__(self) -> None:
         positive(self, "channels", "patch_size", "buffer_size")
@@ -125,5 +128,5 @@ class ModelConfig:
 
     @property
     def guidable(self) -> bool:
-        """Whether the model has learned to do without the class, as guidance needs."""
+        """True for a model trained with and without classes, as guidance needs."""
         return self.classes > 0 and self.label_drop > 0

@@ -1,4 +1,4 @@
-"""The configuration of a tokenizer's training: a frozen dataclass, like those of `mar.config`."""
+"""Configure the training of a tokenizer."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ Stride = Literal[2, 4, 8, 16]
 @accept_old_names
 @dataclass(frozen=True)
 class TokenizerTrainConfig:
-    """Trains an autoencoder (diffusers' AutoencoderKL) on pictures. Lengths are counted in images."""
+    """Training of an autoencoder (diffusers' AutoencoderKL). Lengths are counted in images."""
 
     data: str = "fashion"
     """fashion, a folder of pictures, Parquet or .tar (WebDataset) files, or OWNER/NAME on the Hub."""
     image_size: int | tuple[int, int] = 32
     """Pictures are cut to squares of so many pixels, or to HEIGHT WIDTH."""
     image_channels: int | None = None
-    """Channels of the pictures: 1 (grey) or 3; by default 1 for fashion and 3 for all else."""
+    """Channels of the pictures: 1 (gray) or 3; by default 1 for fashion and 3 for all else."""
     stride: Stride = 4
     """Pixels of a latent cell's side."""
     channels: int = 4
@@ -46,7 +46,7 @@ class TokenizerTrainConfig:
     clip: float = 1.0
     """The gradient's norm is clipped to this."""
     ema: float = 0.999
-    """Decay of the running average of the weights, which is what is exported."""
+    """Decay of the running average of the weights; the average is exported."""
     kl: float = 1e-6
     """Weight of the posterior's divergence from a standard normal, summed over a picture's latents."""
     perceptual: float = 0.0
@@ -58,20 +58,20 @@ class TokenizerTrainConfig:
     precision: Precision = "fp32"
     """`bf16`: matrix products in bfloat16, all else in float32."""
     flip: bool | None = None
-    """Mirror every other picture; by default, where the data says that its pictures may be."""
+    """Mirror pictures at random; by default as the data allows."""
     seed: int = 0
     workers: int = 0
     """Processes that read pictures ahead."""
     save_every: int = 20_000
     """Images between saved states."""
     keep: int = 2
-    """How many of the newest states are kept."""
+    """Number of saved states to keep, the newest."""
     sample_every: int = 50_000
     """Images between reconstructions of held-out pictures, with their PSNR; 0 makes none but at the end."""
     log_every: int = 50
     """Steps between lines of the log."""
     log_to: tuple[LogTo, ...] = ("tensorboard",)
-    """What the log goes to beside log.jsonl: tensorboard, wandb, trackio, or several of them."""
+    """Loggers beside log.jsonl: tensorboard, wandb, trackio, or several of them."""
 
     def __post_init__(self) -> None:
         positive(self, "channels", "depth", "images", "batch", "save_every", "keep", "log_every")
@@ -80,7 +80,10 @@ class TokenizerTrainConfig:
         for name in ("lr", "clip"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but it must be positive")
         fraction(self, "ema", "beta1", "beta2", "adversarial_start")
-        require(self.precision in typing.get_args(Precision), f"precision is {self.precision!r}, not fp32 or bf16")
+        require(
+            self.precision in typing.get_args(Precision),
+            f"precision is {self.precision!r}, but it must be fp32 or bf16",
+        )
         require(self.stride in typing.get_args(Stride), f"stride is {self.stride}, but it must be 2, 4, 8 or 16")
         require(
             self.image_channels in (None, 1, 3),
@@ -110,5 +113,5 @@ class TokenizerTrainConfig:
 
     @property
     def adversarial_from(self) -> int:
-        """Images seen from which on the discriminator takes part."""
+        """Images seen when the discriminator starts."""
         return round(self.images * self.adversarial_start)

@@ -1,4 +1,4 @@
-"""The configuration of a training run."""
+"""Configure a training run."""
 
 from __future__ import annotations
 
@@ -23,27 +23,26 @@ ActivationCheckpointing = Literal["none", "selective", "full"]
 
 
 def resolve_image_channels(data: str, image_channels: int | None = None) -> int:
-    """Returns `image_channels`, or by default those of `data`: 1 (gray) for fashion, 3 for all else."""
+    """Returns `image_channels`, or by default 1 (gray) for fashion and 3 for other data."""
     return image_channels or (1 if data == "fashion" else 3)
 
 
 @accept_old_names
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run: what is learned from what, for how long, and how. Lengths are counted in images."""
+    """A training run. Lengths are counted in images."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How the run's sample grids are drawn; becomes the default of its exports."""
+    """Sampling of the run's sample grids; the default of its exports."""
     data: str = "fashion"
-    """`fashion` (bundled), a folder of class folders or of pictures, Parquet or .tar (WebDataset) files, OWNER/NAME on
-    the Hub, a `mar cache`; or, read in passing, stream: and files, URLs or OWNER/NAME."""
+    """`fashion` (bundled), a folder of pictures or of class folders, Parquet or .tar (WebDataset) files, OWNER/NAME on
+    the Hub, or a `mar cache`. Streamed: stream: and files, URLs or OWNER/NAME."""
     tokenizer: str = "pixels"
-    """`pixels`; `pca4`: the first principal components of squares of 4 x 4 pixels, as many as the model has channels;
-    or a folder or repository of an AutoencoderKL in diffusers' format, or `kl16`."""
+    """`pixels`; `pca4`, the first principal components of 4 x 4 pixels, as many as the model has channels; `kl16`; or a
+    folder or repository of an AutoencoderKL in diffusers' format."""
     image_channels: int | None = None
-    """Channels of the pictures that principal components are taken of: 1 (grey) or 3; by default 1 for fashion and 3
-    for all else."""
+    """Channels of pictures for principal components: 1 (gray) or 3; by default 1 for fashion and 3 for all else."""
     images: int = 1_000_000
     """Length of the run, in images seen."""
     batch: int = 256
@@ -57,9 +56,9 @@ class TrainConfig:
     optimizer: Optimizer = "adamw"
     """`adamw` (the paper), or `muon` for the matrices inside the blocks and AdamW for all else."""
     muon_factor: float = 2.5
-    """Muon's learning rate as a multiple of `lr`, where an update has the size of AdamW's."""
+    """Muon's learning rate as a multiple of `lr`; Muon's updates are scaled to the size of AdamW's."""
     weight_decay: float = 0.02
-    """Decoupled weight decay; never on biases, norms and the head."""
+    """Decoupled weight decay; none on biases, norms and the head."""
     beta1: float = 0.9
     beta2: float = 0.95
     clip: float = 3.0
@@ -68,47 +67,47 @@ class TrainConfig:
     """Decay of the running average of the weights."""
     ema_warmup: bool = True
     """Reach that decay slowly: min(ema, (1 + steps) / (10 + steps)). Without it (the reference) a young average is
-    mostly what the weights were before the first step."""
+    mostly the initial weights."""
     ema_others: tuple[float, ...] = ()
-    """Decays of further averages, each exported as model-ema-DECAY.safetensors: their pictures tell which is best."""
+    """Decays of further averages, each exported as model-ema-DECAY.safetensors for comparison."""
     precision: Precision = "fp32"
     """`bf16`: matrix products in bfloat16, all else in float32."""
     strategy: Strategy = "ddp"
-    """Several processes: `ddp`, the model on each; `fsdp`, a share of every tensor on each."""
+    """Several processes: `ddp` keeps the model on each, `fsdp` a shard of every tensor."""
     accumulate: int = 1
-    """Parts in which a process works through its share of a batch: less memory, the same step."""
+    """Micro-batches of a process in a step: less memory, the same step."""
     activation_checkpointing: ActivationCheckpointing = "none"
-    """Gradient checkpointing, what the backward pass computes again instead of keeping it: `selective`, all but matrix
-    products, which costs little time; `full`, whole blocks, which costs a third."""
+    """Recompute activations in the backward pass: `selective`, all but matrix products, costs little time; `full`, the
+    whole blocks, a third."""
     compile: bool = False
     """Compile the blocks with torch.compile; needs a compiler on the machine."""
     flip: bool | None = None
-    """Mirror every other picture; by default, where the data says that its pictures may be."""
+    """Mirror pictures at random; by default as the data allows."""
     shift: int = 0
-    """Move each picture by up to so many pixels each way, at random, its edges repeated: for few pictures."""
+    """Shift each picture by up to N pixels each way, at random, with repeated edges: for few pictures."""
     seed: int = 0
     workers: int = 0
     """Processes that read pictures ahead."""
     save_every: int = 50_000
     """Images between saved states."""
     keep: int = 2
-    """How many of the newest states are kept."""
+    """Number of saved states to keep, the newest."""
     sample_every: int = 50_000
     """Images between sample grids; 0 draws none."""
     log_every: int = 50
     """Steps between lines of the log."""
     log_to: tuple[LogTo, ...] = ("tensorboard",)
-    """What the log goes to beside log.jsonl: tensorboard, wandb, trackio, or several of them."""
+    """Loggers beside log.jsonl: tensorboard, wandb, trackio, or several of them."""
     validate_every: int = 50_000
     """Images between losses of held-out pictures, by the EMA weights; 0 measures none."""
     validate_on: str | None = None
-    """Pictures held out; by default the test part of the data (of the pictures that were cached), if it has one."""
+    """Held-out pictures; by default the test part of the data (of cached pictures too), if it has one."""
     validate_count: int = 1000
     """Held-out pictures to validate on, at most."""
     patience: int = 0
-    """Stop after so many validations in a row without a lower loss of the held-out pictures; 0 never does."""
+    """Stop after N validations in a row without a lower loss; 0 never does."""
     hold_out: int = 0
-    """Keep one of every so many pictures from learning, to validate on; 0 learns from all."""
+    """Hold out one of every N pictures to validate on; 0 trains on all."""
     init: str | None = None
     """Weights to start from: a name, a file, a folder; classes that differ start anew."""
 
@@ -120,13 +119,24 @@ class TrainConfig:
         for name in ("lr", "muon_factor", "clip"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but it must be positive")
         fraction(self, "ema", "beta1", "beta2")
-        require(self.precision in typing.get_args(Precision), f"precision is {self.precision!r}, not fp32 or bf16")
-        require(self.optimizer in typing.get_args(Optimizer), f"optimizer is {self.optimizer!r}, not adamw or muon")
-        require(self.strategy in typing.get_args(Strategy), f"strategy is {self.strategy!r}, not ddp or fsdp")
-        require(self.hold_out == 0 or self.hold_out > 1, f"hold_out is {self.hold_out}, not 0 (none) or at least 2")
+        require(
+            self.precision in typing.get_args(Precision),
+            f"precision is {self.precision!r}, but it must be fp32 or bf16",
+        )
+        require(
+            self.optimizer in typing.get_args(Optimizer),
+            f"optimizer is {self.optimizer!r}, but it must be adamw or muon",
+        )
+        require(
+            self.strategy in typing.get_args(Strategy), f"strategy is {self.strategy!r}, but it must be ddp or fsdp"
+        )
+        require(
+            self.hold_out == 0 or self.hold_out > 1,
+            f"hold_out is {self.hold_out}, but it must be 0 (none) or at least 2",
+        )
         require(
             self.patience == 0 or self.validate_every > 0,
-            f"patience is {self.patience}, but validate_every 0 measures no loss that it could wait for",
+            f"patience is {self.patience}, but validate_every 0 measures no loss; set validate_every",
         )
         others = self.ema_others
         require(

@@ -47,5 +47,5 @@ def test_the_table_is_real_where_weights_are_to_come() -> None:
 
 
 def test_heads_that_can_t_be_turned() -> None:
-    with pytest.raises(ConfigError, match="heads of 6 features can't be turned: rotary needs a multiple of 4"):
+    with pytest.raises(ConfigError, match="rotary needs heads of a multiple of 4 features, but they have 6"):
         TrunkConfig(width=12, depth=1, num_heads=2, rotary=True)

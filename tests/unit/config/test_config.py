@@ -52,7 +52,7 @@ from mar.config import (
         (TrainConfig, {"lr": 0.0}, "lr is 0.0, but it must be positive"),
         (TrainConfig, {"warmup": -1}, "warmup is -1, but it must not be negative"),
         (TrainConfig, {"ema": 1.0}, "ema is 1.0"),
-        (TrainConfig, {"hold_out": 1}, r"hold_out is 1, not 0 \(none\) or at least 2"),
+        (TrainConfig, {"hold_out": 1}, r"hold_out is 1, but it must be 0 \(none\) or at least 2"),
         (TrainConfig, {"hold_out": -2}, "hold_out is -2"),
         (TrainConfig, {"image_channels": 2}, r"image_channels is 2, but it must be 1 \(gray\) or 3"),
         (TrainConfig, {"validate_count": 0}, "validate_count is 0, but it must be at least 1"),
@@ -88,7 +88,7 @@ def test_half_a_step_is_refused(name: str) -> None:
         (SamplingConfig(), "timestep_spacing", "even", "timestep_spacing is 'even', but it must be time or log-snr"),
         (SamplingConfig(), "mask_schedule", "linear", "'linear', but it must be cosine or exponential"),
         (SamplingConfig(), "order", "raster", "'raster', but it must be random, checkerboard or halton"),
-        (TrainConfig(), "precision", "fp16", "precision is 'fp16', not fp32 or bf16"),
+        (TrainConfig(), "precision", "fp16", "precision is 'fp16', but it must be fp32 or bf16"),
         (
             TrainConfig(),
             "activation_checkpointing",

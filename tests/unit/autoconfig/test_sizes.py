@@ -7,14 +7,14 @@ import pytest
 from mar.autoconfig.sizes import (
     DatasetSummary,
     LatentShape,
-    components,
+    crop_side,
     default_latent_shape,
-    larger_from,
-    largest_for,
     largest_multiple,
-    recipe_for,
-    side_for,
-    tokenizer_for,
+    max_side,
+    next_larger_count,
+    pca_shape,
+    tokenizer_config_for,
+    train_config_for,
 )
 from mar.config import ConfigError, HeadConfig, TrainConfig
 from mar.model.mar import MAR
@@ -25,8 +25,8 @@ KINDS = ("ant", "bee", "cat")
 def chosen(count: int, side: int, image_channels: int = 3, classes: tuple[str, ...] = KINDS) -> tuple[int, TrainConfig]:
     """The side, and the recipe, that pictures get where nothing else is asked for."""
     pictures = DatasetSummary(count, side, image_channels, classes)
-    found = side_for(pictures, largest_for(count))
-    return found, recipe_for(pictures, (found, found), default_latent_shape(pictures, (found, found)))
+    found = crop_side(pictures, max_side(count))
+    return found, train_config_for(pictures, (found, found), default_latent_shape(pictures, (found, found)))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_sizes_follow_from_count_and_resolution(
 
 def test_wide_tokens_get_a_wide_head() -> None:
     _, grey = chosen(500, 28, image_channels=1)
-    colour = recipe_for(DatasetSummary(500, 28, 3, KINDS), (28, 28))  # pixels, as they may be asked for
+    colour = train_config_for(DatasetSummary(500, 28, 3, KINDS), (28, 28))  # pixels, as they may be asked for
     assert (grey.model.token_width, colour.model.token_width) == (16, 48)
     assert grey.model.head.width < colour.model.head.width
 
@@ -95,18 +95,18 @@ def test_more_pictures_get_a_larger_model() -> None:
 
 def test_a_foreign_tokenizers_cells_become_at_most_sixteen_tokens_a_side() -> None:
     pictures = DatasetSummary(60_000, 256, 3)
-    kl8 = recipe_for(pictures, (256, 256), LatentShape(stride=8, channels=4)).model
+    kl8 = train_config_for(pictures, (256, 256), LatentShape(stride=8, channels=4)).model
     assert (kl8.grid, kl8.patch_size, kl8.token_width, kl8.tokens) == ((32, 32), 2, 16, 256)
-    oblong = recipe_for(pictures, (128, 256), LatentShape(stride=16, channels=16)).model
+    oblong = train_config_for(pictures, (128, 256), LatentShape(stride=16, channels=16)).model
     assert (oblong.grid, oblong.patch_size) == ((8, 16), 1)
-    wide = recipe_for(pictures, (256, 256), LatentShape(stride=16, channels=64)).model
+    wide = train_config_for(pictures, (256, 256), LatentShape(stride=16, channels=64)).model
     assert wide.head == HeadConfig(512, 3, prediction="v", batch_mul=2)
 
 
 def test_black_and_white_bound_pixels() -> None:
     dark = DatasetSummary(500, 32, 1, max_abs_z=6.21)  # as radiographs are
-    assert recipe_for(dark, (32, 32)).sampling.x0_bound == 6.3
-    assert recipe_for(dark, (32, 32), LatentShape(4, 4)).sampling.x0_bound == 4
+    assert train_config_for(dark, (32, 32)).sampling.x0_bound == 6.3
+    assert train_config_for(dark, (32, 32), LatentShape(4, 4)).sampling.x0_bound == 4
 
 
 @pytest.mark.parametrize(
@@ -119,38 +119,38 @@ def test_black_and_white_bound_pixels() -> None:
         (500, (128, 128), None, 4),
         (500, (32, 64), None, 2),
         (500, (64, 64), LatentShape(8, 16), 0),  # cached as they are
-        (500, (64, 64), components(), 4),
+        (500, (64, 64), pca_shape(), 4),
     ],
 )
 def test_few_pictures_are_moved_by_a_few_pixels(
     count: int, size: tuple[int, int], cells: LatentShape | None, shift: int
 ) -> None:
-    config = recipe_for(DatasetSummary(count, 128, 3), size, cells)
+    config = train_config_for(DatasetSummary(count, 128, 3), size, cells)
     assert (config.shift, config.flip) == (shift, None)
 
 
 def test_a_length_that_is_asked_for_is_shared_out() -> None:
-    config = recipe_for(DatasetSummary(500, 32, 3), (32, 32), images=640)
+    config = train_config_for(DatasetSummary(500, 32, 3), (32, 32), images=640)
     assert (config.images, config.decay) == (640, 213)
     assert (config.save_every, config.sample_every) == (64, 64)
     assert (
-        config.warmup == recipe_for(DatasetSummary(500, 32, 3), (32, 32)).warmup
+        config.warmup == train_config_for(DatasetSummary(500, 32, 3), (32, 32)).warmup
     )  # else a run could not be made longer
-    shortest = recipe_for(DatasetSummary(500, 32, 3), (32, 32), images=1)
+    shortest = train_config_for(DatasetSummary(500, 32, 3), (32, 32), images=1)
     assert (shortest.save_every, shortest.sample_every) == (1, 1)
 
 
 def test_sizes_that_can_not_be() -> None:
     with pytest.raises(ConfigError, match="only 5 pixels wide or high: expected at least 8; --image-size 8"):
-        side_for(DatasetSummary(500, 5, 3), 256)
+        crop_side(DatasetSummary(500, 5, 3), 256)
     with pytest.raises(ConfigError, match="image-size: got 30x30, expected multiples of 4"):
-        recipe_for(DatasetSummary(500, 30, 3), (30, 30))
+        train_config_for(DatasetSummary(500, 30, 3), (30, 30))
     with pytest.raises(ConfigError, match="image-size: got 60x64, expected multiples of 8"):
-        recipe_for(DatasetSummary(500, 64, 3), (60, 64), LatentShape(8, 16))
+        train_config_for(DatasetSummary(500, 64, 3), (60, 64), LatentShape(8, 16))
     for size in ((0, 0), (-4, -4), (32, 0), (-32, 32)):
         for cells in (None, LatentShape(8, 16)):
             with pytest.raises(ConfigError, match=rf"image-size: got {size[0]}x{size[1]}, expected a height and a"):
-                recipe_for(DatasetSummary(500, 32, 3), size, cells)
+                train_config_for(DatasetSummary(500, 32, 3), size, cells)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_sizes_that_can_not_be() -> None:
     ],
 )
 def test_how_many_pictures_would_be_larger(count: int, side: int, more: int | None) -> None:
-    assert larger_from(DatasetSummary(count, side, 3)) == more
+    assert next_larger_count(DatasetSummary(count, side, 3)) == more
     if more is not None:
         assert chosen(more, side)[0] > chosen(count, side)[0]
 
@@ -173,22 +173,22 @@ def test_how_many_pictures_would_be_larger(count: int, side: int, more: int | No
 @pytest.mark.parametrize("stride", [1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 33, 99])
 @pytest.mark.parametrize("side", [8, 14, 28, 32, 64, 128, 256])
 def test_a_size_that_was_chosen_can_be_cut(side: int, stride: int) -> None:
-    cells = components(stride)
+    cells = pca_shape(stride)
     found = largest_multiple(side, cells)
     assert side - found < max(side / 8, 2 * stride)
-    config = recipe_for(DatasetSummary(6_000, side, 3), (found, found), cells)
+    config = train_config_for(DatasetSummary(6_000, side, 3), (found, found), cells)
     assert config.model.grid[0] * stride == found
     assert largest_multiple(side, None) == side
 
 
 def test_the_tokenizer_grows_with_the_pictures() -> None:
     pictures = DatasetSummary(500, 300, 1, KINDS)
-    small = tokenizer_for(pictures, (64, 64), 8, 16)
+    small = tokenizer_config_for(pictures, (64, 64), LatentShape(8, 16))
     assert (small.image_channels, small.size, small.stride, small.channels) == (1, (64, 64), 8, 16)
     assert small.images == 60_000
     assert small.warmup + small.decay < small.images
-    large = tokenizer_for(DatasetSummary(100_000, 300, 3), (256, 256), 16, 16)
-    assert large.width > tokenizer_for(pictures, (128, 128), 8, 16).width > small.width
+    large = tokenizer_config_for(DatasetSummary(100_000, 300, 3), (256, 256), LatentShape(16, 16))
+    assert large.width > tokenizer_config_for(pictures, (128, 128), LatentShape(8, 16)).width > small.width
     assert large.images == 1_000_000
-    short = tokenizer_for(pictures, (64, 64), 8, 16, images=8)
+    short = tokenizer_config_for(pictures, (64, 64), LatentShape(8, 16), images=8)
     assert (short.images, short.warmup, short.decay) == (8, small.warmup, 2)

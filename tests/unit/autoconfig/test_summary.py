@@ -12,7 +12,7 @@ from PIL import Image
 from tiny import pictures as bars
 
 from mar.autoconfig.sizes import DatasetSummary
-from mar.autoconfig.summary import SURVEY_FILE, load_summary, save_summary, summarize_dataset
+from mar.autoconfig.summary import SUMMARY_FILE, load_summary, save_summary, summarize_dataset
 from mar.config import ConfigError
 from mar.data.sources import FashionSource, open_source
 from mar.tokenizer import PixelTokenizer
@@ -107,7 +107,7 @@ WHOLE = {"count": 20, "side": 8, "image_channels": 1, "classes": ["across", "dow
 @pytest.mark.parametrize("changes", [{"side": 0}, {"image_channels": 2}, {"max_abs_z": -1}, {"other": 1}])
 def test_memories_that_can_not_be(changes: dict[str, int], tmp_path: Path) -> None:
     source = open_source(bars(tmp_path / "data", 20))
-    file = tmp_path / "run" / SURVEY_FILE
+    file = tmp_path / "run" / SUMMARY_FILE
     file.parent.mkdir()
     file.write_text(json.dumps(WHOLE))
     assert load_summary(file.parent, source, "data") == (DatasetSummary(20, 8, 1, ("across", "down")), None)
