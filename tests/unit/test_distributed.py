@@ -32,7 +32,7 @@ def test_collective_errors_on_another_rank_is_silent(
 
     with pytest.raises(distributed.OtherRankFailed, match="rank 0 failed: no such file"):
         work()
-    assert cli.told(work) == 2
+    assert cli.report_errors(work) == 2
     assert capsys.readouterr() == ("", "")
 
 
@@ -42,4 +42,4 @@ def test_other_errors_are_no_business_of_the_other_ranks(monkeypatch: pytest.Mon
         raise ZeroDivisionError
     monkeypatch.delitem(sys.modules, "mar.distributed")
     with pytest.raises(ZeroDivisionError):
-        cli.told(lambda: 1 // 0)
+        cli.report_errors(lambda: 1 // 0)

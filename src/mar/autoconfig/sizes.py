@@ -1,4 +1,4 @@
-"""Choose sizes of crops, tokenizers and models for a data set, and how they are trained."""
+"""Choose crops, tokenizers, models and their training for a data set."""
 
 from __future__ import annotations
 
@@ -116,7 +116,10 @@ def max_side(count: int) -> int:
 
 
 def crop_side(summary: DatasetSummary, largest: int) -> int:
-    """Returns the side of square crops: that of the images, up to `largest`. ConfigError below 8 pixels."""
+    """Returns the side of square crops, at most `largest`.
+
+    ConfigError for images below 8 pixels.
+    """
     side = min(summary.side, largest)
     if side < MIN_SIDE:
         raise ConfigError(
@@ -128,7 +131,7 @@ def crop_side(summary: DatasetSummary, largest: int) -> int:
 
 
 def next_larger_count(summary: DatasetSummary) -> int | None:
-    """Returns the number of images from which on crops would be larger; None if they would not."""
+    """Returns the next number of images with larger crops, or None."""
     side = crop_side(summary, max_side(summary.count))
     for count, _ in MAX_SIDE_BY_COUNT[:-1]:
         if summary.count < count and side < crop_side(summary, max_side(count)):
@@ -137,7 +140,7 @@ def next_larger_count(summary: DatasetSummary) -> int | None:
 
 
 def largest_multiple(side: int, latents: LatentShape | None) -> int:
-    """Returns the largest side up to `side` that can be cut into tokens, at least one cell."""
+    """Returns the largest side up to `side` that tokens divide."""
     step = (latents.stride if latents else 1) * _patch_size((side, side), latents)
     return max(side // step, 1) * step
 
@@ -146,9 +149,9 @@ def largest_multiple(side: int, latents: LatentShape | None) -> int:
 
 
 def autoencoder_shape(size: tuple[int, int]) -> LatentShape:
-    """Returns the latents of the autoencoder to train for crops of `size` (height, width).
+    """Returns the latents of an autoencoder for crops of `size`.
 
-    Squares of 32 to 256 pixels get 64 to 256 cells, narrow enough for a narrow head.
+    `size` is height and width. Squares of 32 to 256 pixels get 64 to 256 cells, narrow enough for a narrow head.
     """
     if max(size) <= MAX_SIDE_WITHOUT_AUTOENCODER:
         return LatentShape(stride=4, channels=4)
@@ -165,9 +168,10 @@ def pca_shape(stride: int = 4) -> LatentShape:
 
 
 def default_latent_shape(summary: DatasetSummary, size: tuple[int, int]) -> LatentShape | None:
-    """Returns the latents for crops of `size` (height, width); None: pixels.
+    """Returns the latents for crops of `size`; None: pixels.
 
-    Large crops get an autoencoder, small ones principal components. The smallest and gray ones stay pixels.
+    `size` is height and width. Large crops get an autoencoder, small ones principal components. The smallest and gray
+    ones stay pixels.
     """
     if max(size) > MAX_SIDE_WITHOUT_AUTOENCODER:
         return autoencoder_shape(size)
@@ -175,7 +179,7 @@ def default_latent_shape(summary: DatasetSummary, size: tuple[int, int]) -> Late
 
 
 def _patch_size(size: tuple[int, int], latents: LatentShape | None) -> int:
-    """Returns the side of a token in cells or pixels, for at most 16 tokens along the longer side."""
+    """Returns the side of a token in cells, or in pixels without latents."""
     smallest = 1 if latents else 2 if min(size) < 16 else 4
     side = max(size) / (latents.stride if latents else 1)
     return max(smallest, 2 ** math.ceil(math.log2(side / MAX_TOKENS_PER_SIDE)))
@@ -187,15 +191,15 @@ def _patch_size(size: tuple[int, int], latents: LatentShape | None) -> int:
 def train_config_for(
     summary: DatasetSummary, size: tuple[int, int], latents: LatentShape | None = None, *, images: int | None = None
 ) -> TrainConfig:
-    """Returns a training run for a data set; `data` and `tokenizer` are left to be set.
+    """Returns a training run, without its `data` and `tokenizer`.
 
     The model grows with the number of images, the head with the width of tokens. The model predicts v, or x0 of
     principal components, with rotary positions. Samples are bounded: pixels by black and white, latents by 4 standard
     deviations, principal components by 10, since their rare values are far out. Fewer than 5,000 images are shifted
     by up to a sixteenth of the shorter side and 4 pixels, except cached latents. `flip` is left to the data.
 
-    What to expect of small color images, by minutes of one core (docs/quality.md): of 50,000 what `CIFAR10` says; of
-    500, after 14 minutes colors and layouts, and few copies.
+    Results of small color images on one core (docs/quality.md): those of `CIFAR10` for 50,000 images; after 14 minutes
+    colors and layouts, and few copies, for 500.
 
     Args:
         summary: Properties of the data set.
@@ -261,7 +265,7 @@ def train_config_for(
 def tokenizer_config_for(
     summary: DatasetSummary, size: tuple[int, int], latents: LatentShape, images: int | None = None
 ) -> TokenizerTrainConfig:
-    """Returns the training of an autoencoder for a data set; `data` is left to be set.
+    """Returns the training of an autoencoder, without its `data`.
 
     Args:
         summary: Properties of the data set.

@@ -1,4 +1,4 @@
-"""Summarize a data set from a sample of its images, and keep the summary with the run.
+"""Summarize data sets, and keep summaries with runs.
 
 A resumed run reads its summary: it stays the same run although its folder of images has grown.
 """
@@ -33,9 +33,9 @@ SUMMARY_FILE = "pictures.json"
 
 
 def summarize_dataset(source: Source, name: str) -> DatasetSummary:
-    """Summarizes the images of `source`, called `name`, from a sample spread evenly over it.
+    """Summarizes the images of `source` from an even sample.
 
-    ConfigError for fewer than 16 images, ValueError if no image of the sample can be read.
+    `name` is for messages. ConfigError for fewer than 16 images, ValueError if no image of the sample can be read.
     """
     if len(source) < MIN_IMAGES:
         raise ConfigError(
@@ -54,7 +54,7 @@ def summarize_dataset(source: Source, name: str) -> DatasetSummary:
 
 
 def summarize_cache(source: LatentSource) -> tuple[DatasetSummary, LatentShape | None]:
-    """Returns the summary of a latent cache, and the shape of its latents; None: pixels."""
+    """Returns summary and latent shape of a cache; no shape: pixels."""
     manifest = source.manifest
     channels, height, _ = manifest.shape
     summary = DatasetSummary(manifest.pictures, min(manifest.size), 3, manifest.classes)
@@ -91,7 +91,7 @@ def _max_abs_z(images: list[np.ndarray]) -> float:
 
 
 def load_summary(folder: Path, source: Source, name: str) -> tuple[DatasetSummary, str | None]:
-    """Returns the summary kept with the run in `folder`, or one of `source` for a new run.
+    """Returns the summary of a run, or of a new one.
 
     The second value is a line on the images added or removed since. ConfigError if the classes have changed.
     """

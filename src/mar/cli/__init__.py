@@ -1,4 +1,7 @@
-"""The command line: `mar VERB`. A user's mistake is one line on stderr and exit code 2; MAR_DEBUG=1 shows where."""
+"""Run a verb of the command line: `mar VERB`.
+
+A user's mistake is one line on stderr and exit code 2; MAR_DEBUG=1 shows the traceback.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ VERBS = {
     "demo": ("mar.cli.demo", "pictures from the bundled model, and one being revealed"),
     "sample": ("mar.cli.sample", "draw pictures from a model"),
     "generate": ("mar.cli.generate", "thousands of pictures: PNGs, .npz, WebDataset; any number of processes"),
-    "evaluate": ("mar.cli.evaluate", "FID and its kin, of a model or of pictures; sweeps over settings"),
+    "evaluate": ("mar.cli.evaluate", "FID and other metrics, of a model or of pictures; sweeps over settings"),
     "stats": ("mar.cli.stats", "features of real pictures, for evaluate to compare with"),
-    "cache": ("mar.cli.cache", "a tokenizer's latents of all pictures, for training to read instead"),
+    "cache": ("mar.cli.cache", "cache a tokenizer's latents of all pictures, for training"),
     "train": ("mar.cli.train", "train a model; the same command resumes"),
     "convert": ("mar.cli.convert", "official weights -> ours, and back"),
     "download": ("mar.cli.download", "fetch the official weights and tokenizer"),
@@ -30,14 +33,14 @@ ERROR_GRACE_S = 5.0
 USAGE = """\
 mar {version}: image generation with a masked autoregressive transformer and a diffusion loss
 
-usage: mar VERB [OPTIONS]          mar VERB --help tells all of a verb's options
+usage: mar VERB [OPTIONS]          mar VERB --help lists the options of a verb
 
 {verbs}
 """
 
 
 def usage() -> str:
-    """What `mar --help` prints."""
+    """Returns the text of `mar --help`."""
     verbs = "\n".join(f"  {name:<10} {help}" for name, (_, help) in VERBS.items())
     return USAGE.format(version=__version__, verbs=verbs)
 
@@ -55,13 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         return _fail(f"there is no verb {verb!r}; there are {', '.join(VERBS)}")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Threads that spin while they wait make a machine that is busy with something else many times slower.
+    # Spinning threads make a busy machine many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    return told(lambda: getattr(importlib.import_module(VERBS[verb][0]), verb)(rest))
+    return report_errors(lambda: getattr(importlib.import_module(VERBS[verb][0]), verb)(rest))
 
 
-def told(work: Callable[[], int]) -> int:
-    """The exit code of `work`; what is wrong with what the user asked for is said in one line."""
+def report_errors(work: Callable[[], int]) -> int:
+    """Runs `work`; prints a user's mistake in one line.
+
+    Returns the exit code.
+    """
     try:
         return work()
     except (ValueError, OSError) as error:
@@ -69,7 +75,7 @@ def told(work: Callable[[], int]) -> int:
             raise
         return _fail(" ".join(str(error).split()) or type(error).__name__)
     except (RuntimeError, MemoryError) as error:
-        if os.environ.get("MAR_DEBUG") or not _is_want_of_memory(error):
+        if os.environ.get("MAR_DEBUG") or not _is_out_of_memory(error):
             raise
         return _fail(f"there is not enough memory; take a smaller --batch ({' '.join(str(error).split())[:100]})")
     except KeyboardInterrupt:
@@ -85,8 +91,8 @@ def _other_rank_failed() -> type[Exception] | tuple[()]:
     return module.OtherRankFailed if module else ()
 
 
-def _is_want_of_memory(error: Exception) -> bool:
-    """Also torch's, by its name: torch may not be there."""
+def _is_out_of_memory(error: Exception) -> bool:
+    """Recognizes torch's error by its name: torch may not be imported."""
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 

@@ -1,4 +1,4 @@
-"""What verbs share: parsing by tyro, device and precision, and writing pictures."""
+"""Parse options with tyro; sampling options, signals and PNGs of all verbs."""
 
 from __future__ import annotations
 
@@ -34,105 +34,59 @@ Dtype = Literal["fp32", "bf16"]
 DrawnDtype = Literal["fp32", "bf16", "int8"]
 
 
-def _or_off(number: type[float]) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
-    """Parses a number or `off`: tyro takes a typed None for an option that was left out."""
-    kind = number.__name__.upper()
-
-    def read(words: list[str]) -> float | str:
-        try:
-            return "off" if words == ["off"] else number(words[0])
-        except ValueError:
-            raise ValueError(f"got {words[0]!r}, expected {kind} or off") from None
-
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar=f"{kind}|off",
-        instance_from_str=read,
-        is_instance=lambda value: value in (None, "off") or isinstance(value, int | float),
-        str_from_instance=lambda value: [str(value)],
-    )
+# ---- parsing
 
 
-def _field_docs(kind: type) -> dict[str, str]:
-    """Returns the docstrings below the fields of a dataclass, each in one line."""
-    [body] = [node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef)]
-    docs = {}
-    for field, below in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            docs[ast.unparse(field.target)] = " ".join(str(below.value.value).split())
-    return docs
+def parse(
+    kind: type[Options], verb: str, arguments: Sequence[str], default: Options | None = None, *, partly: bool = False
+) -> Options:
+    """Parses the options of a verb; --help prints help and exits 0.
+
+    Args:
+        kind: Dataclass of the options.
+        verb: Name of the verb, for messages.
+        arguments: Words of the command line. Old names are taken too.
+        default: Defaults of the options; None: those of `kind`.
+        partly: Ignore options that `kind` lacks.
+
+    Raises:
+        ValueError: An option is unknown or has a wrong value.
+    """
+    given: dict[str, Any] = {} if default is None else {"default": default}
+    words, numbers = _rename_flags(kind, arguments, default)
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            parsed: Any = tyro.cli(  # type: ignore[call-overload]
+                kind,
+                prog=f"mar {verb}",
+                args=words,
+                description=kind.__doc__,
+                return_unknown_args=partly,
+                **given,
+            )
+        options: Options = parsed[0] if partly else parsed
+        return replace(options, **numbers) if numbers else options  # type: ignore[type-var]
+    except SystemExit as stopped:
+        if not stopped.code:
+            raise
+        raise ValueError(_one_line(stderr.getvalue(), verb)) from None
 
 
-def _optional(hint: Any, doc: str) -> Any:
-    """Returns the type of an option that may be left out, with its help; `off` stands for a typed None."""
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
-    if type(None) in get_args(hint):
-        typed: Any = Annotated[hint | Literal["off"], _or_off(kinds[0])]
-        return Annotated[typed, tyro.conf.arg(help=doc, help_behavior_hint="")]
-    if get_origin(hint) is Literal:
-        metavar = f"{{{','.join(kinds)}}}"
-    else:
-        metavar = " ".join(kind.__name__.upper() for kind in kinds or [hint])
-    return Annotated[hint | None, tyro.conf.arg(help=doc, metavar=metavar, help_behavior_hint="")]
-
-
-def _sampling_options() -> list[tuple[str, Any, None]]:
-    """Lists name, type and default of an option for each field of SamplingConfig, and of its preset."""
-    hints, docs = get_type_hints(SamplingConfig), _field_docs(SamplingConfig)
-    preset = _optional(Preset, "exact: the model's own settings; balanced, fast: fewer steps of all kinds.")
-    suppressed: Any = Annotated[float | None, tyro.conf.Suppress]
-    ends = [old for old, new in renamed_fields(SamplingConfig).items() if new.endswith("]")]
-    return [
-        ("preset", preset, None),
-        *((field.name, _optional(hints[field.name], docs[field.name]), None) for field in fields(SamplingConfig)),
-        *((old, suppressed, None) for old in ends),  # `parse` sets them
-    ]
-
-
-if TYPE_CHECKING:
-
-    @dataclass(frozen=True, kw_only=True)
-    class _SamplingOptions: ...
-else:
-    _SamplingOptions = make_dataclass("_SamplingOptions", _sampling_options(), frozen=True, kw_only=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingFlags(_SamplingOptions):
-    """Options of every verb that draws: the preset and the fields of SamplingConfig, None where left out."""
-
-    device: str = "auto"
-    """auto, cpu, cuda, cuda:N or mps."""
-    dtype: DrawnDtype = "fp32"
-    """Precision of the model's matrices; int8, on CPUs: sooner, less exact, and depending on the batch."""
-    tf32: bool = False
-    """Let GPUs round inputs of float32 products to TF32: faster, and less exact."""
-    allow_broken: bool = False
-    """Take pictures even where the latents are no pictures, instead of saying why."""
-
-    def settings(self) -> dict[str, Any]:
-        """Returns the preset and the fields of SamplingConfig that were given, for `Pipeline.sampling_with`."""
-        given = {field.name: getattr(self, field.name) for field in fields(_SamplingOptions)}
-        return {name: None if value == "off" else value for name, value in given.items() if value is not None}
-
-    def load(self, model: str, device: torch.device | None = None) -> Pipeline:
-        """The model of this name, on `device` (by default the one asked for), in the precision asked for."""
-        from mar import devices
-        from mar.zoo import load
-
-        if self.tf32:
-            devices.allow_tf32()
-        return load(model, device=device or self.device, dtype=torch_dtype(self.dtype))
-
-
-RENAMED["SamplingFlags"] = RENAMED["SamplingConfig"]
+def _one_line(box: str, verb: str) -> str:
+    """Joins the lines of tyro's framed message."""
+    lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
+    words = [line for line in lines if line and not line.startswith("For full helptext")]
+    return f"{' '.join(words) or 'got options that are not understood'}; see `mar {verb} --help`"
 
 
 def _rename_flags(kind: type, arguments: Sequence[str], default: Any) -> tuple[list[str], dict[str, float]]:
-    """Replaces old names of options by the new ones, and says each new name once on stderr.
+    """Replaces old names of options, and prints each new name once on stderr.
+
+    An old name may stand for one number of a pair. The pair's default completes it.
 
     Returns:
-        The arguments under new names; and by old name each number whose pair has no default to complete it from.
+        The arguments under new names; and by old name the numbers of pairs without a default.
     """
     words: list[str] = []
     intervals: dict[str, list[str]] = {}
@@ -171,7 +125,7 @@ def _number(text: str, flag: str) -> float:
 
 
 def _owners(kind: type, path: Sequence[str], default: Any) -> Iterator[tuple[type, Any]]:
-    """Yields the dataclasses inside `kind` that own options called --PATH.NAME, each with its default."""
+    """Yields the dataclasses in `kind` with options --PATH.NAME, and their defaults."""
     if not path:
         yield kind, default
     for name, hint in get_type_hints(kind, include_extras=True).items():
@@ -184,46 +138,124 @@ def _owners(kind: type, path: Sequence[str], default: Any) -> Iterator[tuple[typ
             yield from _owners(inner, path[1:], getattr(default, name, None))
 
 
-def parse(
-    kind: type[Options], verb: str, arguments: Sequence[str], default: Options | None = None, *, partly: bool = False
-) -> Options:
-    """The options of a verb; `partly`: those that `kind` has, others are left alone.
+# ---- sampling options
 
-    Prints help and exits 0 where it is asked for; ValueError for options that can't be.
+
+def _or_off(number: type[float]) -> tyro.constructors.PrimitiveConstructorSpec[Any]:
+    """Parses a number or `off`, since tyro treats a typed None as left out."""
+    kind = number.__name__.upper()
+
+    def read(words: list[str]) -> float | str:
+        try:
+            return "off" if words == ["off"] else number(words[0])
+        except ValueError:
+            raise ValueError(f"got {words[0]!r}, expected {kind} or off") from None
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{kind}|off",
+        instance_from_str=read,
+        is_instance=lambda value: value in (None, "off") or isinstance(value, int | float),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def _field_docs(kind: type) -> dict[str, str]:
+    """Returns the docstrings of a dataclass's fields, each in one line."""
+    [body] = [node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef)]
+    docs = {}
+    for field, below in itertools.pairwise(body):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            docs[ast.unparse(field.target)] = " ".join(str(below.value.value).split())
+    return docs
+
+
+def _optional(hint: Any, doc: str) -> Any:
+    """Returns the type of an option that may be left out, with its help.
+
+    `off` stands for a typed None.
     """
-    given: dict[str, Any] = {} if default is None else {"default": default}
-    words, numbers = _rename_flags(kind, arguments, default)
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            found: Any = tyro.cli(  # type: ignore[call-overload]
-                kind,
-                prog=f"mar {verb}",
-                args=words,
-                description=kind.__doc__,
-                return_unknown_args=partly,
-                **given,
-            )
-        options: Options = found[0] if partly else found
-        return replace(options, **numbers) if numbers else options  # type: ignore[type-var]
-    except SystemExit as stopped:
-        if not stopped.code:
-            raise
-        raise ValueError(_one_line(said.getvalue(), verb)) from None
+    kinds = [kind for kind in get_args(hint) if kind is not type(None)]
+    if type(None) in get_args(hint):
+        typed: Any = Annotated[hint | Literal["off"], _or_off(kinds[0])]
+        return Annotated[typed, tyro.conf.arg(help=doc, help_behavior_hint="")]
+    if get_origin(hint) is Literal:
+        metavar = f"{{{','.join(kinds)}}}"
+    else:
+        metavar = " ".join(kind.__name__.upper() for kind in kinds or [hint])
+    return Annotated[hint | None, tyro.conf.arg(help=doc, metavar=metavar, help_behavior_hint="")]
 
 
-def _one_line(box: str, verb: str) -> str:
-    """What tyro frames in a box of several lines, as one."""
-    lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
-    words = [line for line in lines if line and not line.startswith("For full helptext")]
-    return f"{' '.join(words) or 'these options can not be understood'}; see `mar {verb} --help`"
+def _sampling_options() -> list[tuple[str, Any, None]]:
+    """Lists name, type and default of the sampling options."""
+    hints, docs = get_type_hints(SamplingConfig), _field_docs(SamplingConfig)
+    preset = _optional(Preset, "exact: the model's own settings; balanced, fast: fewer steps of all kinds.")
+    suppressed: Any = Annotated[float | None, tyro.conf.Suppress]
+    ends = [old for old, new in renamed_fields(SamplingConfig).items() if new.endswith("]")]
+    return [
+        ("preset", preset, None),
+        *((field.name, _optional(hints[field.name], docs[field.name]), None) for field in fields(SamplingConfig)),
+        *((old, suppressed, None) for old in ends),  # `parse` sets them
+    ]
+
+
+if TYPE_CHECKING:
+
+    @dataclass(frozen=True, kw_only=True)
+    class _SamplingOptions: ...
+else:
+    _SamplingOptions = make_dataclass("_SamplingOptions", _sampling_options(), frozen=True, kw_only=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags(_SamplingOptions):
+    """Options of verbs that sample.
+
+    The preset and the fields of SamplingConfig are None where left out.
+    """
+
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    dtype: DrawnDtype = "fp32"
+    """Precision of the model's matrices. int8, on CPUs, is faster, less exact, and depends on the batch."""
+    tf32: bool = False
+    """Round inputs of float32 products to TF32 on GPUs: faster, less exact."""
+    allow_broken: bool = False
+    """Keep broken pictures instead of stopping with an error."""
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the given options, as keywords of `Pipeline.sampling_with`."""
+        given = {field.name: getattr(self, field.name) for field in fields(_SamplingOptions)}
+        return {name: None if value == "off" else value for name, value in given.items() if value is not None}
+
+    def load(self, model: str, device: torch.device | None = None) -> Pipeline:
+        """Loads a model in the precision of the options; `device` overrides theirs."""
+        from mar import devices
+        from mar.zoo import load
+
+        if self.tf32:
+            devices.allow_tf32()
+        return load(model, device=device or self.device, dtype=torch_dtype(self.dtype))
+
+
+RENAMED["SamplingFlags"] = RENAMED["SamplingConfig"]
+
+
+def torch_dtype(name: DrawnDtype) -> torch.dtype:
+    """Returns torch's dtype of a precision."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[name]
+
+
+# ---- signals and files
 
 
 @contextlib.contextmanager
 def stoppable() -> Iterator[Callable[[], None]]:
-    """Within, SIGTERM raises KeyboardInterrupt as Ctrl-C does; signals that follow wait until all is put away.
+    """Raises KeyboardInterrupt on SIGTERM, as on Ctrl-C; ignores further signals.
 
-    Yields a function that raises it again, should the first have been lost in a callback that can't raise.
+    Yields a function that raises it again: a callback that can't raise may have lost the first one.
     """
     stopped = False
 
@@ -249,9 +281,10 @@ def stoppable() -> Iterator[Callable[[], None]]:
 
 
 def interruptible(note: str, run: Callable[[Callable[[], None]], int]) -> int:
-    """Runs a verb, which Ctrl-C and SIGTERM end in one line that closes with `note`; exit code 130 then.
+    """Runs a verb; signals end it with exit code 130.
 
-    They may come while torch is half imported, which must not be asked for again then: it would crash.
+    Ctrl-C and SIGTERM print one line, which ends with `note`. torch may be half imported then: importing it again would
+    crash.
     """
     with stoppable() as check:
         try:
@@ -262,15 +295,11 @@ def interruptible(note: str, run: Callable[[Callable[[], None]], int]) -> int:
             return 130
 
 
-def torch_dtype(name: DrawnDtype) -> torch.dtype:
-    """torch's name of a precision."""
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[name]
-
-
 def save_png(image: Image.Image, path: Path, **facts: Any) -> None:
-    """Writes a PNG, whole or not at all, with `facts` (settings, seeds) as JSON in its metadata under `mar`."""
+    """Writes a PNG atomically, with `facts` as JSON in its metadata.
+
+    Their key is `mar`.
+    """
     from PIL.PngImagePlugin import PngInfo
 
     from mar.checkpoint.files import write_atomically

@@ -1,4 +1,4 @@
-"""`mar tokenizer train` and `mar tokenizer stats`: a tokenizer of one's own, and the statistics of any."""
+"""Run `mar tokenizer train` and `mar tokenizer stats`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TokenizerOptions:
-    """Measures a tokenizer on pictures, in one pass, and keeps the result beside it."""
+    """Measures a tokenizer's latents, and saves mean and standard deviation with it."""
 
     action: Annotated[Literal["stats"], tyro.conf.Positional]
     tokenizer: Annotated[str, tyro.conf.Positional]
@@ -35,12 +35,12 @@ class TokenizerOptions:
     per_channel: bool = False
     """One mean and standard deviation for each channel, instead of one for all."""
     limit: int | None = None
-    """Measure on so many pictures only."""
+    """Number of pictures to measure on; by default all."""
 
 
 @dataclass(frozen=True)
 class TokenizerTrainOptions:
-    """Trains an autoencoder on pictures, for `mar train --tokenizer OUT`. The same command goes on where it stopped."""
+    """Trains an autoencoder on pictures, for `mar train --tokenizer OUT`. The same command resumes."""
 
     out: Path = Path("runs/tokenizer")
     """Folder of the run; at its end, of the tokenizer."""
@@ -53,12 +53,12 @@ USAGE = """\
 usage: mar tokenizer train DATA --out FOLDER [OPTIONS]      an autoencoder of your own, from your pictures
        mar tokenizer stats TOKENIZER --data DATA ...        mean and standard deviation of a tokenizer's latents
 
-mar tokenizer train --help and mar tokenizer stats --help tell all options
+mar tokenizer train --help and mar tokenizer stats --help list all options
 """
 
 
 def tokenizer(arguments: Sequence[str]) -> int:
-    """`mar tokenizer train` or `mar tokenizer stats`."""
+    """Runs `mar tokenizer train` or `mar tokenizer stats`."""
     if list(arguments) in (["-h"], ["--help"]):
         print(USAGE, end="")
         raise SystemExit(0)
@@ -80,17 +80,17 @@ def _stats(arguments: Sequence[str]) -> int:
     from mar.tokenizer.base import measure_latents
 
     source = open_source(options.data)
-    found = zoo.load_tokenizer(options.tokenizer, resolve_image_channels(options.data))
-    transform = Transform(options.image_size, found.image_channels)
+    measured = zoo.load_tokenizer(options.tokenizer, resolve_image_channels(options.data))
+    transform = Transform(options.image_size, measured.image_channels)
     statistics = measure_latents(
-        found, in_order(source, transform, limit=options.limit), per_channel=options.per_channel
+        measured, in_order(source, transform, limit=options.limit), per_channel=options.per_channel
     )
     for name, values in (("mean", statistics.mean), ("std", statistics.std)):
         print(f"{name} {' '.join(f'{value:.6g}' for value in values)}")
     print(f"measured on {statistics.images:,} pictures")
     if Path(options.tokenizer).is_dir():
-        found.set_statistics(statistics.mean, statistics.std)
-        print(f"kept in {save_statistics(found, options.tokenizer)}")
+        measured.set_statistics(statistics.mean, statistics.std)
+        print(f"kept in {save_statistics(measured, options.tokenizer)}")
     return 0
 
 
@@ -111,8 +111,10 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def train_tokenizer(options: TokenizerTrainOptions) -> int:
-    """Trains a tokenizer, or goes on with it, and tells what came of it. Returns the exit code: 130 where a signal
-    stopped it."""
+    """Trains or resumes a tokenizer, and prints its summary.
+
+    Returns the exit code: 130 after a signal.
+    """
     from mar import devices
     from mar.training.log import open_log, require_writers
     from mar.training.tokenizer import evaluate_reconstruction, finish, open_tokenizer_run
@@ -138,18 +140,18 @@ def train_tokenizer(options: TokenizerTrainOptions) -> int:
 
 
 def _network() -> Any:
-    """EfficientNet-Lite0, from the package that holds its weights."""
+    """Returns EfficientNet-Lite0, from the package with its weights."""
     from mar.evaluation.features.efficientnet import efficientnet_lite0
 
     return efficientnet_lite0().module.network
 
 
-def _print_summary(run: TokenizerRun, tokenizer: KLTokenizer, found: RoundTrip) -> None:
-    """What came of it."""
+def _print_summary(run: TokenizerRun, tokenizer: KLTokenizer, round_trip: RoundTrip) -> None:
+    """Prints PSNR, compression and tokens."""
     height, width = run.config.size
     cells = height // tokenizer.stride, width // tokenizer.stride
     before = height * width * tokenizer.image_channels
     after = cells[0] * cells[1] * tokenizer.channels
-    print(f"PSNR {found.psnr:.2f} dB on {found.images:,} held-out pictures")
+    print(f"PSNR {round_trip.psnr:.2f} dB on {round_trip.images:,} held-out pictures")
     print(f"{before:,} values in, {after:,} out: {before / after:.1f} times fewer")
     print(f"{cells[0] * cells[1]} tokens of {tokenizer.channels} values with --model.patch-size 1")
