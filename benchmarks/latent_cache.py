@@ -27,7 +27,6 @@ from mar.data.cache_writer import describe_cache, finish_cache, prepare_cache, w
 from mar.data.latent_cache import CacheManifest, LatentSource, empty_shard, write_index, write_manifest, write_shard
 from mar.data.sources import open_source
 from mar.tokenizer.kl import KLTokenizer, from_config
-from mar.training import trainer
 from mar.training.run import open_run
 from mar.training.trainer import Run
 
@@ -106,12 +105,12 @@ def training(data: Path, out: Path, tokenizer: KLTokenizer, classes: int, batch:
         config, out, device=torch.device("cpu"), load_tokenizer=lambda name: copy.deepcopy(tokenizer),
         load_model=nothing,  # type: ignore[arg-type]
     )  # fmt: skip
-    return run, trainer._batches(run)
+    return run, run.batches()
 
 
 def go(run: Run, batches: Iterator[object], steps: int) -> None:
     for _ in range(steps):
-        trainer.step(run, next(batches))  # type: ignore[arg-type]
+        run.step(next(batches))  # type: ignore[arg-type]
 
 
 def both_stores(folder: Path, count: int) -> tuple[LatentSource, Path]:

@@ -50,7 +50,7 @@ from mar.model.mar import MAR
 from mar.sampling.generate import BrokenLatents
 from mar.sampling.plan import Plan
 from mar.tokenizer import from_name, is_name
-from mar.training.callbacks import Validation, export_and_draw, take_snapshot
+from mar.training.callbacks import Validation, export_and_sample, take_snapshot
 from mar.training.log import Log, RunLog
 from mar.training.run import check_classes
 from mar.training.trainer import Callback, train
@@ -148,7 +148,7 @@ class Trial:
         snapshot = take_snapshot(self.run)
         if weights == "ema" and not changes:
             line |= {"val_loss": self.validate(snapshot)["val_loss"]}
-            export_and_draw(snapshot, self.log)
+            export_and_sample(snapshot, self.log)
         drawer = snapshot.pipeline(weights)
         drawer.sampling = replace(drawer.sampling, **changes)
         plan = Plan.total(count, list(range(self.run.config.model.classes)) or [-1])
@@ -201,7 +201,7 @@ def run_train(args: argparse.Namespace) -> None:
         if unknown := {*args.weights} - {*run.weights}:
             raise ValueError(f"--weights {' '.join(sorted(unknown))}: this run has {', '.join(run.weights)}")
         trial = Trial(run, log, network, kept["minutes"], kept["threads"], args.marks)
-        run.hooks.append(Callback(max(config.batch, int(trial.a_minute)), lambda _: trial.at_mark(args.on_the_way)))
+        run.callbacks.append(Callback(max(config.batch, int(trial.a_minute)), lambda _: trial.at_mark(args.on_the_way)))
         trial.clock.go()
         if not train(run, log):
             return

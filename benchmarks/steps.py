@@ -41,7 +41,7 @@ class Ours:
 
     def step(self, number: int) -> None:
         self.run.progress.step = number  # by which the mask ratio is drawn
-        trainer.step(self.run, self.batch)
+        self.run.step(self.batch)
 
     def parts(self, number: int) -> dict[str, Clock]:
         """A step taken apart: the head's loss is computed on a copy of what the trunk made."""

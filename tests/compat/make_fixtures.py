@@ -252,7 +252,7 @@ def rounded(value: Any) -> Any:
 @contextmanager
 def small_files() -> Iterator[None]:
     """Within, states and tokenizers are written with rounded weights."""
-    save, averaged = RunState.save, tokenizer_training.averaged
+    save, averaged = RunState.save, tokenizer_training.ema_tokenizer
 
     def save_rounded(self: RunState, images_seen: int, state: dict[str, Any], keep: int = 3) -> Path:
         kept = {name: value if name == "tokenizer" else rounded(value) for name, value in state.items()}
@@ -263,11 +263,11 @@ def small_files() -> Iterator[None]:
         tokenizer.load_state_dict(rounded(tokenizer.state_dict()))
         return tokenizer
 
-    RunState.save, tokenizer_training.averaged = save_rounded, averaged_rounded  # type: ignore[method-assign]
+    RunState.save, tokenizer_training.ema_tokenizer = save_rounded, averaged_rounded  # type: ignore[method-assign]
     try:
         yield
     finally:
-        RunState.save, tokenizer_training.averaged = save, averaged  # type: ignore[method-assign]
+        RunState.save, tokenizer_training.ema_tokenizer = save, averaged  # type: ignore[method-assign]
 
 
 @contextmanager

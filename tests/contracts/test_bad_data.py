@@ -124,18 +124,18 @@ def test_pictures_that_go_while_they_are_learned(tmp_path: Path, caplog: pytest.
             for number in (2, 3, 4):
                 (data / ("across" if number % 2 else "down") / f"{number}.png").unlink()
 
-    run.hooks.append(Callback(4, remove))
+    run.callbacks.append(Callback(4, remove))
     go(run)
     assert run.progress.images == 20
     assert all(line.startswith("skipped a picture that can't be read: ") for line in told(caplog))
     assert 1 <= len(told(caplog)) <= 3
     caplog.clear()
     again = tiny.open_tiny(tiny.train_config(data, images=40), tmp_path / "run")
-    assert again.told is not None
-    assert again.told.startswith("warning: the data holds 17 pictures, but 20 when the run was saved")
+    assert again.data_note is not None
+    assert again.data_note.startswith("warning: the data holds 17 pictures, but 20 when the run was saved")
     go(again)
     assert again.progress.images == 40
-    assert tiny.open_tiny(tiny.train_config(data, images=40), tmp_path / "run").told is None
+    assert tiny.open_tiny(tiny.train_config(data, images=40), tmp_path / "run").data_note is None
 
 
 def test_classes_that_changed_between_two_sessions(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_runs_from_before_pictures_were_noted_go_on(tmp_path: Path) -> None:
     assert state.pop("data")["pictures"] == 20
     noted.write_text(json.dumps(state))
     again = tiny.open_tiny(tiny.train_config(data, images=16), tmp_path / "run")
-    assert (again.progress.images, again.told) == (8, None)
+    assert (again.progress.images, again.data_note) == (8, None)
 
 
 def test_too_little_disk_for_a_cache(

@@ -26,8 +26,8 @@ from mar.config.tokenizer import TokenizerTrainConfig
 from mar.pipeline import Pipeline
 from mar.tokenizer import PCATokenizer
 from mar.tokenizer.kl import from_config
-from mar.training.run import keep_settings
-from mar.training.tokenizer import architecture
+from mar.training.run import save_config
+from mar.training.tokenizer import autoencoder_config
 
 SMALL = ["--model.encoder.width", "16", "--model.encoder.num-heads", "2", "--model.encoder.depth", "1"]
 SMALL += ["--model.decoder.width", "16", "--model.decoder.num-heads", "2", "--model.decoder.depth", "1"]
@@ -149,7 +149,7 @@ def test_a_tokenizer_that_is_there_tells_cells_and_size(tmp_path: Path) -> None:
     data = colour(tmp_path / "data", 20, (90, 140))
     torch.manual_seed(0)
     settings = TokenizerTrainConfig(image_size=32, stride=4, channels=3, width=8)
-    save_tokenizer(from_config(architecture(settings)), tmp_path / "vae")
+    save_tokenizer(from_config(autoencoder_config(settings)), tmp_path / "vae")
     steps = planned(data, "--out", tmp_path / "run", "--tokenizer", tmp_path / "vae")
     assert steps.tokenizer is None
     assert steps.cache is not None
@@ -274,7 +274,7 @@ def test_damaged_notes_are_one_line(file: str, content: str | dict[str, object],
     steps = planned(data, "--out", run)
     assert steps.summary is not None
     save_summary(run, steps.summary)
-    keep_settings(steps.train, run)
+    save_config(steps.train, run)
     if isinstance(content, dict):
         content = json.dumps({**json.loads((run / file).read_text()), **content})
     (run / file).write_text(content)
@@ -359,7 +359,7 @@ def test_latents_that_are_cached_are_enough(place: Path, capsys: pytest.CaptureF
 def test_learning_by_heart_is_warned_of_where_a_run_becomes_long_enough(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mar.training.preflight.OFTEN", 1)  # in place of 100 times
+    monkeypatch.setattr("mar.training.preflight.MANY_EPOCHS", 1)  # in place of 100 times
     warned = []
     for images in ("16", "20", "24"):
         assert main(command(str(data), str(tmp_path / "run"), "--sample-every", "0", "--images", images)) == 0

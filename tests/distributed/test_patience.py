@@ -12,7 +12,7 @@ from tiny import pictures
 
 from mar import zoo
 from mar.cli import main
-from mar.training.early_stopping import BEST, HISTORY
+from mar.training.early_stopping import BEST_FILE, HISTORY_FILE
 
 SMALL = ["--model.encoder.width", "16", "--model.encoder.num-heads", "2", "--model.encoder.depth", "1"]
 SMALL += ["--model.decoder.width", "16", "--model.decoder.num-heads", "2", "--model.decoder.depth", "1"]
@@ -38,8 +38,8 @@ def test_it_ends_and_says_so_each_time(data: Path, tmp_path: Path, capsys: pytes
         said = capsys.readouterr()
         (line,) = [line for line in said.err.splitlines() if "the run ends" in line]
         assert "not fallen for 2 validations" in line
-        assert f"was at image 8, whose weights are {out / BEST}" in line
-        assert "learn them by heart" not in said.err
+        assert f"was at image 8, whose weights are {out / BEST_FILE}" in line
+        assert "memorize them" not in said.err
         assert "draw: mar sample" in said.out
         assert said.err.count("held-out pictures)") == (3 if number == 1 else 0)
     assert (out / "state-000000000024").is_dir()
@@ -75,6 +75,6 @@ def test_two_processes_end_together(data: Path, tmp_path: Path, strategy: str) -
     first, second = ((tmp_path / f"said.{rank}").read_text() for rank in (0, 1))
     assert codes == [0, 0], first + second
     assert (first.count("the run ends"), second.count("the run ends")) == (1, 0)
-    assert list(json.loads((out / HISTORY).read_text())["losses"]) == ["8", "16", "24"]
-    assert zoo.load(str(out / BEST)).notes["images"] == 8
+    assert list(json.loads((out / HISTORY_FILE).read_text())["losses"]) == ["8", "16", "24"]
+    assert zoo.load(str(out / BEST_FILE)).notes["images"] == 8
     assert (out / "state-000000000024").is_dir()

@@ -19,7 +19,7 @@ from tiny import open_tiny, pictures, train_config
 from torch.distributed.tensor import DTensor
 
 from mar.config import ConfigError, TrainConfig
-from mar.training.callbacks import export_and_draw, take_snapshot
+from mar.training.callbacks import export_and_sample, take_snapshot
 from mar.training.log import Log, RunLog
 from mar.training.parallelize import full_state_dict
 from mar.training.trainer import Callback, Run, train
@@ -40,7 +40,7 @@ def go(config: TrainConfig, folder: Path, watch: Callable[[Run], None] | None = 
     first = not dist.is_initialized() or dist.get_rank() == 0
     log = RunLog(folder, config.images, run.progress.images) if first else Log()
     if watch is not None:
-        run.hooks.append(Callback(8, watch))
+        run.callbacks.append(Callback(8, watch))
     try:
         train(run, log)
     finally:
@@ -80,7 +80,7 @@ def watched(rank: int, folder: Path, config: TrainConfig) -> None:
     held = weights(run)
     if rank == 0:
         torch.save(held, folder / "weights.pt")
-    export_and_draw(take_snapshot(run), Log())  # in which every process takes part, and which exports
+    export_and_sample(take_snapshot(run), Log())  # in which every process takes part, and which exports
 
 
 def together(folder: Path, config: TrainConfig, world: int = 2) -> dict[str, torch.Tensor]:

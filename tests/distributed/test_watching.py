@@ -22,7 +22,7 @@ from mar.config import SamplingConfig, TrainConfig
 from mar.evaluation.features import ModuleExtractor
 from mar.evaluation.session import OnlineEvaluator
 from mar.training import callbacks
-from mar.training.callbacks import Snapshot, Validation, export_and_draw, on_snapshot
+from mar.training.callbacks import Snapshot, Validation, export_and_sample, on_snapshot
 from mar.training.log import open_log
 from mar.training.trainer import Run, train
 
@@ -59,13 +59,13 @@ def seen(run: Run, data: Path) -> dict[str, Any]:
 
     log = open_log(run)
     look = Validation(run, log)
-    on_snapshot(run, log, 8, lambda snapshot: export_and_draw(snapshot, log))
+    on_snapshot(run, log, 8, lambda snapshot: export_and_sample(snapshot, log))
     on_snapshot(run, log, 8, both)
     try:
         assert train(run, log)
     finally:
         log.close()
-    return {**found, "judged": sum(judged), "groups": len(look.kept or ())}
+    return {**found, "judged": sum(judged), "groups": len(look.groups or ())}
 
 
 def opened(data: Path, folder: Path, strategy: str = "ddp") -> Run:
@@ -76,7 +76,7 @@ def opened(data: Path, folder: Path, strategy: str = "ddp") -> Run:
 def one_of_two(rank: int, folder: Path, data: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
-    callbacks.GROUP = 2
+    callbacks.GROUP_SIZE = 2
     for strategy in STRATEGIES:
         meet = f"file://{folder / f'meet-{strategy}'}"
         dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
@@ -98,7 +98,7 @@ def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left, by each strategy, and one alone."""
     folder = tmp_path_factory.mktemp("watching")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(callbacks, "GROUP", 2)
+        patch.setattr(callbacks, "GROUP_SIZE", 2)
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as the two have: their number shows in the last bits
         (folder / "alone.json").write_text(json.dumps(seen(opened(data, folder / "alone"), data)))

@@ -72,7 +72,7 @@ def open_trial(quality: ModuleType, data: Path, folder: Path, minutes: float = 1
     run = quality.open_trial(config, folder, hold_out(data))
     log = RunLog(folder, config.images, run.progress.images)
     trial = quality.Trial(run, log, None, minutes, 1, marks=(3,))
-    run.hooks.append(Callback(config.batch, lambda _: trial.at_mark(5)))
+    run.callbacks.append(Callback(config.batch, lambda _: trial.at_mark(5)))
     return trial, log
 
 
@@ -89,7 +89,7 @@ def test_a_trial_goes_on_with_the_minutes_of_its_state(
             trial.clock.minutes += 2.0
             os.kill(os.getpid(), number)
 
-    trial.run.hooks.append(Callback(4, stop))
+    trial.run.callbacks.append(Callback(4, stop))
     assert not train(trial.run, log)
     log.close()
     again, log = open_trial(quality, data, tmp_path / "trial")

@@ -15,7 +15,7 @@ from mar.config import HeadConfig, ModelConfig, TrainConfig, TrunkConfig
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
 from mar.tokenizer import PixelTokenizer
-from mar.training.run import adopt_official, open_run
+from mar.training.run import open_run, resume_official
 
 TRUNK = TrunkConfig(width=16, depth=1, num_heads=2)
 CONFIG = ModelConfig(
@@ -117,7 +117,7 @@ def test_a_run_of_the_reference_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     run = open_run(
         config, tmp_path / "run", device=torch.device("cpu"), load_tokenizer=zoo.load_tokenizer, load_model=zoo.load
     )
-    adopt_official(run, tmp_path / "checkpoint-last.pth")
+    resume_official(run, tmp_path / "checkpoint-last.pth")
     assert run.progress.images == 5 * 2  # five epochs of two pictures
     torch.manual_seed(1)  # the same gradients again, by our names
     MAR(CONFIG)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from mar.autoconfig.plan import FolderPlan, TokenizerStep
-    from mar.training.callbacks import OnSnapshot, Snapshot
+    from mar.training.callbacks import Snapshot, SnapshotCallback
     from mar.training.log import Log
     from mar.training.trainer import Run
 
@@ -85,27 +85,30 @@ def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, nam
     """Trains the model; `chosen` is the recipe called `name`, before options changed it."""
     from mar import distributed
     from mar.training.log import open_log
-    from mar.training.preflight import check_tokenizer, copying, faster_precision, unusual_rate
-    from mar.training.run import export, length_before
+    from mar.training.preflight import check_tokenizer, learning_rate_warning, memorization_warning, precision_hint
+    from mar.training.run import export, saved_length
     from mar.training.trainer import train as run_to_end
 
     with distributed.collective_errors():
         assert options.out is not None
-        before = length_before(options.out)
+        before = saved_length(options.out)
         run = _open(options, device)
         log = open_log(run)
     try:
         with distributed.collective_errors():
             _watch(options, run, log)
-            worth_knowing = [copying(options.config, run.source, before)]
+            worth_knowing = [memorization_warning(options.config, run.source, before)]
             if not run.progress.images:
-                worth_knowing += [unusual_rate(options.config, chosen, name), faster_precision(options.config, device)]
+                worth_knowing += [
+                    learning_rate_warning(options.config, chosen, name),
+                    precision_hint(options.config, device),
+                ]
             for line in filter(None, worth_knowing):
                 log.note(line)
             check_tokenizer(run, log)
-            if run.told is not None:
-                log.note(run.told)
-                log.write(run.progress.images, data=run.told)
+            if run.data_note is not None:
+                log.note(run.data_note)
+                log.write(run.progress.images, data=run.data_note)
             finished = run_to_end(run, log)
     finally:
         log.close()
@@ -119,13 +122,13 @@ def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, nam
 
 def _watch(options: TrainOptions, run: Run, log: Log) -> None:
     """Has a run looked at while it learns: samples, the loss of held-out pictures, an evaluation."""
-    from mar.training.callbacks import Validation, export_and_draw, on_snapshot
+    from mar.training.callbacks import Validation, export_and_sample, on_snapshot
     from mar.training.early_stopping import EarlyStopping
 
     config = options.config
-    on_snapshot(run, log, config.sample_every, lambda snapshot: export_and_draw(snapshot, log))
+    on_snapshot(run, log, config.sample_every, lambda snapshot: export_and_sample(snapshot, log))
     if config.validate_every and run.held_out is not None:
-        look: OnSnapshot = Validation(run, log)
+        look: SnapshotCallback = Validation(run, log)
         on_snapshot(run, log, config.validate_every, EarlyStopping(run, log, look) if config.patience else look)
     elif config.validate_every:
         log.note(
@@ -140,7 +143,7 @@ def _open(options: TrainOptions, device: torch.device) -> Run:
     from mar import distributed, zoo
     from mar.training.log import require_writers
     from mar.training.preflight import estimate
-    from mar.training.run import adopt_official, open_run
+    from mar.training.run import open_run, resume_official
 
     if distributed.rank() == 0:
         require_writers(options.config.log_to)
@@ -151,7 +154,7 @@ def _open(options: TrainOptions, device: torch.device) -> Run:
     if options.resume_official is not None:
         if run.progress.images:
             raise ConfigError(f"{options.out} has gone on already; leave --resume-official out to go on with it")
-        adopt_official(run, options.resume_official)
+        resume_official(run, options.resume_official)
     if distributed.rank() == 0:
         print(needs.text(), file=sys.stderr)
     return run
@@ -169,7 +172,7 @@ def _print_summary(run: Run, finished: bool, skipped: int) -> None:
     print(f"{run.folder / 'model.safetensors'} (EMA) and model-raw.safetensors; draw: mar sample {run.folder}")
 
 
-def _evaluation(options: TrainOptions, run: Run, log: Log) -> OnSnapshot:
+def _evaluation(options: TrainOptions, run: Run, log: Log) -> SnapshotCallback:
     """What judges a run's EMA and raw weights, all processes together; broken pictures are no error there."""
     from mar.evaluation.features import open_extractor
     from mar.evaluation.session import OnlineEvaluator
@@ -255,7 +258,7 @@ def plan_folder(arguments: Sequence[str]) -> tuple[FolderPlan, FolderOptions]:
     Returns the plan, and the options with the configuration of the model's run.
     """
     from mar.autoconfig.plan import FOLDER, Overrides, choose, make_plan
-    from mar.training.run import check_classes, open_pictures
+    from mar.training.run import check_classes, open_run_data
 
     verb = "train folder"
     if "-h" in arguments or "--help" in arguments:
@@ -284,7 +287,7 @@ def plan_folder(arguments: Sequence[str]) -> tuple[FolderPlan, FolderOptions]:
     if not choice.from_cache:
         check_classes(options.config, choice.summary.classes)
         if options.config.patience:  # its held-out pictures have to be there before a tokenizer is trained
-            open_pictures(options.config)
+            open_run_data(options.config)
     plan = make_plan(choice, options.config, options.vae, given.out)
     reference = options.eval_reference or (options.config.data if plan.cache else None)
     return plan, replace(options, out=given.out, config=plan.train, eval_reference=reference)
@@ -298,7 +301,7 @@ def _run_first_steps(plan: FolderPlan, options: TrainOptions) -> int:
     from mar.cli.tokenizer import TokenizerTrainOptions, train_tokenizer
     from mar.data.latent_cache import INDEX
     from mar.training.preflight import estimate
-    from mar.training.run import check_same
+    from mar.training.run import check_same_run
 
     def note(text: str) -> None:
         if distributed.rank() == 0:
@@ -306,7 +309,7 @@ def _run_first_steps(plan: FolderPlan, options: TrainOptions) -> int:
 
     assert options.out is not None
     with distributed.collective_errors():
-        check_same(plan.train, options.out)
+        check_same_run(plan.train, options.out)
         estimate(plan.train, distributed.world_size()).check_disk(options.out)
         untrained = None if plan.tokenizer is None or _is_trained(plan.tokenizer) else plan.tokenizer
         for line in plan.lines:
@@ -338,12 +341,12 @@ def _run_first_steps(plan: FolderPlan, options: TrainOptions) -> int:
 def _is_trained(step: TokenizerStep) -> bool:
     """Return whether a tokenizer is finished. Raises ConfigError where another one is."""
     from mar.checkpoint.tokenizers import STATISTICS_FILE
-    from mar.training.run import check_same, saved_settings
+    from mar.training.run import check_same_run, load_config
 
     if not (step.out / STATISTICS_FILE).is_file():
         return False
-    check_same(step.config, step.out)
-    saved = saved_settings(TokenizerTrainConfig, step.out)
+    check_same_run(step.config, step.out)
+    saved = load_config(TokenizerTrainConfig, step.out)
     if saved is not None and saved.images != step.config.images:
         raise ConfigError(
             f"{step.out} is finished: it has seen {saved.images:,} pictures, not {step.config.images:,}; "

@@ -1,10 +1,7 @@
-"""Looking at a run now and then: its weights, whole on every process, for whoever draws or judges them.
+"""Callbacks on snapshots of a run: export its weights, draw samples, compute the validation loss.
 
-The loss of pictures that a run does not learn from, by how noisy the tokens are.
-
-It is the training loss (`mar.training.loss`) of the EMA weights, without dropout: every picture with its class, not
-mirrored, and always with the same draws. So a value differs from the one before it by the weights alone, and shows
-progress where the training loss, whose draws are new at each step, looks flat. Letters as in `loss`.
+A snapshot gives the full weights to every rank, also where FSDP shards them. `on_snapshot` calls a function with one
+every so many images, and logs the metrics it returns.
 """
 
 from __future__ import annotations
@@ -29,161 +26,183 @@ from mar.pipeline import Pipeline
 from mar.sampling.generate import BrokenLatents
 from mar.training.log import Log
 from mar.training.loss import DiffusionLoss, sample_randomness
-from mar.training.run import file_of, pipeline
+from mar.training.run import make_pipeline, weights_file
 from mar.training.trainer import Callback, Run, autocast, to_latents
 
-CLASSES, ROWS, PLAIN = 10, 4, 16
-"""A grid has so many classes, at most, and pictures of each; so many pictures of a model without classes."""
+# ---- snapshots
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A run as it stands after so many images. All processes get it, and have to do the same with it."""
+    """The current state of a run. Every rank gets one, and all have to make the same calls."""
 
     images: int
     step: int
     folder: Path
     """The run's."""
     weights: tuple[str, ...]
-    """What there is to draw with: ema, raw, and averages of other decays, as ema-0.9999."""
+    """Names of weights: ema, raw, and EMAs of other decays such as ema-0.9999."""
     pipeline: Callable[[str], Pipeline]
-    """`pipeline("ema")`, `pipeline("raw")`: ready to draw, with the whole weights on every process, also where they
-    are shared out; a copy, made when it is asked for, which all processes have to do."""
+    """Copies weights to a pipeline, on every rank: `pipeline("ema")`, `pipeline("raw")`."""
 
 
-OnSnapshot = Callable[[Snapshot], Mapping[str, float]]
-"""Looks at a run on all of its processes, each its share of the work, and gives all the same numbers for the log."""
+SnapshotCallback = Callable[[Snapshot], Mapping[str, float]]
+"""Called on all ranks; has to return the same metrics for the log on each."""
 
 
 def take_snapshot(run: Run) -> Snapshot:
-    """The run as it stands."""
+    """Take a snapshot of the current state."""
     progress = run.progress
-    return Snapshot(progress.images, progress.step, run.folder, tuple(run.weights), functools.partial(pipeline, run))
+    return Snapshot(
+        progress.images, progress.step, run.folder, tuple(run.weights), functools.partial(make_pipeline, run)
+    )
 
 
-def on_snapshot(run: Run, log: Log, every: int, look: OnSnapshot) -> None:
-    """Has `look` called with a snapshot of the run every `every` images (0: never), and its numbers written to the log.
+def on_snapshot(run: Run, log: Log, every: int, callback: SnapshotCallback) -> None:
+    """Call a function with a snapshot of a run regularly, and log its metrics.
 
-    A look that a killed session did not finish is made again when the run goes on.
+    If the session is killed meanwhile, the call is repeated when the run resumes.
+
+    Args:
+        run: gets the callback.
+        log: gets the metrics.
+        every: images between calls; 0 never calls.
+        callback: called on all ranks.
     """
 
     def call(run: Run) -> None:
-        if found := look(take_snapshot(run)):
-            log.write(run.progress.images, **found)
+        if metrics := callback(take_snapshot(run)):
+            log.write(run.progress.images, **metrics)
 
-    run.hooks.append(Callback(every, call))
+    run.callbacks.append(Callback(every, call))
 
 
-def export_and_draw(snapshot: Snapshot, log: Log) -> dict[str, float]:
-    """Exports EMA and raw weights and draws a grid with each, samples/IMAGES.png and samples/IMAGES-raw.png: four
-    pictures of every class (at most ten), of which each process draws its share. A broken grid is reported, not fatal.
+# ---- samples
+
+GRID_CLASSES, GRID_ROWS, GRID_UNCONDITIONAL = 10, 4, 16
+"""A grid has at most so many classes, so many images of each; so many images if there are no classes."""
+
+
+def export_and_sample(snapshot: Snapshot, log: Log) -> dict[str, float]:
+    """Export all weights of a snapshot, and draw a grid of samples with each.
+
+    The grids are samples/IMAGES.png for EMA and samples/IMAGES-raw.png. Each rank draws its share of the images. A
+    model that draws broken latents is noted in the log.
     """
     for weights in snapshot.weights:
-        drawer = snapshot.pipeline(weights)
+        pipeline = snapshot.pipeline(weights)
         if distributed.rank() == 0:
-            drawer.save(snapshot.folder / file_of(weights))
-        classes = min(drawer.model.config.classes, CLASSES)
-        labels: list[int | None] = [label for _ in range(ROWS) for label in range(classes)] or [None] * PLAIN
-        shares = distributed.all_gather_object(_draw(drawer, labels, distributed.rank(), distributed.world_size()))
+            pipeline.save(snapshot.folder / weights_file(weights))
+        classes = min(pipeline.model.config.classes, GRID_CLASSES)
+        labels: list[int | None] = [label for _ in range(GRID_ROWS) for label in range(classes)]
+        labels = labels or [None] * GRID_UNCONDITIONAL
+        samples = distributed.all_gather_object(
+            _sample_share(pipeline, labels, distributed.rank(), distributed.world_size())
+        )
         if distributed.rank() != 0:
             continue
-        if broken := [share for share in shares if isinstance(share, str)]:
-            log.note(f"no samples of the {weights} weights yet: {broken[0]}")
+        if errors := [share for share in samples if isinstance(share, str)]:
+            log.note(f"no samples of the {weights} weights yet: {errors[0]}")
             continue
         name = "samples" if weights == "ema" else f"samples-{weights}"
         path = snapshot.folder / "samples" / f"{snapshot.images:012d}{name.removeprefix('samples')}.png"
         path.parent.mkdir(exist_ok=True)
-        sheet = image_grid([picture for share in shares for picture in share], classes or ROWS)
-        sheet.save(path)
-        log.picture(snapshot.images, name, sheet)
+        grid = image_grid([image for share in samples for image in share], classes or GRID_ROWS)
+        grid.save(path)
+        log.write_image(snapshot.images, name, grid)
         log.note(f"drew {path}")
     return {}
 
 
-def _draw(drawer: Pipeline, labels: list[int | None], rank: int, world: int) -> list[Image.Image] | str:
-    """This process's share of the pictures, which may be none; or why they are none."""
-    mine = range(len(labels) * rank // world, len(labels) * (rank + 1) // world)
+def _sample_share(pipeline: Pipeline, labels: list[int | None], rank: int, world: int) -> list[Image.Image] | str:
+    """Draw this rank's images, perhaps none; returns the message of an error."""
+    indices = range(len(labels) * rank // world, len(labels) * (rank + 1) // world)
     try:
-        return drawer.sample([labels[i] for i in mine], list(mine))
+        return pipeline.sample([labels[i] for i in indices], list(indices))
     except BrokenLatents as error:
         return str(error)
 
 
+# ---- validation loss
+
 BINS = 10
-"""Equal parts of the timesteps, from the least noise to the most."""
-GROUP = 32
-"""Pictures that are computed at once and share a mask ratio; the same ones however many processes there are."""
-SEED = 0x7E57
-"""Of all draws, whatever the seed of the run, so that runs can be compared."""
+"""Number of equal ranges of timesteps, from least to most noise, with a loss of their own."""
+GROUP_SIZE = 32
+"""Held-out images that share a mask ratio, the same ones for any number of ranks."""
+VALIDATION_SEED = 0x7E57
+"""Keys all random numbers, whatever the run's seed, so that runs can be compared."""
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Held-out pictures as they are kept, on the CPU."""
+    """Encoded held-out images, on the CPU."""
 
     number: int
     latents: Float[Tensor, "n c h w"]
     labels: Int[Tensor, " n"]
     positions: Int[Tensor, " n"]
-    """Their numbers in the source, by which draws are keyed."""
+    """Indices in the source, which key random numbers."""
 
 
 class Validation:
-    """The loss of a run's held-out pictures, as a look at its snapshots (`mar.training.callbacks.on_snapshot`).
+    """Snapshot callback that computes the loss of held-out images, in total and by timestep.
 
-    Every process computes its share of the groups; latents are encoded the first time, and kept.
+    It is the training loss of the EMA weights, without dropout, label dropout and augmentation. Random numbers are the
+    same each time, so values differ by the weights alone. Each rank computes its share of the groups. Latents are
+    encoded at the first call, and kept.
     """
 
     def __init__(self, run: Run, log: Log) -> None:
         assert run.held_out is not None
         self.run, self.log, self.source = run, log, run.held_out
         self.model_config = dataclasses.replace(run.config.model, label_drop=0.0)
-        self.kept: list[_Group] | None = None
+        self.groups: list[_Group] | None = None
 
     @torch.no_grad()
     def __call__(self, snapshot: Snapshot) -> Mapping[str, float]:
-        """`val_loss` and `val_loss_00` to `val_loss_09`; NaN for a bin that no draw falls into. On every process."""
-        if self.kept is None:
-            self.kept = self._encode()
-        model = snapshot.pipeline("ema").model
-        loss = DiffusionLoss(model).to(self.run.device).eval()
-        mine = [(group.number, self._sums(loss, group)) for group in self.kept]
-        every = [sums for share in distributed.all_gather_object(mine) for sums in share]
-        # in the order of the groups, so that the sum does not depend on how they are shared out
-        found = validation_numbers([sums for _, sums in sorted(every)])
-        pictures = sum(distributed.all_gather_object(sum(len(group.labels) for group in self.kept)))
-        self.log.note(f"validation loss {found['val_loss']:.4f} ({pictures:,} held-out pictures)")
-        return found
+        """Return `val_loss` and `val_loss_00` to `val_loss_09`, on every rank; NaN for an empty bin."""
+        if self.groups is None:
+            self.groups = self._encode_groups()
+        loss = DiffusionLoss(snapshot.pipeline("ema").model).to(self.run.device).eval()
+        by_group = [(group.number, self._bin_sums(loss, group)) for group in self.groups]
+        # sorted by group, so that the total does not depend on the number of ranks
+        all_groups = sorted(group for share in distributed.all_gather_object(by_group) for group in share)
+        metrics = mean_by_bin([sums for _, sums in all_groups])
+        images = sum(distributed.all_gather_object(sum(len(group.labels) for group in self.groups)))
+        self.log.note(f"validation loss {metrics['val_loss']:.4f} ({images:,} held-out pictures)")
+        return metrics
 
-    def _sums(self, loss: DiffusionLoss, group: _Group) -> tuple[list[float], list[int]]:
-        """Of every bin, the sum of its losses and their count."""
-        config, device = self.model_config, self.run.device
-        draws = sample_randomness(config, SEED, group.number, group.positions.tolist()).to(device)
-        with autocast(device, self.run.config.precision):
-            rows = loss.rows(group.latents.to(device), group.labels.to(device), draws)
-        bins = (draws.timestep.flatten() * BINS // config.head.diffusion_steps).cpu()
-        sums = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, rows.double().cpu())
-        return sums.tolist(), bins.bincount(minlength=BINS).tolist()
-
-    def _encode(self) -> list[_Group]:
-        """This process's groups; pictures that can't be read are left out, with a warning."""
-        chosen = stratified_indices(len(self.source), self.run.config.validate_count).tolist()
+    def _encode_groups(self) -> list[_Group]:
+        """Encode this rank's groups; unreadable images are left out, with a warning."""
+        indices = stratified_indices(len(self.source), self.run.config.validate_count).tolist()
         groups = []
-        for number in range(distributed.rank(), math.ceil(len(chosen) / GROUP), distributed.world_size()):
-            found = load_batch(self.source, self.run.transform, chosen[number * GROUP : (number + 1) * GROUP])
-            if found is not None:
-                latents = to_latents(self.run.tokenizer, found, SEED, self.run.device).cpu()
-                groups.append(_Group(number, latents, found.labels, found.positions))
+        for number in range(distributed.rank(), math.ceil(len(indices) / GROUP_SIZE), distributed.world_size()):
+            batch = load_batch(
+                self.source, self.run.transform, indices[number * GROUP_SIZE : (number + 1) * GROUP_SIZE]
+            )
+            if batch is not None:
+                latents = to_latents(self.run.tokenizer, batch, VALIDATION_SEED, self.run.device).cpu()
+                groups.append(_Group(number, latents, batch.labels, batch.positions))
         return groups
 
+    def _bin_sums(self, loss: DiffusionLoss, group: _Group) -> tuple[list[float], list[int]]:
+        """Compute the sum and the number of losses in each bin."""
+        config, device = self.model_config, self.run.device
+        draws = sample_randomness(config, VALIDATION_SEED, group.number, group.positions.tolist()).to(device)
+        with autocast(device, self.run.config.precision):
+            losses = loss.per_token_loss(group.latents.to(device), group.labels.to(device), draws)
+        bins = (draws.timestep.flatten() * BINS // config.head.diffusion_steps).cpu()
+        sums = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, losses.double().cpu())
+        return sums.tolist(), bins.bincount(minlength=BINS).tolist()
 
-def validation_numbers(groups: list[tuple[list[float], list[int]]]) -> dict[str, float]:
-    """The mean over all and over each bin, of the bins' sums and counts of every group."""
+
+def mean_by_bin(groups: list[tuple[list[float], list[int]]]) -> dict[str, float]:
+    """Average losses, in total and by bin, from the sums and counts of each group."""
     sums = [math.fsum(sums[k] for sums, _ in groups) for k in range(BINS)]
     counts = [sum(counts[k] for _, counts in groups) for k in range(BINS)]
-    means = {f"val_loss_{k:02d}": _mean_loss(sums[k], counts[k]) for k in range(BINS)}
-    return {"val_loss": _mean_loss(math.fsum(sums), sum(counts)), **means}
+    means = {f"val_loss_{k:02d}": _mean(sums[k], counts[k]) for k in range(BINS)}
+    return {"val_loss": _mean(math.fsum(sums), sum(counts)), **means}
 
 
-def _mean_loss(total: float, count: int) -> float:
+def _mean(total: float, count: int) -> float:
     return total / count if count else math.nan

@@ -1,7 +1,6 @@
-"""Stopping a run where the loss of held-out pictures no longer falls, and keeping the weights of where it was lowest.
+"""Stop a run once its validation loss no longer falls, and keep the best weights.
 
-What was measured is kept in the run's folder, so that a run that was killed, or is begun with another patience, decides
-by all of it.
+All losses are kept in the run's folder. A run that resumes, even with another patience, decides by all of them.
 """
 
 from __future__ import annotations
@@ -13,88 +12,96 @@ from pathlib import Path
 
 from mar import distributed
 from mar.checkpoint.files import write_text
-from mar.training.callbacks import OnSnapshot, Snapshot
+from mar.training.callbacks import Snapshot, SnapshotCallback
 from mar.training.log import Log
 from mar.training.trainer import Run
 
-BEST = "model-best.safetensors"
-"""The averaged weights of where the loss was lowest, in a run's folder."""
-HISTORY = "validation.json"
-"""The losses, by images seen, and what they are of; what is not finite is null."""
+BEST_FILE = "model-best.safetensors"
+"""File in a run's folder: the EMA weights with the lowest validation loss."""
+HISTORY_FILE = "validation.json"
+"""File in a run's folder: the losses by images seen (null: not finite), and the held-out images they are of."""
 
 
 class EarlyStopping:
-    """A look at a run by `look`, whose `val_loss` ends the run (`Run.enough`) once its last `patience` values are not
-    lower than the lowest before them. Every process decides the same; the first writes.
+    """Snapshot callback that ends the run after `patience` values of `val_loss` without a new minimum.
 
-    Losses after the state that a run goes on from are forgotten: it will measure them again. So are those of other
-    held-out pictures, which say nothing about these.
+    All ranks decide the same; rank 0 writes the files. Losses after the state that a run resumes from are dropped: they
+    will be measured again. So are losses of other held-out images.
+
+    Args:
+        run: ended by its `should_stop`.
+        log: gets a message when the run ends.
+        validate: returns `val_loss`.
     """
 
-    def __init__(self, run: Run, log: Log, look: OnSnapshot) -> None:
-        self.run, self.log, self.look = run, log, look
+    def __init__(self, run: Run, log: Log, validate: SnapshotCallback) -> None:
+        self.run, self.log, self.validate = run, log, validate
         config = run.config
-        self.of = {"hold_out": config.hold_out, "validate_on": config.validate_on, "count": config.validate_count}
-        known = distributed.all_gather_object(read_history(run.folder / HISTORY, self.of))[0]
-        self.losses = {images: loss for images, loss in known.items() if images <= run.progress.images}
-        self._decide()
+        self.held_out = {"hold_out": config.hold_out, "validate_on": config.validate_on, "count": config.validate_count}
+        saved = distributed.all_gather_object(read_history(run.folder / HISTORY_FILE, self.held_out))[0]
+        self.losses = {images: loss for images, loss in saved.items() if images <= run.progress.images}
+        self._stop_if_due()
 
     def __call__(self, snapshot: Snapshot) -> Mapping[str, float]:
-        """What `look` found."""
-        found = self.look(snapshot)
-        self.losses[snapshot.images] = found["val_loss"]
+        """Return the metrics of `validate`."""
+        metrics = self.validate(snapshot)
+        self.losses[snapshot.images] = metrics["val_loss"]
         if best_step(self.losses) == snapshot.images:
-            # before the loss is noted: whatever is noted as the best has been kept
-            best = snapshot.pipeline("ema")
+            # the weights first: whatever the history calls the best has been saved
+            pipeline = snapshot.pipeline("ema")
             if distributed.rank() == 0:
-                best.save(snapshot.folder / BEST)
+                pipeline.save(snapshot.folder / BEST_FILE)
         if distributed.rank() == 0:
-            write_history(snapshot.folder / HISTORY, self.of, self.losses)
-        self._decide()
-        return found
+            write_history(snapshot.folder / HISTORY_FILE, self.held_out, self.losses)
+        self._stop_if_due()
+        return metrics
 
-    def _decide(self) -> None:
-        if self.run.enough or evals_since_best(self.losses) < self.run.config.patience:
+    def _stop_if_due(self) -> None:
+        waited = evals_since_best(self.losses)
+        if self.run.should_stop or waited < self.run.config.patience:
             return
-        self.run.enough = True
+        self.run.should_stop = True
         best = best_step(self.losses)
-        where = "it was never finite" if best is None else f"the lowest, {self.losses[best]:.4f}, was at image {best:,}"
-        kept = "" if best is None else f", whose weights are {self.run.folder / BEST}"
+        if best is None:
+            where = "it was never finite"
+        else:
+            where = f"the lowest, {self.losses[best]:.4f}, was at image {best:,}, "
+            where += f"whose weights are {self.run.folder / BEST_FILE}"
         self.log.note(
-            f"the loss of held-out pictures has not fallen for {evals_since_best(self.losses)} validations, and the "
-            f"run ends: {where}{kept}; a larger --patience goes on"
+            f"the loss of held-out pictures has not fallen for {waited} validations, and the run ends: {where}; "
+            "a larger --patience goes on"
         )
 
 
 def best_step(losses: Mapping[int, float]) -> int | None:
-    """The images at which the loss was lowest, the first time; None where none is finite."""
-    numbers = {images: loss for images, loss in losses.items() if math.isfinite(loss)}
-    return min(sorted(numbers), key=numbers.__getitem__, default=None)
+    """Return the images at which the loss was first lowest; None if it was never finite."""
+    finite = {images: loss for images, loss in losses.items() if math.isfinite(loss)}
+    return min(sorted(finite), key=finite.__getitem__, default=None)
 
 
 def evals_since_best(losses: Mapping[int, float]) -> int:
-    """How many of the last losses, in a row, are not lower than the lowest before them; what is not finite is not."""
+    """Count the evaluations since the best; without a finite one, all but the first."""
     order = sorted(losses)
     best = best_step(losses)
     return len(order) - 1 - order.index(best) if best is not None else max(len(order) - 1, 0)
 
 
-def read_history(path: Path, of: Mapping[str, object]) -> dict[int, float]:
-    """The losses kept in a file, by images seen; none where there is no such file, or they are of other pictures.
+def read_history(path: Path, held_out: Mapping[str, object]) -> dict[int, float]:
+    """Read the losses by images seen; none if there is no file, or if they are of other held-out images.
 
-    ValueError for a file that can't be read as one.
+    ValueError for a damaged file.
     """
     if not path.is_file():
         return {}
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        losses = {int(n): math.nan if loss is None else float(loss) for n, loss in kept["losses"].items()}
-        return losses if kept["of"] == dict(of) else {}
+        history = json.loads(path.read_text(encoding="utf-8"))
+        losses = {int(n): math.nan if loss is None else float(loss) for n, loss in history["losses"].items()}
+        return losses if history["of"] == dict(held_out) else {}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} can't be read ({error}); remove it to wait anew") from error
 
 
-def write_history(path: Path, of: Mapping[str, object], losses: Mapping[int, float]) -> None:
-    """Keeps the losses in a file."""
-    kept = {str(images): losses[images] if math.isfinite(losses[images]) else None for images in sorted(losses)}
-    write_text(path, json.dumps({"of": dict(of), "losses": kept}, indent=1))
+def write_history(path: Path, held_out: Mapping[str, object], losses: Mapping[int, float]) -> None:
+    """Write the losses, and which images were held out."""
+    values = {str(images): losses[images] if math.isfinite(losses[images]) else None for images in sorted(losses)}
+    write_text(path, json.dumps({"of": dict(held_out), "losses": values}, indent=1))

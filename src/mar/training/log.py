@@ -1,24 +1,20 @@
-"""Where a log goes: `log.jsonl`, TensorBoard, Weights & Biases, trackio, behind one small interface.
+"""Log a run: metrics and images by images seen, messages for people, and a progress bar.
 
-The two last are packages of their own (extras `wandb` and `trackio`). What they call the run is kept in the run's
-folder, so that a run that is gone on with goes on there, too. What they have of it past the state from which it goes on
-is not told again.
-
-What a run tells: numbers and pictures by images seen, and a line or a bar of progress with the time left.
-
-Numbers go to `log.jsonl` in the run's folder, and to what `TrainConfig.log_to` names (`mar.training.log`). Each
-line of `log.jsonl` has `images`, the images seen so far, and of these:
+`log.jsonl` in the run's folder has one JSON object a line. Each has `images`, the images seen so far, and some of:
 
 - every `log_every` steps and at the end: `step`; `loss`, the mean since the last such line; `gradient_norm` before
-  clipping; `lr`; `images_per_second` since the last such line, looks at the run left out; `skipped_steps`, whose
-  gradient was not finite, in the whole run; `skipped_share`, their share since the last such line; `seconds` spent in
-  steps, over all sessions; and a tokenizer's terms of its loss;
+  clipping; `lr`; `images_per_second` since the last such line, without callbacks; `skipped_steps` of the whole run,
+  those without a finite gradient; `skipped_share` since the last such line; `seconds` in steps, over all sessions; the
+  terms of a tokenizer's loss;
 - before the first step: `tokenizer_psnr`;
-- every `validate_every` images: `val_loss` of held-out pictures, and `val_loss_00` to `val_loss_09`, by tenths of the
-  timesteps from the least noise to the most (`mar.training.callbacks`);
-- every `--eval-every` images: `ema_distance`, `raw_distance` and what else the network gives; a tokenizer's `psnr`.
+- when resumed: `data`, a message about data that has changed;
+- every `validate_every` images: `val_loss` of held-out images, and `val_loss_00` to `val_loss_09` by tenths of the
+  timesteps, from least to most noise (`mar.training.callbacks.Validation`);
+- every `--eval-every` images: `ema_distance`, `raw_distance` and other metrics; for a tokenizer, `psnr`.
 
-What is not finite is null. Pictures, called `samples` and `samples-raw`, are files in `samples/` first.
+Numbers that are not finite are null. The same goes to the services in `log_to`: TensorBoard, Weights & Biases, trackio.
+They also get the images of `samples/`. A resumed run continues its log: what was logged after the state that it resumes
+from is dropped, or not sent again.
 """
 
 from __future__ import annotations
@@ -46,235 +42,61 @@ from mar.checkpoint.files import write_text
 from mar.config import ConfigError, to_dict
 
 PROJECT = "mar"
-"""What runs are filed under, where the environment does not say otherwise (WANDB_PROJECT, TRACKIO_PROJECT)."""
-NAMES_FILE = "trackers.json"
+"""Project of runs in Weights & Biases and trackio, unless WANDB_PROJECT or TRACKIO_PROJECT names another."""
+TRACKERS_FILE = "trackers.json"
+"""File in a run's folder: its ids in Weights & Biases and trackio."""
 
 
-@runtime_checkable
-class Writer(Protocol):
-    """One place that a log goes to."""
-
-    def write(self, images: int, numbers: Mapping[str, Any]) -> None:
-        """Numbers of a run after so many images seen."""
-        ...
-
-    def picture(self, images: int, name: str, picture: Image.Image) -> None:
-        """A picture of that name, such as a sample grid."""
-        ...
-
-    def close(self) -> None:
-        """Writes out what is held back."""
-        ...
+# ---- the log
 
 
-class JsonLines:
-    """`log.jsonl`: one JSON object a line. It takes numbers and texts, but no pictures.
+def open_log(run: Any) -> Log:
+    """Open the log of a `TrainingRun` on rank 0; other ranks get one that does nothing.
 
-    Of a run that goes on at `images`, with whatever else was due up to `watched` done, lines that are to come again are
-    dropped. `told` is the image count of the last line that there was before.
+    ConfigError if a service in `log_to` is not installed, or refuses.
     """
-
-    def __init__(self, path: Path, images: int = 0, watched: int | None = None) -> None:
-        self.path, self.told = path, 0
-        if path.exists():
-            self._forget_after(images, images if watched is None else watched)
-
-    def _forget_after(self, images: int, watched: int) -> None:
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = []
-        for line in lines:
-            if not line.endswith("\n"):  # the process was killed while it wrote this one
-                continue
-            said = json.loads(line)
-            count = said.get("images", 0)
-            self.told = max(self.told, count)
-            if images and (count <= watched or (count <= images and "step" in said)):
-                kept.append(line)
-        if len(kept) < len(lines):
-            write_text(self.path, "".join(kept))
-
-    def write(self, images: int, numbers: Mapping[str, Any]) -> None:
-        """One line; a number that is not finite is null there, as JSON has no other word for it."""
-        finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in numbers.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"images": images, **finite}, allow_nan=False) + "\n")
-
-    def picture(self, images: int, name: str, picture: Image.Image) -> None:
-        """Nothing: pictures are files in `samples/`."""
-
-    def close(self) -> None:
-        """Every line was written at once."""
-
-
-class TensorBoard:
-    """Event files in a folder. What they hold past `images` is hidden, as it is to come again."""
-
-    def __init__(self, folder: Path, images: int = 0) -> None:
-        logging.getLogger("tensorboard").setLevel(logging.ERROR)
-        from torch.utils.tensorboard.writer import SummaryWriter
-
-        self.board = SummaryWriter(str(folder), purge_step=images + 1)
-
-    def write(self, images: int, numbers: Mapping[str, Any]) -> None:
-        """A scalar each; what is no number is left out."""
-        for name, number in scalars(numbers).items():
-            self.board.add_scalar(name, number, images)
-
-    def picture(self, images: int, name: str, picture: Image.Image) -> None:
-        """Shown under its name, with a slider over the image counts."""
-        self.board.add_image(name, np.asarray(picture.convert("RGB")), images, dataformats="HWC")
-
-    def close(self) -> None:
-        self.board.close()
-
-
-class WandB:
-    """A run of Weights & Biases whose steps are images. Where it goes to is for `wandb login` or WANDB_MODE to say.
-
-    Raises ConfigError where the package is not there, or wandb refuses.
-    """
-
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        self.wandb = package("wandb")
-        project = os.environ.get("WANDB_PROJECT", PROJECT)
-        try:
-            self.run = self.wandb.init(
-                project=project, name=folder.name, id=_kept_name(folder, "wandb"), resume="allow", dir=str(folder),
-                config=dict(config),
-            )  # fmt: skip
-        except self.wandb.Error as error:
-            raise ConfigError(f"wandb: {_first_line(error)}; WANDB_MODE=offline needs no server") from error
-        self.first: int = self.run.step  # that after the last one it has, where it goes on with a run
-
-    def write(self, images: int, numbers: Mapping[str, Any]) -> None:
-        if images >= self.first:
-            self.run.log(scalars(numbers), step=images)
-
-    def picture(self, images: int, name: str, picture: Image.Image) -> None:
-        if images >= self.first:
-            self.run.log({name: self.wandb.Image(picture)}, step=images)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-class Trackio:
-    """A run of trackio whose steps are images; on this machine, unless TRACKIO_SPACE_ID names a space. `told` is the
-    image count up to which it was told of the run before.
-
-    Raises ConfigError where the package is not there, or trackio refuses.
-    """
-
-    def __init__(self, folder: Path, config: Mapping[str, Any], told: int = 0) -> None:
-        self.trackio, self.told = package("trackio"), told
-        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-        name = f"{folder.name}-{_kept_name(folder, 'trackio')}"
-        try:
-            with _said_on_stderr():
-                self.run = self.trackio.init(project=project, name=name, resume="allow", config=dict(config))
-        except (ValueError, OSError) as error:
-            raise ConfigError(f"trackio: {_first_line(error)}") from error
-
-    def write(self, images: int, numbers: Mapping[str, Any]) -> None:
-        if images >= self.told:  # its own word for images is step
-            self.run.log({f"{n}s" if n == "step" else n: v for n, v in scalars(numbers).items()}, step=images)
-
-    def picture(self, images: int, name: str, picture: Image.Image) -> None:
-        if images >= self.told:
-            self.run.log({name: self.trackio.Image(picture)}, step=images)
-
-    def close(self) -> None:
-        with _said_on_stderr():
-            self.trackio.finish()
-
-
-def open_writers(
-    log_to: Sequence[str], folder: Path, *, config: Mapping[str, Any], images: int = 0, watched: int | None = None
-) -> list[Writer]:
-    """`log.jsonl` in a run's folder, and what else `log_to` names, for a run that begins or goes on at `images`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = JsonLines(folder / "log.jsonl", images, watched)
-    made: list[Writer] = [lines]
-    if "tensorboard" in log_to:
-        made.append(TensorBoard(folder / "tensorboard", images))
-    if "wandb" in log_to:
-        made.append(WandB(folder, config))
-    if "trackio" in log_to:
-        made.append(Trackio(folder, config, lines.told))
-    return made
-
-
-def require_writers(log_to: Sequence[str]) -> None:
-    """ConfigError where a package is not there that `log_to` needs: said before anything else is begun."""
-    for name in log_to:
-        if name != "tensorboard":
-            package(name)
-
-
-def package(name: str) -> Any:
-    """The module of wandb or trackio. ConfigError where it is not installed.
-
-    A folder of that name in the working directory, which wandb makes, can be imported as well, but is empty.
-    """
-    try:
-        module = importlib.import_module(name)
-    except ImportError:
-        module = None
-    if not hasattr(module, "init"):
-        raise ConfigError(f'--log-to {name} needs the extra `{name}`: pip install ".[{name}]" in the clone of mar')
-    return module
-
-
-def scalars(numbers: Mapping[str, Any]) -> dict[str, float]:
-    """What is a number."""
-    return {name: value for name, value in numbers.items() if isinstance(value, int | float)}
-
-
-def _kept_name(folder: Path, tracker: str) -> str:
-    """What this run is called there, for ever: drawn once and kept in the run's folder."""
-    path = folder / NAMES_FILE
-    names: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if tracker not in names:
-        names[tracker] = secrets.token_hex(4)
-        write_text(path, json.dumps(names) + "\n")
-    return names[tracker]
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
-
-
-@contextlib.contextmanager
-def _said_on_stderr() -> Iterator[None]:
-    """trackio prints what it does, where `mar` prints results."""
-    with contextlib.redirect_stdout(sys.stderr):
-        yield
+    if distributed.rank() != 0:
+        return Log()
+    config, progress = run.config, run.progress
+    writers = open_writers(
+        config.log_to, run.folder, config=to_dict(config), images=progress.images,
+        callbacks_done=progress.callbacks_done,
+    )  # fmt: skip
+    return RunLog(run.folder, config.images, progress.images, writers)
 
 
 class Log:
-    """What a run tells where there is nobody to listen: the log of all processes but the first."""
+    """No-op logger for ranks > 0."""
 
     def __init__(self) -> None:
         self.skipped_pictures: set[str] = set()
+        """Names of images that could not be read."""
 
     def write(self, images: int, **numbers: Any) -> None:
-        """Numbers by images seen."""
+        """Log numbers and texts after `images` images."""
 
-    def picture(self, images: int, name: str, picture: Image.Image) -> None:
-        """A picture by images seen."""
+    def write_image(self, images: int, name: str, image: Image.Image) -> None:
+        """Log an image after `images` images."""
 
     def advance(self, images: int, loss: float) -> None:
-        """How far the run has come."""
+        """Move the progress bar."""
 
     def note(self, text: str) -> None:
-        """A line for people."""
+        """Print a message for people."""
 
     def close(self) -> None:
-        """Ends what is shown, and writes out what is held back."""
+        """End the progress bar, and flush the writers."""
 
 
 class RunLog(Log):
-    """The log of a run of `total_images` that begins or goes on at `images`, by default in its folder alone."""
+    """Logger of a run, with a progress bar on a terminal and lines elsewhere.
+
+    Args:
+        folder: the run's.
+        total_images: length of the run.
+        images: images seen so far.
+        writers: where numbers go; by default to the run's folder only.
+    """
 
     def __init__(self, folder: Path, total_images: int, images: int, writers: Sequence[Writer] | None = None) -> None:
         super().__init__()
@@ -290,54 +112,256 @@ class RunLog(Log):
             disable=not sys.stderr.isatty(),
         )
         self.task: TaskID = self.progress.add_task("training", total=total_images, completed=images)
-        self.total, self.first, self.begun = total_images, images, time.monotonic()
+        self.total_images, self.first_image, self.start = total_images, images, time.monotonic()
         self.progress.start()
 
     def write(self, images: int, **numbers: Any) -> None:
-        """Numbers, to every writer."""
+        """Send numbers to every writer, and print the loss if there is no progress bar."""
         for writer in self.writers:
             writer.write(images, numbers)
         if not sys.stderr.isatty() and "loss" in numbers:
-            print(self._line(images, numbers), file=sys.stderr, flush=True)
+            print(self._progress_line(images, numbers), file=sys.stderr, flush=True)
 
-    def picture(self, images: int, name: str, picture: Image.Image) -> None:
-        """A picture, to every writer that takes some."""
-        for writer in self.writers:
-            writer.picture(images, name, picture)
-
-    def _line(self, images: int, numbers: dict[str, Any]) -> str:
-        seconds = time.monotonic() - self.begun
-        left = seconds * (self.total - images) / max(images - self.first, 1)
+    def _progress_line(self, images: int, numbers: dict[str, Any]) -> str:
+        seconds = time.monotonic() - self.start
+        left = seconds * (self.total_images - images) / max(images - self.first_image, 1)
         return (
-            f"{images:,}/{self.total:,} images, loss {numbers['loss']:.4f}, "
+            f"{images:,}/{self.total_images:,} images, loss {numbers['loss']:.4f}, "
             f"{numbers['images_per_second']:.0f} images/s, {left / 60:.0f} min left"
         )
 
+    def write_image(self, images: int, name: str, image: Image.Image) -> None:
+        """Send an image to every writer."""
+        for writer in self.writers:
+            writer.write_image(images, name, image)
+
     def advance(self, images: int, loss: float) -> None:
-        """Moves the bar."""
+        """Move the progress bar."""
         self.progress.update(self.task, completed=images, description=f"loss {loss:.4f}")
 
     def note(self, text: str) -> None:
-        """A line for people."""
-        # as it is: the brackets of a path or a pattern are no markup
+        """Print a message for people, verbatim: brackets in paths are no markup."""
         self.progress.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def close(self) -> None:
-        """Ends the bar and writes out what is held back."""
+        """End the progress bar, and flush the writers."""
         self.progress.stop()
         for writer in self.writers:
             writer.close()
 
 
-def open_log(run: Any) -> Log:
-    """The log of a run, of a model or a tokenizer, on the first process; on the others one that says nothing.
+# ---- writers
 
-    ConfigError where something that it is to go to is not installed, or refuses.
+
+@runtime_checkable
+class Writer(Protocol):
+    """A file or service that gets a log."""
+
+    def write(self, images: int, numbers: Mapping[str, Any]) -> None:
+        """Write numbers and texts after `images` images."""
+        ...
+
+    def write_image(self, images: int, name: str, image: Image.Image) -> None:
+        """Write an image after `images` images."""
+        ...
+
+    def close(self) -> None:
+        """Flush."""
+        ...
+
+
+def open_writers(
+    log_to: Sequence[str],
+    folder: Path,
+    *,
+    config: Mapping[str, Any],
+    images: int = 0,
+    callbacks_done: int | None = None,
+) -> list[Writer]:
+    """Open `log.jsonl` and the services of a run that starts or resumes.
+
+    Args:
+        log_to: names of services.
+        folder: the run's.
+        config: shown by the services.
+        images: images of the state that the run resumes from.
+        callbacks_done: images up to which all due callbacks have finished; by default `images`.
     """
-    if distributed.rank() != 0:
-        return Log()
-    config, progress = run.config, run.progress
-    writers = open_writers(
-        config.log_to, run.folder, config=to_dict(config), images=progress.images, watched=progress.watched
-    )
-    return RunLog(run.folder, config.images, progress.images, writers)
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = JsonLines(folder / "log.jsonl", images, callbacks_done)
+    writers: list[Writer] = [lines]
+    if "tensorboard" in log_to:
+        writers.append(TensorBoard(folder / "tensorboard", images))
+    if "wandb" in log_to:
+        writers.append(WandB(folder, config))
+    if "trackio" in log_to:
+        writers.append(Trackio(folder, config, lines.last_logged))
+    return writers
+
+
+def require_writers(log_to: Sequence[str]) -> None:
+    """Raise ConfigError if the package of a service is not installed."""
+    for name in log_to:
+        if name != "tensorboard":
+            import_tracker(name)
+
+
+class JsonLines:
+    """`log.jsonl`: one JSON object a line, without images.
+
+    When a run resumes, lines that it will write again are dropped: those after `images`, and those of callbacks after
+    `callbacks_done`. `last_logged` is the image count of the last line before that.
+    """
+
+    def __init__(self, path: Path, images: int = 0, callbacks_done: int | None = None) -> None:
+        self.path, self.last_logged = path, 0
+        if path.exists():
+            self._drop_repeated(images, images if callbacks_done is None else callbacks_done)
+
+    def _drop_repeated(self, images: int, callbacks_done: int) -> None:
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = []
+        for line in lines:
+            if not line.endswith("\n"):  # the process was killed while writing it
+                continue
+            values = json.loads(line)
+            count = values.get("images", 0)
+            self.last_logged = max(self.last_logged, count)
+            if images and (count <= callbacks_done or (count <= images and "step" in values)):
+                kept.append(line)
+        if len(kept) < len(lines):
+            write_text(self.path, "".join(kept))
+
+    def write(self, images: int, numbers: Mapping[str, Any]) -> None:
+        """Append a line; numbers that are not finite become null, as JSON has none."""
+        finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in numbers.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"images": images, **finite}, allow_nan=False) + "\n")
+
+    def write_image(self, images: int, name: str, image: Image.Image) -> None:
+        """Do nothing: images are files in `samples/`."""
+
+    def close(self) -> None:
+        """Do nothing: every line is flushed when written."""
+
+
+class TensorBoard:
+    """Event files in a folder; what they hold past `images` is hidden, since it will come again."""
+
+    def __init__(self, folder: Path, images: int = 0) -> None:
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self.board = SummaryWriter(str(folder), purge_step=images + 1)
+
+    def write(self, images: int, numbers: Mapping[str, Any]) -> None:
+        """Add a scalar for each number."""
+        for name, number in scalars(numbers).items():
+            self.board.add_scalar(name, number, images)
+
+    def write_image(self, images: int, name: str, image: Image.Image) -> None:
+        """Add an image; those of one name share a slider."""
+        self.board.add_image(name, np.asarray(image.convert("RGB")), images, dataformats="HWC")
+
+    def close(self) -> None:
+        self.board.close()
+
+
+class WandB:
+    """A run of Weights & Biases whose steps are images; `wandb login` and WANDB_MODE say where it goes.
+
+    Raises ConfigError if the package is not installed, or refuses.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self.wandb = import_tracker("wandb")
+        project = os.environ.get("WANDB_PROJECT", PROJECT)
+        try:
+            self.run = self.wandb.init(
+                project=project, name=folder.name, id=_tracker_id(folder, "wandb"), resume="allow", dir=str(folder),
+                config=dict(config),
+            )  # fmt: skip
+        except self.wandb.Error as error:
+            raise ConfigError(f"wandb: {_first_line(error)}; WANDB_MODE=offline needs no server") from error
+        self.first_image: int = self.run.step  # of a resumed run: the one after the last it has
+
+    def write(self, images: int, numbers: Mapping[str, Any]) -> None:
+        if images >= self.first_image:
+            self.run.log(scalars(numbers), step=images)
+
+    def write_image(self, images: int, name: str, image: Image.Image) -> None:
+        if images >= self.first_image:
+            self.run.log({name: self.wandb.Image(image)}, step=images)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Trackio:
+    """A run of trackio whose steps are images, on this machine unless TRACKIO_SPACE_ID names a space.
+
+    `first_image` is the last image count that it was sent before. Raises ConfigError if the package is not installed,
+    or refuses.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], first_image: int = 0) -> None:
+        self.trackio, self.first_image = import_tracker("trackio"), first_image
+        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+        name = f"{folder.name}-{_tracker_id(folder, 'trackio')}"
+        try:
+            with _stdout_to_stderr():
+                self.run = self.trackio.init(project=project, name=name, resume="allow", config=dict(config))
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"trackio: {_first_line(error)}") from error
+
+    def write(self, images: int, numbers: Mapping[str, Any]) -> None:
+        if images >= self.first_image:  # `step` is trackio's own name for images
+            self.run.log({f"{n}s" if n == "step" else n: v for n, v in scalars(numbers).items()}, step=images)
+
+    def write_image(self, images: int, name: str, image: Image.Image) -> None:
+        if images >= self.first_image:
+            self.run.log({name: self.trackio.Image(image)}, step=images)
+
+    def close(self) -> None:
+        with _stdout_to_stderr():
+            self.trackio.finish()
+
+
+def import_tracker(name: str) -> Any:
+    """Import wandb or trackio. ConfigError if it is not installed.
+
+    A folder of that name in the working directory, which wandb makes, can be imported too, but is empty.
+    """
+    try:
+        module = importlib.import_module(name)
+    except ImportError:
+        module = None
+    if not hasattr(module, "init"):
+        raise ConfigError(f'--log-to {name} needs the extra `{name}`: pip install ".[{name}]" in the clone of mar')
+    return module
+
+
+def scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    """Select the numbers."""
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}
+
+
+def _tracker_id(folder: Path, tracker: str) -> str:
+    """Return the run's id in a service, drawn once and kept in the run's folder."""
+    path = folder / TRACKERS_FILE
+    ids: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if tracker not in ids:
+        ids[tracker] = secrets.token_hex(4)
+        write_text(path, json.dumps(ids) + "\n")
+    return ids[tracker]
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
+@contextlib.contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Redirect what trackio prints, since stdout is for results."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield

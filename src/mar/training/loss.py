@@ -1,4 +1,4 @@
-"""The training loss as one module: what is drawn for a batch, and the diffusion loss of its masked tokens.
+"""The training loss: mask some tokens, predict z for them, and compute the diffusion loss of each given its z.
 
 Source: paper, section 3.2 (equation 1) and section 4.2. Letters of shapes: n images, c x h x w latents, L tokens,
 m masked tokens of an image, k timesteps a token (`batch_mul`), d values of a token.
@@ -22,24 +22,35 @@ from mar.random import make_generator
 
 @dataclass(frozen=True)
 class StepRandomness:
-    """All randomness of the loss of one batch (dropout apart)."""
+    """All random numbers of one batch's loss, except dropout."""
 
     order: Int[Tensor, "n L"]
+    """A permutation of the tokens; the first `masked` are masked."""
     masked: int
     drop_label: Bool[Tensor, " n"]
+    """Images trained without their class, for classifier-free guidance."""
     timestep: Int[Tensor, "k n m"]
     noise: Float[Tensor, "k n m d"]
 
     def to(self, device: torch.device) -> StepRandomness:
-        """The same draws on another device."""
-        moved = (self.order.to(device), self.masked, self.drop_label.to(device))
-        return StepRandomness(*moved, self.timestep.to(device), self.noise.to(device))
+        """Copy to a device."""
+        return StepRandomness(
+            self.order.to(device),
+            self.masked,
+            self.drop_label.to(device),
+            self.timestep.to(device),
+            self.noise.to(device),
+        )
 
 
 def sample_randomness(config: ModelConfig, seed: int, step: int, positions: Sequence[int]) -> StepRandomness:
-    """Draws that do not depend on how a global batch is cut.
+    """Draw what the loss needs, independent of how a global batch is split.
 
-    The mask ratio follows from (seed, step), all else from (seed, global position of the sample).
+    Args:
+        config: the model.
+        seed: the run's.
+        step: keys the mask ratio, the same for all images of a step.
+        positions: global sample positions, one an image, which key all else.
     """
     ratio = draw_mask_ratio(config.mask_ratio_min, make_generator(seed, step))
     masked, k = masked_count(config.tokens, ratio), config.head.batch_mul
@@ -56,7 +67,7 @@ def sample_randomness(config: ModelConfig, seed: int, step: int, positions: Sequ
 
 
 class DiffusionLoss(nn.Module):
-    """A MAR with its loss: one `forward`, so that wrappers of distributed training see every parameter used."""
+    """Training loss of a MAR as one `forward`, so that DDP and FSDP see every parameter used."""
 
     def __init__(self, model: MAR) -> None:
         super().__init__()
@@ -65,16 +76,15 @@ class DiffusionLoss(nn.Module):
     def forward(
         self, latents: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], draws: StepRandomness
     ) -> Float[Tensor, ""]:
-        """The loss, averaged over the masked tokens."""
-        return self.rows(latents, labels, draws).mean()
+        """Average the loss over timesteps, images and masked tokens."""
+        return self.per_token_loss(latents, labels, draws).mean()
 
-    def rows(
+    def per_token_loss(
         self, latents: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], draws: StepRandomness
     ) -> Float[Tensor, " rows"]:
-        """The loss of every (timestep, noise) of every masked token, in the order of `draws.timestep`."""
-        config = self.model.config
-        tokens = patchify(latents, config.patch_size)
+        """Return the loss of every (timestep, noise) of every masked token, in the order of `draws.timestep`."""
+        tokens = patchify(latents, self.model.config.patch_size)
         labels = torch.where(draws.drop_label, UNCONDITIONAL, labels)
-        hidden, visible = split_by_mask(draws.order, draws.masked)
-        z = self.model(tokens, labels, visible, query_idx=hidden)
-        return self.model.head.loss(gather_tokens(tokens, hidden), z, draws.timestep, draws.noise)
+        masked, visible = split_by_mask(draws.order, draws.masked)
+        z = self.model(tokens, labels, visible, query_idx=masked)
+        return self.model.head.loss(gather_tokens(tokens, masked), z, draws.timestep, draws.noise)

@@ -1,17 +1,15 @@
-"""Muon: momentum whose update is made orthogonal, for the matrices inside a network.
+"""Optimizers and learning rate: AdamW with the reference's groups, and Muon for the matrices inside the blocks.
 
-Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), algorithm and coefficients;
-Liu et al., "Muon is scalable for LLM training" (arXiv 2502.16982), section 2.2, for the factor that gives an update the
-size of AdamW's. PyTorch has one too, but it multiplies in bfloat16 always, which most CPUs only imitate.
-
-The optimizers: AdamW with the reference's groups, Muon where asked for; the learning rate by images seen.
+Source of Muon: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), algorithm and
+coefficients; Liu et al., "Muon is scalable for LLM training" (arXiv 2502.16982), section 2.2, for updates as large as
+AdamW's. PyTorch's own Muon always multiplies in bfloat16, which most CPUs only emulate.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -19,107 +17,33 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
 from mar.config import TrainConfig
+from mar.config.tokenizer import TokenizerTrainConfig
 from mar.model.mar import MAR
 from mar.nn import Linear
 from mar.training.parallelize import full_tensor
 
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration of `orthogonalize`."""
 _ITERATIONS = 5
 _ADAMW_RMS = 0.2
-"""Root mean square of a typical update of AdamW, in units of its learning rate."""
-
-
-class Muon(torch.optim.Optimizer):
-    """Nesterov momentum, made orthogonal, over matrices (rows, columns).
-
-    A group's `parts` says of how many matrices, one above the other, its parameters are made: a fused projection of
-    queries, keys and values is three. Decoupled weight decay. `dtype` is that of the orthogonalisation's products.
-    """
-
-    def __init__(
-        self, groups: Iterable[dict[str, Any]], lr: float, *, factor: float = 1.0, momentum: float = 0.95,
-        weight_decay: float = 0.0, dtype: torch.dtype = torch.float32,
-    ) -> None:  # fmt: skip
-        defaults = {"lr": lr, "factor": factor, "momentum": momentum, "weight_decay": weight_decay, "parts": 1}
-        super().__init__(groups, defaults)
-        self.dtype = dtype
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.ndim != 2 or p.shape[0] % group["parts"]:
-                    raise ValueError(
-                        f"Muon: got a parameter of shape {tuple(p.shape)}, expected {group['parts']} matrices"
-                    )
-                # Made now, so that PyTorch's functions that read and write an optimizer's state find it.
-                self.state[p]["momentum"] = torch.zeros_like(p)
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient, at the rate `factor * lr`."""
-        for group in self.param_groups:
-            rate = group["lr"] * group["factor"]
-            parameters = [p for p in group["params"] if p.grad is not None]
-            for p, update in zip(parameters, self._updates(parameters, group), strict=True):
-                height, width = p.shape[0] // group["parts"], p.shape[1]
-                p.mul_(1 - rate * group["weight_decay"])
-                p.add_(_like(update.to(p.dtype), p), alpha=-rate * _ADAMW_RMS * max(height, width) ** 0.5)
-
-    def _updates(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
-        """Orthogonal updates of the parameters; matrices of one shape are worked on together.
-
-        Of parameters that lie in shares on several processes each process orthogonalises the whole.
-        """
-        same_shape: dict[torch.Size, list[int]] = defaultdict(list)
-        for i, p in enumerate(parameters):
-            same_shape[p.shape].append(i)
-        updates: dict[int, Tensor] = {}
-        for shape, places in same_shape.items():
-            heading = []
-            for i in places:
-                momentum, gradient = self.state[parameters[i]]["momentum"], parameters[i].grad
-                assert gradient is not None
-                momentum.lerp_(gradient, 1 - group["momentum"])
-                heading.append(full_tensor(gradient.lerp(momentum, group["momentum"])))
-            matrices = torch.stack(heading).view(-1, shape[0] // group["parts"], shape[1]).to(self.dtype)
-            updates |= dict(zip(places, orthogonalize(matrices).reshape(-1, *shape), strict=True))
-        return [updates[i] for i in range(len(parameters))]
-
-
-def _like(update: Tensor, p: Tensor) -> Tensor:
-    """A whole update in shares as those of `p`; every process has the same one, so that nothing is sent."""
-    if not isinstance(p, DTensor):
-        return update
-    return DTensor.from_local(update, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False).redistribute(
-        placements=p.placements
-    )
-
-
-def orthogonalize(matrices: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n rows columns"]:
-    """Matrices with the same singular vectors and singular values near 1 (0.7 to 1.2), by Newton-Schulz iterations."""
-    a, b, c = _COEFFICIENTS
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(_ITERATIONS):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
+"""Root mean square of a typical AdamW update, in units of its learning rate."""
 
 
 def decays(model: MAR, name: str, parameter: Tensor) -> bool:
-    """Return whether weight decay applies: to matrices and embeddings, and in the head only if it says so."""
+    """Return whether weight decay applies: to matrices and embeddings; in the head, only if the head says so."""
     if name.startswith("head.") and not model.head.weight_decay:
         return False
     return parameter.ndim > 1 or name == "mask_token"
 
 
 def make_optimizers(model: MAR, config: TrainConfig) -> tuple[torch.optim.Optimizer, ...]:
-    """Create AdamW over the parameters, in two groups; where asked for, Muon over the matrices in the blocks."""
+    """Create AdamW for all parameters; with `muon`, Muon for the matrices inside the blocks and AdamW for the rest."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for_muon: set[int] = set()
     if config.optimizer == "muon":
         for_muon = {id(p) for block in model.blocks() for p in block.parameters() if p.ndim == 2}
     others = [(name, p) for name, p in named if id(p) not in for_muon]
-    adamw = ready_adamw(
+    adamw = make_adamw(
         [
             {"params": [p for name, p in others if not decays(model, name, p)], "weight_decay": 0.0},
             {"params": [p for name, p in others if decays(model, name, p)], "weight_decay": config.weight_decay},
@@ -132,14 +56,14 @@ def make_optimizers(model: MAR, config: TrainConfig) -> tuple[torch.optim.Optimi
     return adamw, _make_muon(model, [(name, p) for name, p in named if id(p) in for_muon], config)
 
 
-def ready_adamw(groups: Sequence[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """AdamW whose state is there before its first step, to be saved and filled."""
+def make_adamw(groups: Sequence[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """Create an AdamW with its state, so that it can be saved and loaded before the first step."""
     on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])
-    # In one pass over the memory: a tenth of the time there. What GPUs take by themselves is as good.
+    # fused: one pass over memory, ten times as fast on CPUs; on GPUs the default is as fast
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True if on_cpu else None)
     for p in (p for group in groups for p in group["params"]):
-        # What AdamW makes at its first step. PyTorch's functions that read and write an optimizer's state take one that
-        # has none through a step with gradients of zero, and that step would count in the correction of the moments.
+        # AdamW would make this at its first step. But PyTorch's get_optimizer_state_dict initializes a missing state by
+        # a step with zero gradients, which would count in the bias correction of the moments.
         moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
     return optimizer
@@ -157,28 +81,93 @@ def _make_muon(model: MAR, named: Sequence[tuple[str, Tensor]], config: TrainCon
         for decay in (True, False)
     ]
     dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    groups = [group for group in groups if group["params"]]  # the state of an empty group can't be read back
+    groups = [group for group in groups if group["params"]]  # the state of an empty group can't be loaded
     return Muon(groups, config.scaled_lr, factor=config.muon_factor, dtype=dtype)
 
 
-@runtime_checkable
-class LRScheduleConfig(Protocol):
-    """The settings by which a learning rate follows the images seen (`TrainConfig` tells what they are)."""
-
-    @property
-    def images(self) -> int: ...
-    @property
-    def batch(self) -> int: ...
-    @property
-    def warmup(self) -> int: ...
-    @property
-    def decay(self) -> int: ...
-    @property
-    def scaled_lr(self) -> float: ...
-
-
-def learning_rate(config: LRScheduleConfig, images: int) -> float:
-    """The rate of the step that begins after `images`: linear warm-up, constant, linear decay."""
+def learning_rate(config: TrainConfig | TokenizerTrainConfig, images: int) -> float:
+    """Compute the rate of the step after `images` images: linear warm-up, constant, linear decay."""
     rise = (images + config.batch) / config.warmup if config.warmup else 1.0
     fall = (config.images - images) / config.decay if config.decay else 1.0
     return config.scaled_lr * max(0.0, min(1.0, rise, fall))
+
+
+class Muon(torch.optim.Optimizer):
+    """Nesterov momentum, orthogonalized, for matrices (rows, columns), with decoupled weight decay.
+
+    A parameter may be several matrices stacked along rows, `parts` of its group: a fused projection of queries, keys
+    and values is three.
+
+    Args:
+        groups: parameter groups; each may override the options.
+        lr: learning rate of an AdamW that would make updates of the same size.
+        factor: the rate used is `factor * lr`.
+        momentum: decay of the gradient's average.
+        weight_decay: per step, times the rate.
+        dtype: of the products in `orthogonalize`.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], lr: float, *, factor: float = 1.0, momentum: float = 0.95,
+        weight_decay: float = 0.0, dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        defaults = {"lr": lr, "factor": factor, "momentum": momentum, "weight_decay": weight_decay, "parts": 1}
+        super().__init__(groups, defaults)
+        self.dtype = dtype
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim != 2 or p.shape[0] % group["parts"]:
+                    raise ValueError(
+                        f"Muon: got a parameter of shape {tuple(p.shape)}, expected {group['parts']} matrices"
+                    )
+                # made now for the reason given in `make_adamw`
+                self.state[p]["momentum"] = torch.zeros_like(p)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            rate = group["lr"] * group["factor"]
+            parameters = [p for p in group["params"] if p.grad is not None]
+            for p, update in zip(parameters, self._updates(parameters, group), strict=True):
+                height, width = p.shape[0] // group["parts"], p.shape[1]
+                p.mul_(1 - rate * group["weight_decay"])
+                p.add_(_shard_like(update.to(p.dtype), p), alpha=-rate * _ADAMW_RMS * max(height, width) ** 0.5)
+
+    def _updates(self, parameters: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """Compute orthogonal updates, one batch for all matrices of a shape; every rank computes sharded ones whole."""
+        by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+        for i, p in enumerate(parameters):
+            by_shape[p.shape].append(i)
+        updates: dict[int, Tensor] = {}
+        for shape, indices in by_shape.items():
+            directions = []
+            for i in indices:
+                momentum, gradient = self.state[parameters[i]]["momentum"], parameters[i].grad
+                assert gradient is not None
+                momentum.lerp_(gradient, 1 - group["momentum"])
+                directions.append(full_tensor(gradient.lerp(momentum, group["momentum"])))
+            matrices = torch.stack(directions).view(-1, shape[0] // group["parts"], shape[1]).to(self.dtype)
+            updates |= dict(zip(indices, orthogonalize(matrices).reshape(-1, *shape), strict=True))
+        return [updates[i] for i in range(len(parameters))]
+
+
+def _shard_like(update: Tensor, p: Tensor) -> Tensor:
+    """Shard a full update like `p`; every rank has all of it, so nothing is communicated."""
+    if not isinstance(p, DTensor):
+        return update
+    return DTensor.from_local(update, p.device_mesh, [Replicate()] * p.device_mesh.ndim, run_check=False).redistribute(
+        placements=p.placements
+    )
+
+
+def orthogonalize(matrices: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n rows columns"]:
+    """Move all singular values to about 1 (0.7 to 1.2) by Newton-Schulz iterations, and keep the singular vectors."""
+    a, b, c = _NEWTON_SCHULZ
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(_ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

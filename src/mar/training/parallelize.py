@@ -1,7 +1,7 @@
-"""How a step is computed: on one process or many, all at once or in parts, kept or computed again, compiled or not.
+"""Run a training step on one or many devices, and trade memory for time, without changing its result.
 
-Nothing here changes what is learned. Many processes are PyTorch's own: DistributedDataParallel keeps the model on each
-and averages gradients; `fully_shard` (FSDP2) keeps a share of every tensor on each and gathers them as they are needed.
+With several ranks, DistributedDataParallel replicates the model and averages gradients; `fully_shard` (FSDP2) keeps a
+shard of every tensor on each rank and gathers them as needed. Blocks may recompute activations, or be compiled.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mar.model.mar import MAR
 from mar.training.loss import DiffusionLoss
 
 _aten = torch.ops.aten
-_PRODUCTS = [
+_MATRIX_PRODUCTS = [
     _aten.mm.default,
     _aten.addmm.default,
     _aten._scaled_dot_product_flash_attention.default,
@@ -36,33 +36,42 @@ _PRODUCTS = [
     _aten._scaled_dot_product_cudnn_attention.default,
     *([torch.ops.mkldnn._linear_pointwise.default] if has_onednn() else []),
 ]
-"""What takes the time of a block, and is kept where recomputing is selective."""
-_RECOMPUTE: dict[str, dict[str, Any]] = {
-    "selective": {"context_fn": functools.partial(create_selective_checkpoint_contexts, _PRODUCTS)},
+"""Operations whose results selective activation checkpointing keeps: they take most of a block's time."""
+_CHECKPOINT_OPTIONS: dict[str, dict[str, Any]] = {
+    "selective": {"context_fn": functools.partial(create_selective_checkpoint_contexts, _MATRIX_PRODUCTS)},
     "full": {},
 }
 
 
 def fsdp_units(model: MAR) -> list[nn.Module]:
-    """Return what is gathered as one: the trunk's blocks, and the head, which calls layers of its blocks by itself."""
+    """Return modules whose shards are gathered together.
+
+    The head is one, since it calls layers of its blocks by itself.
+    """
     return [*model.encoder, *model.decoder, model.head]
 
 
 def parallelize(loss: DiffusionLoss, averages: Iterable[Any], config: TrainConfig, device: torch.device) -> nn.Module:
-    """What to call for the loss, so that the processes' gradients come out as those of the whole batch.
+    """Wrap the loss so that its gradients are those of the global batch. ConfigError if the batch does not divide.
 
-    Changes `loss` and `averages` in place where their tensors are to be shared out; names of parameters stay. Raises
-    ConfigError for a batch that the processes and parts do not divide.
+    Args:
+        loss: changed in place; names of parameters stay.
+        averages: EMA models, sharded like the model under FSDP.
+        config: strategy, accumulation, activation checkpointing and compilation.
+        device: of this rank.
+
+    Returns:
+        The module to call in place of `loss`.
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
-    cuts = world * config.accumulate
-    if config.batch % cuts:
+    divisor = world * config.accumulate
+    if config.batch % divisor:
         raise ConfigError(
-            f"batch is {config.batch}, but it must be a multiple of {cuts}: {world} process(es), each with "
+            f"batch is {config.batch}, but it must be a multiple of {divisor}: {world} process(es), each with "
             f"{config.accumulate} part(s)"
         )
     if config.activation_checkpointing != "none":
-        options = _RECOMPUTE[config.activation_checkpointing]
+        options = _CHECKPOINT_OPTIONS[config.activation_checkpointing]
         for block in loss.model.blocks():
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
     if config.compile:
@@ -72,7 +81,7 @@ def parallelize(loss: DiffusionLoss, averages: Iterable[Any], config: TrainConfi
         return loss
     if config.strategy == "ddp":
         return DistributedDataParallel(loss, device_ids=[device.index] if device.type == "cuda" else None)
-    # The head's result is a view of its last product; nobody writes into it.
+    # the head's output is a view of its last product, and nothing writes into it
     warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module.* returned a view tensor")
     mesh = init_device_mesh(device.type, (world,))
     for module, model in ((loss, loss.model), *((average, average) for average in averages)):
@@ -84,7 +93,7 @@ def parallelize(loss: DiffusionLoss, averages: Iterable[Any], config: TrainConfi
 
 @contextlib.contextmanager
 def grad_sync(module: nn.Module, last: bool) -> Iterator[None]:
-    """For one of several parts of a batch: processes wait for each other's gradients at the last part only."""
+    """Synchronize gradients between ranks only after the last part of an accumulated batch."""
     if isinstance(module, DistributedDataParallel):
         with contextlib.nullcontext() if last else module.no_sync():
             yield
@@ -95,15 +104,15 @@ def grad_sync(module: nn.Module, last: bool) -> Iterator[None]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor that may lie in shares on several processes, each of which has to ask for it."""
+    """Gather a tensor that may be sharded; every rank has to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """This process's share of a tensor; the tensor itself where it is not shared out."""
+    """Return this rank's shard, or the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_state_dict(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state dict with every tensor whole, on every process."""
+    """Gather every tensor of a state dict; every rank has to call this."""
     return {name: full_tensor(value) if isinstance(value, Tensor) else value for name, value in state.items()}

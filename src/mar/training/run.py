@@ -1,4 +1,7 @@
-"""Putting a run together: data, tokenizer, model; and what it leaves behind: weights to use."""
+"""Open a run from its configuration, and export its weights.
+
+`open_run` puts data, tokenizer and model together, checks that they fit each other, and resumes the latest state.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ from mar.checkpoint import official
 from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState, changed_settings
 from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, resolve_image_channels, to_dict
+from mar.config.tokenizer import TokenizerTrainConfig
 from mar.data.images import Source, Transform
 from mar.data.latent_cache import LatentSource
 from mar.data.loader import in_order
@@ -36,14 +40,16 @@ from mar.training.trainer import Progress, Run
 Config = TypeVar("Config")
 
 RUN_FILE = "run.json"
-MEASURED = 10_000
-"""Pictures of a stream, at most, that a tokenizer's statistics are of."""
-# Settings that may change when a run is resumed: they do not touch what has been learned so far.
-_FREE = {"images", "decay", "workers", "save_every", "sample_every", "log_every", "keep", "sampling"}
-_FREE |= {"strategy", "accumulate", "activation_checkpointing", "compile", "log_to"}
-_FREE |= {"validate_every", "validate_on", "validate_count", "patience"}
-# Settings of a model that may differ from those of the weights it starts from.
-_LEARNING = {"classes", "label_drop", "attention_dropout", "projection_dropout", "mask_ratio_min"}
+"""File in a run's folder: its configuration."""
+STATS_IMAGES = 10_000
+"""Images of a stream, at most, to fit a tokenizer to."""
+_MAY_CHANGE_ON_RESUME = {
+    "images", "decay", "workers", "save_every", "sample_every", "log_every", "log_to", "keep", "sampling",
+    "strategy", "accumulate", "activation_checkpointing", "compile", "validate_every", "validate_on", "validate_count", "patience",
+}  # fmt: skip
+"""Settings that leave the steps so far as they were."""
+_MAY_DIFFER_FROM_INIT = {"classes", "label_drop", "attention_dropout", "projection_dropout", "mask_ratio_min"}
+"""Settings of a model that may differ from those of the weights it starts from."""
 
 
 def open_run(
@@ -54,42 +60,101 @@ def open_run(
     load_tokenizer: Callable[[str], Tokenizer],
     load_model: Callable[[str], Pipeline],
 ) -> Run:
-    """The run of `config` in `folder`, resumed where it has saved states.
+    """Open the run in a folder, resumed if there are saved states.
 
-    ConfigError where the folder holds another run, the data is not what the model is for, or a tokenizer's latents.
+    ConfigError if the folder holds another run, or if data, tokenizer and model don't fit each other.
+
+    Args:
+        config: all settings.
+        folder: where the run keeps its files.
+        device: where to train.
+        load_tokenizer: loads the tokenizer `config.tokenizer` names, unless it is built in.
+        load_model: loads the weights `config.init` names.
     """
-    resumed = check_same(config, folder) and bool(RunState(folder).states())
-    source, held_out = open_pictures(config, folder)
-    start = load_model(config.init) if config.init is not None and not resumed else None
-    learned = start.tokenizer if start is not None else None
-    tokenizer = _tokenizer(config, source, load_tokenizer, learned, measured_later=resumed)
+    resumed = check_same_run(config, folder) and bool(RunState(folder).states())
+
+    # data, tokenizer, model
+    source, held_out = open_run_data(config, folder)
+    init = load_model(config.init) if config.init is not None and not resumed else None
+    init_tokenizer = init.tokenizer if init is not None else None
+    tokenizer = _open_tokenizer(config, source, load_tokenizer, init_tokenizer, fitted_in_state=resumed)
     torch.manual_seed(make_generator(config.seed).initial_seed())
     model = MAR(config.model)
-    if start is not None:
-        initialise_from(model, start.model)
-        _check_components(tokenizer, start.tokenizer)
-    run = Run(config, folder, source, tokenizer, model, device, held_out=held_out)
+    if init is not None:
+        init_from(model, init.model)
+        _check_same_basis(tokenizer, init.tokenizer)
+
+    # the run itself
+    run = Run(config, folder, source, tokenizer, model, device, held_out)
     run.resume()
-    keep_settings(config, folder)
+    save_config(config, folder)
     if config.hold_out and distributed.rank() == 0:
         save_held_out(folder, source)
     return run
 
 
-def open_pictures(
+# ---- the configuration in a run's folder
+
+
+def load_config(kind: type[Config], folder: Path) -> Config | None:
+    """Load the configuration of the run in a folder, None if there is none.
+
+    ConfigError if it is damaged, or not of this kind.
+    """
+    path = folder / RUN_FILE
+    if not path.is_file():
+        return None
+    try:
+        return from_dict(kind, json.loads(path.read_text(encoding="utf-8")))  # older ones lack some settings
+    except ConfigError as error:
+        raise ConfigError(f"{folder} holds a run of another kind or version ({error}); use another folder") from error
+    except (AttributeError, TypeError, ValueError) as error:  # no JSON, or no configuration
+        raise ConfigError(f"{path} is damaged ({error}); put it back as it was, or use another folder") from error
+
+
+def save_config(config: TrainConfig | TokenizerTrainConfig, folder: Path) -> None:
+    """Write the configuration to a run's folder, on rank 0."""
+    if distributed.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / RUN_FILE, json.dumps(to_dict(config), indent=1))
+
+
+def check_same_run(config: TrainConfig | TokenizerTrainConfig, folder: Path) -> bool:
+    """Return whether the folder holds this run already. ConfigError if it holds another."""
+    saved = load_config(type(config), folder)
+    if saved is None:
+        return False
+    fixed = {name: value for name, value in to_dict(saved).items() if name not in _MAY_CHANGE_ON_RESUME}
+    if changes := changed_settings(fixed, to_dict(config)):
+        raise ConfigError(
+            f"{folder} holds another run ({'; '.join(changes)}); "
+            "use its settings to go on with it, or another folder for a new one"
+        )
+    return True
+
+
+def saved_length(folder: Path) -> int:
+    """Return the length in images of the run in a folder when it was last started; 0 without a saved state."""
+    saved = load_config(TrainConfig, folder)
+    return 0 if saved is None or not RunState(folder).states() else saved.images
+
+
+# ---- data
+
+
+def open_run_data(
     config: TrainConfig, folder: Path | None = None
 ) -> tuple[Source | LatentSource | StreamSource, Source | LatentSource | None]:
-    """What a run, in `folder` if it has begun, learns from, and what it is validated on.
+    """Open the training data and the held-out images, with the split noted in the run's folder.
 
-    ConfigError where the classes are not the model's, or where the run waits for pictures to be validated on that there
-    are none of.
+    ConfigError if the classes are not the model's, or if early stopping has no held-out images.
     """
     source, held_out = open_train_val(
         config.data, classes=config.model.classes, every=config.hold_out, validate_on=config.validate_on,
         held_out=load_held_out(folder) if folder is not None and config.hold_out else None,
     )  # fmt: skip
     check_classes(config, source.classes)
-    held_out = _of_the_same_classes(config, source, held_out)
+    held_out = _with_same_classes(config, source, held_out)
     if config.patience and held_out is None:
         raise ConfigError(
             f"patience is {config.patience}, but there are no held-out pictures: {config.data} has no test part with "
@@ -99,7 +164,7 @@ def open_pictures(
 
 
 def check_classes(config: TrainConfig, classes: Sequence[str]) -> None:
-    """Raises ConfigError where the model's classes are not the data's; a model may do without any."""
+    """Raise ConfigError if the model has classes, but not as many as the data."""
     if config.model.classes not in (0, len(classes)):
         raise ConfigError(
             f"the model has {config.model.classes} classes, but {config.data} has {len(classes)}; "
@@ -107,10 +172,13 @@ def check_classes(config: TrainConfig, classes: Sequence[str]) -> None:
         )
 
 
-def _of_the_same_classes(
+def _with_same_classes(
     config: TrainConfig, source: Source | LatentSource | StreamSource, held_out: Source | LatentSource | None
 ) -> Source | LatentSource | None:
-    """The held-out pictures, if their class numbers mean the same. ConfigError for others that were asked for."""
+    """Return the held-out images if their classes are those of the data, else None.
+
+    ConfigError if they were chosen by `validate_on`.
+    """
     if held_out is None or not config.model.classes or tuple(held_out.classes) == tuple(source.classes):
         return held_out
     if config.validate_on is None:
@@ -121,56 +189,26 @@ def _of_the_same_classes(
     )
 
 
-def saved_settings(kind: type[Config], folder: Path) -> Config | None:
-    """The settings of the run that `folder` holds, None where it holds none. ConfigError where they are not of this
-    kind, or damaged."""
-    path = folder / RUN_FILE
-    if not path.is_file():
-        return None
-    try:
-        return from_dict(kind, json.loads(path.read_text(encoding="utf-8")))  # older ones lack some settings
-    except ConfigError as error:
-        raise ConfigError(f"{folder} holds a run of another kind or version ({error}); use another folder") from error
-    except (AttributeError, TypeError, ValueError) as error:  # what JSON, or a config, is not made of
-        raise ConfigError(f"{path} is damaged ({error}); put it back as it was, or use another folder") from error
+# ---- tokenizer
 
 
-def check_same(config: Any, folder: Path) -> bool:
-    """Whether `folder` holds this run already; ConfigError where it holds another."""
-    saved = saved_settings(type(config), folder)
-    if saved is None:
-        return False
-    before, now = to_dict(saved), to_dict(config)
-    if different := changed_settings({k: v for k, v in before.items() if k not in _FREE}, now):
-        raise ConfigError(
-            f"{folder} holds another run ({'; '.join(different)}); "
-            "use its settings to go on with it, or another folder for a new one"
-        )
-    return True
-
-
-def length_before(folder: Path) -> int:
-    """Images that the run in `folder` was to see in all when it was last begun; 0 where it has yet to save a state."""
-    saved = saved_settings(TrainConfig, folder)
-    return 0 if saved is None or not RunState(folder).states() else saved.images
-
-
-def keep_settings(config: Any, folder: Path) -> None:
-    """Notes in `folder` which run it holds, on the first process."""
-    if distributed.rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / RUN_FILE, json.dumps(to_dict(config), indent=1))
-
-
-def _tokenizer(
+def _open_tokenizer(
     config: TrainConfig,
     source: Source | LatentSource | StreamSource,
     load_tokenizer: Callable[[str], Tokenizer],
-    learned: Tokenizer | None = None,
+    init: Tokenizer | None = None,
     *,
-    measured_later: bool,
+    fitted_in_state: bool,
 ) -> Tokenizer:
-    """What makes latents of the pictures; it takes over the components that weights to start from have `learned`."""
+    """Open the run's tokenizer, and fit it to the data if it needs that.
+
+    Args:
+        config: names it.
+        source: the training data.
+        load_tokenizer: loads one that is not built in.
+        init: tokenizer of the weights to start from, whose principal components are taken over.
+        fitted_in_state: what would be fitted is in the saved state.
+    """
     channels = config.model.channels
     if is_name(config.tokenizer):
         try:
@@ -183,6 +221,8 @@ def _tokenizer(
             raise ConfigError(f"{error}; choose --tokenizer {others}") from None
     else:
         tokenizer = load_tokenizer(config.tokenizer)
+
+    # does it fit?
     if isinstance(source, LatentSource):
         _check_cache(config, source, tokenizer)
     if tokenizer.channels != channels:
@@ -192,113 +232,125 @@ def _tokenizer(
             f"image_channels is {config.image_channels}, but the tokenizer takes {tokenizer.image_channels}; "
             "leave --image-channels out, which is for components that a run takes itself (--tokenizer pca4)"
         )
-    if not tokenizer.has_stats and not measured_later:  # a resumed run has the statistics in its state
-        if learned is not None and _components(learned) == _components(tokenizer) is not None:
-            tokenizer.load_fitted_state(learned.fitted_state())
+
+    # statistics and principal components
+    if not tokenizer.has_stats and not fitted_in_state:
+        if init is not None and _basis(init) == _basis(tokenizer) is not None:
+            tokenizer.load_fitted_state(init.fitted_state())
         elif isinstance(source, LatentSource):
             statistics = measure_moments(source.in_order())
             tokenizer.set_statistics(statistics.mean, statistics.std)
         else:
             transform = Transform(tokenizer.image_size(config.model.grid), tokenizer.image_channels)
-            limit = MEASURED if isinstance(source, StreamSource) else None
+            limit = STATS_IMAGES if isinstance(source, StreamSource) else None
             tokenizer.fit(in_order(source, transform, limit=limit))
     return tokenizer
 
 
-def _components(tokenizer: Tokenizer) -> tuple[int, ...] | None:
-    """What principal components are of; None for another tokenizer."""
+def _basis(tokenizer: Tokenizer) -> tuple[int, ...] | None:
+    """Return the shape of the principal components; None for another tokenizer."""
     if not tokenizer.learns_basis:
         return None
     return tokenizer.image_channels, tokenizer.stride, tokenizer.channels
 
 
-def _check_components(own: Tokenizer, learned: Tokenizer) -> None:
-    """Raises ConfigError where weights that learned principal components would be given other latents, or the reverse.
+def _check_same_basis(tokenizer: Tokenizer, init: Tokenizer) -> None:
+    """Raise ConfigError if either tokenizer has principal components and the other has not the same ones.
 
-    Two autoencoders are not compared: what one has learned of another's latents may be a start.
+    Two autoencoders are not compared: weights for the latents of one may be a start for another's.
     """
-    components = [tokenizer.learns_basis for tokenizer in (own, learned)]
-    if any(components) and fingerprint(own) != fingerprint(learned):
-        remedy = f"--tokenizer {learned.name} takes theirs" if components[1] else "take theirs"
+    learns_basis = [tokenizer.learns_basis, init.learns_basis]
+    if any(learns_basis) and fingerprint(tokenizer) != fingerprint(init):
+        remedy = f"--tokenizer {init.name} takes theirs" if learns_basis[1] else "take theirs"
         raise ConfigError(f"the weights to start from have learned other latents than this tokenizer makes; {remedy}")
 
 
 def _check_cache(config: TrainConfig, source: LatentSource, tokenizer: Tokenizer) -> None:
-    """Raises ConfigError where a cache is of another tokenizer or of other sizes, or lacks the changed pictures."""
-    about = source.manifest
-    if about.fingerprint != (own := fingerprint(tokenizer)):
+    """Raise ConfigError if a latent cache has another tokenizer or size, or lacks the augmentations."""
+    cache = source.manifest
+    if cache.fingerprint != (current := fingerprint(tokenizer)):
         raise ConfigError(
-            f"{config.data} was cached by the tokenizer {about.tokenizer} ({about.fingerprint[:12]}), but the run's is "
-            f"{config.tokenizer} ({own[:12]}); choose --tokenizer {about.tokenizer}, or cache the pictures by this one"
+            f"{config.data} was cached by the tokenizer {cache.tokenizer} ({cache.fingerprint[:12]}), but the run's is "
+            f"{config.tokenizer} ({current[:12]}); choose --tokenizer {cache.tokenizer}, or cache the pictures by this "
+            "one"
         )
-    if about.size != (wanted := tokenizer.image_size(config.model.grid)):
+    if cache.size != (size := tokenizer.image_size(config.model.grid)):
         raise ConfigError(
-            f"{config.data} is of pictures of {about.size[0]}x{about.size[1]}, but the model is for "
-            f"{wanted[0]}x{wanted[1]}; set --model.grid {about.shape[1]} {about.shape[2]}, or cache them anew"
+            f"{config.data} is of pictures of {cache.size[0]}x{cache.size[1]}, but the model is for "
+            f"{size[0]}x{size[1]}; set --model.grid {cache.shape[1]} {cache.shape[2]}, or cache them anew"
         )
     if config.shift:
         raise ConfigError(
             f"{config.data} holds latents of pictures as they are, which can't be moved by {config.shift} pixels; "
             "train with --shift 0, or from the pictures"
         )
-    if config.flip and not about.flips:
+    if config.flip and not cache.flips:
         raise ConfigError(
             f"{config.data} holds no flipped pictures; train with --flip False, or cache anew with --flip True"
         )
 
 
-def initialise_from(model: MAR, other: MAR) -> list[str]:
-    """Takes over the weights of `other`; returns the names of tensors that start anew since their shapes differ.
+# ---- weights to start from
 
-    Classes are another set's, so that their embedding starts anew unless the count agrees. ConfigError where anything
-    differs that weights are made for: it would not be the same model.
+
+def init_from(model: MAR, other: MAR) -> list[str]:
+    """Copy the weights of another model; the class embedding stays as it is if the number of classes differs.
+
+    ConfigError if any other shape or any setting of the architecture differs. Returns the names of tensors not copied.
     """
-    now, then = _made_for(model.config), _made_for(other.config)
-    if different := [f"{name} {then[name]}, here {now[name]}" for name in now if now[name] != then[name]]:
-        raise ConfigError(f"the weights to start from are of another model: {'; '.join(different)}")
-    own, theirs = model.state_dict(), other.state_dict()
-    anew = [name for name, tensor in own.items() if name not in theirs or theirs[name].shape != tensor.shape]
-    model.load_state_dict({name: own[name] if name in anew else theirs[name] for name in own})
-    return anew
+    own, theirs = _architecture(model.config), _architecture(other.config)
+    if changes := [f"{name} {theirs[name]}, here {own[name]}" for name in own if own[name] != theirs[name]]:
+        raise ConfigError(f"the weights to start from are of another model: {'; '.join(changes)}")
+    state, init = model.state_dict(), other.state_dict()
+    kept = [name for name, tensor in state.items() if name not in init or init[name].shape != tensor.shape]
+    model.load_state_dict({name: state[name] if name in kept else init[name] for name in state})
+    return kept
 
 
-def _made_for(config: ModelConfig) -> dict[str, Any]:
-    """The settings without which weights mean nothing; the others are how they are trained, and with what classes."""
-    values = to_dict(config)
-    head = {f"head.{name}": value for name, value in values.pop("head").items() if name != "batch_mul"}
-    return {name: value for name, value in values.items() if name not in _LEARNING} | head
+def _architecture(config: ModelConfig) -> dict[str, Any]:
+    """Return the settings that have to agree for weights to be of use."""
+    settings = to_dict(config)
+    head = {f"head.{name}": value for name, value in settings.pop("head").items() if name != "batch_mul"}
+    return {name: value for name, value in settings.items() if name not in _MAY_DIFFER_FROM_INIT} | head
 
 
-def adopt_official(run: Run, path: Path) -> None:
-    """Goes on with a training run of the reference from its `checkpoint-last.pth`: weights, EMA, optimizer, epoch.
+def resume_official(run: Run, path: Path) -> None:
+    """Resume a run of the reference from its `checkpoint-last.pth`: weights, EMA, optimizer and epoch.
 
-    Images seen are counted as finished epochs times the pictures of this run's source. ConfigError for a file without
-    an optimizer, or of another model.
+    The epochs it has finished count as that many times the images of this run's data. ConfigError for a file without
+    optimizer, or of another model.
     """
-    read = official.read_mar(path)
+    checkpoint = official.read_mar(path)
     if isinstance(run.source, StreamSource):
         raise ConfigError(f"epochs of {path} can't be counted in pictures of a stream; leave stream: out of --data")
     if run.config.optimizer != "adamw":
         raise ConfigError(f"{path} was trained by AdamW; go on with it with --optimizer adamw")
-    if read.optimizer is None or read.raw is None or read.ema is None or read.epoch is None:
+    if checkpoint.optimizer is None or checkpoint.raw is None or checkpoint.ema is None or checkpoint.epoch is None:
         raise ConfigError(f"{path} has no optimizer and epoch to go on with; start from its weights with --init {path}")
+
+    # weights and EMA
+    averages = [(average, checkpoint.ema) for average in run.ema.models.values()]
     try:
-        averages = [(average, read.ema) for average in run.ema.models.values()]
-        for model, weights in [(run.model, read.raw), *averages]:
+        for model, weights in [(run.model, checkpoint.raw), *averages]:
             set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise ConfigError(f"{path} is of another model than this run's ({reason}); choose its recipe") from None
+
+    # optimizer and progress
     state = get_optimizer_state_dict(run.model, run.optimizers)
-    state["state"] = {name: dict(moments) for name, moments in read.optimizer.items()}
+    state["state"] = {name: dict(moments) for name, moments in checkpoint.optimizer.items()}
     set_optimizer_state_dict(run.model, run.optimizers, state)
-    images = (read.epoch + 1) * len(run.source)
-    run.progress = Progress(step=images // run.config.batch, images=images, watched=images)
+    images = (checkpoint.epoch + 1) * len(run.source)
+    run.progress = Progress(step=images // run.config.batch, images=images, callbacks_done=images)
     run.save()
 
 
-def pipeline(run: Run, weights: str = "ema") -> Pipeline:
-    """The run as it stands, ready to draw, on every process; `weights` are one of `run.weights`."""
+# ---- weights to use
+
+
+def make_pipeline(run: Run, weights: str = "ema") -> Pipeline:
+    """Copy the current weights to a pipeline, on every rank; `weights` is a name in `run.weights`."""
     model = MAR(run.config.model).to(run.device)
     model.load_state_dict(full_state_dict(run.weights[weights].state_dict()))
     notes: dict[str, Any] = {"images": run.progress.images, "steps": run.progress.step, "data": run.config.data}
@@ -316,16 +368,16 @@ def pipeline(run: Run, weights: str = "ema") -> Pipeline:
 
 
 def export(run: Run) -> list[Path]:
-    """Writes the run's EMA and raw weights as files to use; every process takes part, the first writes."""
+    """Write all weights of the run, such as EMA and raw, to its folder. Every rank has to call this."""
     paths = []
     for weights in run.weights:
-        whole = pipeline(run, weights)
-        paths.append(run.folder / file_of(weights))
+        pipeline = make_pipeline(run, weights)
+        paths.append(run.folder / weights_file(weights))
         if distributed.rank() == 0:
-            whole.save(paths[-1])
+            pipeline.save(paths[-1])
     return paths
 
 
-def file_of(weights: str) -> str:
-    """The file of a run's folder that has these weights."""
+def weights_file(weights: str) -> str:
+    """Return the name of the file for these weights in a run's folder."""
     return "model.safetensors" if weights == "ema" else f"model-{weights}.safetensors"

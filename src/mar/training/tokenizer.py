@@ -1,10 +1,8 @@
-"""What a tokenizer's reconstruction may be judged by beside its pixels: features of a network, and a discriminator.
+"""Train a tokenizer: diffusers' AutoencoderKL, by the loop that trains models (`mar.training.trainer`).
 
-A tokenizer of one's own: diffusers' AutoencoderKL, learned from pictures by the loop that trains models.
-
-A run is a folder: state-* (to go on from), run.json, log.jsonl, tensorboard/, samples/ (held-out pictures above, what
-came back of them below); at the end config.json, the averaged weights and their statistics, so that the folder is a
-tokenizer (`mar.checkpoint.tokenizers.load_tokenizer`).
+The loss of an image and its reconstruction is L1 + KL, and optionally a perceptual distance and a patch discriminator.
+A run's folder is that of a model's run, with two differences. samples/ has held-out images above their reconstructions.
+At the end come config.json, EMA weights and their statistics: the folder is then a tokenizer (`load_tokenizer`).
 """
 
 from __future__ import annotations
@@ -13,7 +11,6 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +22,8 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.nn import functional
 
 from mar import distributed
-from mar.checkpoint.run_state import RunState
 from mar.checkpoint.tokenizers import save_tokenizer
-from mar.config import ConfigError, to_dict
+from mar.config import ConfigError
 from mar.config.tokenizer import TokenizerTrainConfig
 from mar.data.images import Source, Transform, image_grid
 from mar.data.loader import Batch, ImageBatch, batches, in_order
@@ -38,51 +34,59 @@ from mar.tokenizer.base import Posterior, RoundTrip, measure_latents, reconstruc
 from mar.tokenizer.kl import KLTokenizer, from_config
 from mar.training.ema import EMA
 from mar.training.log import Log
-from mar.training.optim import ready_adamw
-from mar.training.run import check_same, keep_settings
-from mar.training.trainer import Callback, Progress, autocast, optimizer_step, posterior_noise
+from mar.training.optim import make_adamw
+from mar.training.run import check_same_run, save_config
+from mar.training.trainer import StepResult, TrainingRun, autocast, posterior_noise
 
+EVAL_IMAGES = 1000
+"""Held-out images, at most, for the PSNR."""
+STATS_IMAGES = 10_000
+"""Training images, at most, for the statistics of latents."""
+GRID_IMAGES = 8
+"""Held-out images shown with their reconstructions."""
 TAPS = (0, 2, 4, 10)
-"""Blocks of EfficientNet-Lite0 after which features are compared: the last of each size of map, from 1/2 to 1/16."""
-SMALLEST = 64
-"""Pixels of the short side that smaller pictures are enlarged to."""
+"""Blocks of EfficientNet-Lite0 whose features are compared: the last of each resolution, from 1/2 to 1/16."""
+MIN_SIDE = 64
+"""Smaller images are enlarged to this short side before features are computed."""
 _EPSILON = 1e-10
 
 
-class PerceptualDistance(nn.Module):
-    """Distances between features of EfficientNet-Lite0, in the manner of LPIPS, without its learned weights.
+# ---- losses
 
-    Zhang et al. (arXiv 1801.03924), equation 1 with all weights the same: features of unit length at each place, their
-    squared differences summed over channels and averaged over places and taps. Gradients reach the pictures; the
-    network learns nothing.
+
+class PerceptualDistance(nn.Module):
+    """Distance between features of EfficientNet-Lite0, like LPIPS without its learned weights.
+
+    Zhang et al. (arXiv 1801.03924), equation 1 with equal weights: features are normalized at each position, and their
+    squared differences summed over channels and averaged over positions and taps. The network is not trained.
     """
 
-    def __init__(self, network: Any) -> None:
+    def __init__(self, efficientnet: Any) -> None:
         super().__init__()
-        self.network = network.eval().requires_grad_(False)
+        self.network = efficientnet.eval().requires_grad_(False)
 
     def forward(self, images: Float[Tensor, "n c h w"], others: Float[Tensor, "n c h w"]) -> Float[Tensor, ""]:
-        """The mean distance of pairs of pictures in [-1, 1]; grey ones are repeated."""
-        both = zip(self._features(images), self._features(others), strict=True)
-        distances = [(a - b).square().sum(1).mean() for a, b in both]
+        """Compute the mean distance of pairs of images in [-1, 1], gray or RGB."""
+        pairs = zip(self._features(images), self._features(others), strict=True)
+        distances = [(a - b).square().sum(1).mean() for a, b in pairs]
         return torch.stack(distances).mean()
 
     def _features(self, images: Tensor) -> list[Tensor]:
         x = (127.5 * images.expand(-1, 3, -1, -1) + 0.5) / 128  # pixels as the network was trained: (x - 127) / 128
-        short = min(x.shape[2:])
-        if short < SMALLEST:
-            x = functional.interpolate(x, scale_factor=SMALLEST / short, mode="bilinear", align_corners=False)
-        network, found = self.network, []
+        side = min(x.shape[2:])
+        if side < MIN_SIDE:
+            x = functional.interpolate(x, scale_factor=MIN_SIDE / side, mode="bilinear", align_corners=False)
+        network, features = self.network, []
         x = network._swish(network._bn0(network._conv_stem(x)))
         for number, block in enumerate(network._blocks[: TAPS[-1] + 1]):
             x = block(x)
             if number in TAPS:
-                found.append(x * (x.square().sum(1, keepdim=True) + _EPSILON).rsqrt())
-        return found
+                features.append(x * (x.square().sum(1, keepdim=True) + _EPSILON).rsqrt())
+        return features
 
 
 class PatchDiscriminator(nn.Module):
-    """Says of each patch of a picture how real it looks (Isola et al., arXiv 1611.07004, section 3.2.2)."""
+    """Discriminator of image patches, real from reconstructed (Isola et al., arXiv 1611.07004, section 3.2.2)."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -94,35 +98,32 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 1, 3, padding=1))
 
     def forward(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 1 p q"]:
-        """A number for each patch: high where it looks real."""
+        """Compute a logit for each patch, high for real ones."""
         return self.layers(images)
 
 
-def hinge(real: Float[Tensor, "n 1 p q"], fake: Float[Tensor, "n 1 p q"]) -> Float[Tensor, ""]:
-    """The discriminator's loss: nothing to learn from patches judged beyond 1 and -1 (Lim and Ye, arXiv 1705.02894)."""
+def hinge_loss(real: Float[Tensor, "n 1 p q"], fake: Float[Tensor, "n 1 p q"]) -> Float[Tensor, ""]:
+    """Compute the discriminator's loss from its logits (Lim and Ye, arXiv 1705.02894)."""
     return 0.5 * (functional.relu(1 - real).mean() + functional.relu(1 + fake).mean())
 
 
-def balance(loss: Float[Tensor, ""], adversarial: Float[Tensor, ""], last: Tensor) -> Float[Tensor, ""]:
-    """The factor that makes both losses pull equally hard at the decoder's `last` weights, at most 10^4.
+def adversarial_weight(
+    loss: Float[Tensor, ""], adversarial: Float[Tensor, ""], last_layer: Tensor
+) -> Float[Tensor, ""]:
+    """Compute the factor that gives both losses equal gradients at the decoder's last layer, at most 10^4.
 
     Esser et al., "Taming transformers" (arXiv 2012.09841), equation 7.
     """
-    (one,) = torch.autograd.grad(loss, last, retain_graph=True)
-    (other,) = torch.autograd.grad(adversarial, last, retain_graph=True)
-    return (one.norm() / (other.norm() + 1e-4)).clamp(max=1e4).detach()
+    (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+    (adversarial_gradient,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
+    return (gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(max=1e4).detach()
 
 
-JUDGED = 1000
-"""Held-out pictures, at most, that a PSNR is of."""
-MEASURED = 10_000
-"""Training pictures, at most, that statistics are of."""
-SHOWN = 8
-"""Held-out pictures of a sheet."""
+# ---- the run
 
 
-def architecture(config: TokenizerTrainConfig) -> dict[str, Any]:
-    """The autoencoder in diffusers' terms."""
+def autoencoder_config(config: TokenizerTrainConfig) -> dict[str, Any]:
+    """Return the arguments of diffusers' AutoencoderKL."""
     stages = int(math.log2(config.stride)) + 1
     return {
         "in_channels": config.channels_in,
@@ -137,192 +138,198 @@ def architecture(config: TokenizerTrainConfig) -> dict[str, Any]:
     }
 
 
-@dataclass
-class TokenizerRun:
-    """The training of one tokenizer: its parts, and its state as one dict. One process."""
+class TokenizerRun(TrainingRun):
+    """Training of one tokenizer, in one process.
+
+    Args:
+        config: all settings.
+        folder: where the run keeps its files.
+        source: what it learns from.
+        held_out: what it is evaluated on.
+        tokenizer: trained in place.
+        device: where to train.
+        efficientnet: EfficientNet-Lite0 for the perceptual loss; None: no such loss.
+    """
 
     config: TokenizerTrainConfig
-    folder: Path
-    source: Source
-    held_out: Source
-    tokenizer: KLTokenizer
-    device: torch.device
-    network: Any = None
-    """An EfficientNet-Lite0, where distances between its features are part of the loss."""
-    progress: Progress = field(default_factory=Progress)
-    hooks: list[Callback] = field(default_factory=list)
-    parts: dict[str, float] = field(default_factory=dict)
+    model: Any
+    """A diffusers AutoencoderKL."""
 
-    def __post_init__(self) -> None:
-        config = self.config
-        self.model = self.tokenizer.to(self.device).autoencoder.train()
+    def __init__(
+        self,
+        config: TokenizerTrainConfig,
+        folder: Path,
+        source: Source,
+        held_out: Source,
+        tokenizer: KLTokenizer,
+        device: torch.device,
+        efficientnet: Any = None,
+    ) -> None:
+        super().__init__(config, folder, device)
+        self.source, self.held_out = source, held_out
+        self.model = tokenizer.to(device).autoencoder.train()
         self.ema = EMA(self.model, config.ema)
-        self.optimizers: tuple[torch.optim.Optimizer, ...] = (self._optimizer(self.model),)
-        self.store = RunState(self.folder, to_dict(config))
-        self.perceptual = None if self.network is None else PerceptualDistance(self.network.to(self.device))
-        self.critic: PatchDiscriminator | None = None
-        self.critic_from = config.adversarial_from
-        """Images seen from which on it takes part: once it has begun, it stays, also where the run is made longer."""
+        self.optimizers = (self._make_optimizer(self.model),)
+        self.perceptual = None if efficientnet is None else PerceptualDistance(efficientnet.to(device))
+        self.discriminator: PatchDiscriminator | None = None
+        self.discriminator_start = config.adversarial_from
+        """Images after which the discriminator is used."""
         if config.adversarial:
-            self.critic = PatchDiscriminator(config.channels_in, config.width).to(self.device)
-            self.critic_optimizer = self._optimizer(self.critic)
+            self.discriminator = PatchDiscriminator(config.channels_in, config.width).to(device)
+            self.discriminator_optimizer = self._make_optimizer(self.discriminator)
 
-    def _optimizer(self, module: nn.Module) -> torch.optim.AdamW:
+    def _make_optimizer(self, module: nn.Module) -> torch.optim.AdamW:
         groups = [{"params": list(module.parameters()), "weight_decay": 0.0}]
-        return ready_adamw(groups, self.config.scaled_lr, (self.config.beta1, self.config.beta2))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that the run needs to go on."""
-        state = {
-            "model": self.model.state_dict(),
-            "ema": self.ema.model.state_dict(),
-            "optimizer": get_optimizer_state_dict(self.model, self.optimizers),
-            "progress": vars(self.progress).copy(),
-        }
-        if self.critic is not None:
-            state["critic"] = self.critic.state_dict()
-            state["critic_optimizer"] = get_optimizer_state_dict(self.critic, self.critic_optimizer)
-        return state
-
-    def resume(self) -> bool:
-        """Goes on from the folder's latest state; False where there is none."""
-        state = self.state_dict()
-        if not self.store.load(state):
-            return False
-        self.model.load_state_dict(state["model"])
-        self.ema.model.load_state_dict(state["ema"])
-        set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
-        if self.critic is not None:
-            self.critic.load_state_dict(state["critic"])
-            set_optimizer_state_dict(self.critic, self.critic_optimizer, state["critic_optimizer"])
-        self.progress = Progress.resumed(self.folder, state["progress"])
-        if self.critic is not None and any(each["step"] > 0 for each in self.critic_optimizer.state.values()):
-            self.critic_from = min(self.critic_from, self.progress.images)
-        return True
-
-    def save(self) -> None:
-        """Stores the state."""
-        self.store.save(self.progress.images, self.state_dict(), self.config.keep)
+        return make_adamw(groups, self.config.scaled_lr, (self.config.beta1, self.config.beta2))
 
     @property
     def transform(self) -> Transform:
-        """What is done to pictures first."""
+        """Crop and channels of the images."""
         return Transform(self.config.size, self.config.channels_in)
 
-    @property
-    def finished(self) -> bool:
-        """Whether it has come to its end."""
-        return self.progress.images >= self.config.images
-
     def batches(self) -> Iterator[Batch]:
-        """Training pictures, from where the run has come to."""
+        """Yield batches without end, from the current position."""
         config = self.config
         return batches(
             self.source, self.transform, batch=config.batch, seed=config.seed, start=self.progress.images,
             workers=config.workers, flip=config.flip,
         )  # fmt: skip
 
-    def step(self, batch: Batch) -> tuple[float, float]:
-        """One step of the autoencoder, and of the discriminator once it takes part. Returns the loss and the norm."""
+    def step(self, batch: Batch) -> StepResult:
+        """Take one step of the autoencoder, and one of the discriminator once it is used."""
         assert isinstance(batch, ImageBatch)
         images = batch.images.to(self.device)
+        discriminator = self.discriminator if self.progress.images >= self.discriminator_start else None
+
+        # autoencoder
         self.model.zero_grad(set_to_none=True)
         with autocast(self.device, self.config.precision):
-            back, divergence = self._there_and_back(images, batch.positions)
-            terms = {"l1": (images - back).abs().mean(), "kl": divergence}
-            loss = terms["l1"] + self.config.kl * divergence
+            reconstructed, kl = self._reconstruct(images, batch.positions)
+            terms = {"l1": (images - reconstructed).abs().mean(), "kl": kl}
+            loss = terms["l1"] + self.config.kl * kl
             if self.perceptual is not None:
-                terms["perceptual"] = self.perceptual(images, back)
+                terms["perceptual"] = self.perceptual(images, reconstructed)
                 loss = loss + self.config.perceptual * terms["perceptual"]
-            critic = self.critic if self.progress.images >= self.critic_from else None
             total = loss
-            if critic is not None:
-                terms["adversarial"] = -critic(back).mean()
-                factor = balance(loss, terms["adversarial"], self.model.decoder.conv_out.weight)
-                total = loss + self.config.adversarial * factor * terms["adversarial"]
+            if discriminator is not None:
+                terms["adversarial"] = -discriminator(reconstructed).mean()
+                weight = adversarial_weight(loss, terms["adversarial"], self.model.decoder.conv_out.weight)
+                total = loss + self.config.adversarial * weight * terms["adversarial"]
         total.backward()
-        norm = optimizer_step(self)
-        if critic is not None and math.isfinite(norm):
-            terms["critic"] = self._teach(critic, images, back.detach())
-        self.parts = {name: term.item() for name, term in terms.items()}
-        return loss.item(), norm
+        norm = self.optimizer_step()
 
-    def _there_and_back(self, images: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """images -> what comes back by a latent drawn from the posterior, and that one's divergence from a standard
-        normal, summed over a picture's latents (Kingma and Welling, arXiv 1312.6114, appendix B)."""
-        found = self.model.encode(images).latent_dist
-        mean, logvar = found.mean.float(), found.logvar.float()
-        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+        # discriminator
+        if discriminator is not None and math.isfinite(norm):
+            terms["critic"] = self._discriminator_step(discriminator, images, reconstructed.detach())
+        self.extra_metrics = {name: term.item() for name, term in terms.items()}
+        return StepResult(loss.item(), norm)
+
+    def _reconstruct(self, images: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstruct images from latents sampled from the posterior. Also returns the mean KL divergence of an image.
+
+        The divergence from a standard normal is that of Kingma and Welling (arXiv 1312.6114), appendix B.
+        """
+        posterior = self.model.encode(images).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
         latents = Posterior(mean, torch.exp(0.5 * logvar)).sample(posterior_noise(mean, self.config.seed, positions))
-        return self.model.decode(latents).sample.float(), divergence
+        return self.model.decode(latents).sample.float(), kl
 
-    def _teach(self, critic: PatchDiscriminator, images: Tensor, back: Tensor) -> Tensor:
-        """One step of the discriminator, at the autoencoder's learning rate."""
-        self.critic_optimizer.param_groups[0]["lr"] = self.optimizers[0].param_groups[0]["lr"]
-        critic.zero_grad(set_to_none=True)
+    def _discriminator_step(
+        self, discriminator: PatchDiscriminator, images: Tensor, reconstructed: Tensor
+    ) -> Float[Tensor, ""]:
+        """Take a step at the autoencoder's learning rate, unless the gradient is not finite. Returns the loss."""
+        self.discriminator_optimizer.param_groups[0]["lr"] = self.optimizers[0].param_groups[0]["lr"]
+        discriminator.zero_grad(set_to_none=True)
         with autocast(self.device, self.config.precision):
-            loss = hinge(critic(images), critic(back))
+            loss = hinge_loss(discriminator(images), discriminator(reconstructed))
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(critic.parameters(), self.config.clip)
+        norm = nn.utils.clip_grad_norm_(discriminator.parameters(), self.config.clip)
         if norm.isfinite():
-            self.critic_optimizer.step()
+            self.discriminator_optimizer.step()
         return loss.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the run needs to resume."""
+        state = super().state_dict()
+        if self.discriminator is not None:
+            state["critic"] = self.discriminator.state_dict()
+            state["critic_optimizer"] = get_optimizer_state_dict(self.discriminator, self.discriminator_optimizer)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        super().load_state_dict(state)
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(state["critic"])
+            set_optimizer_state_dict(self.discriminator, self.discriminator_optimizer, state["critic_optimizer"])
+            # `adversarial_from` moves if the run is made longer, but a discriminator in use stays in use
+            if any(moments["step"] > 0 for moments in self.discriminator_optimizer.state.values()):
+                self.discriminator_start = min(self.discriminator_start, self.progress.images)
 
 
 def open_tokenizer_run(
     config: TokenizerTrainConfig, folder: Path, *, device: torch.device, load_network: Callable[[], Any]
 ) -> TokenizerRun:
-    """The run of `config` in `folder`, resumed where it has saved states; `load_network` gives the EfficientNet-Lite0
-    where features are compared.
+    """Open the run in a folder, resumed if there are saved states.
 
-    ConfigError where the folder holds another run, or several processes were started; ValueError without pictures.
+    ConfigError if the folder holds another run, or for several processes; ValueError without images.
+
+    Args:
+        config: all settings.
+        folder: where the run keeps its files.
+        device: where to train.
+        load_network: loads an EfficientNet-Lite0 for the perceptual loss.
     """
     if distributed.world_size() > 1:
         raise ConfigError(
-            f"got {distributed.world_size()} processes, but a tokenizer is trained by one; start it without"
+            f"got {distributed.world_size()} processes, but a tokenizer is trained by one; start it without torchrun"
         )
-    check_same(config, folder)
+    check_same_run(config, folder)
     source, held_out = hold_out(config.data, load_held_out(folder))
-    network = load_network() if config.perceptual else None
+    efficientnet = load_network() if config.perceptual else None
     torch.manual_seed(make_generator(config.seed).initial_seed())
-    tokenizer = from_config(architecture(config))
-    run = TokenizerRun(config, folder, source, held_out, tokenizer, device, network)
+    tokenizer = from_config(autoencoder_config(config))
+    run = TokenizerRun(config, folder, source, held_out, tokenizer, device, efficientnet)
     run.resume()
-    keep_settings(config, folder)
+    save_config(config, folder)
     save_held_out(folder, source)
     return run
 
 
-def averaged(run: TokenizerRun) -> KLTokenizer:
-    """The tokenizer of the averaged weights as they are now, without statistics."""
+# ---- evaluation and export
+
+
+def ema_tokenizer(run: TokenizerRun) -> KLTokenizer:
+    """Copy the current EMA weights to a tokenizer without statistics."""
     return KLTokenizer(copy.deepcopy(run.ema.model)).to(run.device)
 
 
 def evaluate_reconstruction(run: TokenizerRun, log: Log, tokenizer: KLTokenizer | None = None) -> RoundTrip:
-    """The PSNR of held-out pictures, by the averaged weights; and a sheet of some of them, with what came back."""
-    tokenizer = tokenizer or averaged(run)
-    found = round_trip(tokenizer, in_order(subset(run.held_out, JUDGED), run.transform))
+    """Measure the PSNR of held-out images, and save a grid of some of them; by default with the EMA weights."""
+    tokenizer = tokenizer or ema_tokenizer(run)
+    result = round_trip(tokenizer, in_order(subset(run.held_out, EVAL_IMAGES), run.transform))
     path = run.folder / "samples" / f"{run.progress.images:012d}.png"
-    for images in in_order(subset(run.held_out, SHOWN), run.transform):  # one batch, or none where none can be read
+    for images in in_order(subset(run.held_out, GRID_IMAGES), run.transform):  # one batch; none if all are unreadable
         path.parent.mkdir(parents=True, exist_ok=True)
-        drawn = sheet(tokenizer, images)
-        drawn.save(path)
-        log.picture(run.progress.images, "reconstructions", drawn)
-    log.write(run.progress.images, psnr=found.psnr)
-    log.note(f"PSNR {found.psnr:.2f} dB on {found.images:,} held-out pictures; see {path}")
-    return found
+        grid = reconstruction_grid(tokenizer, images)
+        grid.save(path)
+        log.write_image(run.progress.images, "reconstructions", grid)
+    log.write(run.progress.images, psnr=result.psnr)
+    log.note(f"PSNR {result.psnr:.2f} dB on {result.images:,} held-out pictures; see {path}")
+    return result
 
 
-def sheet(tokenizer: KLTokenizer, images: Float[Tensor, "n c h w"]) -> Image.Image:
-    """Pictures in the upper row, what came back of them in the lower one."""
+def reconstruction_grid(tokenizer: KLTokenizer, images: Float[Tensor, "n c h w"]) -> Image.Image:
+    """Draw images in the upper row and their reconstructions in the lower one."""
     return image_grid([*to_pil(images), *to_pil(reconstruct(tokenizer, images).cpu())], len(images))
 
 
-def finish(run: TokenizerRun, log: Log) -> tuple[KLTokenizer, RoundTrip]:
-    """Measures the averaged weights' statistics on the training pictures, judges them, and writes the tokenizer."""
-    tokenizer = averaged(run)
-    statistics = measure_latents(tokenizer, in_order(subset(run.source, MEASURED), run.transform), per_channel=True)
+def export_tokenizer(run: TokenizerRun, log: Log) -> tuple[KLTokenizer, RoundTrip]:
+    """Measure the statistics of the EMA tokenizer, evaluate it, and write it to the run's folder."""
+    tokenizer = ema_tokenizer(run)
+    statistics = measure_latents(tokenizer, in_order(subset(run.source, STATS_IMAGES), run.transform), per_channel=True)
     tokenizer.set_statistics(statistics.mean, statistics.std)
-    found = evaluate_reconstruction(run, log, tokenizer)
+    result = evaluate_reconstruction(run, log, tokenizer)
     save_tokenizer(tokenizer, run.folder)
-    return tokenizer, found
+    return tokenizer, result

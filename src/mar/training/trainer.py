@@ -1,9 +1,16 @@
-"""What is trained, as the loop sees it: a model, what learns it, and how far it has come.
+"""Train a model: the loop, one step of it, and the state of a run.
 
-The training loop: everything about step k follows from (seed, k), so that a run stopped and resumed is the same run.
+Everything random in step k follows from (seed, k), so a resumed run equals one that was never stopped.
+A step reads from top to bottom: `train` calls `Run.step`, that is `Run.forward_backward` and
+`TrainingRun.optimizer_step`. The loss is `mar.training.loss.DiffusionLoss`.
 
-A run is a folder: state-* (to go on from), model.safetensors (EMA) and model-raw.safetensors (to use), run.json (the
-config), log.jsonl, tensorboard/, samples/.
+A run is a folder:
+
+- state-*: saved states to resume from (`mar.checkpoint.run_state`);
+- model.safetensors: the EMA weights, and model-raw.safetensors: the weights of the last step;
+- run.json: the configuration;
+- log.jsonl and tensorboard/: the log (`mar.training.log`);
+- samples/: sample grids.
 """
 
 from __future__ import annotations
@@ -11,12 +18,13 @@ from __future__ import annotations
 import math
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +34,7 @@ from mar import distributed
 from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState
 from mar.config import ConfigError, TrainConfig, to_dict
+from mar.config.tokenizer import TokenizerTrainConfig
 from mar.data.images import Source, Transform
 from mar.data.latent_cache import LatentSource
 from mar.data.loader import Batch, ImageBatch, LatentBatch, batches, data_state, resume_data
@@ -39,10 +48,18 @@ from mar.training import parallelize
 from mar.training.ema import EMA
 from mar.training.log import Log
 from mar.training.loss import DiffusionLoss, sample_randomness
-from mar.training.optim import LRScheduleConfig, learning_rate, make_optimizers
+from mar.training.optim import learning_rate, make_optimizers
 
+MAX_NONFINITE_STEPS = 50
+"""Stop a run after so many non-finite steps in a row."""
 CALLBACKS_DONE_FILE = "watched"
-"""A file in a run's folder that says after how many images its hooks last came to their end."""
+"""File in a run's folder: images up to which all due callbacks have finished."""
+# Keys of random streams, beside those of the loss (`sample_randomness`).
+_POSTERIOR_STREAM, _DROPOUT_STREAM = 2, 3
+
+
+class TrainingError(ValueError):
+    """A run can't go on. The message is one line: the reason, and a remedy."""
 
 
 @dataclass
@@ -56,21 +73,33 @@ class Progress:
     skipped_in_a_row: int = 0
     seconds: float = 0.0
     """Time spent in steps, over all sessions of the run."""
-    watched: int = 0
-    """Images up to which all hooks that were due have come to their end."""
+    callbacks_done: int = 0
+    """Images up to which all due callbacks have finished."""
+
+    def count_step(self, images: int, finite: bool) -> None:
+        """Count a step over `images` images; one that is not finite updates nothing."""
+        self.step += 1
+        self.images += images
+        self.skipped_steps += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts by their names on disk."""
+        counts = vars(self).copy()
+        counts["watched"] = counts.pop("callbacks_done")  # the name in files, since version 0.1
+        return counts
 
     @classmethod
-    def resumed(cls, folder: Path, saved: dict[str, Any]) -> Progress:
-        """That of a saved state, and what was done after it was saved: hooks of the step that came with it."""
-        progress, note = cls(**saved), folder / CALLBACKS_DONE_FILE
-        watched = int(note.read_text(encoding="utf-8")) if note.is_file() else 0
-        progress.watched = max(progress.watched, min(watched, progress.images))
-        return progress
+    def from_state(cls, state: dict[str, Any]) -> Progress:
+        """Read what `state_dict` returned."""
+        counts = dict(state)
+        counts["callbacks_done"] = counts.pop("watched", 0)
+        return cls(**counts)
 
 
 @dataclass(frozen=True)
 class Callback:
-    """What a run does now and then beside learning; it must not change the run."""
+    """A function called every `every` images, which must not change the run."""
 
     every: int
     """Images between calls; 0 never calls."""
@@ -78,300 +107,348 @@ class Callback:
     """Gets the run."""
 
 
-@runtime_checkable
-class TrainLoopConfig(LRScheduleConfig, Protocol):
-    """The settings of a run that `train` follows (`TrainConfig` tells what they are)."""
+class StepResult(NamedTuple):
+    """Result of one training step."""
 
-    @property
-    def clip(self) -> float: ...
-    @property
-    def log_every(self) -> int: ...
-    @property
-    def save_every(self) -> int: ...
+    loss: float
+    """Mean loss of this rank's images."""
+    gradient_norm: float
+    """Norm of the global gradient before clipping."""
 
 
-@runtime_checkable
-class Trainer(Protocol):
-    """What `train` brings to its end, step by step."""
+class TrainingRun(ABC):
+    """Base of all runs: a model, its optimizers and EMA, and their state on disk.
 
-    folder: Path
-    progress: Progress
-    hooks: list[Callback]
-    parts: dict[str, float]
-    """What else the last step has to tell the log."""
+    Subclasses set `model`, `ema` and `optimizers`, and say how to read batches and take a step.
+    """
+
+    config: TrainConfig | TokenizerTrainConfig
+    model: nn.Module
     ema: EMA
     optimizers: tuple[torch.optim.Optimizer, ...]
 
-    @property
-    def config(self) -> TrainLoopConfig: ...
-    @property
-    def model(self) -> nn.Module: ...
+    def __init__(self, config: TrainConfig | TokenizerTrainConfig, folder: Path, device: torch.device) -> None:
+        self.config, self.folder, self.device = config, folder, device
+        self.progress = Progress()
+        self.callbacks: list[Callback] = []
+        self.extra_metrics: dict[str, float] = {}
+        """Further metrics of the last step, for the log."""
+        self.should_stop = False
+        """Set to end the run before its length is reached (`mar.training.early_stopping`)."""
+        self.store = RunState(folder, to_dict(config))
+
+    @abstractmethod
+    def batches(self) -> Iterator[Batch]:
+        """Yield this rank's batches without end, from the current position."""
+
+    @abstractmethod
+    def step(self, batch: Batch) -> StepResult:
+        """Take one training step, by `optimizer_step`."""
+
     @property
     def finished(self) -> bool:
-        """Whether it has come to its end."""
-        ...
+        """True once the run has reached its length or was told to stop."""
+        return self.should_stop or self.progress.images >= self.config.images
 
-    def batches(self) -> Iterator[Batch]:
-        """From where the run has come to, without end."""
-        ...
+    def optimizer_step(self) -> float:
+        """Update weights and EMA, unless the gradient is not finite.
 
-    def step(self, batch: Batch) -> tuple[float, float]:
-        """Learns from a batch by `descend`; this process's loss, and the gradient's norm."""
-        ...
-
-    def save(self) -> None:
-        """Stores the state."""
-        ...
-
-
-__all__ = ["Callback", "Progress", "Run", "Trainer", "TrainingError", "optimizer_step", "posterior_noise", "train"]
-
-MAX_NONFINITE_STEPS = 50
-"""Non-finite steps in a row after which a run stops."""
-
-_POSTERIOR = 2  # key of the posterior's noise, beside those of the loss's draws
-
-
-class TrainingError(ValueError):
-    """A run that can't go on: one line that says why and what to do."""
-
-
-@dataclass
-class Run:
-    """One training run: its parts, and its state as one dict."""
-
-    config: TrainConfig
-    folder: Path
-    source: Source | LatentSource | StreamSource
-    tokenizer: Tokenizer
-    model: MAR
-    device: torch.device
-    held_out: Source | LatentSource | None = None
-    """What it is validated on."""
-    progress: Progress = field(default_factory=Progress)
-    hooks: list[Callback] = field(default_factory=list)
-    parts: dict[str, float] = field(default_factory=dict)
-    told: str | None = None
-    """What the data has to say of being gone on with."""
-    enough: bool = False
-    """Whether it ends before its length is reached (`mar.training.early_stopping`)."""
-
-    def __post_init__(self) -> None:
-        self.tokenizer.to(self.device).eval()
-        self.loss = DiffusionLoss(self.model.to(self.device).train())
-        self.ema = EMA(self.model, self.config.ema, self.config.ema_others, warm_up=self.config.ema_warmup)
-        self.forward = parallelize.parallelize(self.loss, self.ema.models.values(), self.config, self.device)
-        self.optimizers = make_optimizers(self.model, self.config)
-        self.store = RunState(self.folder, to_dict(self.config))
+        All ranks have the same gradient, so all take or skip the same steps. Returns the gradient's norm.
+        """
+        config, progress = self.config, self.progress
+        lr = learning_rate(config, progress.images)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+        norm = parallelize.full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)).item()
+        finite = math.isfinite(norm)
+        if finite:
+            for optimizer in self.optimizers:
+                optimizer.step()
+        progress.count_step(config.batch, finite)
+        if finite:
+            self.ema.update(self.model, progress.step - progress.skipped_steps)
+        elif progress.skipped_in_a_row >= MAX_NONFINITE_STEPS:
+            raise TrainingError(
+                f"the loss was not finite for {MAX_NONFINITE_STEPS} steps in a row, up to image {progress.images:,}: "
+                "the learning rate is too high for this batch, or the latents are not normalized. Take a lower --lr "
+                "and another --out, with --init and this folder to start from the weights it last wrote; the saved "
+                "states are untouched"
+            )
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the run needs to go on."""
+        """Return all that the run needs to resume."""
         return {
             "model": self.model.state_dict(),
             "ema": self.ema.model.state_dict(),
-            **{name: model.state_dict() for name, model in self.ema.others.items()},
             "optimizer": get_optimizer_state_dict(self.model, self.optimizers),
-            "tokenizer": self.tokenizer.fitted_state(),
-            "tokenizer_fingerprint": self.tokenizer_fingerprint,
-            "progress": vars(self.progress).copy(),
-            "data": data_state(self.source),
+            "progress": self.progress.state_dict(),
         }
 
-    @cached_property
-    def tokenizer_fingerprint(self) -> str:
-        """Of all of its tokenizer that is not taken from the pictures, and does not change."""
-        return fingerprint(self.tokenizer, without=self.tokenizer.fitted_state())
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self.model.load_state_dict(state["model"])
+        self.ema.model.load_state_dict(state["ema"])
+        set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
+        self.progress = Progress.from_state(state["progress"])
+
+    def save(self) -> None:
+        """Save the state to the run's folder."""
+        self.store.save(self.progress.images, self.state_dict(), self.config.keep)
 
     def resume(self) -> bool:
-        """Goes on from the folder's latest state; False where there is none.
-
-        ConfigError where its latents were another tokenizer's.
-        """
+        """Load the folder's latest state. Returns False if there is none."""
         state = self.state_dict()
         if not self.store.load(state):
             return False
-        self._check_tokenizer(state.get("tokenizer_fingerprint"))
-        self.model.load_state_dict(state["model"])
-        self.ema.model.load_state_dict(state["ema"])
-        for name, model in self.ema.others.items():
-            model.load_state_dict(state[name])
-        set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
-        self.tokenizer.load_fitted_state(state["tokenizer"])
-        self.progress = Progress.resumed(self.folder, state["progress"])
-        by_position = self.config.hold_out > 0 and not (self.folder / HELD_OUT).is_file()
-        self.told = resume_data(self.source, state.get("data"), self.progress.images, split_by_position=by_position)
+        self.load_state_dict(state)
+        # callbacks run after a state is saved, so the file may be ahead of it
+        file, progress = self.folder / CALLBACKS_DONE_FILE, self.progress
+        if file.is_file():
+            done = min(int(file.read_text(encoding="utf-8")), progress.images)
+            progress.callbacks_done = max(progress.callbacks_done, done)
         return True
 
-    def _check_tokenizer(self, saved: str | None) -> None:
-        """`saved`: the fingerprint in a state; None where an older version saved none."""
-        own = self.tokenizer_fingerprint
-        if saved is not None and saved != own:
-            raise ConfigError(
-                f"{self.folder} holds a run of another tokenizer's latents ({saved[:12]}) than {self.config.tokenizer} "
-                f"is now ({own[:12]}); put that one back to go on, or begin another run in another folder"
-            )
+    def run_callbacks(self) -> bool:
+        """Call the callbacks that are due since the last time. Returns whether there were any."""
+        progress = self.progress
+        due = [c for c in self.callbacks if _is_due(c.every, progress.callbacks_done, progress.images)]
+        for callback in due:
+            callback.call(self)
+        progress.callbacks_done = progress.images
+        if due and distributed.rank() == 0:
+            write_text(self.folder / CALLBACKS_DONE_FILE, f"{progress.callbacks_done}\n")
+        return bool(due)
 
-    def save(self) -> None:
-        """Stores the state."""
-        self.store.save(self.progress.images, self.state_dict(), self.config.keep)
+
+class Run(TrainingRun):
+    """Training of a MAR on images or cached latents.
+
+    Args:
+        config: all settings.
+        folder: where the run keeps its files.
+        source: what it learns from.
+        tokenizer: images -> latents; moved to `device`.
+        model: trained in place.
+        device: where to train.
+        held_out: what it is validated on.
+    """
+
+    config: TrainConfig
+    model: MAR
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        source: Source | LatentSource | StreamSource,
+        tokenizer: Tokenizer,
+        model: MAR,
+        device: torch.device,
+        held_out: Source | LatentSource | None = None,
+    ) -> None:
+        super().__init__(config, folder, device)
+        self.source, self.held_out = source, held_out
+        self.tokenizer = tokenizer.to(device).eval()
+        self.model = model.to(device).train()
+        self.ema = EMA(model, config.ema, config.ema_others, warm_up=config.ema_warmup)
+        self.loss = parallelize.parallelize(DiffusionLoss(model), self.ema.models.values(), config, device)
+        """The loss module, wrapped for DDP or FSDP."""
+        self.optimizers = make_optimizers(model, config)
+        self.data_note: str | None = None
+        """Message for people about how the data was resumed."""
 
     @property
     def transform(self) -> Transform:
-        """What is done to pictures first."""
+        """Crop and channels of the images the tokenizer gets."""
         return Transform(self.tokenizer.image_size(self.config.model.grid), self.tokenizer.image_channels)
 
     @property
     def weights(self) -> dict[str, nn.Module]:
-        """What can be drawn with: `ema`, the `raw` weights, and averages of other decays, as `ema-0.9999`."""
+        """Models to sample from: `ema`, `raw`, and EMAs of other decays such as `ema-0.9999`."""
         return {"ema": self.ema.model, "raw": self.model, **self.ema.others}
 
-    @property
-    def finished(self) -> bool:
-        """Whether it has come to its end."""
-        return self.enough or self.progress.images >= self.config.images
-
     def batches(self) -> Iterator[Batch]:
-        """This process's batches, from where the run has come to."""
-        return _batches(self)
+        """Yield this rank's batches without end, from the current position."""
+        config = self.config
+        return batches(
+            self.source, self.transform,
+            batch=config.batch, seed=config.seed, start=self.progress.images, rank=distributed.rank(),
+            world=distributed.world_size(), workers=config.workers, flip=config.flip, shift=config.shift,
+        )  # fmt: skip
 
-    def step(self, batch: Batch) -> tuple[float, float]:
-        """Learns from a batch. Returns this process's loss, and the gradient's norm."""
-        return step(self, batch)
+    def step(self, batch: Batch) -> StepResult:
+        """Take one training step."""
+        generator = make_generator(self.config.seed, _DROPOUT_STREAM, self.progress.step, distributed.rank())
+        torch.manual_seed(generator.initial_seed())  # dropout
+        return StepResult(self.forward_backward(batch), self.optimizer_step())
+
+    def forward_backward(self, batch: Batch) -> float:
+        """Compute the gradient of the mean loss over the global batch. Returns this rank's loss."""
+        config, count = self.config, self.config.accumulate
+        self.model.zero_grad(set_to_none=True)
+        latents, labels = self.encode(batch), batch.labels.to(self.device)
+        micro_batches = zip(latents.chunk(count), labels.chunk(count), batch.positions.chunk(count), strict=True)
+        total = latents.new_zeros(())
+        for i, (x, y, positions) in enumerate(micro_batches):
+            draws = sample_randomness(self.model.config, config.seed, self.progress.step, positions.tolist())
+            with parallelize.grad_sync(self.loss, last=i == count - 1):
+                with autocast(self.device, config.precision):
+                    loss: Tensor = self.loss(x, y, draws.to(self.device)) / count
+                loss.backward()
+            total += loss.detach()
+        return total.item()
+
+    def encode(self, batch: Batch) -> Tensor:
+        """Encode images, or read their cached moments -> latents."""
+        return to_latents(self.tokenizer, batch, self.config.seed, self.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that the run needs to resume."""
+        return {
+            **super().state_dict(),
+            **{name: model.state_dict() for name, model in self.ema.others.items()},
+            "tokenizer": self.tokenizer.fitted_state(),
+            "tokenizer_fingerprint": self.tokenizer_fingerprint,
+            "data": data_state(self.source),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned. ConfigError if tokenizer or classes have changed."""
+        self._check_tokenizer(state.get("tokenizer_fingerprint"))
+        super().load_state_dict(state)
+        for name, model in self.ema.others.items():
+            model.load_state_dict(state[name])
+        self.tokenizer.load_fitted_state(state["tokenizer"])
+        by_position = self.config.hold_out > 0 and not (self.folder / HELD_OUT).is_file()
+        self.data_note = resume_data(
+            self.source, state.get("data"), self.progress.images, split_by_position=by_position
+        )
+
+    @cached_property
+    def tokenizer_fingerprint(self) -> str:
+        """Hash of the tokenizer without what was fitted to this run's images."""
+        return fingerprint(self.tokenizer, without=self.tokenizer.fitted_state())
+
+    def _check_tokenizer(self, saved: str | None) -> None:
+        """Compare with the fingerprint in a state; older states have none."""
+        current = self.tokenizer_fingerprint
+        if saved is not None and saved != current:
+            raise ConfigError(
+                f"{self.folder} holds a run of another tokenizer's latents ({saved[:12]}) than {self.config.tokenizer} "
+                f"is now ({current[:12]}); put that one back to resume, or begin another run in another folder"
+            )
 
 
-def train(run: Trainer, log: Log) -> bool:
-    """Trains to the end of the run. Returns False where Ctrl-C or SIGTERM stopped it: the state is saved then."""
+def train(run: TrainingRun, log: Log) -> bool:
+    """Train to the end of the run, and save its state.
+
+    Returns False if Ctrl-C or SIGTERM stopped it before the end.
+    """
     config, progress = run.config, run.progress
     loader = run.batches()
-    window: list[float] = []
-    steps, skipped = progress.step, progress.skipped_steps
-    with _stop_signals() as stopped:
-        _run_callbacks(run)  # which a killed session may have left undone
-        since, begun = progress.images, time.monotonic()
-        while not run.finished and not distributed.any_rank(bool(stopped)):
-            tick = time.monotonic()
-            before = progress.images
+    with _stop_signals() as signals:
+        run.run_callbacks()  # those that a killed session did not finish
+        window = _LogWindow(progress)
+        while not run.finished and not distributed.any_rank(bool(signals)):
+            # one step
+            tick, before = time.monotonic(), progress.images
             batch = next(loader)
-            log.skipped_pictures.update(batch.skipped)
             loss, norm = run.step(batch)
             progress.seconds += time.monotonic() - tick
-            if math.isfinite(loss):
-                window.append(loss)
+
+            # log
+            log.skipped_pictures.update(batch.skipped)
             log.advance(progress.images, loss)
+            window.add(loss)
             if progress.step % config.log_every == 0 or progress.images >= config.images:
-                seconds = time.monotonic() - begun
                 log.write(
                     progress.images,
                     step=progress.step,
-                    loss=_mean_over_ranks(window),
+                    loss=window.mean_loss(),
                     gradient_norm=norm,
                     lr=learning_rate(config, before),
-                    images_per_second=(progress.images - since) / seconds,
+                    images_per_second=window.images_per_second(),
                     skipped_steps=progress.skipped_steps,
-                    skipped_share=(progress.skipped_steps - skipped) / (progress.step - steps),
+                    skipped_share=window.skipped_share(),
                     seconds=round(progress.seconds, 1),
-                    **run.parts,
+                    **run.extra_metrics,
                 )
-                window, since, begun = [], progress.images, time.monotonic()
-                steps, skipped = progress.step, progress.skipped_steps
-            if _due(before, progress.images, config.save_every):
+                window = _LogWindow(progress)
+
+            # save, sample, validate
+            if _is_due(config.save_every, before, progress.images):
                 run.save()
-            if _run_callbacks(run):
-                begun, since = time.monotonic(), progress.images
+            if run.run_callbacks():
+                window.restart_clock()
     run.save()
     return run.finished
 
 
-def _run_callbacks(run: Trainer) -> bool:
-    """Calls the hooks that have become due since this was last done; whether any had."""
-    progress = run.progress
-    due = [hook for hook in run.hooks if _due(progress.watched, progress.images, hook.every)]
-    for hook in due:
-        hook.call(run)
-    progress.watched = progress.images
-    if due and distributed.rank() == 0:
-        write_text(run.folder / CALLBACKS_DONE_FILE, f"{progress.watched}\n")
-    return bool(due)
+class _LogWindow:
+    """The steps since the last line of the log."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.losses: list[float] = []
+        self.first_step, self.first_skipped = progress.step, progress.skipped_steps
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Measure speed from now on: callbacks don't count."""
+        self.first_image, self.start = self.progress.images, time.monotonic()
+
+    def add(self, loss: float) -> None:
+        if math.isfinite(loss):
+            self.losses.append(loss)
+
+    def mean_loss(self) -> float:
+        """Average over the images of all ranks."""
+        by_rank = distributed.all_gather_object((math.fsum(self.losses), len(self.losses)))
+        total, count = (math.fsum(values) for values in zip(*by_rank, strict=True))
+        return total / count if count else math.nan
+
+    def images_per_second(self) -> float:
+        return (self.progress.images - self.first_image) / (time.monotonic() - self.start)
+
+    def skipped_share(self) -> float:
+        return (self.progress.skipped_steps - self.first_skipped) / (self.progress.step - self.first_step)
 
 
-def _mean_over_ranks(losses: list[float]) -> float:
-    """Over all processes, of which each has the losses of its own pictures."""
-    shares = distributed.all_gather_object((math.fsum(losses), len(losses)))
-    total, count = (math.fsum(values) for values in zip(*shares, strict=True))
-    return total / count if count else math.nan
-
-
-def _due(before: int, now: int, every: int) -> bool:
+def _is_due(every: int, before: int, now: int) -> bool:
+    """Return whether a multiple of `every` lies in (before, now]."""
     return every > 0 and before // every < now // every
 
 
-def step(run: Run, batch: Batch) -> tuple[float, float]:
-    """One step of the optimizers. Returns this process's loss, and the norm."""
-    seed = make_generator(run.config.seed, 3, run.progress.step, distributed.rank()).initial_seed()
-    torch.manual_seed(seed)  # dropout
-    return forward_backward(run, batch), optimizer_step(run)
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect Ctrl-C and SIGTERM in a list, so that the current step finishes. A second Ctrl-C stops at once."""
+    received: list[int] = []
 
+    def stop(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
 
-def optimizer_step(run: Trainer) -> float:
-    """One step of the optimizers, or none where the gradient is not finite. Returns its norm.
-
-    All processes have the same gradient, and so take the same steps.
-    """
-    config, progress = run.config, run.progress
-    rate = learning_rate(config, progress.images)
-    for optimizer in run.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-    norm = parallelize.full_tensor(nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)).item()
-    finite = math.isfinite(norm)
-    if finite:
-        for optimizer in run.optimizers:
-            optimizer.step()
-    progress.step += 1
-    progress.images += config.batch
-    if finite:
-        run.ema.update(run.model, progress.step - progress.skipped_steps)
-    _count(progress, finite)
-    return norm
-
-
-def forward_backward(run: Run, batch: Batch) -> float:
-    """Leaves the gradient of the mean loss over the whole batch in the parameters; returns that of this share of it."""
-    config, count = run.config, run.config.accumulate
-    run.model.zero_grad(set_to_none=True)
-    latents, labels = encode(run, batch), batch.labels.to(run.device)
-    parts = zip(latents.chunk(count), labels.chunk(count), batch.positions.chunk(count), strict=True)
-    total = latents.new_zeros(())
-    for number, (part, classes, positions) in enumerate(parts, 1):
-        draws = sample_randomness(run.model.config, config.seed, run.progress.step, positions.tolist()).to(run.device)
-        with parallelize.grad_sync(run.forward, last=number == count):
-            with autocast(run.device, config.precision):
-                loss: Tensor = run.forward(part, classes, draws) / count
-            loss.backward()
-        total += loss.detach()
-    return total.item()
-
-
-def _count(progress: Progress, finite: bool) -> None:
-    progress.skipped_steps += not finite
-    progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
-    if progress.skipped_in_a_row >= MAX_NONFINITE_STEPS:
-        raise TrainingError(
-            f"the loss was not finite for {MAX_NONFINITE_STEPS} steps in a row, up to image {progress.images:,}: the "
-            "learning rate is too high for this batch, or the latents are not normalised. Take a lower --lr and "
-            "another --out, with --init and this folder to start from the weights it last wrote; the saved states are "
-            "untouched"
-        )
-
-
-def encode(run: Run, batch: Batch) -> Tensor:
-    """images or their cached moments -> latents, drawn from the tokenizer's posterior with noise keyed by position."""
-    return to_latents(run.tokenizer, batch, run.config.seed, run.device)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 @torch.no_grad()
 def to_latents(tokenizer: Tokenizer, batch: Batch, seed: int, device: torch.device) -> Tensor:
-    """images or their cached moments -> latents on `device`, as for `encode`."""
+    """Sample latents from the tokenizer's posterior, with noise keyed by (seed, position).
+
+    Args:
+        tokenizer: encodes images, or knows the format of cached moments.
+        batch: images, or their cached moments.
+        seed: of the noise.
+        device: of the result.
+    """
     if isinstance(batch, LatentBatch):
         posterior = to_posterior(tokenizer, batch.moments.to(device))
     else:
@@ -382,39 +459,12 @@ def to_latents(tokenizer: Tokenizer, batch: Batch, seed: int, device: torch.devi
     return posterior.sample(posterior_noise(posterior.mean, seed, batch.positions))
 
 
-def posterior_noise(like: Tensor, seed: int, positions: Tensor) -> Tensor:
-    """Standard normal noise for latents (n, c, h, w) such as `like`, each keyed by its place in the order."""
-    generators = (make_generator(seed, _POSTERIOR, position) for position in positions.tolist())
-    return torch.stack([torch.randn(like.shape[1:], generator=generator) for generator in generators]).to(like.device)
+def posterior_noise(mean: Tensor, seed: int, positions: Tensor) -> Tensor:
+    """Draw standard normal noise of the shape of `mean`, each image's keyed by (seed, position)."""
+    generators = (make_generator(seed, _POSTERIOR_STREAM, position) for position in positions.tolist())
+    return torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators]).to(mean.device)
 
 
-def autocast(device: torch.device, precision: str) -> Any:
-    """bf16: matrix products in bfloat16 with float32 weights; fp32: nothing."""
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    """Run matrix products in bfloat16 if `precision` is bf16; weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
-
-
-def _batches(run: Run) -> Iterator[Batch]:
-    config = run.config
-    return batches(
-        run.source, run.transform,
-        batch=config.batch, seed=config.seed, start=run.progress.images, rank=distributed.rank(),
-        world=distributed.world_size(), workers=config.workers, flip=config.flip, shift=config.shift,
-    )  # fmt: skip
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that fills when Ctrl-C or SIGTERM arrive: the step is finished first. A second Ctrl-C stops at once."""
-    received: list[int] = []
-
-    def stop(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

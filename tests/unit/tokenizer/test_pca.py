@@ -19,7 +19,7 @@ from mar.config import ConfigError
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
 from mar.tokenizer import PCATokenizer, build, from_name, is_name
-from mar.training.callbacks import export_and_draw, take_snapshot
+from mar.training.callbacks import export_and_sample, take_snapshot
 from mar.training.log import Log, RunLog
 from mar.training.run import export
 from mar.training.trainer import train
@@ -170,7 +170,7 @@ def test_a_run_takes_them_from_its_pictures_keeps_them_and_exports_them(data: Pa
     again = open_tiny(config, tmp_path / "run")
     assert torch.equal(again.tokenizer.fitted_state()["basis"], basis)
     assert train(again, log)
-    export_and_draw(take_snapshot(again), log)
+    export_and_sample(take_snapshot(again), log)
     log.close()
     pipeline = Pipeline.open(tmp_path / "run" / "model.safetensors")
     assert torch.equal(pipeline.tokenizer.fitted_state()["basis"], basis)

@@ -20,7 +20,7 @@ from mar.pipeline import Pipeline
 from mar.tokenizer import PixelTokenizer
 from mar.training import trainer
 from mar.training.log import RunLog
-from mar.training.run import export, initialise_from, pipeline
+from mar.training.run import export, init_from, make_pipeline
 from mar.training.trainer import Run, TrainingError, train
 
 
@@ -47,13 +47,13 @@ def lines(run: Run) -> list[dict[str, Any]]:
 
 def breaking(run: Run, when: Callable[[int], bool], monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes pictures not-a-number at the steps where `when`."""
-    encode = trainer.encode
+    encode = Run.encode
 
     def broken(run: Run, batch: Any) -> Tensor:
         latents = encode(run, batch)
         return latents * torch.nan if when(run.progress.step) else latents
 
-    monkeypatch.setattr(trainer, "encode", broken)
+    monkeypatch.setattr(Run, "encode", broken)
 
 
 def weights(run: Run) -> list[Tensor]:
@@ -68,14 +68,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     run = open_tiny(train_config(data, images=24), tmp_path)
     breaking(run, lambda step: step in (2, 3), monkeypatch)
     kept: dict[int, list[Tensor]] = {}
-    real = trainer.step
+    real = Run.step
 
     def watched(run: Run, batch: Any) -> tuple[float, float]:
         result = real(run, batch)
         kept[run.progress.step] = weights(run)
         return result
 
-    monkeypatch.setattr(trainer, "step", watched)
+    monkeypatch.setattr(Run, "step", watched)
     assert go(run)
     assert (run.progress.step, run.progress.images) == (6, 24)
     assert (run.progress.skipped_steps, run.progress.skipped_in_a_row) == (2, 0)
@@ -133,13 +133,13 @@ def test_losses_are_averaged_between_lines(data: Path, tmp_path: Path) -> None:
 
 
 def test_every_step_has_dropout_of_its_own(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, seeds, real = open_tiny(train_config(data, images=24), tmp_path), [], trainer.encode
+    run, seeds, real = open_tiny(train_config(data, images=24), tmp_path), [], Run.encode
 
     def watched(run: Run, batch: Any) -> Tensor:
         seeds.append(torch.initial_seed())
         return real(run, batch)
 
-    monkeypatch.setattr(trainer, "encode", watched)
+    monkeypatch.setattr(Run, "encode", watched)
     assert go(run)
     assert len(set(seeds)) == len(seeds) == 6
 
@@ -165,7 +165,7 @@ def test_any_model_trains_and_draws(data: Path, tmp_path: Path, changes: dict[st
     assert go(run)
     assert run.progress.skipped_steps == 0
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
-    drawer = pipeline(run)
+    drawer = make_pipeline(run)
     assert drawer.classes == (("across", "down") if run.config.model.classes else ())
     (image,) = drawer.sample([None], allow_broken=True)
     assert (image.height, image.width) == run.config.model.grid
@@ -223,8 +223,8 @@ def test_statistics_are_those_of_the_pictures(data: Path, tmp_path: Path) -> Non
     pixels = every.double() / 127.5 - 1
     assert float(run.tokenizer.mean) == pytest.approx(float(pixels.mean()), rel=1e-5)
     assert float(run.tokenizer.std) == pytest.approx(float(pixels.std(correction=0)), rel=1e-5)
-    batch = next(trainer._batches(run))
-    latents = trainer.encode(run, batch)
+    batch = next(run.batches())
+    latents = run.encode(batch)
     torch.testing.assert_close(latents * run.tokenizer.std + run.tokenizer.mean, batch.images)
 
 
@@ -253,12 +253,12 @@ def loop_open(settings: Any, folder: Path) -> Run:
 def test_weights_of_other_classes_start_with_new_ones() -> None:
     own, theirs = model(seed=1, classes=5), model(seed=2, classes=3, label_drop=0.0)
     embedding = own.class_embed.weight.detach().clone()  # type: ignore[union-attr]
-    assert initialise_from(own, theirs) == ["class_embed.weight"]
+    assert init_from(own, theirs) == ["class_embed.weight"]
     assert torch.equal(own.class_embed.weight, embedding)  # type: ignore[union-attr]
     rest = {name: tensor for name, tensor in own.state_dict().items() if name != "class_embed.weight"}
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in rest.items())
     same = model(seed=3)
-    assert initialise_from(same, theirs) == []
+    assert init_from(same, theirs) == []
     assert torch.equal(same.class_embed.weight, theirs.class_embed.weight)  # type: ignore[union-attr]
 
 
@@ -277,7 +277,7 @@ def test_weights_of_another_model_are_refused(changes: dict[str, Any], words: st
     own = model(seed=1)
     before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
     with pytest.raises(ConfigError, match=words):
-        initialise_from(own, model(seed=2, **changes))
+        init_from(own, model(seed=2, **changes))
     assert all(torch.equal(tensor, before[name]) for name, tensor in own.state_dict().items())
 
 

@@ -16,7 +16,7 @@ from tiny import open_tiny, pictures, train_config
 from mar import zoo
 from mar.config import ConfigError, TrainConfig
 from mar.training.callbacks import Snapshot, on_snapshot
-from mar.training.early_stopping import BEST, HISTORY, EarlyStopping, best_step, evals_since_best
+from mar.training.early_stopping import BEST_FILE, HISTORY_FILE, EarlyStopping, best_step, evals_since_best
 from mar.training.log import Log
 from mar.training.preflight import estimate
 from mar.training.trainer import Run, train
@@ -67,7 +67,7 @@ def go(config: TrainConfig, folder: Path, losses: list[float] | None = None) -> 
 
 
 def history(folder: Path) -> dict[int, float | None]:
-    return {int(images): loss for images, loss in json.loads((folder / HISTORY).read_text())["losses"].items()}
+    return {int(images): loss for images, loss in json.loads((folder / HISTORY_FILE).read_text())["losses"].items()}
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_a_run_ends_where_the_loss_no_longer_falls(data: Path, tmp_path: Path) -
     assert history(tmp_path) == dict(zip(range(4, 32, 4), LOSSES, strict=False))
     assert said == [
         "the loss of held-out pictures has not fallen for 3 validations, and the run ends: the lowest, 0.4000, was at "
-        f"image 16, whose weights are {tmp_path / BEST}; a larger --patience goes on"
+        f"image 16, whose weights are {tmp_path / BEST_FILE}; a larger --patience goes on"
     ]
-    best = zoo.load(str(tmp_path / BEST))
+    best = zoo.load(str(tmp_path / BEST_FILE))
     assert best.notes["images"] == 16
     weights = best.model.state_dict()
     assert all(torch.equal(tensor, weights[name]) for name, tensor in look.seen[16].items())
@@ -111,9 +111,9 @@ def test_the_same_command_ends_at_once_and_a_larger_patience_goes_on(data: Path,
     assert (run.progress.images, look.seen, again) == (28, {}, said)
     run, look, said = go(settings(data, patience=4), tmp_path)
     assert (run.progress.images, list(look.seen), said) == (40, [32, 36, 40], [])
-    assert zoo.load(str(tmp_path / BEST)).notes["images"] == 32
+    assert zoo.load(str(tmp_path / BEST_FILE)).notes["images"] == 32
     go(settings(data, patience=5), tmp_path / "whole")
-    for name in (BEST, HISTORY):
+    for name in (BEST_FILE, HISTORY_FILE):
         assert (tmp_path / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
@@ -123,7 +123,7 @@ def test_a_killed_run_decides_the_same(data: Path, tmp_path: Path, left: int) ->
     Of 28 the process was killed before it noted that it had looked."""
     config = settings(data, save_every=4, keep=9)
     whole, _, said = go(config, tmp_path)
-    expected = (tmp_path / HISTORY).read_bytes(), (tmp_path / BEST).read_bytes()
+    expected = (tmp_path / HISTORY_FILE).read_bytes(), (tmp_path / BEST_FILE).read_bytes()
     for images in range(left + 4, 32, 4):
         shutil.rmtree(tmp_path / f"state-{images:012d}")
     (tmp_path / "latest").write_text(f"state-{left:012d}\n")
@@ -133,7 +133,7 @@ def test_a_killed_run_decides_the_same(data: Path, tmp_path: Path, left: int) ->
     run, look, again = go(config, tmp_path)
     assert list(look.seen) == list(range(left, 32, 4))
     assert (run.progress.images, again) == (28, said)
-    assert ((tmp_path / HISTORY).read_bytes(), (tmp_path / BEST).read_bytes()) == expected
+    assert ((tmp_path / HISTORY_FILE).read_bytes(), (tmp_path / BEST_FILE).read_bytes()) == expected
     one, other = whole.model.state_dict(), run.model.state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -143,7 +143,7 @@ def test_a_loss_that_is_never_a_number(data: Path, tmp_path: Path) -> None:
     assert run.progress.images == 12
     assert history(tmp_path) == {4: None, 8: None, 12: None}
     assert ["it was never finite; a larger" in line for line in said] == [True]
-    assert not (tmp_path / BEST).exists()
+    assert not (tmp_path / BEST_FILE).exists()
     assert open_tiny(settings(data, patience=2), tmp_path).progress.images == 12
 
 
@@ -157,7 +157,7 @@ def test_losses_of_other_pictures_are_not_compared(data: Path, tmp_path: Path) -
 def test_a_history_that_can_not_be_read(data: Path, tmp_path: Path) -> None:
     run = open_tiny(settings(data), tmp_path)
     for text in ("{", "[]", '{"losses": {"4": "low"}}', '{"losses": {}}'):
-        (tmp_path / HISTORY).write_text(text)
+        (tmp_path / HISTORY_FILE).write_text(text)
         with pytest.raises(ValueError, match=r"validation.json can't be read .*; remove it to wait anew"):
             EarlyStopping(run, Log(), lambda snapshot: {})
 

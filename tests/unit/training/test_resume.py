@@ -152,7 +152,7 @@ def test_what_happens_between_steps_changes_nothing(uninterrupted: Run, data: Pa
         called.append(run.progress.images)
         torch.rand(1000)
 
-    run.hooks.append(Callback(4, snapshot))
+    run.callbacks.append(Callback(4, snapshot))
     torch.manual_seed(99)
     assert go(run)
     assert called == EVERY_STEP
@@ -171,7 +171,7 @@ def test_a_killed_run_forgets_what_it_did_not_save(uninterrupted: Run, data: Pat
         if run.progress.images == 28:
             raise Killed
 
-    run.hooks.append(Callback(4, die))
+    run.callbacks.append(Callback(4, die))
     with pytest.raises(Killed):
         go(run)
     with (tmp_path / "log.jsonl").open("a", encoding="utf-8") as log:
@@ -215,8 +215,8 @@ def test_held_out_pictures_stay_so_where_the_folder_grows(tmp_path: Path) -> Non
     grown = open_tiny(settings, folder)
     assert (names(grown.held_out), len(grown.source)) == (kept, 35)
     assert set(learned) < set(names(grown.source))
-    assert grown.told is not None
-    assert grown.told.startswith("warning: the data holds 35 pictures, but 15 when the run was saved")
+    assert grown.data_note is not None
+    assert grown.data_note.startswith("warning: the data holds 35 pictures, but 15 when the run was saved")
 
 
 def test_a_run_that_did_not_note_what_it_holds_out(tmp_path: Path) -> None:

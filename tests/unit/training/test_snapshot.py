@@ -15,7 +15,7 @@ from tiny import HEAD, config, open_tiny, pictures, pipeline, train_config
 
 from mar.config import SamplingConfig, TrainConfig
 from mar.pipeline import Pipeline
-from mar.training.callbacks import Snapshot, _draw, export_and_draw, on_snapshot, take_snapshot
+from mar.training.callbacks import Snapshot, _sample_share, export_and_sample, on_snapshot, take_snapshot
 from mar.training.log import Log, RunLog, open_log
 from mar.training.trainer import Run, train
 
@@ -36,8 +36,8 @@ class Kept(Log):
     def note(self, text: str) -> None:
         self.notes.append(text)
 
-    def picture(self, images: int, name: str, picture: Image.Image) -> None:
-        self.pictures[images, name] = picture
+    def write_image(self, images: int, name: str, image: Image.Image) -> None:
+        self.pictures[images, name] = image
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -48,7 +48,7 @@ def test_both_weights_are_exported_and_drawn(data: Path, tmp_path: Path) -> None
     run = open_tiny(train_config(data, sampling=SamplingConfig(3, 4, x0_bound=1.0), images=40, lr=2.0), tmp_path)
     assert train(run, Log())
     log = Kept()
-    assert export_and_draw(take_snapshot(run), log) == {}
+    assert export_and_sample(take_snapshot(run), log) == {}
     for kind, file in (("", "model.safetensors"), ("-raw", "model-raw.safetensors")):
         sheet = Image.open(tmp_path / "samples" / f"000000000040{kind}.png")
         again = Pipeline.open(tmp_path / file).sample([0, 1] * 4)
@@ -65,7 +65,7 @@ def test_both_weights_are_exported_and_drawn(data: Path, tmp_path: Path) -> None
 def test_a_grid_that_is_broken_is_said_and_nothing_else(data: Path, tmp_path: Path) -> None:
     noise_model = config(channels=1, grid=(8, 8), patch_size=2, classes=2, head=replace(HEAD, prediction="noise"))
     run, log = open_tiny(train_config(data, model=noise_model), tmp_path), Kept()
-    export_and_draw(take_snapshot(run), log)
+    export_and_sample(take_snapshot(run), log)
     assert [note.split(" at ")[0] for note in log.notes] == [
         f"no samples of the {weights} weights yet: image 0 is broken" for weights in ("ema", "raw")
     ]
@@ -77,7 +77,7 @@ def test_shares_of_a_grid_may_be_empty() -> None:
     drawer = pipeline()
     drawer.sampling = replace(drawer.sampling, x0_bound=1.0)
     whole = drawer.sample([0, 1])
-    shares = [_draw(drawer, [0, 1], rank, 5) for rank in range(5)]
+    shares = [_sample_share(drawer, [0, 1], rank, 5) for rank in range(5)]
     assert [len(share) for share in shares] == [0, 0, 1, 0, 1]
     drawn = [np.asarray(picture) for share in shares for picture in share]
     assert all(np.array_equal(one, np.asarray(other)) for one, other in zip(drawn, whole, strict=True))

@@ -18,7 +18,7 @@ from mar.config import ConfigError, TrainConfig
 from mar.data.stream import StreamSource
 from mar.tokenizer.base import measure_latents
 from mar.training.log import Log, RunLog
-from mar.training.run import adopt_official
+from mar.training.run import resume_official
 from mar.training.trainer import Run, train
 
 
@@ -47,8 +47,8 @@ def test_a_stopped_run_is_the_same_run(data: Path, tmp_path: Path) -> None:
     whole = go(settings(data), tmp_path / "whole")
     go(settings(data), tmp_path / "parts", 12)
     run = go(settings(data, workers=2), tmp_path / "parts")
-    assert run.told is not None
-    assert "0 pictures are repeated" in run.told
+    assert run.data_note is not None
+    assert "0 pictures are repeated" in run.data_note
     (tree, one), (other_tree, other) = (run_state.flatten(r.state_dict()) for r in (whole, run))
     assert tree["data"] == other_tree["data"]
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
@@ -78,7 +78,7 @@ def official(run: Run, folder: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mar.checkpoint.official.read_mar", lambda path: Read())
-        adopt_official(run, folder / "checkpoint-last.pth")
+        resume_official(run, folder / "checkpoint-last.pth")
 
 
 def test_a_folder_that_has_grown_is_told_of(tmp_path: Path) -> None:
@@ -90,14 +90,14 @@ def test_a_folder_that_has_grown_is_told_of(tmp_path: Path) -> None:
     config = train_config(folder, images=8)
     config = TrainConfig(**{**vars(config), "model": type(config.model)(**model)})
     go(config, tmp_path / "run")
-    assert go(TrainConfig(**{**vars(config), "images": 12}), tmp_path / "run").told is None
+    assert go(TrainConfig(**{**vars(config), "images": 12}), tmp_path / "run").data_note is None
     (folder / "6.png").write_bytes(png(6))
     run = open_tiny(TrainConfig(**{**vars(config), "images": 16}), tmp_path / "run")
-    assert run.told is not None
-    assert run.told.startswith("warning: the data holds 6 pictures, but 5 when the run was saved")
+    assert run.data_note is not None
+    assert run.data_note.startswith("warning: the data holds 6 pictures, but 5 when the run was saved")
     train(run, Log())
     run.save()
-    assert open_tiny(TrainConfig(**{**vars(config), "images": 16}), tmp_path / "run").told is None
+    assert open_tiny(TrainConfig(**{**vars(config), "images": 16}), tmp_path / "run").data_note is None
 
 
 def test_the_command_line_tells_what_is_repeated(

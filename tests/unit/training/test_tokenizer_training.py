@@ -29,17 +29,17 @@ from mar.data.splits import hold_out, subset
 from mar.tokenizer import KLTokenizer, PixelTokenizer
 from mar.tokenizer.base import psnr, round_trip
 from mar.training.log import Log, RunLog
-from mar.training.preflight import check_tokenizer, wide_tokens
+from mar.training.preflight import check_tokenizer, token_width_warning
 from mar.training.run import open_run
 from mar.training.tokenizer import (
     PatchDiscriminator,
     PerceptualDistance,
     TokenizerRun,
-    averaged,
-    balance,
+    adversarial_weight,
+    ema_tokenizer,
     evaluate_reconstruction,
-    finish,
-    hinge,
+    export_tokenizer,
+    hinge_loss,
     open_tokenizer_run,
 )
 from mar.training.trainer import Run, train
@@ -141,8 +141,8 @@ def test_resume_is_bitwise(
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     if losses:
         assert {"critic", "critic_optimizer"} <= {name.split("/")[0] for name in ours}
-        assert set(resumed.parts) == {"l1", "kl", "perceptual", "adversarial", "critic"}
-        assert all(math.isfinite(part) for part in resumed.parts.values())
+        assert set(resumed.extra_metrics) == {"l1", "kl", "perceptual", "adversarial", "critic"}
+        assert all(math.isfinite(part) for part in resumed.extra_metrics.values())
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     log = RunLog(folder, run.config.images, 0)
     before = evaluate_reconstruction(run, log)
     assert train(run, log)
-    tokenizer, after = finish(run, log)
+    tokenizer, after = export_tokenizer(run, log)
     log.close()
     assert tokenizer.has_stats
     return folder, before.psnr, after.psnr
@@ -247,7 +247,7 @@ def test_a_run_of_another_tokenizers_latents_is_refused(
 def test_a_poor_tokenizer_and_wide_tokens_are_warned_of(data: Path, tmp_path: Path) -> None:
     poor = opened(settings(data, images=4), tmp_path / "poor")
     assert train(poor, Log())
-    finish(poor, Log())
+    export_tokenizer(poor, Log())
     run = latent_run(latents_config(data, tmp_path / "poor", patch_size=4), tmp_path / "run")
     told = Told()
     check_tokenizer(run, told)
@@ -282,7 +282,7 @@ def test_with_cached_latents_the_pictures_are_looked_for(trained: tuple[Path, fl
 ])  # fmt: skip
 def test_which_tokens_are_wide(channels: int, patch: int, width: int, warned: bool) -> None:
     config = model_config(channels=channels, patch_size=patch, head=replace(HEAD, width=width))
-    assert (wide_tokens(config) is not None) == warned
+    assert (token_width_warning(config) is not None) == warned
 
 
 def test_psnr_is_of_pixels_from_minus_one_to_one() -> None:
@@ -355,7 +355,7 @@ def test_a_discriminator_that_has_begun_stays_where_the_run_is_made_longer(data:
     for name, at in (("early", 16), ("begun", 20)):
         longer = opened(settings(data, **losses, images=80), tmp_path / name)
         assert not train(longer, Stopping(at))
-        parts[name] = set(longer.parts)
+        parts[name] = set(longer.extra_metrics)
     assert "critic" not in parts["early"]
     assert "critic" in parts["begun"]
 
@@ -365,7 +365,7 @@ def test_the_average_lags_and_is_what_is_exported(data: Path, tmp_path: Path) ->
     train(run, Log())
     raw, ema = run.model.decoder.conv_out.weight, run.ema.model.decoder.conv_out.weight
     assert not torch.equal(raw, ema)
-    assert torch.equal(averaged(run).autoencoder.decoder.conv_out.weight, ema)
+    assert torch.equal(ema_tokenizer(run).autoencoder.decoder.conv_out.weight, ema)
 
 
 def test_perceptual_distance_by_the_network_in_the_extra() -> None:
@@ -387,15 +387,15 @@ def test_the_discriminator_learns_to_tell_and_its_weight_balances() -> None:
         critic = PatchDiscriminator(1, 8)
     real, fake = noise(8, 1, 16, 16), noise(8, 1, 16, 16, seed=1).mean(-1, keepdim=True).expand(-1, -1, -1, 16)
     optimizer = torch.optim.Adam(critic.parameters(), 1e-2)
-    first = hinge(critic(real), critic(fake)).item()
+    first = hinge_loss(critic(real), critic(fake)).item()
     for _ in range(10):
         optimizer.zero_grad()
-        hinge(critic(real), critic(fake)).backward()
+        hinge_loss(critic(real), critic(fake)).backward()
         optimizer.step()
-    assert hinge(critic(real), critic(fake)).item() < 0.5 * first
-    assert float(hinge(torch.full((1, 1, 2, 2), 1.5), torch.full((1, 1, 2, 2), -0.5))) == 0.25
+    assert hinge_loss(critic(real), critic(fake)).item() < 0.5 * first
+    assert float(hinge_loss(torch.full((1, 1, 2, 2), 1.5), torch.full((1, 1, 2, 2), -0.5))) == 0.25
     weight = torch.tensor([3.0], requires_grad=True)
-    assert balance((5 * weight).sum(), (2 * weight).sum(), weight).item() == pytest.approx(2.5, rel=1e-3)
+    assert adversarial_weight((5 * weight).sum(), (2 * weight).sum(), weight).item() == pytest.approx(2.5, rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from mar.data.splits import Subset
 from mar.model.mar import MAR
 from mar.tokenizer import PixelTokenizer
 from mar.training import callbacks
-from mar.training.callbacks import BINS, SEED, Snapshot, Validation, on_snapshot, take_snapshot, validation_numbers
+from mar.training.callbacks import BINS, VALIDATION_SEED, Snapshot, Validation, mean_by_bin, on_snapshot, take_snapshot
 from mar.training.log import Log, open_log
 from mar.training.loss import DiffusionLoss, sample_randomness
 from mar.training.run import open_run
@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(callbacks, "GROUP", 3)
+    monkeypatch.setattr(callbacks, "GROUP_SIZE", 3)
 
 
 def opened(data: Path, folder: Path, **changes: Any) -> Run:
@@ -57,11 +57,11 @@ def test_it_is_the_training_loss_by_timestep(data: Path, tmp_path: Path) -> None
     loss = DiffusionLoss(run.ema.model).eval()
     total, rows, every = 0.0, 0, []
     validator = Validation(run, Log())
-    for group in validator._encode():
-        draws = sample_randomness(plain, SEED, group.number, group.positions.tolist())
+    for group in validator._encode_groups():
+        draws = sample_randomness(plain, VALIDATION_SEED, group.number, group.positions.tolist())
         mean = float(loss(group.latents, group.labels, draws))
         total, rows = total + mean * draws.timestep.numel(), rows + draws.timestep.numel()
-        every.append(loss.rows(group.latents, group.labels, draws)[draws.timestep.flatten() >= 900])
+        every.append(loss.per_token_loss(group.latents, group.labels, draws)[draws.timestep.flatten() >= 900])
     assert found["val_loss"] == pytest.approx(total / rows, rel=1e-6)
     assert found["val_loss_09"] == pytest.approx(float(torch.cat(every).mean()), rel=1e-5)
     assert len(set(found.values())) == len(found)
@@ -98,11 +98,11 @@ def test_nothing_random_is_used_up_and_the_run_is_as_it_was(data: Path, tmp_path
 def test_the_parts_are_put_together_by_count() -> None:
     one = ([1.0] * BINS, [2] * BINS)
     other = ([0.0] * (BINS - 1) + [5.0], [0] * (BINS - 1) + [1])
-    found = validation_numbers([one, other])
+    found = mean_by_bin([one, other])
     assert found["val_loss_00"] == 0.5
     assert found["val_loss_09"] == 2.0
     assert found["val_loss"] == pytest.approx(15 / 21)
-    empty = validation_numbers([([0.0] * BINS, [0] * BINS)])
+    empty = mean_by_bin([([0.0] * BINS, [0] * BINS)])
     assert all(math.isnan(value) for value in empty.values())
 
 
@@ -132,8 +132,8 @@ def test_a_broken_picture_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureF
     Path(run.held_out[4].name).write_bytes(b"no picture")
     look = Validation(run, Log())
     assert look(take_snapshot(run))["val_loss"] > 0
-    assert look.kept is not None
-    assert [group.positions.tolist() for group in look.kept] == [[0, 1, 2], [3, 5], [6, 7]]
+    assert look.groups is not None
+    assert [group.positions.tolist() for group in look.groups] == [[0, 1, 2], [3, 5], [6, 7]]
     assert "skipped a picture that can't be read" in caplog.text
 
 
@@ -179,9 +179,9 @@ def test_a_drawn_latent_is_drawn_once(data: Path, tmp_path: Path) -> None:
     settings = train_config(data, hold_out=3, tokenizer="some-vae")
     cpu = torch.device("cpu")
     run = open_run(settings, tmp_path, device=cpu, load_tokenizer=lambda name: Vague(1, 0.0, 1.0), load_model=Any)
-    one, again = (Validation(run, Log())._encode() for _ in range(2))
+    one, again = (Validation(run, Log())._encode_groups() for _ in range(2))
     assert torch.equal(one[1].latents, again[1].latents)
-    plain = to_latents(PixelTokenizer(1, 0.0, 1.0), _batch(run, one[1].positions), SEED, cpu)
+    plain = to_latents(PixelTokenizer(1, 0.0, 1.0), _batch(run, one[1].positions), VALIDATION_SEED, cpu)
     assert 0.8 < float((one[1].latents - plain).std()) < 1.2
 
 

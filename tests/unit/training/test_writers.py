@@ -64,8 +64,8 @@ def tracker(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return fake
 
 
-def writing(folder: Path, *names: str, images: int = 0, watched: int | None = None) -> RunLog:
-    writers = open_writers(names, folder, config={"lr": 0.1}, images=images, watched=watched)
+def writing(folder: Path, *names: str, images: int = 0, callbacks_done: int | None = None) -> RunLog:
+    writers = open_writers(names, folder, config={"lr": 0.1}, images=images, callbacks_done=callbacks_done)
     assert all(isinstance(writer, Writer) for writer in writers)
     return RunLog(folder, 100, images, writers)
 
@@ -77,7 +77,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_every_writer_gets_everything(tmp_path: Path, tracker: FakeTracker, capsys: pytest.CaptureFixture[str]) -> None:
     log = writing(tmp_path / "a run", "tensorboard", tracker.__name__)
     log.write(8, psnr=2.5, step=2, about="words")
-    log.picture(8, "samples", GREY)
+    log.write_image(8, "samples", GREY)
     log.close()
     assert lines(tmp_path / "a run") == [{"images": 8, "psnr": 2.5, "step": 2, "about": "words"}]
     step = "step" if tracker.__name__ == "wandb" else "steps"  # trackio's own word for images is step
@@ -102,7 +102,7 @@ def test_a_run_that_goes_on_is_the_same_run_there(tmp_path: Path, tracker: FakeT
     log = writing(tmp_path, tracker.__name__, images=10)  # killed: 10 is the last state
     for images in (20, 30, 40):
         log.write(images, step=images // 10, psnr=0.1 * images)
-        log.picture(images, "samples", GREY)
+        log.write_image(images, "samples", GREY)
     log.close()
     called = [(begun.get("id"), begun["name"]) for begun in tracker.begun]
     assert called[0] == called[1]
@@ -164,15 +164,15 @@ def test_lines_that_are_to_come_again_are_dropped(tmp_path: Path) -> None:
         log.write(images, {"val_loss": math.inf, "words": "ä"})
     path.write_text(path.read_text() + '{"images": 30, "st')
     whole = path.read_text().splitlines()
-    assert JsonLines(path, 20).told == 20
+    assert JsonLines(path, 20).last_logged == 20
     assert path.read_text().splitlines() == whole[:-1]
     assert json.loads(whole[-2]) == {"images": 20, "val_loss": None, "words": "ä"}
     # looks at the run after 20 images are made again, so that their lines come again
-    assert JsonLines(path, 20, watched=10).told == 20
+    assert JsonLines(path, 20, callbacks_done=10).last_logged == 20
     assert path.read_text().splitlines() == whole[:5]
-    assert JsonLines(path, 10, watched=0).told == 20
+    assert JsonLines(path, 10, callbacks_done=0).last_logged == 20
     assert path.read_text().splitlines() == whole[:3]
-    assert JsonLines(path).told == 10  # the run begins anew
+    assert JsonLines(path).last_logged == 10  # the run begins anew
     assert path.read_text() == ""
 
 
@@ -207,7 +207,7 @@ def test_a_runs_log_goes_where_its_config_says(
     silent = open_log(run)
     assert type(silent) is Log
     silent.write(8, psnr=1.0)
-    silent.picture(8, "samples", GREY)
+    silent.write_image(8, "samples", GREY)
     silent.close()
     assert len(tracker.begun) == len(tracker.logged) == len(lines(run.folder)) == 1
 
