@@ -45,7 +45,8 @@ STATS_IMAGES = 10_000
 """Images of a stream, at most, to fit a tokenizer to."""
 _MAY_CHANGE_ON_RESUME = {
     "images", "decay", "workers", "save_every", "sample_every", "log_every", "log_to", "keep", "sampling",
-    "strategy", "accumulate", "activation_checkpointing", "compile", "validate_every", "validate_on", "validate_count", "patience",
+    "strategy", "accumulate", "activation_checkpointing", "compile",
+    "validate_every", "validate_on", "validate_count", "patience",
 }  # fmt: skip
 """Settings that leave the steps so far as they were."""
 _MAY_DIFFER_FROM_INIT = {"classes", "label_drop", "attention_dropout", "projection_dropout", "mask_ratio_min"}
