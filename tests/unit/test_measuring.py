@@ -61,7 +61,7 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def no_judge(quality: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is drawn to be judged, and every distance is 1."""
-    report = SimpleNamespace(distance=1.0, agreement=None, worst_agreement=None)
+    report = SimpleNamespace(distance=1.0, class_accuracy=None, worst_class_accuracy=None)
     monkeypatch.setattr(quality, "collect", lambda *_, **__: SimpleNamespace(statistics=None))
     monkeypatch.setattr(quality, "compare", lambda *_: report)
 

@@ -1,20 +1,18 @@
-"""Which tensors decay, how the learning rate rises and falls, and what the average of the weights forgets."""
+"""Optimizers: parameter groups, learning rate, and the updates of Muon."""
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from tiny import model
+from tiny import model, noise
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from mar.config import ConfigError, TrainConfig
-from mar.training.ema import EMA
-from mar.training.optim import decays, learning_rate, make_optimizers
+from mar.training.optim import Muon, decays, learning_rate, make_optimizers, orthogonalize
 
 CONFIG = TrainConfig(images=10_000, batch=64, lr=1e-3, warmup=1000, decay=2000)
+MUON = TrainConfig(images=10_000, batch=64, lr=1e-2, optimizer="muon")
 
 
 def test_groups_are_the_references() -> None:
@@ -65,76 +63,77 @@ def test_without_warm_up_and_decay_it_is_constant() -> None:
     assert {learning_rate(config, images) for images in (0, 50, 99)} == {3e-4}
 
 
-class One(nn.Module):
-    def __init__(self, value: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor([value], dtype=torch.float64))
+@pytest.mark.parametrize("shape", [(24, 24), (8, 32), (32, 8)])
+def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int]) -> None:
+    u, s, v = torch.linalg.svd(noise(3, *shape), full_matrices=False)
+    made = orthogonalize(u @ torch.diag_embed(s * 1e-3) @ v)
+    values = torch.linalg.svdvals(made)
+    assert values.max() < 1.3
+    assert values.median() > 0.6
+    inside = u.mT @ made @ v.mT  # diagonal where the singular vectors are the same
+    assert (inside - torch.diag_embed(inside.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
 
 
-def test_a_young_average_forgets_its_start() -> None:
-    weights = One(1.0)
-    average = EMA(weights, 0.9999)
-    with torch.no_grad():
-        weights.weight.fill_(0.0)
-    left = 1.0
-    for step in range(1, 1001):
-        average.update(weights, step)
-        left *= min(0.9999, (1 + step) / (10 + step))
-    assert float(average.model.weight.detach()) == pytest.approx(left)
-    assert left < 1e-12
+def test_nothing_comes_of_nothing() -> None:
+    assert torch.equal(orthogonalize(torch.zeros(2, 4, 6)), torch.zeros(2, 4, 6))
 
 
-def test_without_a_warm_up_it_holds_its_start() -> None:
-    weights = One(1.0)
-    average = EMA(weights, 0.9999, warm_up=False)
-    with torch.no_grad():
-        weights.weight.fill_(0.0)
-    for step in range(1, 1001):
-        average.update(weights, step)
-    assert float(average.model.weight.detach()) == pytest.approx(0.9999**1000)  # 90%
+def test_parts_of_a_fused_matrix_are_updated_as_matrices_of_their_own() -> None:
+    fused = nn.Parameter(noise(12, 4))
+    apart = [nn.Parameter(part.clone()) for part in fused.detach().chunk(3)]
+    gradient = noise(12, 4, seed=1) * torch.tensor([1.0, 100.0, 1e-3]).repeat_interleave(4)[:, None]
+    fused.grad = gradient
+    for p, part in zip(apart, gradient.chunk(3), strict=True):
+        p.grad = part.clone()
+    Muon([{"params": [fused], "parts": 3}], 0.1).step()
+    Muon([{"params": apart}], 0.1).step()
+    assert torch.allclose(fused.detach(), torch.cat([p.detach() for p in apart]), atol=1e-6)
 
 
-def test_the_decay_is_reached() -> None:
-    weights, steps = One(0.0), 10**6
-    average = EMA(weights, 0.9)
-    with torch.no_grad():
-        weights.weight.fill_(1.0)
-    average.update(weights, steps)
-    assert float(average.model.weight.detach()) == pytest.approx(0.1)
+def test_an_update_has_the_size_of_adamws_whatever_the_gradients() -> None:
+    for scale in (1e-6, 1e3):
+        p = nn.Parameter(torch.zeros(64, 64))
+        p.grad = noise(64, 64) * scale
+        Muon([{"params": [p]}], 0.01, factor=3.0).step()
+        assert float(p.detach().square().mean().sqrt()) == pytest.approx(0.2 * 0.03, rel=0.2)
 
 
-def test_averages_of_several_lengths_go_side_by_side() -> None:
-    weights = One(0.0)
-    average, alone = EMA(weights, 0.9, (0.5, 0.99)), EMA(weights, 0.99)
-    with torch.no_grad():
-        weights.weight.fill_(1.0)
-    for each in (average, alone):
-        each.update(weights, 10**6)
-        each.update(weights, 10**6)
-    assert list(average.others) == ["ema-0.5", "ema-0.99"]
-    ends = [float(each.weight) for each in (average.model, *average.others.values())]
-    assert ends == pytest.approx([0.19, 0.75, 0.0199])
-    assert torch.equal(average.others["ema-0.99"].weight, alone.model.weight)
-    assert average.model is average.models[0.9]
+def test_decay_pulls_towards_zero_by_the_rate() -> None:
+    p = nn.Parameter(torch.ones(4, 4))
+    p.grad = torch.zeros(4, 4)
+    Muon([{"params": [p]}], 0.1, factor=2.0, weight_decay=0.5).step()
+    assert torch.allclose(p.detach(), torch.full((4, 4), 1 - 0.2 * 0.5))
 
 
-@pytest.mark.parametrize("others", [(0.5, 0.5), (0.9999,), (1.0,), (-0.1,)])
-def test_decays_that_can_not_be(others: tuple[float, ...]) -> None:
-    with pytest.raises(ConfigError, match="ema_others has"):
-        TrainConfig(ema=0.9999, ema_others=others)
+def test_it_goes_downhill_and_remembers() -> None:
+    target, p = noise(6, 6), nn.Parameter(torch.zeros(6, 6))
+    optimizer = Muon([{"params": [p]}], 0.05)
+    before = float(target.square().sum())
+    for _ in range(100):
+        p.grad = p.detach() - target
+        optimizer.step()
+    assert float((p.detach() - target).square().sum()) < 0.3 * before
+    assert optimizer.state[p]["momentum"].abs().max() > 0
 
 
-def test_the_average_is_apart_from_the_model() -> None:
-    of = model().train()
-    average = EMA(of, 0.5)
-    before = copy.deepcopy(average.model.state_dict())
-    with torch.no_grad():
-        for p in of.parameters():
-            p.add_(1)
-    assert all(torch.equal(value, before[name]) for name, value in average.model.state_dict().items())
-    assert not average.model.training
-    assert of.training
-    assert not any(p.requires_grad for p in average.model.parameters())
-    average.update(of, 100)
-    assert set(average.model.state_dict()) == set(of.state_dict())
-    assert not any(torch.equal(value, before[name]) for name, value in average.model.state_dict().items())
+def test_every_parameter_is_in_one_group_and_blocks_are_muons() -> None:
+    of = model()
+    adamw, muon = make_optimizers(of, MUON)
+    names = {id(p): name for name, p in of.named_parameters()}
+    held = {name: {names[id(p)] for g in o.param_groups for p in g["params"]}
+            for name, o in (("adamw", adamw), ("muon", muon))}  # fmt: skip
+    assert held["adamw"] | held["muon"] == set(names.values())
+    assert not held["adamw"] & held["muon"]
+    assert {"encoder.0.attention.qkv.weight", "decoder.0.fc2.weight", "head.blocks.0.modulation.weight"} <= held["muon"]
+    assert {"token_embed.weight", "head.output.weight", "encoder.0.fc1.bias", "mask_token"} <= held["adamw"]
+    three = {names[id(p)] for g in muon.param_groups if g["parts"] == 3 for p in g["params"]}
+    assert three == {name for name in held["muon"] if "qkv" in name or "modulation" in name}
+    still = {names[id(p)] for g in muon.param_groups if not g["weight_decay"] for p in g["params"]}
+    assert still == {name for name in held["muon"] if name.startswith("head.")}
+
+
+def test_what_cannot_be() -> None:
+    with pytest.raises(ValueError, match=r"shape \(4, 3\), expected 3 matrices"):
+        Muon([{"params": [nn.Parameter(torch.zeros(4, 3))], "parts": 3}], 0.1)
+    with pytest.raises(ConfigError, match="muon_factor is 0"):
+        TrainConfig(muon_factor=0)
