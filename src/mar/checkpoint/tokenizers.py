@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mar.checkpoint.files import write_text
-from mar.tokenizer import Tokenizer
+from mar.tokenizer import TOKENIZERS, Tokenizer
 
 STATISTICS_FILE = "mar_statistics.json"
 """Name of the file with a tokenizer's mean and standard deviation."""
@@ -23,9 +23,7 @@ def load_tokenizer(path: str | Path, subfolder: str | None = None, *, local_file
     folder = Path(path)
     if subfolder is None and not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
         subfolder = "vae"
-    from mar.tokenizer.kl import KLTokenizer
-
-    tokenizer = KLTokenizer(_load_autoencoder(path, subfolder, local_files_only))
+    tokenizer = _load_autoencoder(path, subfolder, local_files_only)
     statistics = folder / (subfolder or "") / STATISTICS_FILE
     if statistics.is_file():
         _read_statistics(statistics, tokenizer)
@@ -34,11 +32,10 @@ def load_tokenizer(path: str | Path, subfolder: str | None = None, *, local_file
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write a tokenizer in diffusers' format, with its statistics, if any."""
-    from mar.tokenizer.kl import KLTokenizer
-
-    if not isinstance(tokenizer, KLTokenizer):
-        raise ValueError(f"tokenizer: got a {type(tokenizer).__name__}, but only a KLTokenizer has a diffusers format")
-    tokenizer.autoencoder.save_pretrained(folder)
+    autoencoder: Any = getattr(tokenizer, "autoencoder", None)
+    if autoencoder is None:
+        raise ValueError(f"tokenizer: got a {type(tokenizer).__name__}, which wraps no autoencoder of diffusers")
+    autoencoder.save_pretrained(folder)
     if tokenizer.has_stats:
         save_statistics(tokenizer, folder)
 
@@ -51,20 +48,24 @@ def save_statistics(tokenizer: Tokenizer, folder: str | Path) -> Path:
     return path
 
 
-def _load_autoencoder(path: str | Path, subfolder: str | None, local_files_only: bool) -> Any:
-    from diffusers import AutoencoderKL
+def _load_autoencoder(path: str | Path, subfolder: str | None, local_files_only: bool) -> Tokenizer:
+    """Load an autoencoder of diffusers into the tokenizer that wraps its class."""
+    import diffusers
 
     where = {"subfolder": subfolder, "local_files_only": local_files_only}
+    wrappers = {entry.diffusers_class: entry for entry in TOKENIZERS.values() if entry.diffusers_class}
     try:
-        config = AutoencoderKL.load_config(path, **where)
-        kind = config.get("_class_name")
-        if kind != "AutoencoderKL":
-            raise ValueError(f"tokenizer: {path} holds a diffusers {kind}, expected an AutoencoderKL")
+        kind = diffusers.AutoencoderKL.load_config(path, **where).get("_class_name")
+        if kind not in wrappers:
+            raise ValueError(f"tokenizer: {path} holds a diffusers {kind}, expected an {' or '.join(wrappers)}")
         # Without low_cpu_mem_usage diffusers does not ask, in five lines, for a library that it would save memory with.
-        return AutoencoderKL.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False, **where)
+        loaded = getattr(diffusers, kind).from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False, **where)
     except OSError as error:  # no such folder or repository, files missing, no network
         reason = " ".join(str(error).split())
         raise ValueError(f"tokenizer: can't load a diffusers autoencoder from {path}: {reason}") from error
+    wrapper: Any = wrappers[kind].load()
+    tokenizer: Tokenizer = wrapper(loaded)
+    return tokenizer
 
 
 def _read_statistics(path: Path, tokenizer: Tokenizer) -> None:

@@ -148,7 +148,23 @@ def accept_old_names(kind: type[Config]) -> type[Config]:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """Returns a config as plain JSON-able values."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)} | _kind_of_subclass(config)
+
+
+def _kind_of_subclass(config: Any) -> dict[str, str]:
+    """Returns the `kind` of a config whose base class is a config with a `kind`; nothing for others."""
+    base = type(config).__mro__[1]
+    return {"kind": config.kind} if dataclasses.is_dataclass(base) and hasattr(base, "kind") else {}
+
+
+def _class_of_kind(base: type[Config], name: str) -> type[Config]:
+    """Returns the class among `base` and its subclasses that is called `name`."""
+    classes: list[Any] = [base]
+    for each in classes:
+        classes += each.__subclasses__()
+    known = {each.kind: each for each in classes}
+    require(name in known, f"{base.__name__}: got kind {name!r}, expected {' or '.join(known)}")
+    return typing.cast(type[Config], known[name])
 
 
 def to_dict_for_hash(config: Any) -> dict[str, Any]:
@@ -163,7 +179,7 @@ def to_dict_for_hash(config: Any) -> dict[str, Any]:
         values[first.get(field.name, field.name)] = (
             to_dict_for_hash(value) if dataclasses.is_dataclass(value) else _plain(value)
         )
-    return values
+    return values | _kind_of_subclass(config)
 
 
 def _plain(value: Any) -> Any:
@@ -177,7 +193,11 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
 
     Old field names are read as the new ones (`RENAMED`). ConfigError for a field that `kind` never had.
     """
-    hints = typing.get_type_hints(kind)
+    if hasattr(kind, "kind") and "kind" in values:
+        kind = _class_of_kind(kind, values["kind"])
+        values = {name: value for name, value in values.items() if name != "kind"}
+    every_hint = typing.get_type_hints(kind)
+    hints = {field.name: every_hint[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     values = rename_old_keys(kind, values)
     values = {name: value for name, value in values.items() if name in hints or (name, value) not in _GONE}
     unknown = sorted(set(values) - set(hints))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mar.config.fields import accept_old_names, fraction, one_of, positive, require
 
@@ -53,9 +53,10 @@ class TrunkConfig:
 class HeadConfig:
     """The diffusion head: an MLP that samples a token given z.
 
-    Paper, sections 3.2 and 4.1.
+    Paper, sections 3.2 and 4.1. Another head has a subclass with a `kind` of its own, which saved configs name.
     """
 
+    kind: ClassVar[str] = "diffusion"
     width: int = 1024
     """Features of the MLP."""
     depth: int = 6

@@ -13,9 +13,9 @@ In training: n images, m masked tokens, k timesteps a token.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Protocol, cast, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -344,13 +344,16 @@ class CFGDenoiser:
         return torch.cat([uncond + self.scale * (cond - uncond), variance], dim=-1)
 
 
-HEADS: dict[type[HeadConfig], type[nn.Module]] = {HeadConfig: DiffusionHead}
+HEADS: dict[type[HeadConfig], Callable[..., nn.Module]] = {HeadConfig: DiffusionHead}
 """The head of each kind of configuration. A new head is a class that implements `Head`, and a line here."""
 
 
-def build_head(token_width: int, z_width: int, config: HeadConfig) -> DiffusionHead:
-    """Create the head of a configuration."""
-    return cast(DiffusionHead, HEADS[type(config)](token_width, z_width, config))
+def build_head(token_width: int, z_width: int, config: HeadConfig) -> Any:
+    """Create the head of a configuration: a module that fulfills `Head`.
+
+    `token_width` is the number of values of a token, `z_width` that of features of z.
+    """
+    return HEADS[type(config)](token_width, z_width, config)
 
 
 @lru_cache(maxsize=16)

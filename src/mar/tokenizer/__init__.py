@@ -39,6 +39,8 @@ class Entry(NamedTuple):
     class_name: str
     names: str | None = None
     """Regular expression of names such as `pixels` or `pca4`. None: it is loaded from files."""
+    diffusers_class: str | None = None
+    """Class of diffusers that the tokenizer wraps; `mar.checkpoint.tokenizers` loads and saves its files."""
 
     def load(self) -> type[Tokenizer]:
         """Import the class."""
@@ -49,7 +51,7 @@ class Entry(NamedTuple):
 TOKENIZERS: dict[str, Entry] = {
     "pixels": Entry("mar.tokenizer.pixels", "PixelTokenizer", "pixels"),
     "pca": Entry("mar.tokenizer.pca", "PCATokenizer", r"pca[1-9]\d?"),
-    "kl": Entry("mar.tokenizer.kl", "KLTokenizer"),
+    "kl": Entry("mar.tokenizer.kl", "KLTokenizer", diffusers_class="AutoencoderKL"),
 }
 """Every tokenizer, by the `kind` that its config has."""
 

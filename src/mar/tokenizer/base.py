@@ -81,6 +81,10 @@ class Tokenizer(nn.Module, ABC):
         """Return all that `mar.tokenizer.build` needs beside `state_dict()`; JSON-able."""
         return {"measured": self.has_stats, "per_channel": len(self.mean) > 1}
 
+    def arithmetic(self) -> dict[str, Any]:
+        """Return the part of `config()` that latents depend on, apart from the weights."""
+        return {name: value for name, value in self.config().items() if name not in ("measured", "per_channel")}
+
     @classmethod
     @abstractmethod
     def from_config(cls, config: Mapping[str, Any]) -> Tokenizer:
@@ -252,21 +256,13 @@ def measure_moments(batches: Iterable[LatentMoments]) -> LatentStats:
     return LatentStats((mean_of_all,), (max(second / values - mean_of_all**2, 0.0) ** 0.5,), images)
 
 
-_ARITHMETIC = ("down_block_types", "up_block_types", "act_fn", "norm_num_groups")
-# What changes an autoencoder's arithmetic and does not show in its weights. The rest of diffusers' config is left out:
-# a newer version that notes more in it would make every cache another tokenizer's.
-
-
 def fingerprint(tokenizer: Tokenizer, without: Iterable[str] = ("mean", "std")) -> str:
     """Hash (sha256, hex) all that raw moments depend on: kind and weights, not the statistics.
 
     `without`: names of tensors that are left out.
     """
     left_out = {*without}
-    config = {name: value for name, value in tokenizer.config().items() if name not in ("measured", "per_channel")}
-    if "config" in config:
-        config["config"] = {name: config["config"].get(name) for name in _ARITHMETIC}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(tokenizer.arithmetic(), sort_keys=True).encode())
     for name, tensor in sorted(tokenizer.state_dict().items()):
         if name not in left_out:
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

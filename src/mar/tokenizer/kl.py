@@ -28,6 +28,9 @@ KL16_STD = 1 / 0.2325
 """Standard deviation of KL-16's raw latents, as published with the official weights; their mean is taken as 0."""
 
 
+_ARITHMETIC = ("down_block_types", "up_block_types", "act_fn", "norm_num_groups")
+
+
 class _SiLU(nn.SiLU):
     """SiLU, in place without gradients: in an autoencoder its input is the output of a norm, which nothing else reads.
 
@@ -74,6 +77,14 @@ class KLTokenizer(Tokenizer):
     def config(self) -> dict[str, Any]:
         """Return kind and architecture."""
         return {"kind": "kl", "config": plain_config(self.autoencoder.config), **super().config()}
+
+    def arithmetic(self) -> dict[str, Any]:
+        """Return the settings that change the arithmetic and do not show in the weights.
+
+        The rest of diffusers' config is left out: a newer version that notes more in it would change every fingerprint.
+        """
+        arithmetic = super().arithmetic()
+        return {**arithmetic, "config": {name: arithmetic["config"].get(name) for name in _ARITHMETIC}}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> KLTokenizer:

@@ -144,7 +144,8 @@ class GraphedHead:
         fixed_z = z.new_zeros(rows if scale is None else 2 * rows, z.shape[1])
         fixed_noise = noise.new_zeros(noise.shape[0], rows, noise.shape[2])
         fixed_scale = None if scale is None else scale.new_zeros(rows, 1)
-        self.head.schedule(steps, sampling, z.device)  # cached on the device: a graph copies nothing from the host
+        # outside of the graph first: what the head caches is then on the device, and a graph copies nothing to it
+        self.head.sample(fixed_z, fixed_noise, fixed_scale, steps, sampling)
         replay, result = recorder(lambda: self.head.sample(fixed_z, fixed_noise, fixed_scale, steps, sampling))
         return _Graph(fixed_z, fixed_noise, fixed_scale, replay, result)
 
