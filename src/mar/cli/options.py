@@ -61,7 +61,7 @@ def parse(
                 kind,
                 prog=f"mar {verb}",
                 args=words,
-                description=kind.__doc__,
+                description=inspect.cleandoc(kind.__doc__ or ""),
                 return_unknown_args=partly,
                 **given,
             )

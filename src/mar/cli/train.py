@@ -1,4 +1,4 @@
-"""`mar train`: a run from a recipe."""
+"""Run `mar train`, from a recipe or for a folder."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Trains a model. The first argument may be a recipe; every other option changes one of its settings.
+    """Trains a model. The first argument may be a recipe; every option changes one of its settings.
 
-    The same command goes on where a run stopped, also with another number of processes:
+    The same command resumes a run, also with another number of processes:
     torchrun --nproc-per-node 8 -m mar train RECIPE ...
     """
 
@@ -38,17 +38,17 @@ class TrainOptions:
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     eval_every: int = 0
-    """Images between evaluations of the EMA and the raw weights, written to the log; 0 makes none."""
+    """Images between evaluations of the EMA and the raw weights; 0 makes none."""
     eval_count: int = 1000
-    """Pictures to draw for an evaluation."""
+    """Pictures to sample for an evaluation."""
     eval_reference: str | None = None
-    """Real pictures, or an .npz of `mar stats`; by default the run's data, its test part where it has one."""
+    """Real pictures, or an .npz of `mar stats`; by default the test part of the run's data, or all of it."""
     eval_features: str = "inception"
-    """inception (FID), efficientnet-lite0, FILE.py:function or module:function, as for `mar evaluate`."""
+    """Features: inception (FID), efficientnet-lite0, FILE.py:function or module:function."""
     eval_weights: Path | None = None
-    """A file of weights for it."""
+    """File of weights for the features."""
     resume_official: Path | None = None
-    """An official checkpoint-last.pth of a run that was interrupted, to be gone on with."""
+    """An official checkpoint-last.pth to resume from."""
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -73,7 +73,7 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def _options(name: str, chosen: TrainConfig, arguments: Sequence[str]) -> TrainOptions:
-    """The recipe `chosen`, called `name`, as the arguments change it."""
+    """Parses the options over the recipe `chosen`, called `name`."""
     rest = list(arguments[1:] if arguments[:1] == [name] else arguments)
     if "-h" in rest or "--help" in rest:
         print(f"mar train [RECIPE] --out FOLDER ...    recipes: {', '.join(RECIPE_NAMES)}; shown: {name}\n")
@@ -161,7 +161,7 @@ def _open(options: TrainOptions, device: torch.device) -> Run:
 
 
 def _print_summary(run: Run, finished: bool, skipped: int) -> None:
-    """What is left to say at the end."""
+    """Prints skipped steps and images, and where the model is."""
     if not finished:
         print(f"stopped and saved at {run.progress.images:,} images; the same command goes on", file=sys.stderr)
         return
@@ -180,22 +180,21 @@ def _evaluation(options: TrainOptions, run: Run, log: Log) -> SnapshotCallback:
     from mar.training.callbacks import take_snapshot
 
     extractor = open_extractor(options.eval_features, options.eval_weights).to(run.device)
-    judge = OnlineEvaluator(extractor, options.eval_reference or options.config.data, options.eval_count)
-    judge.measure_reference(
-        take_snapshot(run).pipeline("ema").image_size
-    )  # what is wrong with it is wrong before hours of training, too
+    evaluator = OnlineEvaluator(extractor, options.eval_reference or options.config.data, options.eval_count)
+    # A wrong reference fails here, before hours of training.
+    evaluator.measure_reference(take_snapshot(run).pipeline("ema").image_size)
 
     def evaluate(snapshot: Snapshot) -> dict[str, float]:
-        found: dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for weights in snapshot.weights:
             try:
-                report = judge(snapshot.pipeline(weights))
+                report = evaluator(snapshot.pipeline(weights))
             except BrokenLatents as error:
                 log.note(f"no evaluation of {weights} weights yet: {error}")
                 continue
-            found |= {f"{weights}_{n}": value for n, value in report.to_dict().items() if isinstance(value, float)}
+            metrics |= {f"{weights}_{n}": value for n, value in report.to_dict().items() if isinstance(value, float)}
             log.note(f"{weights}: " + ", ".join(f"{name} {value}" for name, value in report.lines()))
-        return found
+        return metrics
 
     return evaluate
 
@@ -205,7 +204,7 @@ def _evaluation(options: TrainOptions, run: Run, log: Log) -> SnapshotCallback:
 
 @dataclass(frozen=True)
 class OwnTokenizer(TokenizerTrainConfig):
-    """The tokenizer that is trained first where pixels are too many; all else as for `mar tokenizer train`."""
+    """The tokenizer for large pictures; options as for `mar tokenizer train`."""
 
     data: tyro.conf.Suppress[str] = ""
     image_size: tyro.conf.Suppress[int | tuple[int, int]] = 64
@@ -214,15 +213,14 @@ class OwnTokenizer(TokenizerTrainConfig):
 
 @dataclass(frozen=True)
 class FolderOptions(TrainOptions):
-    """Trains a model on pictures of one's own, of sizes that fit them; before that a tokenizer, where it needs one.
+    """Trains a model on your pictures, with sizes chosen for them.
 
-    Every option changes one of the choices; --tokenizer own asks for a tokenizer where there would be none. The same
-    command goes on where it stopped.
+    Large pictures get a tokenizer first; --tokenizer own trains one in any case. Every option replaces a choice.
+    The same command resumes.
     """
 
     image_size: int | tuple[int, int] | None = None
-    """Pictures are cut to squares of so many pixels, or to HEIGHT WIDTH; by default as large as they and their number
-    allow."""
+    """Pictures are cut to squares of so many pixels, or to HEIGHT WIDTH; by default as their size and number allow."""
     vae: OwnTokenizer = field(default_factory=OwnTokenizer)
 
 
@@ -241,7 +239,7 @@ class _TokenizerOverrides:
 
 @dataclass(frozen=True)
 class _FolderOverrides:
-    """The options that choices follow from."""
+    """Options that choices follow from."""
 
     data: str | None = None
     tokenizer: str | None = None

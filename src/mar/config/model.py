@@ -66,8 +66,7 @@ class HeadConfig:
     path: NoiseSchedule = "cosine"
     """Noise schedule: `cosine` (the paper), or `linear`, the path of flow matching."""
     prediction: Prediction = "noise"
-    """Target: the `noise` (the paper), `v` = sqrt(a) noise - sqrt(1-a) x0, the clean token `x0`, or the `flow`,
-    noise - x0."""
+    """`noise` (the paper), `v` = sqrt(a) noise - sqrt(1-a) x0, the clean token `x0`, or the `flow` noise - x0."""
     batch_mul: int = 4
     """Pairs of timestep and noise for each token in a training step."""
 

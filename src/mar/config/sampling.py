@@ -41,8 +41,7 @@ class SamplingConfig:
     x0_bound: float | None = None
     """Clip predicted clean tokens to this many standard deviations, for young models; `off` for official weights."""
     solver: Solver = "ancestral"
-    """`ancestral` (the paper), or `dpm++2m-sde`, the same in fewer steps; without noise on the way `ddim`, `dpm++2m`,
-    `dpm++2s`."""
+    """`ancestral` (the paper), `dpm++2m-sde` for fewer steps, or without noise `ddim`, `dpm++2m`, `dpm++2s`."""
     timestep_spacing: TimestepSpacing = "time"
     """Space diffusion timesteps evenly in `time` (the paper) or in `log-snr`."""
     diffusion_steps_end: int | None = None

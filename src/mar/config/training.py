@@ -36,11 +36,9 @@ class TrainConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling of the run's sample grids; the default of its exports."""
     data: str = "fashion"
-    """`fashion` (bundled), a folder of pictures or of class folders, Parquet or .tar (WebDataset) files, OWNER/NAME on
-    the Hub, or a `mar cache`. Streamed: stream: and files, URLs or OWNER/NAME."""
+    """`fashion`, a folder, Parquet or .tar files, OWNER/NAME on the Hub, a `mar cache`; or stream: and one of them."""
     tokenizer: str = "pixels"
-    """`pixels`; `pca4`, the first principal components of 4 x 4 pixels, as many as the model has channels; `kl16`; or a
-    folder or repository of an AutoencoderKL in diffusers' format."""
+    """`pixels`, `pca4` (principal components of 4 x 4 pixels), `kl16`, or an AutoencoderKL in diffusers' format."""
     image_channels: int | None = None
     """Channels of pictures for principal components: 1 (gray) or 3; by default 1 for fashion and 3 for all else."""
     images: int = 1_000_000
@@ -66,8 +64,7 @@ class TrainConfig:
     ema: float = 0.9999
     """Decay of the running average of the weights."""
     ema_warmup: bool = True
-    """Reach that decay slowly: min(ema, (1 + steps) / (10 + steps)). Without it (the reference) a young average is
-    mostly the initial weights."""
+    """Start from a decay of (1 + steps) / (10 + steps); else (the reference) young averages keep initial weights."""
     ema_others: tuple[float, ...] = ()
     """Decays of further averages, each exported as model-ema-DECAY.safetensors for comparison."""
     precision: Precision = "fp32"
@@ -77,8 +74,7 @@ class TrainConfig:
     accumulate: int = 1
     """Micro-batches of a process in a step: less memory, the same step."""
     activation_checkpointing: ActivationCheckpointing = "none"
-    """Recompute activations in the backward pass: `selective`, all but matrix products, costs little time; `full`, the
-    whole blocks, a third."""
+    """Recompute in backward: `selective`, all but matrix products, costs little; `full`, whole blocks, a third."""
     compile: bool = False
     """Compile the blocks with torch.compile; needs a compiler on the machine."""
     flip: bool | None = None
