@@ -82,7 +82,7 @@ def _options(name: str, chosen: TrainConfig, arguments: Sequence[str]) -> TrainO
 
 
 def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, name: str) -> int:
-    """Trains the model; `chosen` is the recipe called `name`, before options changed it."""
+    """Trains the model of `options`; `chosen` is the recipe called `name` without them."""
     from mar import distributed
     from mar.training.log import open_log
     from mar.training.preflight import check_tokenizer, learning_rate_warning, memorization_warning, precision_hint
@@ -96,14 +96,11 @@ def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, nam
         log = open_log(run)
     try:
         with distributed.collective_errors():
-            _watch(options, run, log)
-            worth_knowing = [memorization_warning(options.config, run.source, before)]
+            _add_callbacks(options, run, log)
+            notes = [memorization_warning(options.config, run.source, before)]
             if not run.progress.images:
-                worth_knowing += [
-                    learning_rate_warning(options.config, chosen, name),
-                    precision_hint(options.config, device),
-                ]
-            for line in filter(None, worth_knowing):
+                notes += [learning_rate_warning(options.config, chosen, name), precision_hint(options.config, device)]
+            for line in filter(None, notes):
                 log.note(line)
             check_tokenizer(run, log)
             if run.data_note is not None:
@@ -120,26 +117,29 @@ def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, nam
     return 0 if finished else 130
 
 
-def _watch(options: TrainOptions, run: Run, log: Log) -> None:
-    """Has a run looked at while it learns: samples, the loss of held-out pictures, an evaluation."""
+def _add_callbacks(options: TrainOptions, run: Run, log: Log) -> None:
+    """Adds sample grids, validation and evaluation to a run."""
     from mar.training.callbacks import Validation, export_and_sample, on_snapshot
     from mar.training.early_stopping import EarlyStopping
 
     config = options.config
     on_snapshot(run, log, config.sample_every, lambda snapshot: export_and_sample(snapshot, log))
     if config.validate_every and run.held_out is not None:
-        look: SnapshotCallback = Validation(run, log)
-        on_snapshot(run, log, config.validate_every, EarlyStopping(run, log, look) if config.patience else look)
+        validation: SnapshotCallback = Validation(run, log)
+        if config.patience:
+            validation = EarlyStopping(run, log, validation)
+        on_snapshot(run, log, config.validate_every, validation)
     elif config.validate_every:
         log.note(
             f"no validation loss: {config.data} has no test part with the same classes; --validate-on names other "
             "pictures, --hold-out 20 keeps one of twenty from learning"
         )
     if options.eval_every:
-        on_snapshot(run, log, options.eval_every, _evaluation(options, run, log))
+        on_snapshot(run, log, options.eval_every, _make_evaluation(options, run, log))
 
 
 def _open(options: TrainOptions, device: torch.device) -> Run:
+    """Opens a new or saved run, and prints what it needs."""
     from mar import distributed, zoo
     from mar.training.log import require_writers
     from mar.training.preflight import estimate
@@ -172,8 +172,11 @@ def _print_summary(run: Run, finished: bool, skipped: int) -> None:
     print(f"{run.folder / 'model.safetensors'} (EMA) and model-raw.safetensors; draw: mar sample {run.folder}")
 
 
-def _evaluation(options: TrainOptions, run: Run, log: Log) -> SnapshotCallback:
-    """What judges a run's EMA and raw weights, all processes together; broken pictures are no error there."""
+def _make_evaluation(options: TrainOptions, run: Run, log: Log) -> SnapshotCallback:
+    """Makes a callback that evaluates EMA and raw weights on all ranks.
+
+    Broken images of a young model are a note, not an error.
+    """
     from mar.evaluation.features import open_extractor
     from mar.evaluation.session import OnlineEvaluator
     from mar.sampling.generate import BrokenLatents
