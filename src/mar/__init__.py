@@ -1,8 +1,10 @@
-"""Image generation with a masked autoregressive transformer and a diffusion loss (MAR, arXiv 2406.11838).
+"""MAR: masked autoregressive image generation with a diffusion loss.
 
-import mar
-model = mar.load("fashion")
-images = model.sample(labels=["dress", "sneaker"], seeds=[0, 1])
+    import mar
+    model = mar.load("fashion")
+    images = model.sample(labels=["dress", "sneaker"], seeds=[0, 1])
+
+Source: Li et al., "Autoregressive Image Generation without Vector Quantization" (arXiv 2406.11838).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ __all__ = [
     "load",
 ]
 
-_HOMES = {
+_MODULES = {
     "MAR": "mar.model.mar",
     "BrokenLatents": "mar.sampling.generate",
     "HeadConfig": "mar.config",
@@ -48,7 +50,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for, so that `import mar` is quick."""
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    """Import a public name at first use: `import mar` stays quick."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'mar' has no attribute {name!r}")

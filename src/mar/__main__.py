@@ -1,4 +1,4 @@
-"""`python -m mar`."""
+"""Runs the command line: `python -m mar`."""
 
 import sys
 

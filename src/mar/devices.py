@@ -8,9 +8,9 @@ from mar.config import ConfigError
 
 
 def choose_device(name: str | None = None) -> torch.device:
-    """Return the device called `name`; for None or "auto" the best there is: CUDA, MPS, CPU.
+    """Return a device by name; "auto" and None choose one.
 
-    Raises ConfigError where there is no such device.
+    The choice is the first that exists of CUDA, MPS and CPU. Raises ConfigError if the device does not exist.
     """
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name is None or name == "auto":
@@ -23,19 +23,20 @@ def choose_device(name: str | None = None) -> torch.device:
     if not supported:  # PyTorch has more: meta, xpu, ...
         raise ConfigError(f"device: got {name!r}, expected auto, cpu, cuda, cuda:N or mps")
     if (device.type == "cuda" and not cuda) or (device.type == "mps" and not mps):
-        raise ConfigError(f"device {name!r} is not on this machine; leave it out to take the best there is")
+        raise ConfigError(f"device: got {name!r}, which this machine lacks; leave it out for the best available")
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
-        raise ConfigError(f"device {name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+        count = torch.cuda.device_count()
+        raise ConfigError(f"device: got {name!r}, expected cuda:0 to cuda:{count - 1}, as this machine has {count}")
     return device
 
 
 def multiplies_bf16() -> bool:
-    """Return whether this processor multiplies bfloat16 itself; others emulate it, which is slow."""
+    """Return whether this processor has bfloat16 products; others emulate them, slowly."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every PyTorch
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def allow_tf32() -> None:
-    """Let GPUs round inputs of float32 products to TF32's 10 bits of mantissa; CPUs compute as before."""
+    """Let GPUs round inputs of float32 products to TF32 (10 bits of mantissa)."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True

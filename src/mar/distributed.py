@@ -1,4 +1,4 @@
-"""Joins the processes that torchrun started: rank, process group, barriers, gathered objects, shared errors."""
+"""Ranks of torchrun: process group, barriers, collectives, shared errors."""
 
 from __future__ import annotations
 
@@ -20,60 +20,62 @@ from mar.config import ConfigError
 from mar.devices import choose_device
 
 PROCESS_GROUP_TIMEOUT = timedelta(days=7)
-"""How long a process waits for another one that is still drawing; one that ends is noticed at once."""
+"""Timeout of collectives; long, since ranks work at different speeds. A rank that ends is noticed at once."""
 
 Result = TypeVar("Result")
 
 
 def rank() -> int:
-    """This process's number under torchrun; 0 without."""
+    """Return this process's rank; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """How many processes torchrun started; 1 without."""
+    """Return the number of ranks; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class _StoreBarrier:
-    """Barriers by the processes' store. One of gloo's is deaf to Ctrl-C, and can't be left before all have come."""
+    """Barrier by counters in the ranks' key-value store.
+
+    Unlike gloo's barrier, Ctrl-C interrupts it, and it ends when another rank does.
+    """
 
     def __init__(self, store: Any) -> None:
         self.store = store
 
-    def meet(self) -> None:
-        number = next(_NUMBERS)
-        self._wait(f"mar/come/{number}")
-        # The first one may hold the store: it stays until all have seen that all are here.
-        self._wait(f"mar/seen/{number}", waits=rank() == 0)
+    def wait(self) -> None:
+        number = next(_BARRIER_NUMBERS)
+        self._count(f"mar/come/{number}")
+        # Rank 0 may host the store, so it waits until all ranks have read the first counter.
+        self._count(f"mar/seen/{number}", wait_for_all=rank() == 0)
 
-    def _wait(self, key: str, waits: bool = True) -> None:
-        here = self.store.add(key, 1)
-        while waits and here < world_size():
+    def _count(self, key: str, wait_for_all: bool = True) -> None:
+        """Add 1 to a counter, and wait until every rank has."""
+        count = self.store.add(key, 1)
+        while wait_for_all and count < world_size():
             if self.store.check(["mar/ended"]):
-                raise ConfigError(
-                    f"process {rank()} can't go on without process {self.store.get('mar/ended').decode()}"
-                )
+                raise ConfigError(f"rank {rank()} stops, since rank {self.store.get('mar/ended').decode()} has ended")
             time.sleep(0.02)
-            here = self.store.add(key, 0)
+            count = self.store.add(key, 0)
 
     def end(self) -> None:
-        """Lets those who wait know that this process will not come."""
-        with contextlib.suppress(RuntimeError):  # the store may have gone with its process
+        """Tell waiting ranks that this one has ended."""
+        with contextlib.suppress(RuntimeError):  # the store's own process may have ended
             self.store.set("mar/ended", str(rank()))
 
 
 _BARRIERS: list[_StoreBarrier] = []
-_NUMBERS = itertools.count()  # of all groups that this process joins, since they may have one store
+_BARRIER_NUMBERS = itertools.count()  # never reset: process groups may share a store
 
 
 @contextlib.contextmanager
 def process_group(device: str | None = None) -> Iterator[torch.device]:
-    """Joins the processes that torchrun started, for as long as the block lasts; yields this one's device.
+    """Join the ranks' process group inside the block; yield this rank's device.
 
-    `device` as `choose_device` takes it; of several GPUs each process takes its own, by LOCAL_RANK. Tensors on the CPU
-    go by gloo, those on GPUs by NCCL. A group that is there already is used and left alone; one process needs none.
-    Raises ConfigError for a device that the processes can't share.
+    `device` is an argument of `choose_device`; with several GPUs, each rank gets its own by LOCAL_RANK. CPU tensors are
+    sent by gloo, those on GPUs by NCCL. An existing group is used and left alone; a single process gets none. Raises
+    ConfigError for a device that the ranks can't share.
     """
     chosen = _own_device(choose_device(device))
     if world_size() == 1 or in_group():
@@ -93,7 +95,7 @@ def process_group(device: str | None = None) -> Iterator[torch.device]:
     finally:
         _BARRIERS.pop()
         if in_group():
-            gc.collect()  # a DDP that outlived its group would end it while gloo's thread waits for Python: for ever
+            gc.collect()  # a DDP that outlives its group would destroy it in a deadlock with gloo's thread
             dist.destroy_process_group()
 
 
@@ -101,37 +103,37 @@ def _own_device(device: torch.device) -> torch.device:
     if device.type != "cuda" or world_size() == 1:
         return device
     if ":" in str(device):
-        raise ConfigError(f"device {device}: {world_size()} processes can't share one GPU; ask for cuda without number")
+        raise ConfigError(f"device: got {device} for {world_size()} processes, expected cuda, for a GPU each")
     local, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= count:
-        raise ConfigError(f"this machine has {count} CUDA devices, but process {local} of it (from 0) needs its own")
+        raise ConfigError(f"CUDA devices: got {count}, expected one per process, at least {local + 1}; start fewer")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
 
 def in_group() -> bool:
-    """Whether this process and others are joined in a group."""
+    """Return whether this process has joined a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def run_collective(collective: Callable[[], Result]) -> Result:
-    """Runs what all processes have to take part in; ConfigError where another one has ended meanwhile."""
+    """Run a collective operation; raise ConfigError if another rank has ended."""
     try:
         return collective()
-    except RuntimeError as error:  # gloo and NCCL have no class of their own for it
+    except RuntimeError as error:  # gloo and NCCL have no error class for it
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"process {rank()} lost the others, one of which has ended ({reason})") from error
+        raise ConfigError(f"rank {rank()} stops, since another rank has ended ({reason})") from error
 
 
 def barrier() -> None:
-    """Waits until every process is here; nothing where there is but one. A signal still ends the wait."""
+    """Wait for all ranks. Signals interrupt the wait."""
     if not in_group():
         return
-    run_collective(_BARRIERS[-1].meet if _BARRIERS else dist.barrier)
+    run_collective(_BARRIERS[-1].wait if _BARRIERS else dist.barrier)
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether `flag` is true on any process, the same answer for all of them."""
+    """Return whether `flag` is true on any rank, on all ranks."""
     if not dist.is_initialized():
         return flag
     votes = torch.tensor(int(flag))
@@ -140,17 +142,17 @@ def any_rank(flag: bool) -> bool:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """What every process hands in (anything that can be pickled), by rank, the same list for all of them."""
+    """Gather a picklable value of each rank, by rank, on all ranks."""
     if not in_group():
         return [value]
-    barrier()  # there one hears Ctrl-C while the others are still busy
+    barrier()  # which Ctrl-C can interrupt, unlike gloo
     values = [None] * dist.get_world_size()
     run_collective(lambda: dist.all_gather_object(values, value))
     return values
 
 
 def sum_over_ranks(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-    """Returns the sum of all ranks' tensors of one shape; `tensor` itself without a process group."""
+    """Sum the ranks' tensors, of one shape; alone, return `tensor`."""
     if not in_group():
         return tensor
     total = tensor.to(_collective_device(), copy=True).contiguous()
@@ -159,14 +161,14 @@ def sum_over_ranks(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
 
 
 def gather_rows(tensor: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "m d"]:
-    """Concatenates the rows of all ranks, in the order of ranks; returns `tensor` itself without a process group.
+    """Concatenate the rows of all ranks; without a process group, return `tensor`.
 
-    Ranks may have different n, 0 too, but the same d and dtype.
+    Ranks may have different n, even 0, but the same d and dtype.
     """
     if not in_group():
         return tensor
     sizes = all_gather_object(len(tensor))
-    # all_gather wants equal shapes: short shares are padded
+    # all_gather needs equal shapes, so short shares are padded
     padded = torch.zeros(max(sizes), tensor.shape[1], dtype=tensor.dtype, device=_collective_device())
     padded[: len(tensor)] = tensor
     shares = [torch.empty_like(padded) for _ in sizes]
@@ -175,20 +177,21 @@ def gather_rows(tensor: Shaped[Tensor, "n d"]) -> Shaped[Tensor, "m d"]:
 
 
 def _collective_device() -> torch.device:
-    """Returns the device of tensors that the process group can carry."""
+    """Return the device of tensors that the process group can send."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
 class OtherRankFailed(Exception):
-    """Ends a rank whose work can't go on: another rank raises the error itself."""
+    """Ends this rank, since another rank failed and raises the error."""
 
 
 @contextlib.contextmanager
 def collective_errors() -> Iterator[None]:
-    """Ends the block on all ranks as soon as one of them raises ValueError or OSError in it.
+    """Raise on all ranks if one raises ValueError or OSError inside.
 
     The first failing rank raises its own error, all others raise OtherRankFailed: one message for people. Every rank
-    has to run through the block. Outside a process group all ranks are assumed to fail alike, and rank 0 speaks.
+    has
+    to run the block. Outside a process group all ranks are assumed to fail alike, and rank 0 raises the error.
     """
     error: ValueError | OSError | None = None
     try:
@@ -196,10 +199,10 @@ def collective_errors() -> Iterator[None]:
     except (ValueError, OSError) as caught:
         error = caught
     messages = all_gather_object(None if error is None else str(error))
-    failed = [number for number, message in enumerate(messages) if message is not None]
+    failed = [index for index, message in enumerate(messages) if message is not None]
     if not failed:
         return
-    speaker = failed[0] if in_group() else 0
-    if error is not None and rank() == speaker:
+    raising_rank = failed[0] if in_group() else 0
+    if error is not None and rank() == raising_rank:
         raise error
-    raise OtherRankFailed(f"rank {speaker} failed: {messages[failed[0]]}")
+    raise OtherRankFailed(f"rank {raising_rank} failed: {messages[failed[0]]}")

@@ -1,7 +1,7 @@
-"""Layers with the precision policy of this project, whose products and dropout ask the backend of their device.
+"""Linear layers and dropout with this project's precision policy.
 
 bf16 here means: the matrices of `Linear` and their inputs in bfloat16; norms, residual streams, softmax, noise, the
-diffusion state and its coefficients in float32. Never float16.
+diffusion state and its coefficients in float32. Never float16. Products and dropout are the backend's, if it has them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from mar.backends import backend_for
 
 
 class Linear(nn.Linear):
-    """Linear layer that casts its input to the dtype of its weight: only matrix products run in bfloat16.
+    """Linear layer that casts its input to bfloat16 if its weight is.
 
-    `splits` tells of how many matrices, one above the other, a fused weight consists: 3 for queries, keys and values.
+    Args:
+        in_features, out_features: as in PyTorch.
+        splits: number of matrices, one above the other, in a fused weight: 3 for queries, keys and values.
     """
 
     def __init__(self, in_features: int, out_features: int, *, splits: int = 1) -> None:
@@ -37,7 +39,7 @@ class Linear(nn.Linear):
 
 
 class Dropout(nn.Module):
-    """In training: values zeroed at random, at `rate`, the others divided by 1 - rate."""
+    """Dropout by the backend: zeroes a share `rate` in training."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -51,12 +53,12 @@ class Dropout(nn.Module):
 
 
 def to_float32(x: Tensor) -> Tensor:
-    """Cast bfloat16 to float32, in which all but matrix products is computed; other dtypes stay."""
+    """Cast bfloat16 to float32; other dtypes stay."""
     return x.float() if x.dtype is torch.bfloat16 else x
 
 
 def set_matrix_dtype(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast the matrices of every `Linear` of a model to `dtype`, in place, for sampling."""
+    """Cast the weights of every `Linear` in place, for sampling."""
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype: got {dtype}, expected float32 or bfloat16 (float16 overflows in this model)")
     for module in model.modules():
@@ -79,10 +81,11 @@ class _SkipInit(TorchFunctionMode):
 
 @contextlib.contextmanager
 def init_empty_weights() -> Iterator[None]:
-    """Create modules on the meta device, without memory, for weights that are loaded afterwards.
+    """Create modules on the meta device, without memory, before loading their weights.
 
-    Nothing is initialized: drawing from a normal distribution on that device imports PyTorch's compiler and sympy,
-    which takes a third of the time that a small model takes to load.
+    Initializers do nothing: `normal_` on the meta device imports PyTorch's compiler and sympy, a third of the time to
+    load
+    a small model.
     """
     with torch.device("meta"), _SkipInit():
         yield

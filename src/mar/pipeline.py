@@ -1,4 +1,4 @@
-"""What `mar.load` returns: model, tokenizer, class names and sampling defaults in one."""
+"""The pipeline: model, tokenizer, class names and sampling defaults in one."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ CARD = """\
 {data}
 ---
 
-Draws pictures of {size} pixels: {millions:.1f} million parameters{classes}. A masked autoregressive transformer with a
-diffusion loss, after [Autoregressive Image Generation without Vector Quantization](https://arxiv.org/abs/2406.11838).
+Generates images of {size} pixels: {millions:.1f} million parameters{classes}. A masked autoregressive transformer with
+a diffusion loss, after [Autoregressive Image Generation without Vector Quantization](https://arxiv.org/abs/2406.11838).
 
 ```python
 import mar
@@ -47,17 +47,18 @@ model = mar.load("OWNER/NAME")  # this repository, or a folder of these files
 images = model.sample(labels={labels})
 ```
 """
-"""A model's README on the Hub."""
+"""Model card on the Hub."""
 
 
 @dataclass(frozen=True)
 class RevealStep:
-    """Pictures after a reveal step."""
+    """Images after a reveal step."""
 
     step: int
+    """Number of reveal steps done, from 1."""
     steps: int
     images: list[Image.Image]
-    """What is known so far, the rest mid-grey."""
+    """Images with their masked tokens mid-grey."""
 
 
 class Pipeline(
@@ -66,9 +67,17 @@ class Pipeline(
     pipeline_tag="unconditional-image-generation",
     tags=["image-generation", "masked-autoregressive"],
 ):
-    """A model with its tokenizer: labels and seeds in, pictures out.
+    """A model with its tokenizer: labels and seeds in, images out.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` are huggingface_hub's.
+
+    Args:
+        model: is put into eval mode.
+        tokenizer: of the model's latents.
+        classes: class names by class number (none: the classes have no names).
+        sampling: defaults of `sample`.
+        weights: kind of weights, as the model's file tells it: ema or raw.
+        notes: free facts about the model, saved in its file; JSON-able.
     """
 
     def __init__(
@@ -83,7 +92,8 @@ class Pipeline(
     ) -> None:
         if model.config.channels != tokenizer.channels:
             raise ValueError(
-                f"the model is for latents of {model.config.channels} channels, the tokenizer has {tokenizer.channels}"
+                f"tokenizer: got one with {tokenizer.channels} latent channels, expected {model.config.channels}, "
+                "as the model has"
             )
         self.model = model.eval()
         self.tokenizer = tokenizer.eval()
@@ -94,23 +104,24 @@ class Pipeline(
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self.model.mask_token.device
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the pictures, in pixels."""
+        """Height and width of the images, in pixels."""
         return self.tokenizer.image_size(self.model.config.grid)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Pipeline:
-        """Moves model and tokenizer to a device; `dtype` is that of the model's matrices: float32, bfloat16, or int8.
+        """Move model and tokenizer to a device, and cast the model's matrices.
 
-        ConfigError for int8 elsewhere than on a CPU, and for what int8 weights can no longer become.
+        `dtype` is float32, bfloat16, or int8 on a CPU. Raises ConfigError for int8 on another device, and for a model
+        with int8 weights that would be cast or moved.
         """
         if is_quantized(self.model) and not (
             dtype in (None, torch.int8) and torch.device(device or "cpu").type == "cpu"
         ):
-            raise ConfigError(f"int8 weights stay what and where they are: load the model again for {dtype or device}")
+            raise ConfigError(f"int8 weights can't be cast or moved: load the model again for {dtype or device}")
         if dtype is torch.int8:
             require_int8(torch.device(device) if device is not None else self.device)
         if device is not None:
@@ -123,7 +134,7 @@ class Pipeline(
         return self
 
     def fingerprint(self) -> str:
-        """sha256, in hex, of everything that pictures depend on but sampling: weights as loaded, model, tokenizer."""
+        """Hash (sha256, hex) model and tokenizer, as images depend on them."""
         configs = {"model": to_dict_for_hash(self.model.config), "tokenizer": self.tokenizer.config()}
         digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
         for module in (self.model, self.tokenizer):
@@ -132,12 +143,12 @@ class Pipeline(
                 digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    # ---- drawing
+    # ---- sampling
 
     def sampling_with(self, preset: str | None = None, **changes: Any) -> SamplingConfig:
-        """How to draw: the model's own way, made faster by a preset, with the fields that are given changed.
+        """Return the model's sampling settings, with a preset and changes applied.
 
-        ConfigError for what can't be, or asks more than the model has learned.
+        `changes` are fields of SamplingConfig. Raises ConfigError for settings that are invalid for this model.
         """
         sampling = self.sampling if preset is None else apply_preset(self.sampling, self.model.config.tokens, preset)
         log_new_names(SamplingConfig, changes)
@@ -166,13 +177,21 @@ class Pipeline(
         allow_broken: bool = False,
         **settings: Any,
     ) -> list[Image.Image] | Tensor:
-        """Draws a picture for each label (number, class name, or None) and seed (0, 1, 2, ... by default).
+        """Generate an image for each label and seed.
 
-        `settings` are those of `sampling_with`: a preset, and fields of SamplingConfig (guidance_scale, ...) that
-        differ from the model's own. `known` pictures are kept where `mask`, one flag a token, is false. Returns PIL
-        images, or a float32 tensor (n, channels, height, width) in [-1, 1]. A picture depends on its label, seed, known
-        part and the settings alone, not on `batch`, unless the weights are int8. Raises BrokenLatents for noise, unless
-        `allow_broken`.
+        An image depends on its label, seed, known part and the settings alone, not on `batch`, unless the weights are
+        int8.
+
+        Args:
+            labels: class numbers, class names, or None for no class.
+            seeds: one per label (None: 0, 1, 2, ...).
+            output: "pil" for PIL images, "tensor" for a float32 tensor (n, channels, height, width) in [-1, 1].
+            batch: number of images at a time.
+            known: images to keep where `mask` is false.
+            mask: one flag per token (n, rows, columns), true: generate.
+            progress: show a progress bar.
+            allow_broken: return noise instead of raising BrokenLatents.
+            settings: a preset, and fields of SamplingConfig that differ from the model's own (guidance_scale, ...).
         """
         request = self._request(labels, seeds, known, mask, settings, batch)
         with bar(progress, len(request.labels)) as advance:
@@ -190,9 +209,13 @@ class Pipeline(
         advance: Callable[[float], None] | None = None,
         **settings: Any,
     ) -> Iterator[UInt8[Tensor, "n c H W"]]:
-        """Draws what `sample` draws, and yields it batch by batch as 8-bit pictures on the CPU: nothing piles up.
+        """Generate images as `sample` does, and yield them batch by batch.
 
-        `advance` is told after each reveal step how many pictures are done, in fractions of one.
+        They are 8-bit, on the CPU.
+
+        Args:
+            labels, seeds, batch, allow_broken, settings: as in `sample`.
+            advance: called after each reveal step with the number of images done, in fractions.
         """
         request = self._request(labels, seeds, None, None, settings, batch)
         return map(to_uint8, self._batches(request, batch, allow_broken, advance or (lambda done: None)))
@@ -202,9 +225,9 @@ class Pipeline(
     ) -> Iterator[Tensor]:
         for first in range(0, len(request.labels), batch):
             part = request.part(first, first + batch)
-            for revealed in self._generate(part, allow_broken):
-                advance(first + len(part.labels) * revealed.step / max(revealed.steps, 1))
-                latents = revealed.latents
+            for state in self._generate(part, allow_broken):
+                advance(first + len(part.labels) * state.step / max(state.steps, 1))
+                latents = state.latents
             yield self._decode(latents)
 
     def reveal(
@@ -217,31 +240,32 @@ class Pipeline(
         allow_broken: bool = False,
         **settings: Any,
     ) -> Iterator[RevealStep]:
-        """Like `sample`, but yields the pictures after every reveal step, as they grow."""
+        """Generate images as `sample` does, and yield them after every reveal step.
+
+        Args:
+            labels, seeds, known, mask, allow_broken, settings: as in `sample`.
+        """
         request = self._request(labels, seeds, known, mask, settings)
-        for revealed in self._generate(request, allow_broken):
-            known_pixels = self._to_pixels(revealed.known)
-            images = self._decode(revealed.latents) * known_pixels
-            yield RevealStep(revealed.step, revealed.steps, to_pil(images))
+        for state in self._generate(request, allow_broken):
+            images = self._decode(state.latents) * self._pixel_mask(state.known)
+            yield RevealStep(state.step, state.steps, to_pil(images))
 
     def _request(
         self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None, known: Images | None, mask: Mask | None,
         settings: dict[str, Any], batch: int = 64,
     ) -> Request:  # fmt: skip
         if batch < 1:
-            raise ValueError(f"batch is {batch}, but it must be at least 1")
+            raise ValueError(f"batch: got {batch}, expected at least 1")
         sampling = self.sampling_with(**settings)
-        numbers = resolve_labels(labels, self.classes, self.model.config.classes)
-        whole = list(range(len(numbers))) if seeds is None else as_seeds(seeds)
-        if len(whole) != len(numbers):
-            raise ValueError(f"seeds: got {len(whole)} for {len(numbers)} labels, expected one per picture")
-        pictures = None if known is None else as_images(known)
-        flags = None if mask is None else as_mask(mask)
-        for name, given in (("known", pictures), ("mask", flags)):
-            if given is not None and len(given) != len(numbers):
-                raise ValueError(f"{name}: got {len(given)} for {len(numbers)} labels, expected one per picture")
-        latents = None if pictures is None or not numbers else self._encode(pictures, batch)
-        return Request(numbers, whole, sampling, latents, flags)
+        class_numbers = resolve_labels(labels, self.classes, self.model.config.classes)
+        seed_list = list(range(len(class_numbers))) if seeds is None else as_seeds(seeds)
+        known_images = None if known is None else as_images(known)
+        mask_tensor = None if mask is None else as_mask(mask)
+        for name, values in (("seeds", seed_list), ("known", known_images), ("mask", mask_tensor)):
+            if values is not None and len(values) != len(class_numbers):
+                raise ValueError(f"{name}: got {len(values)} for {len(class_numbers)} labels, expected one per image")
+        latents = None if known_images is None or not class_numbers else self._encode(known_images, batch)
+        return Request(class_numbers, seed_list, sampling, latents, mask_tensor)
 
     def _generate(self, request: Request, allow_broken: bool) -> Iterator[Any]:
         return generate(
@@ -252,30 +276,32 @@ class Pipeline(
     @torch.no_grad()
     def _encode(self, images: Sequence[Image.Image] | Tensor, batch: int) -> Tensor:
         transform = Transform(self.image_size, self.tokenizer.image_channels)
-        parts = (images[first : first + batch] for first in range(0, len(images), batch))
-        pixels = (
-            part if isinstance(part, Tensor) else torch.stack([transform(image) for image in part]) for part in parts
-        )
-        return torch.cat([self.tokenizer.encode(part.to(self.device)).mean for part in pixels])
+        latents = []
+        for first in range(0, len(images), batch):
+            part = images[first : first + batch]
+            pixels = part if isinstance(part, Tensor) else torch.stack([transform(image) for image in part])
+            latents.append(self.tokenizer.encode(pixels.to(self.device)).mean)
+        return torch.cat(latents)
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> Tensor:
         return self.tokenizer.decode(latents.nan_to_num(0.0, 0.0, 0.0)).cpu()
 
-    def _to_pixels(self, tokens: Tensor) -> Tensor:
+    def _pixel_mask(self, token_mask: Tensor) -> Tensor:
         side = self.model.config.patch_size * self.tokenizer.stride
-        return tokens.repeat_interleave(side, 1).repeat_interleave(side, 2).unsqueeze(1)
+        return token_mask.repeat_interleave(side, 1).repeat_interleave(side, 2).unsqueeze(1)
 
-    # ---- keeping
+    # ---- saving and loading
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Writes one safetensors file: model, tokenizer, and all that is needed to draw.
+        """Write one safetensors file with model, tokenizer and sampling defaults.
 
-        `dtype` bfloat16 halves the file; opened again, its weights are those rounded ones in float32. ConfigError for
-        a model whose weights were turned to int8.
+        `dtype` bfloat16 halves the file; `open` casts its rounded weights to float32. Raises ConfigError for a model
+        with
+        int8 weights.
         """
         if is_quantized(self.model):
-            raise ConfigError("int8 weights are for drawing and can't be saved: save the model as it was loaded")
+            raise ConfigError("int8 weights can't be saved: save the model as it was loaded")
         header = store.Header(
             self.model.config, self.sampling, self.tokenizer.config(), self.classes, self.weights, self.notes
         )
@@ -285,20 +311,23 @@ class Pipeline(
 
     @classmethod
     def open(cls, path: str | Path) -> Pipeline:
-        """Reads a file that `save` wrote. Raises CheckpointError for any other."""
+        """Load a file that `save` wrote. Raises CheckpointError for any other."""
         header, tensors = store.load(path)
         with init_empty_weights():
             model, tokenizer = MAR(header.model), build(header.tokenizer)
-        for name, module in (("model.", model), ("tokenizer.", tokenizer)):
-            own = {key.removeprefix(name): t.float() for key, t in tensors.items() if key.startswith(name)}
-            module.load_state_dict(own, assign=True)
+        for prefix, module in (("model.", model), ("tokenizer.", tokenizer)):
+            state = {key.removeprefix(prefix): t.float() for key, t in tensors.items() if key.startswith(prefix)}
+            module.load_state_dict(state, assign=True)
         return cls(
             model, tokenizer, classes=header.classes, sampling=header.sampling, weights=header.weights,
             notes=header.notes,
         )  # fmt: skip
 
     def generate_model_card(self, *args: Any, license: str | None = None, **unused: Any) -> ModelCard:
-        """The README of `save_pretrained` and `push_to_hub`; of a licence only where `model_card_kwargs` has one."""
+        """Generate the model card of `save_pretrained` and `push_to_hub`.
+
+        It names a license only if `model_card_kwargs` has one.
+        """
         data = ModelCardData(**{**self._hub_mixin_info.model_card_data.to_dict(), "license": license})
         classes = self.model.config.classes
         text = CARD.format(
@@ -326,11 +355,11 @@ class Pipeline(
 
 
 def to_uint8(images: Float[Tensor, "n c H W"]) -> UInt8[Tensor, "n c H W"]:
-    """Images in [-1, 1] -> 8-bit values, rounded to the nearest, on the CPU."""
+    """Round images in [-1, 1] to 8-bit values, on the CPU."""
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 def to_pil(images: Float[Tensor, "n c H W"]) -> list[Image.Image]:
-    """Images in [-1, 1] -> 8-bit PIL pictures, grey or RGB."""
-    pixels = to_uint8(images).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(p[..., 0] if p.shape[-1] == 1 else p) for p in pixels]
+    """Convert images in [-1, 1] to 8-bit PIL images, grey or RGB."""
+    arrays = to_uint8(images).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]

@@ -1,4 +1,4 @@
-"""Random numbers by key: every stream follows from the numbers that name it, never from global state."""
+"""Random streams by key, independent of global state."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-_ORDER = 0x0DE4  # each use of a seed has a stream of its own
+_ORDER = 0x0DE4  # separates the stream of shuffled orders from other uses of a seed
 
 
 def make_generator(*key: int) -> torch.Generator:
-    """Return a CPU generator whose stream depends on the numbers of `key` and on nothing else."""
+    """Create a CPU generator whose stream depends on `key` alone."""
     return torch.Generator().manual_seed(hash_seed(*key))
 
 
 def hash_seed(*key: int) -> int:
-    """Hash the numbers of `key` to 64 bits, by splitmix64: (1, 2) differs from (2, 1) and from 12."""
+    """Hash a sequence of integers to 64 bits, by splitmix64."""
     state = 0x9E3779B97F4A7C15
     for number in key:
         state = (state ^ (number & 0xFFFFFFFFFFFFFFFF)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF

@@ -1,4 +1,4 @@
-"""Models and tokenizers by name: bundled ones, the official ones, files, folders, Hub repositories."""
+"""Models and tokenizers by name: bundled, official, files, folders, Hub."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: t
     Args:
         name: a bundled model (fashion); an official one (mar-base, mar-large, mar-huge, after `mar download`); a folder
             or a file that mar wrote; an official `checkpoint-last.pth`; a repository of the Hub.
-        device: by default the best there is.
+        device: by default the best available.
         dtype: of the model's matrices: float32, bfloat16, or int8 on a CPU.
 
-    Raises ValueError where there is no such model.
+    Raises ValueError if there is no such model.
     """
     chosen = device if isinstance(device, torch.device) else devices.choose_device(device)
     return _open(str(name)).to(chosen, dtype)
@@ -51,9 +51,7 @@ def _open(name: str) -> Pipeline:
         return _official(name)
     if path.is_dir():
         if not (path / WEIGHTS_FILE).is_file():
-            raise CheckpointError(
-                f"{path} has no {WEIGHTS_FILE}: a folder that `mar train` or save_pretrained wrote does"
-            )
+            raise CheckpointError(f"{path} has no {WEIGHTS_FILE}: expected a folder of `mar train` or save_pretrained")
         return Pipeline.open(path / WEIGHTS_FILE)
     if path.suffix in _TORCH_FILES and path.is_file():
         return import_official(path, kl16_path(path.parent))
@@ -62,13 +60,11 @@ def _open(name: str) -> Pipeline:
     if _REPOSITORY.fullmatch(name) and path.suffix not in _TORCH_FILES and not path.parent.is_dir():
         return _from_hub(name)
     known = ", ".join((*BUNDLED, *MODELS))
-    raise CheckpointError(
-        f"there is no model {name!r}: expected {known}, a file, a folder, or a Hub repository owner/name"
-    )
+    raise CheckpointError(f"model: got {name!r}, expected {known}, a file, a folder, or a Hub repository owner/name")
 
 
 def _official(name: str) -> Pipeline:
-    """Load an official model from the folder of downloads, converted or as it was downloaded."""
+    """Load an official model from the download folder, converted or not."""
     converted, downloaded = home() / f"{name}.safetensors", home() / OFFICIAL[name].name
     if converted.is_file():
         return Pipeline.open(converted)
@@ -101,10 +97,10 @@ def import_official(
     Args:
         path: the checkpoint.
         tokenizer: kl16.ckpt.
-        weights: which weights to take.
+        weights: EMA or raw weights.
         sampling: defaults of the pipeline.
-        num_heads: attention heads, where the file does not tell: for models that are not B, L or H.
-        patch_size: patch size, where the file does not tell.
+        num_heads: attention heads, for models other than B, L and H: the file lacks them.
+        patch_size: patch size, if the file lacks it.
     """
     if tokenizer is None:
         raise CheckpointError(f"{path} needs the KL-16 tokenizer beside it; get it with `mar download kl16`")
@@ -137,8 +133,8 @@ def load_tokenizer(name: str, image_channels: int = 3) -> Tokenizer:
             return tokenizer
         if not Path(name).exists():
             raise CheckpointError(
-                f"{name} is fitted to the pictures that a model learns from, and kept in it: name it to `mar train` "
-                "only, elsewhere the model"
+                f"tokenizer: got {name}, which `mar train` fits to a data set and saves in a model; "
+                "name the model instead"
             )
     if name == "kl16":
         path = kl16_path()
@@ -166,11 +162,11 @@ def load_kl16(path: Path) -> Tokenizer:
 
 
 def kl16_path(folder: Path | None = None) -> Path | None:
-    """Return the path of kl16.ckpt, in `folder` or in the folder of downloads; None where it is in neither."""
+    """Find kl16.ckpt in `folder` or the download folder; None: in neither."""
     folders = [*([folder] if folder else []), home()]
     return next((path for f in folders if (path := f / OFFICIAL["kl16"].name).is_file()), None)
 
 
 def describe(path: Path) -> store.Header:
-    """Read the header of a file or folder of ours, without its tensors."""
+    """Read the header of a file or folder that mar wrote."""
     return store.read_header(path / WEIGHTS_FILE if path.is_dir() else path)

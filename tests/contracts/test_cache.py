@@ -148,7 +148,7 @@ def test_a_cache_is_refused_by_a_run_that_it_is_not_for(caches: Path, tmp_path: 
         assert "\n" not in str(said.value)
 
     refused(r"was cached by the tokenizer .*/kl \(.*, but the run's is .*/other \(", tokenizer=str(caches / "other"))
-    refused("pixels have 1 or 3 channels, but the latents have 4; choose --tokenizer .*/kl", tokenizer="pixels")
+    refused("channels: got 4 for latents of pixels, expected 1 or 3; choose --tokenizer .*/kl", tokenizer="pixels")
     larger = tiny.config(channels=4, grid=(8, 8), classes=3)
     refused("is of pictures of 8x8, but the model is for 16x16; set --model.grid 4 4", model=larger)
     refused("the model has 4 classes, but .* has 3", model=tiny.config(channels=4, grid=(4, 4), classes=4))

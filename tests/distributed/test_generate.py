@@ -99,7 +99,7 @@ def test_a_process_that_fails_ends_the_others_and_all_goes_on(model: Path, tmp_p
     for process in (failing, left):
         process.join(120)
     assert (failing.exitcode, left.exitcode) == (130, 2)
-    assert last_line(tmp_path / "said.0") == "mar: process 0 can't go on without process 1"
+    assert last_line(tmp_path / "said.0") == "mar: rank 0 stops, since rank 1 has ended"
     assert not (tmp_path / "out.npz").exists()
     assert main(arguments) == 0
     assert main(command(model, tmp_path / "one.npz")) == 0

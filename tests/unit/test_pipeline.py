@@ -119,13 +119,13 @@ def test_nothing_asked_nothing_drawn() -> None:
         (["bees"], {}, r"close to it: 1 \(bee\)"),
         ([3], {}, "label 3 is out of range: this model has classes 0 to 2"),
         ([-1], {}, "label -1 is out of range"),
-        ([0], {"batch": 0}, "batch is 0, but it must be at least 1"),
+        ([0], {"batch": 0}, "batch: got 0, expected at least 1"),
         ([0], {"steps": 0}, "steps is 0"),
         ([0], {"diffusion_steps": 1001}, "diffusion_steps is 1001, but the model's schedule has 1000"),
         ([0], {"known": grey(1)}, "only one of them"),
         ([0, 1], {"known": to_pil(grey(3)), "mask": LEFT, "batch": 1}, "known: got 3 for 2 labels"),
         ([0, 1], {"known": to_pil(grey(2)), "mask": LEFT[:1], "batch": 1}, "mask: got 1 for 2 labels"),
-        ([0, 1], {"known": grey(2, 3), "mask": LEFT}, "got 3 channels, but this tokenizer takes 1"),
+        ([0, 1], {"known": grey(2, 3), "mask": LEFT}, "got 3 channels, expected 1 for this tokenizer"),
         ([0, 1], {"known": grey(2)[..., :3], "mask": LEFT}, r"shape \(2, 1, 4, 3\), expected \(2, 1, 4, 4\)"),
     ],
 )
@@ -144,7 +144,7 @@ def test_labels_of_a_model_without_classes() -> None:
 
 
 def test_tokenizer_and_model_must_fit() -> None:
-    with pytest.raises(ValueError, match="latents of 2 channels, the tokenizer has 1"):
+    with pytest.raises(ValueError, match="got one with 1 latent channels, expected 2"):
         Pipeline(model(), PixelTokenizer(1, 0.0, 1.0))
 
 

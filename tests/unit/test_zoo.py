@@ -63,7 +63,7 @@ def test_names_that_lead_nowhere(tmp_path: Path) -> None:
         zoo.load("mar-base")
     with pytest.raises(CheckpointError, match="mar download kl16"):
         zoo.load_tokenizer("kl16")
-    with pytest.raises(CheckpointError, match="there is no model 'fasion'"):
+    with pytest.raises(CheckpointError, match="model: got 'fasion', expected fashion, mar-base"):
         zoo.load("fasion")
     with pytest.raises(CheckpointError, match=r"has no model\.safetensors"):
         zoo.load(tmp_path)

@@ -1,4 +1,4 @@
-"""What comes with the package: pictures, class names, licences, and the bundled weights."""
+"""Bundled files: images, class names, licenses and weights."""
 
 from __future__ import annotations
 
@@ -21,18 +21,21 @@ FASHION_CLASSES = (
 
 
 class ImageNetClass(NamedTuple):
-    """One of ImageNet's 1000 classes; its number is its place in `imagenet()`."""
+    """One of ImageNet's 1000 classes; its class number is its index in `imagenet()`."""
 
     wnid: str
-    """WordNet's number of it, the name of its folder in the data set: n02099601."""
+    """WordNet's number, as n02099601: the name of the class's folder in the data set."""
     name: str
-    """The one name we show; no two classes have the same."""
+    """Unique name, which we show."""
     synonyms: tuple[str, ...]
-    """WordNet's other names; some belong to two classes (crane)."""
+    """Other names in WordNet; some are those of two classes (crane)."""
 
 
 def asset(name: str) -> Path:
-    """The path of a bundled file or folder; FileNotFoundError where this installation lacks it."""
+    """Return the path of a bundled file or folder.
+
+    Raises FileNotFoundError if this installation lacks it.
+    """
     path = Path(__file__).parent / name
     if not path.exists():
         raise FileNotFoundError(f"the bundled {name} is missing from {path.parent}: install the package again")
@@ -41,12 +44,12 @@ def asset(name: str) -> Path:
 
 @functools.cache
 def imagenet() -> tuple[ImageNetClass, ...]:
-    """ImageNet's classes in the order of their numbers."""
+    """Return ImageNet's classes, by class number."""
     lines = asset("imagenet_classes.tsv").read_text(encoding="utf-8").splitlines()
-    rows = [(line + "\t").split("\t")[:3] for line in lines]
-    return tuple(ImageNetClass(wnid, name, tuple(filter(None, others.split(", ")))) for wnid, name, others in rows)
+    rows = [(line + "\t").split("\t")[:3] for line in lines]  # the last field may be missing
+    return tuple(ImageNetClass(wnid, name, tuple(filter(None, synonyms.split(", ")))) for wnid, name, synonyms in rows)
 
 
 def imagenet_classes() -> tuple[str, ...]:
-    """The names of ImageNet's 1000 classes in the order of their numbers."""
+    """Return the names of ImageNet's classes, by class number."""
     return tuple(entry.name for entry in imagenet())

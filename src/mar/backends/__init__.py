@@ -1,7 +1,7 @@
-"""Faster ways to compute the same on one kind of device. Nothing here changes what is computed, but for rounding.
+"""Faster operations for each kind of device, equal up to rounding.
 
-Model, head and sampler are plain PyTorch. Where a device has a faster way they ask `backend_for`; a field that is None,
-or returns its argument, means that there is none.
+Model, head and sampler are plain PyTorch, and get faster operations of their device from `backend_for`. A device
+without one has None there, or a function that returns its argument.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _BACKENDS = {"cpu": CPU, "cuda": CUDA}
 
 
 def backend_for(device: torch.device) -> Backend:
-    """Return the backend of a device: plain PyTorch for unknown ones, and inside `torch.compile`."""
+    """Return a device's backend; plain PyTorch for others and in `torch.compile`."""
     if torch.compiler.is_compiling():
         return PLAIN
     return _BACKENDS.get(device.type, PLAIN)

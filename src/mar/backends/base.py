@@ -1,4 +1,4 @@
-"""The questions that model and sampler ask a backend."""
+"""Interface of a backend: operations that may be faster on a device."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 
-def _same(module: Any) -> Any:
+def _identity(module: Any) -> Any:
     return module
 
 
-def _nothing(model: Any) -> None:
+def _do_nothing(model: Any) -> None:
     pass
 
 
@@ -27,15 +27,15 @@ class Backend:
     linear: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
     """(x (..., i), weight (o, i), bias (o)) -> x weight^T + bias."""
     dropout: Callable[[Tensor, float], Tensor] | None = None
-    """(x, rate) -> x with values zeroed at `rate`, the others divided by 1 - rate."""
+    """(x, rate) -> x with a share `rate` of its values zeroed, the others divided by 1 - rate."""
     attention_with_dropout: Callable[[Tensor, int, float], Tensor] | None = None
-    """(qkv (n, s, 3e), heads, rate) -> attention of all tokens to all (n, s, e), with dropout of its weights."""
-    trunk: Callable[[Any], Callable[..., Tensor]] = _same
-    """MAR -> a callable with the arguments of `MAR.forward`, for sampling."""
-    sampling_head: Callable[[Any], Any] = _same
-    """Head -> a head whose `sample` is faster. It follows no later change of the weights."""
-    free_memory: Callable[[Any], None] = _nothing
-    """Is called with the model after every reveal step; returns unused memory to the system."""
+    """(qkv (n, s, 3e), heads, rate) -> full self-attention (n, s, e), with dropout of its weights."""
+    trunk: Callable[[Any], Callable[..., Tensor]] = _identity
+    """MAR -> a callable with the arguments and the result of `MAR.forward`, for sampling."""
+    sampling_head: Callable[[Any], Any] = _identity
+    """Head -> a head with a faster `sample`. Later changes of the weights have no effect on it."""
+    free_memory: Callable[[Any], None] = _do_nothing
+    """(model) -> None: returns unused memory to the system. Called after every reveal step."""
 
 
 PLAIN = Backend()

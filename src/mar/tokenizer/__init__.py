@@ -1,7 +1,7 @@
 """Images <-> normalized latents, behind one contract: `base.Tokenizer`.
 
-A tokenizer is a class that fulfills the contract, in a file of its own, and an entry of `TOKENIZERS`. Classes are
-imported when they are first needed: diffusers, which `KLTokenizer` needs, takes seconds to import.
+A new tokenizer is a class that implements the contract, in a file of its own, and an entry of `TOKENIZERS`. Classes are
+imported at first use, since `KLTokenizer` imports diffusers, which takes seconds.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ __all__ = [
 
 
 class Entry(NamedTuple):
-    """Where a kind of tokenizer is, and the names by which it is made for any images."""
+    """A kind of tokenizer: its class, and names that create it."""
 
     module: str
     class_name: str
     names: str | None = None
-    """Regular expression of names such as `pixels` or `pca4`. None: it is loaded from files."""
+    """Regular expression of names such as `pixels` or `pca4` (None: it is loaded from files)."""
     diffusers_class: str | None = None
     """Class of diffusers that the tokenizer wraps; `mar.checkpoint.tokenizers` loads and saves its files."""
 
@@ -53,7 +53,7 @@ TOKENIZERS: dict[str, Entry] = {
     "pca": Entry("mar.tokenizer.pca", "PCATokenizer", r"pca[1-9]\d?"),
     "kl": Entry("mar.tokenizer.kl", "KLTokenizer", diffusers_class="AutoencoderKL"),
 }
-"""Every tokenizer, by the `kind` that its config has."""
+"""All kinds of tokenizers, by the `kind` in their config."""
 
 
 def __getattr__(name: str) -> Any:
@@ -63,30 +63,30 @@ def __getattr__(name: str) -> Any:
 
 
 def is_name(name: str) -> bool:
-    """Return whether `from_name` makes a tokenizer of this name."""
+    """Return whether `from_name` creates a tokenizer of this name."""
     return any(entry.names and re.fullmatch(entry.names, name) for entry in TOKENIZERS.values())
 
 
 def from_name(name: str, image_channels: int, channels: int | None = None) -> Tokenizer:
-    """Create the tokenizer called `name`, its statistics still unknown.
+    """Create a tokenizer by name, without statistics.
 
     Args:
         name: `pixels`, or `pca4`: principal components of squares of 4x4 pixels.
         image_channels: channels of the images, 1 or 3.
-        channels: channels of the latents (None: as many as the tokenizer has by default).
+        channels: channels of the latents (None: the tokenizer's default).
 
-    Raises ValueError for an unknown name, or for channels that it can't have.
+    Raises ValueError for an unknown name or unsupported channels.
     """
     for entry in TOKENIZERS.values():
         if entry.names and re.fullmatch(entry.names, name):
             return entry.load().from_name(name, image_channels, channels)
-    raise ValueError(f"tokenizer: got {name!r}, expected pixels or pca with the side of a square, as pca4")
+    raise ValueError(f"tokenizer: got {name!r}, expected pixels, or pca and the side of a square, as pca4")
 
 
 def build(config: Mapping[str, Any]) -> Tokenizer:
-    """Create the tokenizer of `Tokenizer.config()`; weights and statistics follow by `load_state_dict`.
+    """Create the tokenizer of a `Tokenizer.config()`, before `load_state_dict`.
 
-    Raises ValueError for an unknown kind, and for a config that its kind can't be made of.
+    Raises ValueError for an unknown kind or an invalid config.
     """
     kind = config.get("kind")
     if kind not in TOKENIZERS:

@@ -1,7 +1,8 @@
-"""The contract of a tokenizer: images in [-1, 1] <-> latents of mean 0 and standard deviation 1.
+"""The contract of tokenizers: images in [-1, 1] <-> normalized latents.
 
-The scale of the raw latents is kept here, in two buffers; no other room knows of it. Below the contract are the
-statistics of raw latents, their moments (what a latent cache stores), and how well images come back.
+Normalized latents have mean 0 and standard deviation 1. A tokenizer keeps the scale of its raw latents in two buffers;
+no other module knows it. Below the contract: statistics of raw latents, their moments (the content of a latent cache),
+fingerprint, and reconstruction.
 Letters of shapes: n images of c or k channels and H x W pixels, h x w latent cells.
 """
 
@@ -23,11 +24,11 @@ Statistic = float | Sequence[float] | Tensor
 
 @dataclass(frozen=True)
 class Posterior:
-    """The distribution of an image's normalized latents: an independent normal for each value."""
+    """Distribution of an image's normalized latents: independent normals."""
 
     mean: Float[Tensor, "n c h w"]
     std: Float[Tensor, "n c h w"]
-    """0 everywhere for a deterministic tokenizer."""
+    """Zero for a deterministic tokenizer."""
 
     def sample(self, noise: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
         """Draw latents with the given standard normal `noise`."""
@@ -35,22 +36,26 @@ class Posterior:
 
 
 class Tokenizer(nn.Module, ABC):
-    """Images <-> latents. Made from values and state dicts; reads no files.
+    """Images <-> normalized latents.
 
-    Without `mean` and `std` the statistics of the raw latents are unknown: latents are then the raw ones, `has_stats`
-    is False, and `fit` has to measure them before a model is trained.
+    Args:
+        image_channels: channels of the images.
+        channels: channels of the latents.
+        stride: pixels per latent cell, in each direction.
+        mean, std: statistics of the raw latents. Without them `has_stats` is False, latents are the raw ones, and `fit`
+            has to measure them before training.
     """
 
     mean: Tensor
     std: Tensor
     deterministic = False
-    """Whether an image has one latent: the posterior's standard deviation is 0."""
+    """True if the posterior's standard deviation is 0."""
     name: str | None = None
-    """What `mar.tokenizer.from_name` calls it. None: it is loaded from files."""
+    """Name for `mar.tokenizer.from_name` (None: it is loaded from files)."""
     lossless = False
-    """Whether every image comes back as it was."""
+    """True if decoding restores every image exactly."""
     learns_basis = False
-    """Whether `fit` takes more than mean and standard deviation from the images, so that latents depend on them."""
+    """True if `fit` measures more than mean and standard deviation, so that raw latents depend on its images."""
 
     def __init__(
         self, image_channels: int, channels: int, stride: int, mean: Statistic | None, std: Statistic | None
@@ -67,18 +72,18 @@ class Tokenizer(nn.Module, ABC):
         if mean is not None and std is not None:
             self.set_statistics(mean, std)
 
-    # ---- what every tokenizer has of its own
+    # ---- to be implemented by each tokenizer
 
     @abstractmethod
     def encode(self, images: Float[Tensor, "n c H W"]) -> Posterior:
-        """Encode images in [-1, 1] to the posterior of latents (n, channels, H / stride, W / stride)."""
+        """Encode images in [-1, 1] to the posterior of their latents."""
 
     @abstractmethod
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k H W"]:
         """Decode normalized latents to images, clipped to [-1, 1], float32."""
 
     def config(self) -> dict[str, Any]:
-        """Return all that `mar.tokenizer.build` needs beside `state_dict()`; JSON-able."""
+        """Return the JSON-able config for `mar.tokenizer.build`; weights are in `state_dict()`."""
         return {"measured": self.has_stats, "per_channel": len(self.mean) > 1}
 
     def arithmetic(self) -> dict[str, Any]:
@@ -88,39 +93,39 @@ class Tokenizer(nn.Module, ABC):
     @classmethod
     @abstractmethod
     def from_config(cls, config: Mapping[str, Any]) -> Tokenizer:
-        """Create the tokenizer that `config()` describes, with weights and statistics still to come."""
+        """Create the tokenizer of a `config()`, before `load_state_dict`."""
 
     @classmethod
     def from_name(cls, name: str, image_channels: int, channels: int | None) -> Tokenizer:
-        """Create the tokenizer of a name; for kinds whose entry in `TOKENIZERS` has names."""
-        raise NotImplementedError(f"{cls.__name__} is loaded from files, got the name {name!r}")
+        """Create a tokenizer by name, if its entry in `TOKENIZERS` has names."""
+        raise NotImplementedError(f"{cls.__name__}: got the name {name!r}, expected files to load it from")
 
     # ---- statistics
 
     def set_statistics(self, mean: Statistic, std: Statistic) -> None:
-        """Set mean and standard deviation of the raw latents: one number each, or one for each channel."""
-        new = [torch.as_tensor(value, dtype=torch.float32, device="cpu").reshape(-1) for value in (mean, std)]
-        for name, value in zip(("mean", "std"), new, strict=True):
+        """Set the statistics of raw latents, one each or per channel."""
+        stats = [torch.as_tensor(value, dtype=torch.float32, device="cpu").reshape(-1) for value in (mean, std)]
+        for name, value in zip(("mean", "std"), stats, strict=True):
             if len(value) not in (1, self.channels) or not value.isfinite().all():
                 expected = f"1 or {self.channels} finite numbers"
                 raise ValueError(f"{name} of the latents: got {value.tolist()}, expected {expected}")
-        if not (new[1] > 0).all():
-            raise ValueError(f"std of the latents: got {new[1].tolist()}, expected positive numbers")
-        # real numbers even where the weights are still to come (on the meta device)
+        if not (stats[1] > 0).all():
+            raise ValueError(f"std of the latents: got {stats[1].tolist()}, expected positive numbers")
+        # on the CPU before the weights are loaded (then all is on the meta device)
         device = torch.device("cpu") if self.mean.is_meta else self.mean.device
-        self.mean, self.std = (value.clone().to(device) for value in torch.broadcast_tensors(*new))
+        self.mean, self.std = (value.clone().to(device) for value in torch.broadcast_tensors(*stats))
         self.has_stats = True
 
     def fit(self, batches: Iterable[Tensor]) -> None:
-        """Measure one mean and standard deviation of all raw latents on images (n, c, H, W) in [-1, 1].
+        """Measure mean and standard deviation of raw latents, one number each.
 
-        Raises ValueError without images.
+        `batches` are images (n, c, H, W) in [-1, 1]. Raises ValueError without images.
         """
         stats = measure_latents(self, batches)
         self.set_statistics(stats.mean, stats.std)
 
     def fitted_state(self) -> dict[str, Tensor]:
-        """Return what `fit` has measured, by name; a run saves it."""
+        """Return the tensors that `fit` measured, by name; a run saves them."""
         return {"mean": self.mean, "std": self.std}
 
     def load_fitted_state(self, state: Mapping[str, Tensor]) -> None:
@@ -142,7 +147,7 @@ class Tokenizer(nn.Module, ABC):
         self.has_stats = bool(config.get("measured", False))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Implement `.to(...)` and its kin; the fitted state moves along but stays in float32."""
+        """Implement `.to(...)` and its kin; the fitted state stays in float32."""
         fitted = self.fitted_state()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if not fitted["mean"].is_meta:
@@ -153,14 +158,14 @@ class Tokenizer(nn.Module, ABC):
     # ---- images
 
     def image_size(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """Return height and width, in pixels, of images with latents of `grid` rows and columns."""
+        """Return height and width in pixels of images with `grid` latent cells."""
         return grid[0] * self.stride, grid[1] * self.stride
 
     def check_images(self, images: Tensor) -> None:
-        """Raise ValueError for images of other channels, or that can't be cut into latent cells."""
+        """Raise ValueError for images of other channels or of indivisible sizes."""
         _, c, height, width = images.shape
         if c != self.image_channels:
-            raise ValueError(f"images: got {c} channels, but this tokenizer takes {self.image_channels}")
+            raise ValueError(f"images: got {c} channels, expected {self.image_channels} for this tokenizer")
         if height % self.stride or width % self.stride:
             raise ValueError(f"images: got {height}x{width} pixels, expected multiples of the stride {self.stride}")
 
@@ -170,20 +175,20 @@ class Tokenizer(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class LatentStats:
-    """Mean and standard deviation of raw latents: one number each, or one for each channel."""
+    """Mean and standard deviation of raw latents, one each or per channel."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     images: int
-    """How many images were measured."""
+    """Number of images measured."""
 
 
 def measure_latents(tokenizer: Tokenizer, batches: Iterable[Tensor], per_channel: bool = False) -> LatentStats:
-    """Measure the raw latents of images (n, c, H, W) in [-1, 1], on the tokenizer's device.
+    """Measure the raw latents of images (n, c, H, W) in [-1, 1].
 
-    These are the statistics of sampled latents, without sampling: the variance is that of the posterior's mean plus
-    the mean of the posterior's variance. Sums are in float64. The tokenizer is not changed. Raises ValueError without
-    images.
+    These are the statistics of sampled latents, computed without sampling: the variance is that of the posterior's mean
+    plus the mean of the posterior's variance. Sums are in float64. The tokenizer is not changed. Raises ValueError
+    without images.
     """
     sums = torch.zeros(2, tokenizer.channels, dtype=torch.float64)
     values = images = 0
@@ -196,10 +201,10 @@ def measure_latents(tokenizer: Tokenizer, batches: Iterable[Tensor], per_channel
             values += mean[:, 0].numel()
             images += len(batch)
     if not images:
-        raise ValueError("tokenizer statistics: there are no images to measure")
-    first, second = (sums if per_channel else sums.mean(1, keepdim=True)) / values
-    std = (second - first.square()).clamp(min=0).sqrt()
-    return LatentStats(tuple(first.tolist()), tuple(std.tolist()), images)
+        raise ValueError("tokenizer statistics: got no images, expected at least one")
+    mean, second_moment = (sums if per_channel else sums.mean(1, keepdim=True)) / values
+    std = (second_moment - mean.square()).clamp(min=0).sqrt()
+    return LatentStats(tuple(mean.tolist()), tuple(std.tolist()), images)
 
 
 # ---- moments of raw latents
@@ -207,9 +212,9 @@ def measure_latents(tokenizer: Tokenizer, batches: Iterable[Tensor], per_channel
 
 @dataclass(frozen=True)
 class LatentMoments:
-    """Mean and log-variance of raw latents, float32: what a latent cache stores.
+    """Mean and log-variance of raw latents, float32, as a cache stores them.
 
-    They do not depend on the tokenizer's mean and standard deviation, so that a cache outlives measuring them anew.
+    They do not depend on the tokenizer's statistics, so a cache stays valid if these are measured again.
     """
 
     mean: Float[Tensor, "n c h w"]
@@ -217,19 +222,19 @@ class LatentMoments:
     """None for a deterministic tokenizer."""
 
     def to(self, device: torch.device) -> LatentMoments:
-        """Return the same on another device."""
+        """Move the moments to a device."""
         return LatentMoments(self.mean.to(device), None if self.logvar is None else self.logvar.to(device))
 
 
 def unscaled_moments(tokenizer: Tokenizer, images: Float[Tensor, "n k H W"]) -> LatentMoments:
-    """Encode images to moments, which are the raw ones where the tokenizer's mean is 0 and its deviation 1."""
+    """Encode images to raw moments, with a tokenizer of mean 0 and std 1."""
     posterior = tokenizer.encode(images)
     mean = posterior.mean.float()
     return LatentMoments(mean, None if tokenizer.deterministic else 2 * posterior.std.float().log())
 
 
 def to_posterior(tokenizer: Tokenizer, moments: LatentMoments) -> Posterior:
-    """Turn raw moments into the posterior that `tokenizer.encode` gives for the images."""
+    """Convert raw moments to the posterior that `tokenizer.encode` returns."""
     mean = tokenizer.normalize(moments.mean)
     if moments.logvar is None:
         return Posterior(mean, torch.zeros_like(mean))
@@ -237,29 +242,33 @@ def to_posterior(tokenizer: Tokenizer, moments: LatentMoments) -> Posterior:
 
 
 def measure_moments(batches: Iterable[LatentMoments]) -> LatentStats:
-    """Compute the statistics of `measure_latents`, one number each, from raw moments.
+    """Compute statistics from raw moments, one number each.
 
-    Raises ValueError without any.
+    Raises ValueError without moments.
     """
-    first = second = 0.0
+    total = total_of_squares = 0.0
     values = images = 0
     for moments in batches:
         mean = moments.mean.double()
-        first += float(mean.sum())
-        second += float(mean.square().sum())
-        second += 0.0 if moments.logvar is None else float(moments.logvar.double().exp().sum())
+        total += float(mean.sum())
+        total_of_squares += float(mean.square().sum())
+        total_of_squares += 0.0 if moments.logvar is None else float(moments.logvar.double().exp().sum())
         values += mean.numel()
         images += len(mean)
     if not images:
-        raise ValueError("tokenizer statistics: there are no latents to measure")
-    mean_of_all = first / values
-    return LatentStats((mean_of_all,), (max(second / values - mean_of_all**2, 0.0) ** 0.5,), images)
+        raise ValueError("tokenizer statistics: got no latents, expected at least one")
+    overall_mean = total / values
+    std = max(total_of_squares / values - overall_mean**2, 0.0) ** 0.5
+    return LatentStats((overall_mean,), (std,), images)
+
+
+# ---- fingerprint
 
 
 def fingerprint(tokenizer: Tokenizer, without: Iterable[str] = ("mean", "std")) -> str:
-    """Hash (sha256, hex) all that raw moments depend on: kind and weights, not the statistics.
+    """Hash (sha256, hex) kind and weights, on which raw moments depend.
 
-    `without`: names of tensors that are left out.
+    Tensors whose names are in `without` do not count, by default the statistics.
     """
     left_out = {*without}
     digest = hashlib.sha256(json.dumps(tokenizer.arithmetic(), sort_keys=True).encode())
@@ -275,27 +284,30 @@ def fingerprint(tokenizer: Tokenizer, without: Iterable[str] = ("mean", "std")) 
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """How well images come back: no model of the latents can do better."""
+    """Quality of reconstructions, an upper limit for any model of the latents."""
 
     psnr: float
-    """Decibels: the mean of the images' peak signal-to-noise ratios; nan without images."""
+    """Mean of the images' peak signal-to-noise ratios, in decibels; nan without images."""
     images: int
 
 
 def psnr(images: Float[Tensor, "n c h w"], others: Float[Tensor, "n c h w"]) -> Float[Tensor, "n"]:
-    """Compute 10 log10(2^2 / mean squared error) of each pair of images in [-1, 1], in decibels, at most 100."""
+    """Compute the PSNR of each pair of images in [-1, 1], in decibels.
+
+    It is 10 log10(2^2 / mean squared error), at most 100.
+    """
     error = (images - others).square().mean((1, 2, 3))
     return 10 * torch.log10(4 / error.clamp(min=4e-10))
 
 
 @torch.no_grad()
 def reconstruct(tokenizer: Tokenizer, images: Float[Tensor, "n c H W"]) -> Float[Tensor, "n c H W"]:
-    """Encode images and decode the posterior's means, on the tokenizer's device."""
+    """Encode images and decode the posterior's mean, on the tokenizer's device."""
     return tokenizer.decode(tokenizer.encode(images.to(tokenizer.mean.device)).mean)
 
 
 def round_trip(tokenizer: Tokenizer, batches: Iterable[Tensor]) -> RoundTrip:
-    """Measure how well `tokenizer` brings back images (n, c, H, W) in [-1, 1]."""
+    """Measure the reconstruction of images (n, c, H, W) in [-1, 1]."""
     values = [psnr(images, reconstruct(tokenizer, images).to(images.device)) for images in batches]
-    every = torch.cat(values).double() if values else torch.zeros(0)
-    return RoundTrip(float(every.mean()), len(every))
+    all_values = torch.cat(values).double() if values else torch.zeros(0)
+    return RoundTrip(float(all_values.mean()), len(all_values))

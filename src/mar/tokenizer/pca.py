@@ -1,8 +1,8 @@
-"""The best linear tokenizer: each square of pixels as its first principal components, fitted in one pass.
+"""The PCA tokenizer: squares of pixels as their first principal components.
 
-Squares of a photograph are mostly smooth: of the 48 values of a 4 x 4 square in colour, 16 components hold 99.7% of the
-variance (CIFAR-10). A small model of pixels has to learn that the others are next to nothing, and until then its images
-are noisy.
+Principal components are the best linear tokenizer, fitted in one pass. Squares of a photograph are mostly smooth: 16 of
+the 48 components of a 4 x 4 square in color hold 99.7% of the variance (CIFAR-10). A small model of pixels has to learn
+that the others are nearly zero, and until then its images are noisy.
 """
 
 from __future__ import annotations
@@ -22,25 +22,29 @@ ROUNDING = 1e-10
 
 
 class PCATokenizer(Tokenizer):
-    """Squares of `stride` x `stride` pixels -> `channels` principal components of mean 0, all together of variance 1.
+    """Squares of pixels -> principal components.
 
-    Flat or enlarged images vary in fewer ways: the components that are left over are always 0, and their values do not
-    show in an image.
+    All latents together have mean 0 and variance 1. The variance of a component is proportional to its standard
+    deviation
+    in pixels. With the variances of pixels, the first components would dominate the loss; with equal variances, the
+    last
+    would count as much as the first. Either is learned more slowly (docs/quality.md).
 
-    The variance of each component is proportional to its standard deviation in pixels. With the variances of pixels the
-    first components are nearly all of a loss; with equal variances the last count as much as the first. Either is
-    learned more slowly (docs/quality.md).
+    Flat or enlarged images may vary in fewer components than `channels`: the others are 0, and decoding ignores them.
+    The basis is 0 until `fit` or a state dict fills it.
 
-    The basis is empty until `fit` or a state dict fills it. Raises ValueError for more components than a square has
-    values.
+    Args:
+        image_channels: channels of the images, 1 or 3.
+        stride: side of a square in pixels.
+        channels: number of components, at most the number of values of a square.
     """
 
     deterministic = True
     learns_basis = True
     basis: Float[Tensor, "k d"]
-    """Orthonormal rows, largest variance first, then rows of 0; d values of a square: color, row, column."""
+    """Orthonormal rows, largest variance first, then rows of 0. The d values of a square: color, row, column."""
     centre: Float[Tensor, " d"]
-    """The mean square."""
+    """Mean of all squares."""
 
     def __init__(self, image_channels: int = 3, stride: int = 4, channels: int = 16) -> None:
         values = image_channels * stride**2
@@ -48,7 +52,7 @@ class PCATokenizer(Tokenizer):
             raise ValueError(f"image_channels: got {image_channels}, expected 1 (grey) or 3 (colour)")
         if stride < 1 or not 1 <= channels <= values:
             raise ValueError(
-                f"channels: got {channels}, expected 1 to {values}, the values of {stride} x {stride} pixels"
+                f"channels: got {channels}, expected 1 to {values}, the number of values of {stride} x {stride} pixels"
             )
         super().__init__(image_channels, channels, stride, None, None)
         self.register_buffer("basis", torch.zeros(channels, values))
@@ -68,31 +72,31 @@ class PCATokenizer(Tokenizer):
             products += squares.T @ squares
             count += len(squares)
         if not count:
-            raise ValueError("principal components: there are no images to take them from")
-        centre = total / count
-        variances, basis = torch.linalg.eigh(products / count - torch.outer(centre, centre))
+            raise ValueError("principal components: got no images, expected at least one")
+        center = total / count
+        variances, basis = torch.linalg.eigh(products / count - torch.outer(center, center))
         variances, basis = variances.flip(0)[: self.channels], basis.T.flip(0)[: self.channels]
-        kept = variances > ROUNDING * products.trace() / count
-        # the sign of a component is arbitrary: that of its largest value, so that machines agree
+        nonzero = variances > ROUNDING * products.trace() / count
+        # the sign of a component is arbitrary; make its largest value positive, so that machines agree
         signs = basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
-        self.basis.copy_(basis * signs * kept.unsqueeze(1))
-        self.centre.copy_(centre)
-        deviations = variances[kept].sqrt()
-        scales = torch.ones_like(variances)  # any scale will do for those that are 0
-        scales[kept] = (deviations * deviations.mean()).sqrt()
+        self.basis.copy_(basis * signs * nonzero.unsqueeze(1))
+        self.centre.copy_(center)
+        deviations = variances[nonzero].sqrt()
+        scales = torch.ones_like(variances)  # components of variance 0 may have any scale
+        scales[nonzero] = (deviations * deviations.mean()).sqrt()
         self.set_statistics(torch.zeros(self.channels), scales)
 
     def fitted_state(self) -> dict[str, Tensor]:
-        """Return mean, standard deviation, basis and center."""
+        """Return mean, standard deviation, basis and mean square."""
         return {**super().fitted_state(), "basis": self.basis, "centre": self.centre}
 
     def load_fitted_state(self, state: Mapping[str, Tensor]) -> None:
-        """Load what another tokenizer of these sizes has measured."""
+        """Load the `fitted_state` of another tokenizer of these sizes."""
         super().load_fitted_state(state)
         self.basis, self.centre = (state[name].to(self.mean.device) for name in ("basis", "centre"))
 
     def encode(self, images: Float[Tensor, "n c H W"]) -> Posterior:
-        """Project the squares of images on the basis; the posterior's standard deviation is 0."""
+        """Project the squares of images on the basis."""
         self.check_images(images)
         squares = self._cut(images.float()) - self.centre.unsqueeze(-1)
         grid = images.shape[2] // self.stride, images.shape[3] // self.stride
@@ -100,7 +104,7 @@ class PCATokenizer(Tokenizer):
         return Posterior(latents, torch.zeros_like(latents))
 
     def decode(self, latents: Float[Tensor, "n k h w"]) -> Float[Tensor, "n c H W"]:
-        """Put squares together from latents; images are clipped to [-1, 1]."""
+        """Compute squares from latents; images are clipped to [-1, 1]."""
         size = latents.shape[2] * self.stride, latents.shape[3] * self.stride
         squares = self.basis.T @ self.denormalize(latents.float()).flatten(2) + self.centre.unsqueeze(-1)
         return functional.fold(squares, size, self.stride, stride=self.stride).clamp(-1, 1)
@@ -119,7 +123,7 @@ class PCATokenizer(Tokenizer):
 
     @classmethod
     def from_name(cls, name: str, image_channels: int, channels: int | None) -> PCATokenizer:
-        """Create the tokenizer of a name such as pca4: squares of 4x4 pixels, 16 components by default."""
+        """Create the tokenizer of a name such as pca4; 16 components by default."""
         return cls(image_channels, int(name.removeprefix("pca")), 16 if channels is None else channels)
 
     def _cut(self, images: Float[Tensor, "n c H W"]) -> Float[Tensor, "n d l"]:

@@ -13,7 +13,7 @@ from mar.tokenizer.base import Posterior, Statistic, Tokenizer
 
 
 class PixelTokenizer(Tokenizer):
-    """Scales pixels to mean 0 and standard deviation 1; a latent cell is one pixel."""
+    """Pixels scaled to mean 0 and standard deviation 1."""
 
     deterministic = True
     name = "pixels"
@@ -25,7 +25,7 @@ class PixelTokenizer(Tokenizer):
         super().__init__(image_channels, channels=image_channels, stride=1, mean=mean, std=std)
 
     def encode(self, images: Float[Tensor, "n c H W"]) -> Posterior:
-        """Scale images; the posterior's standard deviation is 0."""
+        """Scale images to latents."""
         self.check_images(images)
         latents = self.normalize(images.float())
         return Posterior(latents, torch.zeros_like(latents))
@@ -45,7 +45,7 @@ class PixelTokenizer(Tokenizer):
 
     @classmethod
     def from_name(cls, name: str, image_channels: int, channels: int | None) -> PixelTokenizer:
-        """Create the tokenizer; latents have the channels of the images, unless `channels` says otherwise."""
+        """Create the tokenizer; by default, latents have the images' channels."""
         if channels not in (None, 1, 3):
-            raise ValueError(f"pixels have 1 or 3 channels, but the latents have {channels}")
+            raise ValueError(f"channels: got {channels} for latents of pixels, expected 1 or 3")
         return cls(channels or image_channels)

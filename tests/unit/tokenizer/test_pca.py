@@ -149,7 +149,7 @@ def test_names() -> None:
 
 
 def test_by_name_it_is_only_for_training() -> None:
-    with pytest.raises(CheckpointError, match="name it to `mar train` only"):
+    with pytest.raises(CheckpointError, match="name the model instead"):
         zoo.load_tokenizer("pca4")
 
 

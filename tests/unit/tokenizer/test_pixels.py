@@ -72,11 +72,11 @@ def test_bad_statistics(mean: float, std: float, message: str) -> None:
 
 
 def test_bad_requests() -> None:
-    with pytest.raises(ValueError, match="got 1 channels, but this tokenizer takes 3"):
+    with pytest.raises(ValueError, match="got 1 channels, expected 3 for this tokenizer"):
         PixelTokenizer(3).encode(images(1))
     with pytest.raises(ValueError, match="image_channels: got 2"):
         PixelTokenizer(2)
     with pytest.raises(ValueError, match="got kind 'vq', expected pixels, pca or kl"):
         build({"kind": "vq"})
-    with pytest.raises(ValueError, match="got config None, expected that of a diffusers AutoencoderKL"):
+    with pytest.raises(ValueError, match="got config None, expected one of a diffusers AutoencoderKL"):
         build({"kind": "kl"})

@@ -55,5 +55,5 @@ def test_the_posterior_s_own_spread_counts() -> None:
 
 
 def test_no_images_is_an_error() -> None:
-    with pytest.raises(ValueError, match="no images to measure"):
+    with pytest.raises(ValueError, match="got no images"):
         measure_latents(PixelTokenizer(3), [])

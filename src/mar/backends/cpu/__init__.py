@@ -1,4 +1,4 @@
-"""CPU backend: oneDNN products, dropout and attention that keep little, packed weights, few distinct shapes."""
+"""CPU backend: oneDNN products, dropout and attention kernels, packed weights, padding."""
 
 from __future__ import annotations
 

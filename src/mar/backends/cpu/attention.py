@@ -1,7 +1,7 @@
-"""Attention with dropout for training on a CPU, which PyTorch has no kernel for.
+"""Attention with dropout on a CPU, for which PyTorch has no kernel.
 
-Queries, keys, values and one byte for each attention weight are kept; the weights are computed again in the backward
-pass. A few images are worked on at a time, so that their weights stay in the processor's cache.
+The backward pass computes the attention weights again, from queries, keys, values and a mask of one byte per weight. A
+few images are processed at a time, so that their weights stay in the processor's cache.
 Letters of shapes: n images, s tokens, e width, h heads, d = e/h.
 """
 
@@ -16,11 +16,11 @@ from torch import Tensor
 from mar.backends.cpu.dropout import dropout_mask, keep_prob
 
 _MAX_WEIGHTS = 2**18
-"""Attention weights computed at a time; one image's, where it has more."""
+"""Attention weights to compute at a time, or those of one image, if more."""
 
 
 def attention_with_dropout(qkv: Float[Tensor, "n s three_e"], num_heads: int, rate: float) -> Float[Tensor, "n s e"]:
-    """Compute dropout(softmax(q k^T / sqrt(d))) v of all tokens, the heads side by side.
+    """Compute dropout(softmax(q k^T / sqrt(d))) v of all tokens, heads concatenated.
 
     `qkv` holds queries, keys and values, one after the other. Source: Vaswani et al. (arXiv 1706.03762), equation 1.
     """

@@ -1,6 +1,6 @@
-"""Dropout that draws 16 bits a value and keeps a byte.
+"""Dropout that draws 16 bits and saves one byte per value.
 
-PyTorch's own draws and keeps a float for every value, which took a tenth of a training step (docs/performance.md).
+PyTorch's own draws and saves a float per value, which took a tenth of a training step (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _LEVELS = 2**16
 
 
 def fast_dropout(x: Float[Tensor, "..."], rate: float) -> Float[Tensor, "..."]:
-    """Zero values at random, at `rate`, and divide the others by the probability of being kept."""
+    """Zero a share `rate` of the values, and rescale the others."""
     return (x * dropout_mask(x.shape, rate)).mul_(1 / keep_prob(rate))
 
 
@@ -26,7 +26,7 @@ def keep_prob(rate: float) -> float:
 
 
 def dropout_mask(shape: Sequence[int], rate: float) -> Bool[Tensor, "..."]:
-    """Draw a mask, true where a value is kept, from PyTorch's global generator on the CPU."""
+    """Draw a mask, true at values to keep, by the global generator."""
     count = math.prod(shape)
     words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
     lowest = round(rate * _LEVELS) - _LEVELS // 2

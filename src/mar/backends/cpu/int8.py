@@ -1,8 +1,9 @@
-"""8-bit weights for sampling on a CPU: the matrices inside the blocks of trunk and head, which are nearly all.
+"""8-bit weights for sampling on a CPU.
 
-A weight is an integer times a scale of its output feature. Inputs are rounded to 7 bits by the range of the whole input
-tensor, and products are of integers: a quarter of the memory to read, and more arithmetic at a time. An image then
-depends on the images of its batch, by as much as the 8 bits change it.
+They replace the matrices inside the blocks of trunk and head, nearly all weights. A weight is an integer times a scale
+of its output feature. Inputs are rounded to 7 bits, by the range of the whole input tensor, and products are of
+integers: a quarter of the memory to read, and more arithmetic per instruction. Through that range an image depends
+slightly on the other images of its batch.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", linear.bias.detach().float())
         zeros = torch.zeros(len(weight), dtype=torch.long)
         with warnings.catch_warnings():
-            # PyTorch plans to remove this call, and nothing else packs for few rows; `require_int8` checks for it.
+            # deprecated in PyTorch, but nothing else packs for few rows; `require_int8` checks that it exists
             warnings.simplefilter("ignore", UserWarning)
             integers = torch.quantize_per_channel(weight, self.get_buffer("scale").double(), zeros, 0, torch.qint8)
         self.packed: Any = torch.ops.quantized.linear_prepack(integers, self.get_buffer("bias"))
@@ -40,18 +41,18 @@ class Int8Linear(nn.Module):
 
 
 def require_int8(device: torch.device) -> None:
-    """Raise ConfigError where a model on `device` can't have 8-bit weights."""
+    """Raise ConfigError if a model on `device` can't have 8-bit weights."""
     if device.type != "cpu":
         raise ConfigError(f"int8 weights: got a model on {device}, expected one on the CPU")
     available = hasattr(torch, "quantize_per_channel") and hasattr(torch.ops.quantized, "linear_dynamic")
     if not available or torch.backends.quantized.engine == "none":
-        raise ConfigError(f"int8 weights: PyTorch {torch.__version__} has no products of 8 bits on this machine")
+        raise ConfigError(f"int8 weights: PyTorch {torch.__version__} has no 8-bit matrix product on this machine")
 
 
 def quantize_(blocks: Iterable[nn.Module]) -> None:
     """Replace every linear layer inside `blocks` (`MAR.blocks()`) by an `Int8Linear`, in place.
 
-    Raises ConfigError where that can't be.
+    Raises ConfigError if this device or PyTorch can't.
     """
     for block in blocks:
         require_int8(next(block.parameters()).device)

@@ -1,4 +1,4 @@
-"""Products of float32 matrices by oneDNN, where that is faster than PyTorch's choice (MKL)."""
+"""Linear layers in float32 by oneDNN, if faster than MKL."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MIN_MULTIPLICATIONS = 2**22
 
 
 def fast_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Compute x weight^T + bias, by oneDNN where that is faster."""
+    """Compute x weight^T + bias, by oneDNN if that is faster."""
     large = x.numel() * len(weight) >= MIN_MULTIPLICATIONS
     if not (large and onednn_is_faster()) or x.dtype is not torch.float32 or weight.dtype is not torch.float32:
         return functional.linear(x, weight, bias)
@@ -28,7 +28,7 @@ def fast_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """oneDNN's product; its gradients are products, too."""
+    """oneDNN's product, and its gradients by oneDNN."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -54,19 +54,20 @@ def _onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 @cache
 def onednn_is_faster() -> bool:
-    """Return whether oneDNN multiplies float32 faster than MKL: on processors with AVX-512.
+    """Return whether oneDNN multiplies float32 faster than MKL: with AVX-512.
 
-    MKL leaves AVX-512 unused on AMD's, where oneDNN is twice as fast. On Intel's and with AVX2 both are alike
-    (measured: docs/performance.md).
+    MKL leaves AVX-512 unused on AMD processors, and oneDNN is twice as fast there. On Intel processors and with AVX2
+    both
+    are alike (docs/performance.md).
     """
     avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return has_onednn() and torch.backends.mkl.is_available() and avx512
 
 
 def has_onednn(dtype: torch.dtype = torch.float32) -> bool:
-    """Return whether this PyTorch has oneDNN's product, and this processor numbers of `dtype`.
+    """Return whether PyTorch has oneDNN's product here, for `dtype`.
 
-    The product has no public name in PyTorch.
+    The product is not part of PyTorch's public interface.
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False

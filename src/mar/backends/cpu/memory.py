@@ -12,9 +12,9 @@ import torch
 
 
 def trim_heap() -> None:
-    """Return freed heap to the operating system, where the C library can (glibc, on Linux).
+    """Return freed heap to the operating system (glibc on Linux; else nothing).
 
-    Kernels that oneDNN caches between growing activations fragment the heap.
+    oneDNN's cached kernels fragment the heap between growing activations.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -23,10 +23,11 @@ def trim_heap() -> None:
 
 @contextlib.contextmanager
 def single_threaded_pool() -> Iterator[ThreadPoolExecutor]:
-    """Yield a pool of as many threads as PyTorch uses, in each of which PyTorch uses one.
+    """Yield a pool of PyTorch's number of threads, one thread per operation.
 
-    PyTorch splits some products and convolutions among its threads, and their number then shows in the last bits.
-    Results of this pool do not depend on it.
+    PyTorch splits some operations among its threads, and the last bits of their results depend on the number of
+    threads.
+    Results of this pool do not.
     """
     count = torch.get_num_threads()
     try:

@@ -1,8 +1,8 @@
-"""The diffusion head with its weights packed once, for drawing few tokens at a time on a CPU.
+"""The diffusion head with packed weights, for sampling on a CPU.
 
-For one image a product of the head has about eight rows and is bound by reading its weights. oneDNN reads its own
-layout twice as fast as PyTorch's. The rest is the cost of calls: SiLU becomes part of a product, and a multiplication
-is fused with the addition behind it. Letters of shapes as in `mar.diffusion.head`.
+For one image, a product of the head has about eight rows and is bound by reading its weights. oneDNN reads its own
+layout twice as fast as PyTorch's. The rest is the cost of calls: SiLU is fused with the product before it, and
+multiplications with the additions after them. Letters of shapes as in `mar.diffusion.head`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch.nn import functional
 from mar.backends.cpu.linear import has_onednn, onednn_is_faster
 
 PACKED_ROWS = 8
-"""Number of rows that the layout of packed weights is chosen for."""
+"""Number of rows for which oneDNN chooses the layout of packed weights."""
 MANY_ROWS = 64
-"""From so many rows on, PyTorch's product in float32 is mostly as fast (measured)."""
+"""From this number of rows on, PyTorch's product in float32 is mostly as fast (measured)."""
 
 
 class PackedLinear:
-    """Linear layer by oneDNN on weights in its own layout, with SiLU behind it where asked for."""
+    """Linear layer by oneDNN on packed weights, with an optional SiLU."""
 
     def __init__(self, linear: nn.Linear, silu: bool = False) -> None:
         self.plain, self.bias = linear.weight.detach(), linear.bias.detach()
@@ -43,7 +43,7 @@ class PackedLinear:
 
 
 class PackedHead:
-    """A `DiffusionHead` for sampling. It follows no later change of the weights."""
+    """A `DiffusionHead` for sampling; later changes of the weights have no effect."""
 
     def __init__(self, head: Any) -> None:
         self.head, self.config, self.token_width = head, head.config, head.token_width
@@ -76,9 +76,9 @@ class PackedHead:
         return embedded
 
     def modulations(self, condition: Float[Tensor, "... w"]) -> list[Tensor]:
-        """Compute shift, 1 + scale and gate of every layer, written over those of the last call.
+        """Compute shift, 1 + scale and gate of every layer.
 
-        Fresh memory of this size is costly to get.
+        They overwrite those of the last call: allocating memory of this size is slow.
         """
         rows, width = condition.flatten(0, -2), self.config.width
         modulations = []
@@ -105,7 +105,10 @@ class PackedHead:
 
 
 def pack_head(head: Any) -> Any:
-    """Pack a head's weights, where they are plain float32 or bfloat16 on a CPU that oneDNN supports; else return it."""
+    """Pack a head's weights; return the head itself if unsupported.
+
+    Supported are plain parameters in float32 or bfloat16, on a CPU on which oneDNN has products for them.
+    """
     if not hasattr(head, "modulation_layers"):  # another kind of head
         return head
     weights = [parameter for name, parameter in head.named_parameters() if name.endswith("weight")]

@@ -1,7 +1,7 @@
-"""The trunk in sampling: few images at a time, and few distinct shapes.
+"""The trunk in sampling: few images at a time, few distinct shapes.
 
-oneDNN compiles and caches one kernel for each new shape, and the shapes of a reveal step depend on how many tokens are
-visible. In wide models, lengths are padded to multiples. Letters of shapes: n images, L tokens, d values of a token,
+oneDNN compiles and caches one kernel per shape, and the shapes of a reveal step depend on the number of visible tokens.
+In wide models, lengths are therefore padded to multiples. Letters of shapes: n images, L tokens, d values of a token,
 v visible tokens, r tokens whose z is computed, f width of z.
 """
 
@@ -19,11 +19,11 @@ from mar.backends.cpu.memory import trim_heap
 from mar.config import ModelConfig
 
 MLP_BYTES = 2**24
-"""Memory for the activations of a block's MLP; more images at a time leave the cache and gain nothing."""
+"""Memory for the activations of a block's MLP; more images at a time overflow the cache and gain nothing."""
 WIDE_MODEL = 512
-"""Trunk width from which on lengths are padded and the heap is trimmed; both cost less than a step shows."""
+"""From this trunk width on, lengths are padded and the heap is trimmed, at no measurable cost."""
 INPUT_MULTIPLE, OUTPUT_MULTIPLE = 32, 8
-"""Wide models read a multiple of the one and compute z for a multiple of the other."""
+"""Wide models pad the number of visible tokens and of output tokens to multiples of these."""
 
 
 def is_wide(config: ModelConfig) -> bool:
@@ -32,7 +32,7 @@ def is_wide(config: ModelConfig) -> bool:
 
 
 def images_per_group(config: ModelConfig) -> int:
-    """Return how many images the trunk processes at a time."""
+    """Return the number of images that the trunk processes at a time."""
     widest = max(trunk.hidden for trunk in (config.encoder, config.decoder))
     return max(1, MLP_BYTES // (4 * widest * (config.buffer_size + config.tokens)))
 
@@ -49,6 +49,7 @@ def bucketed_trunk(model: Any) -> Callable[..., Tensor]:
         padded: bool = False,
         query_idx: Int[Tensor, "n r"],
     ) -> Float[Tensor, "n r f"]:
+        # padding, of the input and of the output
         queries = query_idx.shape[1]
         if is_wide(config):
             length = round_up(visible.shape[1], INPUT_MULTIPLE, config.tokens)
@@ -56,6 +57,7 @@ def bucketed_trunk(model: Any) -> Callable[..., Tensor]:
             visible = _pad(visible, length, config.tokens)
             if queries > OUTPUT_MULTIPLE:
                 query_idx = _pad(query_idx, round_up(queries, OUTPUT_MULTIPLE), config.tokens)
+        # groups of images
         size = images_per_group(config)
         groups = zip(*(each.split(size) for each in (tokens, labels, visible, query_idx)), strict=True)
         z = torch.cat([model(*group[:3], padded=padded, query_idx=group[3]) for group in groups])
@@ -64,10 +66,10 @@ def bucketed_trunk(model: Any) -> Callable[..., Tensor]:
     return run
 
 
-def round_up(count: int, multiple: int, most: int | None = None) -> int:
-    """Return the next multiple, or `most` where that is less."""
-    up = -(-count // multiple) * multiple
-    return up if most is None else min(up, most)
+def round_up(count: int, multiple: int, maximum: int | None = None) -> int:
+    """Round up to the next multiple, at most to `maximum`."""
+    rounded = -(-count // multiple) * multiple
+    return rounded if maximum is None else min(rounded, maximum)
 
 
 def _pad(index: Int[Tensor, "n k"], length: int, value: int) -> Int[Tensor, "n length"]:
@@ -75,6 +77,6 @@ def _pad(index: Int[Tensor, "n k"], length: int, value: int) -> Int[Tensor, "n l
 
 
 def free_memory(model: Any) -> None:
-    """Return freed heap to the operating system after a reveal step of a wide model."""
+    """Return freed heap to the operating system, for wide models."""
     if is_wide(model.config):
         trim_heap()

@@ -1,7 +1,7 @@
 """The head's diffusion loop as a CUDA graph, recorded once and replayed.
 
-A hundred steps through a small MLP are some thousand kernels, each shorter than the time that Python needs to launch
-it. Letters of shapes: r rows (tokens to draw), s noises a token, d values of a token, f width of z; g is r, or 2r with
+A hundred steps of a small MLP launch thousands of kernels, and Python takes longer to launch one than it runs.
+Letters of shapes: r rows (tokens to draw), s noises a token, d values of a token, f width of z; g is r, or 2r with
 guidance.
 """
 
@@ -23,16 +23,16 @@ from torch import Tensor
 from mar.config import SamplingConfig
 
 Recorder = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
-"""Takes a function of fixed tensors; returns a replay of it and the tensor that will hold its results."""
+"""(function of fixed tensors) -> (replay, tensor that each replay writes its result to)."""
 
 _RECORDING = threading.Lock()
 """A process may record one graph at a time."""
 
 
 def cuda_recorder(device: torch.device) -> Recorder:
-    """Return a recorder on a CUDA device that other threads may use meanwhile.
+    """Return a recorder on a CUDA device.
 
-    All its recordings share one memory pool, so they have to be replayed one after the other.
+    Other threads may use the device meanwhile. All graphs share one memory pool: replay them one after the other.
     """
     with torch.cuda.device(device):
         pool, side_stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
@@ -77,10 +77,12 @@ _Key = tuple[int, bool, int, SamplingConfig]
 
 
 class GraphedHead:
-    """A head whose `sample` is recorded for every setting and bucket of rows that comes a second time.
+    """A head with a CUDA graph of `sample` per setting and bucket.
 
-    For one head, whose weights stay where they are, and one stream. The graphs used last are kept. Where recording
-    fails, one warning says so and the head's own `sample` is used.
+    A graph is recorded at the second call, since the first loads kernels and allocates. The least recently used graphs
+    are
+    dropped. If recording fails, it warns once and uses the head's own `sample`. An instance is for one stream, and for
+    weights that stay at their addresses.
     """
 
     def __init__(self, head: Any, recorder: Recorder, max_graphs: int = 64) -> None:
@@ -88,19 +90,19 @@ class GraphedHead:
         self.token_width: int = head.token_width
         self.recorder: Recorder | None = recorder
         self.max_graphs = max_graphs
-        self.seen: set[_Key] = set()
+        self.called: set[_Key] = set()
         self.graphs: OrderedDict[_Key, _Graph] = OrderedDict()
         self.lock = threading.Lock()
 
     @property
     def head(self) -> Any:
-        """The head itself."""
+        """Head of which `sample` is recorded."""
         head = self._head()
         assert head is not None
         return head
 
     def num_noises(self, steps: int, sampling: SamplingConfig) -> int:
-        """Return how many noises a token takes, as the head does."""
+        """Return the number of noises a token needs, as the head does."""
         count: int = self.head.num_noises(steps, sampling)
         return count
 
@@ -112,7 +114,11 @@ class GraphedHead:
         steps: int,
         sampling: SamplingConfig,
     ) -> Float[Tensor, "r d"]:
-        """Draw tokens; arguments and result as `DiffusionHead.sample`."""
+        """Draw tokens.
+
+        Args:
+            z, noise, scale, steps, sampling: as in `DiffusionHead.sample`.
+        """
         key = (bucket_size(noise.shape[1]), scale is not None, steps, sampling)
         with self.lock:
             graph = self._graph(key, z, noise, scale)
@@ -122,15 +128,15 @@ class GraphedHead:
         return tokens
 
     def _graph(self, key: _Key, z: Tensor, noise: Tensor, scale: Tensor | None) -> _Graph | None:
-        """Return the graph for `key`, recorded when it comes again: a first run loads kernels and allocates."""
-        if self.recorder is None or key not in self.seen:
-            self.seen.add(key)
+        """Return the graph for `key`; None at its first call, or if recording fails."""
+        if self.recorder is None or key not in self.called:
+            self.called.add(key)
             return None
         if key not in self.graphs:
             try:
                 self.graphs[key] = self._record(self.recorder, key, z, noise, scale)
             except RuntimeError as error:
-                warnings.warn(f"no CUDA graph of the head, which samples step by step instead: {error}", stacklevel=3)
+                warnings.warn(f"can't record a CUDA graph of the head, sampling step by step: {error}", stacklevel=3)
                 self.recorder = None
                 self.graphs.clear()
                 return None
@@ -154,9 +160,11 @@ _HEADS: weakref.WeakKeyDictionary[Any, dict[tuple[int, tuple[int, ...]], Graphed
 
 
 def graph_head(head: Any) -> Any:
-    """Return the `GraphedHead` of a head on a CUDA device, kept while its weights stay where they are.
+    """Return the `GraphedHead` of a head on a CUDA device.
 
-    Returns the head itself where the environment has MAR_CUDA_GRAPHS=0.
+    It is cached while the weights stay at their addresses. With MAR_CUDA_GRAPHS=0 in the environment, the head itself
+    is
+    returned.
     """
     if os.environ.get("MAR_CUDA_GRAPHS") == "0":
         return head
@@ -172,11 +180,11 @@ def graph_head(head: Any) -> Any:
 
 
 def bucket_size(rows: int) -> int:
-    """Round `rows` up, by at most a quarter, to one of four sizes between two powers of two."""
+    """Round `rows` up to one of four sizes per power of two."""
     step = max(1, 2 ** (rows.bit_length() - 3))
     return -(-rows // step) * step
 
 
 def _fill(fixed: Tensor, values: Tensor, dim: int = 0) -> None:
-    """Copy `values` to the beginning of `fixed`; the rest stays finite and is not used."""
+    """Copy `values` to the start of `fixed`; the rest stays finite and unused."""
     fixed.narrow(dim, 0, values.shape[dim]).copy_(values)
