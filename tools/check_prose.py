@@ -25,7 +25,7 @@ FOLDERS = ("src/mar", "tests", "benchmarks", "tools", "examples")
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md")
 
 RULES = {
-    "summary": "a docstring of src starts with a short sentence; a function's with a verb",
+    "summary": "a docstring of src starts with a short clause; a function's with a verb",
     "sentence-length": "a sentence has at most 30 words, in Markdown 35",
     "relative-clauses": "a sentence has one which/that/what/where/whose/whom; a short one may have two",
     "spelling": "identifiers are spelled the American way",
@@ -147,7 +147,8 @@ def check_summary(node: ast.Module | Definition, public: bool) -> Iterator[Findi
     docstrings = [Passage(field.lineno, text) for field in fields if (text := string_of(field))]
     if docstring:
         docstrings.append(Passage(node.body[0].lineno, docstring))
-        summary = next((text for each in paragraphs(docstring, 1) for _, text in sentences(each)), "")
+        first_sentence = next((text for each in paragraphs(docstring, 1) for _, text in sentences(each)), "")
+        summary = re.split(r"[:;](?=\s)|\s\(", first_sentence, maxsplit=1)[0]  # what follows explains it
         if public and (words := count_words(summary)) > SUMMARY_WORDS:
             yield Finding(node.body[0].lineno, "summary", f"{words} words, expected at most {SUMMARY_WORDS}")
     for line, text in docstrings:
