@@ -12,10 +12,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.multiprocessing
 
-from mar.cli import main, options
+from mar.cli import main
 
 Moment = tuple[int | str, int]
 """When a process gets a signal, and which (`start`)."""
@@ -86,7 +87,7 @@ def _run(arguments: list[str], said: Path, die: Moment | None, world: tuple[int,
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)  # several processes share the cores
-    options.ERROR_GRACE_S = 0.5  # nobody ends the other ranks of a group that failed
+    pytest.MonkeyPatch().setattr("mar.cli.ERROR_GRACE_S", 0.5)  # nobody ends the other ranks of a group that failed
     if die is not None:
         _die(*die)
     code = main(arguments)

@@ -194,7 +194,8 @@ def test_class_names_are_matched_whatever_their_order() -> None:
 
 def test_folders_of_generated_pictures_are_matched_with_the_names_of_their_classes() -> None:
     for names in (FASHION_CLASSES, imagenet_classes(), ("a/b", "a b", "none")):
-        folders = tuple(class_folders(names)[i] for i in range(len(names)))
+        by_number = class_folders(names)
+        folders = tuple(by_number[i] for i in range(len(names)))
         for theirs, judges_ in ((folders, names), (names, folders), (names, names)):
             numbers = match_classes(theirs, judges_)
             assert numbers is not None
