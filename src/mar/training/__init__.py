@@ -1,1 +1,1 @@
-"""Pictures -> weights: the loss, the loop, and all that a run keeps so that nothing is lost."""
+"""Train models and tokenizers: loss, loop, optimizers, state of a run."""

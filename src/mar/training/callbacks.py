@@ -1,4 +1,4 @@
-"""Callbacks on snapshots of a run: export its weights, draw samples, compute the validation loss.
+"""Export weights, draw samples and compute the validation loss during a run.
 
 A snapshot gives the full weights to every rank, also where FSDP shards them. `on_snapshot` calls a function with one
 every so many images, and logs the metrics it returns.
@@ -59,7 +59,7 @@ def take_snapshot(run: Run) -> Snapshot:
 
 
 def on_snapshot(run: Run, log: Log, every: int, callback: SnapshotCallback) -> None:
-    """Call a function with a snapshot of a run regularly, and log its metrics.
+    """Call a function with snapshots of a run, and log its metrics.
 
     If the session is killed meanwhile, the call is repeated when the run resumes.
 
@@ -84,7 +84,7 @@ GRID_CLASSES, GRID_ROWS, GRID_UNCONDITIONAL = 10, 4, 16
 
 
 def export_and_sample(snapshot: Snapshot, log: Log) -> dict[str, float]:
-    """Export all weights of a snapshot, and draw a grid of samples with each.
+    """Export the weights of a snapshot, and draw samples with each.
 
     The grids are samples/IMAGES.png for EMA and samples/IMAGES-raw.png. Each rank draws its share of the images. A
     model that draws broken latents is noted in the log.
@@ -145,7 +145,7 @@ class _Group:
 
 
 class Validation:
-    """Snapshot callback that computes the loss of held-out images, in total and by timestep.
+    """Snapshot callback: the loss of held-out images, total and by timestep.
 
     It is the training loss of the EMA weights, without dropout, label dropout and augmentation. Random numbers are the
     same each time, so values differ by the weights alone. Each rank computes its share of the groups. Latents are
@@ -160,7 +160,7 @@ class Validation:
 
     @torch.no_grad()
     def __call__(self, snapshot: Snapshot) -> Mapping[str, float]:
-        """Return `val_loss` and `val_loss_00` to `val_loss_09`, on every rank; NaN for an empty bin."""
+        """Compute `val_loss`, and `val_loss_00` to `val_loss_09` (NaN for an empty bin)."""
         if self.groups is None:
             self.groups = self._encode_groups()
         loss = DiffusionLoss(snapshot.pipeline("ema").model).to(self.run.device).eval()
@@ -197,7 +197,7 @@ class Validation:
 
 
 def mean_by_bin(groups: list[tuple[list[float], list[int]]]) -> dict[str, float]:
-    """Average losses, in total and by bin, from the sums and counts of each group."""
+    """Average losses, total and by bin, from sums and counts by group."""
     sums = [math.fsum(sums[k] for sums, _ in groups) for k in range(BINS)]
     counts = [sum(counts[k] for _, counts in groups) for k in range(BINS)]
     means = {f"val_loss_{k:02d}": _mean(sums[k], counts[k]) for k in range(BINS)}

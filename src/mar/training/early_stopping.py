@@ -1,4 +1,4 @@
-"""Stop a run once its validation loss no longer falls, and keep the best weights.
+"""Stop a run when its validation loss stalls; keep the best weights.
 
 All losses are kept in the run's folder. A run that resumes, even with another patience, decides by all of them.
 """
@@ -23,7 +23,7 @@ HISTORY_FILE = "validation.json"
 
 
 class EarlyStopping:
-    """Snapshot callback that ends the run after `patience` values of `val_loss` without a new minimum.
+    """Snapshot callback: ends the run after `patience` validations without a lower loss.
 
     All ranks decide the same; rank 0 writes the files. Losses after the state that a run resumes from are dropped: they
     will be measured again. So are losses of other held-out images.
@@ -57,8 +57,8 @@ class EarlyStopping:
         return metrics
 
     def _stop_if_due(self) -> None:
-        waited = evals_since_best(self.losses)
-        if self.run.should_stop or waited < self.run.config.patience:
+        count = evals_since_best(self.losses)
+        if self.run.should_stop or count < self.run.config.patience:
             return
         self.run.should_stop = True
         best = best_step(self.losses)
@@ -68,28 +68,28 @@ class EarlyStopping:
             where = f"the lowest, {self.losses[best]:.4f}, was at image {best:,}, "
             where += f"whose weights are {self.run.folder / BEST_FILE}"
         self.log.note(
-            f"the loss of held-out pictures has not fallen for {waited} validations, and the run ends: {where}; "
+            f"the loss of held-out pictures has not fallen for {count} validations, and the run ends: {where}; "
             "a larger --patience goes on"
         )
 
 
 def best_step(losses: Mapping[int, float]) -> int | None:
-    """Return the images at which the loss was first lowest; None if it was never finite."""
+    """Return the images of the lowest loss; None without a finite one."""
     finite = {images: loss for images, loss in losses.items() if math.isfinite(loss)}
     return min(sorted(finite), key=finite.__getitem__, default=None)
 
 
 def evals_since_best(losses: Mapping[int, float]) -> int:
-    """Count the evaluations since the best; without a finite one, all but the first."""
+    """Count the evaluations since the best, or else since the first."""
     order = sorted(losses)
     best = best_step(losses)
     return len(order) - 1 - order.index(best) if best is not None else max(len(order) - 1, 0)
 
 
 def read_history(path: Path, held_out: Mapping[str, object]) -> dict[int, float]:
-    """Read the losses by images seen; none if there is no file, or if they are of other held-out images.
+    """Read the losses by images seen. ValueError for a damaged file.
 
-    ValueError for a damaged file.
+    There are none if there is no file, or if it is about other held-out images.
     """
     if not path.is_file():
         return {}

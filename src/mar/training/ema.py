@@ -14,8 +14,12 @@ from mar.training.parallelize import to_local
 class EMA:
     """Copies of a model, one a decay d, updated by ema <- d ema + (1 - d) weights.
 
-    With `warm_up`, d = min(decay, (1 + steps) / (10 + steps)), so that a young average forgets its random start. With a
-    constant 0.9999, 37% of the average is still that start after 10,000 steps.
+    Args:
+        model: is copied.
+        decay: of the average to sample with.
+        others: further decays.
+        warm_up: use d = min(decay, (1 + steps) / (10 + steps)), so that a young average forgets its random start. With
+            a constant 0.9999, 37% of the average is still that start after 10,000 steps.
     """
 
     def __init__(self, model: nn.Module, decay: float, others: Sequence[float] = (), *, warm_up: bool = True) -> None:
@@ -34,7 +38,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module, steps: int) -> None:
-        """Include the weights after step `steps`."""
+        """Update the averages with the weights after step `steps`."""
         weights: list[Tensor] = [to_local(p.detach()) for p in model.parameters()]
         for decay, average in self.models.items():
             d = min(decay, (1 + steps) / (10 + steps)) if self.warm_up else decay

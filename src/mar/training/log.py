@@ -1,20 +1,23 @@
-"""Log a run: metrics and images by images seen, messages for people, and a progress bar.
+"""Log a run: metrics, sample grids, messages and progress.
 
-`log.jsonl` in the run's folder has one JSON object a line. Each has `images`, the images seen so far, and some of:
+`log.jsonl` in the run's folder has one JSON object a line. Each has `images`, the images seen so far.
 
-- every `log_every` steps and at the end: `step`; `loss`, the mean since the last such line; `gradient_norm` before
-  clipping; `lr`; `images_per_second` since the last such line, without callbacks; `skipped_steps` of the whole run,
-  those without a finite gradient; `skipped_share` since the last such line; `seconds` in steps, over all sessions; the
-  terms of a tokenizer's loss;
-- before the first step: `tokenizer_psnr`;
-- when resumed: `data`, a message about data that has changed;
-- every `validate_every` images: `val_loss` of held-out images, and `val_loss_00` to `val_loss_09` by tenths of the
-  timesteps, from least to most noise (`mar.training.callbacks.Validation`);
-- every `--eval-every` images: `ema_distance`, `raw_distance` and other metrics; for a tokenizer, `psnr`.
+Every `log_every` steps, and at the end:
+- `step`, `lr`, `gradient_norm` before clipping
+- `loss`: mean since the last such line; for a tokenizer, also the terms of its loss
+- `images_per_second`: since the last such line, without callbacks
+- `skipped_steps`: steps without a finite gradient, in the whole run; `skipped_share`: since the last such line
+- `seconds`: time in steps, over all sessions
 
-Numbers that are not finite are null. The same goes to the services in `log_to`: TensorBoard, Weights & Biases, trackio.
-They also get the images of `samples/`. A resumed run continues its log: what was logged after the state that it resumes
-from is dropped, or not sent again.
+At other times:
+- `tokenizer_psnr`: before the first step
+- `data`: when resumed, a message about changed data
+- `val_loss`: every `validate_every` images, the loss of held-out images; `val_loss_00` to `val_loss_09`: by tenths of
+  the timesteps, from least to most noise
+- `ema_distance`, `raw_distance` and other metrics: every `--eval-every` images; for a tokenizer, `psnr`
+
+Numbers that are not finite are null. The services in `log_to` get the same, and the images of `samples/`. When a run
+resumes, lines after its saved state are dropped from `log.jsonl`, and not sent to the services again.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ TRACKERS_FILE = "trackers.json"
 
 
 def open_log(run: Any) -> Log:
-    """Open the log of a `TrainingRun` on rank 0; other ranks get one that does nothing.
+    """Open the log of a `TrainingRun`, a no-op on ranks > 0.
 
     ConfigError if a service in `log_to` is not installed, or refuses.
     """
@@ -89,7 +92,7 @@ class Log:
 
 
 class RunLog(Log):
-    """Logger of a run, with a progress bar on a terminal and lines elsewhere.
+    """Logger of a run, with a progress bar on terminals.
 
     Args:
         folder: the run's.
@@ -116,7 +119,7 @@ class RunLog(Log):
         self.progress.start()
 
     def write(self, images: int, **numbers: Any) -> None:
-        """Send numbers to every writer, and print the loss if there is no progress bar."""
+        """Send numbers to every writer; print the loss without a terminal."""
         for writer in self.writers:
             writer.write(images, numbers)
         if not sys.stderr.isatty() and "loss" in numbers:
@@ -166,7 +169,7 @@ class Writer(Protocol):
         ...
 
     def close(self) -> None:
-        """Flush."""
+        """Write what is buffered."""
         ...
 
 
@@ -233,7 +236,7 @@ class JsonLines:
             write_text(self.path, "".join(kept))
 
     def write(self, images: int, numbers: Mapping[str, Any]) -> None:
-        """Append a line; numbers that are not finite become null, as JSON has none."""
+        """Write a line; numbers that are not finite become null."""
         finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in numbers.items()}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"images": images, **finite}, allow_nan=False) + "\n")
@@ -246,7 +249,7 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Event files in a folder; what they hold past `images` is hidden, since it will come again."""
+    """Event files in a folder; events after `images` are hidden."""
 
     def __init__(self, folder: Path, images: int = 0) -> None:
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
@@ -268,9 +271,9 @@ class TensorBoard:
 
 
 class WandB:
-    """A run of Weights & Biases whose steps are images; `wandb login` and WANDB_MODE say where it goes.
+    """A run of Weights & Biases; its steps are images.
 
-    Raises ConfigError if the package is not installed, or refuses.
+    `wandb login` and WANDB_MODE say where it goes. Raises ConfigError if the package is not installed, or refuses.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
@@ -298,10 +301,10 @@ class WandB:
 
 
 class Trackio:
-    """A run of trackio whose steps are images, on this machine unless TRACKIO_SPACE_ID names a space.
+    """A run of trackio; its steps are images.
 
-    `first_image` is the last image count that it was sent before. Raises ConfigError if the package is not installed,
-    or refuses.
+    It stays on this machine unless TRACKIO_SPACE_ID names a space. `first_image` is the last image count that it was
+    sent before. Raises ConfigError if the package is not installed, or refuses.
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], first_image: int = 0) -> None:

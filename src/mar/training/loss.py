@@ -1,4 +1,4 @@
-"""The training loss: mask some tokens, predict z for them, and compute the diffusion loss of each given its z.
+"""Compute the training loss: the diffusion loss of masked tokens given z.
 
 Source: paper, section 3.2 (equation 1) and section 4.2. Letters of shapes: n images, c x h x w latents, L tokens,
 m masked tokens of an image, k timesteps a token (`batch_mul`), d values of a token.
@@ -44,7 +44,7 @@ class StepRandomness:
 
 
 def sample_randomness(config: ModelConfig, seed: int, step: int, positions: Sequence[int]) -> StepRandomness:
-    """Draw what the loss needs, independent of how a global batch is split.
+    """Draw random numbers for a batch, however the global batch is split.
 
     Args:
         config: the model.
@@ -67,7 +67,10 @@ def sample_randomness(config: ModelConfig, seed: int, step: int, positions: Sequ
 
 
 class DiffusionLoss(nn.Module):
-    """Training loss of a MAR as one `forward`, so that DDP and FSDP see every parameter used."""
+    """Training loss of a MAR.
+
+    It is one `forward`, so that DDP and FSDP see every parameter used.
+    """
 
     def __init__(self, model: MAR) -> None:
         super().__init__()
@@ -82,7 +85,7 @@ class DiffusionLoss(nn.Module):
     def per_token_loss(
         self, latents: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], draws: StepRandomness
     ) -> Float[Tensor, " rows"]:
-        """Return the loss of every (timestep, noise) of every masked token, in the order of `draws.timestep`."""
+        """Compute the loss of each masked token and timestep, ordered like `draws.timestep`."""
         tokens = patchify(latents, self.model.config.patch_size)
         labels = torch.where(draws.drop_label, UNCONDITIONAL, labels)
         masked, visible = split_by_mask(draws.order, draws.masked)

@@ -1,8 +1,8 @@
-"""Optimizers and learning rate: AdamW with the reference's groups, and Muon for the matrices inside the blocks.
+"""Optimizers and learning rate: AdamW, and Muon for matrices inside blocks.
 
-Source of Muon: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024), algorithm and
-coefficients; Liu et al., "Muon is scalable for LLM training" (arXiv 2502.16982), section 2.2, for updates as large as
-AdamW's. PyTorch's own Muon always multiplies in bfloat16, which most CPUs only emulate.
+Source of Muon: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024). Its updates are made
+as large as AdamW's by section 2.2 of Liu et al., "Muon is scalable for LLM training" (arXiv 2502.16982). PyTorch's own
+Muon always multiplies in bfloat16, which most CPUs only emulate.
 """
 
 from __future__ import annotations
@@ -30,14 +30,17 @@ _ADAMW_RMS = 0.2
 
 
 def decays(model: MAR, name: str, parameter: Tensor) -> bool:
-    """Return whether weight decay applies: to matrices and embeddings; in the head, only if the head says so."""
+    """Return whether weight decay applies to a parameter.
+
+    It does to matrices and embeddings; to those of the head only if `Head.weight_decay`.
+    """
     if name.startswith("head.") and not model.head.weight_decay:
         return False
     return parameter.ndim > 1 or name == "mask_token"
 
 
 def make_optimizers(model: MAR, config: TrainConfig) -> tuple[torch.optim.Optimizer, ...]:
-    """Create AdamW for all parameters; with `muon`, Muon for the matrices inside the blocks and AdamW for the rest."""
+    """Create AdamW; with `muon`, also Muon for the matrices inside blocks."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for_muon: set[int] = set()
     if config.optimizer == "muon":
@@ -57,7 +60,7 @@ def make_optimizers(model: MAR, config: TrainConfig) -> tuple[torch.optim.Optimi
 
 
 def make_adamw(groups: Sequence[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """Create an AdamW with its state, so that it can be saved and loaded before the first step."""
+    """Create AdamW with its state, which can be saved before a step."""
     on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])
     # fused: one pass over memory, ten times as fast on CPUs; on GPUs the default is as fast
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True if on_cpu else None)
@@ -86,7 +89,7 @@ def _make_muon(model: MAR, named: Sequence[tuple[str, Tensor]], config: TrainCon
 
 
 def learning_rate(config: TrainConfig | TokenizerTrainConfig, images: int) -> float:
-    """Compute the rate of the step after `images` images: linear warm-up, constant, linear decay."""
+    """Compute the rate after `images` images: linear warm-up, constant, linear decay."""
     rise = (images + config.batch) / config.warmup if config.warmup else 1.0
     fall = (config.images - images) / config.decay if config.decay else 1.0
     return config.scaled_lr * max(0.0, min(1.0, rise, fall))
@@ -162,7 +165,7 @@ def _shard_like(update: Tensor, p: Tensor) -> Tensor:
 
 
 def orthogonalize(matrices: Float[Tensor, "n rows columns"]) -> Float[Tensor, "n rows columns"]:
-    """Move all singular values to about 1 (0.7 to 1.2) by Newton-Schulz iterations, and keep the singular vectors."""
+    """Move singular values to about 1 (0.7 to 1.2) by Newton-Schulz iterations."""
     a, b, c = _NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices

@@ -1,4 +1,4 @@
-"""Run a training step on one or many devices, and trade memory for time, without changing its result.
+"""Run steps on several devices, or in less memory, with equal results.
 
 With several ranks, DistributedDataParallel replicates the model and averages gradients; `fully_shard` (FSDP2) keeps a
 shard of every tensor on each rank and gathers them as needed. Blocks may recompute activations, or be compiled.
@@ -52,7 +52,9 @@ def fsdp_units(model: MAR) -> list[nn.Module]:
 
 
 def parallelize(loss: DiffusionLoss, averages: Iterable[Any], config: TrainConfig, device: torch.device) -> nn.Module:
-    """Wrap the loss so that its gradients are those of the global batch. ConfigError if the batch does not divide.
+    """Wrap the loss so that its gradients are the global batch's.
+
+    ConfigError if ranks and accumulation do not divide the batch.
 
     Args:
         loss: changed in place; names of parameters stay.
@@ -93,7 +95,7 @@ def parallelize(loss: DiffusionLoss, averages: Iterable[Any], config: TrainConfi
 
 @contextlib.contextmanager
 def grad_sync(module: nn.Module, last: bool) -> Iterator[None]:
-    """Synchronize gradients between ranks only after the last part of an accumulated batch."""
+    """Synchronize gradients of ranks after the last accumulated part only."""
     if isinstance(module, DistributedDataParallel):
         with contextlib.nullcontext() if last else module.no_sync():
             yield
@@ -104,15 +106,15 @@ def grad_sync(module: nn.Module, last: bool) -> Iterator[None]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Gather a tensor that may be sharded; every rank has to call this."""
+    """Gather a tensor that may be sharded; called by all ranks."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard, or the tensor itself if it is not sharded."""
+    """Return this rank's shard, or a tensor that is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def full_state_dict(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Gather every tensor of a state dict; every rank has to call this."""
+    """Gather all tensors of a state dict; called by all ranks."""
     return {name: full_tensor(value) if isinstance(value, Tensor) else value for name, value in state.items()}

@@ -1,4 +1,4 @@
-"""Before the first step of a run: estimate its memory and disk, and warn about settings that rarely work."""
+"""Estimate memory and disk of a run, and warn about doubtful settings."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _HEAD_BLOCK_FLOATS = {"none": 10, "selective": 6, "full": 1}
 _HEAD_FLOATS = 8
 """In the head outside its blocks, per row and width."""
 _RUN_FILES = ("state-*", ".saving-*", "model*.safetensors")
-"""What a run keeps in its folder, and leftovers of a killed one, which are removed before the next state is saved."""
+"""Files of a run; `.saving-*` are leftovers of a killed one, removed before the next state is saved."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Estimate:
         )
 
     def check_disk(self, folder: Path) -> None:
-        """Raise CheckpointError if the disk of a run's folder has too little room.
+        """Raise CheckpointError if a run's disk has too little room.
 
         Files that the folder already has will be replaced, but each only once its successor is written.
         """
@@ -86,7 +86,7 @@ def _size(path: Path) -> int:
 
 
 def activation_floats(model: ModelConfig, images: int, checkpointing: ActivationCheckpointing = "none") -> int:
-    """Estimate how many floats a step over `images` images keeps, at the mean mask ratio."""
+    """Estimate the floats a step keeps, at the mean mask ratio."""
     masked = round(model.tokens * (1 + model.mask_ratio_min) / 2)
     encoder_tokens = model.buffer_size + model.tokens - masked
     trunks = ((model.encoder, encoder_tokens), (model.decoder, model.buffer_size + model.tokens))
@@ -116,7 +116,10 @@ SMALL_DATASET, MANY_EPOCHS = 5_000, 100
 
 
 def check_tokenizer(run: Run, log: Log) -> None:
-    """Log the PSNR of a lossy tokenizer before the first step; warn if it is low, or if tokens are wide."""
+    """Log the PSNR of a lossy tokenizer before a run's first step.
+
+    Warns if it is low, or if tokens are wide.
+    """
     if distributed.rank() != 0 or run.progress.images:
         return
     if (warning := token_width_warning(run.config.model)) is not None:
@@ -160,7 +163,7 @@ def token_width_warning(model: ModelConfig) -> str | None:
 
 
 def learning_rate_warning(config: TrainConfig, recipe: TrainConfig, name: str) -> str | None:
-    """Warn about a scaled learning rate, lr * batch / 256, far from that of the recipe called `name`."""
+    """Warn about a scaled learning rate far from that of its recipe."""
     lr, usual = config.scaled_lr, recipe.scaled_lr
     factor, side = max((lr / usual, "times above the"), (usual / lr, "times below the"))
     if factor <= MAX_LR_FACTOR:
@@ -174,9 +177,10 @@ def learning_rate_warning(config: TrainConfig, recipe: TrainConfig, name: str) -
 def memorization_warning(
     config: TrainConfig, source: Source | LatentSource | StreamSource, warned_length: int = 0
 ) -> str | None:
-    """Warn when a small data set risks memorization; never about streams, or with early stopping.
+    """Warn when a small data set risks memorization.
 
-    `warned_length` is the length of the run when it was last started: one that was long enough then has been warned of.
+    There is none about streams, which are not counted, and runs with early stopping. `warned_length` is the length of
+    the run at its last start: if that was long enough, the warning has been given.
     """
     if config.patience or isinstance(source, StreamSource) or len(source) >= SMALL_DATASET:
         return None
@@ -189,7 +193,7 @@ def memorization_warning(
 
 
 def precision_hint(config: TrainConfig, device: torch.device) -> str | None:
-    """Suggest bfloat16 for a float32 run on a CPU that multiplies in it."""
+    """Predict a gain from bfloat16 on a CPU that multiplies in it."""
     if config.precision != "fp32" or device.type != "cpu" or not devices.multiplies_bf16():
         return None
     return "this processor has products in bfloat16: --precision bf16 (and another --out) sees more pictures a minute"

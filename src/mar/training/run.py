@@ -98,7 +98,7 @@ def open_run(
 
 
 def load_config(kind: type[Config], folder: Path) -> Config | None:
-    """Load the configuration of the run in a folder, None if there is none.
+    """Load the configuration of a folder's run, None without a run.
 
     ConfigError if it is damaged, or not of this kind.
     """
@@ -135,7 +135,7 @@ def check_same_run(config: TrainConfig | TokenizerTrainConfig, folder: Path) -> 
 
 
 def saved_length(folder: Path) -> int:
-    """Return the length in images of the run in a folder when it was last started; 0 without a saved state."""
+    """Return the length, in images, at the last start; 0 without states."""
     saved = load_config(TrainConfig, folder)
     return 0 if saved is None or not RunState(folder).states() else saved.images
 
@@ -146,9 +146,10 @@ def saved_length(folder: Path) -> int:
 def open_run_data(
     config: TrainConfig, folder: Path | None = None
 ) -> tuple[Source | LatentSource | StreamSource, Source | LatentSource | None]:
-    """Open the training data and the held-out images, with the split noted in the run's folder.
+    """Open the training data and the held-out images.
 
-    ConfigError if the classes are not the model's, or if early stopping has no held-out images.
+    The split is that noted in the run's folder. ConfigError if the classes are not the model's, or if early stopping
+    has no held-out images.
     """
     source, held_out = open_train_val(
         config.data, classes=config.model.classes, every=config.hold_out, validate_on=config.validate_on,
@@ -165,7 +166,7 @@ def open_run_data(
 
 
 def check_classes(config: TrainConfig, classes: Sequence[str]) -> None:
-    """Raise ConfigError if the model has classes, but not as many as the data."""
+    """Raise ConfigError if model and data differ in number of classes."""
     if config.model.classes not in (0, len(classes)):
         raise ConfigError(
             f"the model has {config.model.classes} classes, but {config.data} has {len(classes)}; "
@@ -231,7 +232,7 @@ def _open_tokenizer(
     if config.image_channels not in (None, tokenizer.image_channels):
         raise ConfigError(
             f"image_channels is {config.image_channels}, but the tokenizer takes {tokenizer.image_channels}; "
-            "leave --image-channels out, which is for components that a run takes itself (--tokenizer pca4)"
+            "leave --image-channels out: it is for principal components (--tokenizer pca4)"
         )
 
     # statistics and principal components
@@ -295,9 +296,9 @@ def _check_cache(config: TrainConfig, source: LatentSource, tokenizer: Tokenizer
 
 
 def init_from(model: MAR, other: MAR) -> list[str]:
-    """Copy the weights of another model; the class embedding stays as it is if the number of classes differs.
+    """Copy the weights of another model. Returns names of tensors not copied.
 
-    ConfigError if any other shape or any setting of the architecture differs. Returns the names of tensors not copied.
+    The class embedding is not copied if the number of classes differs. ConfigError for another architecture.
     """
     own, theirs = _architecture(model.config), _architecture(other.config)
     if changes := [f"{name} {theirs[name]}, here {own[name]}" for name in own if own[name] != theirs[name]]:
@@ -316,10 +317,10 @@ def _architecture(config: ModelConfig) -> dict[str, Any]:
 
 
 def resume_official(run: Run, path: Path) -> None:
-    """Resume a run of the reference from its `checkpoint-last.pth`: weights, EMA, optimizer and epoch.
+    """Resume a run of the reference from its `checkpoint-last.pth`.
 
-    The epochs it has finished count as that many times the images of this run's data. ConfigError for a file without
-    optimizer, or of another model.
+    That has weights, EMA, optimizer and epoch. Finished epochs count as that many times the images of this run's data.
+    ConfigError for a file without optimizer, or of another model.
     """
     checkpoint = official.read_mar(path)
     if isinstance(run.source, StreamSource):
@@ -351,7 +352,7 @@ def resume_official(run: Run, path: Path) -> None:
 
 
 def make_pipeline(run: Run, weights: str = "ema") -> Pipeline:
-    """Copy the current weights to a pipeline, on every rank; `weights` is a name in `run.weights`."""
+    """Copy weights, named as in `run.weights`, to a pipeline on every rank."""
     model = MAR(run.config.model).to(run.device)
     model.load_state_dict(full_state_dict(run.weights[weights].state_dict()))
     notes: dict[str, Any] = {"images": run.progress.images, "steps": run.progress.step, "data": run.config.data}
@@ -369,7 +370,7 @@ def make_pipeline(run: Run, weights: str = "ema") -> Pipeline:
 
 
 def export(run: Run) -> list[Path]:
-    """Write all weights of the run, such as EMA and raw, to its folder. Every rank has to call this."""
+    """Write EMA, raw and other weights to files; called by all ranks."""
     paths = []
     for weights in run.weights:
         pipeline = make_pipeline(run, weights)
@@ -380,5 +381,5 @@ def export(run: Run) -> list[Path]:
 
 
 def weights_file(weights: str) -> str:
-    """Return the name of the file for these weights in a run's folder."""
+    """Return the file name of weights in a run's folder."""
     return "model.safetensors" if weights == "ema" else f"model-{weights}.safetensors"

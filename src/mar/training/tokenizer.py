@@ -110,9 +110,9 @@ def hinge_loss(real: Float[Tensor, "n 1 p q"], fake: Float[Tensor, "n 1 p q"]) -
 def adversarial_weight(
     loss: Float[Tensor, ""], adversarial: Float[Tensor, ""], last_layer: Tensor
 ) -> Float[Tensor, ""]:
-    """Compute the factor that gives both losses equal gradients at the decoder's last layer, at most 10^4.
+    """Compute the factor for equal gradients of both losses, at most 10^4.
 
-    Esser et al., "Taming transformers" (arXiv 2012.09841), equation 7.
+    They are measured at the decoder's last layer: Esser et al., "Taming transformers" (arXiv 2012.09841), equation 7.
     """
     (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
     (adversarial_gradient,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
@@ -196,7 +196,7 @@ class TokenizerRun(TrainingRun):
         )  # fmt: skip
 
     def step(self, batch: Batch) -> StepResult:
-        """Take one step of the autoencoder, and one of the discriminator once it is used."""
+        """Take a step of the autoencoder, and of a discriminator in use."""
         assert isinstance(batch, ImageBatch)
         images = batch.images.to(self.device)
         discriminator = self.discriminator if self.progress.images >= self.discriminator_start else None
@@ -306,7 +306,10 @@ def ema_tokenizer(run: TokenizerRun) -> KLTokenizer:
 
 
 def evaluate_reconstruction(run: TokenizerRun, log: Log, tokenizer: KLTokenizer | None = None) -> RoundTrip:
-    """Measure the PSNR of held-out images, and save a grid of some of them; by default with the EMA weights."""
+    """Measure the PSNR of held-out images, and save a grid of some.
+
+    By default the tokenizer has the EMA weights.
+    """
     tokenizer = tokenizer or ema_tokenizer(run)
     result = round_trip(tokenizer, in_order(subset(run.held_out, EVAL_IMAGES), run.transform))
     path = run.folder / "samples" / f"{run.progress.images:012d}.png"
@@ -321,12 +324,12 @@ def evaluate_reconstruction(run: TokenizerRun, log: Log, tokenizer: KLTokenizer 
 
 
 def reconstruction_grid(tokenizer: KLTokenizer, images: Float[Tensor, "n c h w"]) -> Image.Image:
-    """Draw images in the upper row and their reconstructions in the lower one."""
+    """Draw images in the upper row, reconstructions in the lower one."""
     return image_grid([*to_pil(images), *to_pil(reconstruct(tokenizer, images).cpu())], len(images))
 
 
 def export_tokenizer(run: TokenizerRun, log: Log) -> tuple[KLTokenizer, RoundTrip]:
-    """Measure the statistics of the EMA tokenizer, evaluate it, and write it to the run's folder."""
+    """Measure the EMA tokenizer's statistics, evaluate it, and write it."""
     tokenizer = ema_tokenizer(run)
     statistics = measure_latents(tokenizer, in_order(subset(run.source, STATS_IMAGES), run.transform), per_channel=True)
     tokenizer.set_statistics(statistics.mean, statistics.std)

@@ -1,8 +1,8 @@
-"""Train a model: the loop, one step of it, and the state of a run.
+"""Train a model: the loop, one step, the state of a run.
 
 Everything random in step k follows from (seed, k), so a resumed run equals one that was never stopped.
-A step reads from top to bottom: `train` calls `Run.step`, that is `Run.forward_backward` and
-`TrainingRun.optimizer_step`. The loss is `mar.training.loss.DiffusionLoss`.
+A step: `train` calls `Run.step`, that is `Run.forward_backward` and `TrainingRun.optimizer_step`. The loss is
+`mar.training.loss.DiffusionLoss`, which calls the model, then `head.loss`.
 
 A run is a folder:
 
@@ -64,7 +64,7 @@ class TrainingError(ValueError):
 
 @dataclass
 class Progress:
-    """How far a run has come."""
+    """Steps, images and seconds that a run has trained for."""
 
     step: int = 0
     images: int = 0
@@ -77,7 +77,7 @@ class Progress:
     """Images up to which all due callbacks have finished."""
 
     def count_step(self, images: int, finite: bool) -> None:
-        """Count a step over `images` images; one that is not finite updates nothing."""
+        """Count a step over `images` images, skipped if it was not finite."""
         self.step += 1
         self.images += images
         self.skipped_steps += not finite
@@ -117,7 +117,7 @@ class StepResult(NamedTuple):
 
 
 class TrainingRun(ABC):
-    """Base of all runs: a model, its optimizers and EMA, and their state on disk.
+    """Base of all runs: model, optimizers, EMA, and their state on disk.
 
     Subclasses set `model`, `ema` and `optimizers`, and say how to read batches and take a step.
     """
@@ -147,7 +147,7 @@ class TrainingRun(ABC):
 
     @property
     def finished(self) -> bool:
-        """True once the run has reached its length or was told to stop."""
+        """True if the run has reached its length, or should stop."""
         return self.should_stop or self.progress.images >= self.config.images
 
     def optimizer_step(self) -> float:
@@ -160,12 +160,16 @@ class TrainingRun(ABC):
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = lr
+
+        # weights
         norm = parallelize.full_tensor(nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)).item()
         finite = math.isfinite(norm)
         if finite:
             for optimizer in self.optimizers:
                 optimizer.step()
         progress.count_step(config.batch, finite)
+
+        # EMA
         if finite:
             self.ema.update(self.model, progress.step - progress.skipped_steps)
         elif progress.skipped_in_a_row >= MAX_NONFINITE_STEPS:
@@ -266,7 +270,7 @@ class Run(TrainingRun):
 
     @property
     def weights(self) -> dict[str, nn.Module]:
-        """Models to sample from: `ema`, `raw`, and EMAs of other decays such as `ema-0.9999`."""
+        """Models to sample from: `ema`, `raw`, other decays as `ema-0.9999`."""
         return {"ema": self.ema.model, "raw": self.model, **self.ema.others}
 
     def batches(self) -> Iterator[Batch]:
@@ -460,7 +464,7 @@ def to_latents(tokenizer: Tokenizer, batch: Batch, seed: int, device: torch.devi
 
 
 def posterior_noise(mean: Tensor, seed: int, positions: Tensor) -> Tensor:
-    """Draw standard normal noise of the shape of `mean`, each image's keyed by (seed, position)."""
+    """Draw standard normal noise like `mean`, keyed by (seed, position)."""
     generators = (make_generator(seed, _POSTERIOR_STREAM, position) for position in positions.tolist())
     return torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators]).to(mean.device)
 
