@@ -41,9 +41,9 @@ class CacheOptions:
     image_size: int | tuple[int, int] | None = None
     """Pictures are cut to squares of so many pixels, or to HEIGHT WIDTH."""
     split: Literal["train", "test"] = "train"
-    """Which pictures, where the data has both."""
+    """Part of the data, where it has both."""
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
-    """How latents are stored; they are computed in fp32."""
+    """Type of stored latents; they are computed in fp32."""
     flip: bool | None = None
     """Cache mirrored pictures too; by default, where the data says that its pictures may be."""
     shard: int = 1024
@@ -57,7 +57,7 @@ class CacheOptions:
 
 
 def cache(arguments: Sequence[str]) -> int:
-    """`mar cache`."""
+    """Run `mar cache`."""
     from mar import devices, distributed
 
     def work(check: Callable[[], None]) -> int:
@@ -111,9 +111,9 @@ def _verify(options: CacheOptions, check: Callable[[], None]) -> int:
             check()
             progress(pictures)
 
-        found = verify(folder, advance)
-    size = size_text(sum(found.index.sizes))
-    print(f"{folder} is as it was written: {len(found):,} pictures, {size} in {found.manifest.shards} shards")
+        verified = verify(folder, advance)
+    size = size_text(sum(verified.index.sizes))
+    print(f"{folder} is as it was written: {len(verified):,} pictures, {size} in {verified.manifest.shards} shards")
     return 0
 
 
@@ -140,7 +140,7 @@ def _cache(options: CacheOptions, check: Callable[[], None]) -> int:
 
 
 def _prepared(options: CacheOptions, out: Path) -> tuple[Source, Tokenizer, CacheManifest, list[int] | None]:
-    """What is to be cached, and the shards to be made by all processes together, as the first one finds them."""
+    """Open source and tokenizer, and list the shards that are missing, on rank 0 for all."""
     from mar import distributed
     from mar.data.cache_writer import describe_cache, prepare_cache
     from mar.data.sources import open_source
@@ -148,7 +148,7 @@ def _prepared(options: CacheOptions, out: Path) -> tuple[Source, Tokenizer, Cach
 
     assert options.tokenizer is not None
     assert options.image_size is not None
-    found: tuple[CacheManifest, list[int] | None] | None = None
+    prepared: tuple[CacheManifest, list[int] | None] | None = None
     with distributed.collective_errors():
         source = open_source(options.data, options.split)
         name = options.tokenizer
@@ -159,8 +159,8 @@ def _prepared(options: CacheOptions, out: Path) -> tuple[Source, Tokenizer, Cach
                 source, tokenizer, data=options.data, tokenizer_name=name, dtype=options.dtype,
                 size=(side, side) if isinstance(side, int) else side, flip=options.flip, shard=options.shard,
             )  # fmt: skip
-            found = about, prepare_cache(out, about)
-    about, shards = distributed.all_gather_object(found)[0]
+            prepared = about, prepare_cache(out, about)
+    about, shards = distributed.all_gather_object(prepared)[0]
     return source, tokenizer, about, shards
 
 

@@ -21,7 +21,7 @@ class ConvertOptions:
     target: Annotated[Path, tyro.conf.Positional]
     """The file to write: .safetensors, or .pth for the official format."""
     weights: Literal["ema", "raw"] | None = None
-    """Which weights of an official file or a run to take: by default ema; raw ones draw worse pictures."""
+    """Weights of an official file or a run to take: by default ema; raw ones draw worse pictures."""
     tokenizer: Path | None = None
     """kl16.ckpt; by default the one beside the source, or that `mar download` fetched."""
     num_heads: int | None = None
@@ -29,11 +29,11 @@ class ConvertOptions:
     patch_size: int | None = None
     """Its patch size, where it does not tell."""
     dtype: Dtype | None = None
-    """Of the file of ours, by default fp32; bf16 halves it, its weights are rounded."""
+    """Type of the weights in our file, by default fp32; bf16 halves it and rounds them."""
 
 
 def convert(arguments: Sequence[str]) -> int:
-    """`mar convert`."""
+    """Run `mar convert`."""
     options = parse(ConvertOptions, "convert", arguments)
     source, target = options.source, options.target
     if not source.exists():
@@ -76,7 +76,7 @@ def _only(options: ConvertOptions, fitting: tuple[str, ...], what: str) -> None:
 
 
 def _raw(path: Path) -> Path:
-    """Where a run keeps the raw weights beside the EMA's."""
+    """Return the path of a run's raw weights."""
     return path.with_name(f"{path.stem}-raw.safetensors")
 
 

@@ -14,7 +14,7 @@ from mar.config import to_dict
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Draws the ten classes of the bundled model, and one picture as it is revealed."""
+    """Draws the bundled model's ten classes, and one picture while it is revealed."""
 
     out: Path = Path("out")
     """Folder for the two PNGs."""
@@ -27,7 +27,7 @@ class DemoOptions:
 
 
 def demo(arguments: Sequence[str]) -> int:
-    """`mar demo`."""
+    """Run `mar demo`."""
     options = parse(DemoOptions, "demo", arguments)
     from mar.data.images import image_grid
     from mar.zoo import load

@@ -25,7 +25,7 @@ class DownloadOptions:
 
 
 def download(arguments: Sequence[str]) -> int:
-    """`mar download`."""
+    """Run `mar download`."""
     options = parse(DownloadOptions, "download", arguments)
     from mar.checkpoint.download import OFFICIAL, fetch, progress_bar
 

@@ -52,7 +52,7 @@ class GenerateOptions(SamplingFlags):
 
 
 def generate(arguments: Sequence[str]) -> int:
-    """`mar generate`."""
+    """Run `mar generate`."""
     return interruptible("the same command goes on", lambda check: _generate(arguments, check))
 
 
@@ -121,8 +121,8 @@ def _plan(options: GenerateOptions, model: Pipeline) -> Plan:
 
     if options.labels_file is not None:
         return Plan(tuple(numbers(read_labels(options.labels_file))), options.seed)
-    asked = [None if label.lower() == "none" else label for label in options.labels]
-    classes = numbers(asked) or list(range(model.model.config.classes)) or [-1]
+    names = [None if label.lower() == "none" else label for label in options.labels]
+    classes = numbers(names) or list(range(model.model.config.classes)) or [-1]
     if options.count is not None:
         return Plan.total(options.count, classes, options.seed)
     return Plan.per_class(50 if options.per_class is None else options.per_class, classes, options.seed)
@@ -148,7 +148,7 @@ def _sink(options: GenerateOptions, kind: Format, model: Pipeline) -> Sink:
 
 
 def _prepared(sink: Sink) -> list[WorkUnit] | None:
-    """What is to be drawn by all processes together, as the first one finds it; None where all is there."""
+    """List the units that are missing, on rank 0 for all ranks; None where none is."""
     from mar import distributed
     from mar.sampling.sinks import prepare
 
@@ -158,8 +158,8 @@ def _prepared(sink: Sink) -> list[WorkUnit] | None:
             units = prepare(sink)
             if units is None:
                 sink.tidy()
-    found: list[WorkUnit] | None = distributed.all_gather_object(units)[0]
-    return found
+    missing: list[WorkUnit] | None = distributed.all_gather_object(units)[0]
+    return missing
 
 
 def _draw(

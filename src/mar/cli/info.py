@@ -22,7 +22,7 @@ class InfoOptions:
 
 
 def info(arguments: Sequence[str]) -> int:
-    """`mar info`."""
+    """Run `mar info`."""
     options = parse(InfoOptions, "info", arguments)
     import torch
 

@@ -33,7 +33,7 @@ class SampleOptions(SamplingFlags):
 
 
 def sample(arguments: Sequence[str]) -> int:
-    """`mar sample`."""
+    """Run `mar sample`."""
     options = parse(SampleOptions, "sample", arguments)
     from mar.data.images import image_grid
     from mar.data.labels import resolve_labels
@@ -43,8 +43,8 @@ def sample(arguments: Sequence[str]) -> int:
         raise ValueError(f"count is {options.count}, but it must be at least 1")
     model = options.load(options.model)
     settings = options.settings()
-    asked: list[str | int | None] = [None if label.lower() == "none" else label for label in options.labels]
-    labels = [label for label in asked or _default_labels(model) for _ in range(options.count)]
+    given: list[str | int | None] = [None if label.lower() == "none" else label for label in options.labels]
+    labels = [label for label in given or _default_labels(model) for _ in range(options.count)]
     seeds = [options.seed + i for i in range(len(labels))]
     begun = time.perf_counter()
     pictures = model.sample(

@@ -51,7 +51,7 @@ class FeatureFlags:
 
 @dataclass(frozen=True)
 class StatsOptions(FeatureFlags):
-    """Measures mean and covariance of real pictures' features, to compare generated ones with."""
+    """Measures mean and covariance of the features of real pictures."""
 
     pictures: Annotated[str, tyro.conf.Positional]
     """A folder, a Parquet file, fashion (bundled), or an .npz of pictures or of ADM's statistics."""

@@ -1,1 +1,1 @@
-"""How good pictures are: uint8 pictures in, numbers out. Streams compose; disk is optional."""
+"""Evaluation: uint8 images in, numbers out. Sets of images compose; disk is optional."""

@@ -55,7 +55,7 @@ class ClassAccuracy:
         return tuple(name for i, name in enumerate(self._classes) if i not in known)
 
     def counts(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Returns the correct and all classified images of each class, over all ranks; () without a classifier."""
+        """Returns correct and all images of each class, over all ranks; () without a classifier."""
         if self._class_map is None:
             return (), ()
         correct, total = distributed.sum_over_ranks(self._correct), distributed.sum_over_ranks(self._total)
@@ -63,7 +63,7 @@ class ClassAccuracy:
 
 
 def match_classes(images: Sequence[str], classifier: Sequence[str]) -> Int[Tensor, " k"] | None:
-    """Returns for each class of the classifier its number among the images' classes.
+    """Returns the images' class number of each class of the classifier.
 
     It is -1 for a class that the images do not have; the whole result is None if no class is shared. Names match in
     any case, and also as the names of folders that `mar generate` makes of them.

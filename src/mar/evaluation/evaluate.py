@@ -153,7 +153,9 @@ def collect(
     batch: int = 64,
     advance: Advance | None = None,
 ) -> Collected:
-    """Walks once through a set of images, in constant memory unless features are kept.
+    """Computes features of a set of images, in one pass and constant memory.
+
+    Memory grows only where features are kept.
 
     Args:
         images: the set; each rank of a group reads its share.
@@ -257,7 +259,7 @@ class _Accumulator:
 
 
 def print_feature_memory(count: int, extractor: Extractor) -> None:
-    """Prints on rank 0 how much memory the features of `count` images will take."""
+    """Prints the memory that features of `count` images take, on rank 0."""
     if distributed.rank() == 0:
         size = size_text(4 * count * extractor.width)
         print(f"keeping the features of {count:,} pictures takes {size} of memory", file=sys.stderr)

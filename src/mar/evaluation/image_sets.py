@@ -81,7 +81,7 @@ def is_statistics(spec: str) -> bool:
 
 
 def is_image_set(spec: str) -> bool:
-    """Checks for an `.npz`, a Parquet or .tar file, or a folder without a model in it.
+    """Returns whether `spec` names images: a file of them, or a folder without a model.
 
     The name of a bundled model always means the model, as for `zoo.load`, whatever folder there is.
     """
@@ -108,7 +108,7 @@ def open_images(
     path = Path(spec)
     if (path / RUN_FILE).is_file():
         raise ValueError(
-            f"{path} is the folder of a run, whose images are samples of its training; expected a folder of "
+            f"{path} is the folder of a run, with samples of its training; expected a folder of "
             f"images, or the model of a run that has saved its {WEIGHTS_FILE}"
         )
     if path.suffix != ".npz":
@@ -307,7 +307,7 @@ class GeneratedImages:
 
 
 def digest(images: ImageSet, count: int = 32) -> str:
-    """Returns a sha256, in hex, that tells sets of one name and size apart in a moment.
+    """Hashes a set of images (sha256, hex), quickly.
 
     It is that of `count` images spread over the set, or of an `.npz` file's own checksum of all its images.
     """

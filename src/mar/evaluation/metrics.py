@@ -22,7 +22,7 @@ _PARTS = 0x15C0  # the random stream of the Inception Score's splits
 
 
 def frechet_distance(a: FeatureStats | Moments, b: FeatureStats | Moments) -> float:
-    """Computes the squared Fréchet distance of two Gaussians, |μa - μb|² + Tr(Σa) + Tr(Σb) - 2 Tr((Σa Σb)^½).
+    """Computes the squared Fréchet distance of two Gaussians: |μa - μb|² + Tr(Σa) + Tr(Σb) - 2 Tr((Σa Σb)^½).
 
     Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", eq. 6: FID for
     features of the FID Inception network. Never negative; covariances may be singular. Raises ValueError for unequal
@@ -47,7 +47,9 @@ def _matrix_root(covariance: Tensor) -> Tensor:
 
 
 class ScoreSums:
-    """Running sums for the Inception Score of `total` images in `splits` parts of one size, or one image apart.
+    """Running sums for the Inception Score of images in parts.
+
+    `total` images make `splits` parts, whose sizes differ by at most one.
 
     Image i goes to a random part, always the same for the same `total`: in a set sorted by class, parts in order would
     hold few classes and score low. Each part keeps a count, the sum of p(y|x), and the sum of p(y|x) log p(y|x). The
@@ -219,7 +221,7 @@ def _covered(points: Tensor, centers: Tensor, radii: Tensor) -> float:
 def nearest_neighbors(
     real: Float[Tensor, "m d"], fake: Float[Tensor, "n d"]
 ) -> tuple[Float64[Tensor, "n"], Int64[Tensor, "n"]]:
-    """Returns the Euclidean distance of each fake feature to the nearest real one (0 for a copy), and its index.
+    """Returns each fake feature's Euclidean distance to the nearest real one (0 for a copy), and that one's index.
 
     All distances are compared, 64 MiB of them at a time. Raises ValueError without real features.
     """

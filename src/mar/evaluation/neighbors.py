@@ -1,9 +1,9 @@
 """Copies of training images: generated images nearer to a training image than held-out real images ever are.
 
 Fréchet distances reward copies. A distance to the nearest training image says little alone: it depends on the images
-and on the network. Real images that were not trained on ("held out") set the scale, as in the data-copying test of
-Meehan, Chaudhuri and Dasgupta, "A Non-Parametric Test to Detect Data-Copying in Generative Models" (arXiv
-2004.05675). This is their idea, not their statistic.
+and on the network. Real images that were held out of training set the scale. The idea is that of the data-copying test
+of Meehan, Chaudhuri and Dasgupta, "A Non-Parametric Test to Detect Data-Copying in Generative Models" (arXiv
+2004.05675); the statistic is another.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MIN_SIDE = 112
 
 
 class Pair(NamedTuple):
-    """An image and the reference image nearest to it, by their numbers in their sets."""
+    """An image and its nearest reference image, by their numbers."""
 
     picture: int
     reference: int
@@ -51,7 +51,7 @@ class HeldOut:
     def of(cls, held_out: FeatureStats, reference: FeatureStats) -> HeldOut:
         """Measures `held_out` against `reference`; both need features.
 
-        Raises ValueError for statistics that can't be compared, and for held-out images of which 1% are in the
+        Raises ValueError for statistics that can't be compared, and where 1% of the held-out images are in the
         reference: no copy could be nearer.
         """
         check_comparable(held_out.provenance, reference.provenance)
@@ -78,7 +78,9 @@ class HeldOut:
 
 
 def share_of_copies(distances: Float64[Tensor, "n"], held_out: HeldOut) -> float:
-    """Returns the share of images nearer to a training image than 99% of the held-out ones.
+    """Returns the share of images that are copies.
+
+    A copy is nearer to a training image than 99% of the held-out images.
 
     `distances` are those to the nearest training image. The share is about 1% for a model of new images, and 1 for one
     that copies.

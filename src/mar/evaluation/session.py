@@ -101,7 +101,7 @@ class EvalOptions:
     """The settings of a session."""
 
     source: str
-    """What is evaluated: a set of images, an `.npz` of statistics, or the name of the model."""
+    """Source of the evaluated images: a set of images, an `.npz` of statistics, or the name of the model."""
     reference: str
     """Real images, or an `.npz` of their statistics."""
     reference_split: str = "test"
@@ -123,7 +123,7 @@ class EvalOptions:
 
 
 class EvalSession:
-    """An evaluation with everything opened and checked before the first image is drawn.
+    """An evaluation; everything is opened and checked before the first image is drawn.
 
     Args:
         options: the settings.
@@ -182,7 +182,7 @@ class EvalSession:
         )  # fmt: skip
 
     def measure_reference(self) -> None:
-        """Computes the statistics of the reference and of the held-out images, unless they come from files."""
+        """Computes statistics of the reference and of held-out images, unless they come from files."""
         self.reference = self._collect(self.reference_set, None).statistics
         if self.held_out_set is not None:
             held_out = self._collect(self.held_out_set, None).statistics
@@ -190,7 +190,7 @@ class EvalSession:
                 self.held_out = HeldOut.of(held_out, self.reference)
 
     def report(self, **point: Any) -> Report:
-        """Evaluates the images, drawn by a model with the sampling settings of `point`."""
+        """Evaluates the images; a model draws them with the settings of `point`."""
         if self.reference is None:
             self.measure_reference()
         assert self.reference is not None
@@ -219,7 +219,7 @@ class EvalSession:
         return pair_grid(report.pairs, self.images, self.reference_set)
 
     def sweep_settings(self, points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Returns everything that the reports of a sweep over `points` depend on, beside the point."""
+        """Returns all that reports of a sweep depend on, beside the point."""
         options, model = self.options, self.model
         assert model is not None
 
@@ -251,7 +251,7 @@ class EvalSession:
 
 @dataclass
 class OnlineEvaluator:
-    """Draws `count` images, classes in turns and seeds always the same, and compares them with a reference."""
+    """Compares `count` images of a model with a reference; classes take turns, seeds stay the same."""
 
     extractor: Extractor
     reference: str

@@ -215,7 +215,7 @@ class FeatureStats:
 
     @classmethod
     def load(cls, path: Path, features: bool = True) -> FeatureStats:
-        """Reads a file of `save`, or mu and sigma of ADM's published files.
+        """Reads a file of `save`, or ADM's published mu and sigma.
 
         Without `features` the features are left on the disk. Raises ValueError, one line, for anything else.
         """

@@ -37,7 +37,7 @@ Point = dict[str, Any]
 
 
 def parse_axis(text: str) -> tuple[str, list[Any]]:
-    """`guidance_scale=1:5:0.5` (both ends included) or `steps=10,25,50` -> the field's name and its values.
+    """Parse `guidance_scale=1:5:0.5` (both ends included) or `steps=10,25,50` into a name and values.
 
     Names are those of SamplingConfig, `cfg` for guidance_scale, `K` for steps, `guidance_from` and `guidance_until` for
     the ends of guidance_interval, and `preset`. ConfigError for what can't be read.
@@ -52,8 +52,8 @@ def parse_axis(text: str) -> tuple[str, list[Any]]:
         known = ", ".join(sorted({*kinds, *ALIASES}))
         raise ConfigError(f"sweep: got {text!r}, expected NAME=FIRST:LAST:STEP or NAME=A,B,C with a name of {known}")
     try:
-        found = _range(values, kinds[name]) if ":" in values else [_value(v, kinds[name]) for v in values.split(",")]
-        return name, list(dict.fromkeys(found))
+        parsed = _range(values, kinds[name]) if ":" in values else [_value(v, kinds[name]) for v in values.split(",")]
+        return name, list(dict.fromkeys(parsed))
     except (ValueError, OverflowError):  # 1:inf:1
         raise ConfigError(f"sweep: {values!r} of {text!r} is neither FIRST:LAST:STEP nor values for {name}") from None
 
@@ -80,7 +80,7 @@ def _value(text: str, kind: str) -> Any:
 
 
 def points(axes: Sequence[str]) -> list[Point]:
-    """Every combination of the axes' values, the last axis fastest."""
+    """Combine the values of all axes, the last axis fastest."""
     parsed = [parse_axis(axis) for axis in axes]
     names = [name for name, _ in parsed]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -92,7 +92,7 @@ def points(axes: Sequence[str]) -> list[Point]:
 
 
 def fixed_settings(sampling: SamplingConfig, point: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the sampling settings that a sweep over the names of `point` leaves as they are, by axis."""
+    """Returns the sampling settings outside of `point`, by axis."""
     values = to_dict(sampling)
     ends = {name: values[field][int(index)] for name, (field, index) in ENDS.items()}
     for field, _ in ENDS.values():
@@ -113,7 +113,7 @@ class Row:
 
     @property
     def seconds_per_picture(self) -> float:
-        """Of drawing and judging together."""
+        """Seconds of sampling and evaluating together."""
         return float(self.report["seconds"]) / int(self.report["count"])
 
 
@@ -157,7 +157,7 @@ class Table:
             raise ConfigError(f"{self.folder} holds another sweep ({changes}); choose another folder")
 
     def has(self, point: Point) -> bool:
-        """Whether this point was measured."""
+        """Return whether this point was measured."""
         return any(row.point == point for row in self.rows)
 
     def add(self, point: Point, report: Report) -> None:
@@ -173,11 +173,11 @@ class Table:
         write_text(self.folder / "sweep.csv", self.csv())
 
     def best(self) -> Row | None:
-        """The row with the smallest distance; None without rows."""
+        """Return the row with the smallest distance; None without rows."""
         return min(self.rows, key=lambda row: row.distance, default=None)
 
     def columns(self) -> list[str]:
-        """Swept fields, then what was measured for any row, then seconds a picture."""
+        """List swept fields, then the metrics of any row, then seconds a picture."""
         swept = list(dict.fromkeys(name for row in self.rows for name in row.point))
         left_out = {"metric", "seconds", "warnings", "count", "reference_count", "pairs"}
         names = dict.fromkeys(
@@ -186,12 +186,12 @@ class Table:
         return [*swept, *names, "seconds_per_picture"]
 
     def cells(self, row: Row) -> list[Any]:
-        """The row's values in the order of `columns`."""
+        """Return the row's values in the order of `columns`."""
         values = {**row.report, **row.point, "seconds_per_picture": round(row.seconds_per_picture, 4)}
         return [values.get(name) for name in self.columns()]
 
     def csv(self) -> str:
-        """The table as comma-separated values."""
+        """Format the table as comma-separated values."""
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(self.columns())
@@ -208,7 +208,7 @@ MISSING = 'plots need matplotlib: pip install ".[eval]" in the clone of mar'
 
 
 def require_matplotlib() -> None:
-    """ValueError, in one line, without matplotlib (the `eval` extra)."""
+    """Raise ValueError, in one line, without matplotlib (the `eval` extra)."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(MISSING)
 
@@ -266,7 +266,7 @@ def _series(table: Table, across: str) -> dict[str, list[Row]]:
 
 
 def _worded(table: Table, name: str) -> bool:
-    """Whether a field's values are no numbers."""
+    """Return whether a field's values are no numbers."""
     return any(not isinstance(row.point[name], int | float) for row in table.rows)
 
 

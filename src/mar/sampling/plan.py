@@ -1,4 +1,4 @@
-"""Which pictures are to be drawn: the label and the seed of each, and the units of work they are cut into."""
+"""Plans of many images: label and seed of each, cut into units of work."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class Plan:
 
     @classmethod
     def per_class(cls, count: int, classes: Sequence[int], seed: int = 0) -> Plan:
-        """`count` pictures of each of `classes`, in turns: every beginning of the plan is balanced."""
+        """Plan `count` images of each class, in turns: every beginning of the plan is balanced."""
         if count < 1:
             raise ConfigError(f"pictures of each class: got {count}, expected at least 1")
         return cls(tuple(classes) * count, seed)
 
     @classmethod
     def total(cls, count: int, classes: Sequence[int], seed: int = 0) -> Plan:
-        """`count` pictures in all: picture i has class i % len(classes) of `classes`."""
+        """Plan `count` images in all: image i has class i % len(classes) of `classes`."""
         if count < 1:
             raise ConfigError(f"count is {count}, but it must be at least 1")
         rounds, rest = divmod(count, len(classes))
@@ -64,7 +64,7 @@ class Plan:
         return len(self.labels)
 
     def units(self, size: int) -> Iterator[WorkUnit]:
-        """The plan in order, cut after every `size` pictures; the last unit may be smaller."""
+        """Cut the plan after every `size` images; the last unit may be smaller."""
         if size < 1:
             raise ConfigError(f"batch is {size}, but it must be at least 1")
         for number, first in enumerate(range(0, len(self), size)):
@@ -73,12 +73,12 @@ class Plan:
             yield WorkUnit(number, first, labels, seeds)
 
     def fingerprint(self) -> str:
-        """sha256, in hex, of the labels in their order."""
+        """Hash (sha256, hex) the labels in their order."""
         return hashlib.sha256(np.asarray(self.labels, dtype="<i8").tobytes()).hexdigest()
 
 
 def read_labels(path: Path) -> list[str | None]:
-    """A file of labels, one a line (`none` for no class), picture by picture; empty lines are passed over.
+    """Read a file of labels, one a line (`none` for no class); empty lines are skipped.
 
     Raises ConfigError for a file that is not text, or has none.
     """

@@ -56,7 +56,7 @@ def meter(visible: bool, total: int, before: int = 0) -> Iterator[Advance]:
 
 @contextlib.contextmanager
 def rank_meter(share: int, total: int, before: int = 0, check: Callable[[], None] | None = None) -> Iterator[Advance]:
-    """Shows the progress of all ranks on rank 0, which assumes that the others are as far.
+    """Shows the progress of all ranks on rank 0; others are assumed to be as far.
 
     Args:
         share: images of this rank's share.

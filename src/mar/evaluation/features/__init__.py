@@ -12,7 +12,7 @@ __all__ = ["Extractor", "Features", "ModuleExtractor", "open_extractor"]
 
 
 def open_extractor(name: str, weights: Path | None = None) -> Extractor:
-    """The extractor called "inception" or "efficientnet-lite0", or what "FILE.py:function" or "module:function" makes.
+    """Opens an extractor: "inception", "efficientnet-lite0", "FILE.py:function" or "module:function".
 
     `weights` is a file for it, by default its own. A function is called with `weights` and returns an Extractor, or a
     torch.nn.Module for `ModuleExtractor`. Raises ValueError, one line, where that can't be had.

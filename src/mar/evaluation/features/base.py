@@ -1,8 +1,6 @@
-"""What turns pictures into numbers: the contract of a feature extractor, and how a module becomes one.
+"""Feature extractors: their contract, a module as an extractor, weights from files, and functions of users.
 
-Weights of networks that are not ours, read without running what is in the file.
-
-Extractors that people bring: a function in a file of theirs, or in an installed module.
+Files of weights are read without running what is in them.
 """
 
 from __future__ import annotations
@@ -29,12 +27,12 @@ from mar.checkpoint.official import read_torch
 LUMA = (19595, 38470, 7471)
 """ITU-R 601 weights of red, green and blue in 1/65536, as Pillow's grey; a grey picture comes back as it was."""
 PROBE = 64
-"""Side of the black picture on which the width of a module's features is found where nobody said it."""
+"""Side of the black picture on which the width of a module's features is measured by default."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """What a network says of n pictures, both in float32 on the network's device."""
+    """Features and logits of n images, in float32 on the network's device."""
 
     values: Float[Tensor, "n d"]
     logits: Float[Tensor, "n k"] | None = None
@@ -47,12 +45,12 @@ class Extractor(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is called in files of statistics."""
+        """Its name in files of statistics."""
         ...
 
     @property
     def metric(self) -> str:
-        """What a Fréchet distance of its features is called: "FID" only for the network of published figures."""
+        """Name of a Fréchet distance of its features: "FID" only for the network of published figures."""
         ...
 
     @property
@@ -62,7 +60,7 @@ class Extractor(Protocol):
 
     @property
     def scores(self) -> bool:
-        """Whether the Inception Score is computed from its logits."""
+        """True where the Inception Score is computed from its logits."""
         ...
 
     @property
@@ -80,7 +78,7 @@ class Extractor(Protocol):
         ...
 
     def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Features:
-        """Features of pictures with one channel (grey) or three (RGB), without gradients."""
+        """Compute features of images with one channel (gray) or three (RGB), without gradients."""
         ...
 
 
@@ -136,7 +134,7 @@ class ModuleExtractor:
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Features:
-        """Features of pictures with one or three channels; ValueError for other pictures or answers of the module."""
+        """Compute features of images; ValueError for other images, or other results of the module."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(
                 f"{self.name}: got pictures {images.dtype} {tuple(images.shape)}, expected uint8 (n, 1 or 3, h, w)"
@@ -152,12 +150,12 @@ class ModuleExtractor:
 
 
 def to_unit(images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-    """uint8 -> float32 in [0, 1]."""
+    """Convert uint8 to float32 in [0, 1]."""
     return images.float() / 255
 
 
 def with_channels(images: UInt8[Tensor, "n c h w"], channels: int) -> UInt8[Tensor, "n channels h w"]:
-    """Pictures with one or three channels as they are to be: grey is repeated, colours become their luma."""
+    """Convert images to one or three channels: gray is repeated, colors become their luma."""
     if images.shape[1] == channels:
         return images
     if channels == 3:
@@ -167,15 +165,15 @@ def with_channels(images: UInt8[Tensor, "n c h w"], channels: int) -> UInt8[Tens
 
 
 def fingerprint(name: str, recipe: str, weights: Mapping[str, Shaped[Tensor, "..."]]) -> str:
-    """SHA-256 (hex) of a name, a preprocessing and all tensors, by their names, types, shapes and bytes."""
-    found = hashlib.sha256()
+    """Hash (SHA-256, hex) a name, a preprocessing and all tensors: names, types, shapes and bytes."""
+    digest = hashlib.sha256()
     for text in (name, recipe):
-        found.update(f"{len(text)}:{text};".encode())
+        digest.update(f"{len(text)}:{text};".encode())
     for key in sorted(weights):
         tensor = weights[key].detach().cpu().contiguous()
-        found.update(f"{key} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        found.update(_bytes(tensor))
-    return found.hexdigest()
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> Any:
@@ -184,7 +182,9 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 def read_weights(path: Path) -> dict[str, Shaped[Tensor, "..."]]:
-    """The tensors of a .safetensors file or of one by `torch.save`, also from before PyTorch 1.6.
+    """Read the tensors of a .safetensors file or of one by `torch.save`.
+
+    Files from before PyTorch 1.6 are read, too.
 
     Raises ValueError, one line, for anything else.
     """
@@ -230,11 +230,10 @@ def _line(error: Exception) -> str:
 
 
 def custom(name: str, weights: Path | None) -> Extractor:
-    """What the function named by "FILE.py:function" or "package.module:function" makes of `weights`.
+    """Call the function named by "FILE.py:function" or "package.module:function" with `weights`.
 
-    It may return an Extractor, or a module, which becomes one called like the function (`ModuleExtractor`). Raises
-    ValueError, one line, where there is no such function or it returns something else; what happens inside it is its
-    own affair.
+    It may return an Extractor, or a module: that becomes a `ModuleExtractor` with the name of the function. Raises
+    ValueError, one line, if there is no such function or it returns something else. Its own errors pass.
     """
     place, _, attribute = name.rpartition(":")
     made = _function(place, attribute)(weights)

@@ -31,12 +31,12 @@ class PooledFeatures(nn.Module):
         self.network = network.to(memory_format=torch.channels_last)  # half as fast again on a CPU
 
     def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
-        """Means of the last feature maps."""
+        """Return means of the last feature maps."""
         return self.network.extract_features(pixels.contiguous(memory_format=torch.channels_last)).mean((2, 3))
 
 
 def prepare(images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 H W"]:
-    """(x - 127) / 128, small pictures enlarged bilinearly (half-pixel centres) to 96 pixels on the short side."""
+    """Return (x - 127) / 128; small images are enlarged bilinearly (half-pixel centers) to a short side of 96."""
     pixels = (images.float() - 127) / 128
     height, width = pixels.shape[2:]
     short = min(height, width)
@@ -47,7 +47,7 @@ def prepare(images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 H W"]:
 
 
 def efficientnet_lite0(weights: Path | None = None) -> ModuleExtractor:
-    """The extractor; `weights` is a state_dict of the network, by default the one in the package.
+    """Create the extractor; `weights` is a state_dict of the network, by default the one in the package.
 
     Raises ValueError, one line, without the `eval` extra or for a file that is not such weights.
     """

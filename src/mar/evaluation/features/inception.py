@@ -1,4 +1,4 @@
-"""The Inception network of published FID and Inception Score figures, as torch-fidelity has it.
+"""The Inception network of published FID and Inception Scores, by torch-fidelity.
 
 Heusel et al. (arXiv 1706.08500) used TensorFlow's Inception graph of 2015-12-05. torch-fidelity carries its weights
 over, together with its peculiar resize (bilinear, corners not aligned, no half-pixel centres, no antialiasing) to
@@ -21,7 +21,7 @@ from mar.evaluation.features.base import ModuleExtractor, read_weights
 
 NAME = "inception"
 TAPS = {"64": 64, "192": 192, "768": 768, "2048": 2048}
-"""Where features can be taken, and how wide they are; published figures are of the last one."""
+"""Layers of features and their widths; published figures are of the last one."""
 OFFICIAL = RemoteFile(
     # not called .pth here: it may be in the format from before PyTorch 1.6, which is no zip archive
     "inception-2015-12-05-6726825d.weights",
@@ -33,7 +33,7 @@ RECIPE = "torch-fidelity: TensorFlow 1 bilinear to 299 x 299; (x - 128) / 128"
 
 
 class FidelityNetwork(nn.Module):
-    """torch-fidelity's network with one tap of features, and the logits without their bias."""
+    """torch-fidelity's network: one tap of features, and the logits without their bias."""
 
     def __init__(self, network: nn.Module, scores: bool) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class FidelityNetwork(nn.Module):
         self.scores = scores
 
     def forward(self, images: UInt8[Tensor, "n 3 h w"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n k"] | None]:
-        """Features (n, d) and, at the last tap, logits (n, 1008)."""
+        """Return features (n, d) and, at the last tap, logits (n, 1008)."""
         answer = self.network(images)
         return answer[0], answer[1] if self.scores else None
 
@@ -49,11 +49,16 @@ class FidelityNetwork(nn.Module):
 def inception(
     weights: Path | None = None, *, tap: str = "2048", progress: Progress | None = None, fetcher: Fetcher = fetch
 ) -> ModuleExtractor:
-    """The extractor of FID: 2048 features and the 1008 logits of the Inception Score.
+    """Create the extractor of FID: 2048 features and the 1008 logits of the Inception Score.
 
-    `weights` is a file; without it torch-fidelity's own is downloaded once and checked (91 MiB, `fetcher` does that
-    and `progress` hears of it). Only with these weights and all 2048 features is the metric called FID; a narrower
-    `tap` ("64", "192", "768") has no logits. Raises ValueError, one line, without the `fid` extra or the weights.
+    Only with torch-fidelity's weights and all 2048 features is the metric called FID. Raises ValueError, one line,
+    without the `fid` extra or the weights.
+
+    Args:
+        weights: a file; by default torch-fidelity's own, downloaded once and checked (91 MiB).
+        tap: layer of the features; the narrower "64", "192" and "768" have no logits.
+        fetcher: downloads the weights.
+        progress: hears of the download.
     """
     if tap not in TAPS:
         raise ValueError(f"tap: got {tap!r}, expected one of {', '.join(TAPS)}")

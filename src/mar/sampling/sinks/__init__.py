@@ -1,4 +1,4 @@
-"""Where many pictures go: a folder of PNGs, an `.npz` as ADM's suite reads it, or WebDataset shards."""
+"""Outputs of many images: a folder of PNGs, an `.npz` for ADM's suite, or WebDataset shards."""
 
 from mar.sampling.sinks.base import Job, Sink, prepare
 from mar.sampling.sinks.folder import PngFolder

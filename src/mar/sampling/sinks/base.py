@@ -1,7 +1,7 @@
-"""What all outputs share: units written whole, what is there already, and the manifest that tells one run from another.
+"""The base of all outputs: units written whole, files that exist already, and the manifest of a run.
 
 A unit's files follow from the plan, the batch size and the settings alone. Each is written to a temporary file and
-renamed; so a run that was killed at any moment, started again, ends with the same bytes as one that was not.
+renamed. A run that is killed at any moment and started again ends with the same bytes as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from mar.sampling.plan import Plan, WorkUnit
 
 MANIFEST = "generate.json"
 FOR_PEOPLE = ("mar",)
-"""What a manifest says for people only: a run may be gone on with by another version."""
+"""Entries of a manifest for people only: another version may go on with a run."""
 
 _TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be written where."""
+    """A plan, its output folder and its settings."""
 
     out: Path
     plan: Plan
@@ -47,14 +47,14 @@ class Job:
     settings: dict[str, Any]
     """Everything that the files depend on, JSON-able: the manifest."""
     facts: dict[str, Any]
-    """What each PNG says of itself, beside its label and seed."""
+    """Metadata of each PNG, beside its label and seed."""
 
     def __post_init__(self) -> None:
         if self.shape[0] not in (1, 3):
             raise ConfigError(f"pictures of {self.shape[0]} channels can't be written: expected 1 (grey) or 3 (RGB)")
 
     def name(self, picture: int) -> str:
-        """A picture's number in as many digits as every number of the plan has, at least six."""
+        """Format an image's number with the plan's number of digits, at least six."""
         return f"{picture:0{max(6, len(str(len(self.plan) - 1)))}}"
 
 
@@ -77,18 +77,18 @@ class Sink(ABC):
 
     @abstractmethod
     def names(self) -> set[str]:
-        """Every file, relative to the folder, that a run writes there at any time."""
+        """List all files that a run ever writes, relative to the folder."""
 
     @abstractmethod
     def missing(self, there: set[str]) -> list[WorkUnit]:
-        """The units that are still to be drawn, given which files of the folder are there.
+        """List the units still to be drawn, given the files that are there.
 
         Raises CheckpointError where it is known beforehand that the disk has no room for them.
         """
 
     @abstractmethod
     def complete(self, there: set[str]) -> bool:
-        """Whether the output is finished, given which files of the folder are there."""
+        """Return whether the output is finished, given the files that are there."""
 
     @abstractmethod
     def write(self, unit: WorkUnit, images: UInt8[np.ndarray, "n c h w"]) -> None:
@@ -103,7 +103,7 @@ class Sink(ABC):
         """Takes away what a finished output does not need; one process does it, after all have finished."""
 
     def others(self) -> Path | None:
-        """Something outside the folder that is in the way of a new output."""
+        """Return a path outside the folder that is in the way of a new output."""
         return None
 
 
@@ -137,7 +137,7 @@ def prepare(sink: Sink) -> list[WorkUnit] | None:
 
 
 def _survey(sink: Sink) -> tuple[set[str], list[Path], str | None]:
-    """The output's files that are there, what killed runs left of others, and a file that is none of these.
+    """List the output's files, leftovers of killed runs, and a file that is neither.
 
     Hidden files of other programs are nobody's business.
     """
@@ -162,7 +162,7 @@ def _survey(sink: Sink) -> tuple[set[str], list[Path], str | None]:
 
 
 def _read(manifest: Path) -> dict[str, Any] | None:
-    """What is in a manifest; None where that can't be."""
+    """Read a manifest; None where there is none."""
     try:
         begun = json.loads(manifest.read_text(encoding="utf-8"))
     except ValueError:
@@ -174,7 +174,7 @@ def _read(manifest: Path) -> dict[str, Any] | None:
 
 
 def _is_manifest(sink: Sink) -> bool:
-    """Whether the manifest is one, by the names of its settings, and not a file of someone's own."""
+    """Return whether the file is a manifest, by the names of its settings."""
     return (_read(sink.manifest) or {}).keys() == sink.job.settings.keys()
 
 
@@ -186,8 +186,10 @@ def _compare(sink: Sink) -> None:
         raise ConfigError(f"{path} is damaged, so what is there can't be gone on with; take another --out")
     keys = [key for key in (*ours, *begun) if key not in FOR_PEOPLE and begun.get(key) != ours.get(key)]
     if keys:
-        told = ", ".join(f"{key} {_short(begun.get(key))}, not {_short(ours.get(key))}" for key in dict.fromkeys(keys))
-        raise ConfigError(f"{sink.job.out} was begun with {told}; give the same settings, or take another --out")
+        differences = ", ".join(
+            f"{key} {_short(begun.get(key))}, not {_short(ours.get(key))}" for key in dict.fromkeys(keys)
+        )
+        raise ConfigError(f"{sink.job.out} was begun with {differences}; give the same settings, or take another --out")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -205,7 +207,7 @@ def _short(value: Any) -> str:
 
 
 def png(image: UInt8[np.ndarray, "c h w"], facts: dict[str, Any]) -> bytes:
-    """An 8-bit grey or RGB picture as a PNG, with `facts` as JSON in its metadata under `mar`."""
+    """Encode an 8-bit gray or RGB image as a PNG, with `facts` as JSON in its metadata under `mar`."""
     info = PngInfo()
     info.add_text("mar", json.dumps(facts))
     buffer = io.BytesIO()
@@ -215,7 +217,7 @@ def png(image: UInt8[np.ndarray, "c h w"], facts: dict[str, Any]) -> bytes:
 
 
 def pngs(job: Job, unit: WorkUnit, images: UInt8[np.ndarray, "n c h w"]) -> list[bytes]:
-    """A unit's pictures as PNGs that say their settings, label (null for none) and seed."""
+    """Encode a unit's images as PNGs with their settings, label (null for none) and seed."""
     return [
         png(image, {**job.facts, "label": None if label < 0 else label, "seed": seed})
         for image, label, seed in zip(images, unit.labels, unit.seeds, strict=True)
