@@ -24,7 +24,7 @@ HEAD = HeadConfig(width=16, depth=1, prediction="v", batch_mul=2)
 FAST = SamplingConfig(steps=4, diffusion_steps=4)
 
 
-def config(**changes: Any) -> ModelConfig:
+def tiny_config(**changes: Any) -> ModelConfig:
     """A model of 4x4 tokens of two values, three classes and v prediction, but for `changes`."""
     settings: dict[str, Any] = {
         "channels": 2, "grid": (4, 4), "encoder": TRUNK, "decoder": TRUNK, "head": HEAD, "buffer_size": 2, "classes": 3,
@@ -32,7 +32,7 @@ def config(**changes: Any) -> ModelConfig:
     return ModelConfig(**{**settings, **changes})
 
 
-def awake(model: MAR, seed: int = 0) -> MAR:
+def randomize(model: MAR, seed: int = 0) -> MAR:
     """The model with every tensor drawn: an untrained head's last layers are zero, and hide what is before them."""
     generator = make_generator(seed, 77)
     with torch.no_grad():
@@ -42,20 +42,20 @@ def awake(model: MAR, seed: int = 0) -> MAR:
     return model.eval()
 
 
-def model(seed: int = 0, **changes: Any) -> MAR:
+def tiny_model(seed: int = 0, **changes: Any) -> MAR:
     """A model of `config(**changes)`, awake."""
-    return awake(MAR(config(**changes)), seed)
+    return randomize(MAR(tiny_config(**changes)), seed)
 
 
-def pipeline(seed: int = 0, **changes: Any) -> Pipeline:
+def tiny_pipeline(seed: int = 0, **changes: Any) -> Pipeline:
     """A pixel-space model of grey pictures of 4x4 pixels with the classes ant, bee and cat."""
     changes = {"channels": 1, **changes}
     names = ("ant", "bee", "cat")[: changes.get("classes", 3)]
     tokenizer = PixelTokenizer(changes["channels"], mean=-0.4, std=0.5)
-    return Pipeline(model(seed, **changes), tokenizer, classes=names, sampling=FAST, notes={"images": 5})
+    return Pipeline(tiny_model(seed, **changes), tokenizer, classes=names, sampling=FAST, notes={"images": 5})
 
 
-def pictures(folder: Path, count: int = 20) -> Path:
+def write_images(folder: Path, count: int = 20) -> Path:
     """A folder of grey 8x8 pictures in two classes: bars across and bars down, each of its own brightness."""
     for i in range(count):
         values = np.zeros((8, 8), dtype=np.uint8)
@@ -66,9 +66,9 @@ def pictures(folder: Path, count: int = 20) -> Path:
     return folder
 
 
-def train_config(data: Path, **changes: Any) -> TrainConfig:
+def tiny_train_config(data: Path, **changes: Any) -> TrainConfig:
     """A run over `pictures`, 4 a step for ten steps; dropouts on as in the paper."""
-    small = config(channels=1, grid=(8, 8), patch_size=2, classes=2)
+    small = tiny_config(channels=1, grid=(8, 8), patch_size=2, classes=2)
     settings: dict[str, Any] = {
         "model": small, "sampling": FAST, "data": str(data), "images": 40, "batch": 4, "lr": 0.5, "warmup": 12,
         "ema": 0.99, "save_every": 10_000, "sample_every": 0, "log_every": 1, "seed": 5,
@@ -76,7 +76,7 @@ def train_config(data: Path, **changes: Any) -> TrainConfig:
     return TrainConfig(**{**settings, **changes})
 
 
-def open_tiny(config: TrainConfig, folder: Path, load_model: Callable[[str], Pipeline] | None = None) -> Run:
+def open_tiny_run(config: TrainConfig, folder: Path, load_model: Callable[[str], Pipeline] | None = None) -> Run:
     """The run on the CPU, which may load nothing but by `load_model`."""
 
     def nothing(name: str) -> Any:

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import processes
 import pytest
-import starts
 import tiny
 from PIL import Image
 
@@ -56,7 +56,7 @@ def go(run: Run) -> None:
 
 def test_a_shard_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = tmp_path / "cache"
-    assert main(cached(tiny.pictures(tmp_path / "pictures"), cache, "--shard", "6")) == 0
+    assert main(cached(tiny.write_images(tmp_path / "pictures"), cache, "--shard", "6")) == 0
     shard = cache / "00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     capsys.readouterr()
@@ -70,7 +70,7 @@ def test_a_shard_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_label_beyond_the_classes(tmp_path: Path, workers: int) -> None:
     with pytest.raises(ValueError, match=r"down/16\.png has the label 2, but there are 2 classes$") as said:
-        next(batches(Mislabelled(tiny.pictures(tmp_path)), Transform((8, 8), 1), batch=20, seed=0, workers=workers))
+        next(batches(Mislabelled(tiny.write_images(tmp_path)), Transform((8, 8), 1), batch=20, seed=0, workers=workers))
     assert "\n" not in str(said.value)
 
 
@@ -100,7 +100,7 @@ def test_one_that_is_no_picture_among_ten_thousand(tmp_path: Path, caplog: pytes
     (folder / "4711.png").unlink()
     (folder / "4711.png").write_bytes(b"no picture")
 
-    assert starts.run(cached(folder, tmp_path / "cache"), tmp_path / "said") == 0
+    assert processes.run_to_end(cached(folder, tmp_path / "cache"), tmp_path / "said") == 0
     said = [line for line in (tmp_path / "said").read_text().splitlines() if "left" not in line.split()[-1:]]
     assert said[0] == f"1 pictures could not be read and are left out: {folder / '4711.png'}"
     assert said[1].startswith("9,999 pictures in")
@@ -116,8 +116,8 @@ def test_one_that_is_no_picture_among_ten_thousand(tmp_path: Path, caplog: pytes
 
 def test_pictures_that_go_while_they_are_learned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """They are skipped; the next session says that they have changed, and goes on with those of now."""
-    data = tiny.pictures(tmp_path / "pictures")
-    run = tiny.open_tiny(tiny.train_config(data, images=20), tmp_path / "run")
+    data = tiny.write_images(tmp_path / "pictures")
+    run = tiny.open_tiny_run(tiny.tiny_train_config(data, images=20), tmp_path / "run")
 
     def remove(run: Run) -> None:
         if run.progress.images == 4:
@@ -130,42 +130,42 @@ def test_pictures_that_go_while_they_are_learned(tmp_path: Path, caplog: pytest.
     assert all(line.startswith("skipped a picture that can't be read: ") for line in told(caplog))
     assert 1 <= len(told(caplog)) <= 3
     caplog.clear()
-    again = tiny.open_tiny(tiny.train_config(data, images=40), tmp_path / "run")
+    again = tiny.open_tiny_run(tiny.tiny_train_config(data, images=40), tmp_path / "run")
     assert again.data_note is not None
     assert again.data_note.startswith("warning: the data holds 17 pictures, but 20 when the run was saved")
     go(again)
     assert again.progress.images == 40
-    assert tiny.open_tiny(tiny.train_config(data, images=40), tmp_path / "run").data_note is None
+    assert tiny.open_tiny_run(tiny.tiny_train_config(data, images=40), tmp_path / "run").data_note is None
 
 
 def test_classes_that_changed_between_two_sessions(tmp_path: Path) -> None:
-    data = tiny.pictures(tmp_path / "pictures")
-    go(tiny.open_tiny(tiny.train_config(data, images=8), tmp_path / "run"))
+    data = tiny.write_images(tmp_path / "pictures")
+    go(tiny.open_tiny_run(tiny.tiny_train_config(data, images=8), tmp_path / "run"))
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
     (data / "down").rename(data / "up")
     with pytest.raises(ConfigError, match=r"other classes than when the run was saved \(down, up\); put them back"):
-        tiny.open_tiny(tiny.train_config(data, images=16), tmp_path / "run")
+        tiny.open_tiny_run(tiny.tiny_train_config(data, images=16), tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
     (data / "up").rename(data / "down")
-    assert tiny.open_tiny(tiny.train_config(data, images=16), tmp_path / "run").progress.images == 8
+    assert tiny.open_tiny_run(tiny.tiny_train_config(data, images=16), tmp_path / "run").progress.images == 8
 
 
 def test_runs_from_before_pictures_were_noted_go_on(tmp_path: Path) -> None:
-    data = tiny.pictures(tmp_path / "pictures")
-    run = tiny.open_tiny(tiny.train_config(data, images=8), tmp_path / "run")
+    data = tiny.write_images(tmp_path / "pictures")
+    run = tiny.open_tiny_run(tiny.tiny_train_config(data, images=8), tmp_path / "run")
     go(run)
     noted = run.store.states()[-1] / "state.json"
     state = json.loads(noted.read_text())
     assert state.pop("data")["pictures"] == 20
     noted.write_text(json.dumps(state))
-    again = tiny.open_tiny(tiny.train_config(data, images=16), tmp_path / "run")
+    again = tiny.open_tiny_run(tiny.tiny_train_config(data, images=16), tmp_path / "run")
     assert (again.progress.images, again.data_note) == (8, None)
 
 
 def test_too_little_disk_for_a_cache(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = tiny.pictures(tmp_path / "pictures")
+    data = tiny.write_images(tmp_path / "pictures")
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
     said = refused(capsys, *cached(data, tmp_path / "cache"))
     assert "are needed, but only 9.8 KiB are free on its disk; make room or write somewhere else" in said

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
-import starts
 import tiny
 import torch
 from PIL import Image
@@ -75,9 +75,9 @@ def caches(home: Path) -> Path:
 
 
 def settings(home: Path, data: str, **changes: Any) -> TrainConfig:
-    model = tiny.config(channels=4, grid=(4, 4), classes=3)
+    model = tiny.tiny_config(channels=4, grid=(4, 4), classes=3)
     options: dict[str, Any] = {"model": model, "tokenizer": str(home / "kl"), "images": STEPS * BATCH, "lr": 0.05}
-    return tiny.train_config(home / data, **{**options, **changes})
+    return tiny.tiny_train_config(home / data, **{**options, **changes})
 
 
 def open_it(config: TrainConfig, folder: Path, tokenizer: Tokenizer | None = None) -> Run:
@@ -149,9 +149,9 @@ def test_a_cache_is_refused_by_a_run_that_it_is_not_for(caches: Path, tmp_path: 
 
     refused(r"was cached by the tokenizer .*/kl \(.*, but the run's is .*/other \(", tokenizer=str(caches / "other"))
     refused("channels: got 4 for latents of pixels, expected 1 or 3; choose --tokenizer .*/kl", tokenizer="pixels")
-    larger = tiny.config(channels=4, grid=(8, 8), classes=3)
+    larger = tiny.tiny_config(channels=4, grid=(8, 8), classes=3)
     refused("is of pictures of 8x8, but the model is for 16x16; set --model.grid 4 4", model=larger)
-    refused("the model has 4 classes, but .* has 3", model=tiny.config(channels=4, grid=(4, 4), classes=4))
+    refused("the model has 4 classes, but .* has 3", model=tiny.tiny_config(channels=4, grid=(4, 4), classes=4))
     refused("holds latents of pictures as they are, which can't be moved by 2 pixels; train with --shift 0", shift=2)
     assert main(cached(caches, tmp_path / "plain", "--flip", "False")) == 0
     config = settings(caches, str(tmp_path / "plain"), flip=True)
@@ -222,16 +222,16 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(home: Path, tmp_path
     """Before and after every file gets its name: the manifest, four shards, the index."""
     arguments = cached(home, tmp_path / "killed", tokenizer="pixels")
     for moment, shards in ((1, 0), (2, 0), (3, 1), (4, 3), (3, 4), (1, 4)):
-        assert starts.run(arguments, tmp_path / "said", die=(moment, signal.SIGKILL)) == -signal.SIGKILL
+        assert processes.run_to_end(arguments, tmp_path / "said", die=(moment, signal.SIGKILL)) == -signal.SIGKILL
         assert len(list((tmp_path / "killed").glob("0*.safetensors"))) == shards
         assert main(["cache", "--verify", str(tmp_path / "killed")]) == 2
     assert main(arguments) == 0
     assert main(cached(home, tmp_path / "whole", tokenizer="pixels")) == 0
-    assert starts.tree(tmp_path / "killed") == starts.tree(tmp_path / "whole")
+    assert processes.read_tree(tmp_path / "killed") == processes.read_tree(tmp_path / "whole")
 
 
 def test_a_signal_is_one_line(home: Path, tmp_path: Path) -> None:
     arguments = cached(home, tmp_path / "out", tokenizer="pixels")
-    assert starts.run(arguments, tmp_path / "said", die=(5, signal.SIGTERM)) == 130
+    assert processes.run_to_end(arguments, tmp_path / "said", die=(5, signal.SIGTERM)) == 130
     assert (tmp_path / "said").read_text() == "mar: stopped; the same command goes on\n"
     assert main(arguments) == 0

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import judges
+import extractors
 import numpy as np
 import pytest
 import tiny
@@ -21,7 +21,7 @@ from mar.checkpoint import files
 from mar.cli import main
 from mar.evaluation.statistics import FeatureStats
 
-JUDGE = ["--features", f"{judges.__file__}:tiny", "--device", "cpu"]
+JUDGE = ["--features", f"{extractors.__file__}:tiny", "--device", "cpu"]
 DRAW = ["--allow-broken", "--count", "12"]
 SWEEP = ["--sweep", "cfg=1,3", "--sweep", "K=1,4"]
 
@@ -30,8 +30,8 @@ SWEEP = ["--sweep", "cfg=1,3", "--sweep", "K=1,4"]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model `model.safetensors` of 4x4 pictures, 8x8 ones in `pictures`, their statistics at 4x4."""
     folder = tmp_path_factory.mktemp("place")
-    tiny.pipeline().save(folder / "model.safetensors")
-    tiny.pictures(folder / "pictures", 20)
+    tiny.tiny_pipeline().save(folder / "model.safetensors")
+    tiny.write_images(folder / "pictures", 20)
     found = folder / "statistics.npz"
     assert main(["stats", str(folder / "pictures"), "--out", str(found), "--image-size", "4", *JUDGE]) == 0
     return folder
@@ -141,7 +141,7 @@ def test_all_numbers_whatever_the_batch(tmp_path: Path, capsys: pytest.CaptureFi
     found = []
     for batch in (5, 64):
         out = tmp_path / f"{batch}.json"
-        more = ["--kid", "--precision", "--splits", "2", "--classifier", f"{judges.__file__}:insects"]
+        more = ["--kid", "--precision", "--splits", "2", "--classifier", f"{extractors.__file__}:insects"]
         more += ["--batch", str(batch), "--out", str(out)]
         assert evaluate("model.safetensors", "--reference", "pictures", "--seed", "1", *DRAW, *more) == 0
         found.append(json.loads(out.read_text()))
@@ -310,7 +310,7 @@ def test_statistics_of_another_extractor(
     judge: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mar.evaluation.session.collect", never)
-    arguments = ["--reference", "statistics.npz", "--features", f"{judges.__file__}:{judge}", "--device", "cpu"]
+    arguments = ["--reference", "statistics.npz", "--features", f"{extractors.__file__}:{judge}", "--device", "cpu"]
     assert words in refused(capsys, "evaluate", "model.safetensors", *arguments, judge=False)
 
 
@@ -326,7 +326,7 @@ def test_pictures_that_do_not_fit_together(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_classifier_that_shares_no_class(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mar.evaluation.session.collect", never)
-    judge = ["--classifier", f"{judges.__file__}:brightness"]
+    judge = ["--classifier", f"{extractors.__file__}:brightness"]
     said = refused(capsys, "evaluate", "model.safetensors", "--reference", "statistics.npz", *DRAW, *judge)
     assert "brightness knows the classes dark, middling, bright" in said
     assert "ant, bee, cat" in said
@@ -484,7 +484,7 @@ def test_a_sweep_that_was_stopped_goes_on(
         (["--temperature", "0.5"], "temperature 1.0 -> 0.5"),
         (["--sweep", "temperature=0.5,1"], "swept guidance_scale, steps -> guidance_scale, steps, temperature"),
         (["--count", "14"], "pictures 12 -> 14"),
-        (["--features", f"{judges.__file__}:other", "--reference", "pictures"], "features"),
+        (["--features", f"{extractors.__file__}:other", "--reference", "pictures"], "features"),
         (["--splits", "3"], "splits 10 -> 3"),
     ],
 )

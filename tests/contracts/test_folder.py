@@ -10,12 +10,12 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
-import starts
 import tiny
 import torch
 from PIL import Image
-from tiny import pictures as bars
+from tiny import write_images as bars
 
 from mar.autoconfig.plan import FolderPlan
 from mar.autoconfig.summary import save_summary
@@ -164,7 +164,7 @@ def test_components_of_a_file_or_a_cache_are_learned_as_those_taken_here(tmp_pat
     tokenizer = PCATokenizer(3, 4, 16)
     tokenizer.fit([torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1])
     file = tmp_path / "other.safetensors"
-    Pipeline(tiny.model(channels=16), tokenizer, classes=("ant", "bee", "cat"), sampling=tiny.FAST).save(file)
+    Pipeline(tiny.tiny_model(channels=16), tokenizer, classes=("ant", "bee", "cat"), sampling=tiny.FAST).save(file)
     steps = planned(data, "--out", tmp_path / "run", "--tokenizer", file)
     named = planned(data, "--out", tmp_path / "run", "--tokenizer", "pca4").train
     assert steps.cache is None
@@ -278,7 +278,7 @@ def test_damaged_notes_are_one_line(file: str, content: str | dict[str, object],
     if isinstance(content, dict):
         content = json.dumps({**json.loads((run / file).read_text()), **content})
     (run / file).write_text(content)
-    code = starts.run(["train", "folder", "--data", str(data), "--out", str(run)], tmp_path / "said")
+    code = processes.run_to_end(["train", "folder", "--data", str(data), "--out", str(run)], tmp_path / "said")
     said = (tmp_path / "said").read_text()
     assert code == 2, said
     assert said.startswith("mar: ")
@@ -317,7 +317,7 @@ def test_from_pictures_to_a_model(made: Path) -> None:
 
 
 def test_the_same_command_does_only_what_is_left(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = starts.tree(place / "run" / "tokenizer"), (place / "run" / "model.safetensors").read_bytes()
+    before = processes.read_tree(place / "run" / "tokenizer"), (place / "run" / "model.safetensors").read_bytes()
     Image.new("RGB", (300, 300), "red").save(place / "pictures" / "down" / "more.png")
     assert main([*WHOLE, "--images", "20"]) == 0
     said = capsys.readouterr().err
@@ -327,12 +327,12 @@ def test_the_same_command_does_only_what_is_left(place: Path, capsys: pytest.Cap
     assert "first" not in said
     assert "then the latents" not in said
     assert (place / "run" / "state-000000000020").is_dir()
-    assert starts.tree(place / "run" / "tokenizer") == before[0]
+    assert processes.read_tree(place / "run" / "tokenizer") == before[0]
     assert (place / "run" / "model.safetensors").read_bytes() != before[1]
 
 
 def test_another_run_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = starts.tree(place)
+    before = processes.read_tree(place)
     for more, words in (
         (["--vae.images", "12"], "run/tokenizer is finished: it has seen 8 pictures, not 12"),
         (["--seed", "1"], "run holds another run (seed 0 -> 1)"),
@@ -345,7 +345,7 @@ def test_another_run_is_refused(place: Path, capsys: pytest.CaptureFixture[str])
     assert main(WHOLE) == 2
     assert "the classes across, down, third now" in capsys.readouterr().err
     shutil.rmtree(place / "pictures" / "third")
-    assert starts.tree(place) == before
+    assert processes.read_tree(place) == before
 
 
 def test_latents_that_are_cached_are_enough(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -384,9 +384,9 @@ def test_killed_before_the_model_it_goes_on(place: Path) -> None:
     (place / "run").rename(place / "undisturbed")
     said = place / "said"
     for file in ("tokenizer/.saving-state-000000000008", "latents/.00000.safetensors"):
-        code = starts.run(WHOLE, said, die=(file, signal.SIGKILL))
+        code = processes.run_to_end(WHOLE, said, die=(file, signal.SIGKILL))
         assert code == -signal.SIGKILL, said.read_text()
-    assert starts.run(WHOLE, said) == 0, said.read_text()
+    assert processes.run_to_end(WHOLE, said) == 0, said.read_text()
     for name in (
         "tokenizer/diffusion_pytorch_model.safetensors",
         "tokenizer/mar_statistics.json",
@@ -399,14 +399,14 @@ def test_killed_before_the_model_it_goes_on(place: Path) -> None:
 
 def test_own_tokenizer_in_several_processes_is_refused_with_the_command_that_trains_it(place: Path) -> None:
     shutil.rmtree(place / "run")
-    codes = starts.several(2, [*WHOLE, "--sample-every", "0"], place / "said")
+    codes = processes.run_group(2, [*WHOLE, "--sample-every", "0"], place / "said")
     said = [(place / f"said.{rank}").read_text() for rank in range(2)]
     assert codes == [2, 2], said
     assert "got 2 processes, but a tokenizer is trained by one: first run `mar tokenizer train pictures" in said[0]
     assert "first run" not in said[1]
     (first,) = re.findall(r"first run `mar (.*?)`", said[0])
     assert main(shlex.split(first)) == 0
-    codes = starts.several(2, [*WHOLE, "--sample-every", "0"], place / "said")
+    codes = processes.run_group(2, [*WHOLE, "--sample-every", "0"], place / "said")
     said = [(place / f"said.{rank}").read_text() for rank in range(2)]
     assert codes == [0, 0], said
     assert Pipeline.open(place / "run" / "model.safetensors").image_size == (8, 8)

@@ -7,8 +7,8 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
-import starts
 import tiny
 from PIL import Image
 from torch import Tensor
@@ -23,7 +23,7 @@ PLAN = ["--count", "7", "--batch", "3", "--seed", "2", "--device", "cpu", "--all
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    tiny.pipeline().save(path)
+    tiny.tiny_pipeline().save(path)
     return path
 
 
@@ -36,7 +36,7 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """The files of each format."""
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in OUT}
     assert [main(command(model, folder, kind)) for kind, folder in folders.items()] == [0, 0, 0]
-    return {kind: starts.tree(folder) for kind, folder in folders.items()}
+    return {kind: processes.read_tree(folder) for kind, folder in folders.items()}
 
 
 @pytest.mark.parametrize("moment", [3, 6, 10])
@@ -46,13 +46,13 @@ def test_killed_and_started_again(
 ) -> None:
     """While the first picture or part is written, after one has got its name, after parts were put together."""
     folder, said = tmp_path / "files", tmp_path / "said"
-    code = starts.run(command(model, folder, kind), said, die=(moment, signal.SIGKILL))
+    code = processes.run_to_end(command(model, folder, kind), said, die=(moment, signal.SIGKILL))
     assert code == -signal.SIGKILL, said.read_text()
-    half = starts.tree(folder)
+    half = processes.read_tree(folder)
     assert half != undisturbed[kind]
     assert any(Path(name).name.startswith(".") for name in half) == (moment == 3)  # a temporary file was left
     assert main(command(model, folder, kind)) == 0
-    assert starts.tree(folder) == undisturbed[kind]
+    assert processes.read_tree(folder) == undisturbed[kind]
 
 
 @pytest.mark.parametrize(
@@ -62,13 +62,13 @@ def test_stopped_it_says_so_and_leaves_no_half_file(
     kind: str, number: signal.Signals, model: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
     folder, said = tmp_path / "files", tmp_path / "said"
-    assert starts.run(command(model, folder, kind), said, die=(5, number)) == 130
+    assert processes.run_to_end(command(model, folder, kind), said, die=(5, number)) == 130
     assert said.read_text().splitlines()[-1] == "mar: stopped; the same command goes on"
-    left = starts.tree(folder)
+    left = processes.read_tree(folder)
     assert not [name for name in left if Path(name).name.startswith(".")]
     assert all(undisturbed[kind].get(name, data) == data for name, data in left.items())
     assert main(command(model, folder, kind)) == 0
-    assert starts.tree(folder) == undisturbed[kind]
+    assert processes.read_tree(folder) == undisturbed[kind]
 
 
 @pytest.mark.parametrize("kind", OUT)
@@ -182,7 +182,7 @@ def test_other_settings_than_it_was_begun_with(
     rounded: list[bool] = []
     monkeypatch.setattr("mar.devices.allow_tf32", lambda: rounded.append(True))
     assert main(command(model, tmp_path, "png")) == 0
-    before = starts.tree(tmp_path)
+    before = processes.read_tree(tmp_path)
     capsys.readouterr()
     for more in (["--temperature", "0.5"], ["--seed", "3"], ["--labels", "ant"], ["--batch", "4"], ["--tf32"]):
         assert main(command(model, tmp_path, "png", *more)) == 2
@@ -191,10 +191,10 @@ def test_other_settings_than_it_was_begun_with(
         assert f"was begun with {more[0].strip('-')}" in said
     assert rounded == [True]
     other = tmp_path.with_name("other") / model.name
-    tiny.pipeline(seed=1).save(other)
+    tiny.tiny_pipeline(seed=1).save(other)
     assert main(command(other, tmp_path, "png")) == 2
     assert "was begun with weights" in capsys.readouterr().err
-    assert starts.tree(tmp_path) == before
+    assert processes.read_tree(tmp_path) == before
 
 
 def test_a_broken_picture_ends_it_by_name(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

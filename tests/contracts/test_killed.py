@@ -9,10 +9,10 @@ import signal
 import time
 from pathlib import Path
 
-import starts
+import processes
 import torch
 from safetensors.torch import load_file
-from tiny import pictures
+from tiny import write_images
 
 KILLS = int(os.environ.get("MAR_KILLS", "4"))
 """At random moments, and as many while a state is being written."""
@@ -35,12 +35,12 @@ def log(run: Path) -> list[dict[str, float]]:
 
 
 def test_a_run_that_was_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    data, said, draws = pictures(tmp_path / "pictures"), tmp_path / "said", random.Random(0)
+    data, said, draws = write_images(tmp_path / "pictures"), tmp_path / "said", random.Random(0)
     images = 4 * (80 + 60 * KILLS)
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"
-    assert starts.run(command(data, quiet, images), said) == 0, said.read_text()
+    assert processes.run_to_end(command(data, quiet, images), said) == 0, said.read_text()
     for _ in range(KILLS):
-        process = starts.start(command(data, killed, images), said)
+        process = processes.start_process(command(data, killed, images), said)
         while not (killed / "log.jsonl").is_file() and process.is_alive():
             time.sleep(0.01)
         time.sleep(draws.uniform(0.05, 0.6))
@@ -48,9 +48,9 @@ def test_a_run_that_was_killed_again_and_again_ends_as_if_it_had_not_been(tmp_pa
             os.kill(process.pid, signal.SIGKILL)
         process.join(120)
         # and once while it saves: at the n-th time that something is to be on the disk
-        code = starts.run(command(data, killed, images), said, die=(draws.randint(1, 8), signal.SIGKILL))
+        code = processes.run_to_end(command(data, killed, images), said, die=(draws.randint(1, 8), signal.SIGKILL))
         assert code in (-signal.SIGKILL, 0), said.read_text()
-    assert starts.run(command(data, killed, images), said) == 0, said.read_text()
+    assert processes.run_to_end(command(data, killed, images), said) == 0, said.read_text()
     assert log(killed) == log(quiet)
     assert len(log(quiet)) == images // 4
     for name in ("model.safetensors", "model-raw.safetensors"):

@@ -6,8 +6,8 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
-import starts
 import torch
 import torch.distributed as dist
 from PIL import Image
@@ -50,7 +50,7 @@ def command(home: Path, out: Path, *more: str, tokenizer: str | None = None) -> 
 def one(home: Path) -> dict[str, bytes]:
     """What one process makes of pixels."""
     assert main(command(home, home / "one", tokenizer="pixels")) == 0
-    return starts.tree(home / "one")
+    return processes.read_tree(home / "one")
 
 
 def test_two_processes_make_the_bytes_of_one(home: Path, tmp_path: Path) -> None:
@@ -61,9 +61,9 @@ def test_two_processes_make_the_bytes_of_one(home: Path, tmp_path: Path) -> None
         assert main(command(home, tmp_path / f"alone-{threads}")) == 0
         assert torch.get_num_threads() == threads  # as it was
     torch.set_num_threads(before)
-    assert starts.tree(tmp_path / "alone-1") == starts.tree(tmp_path / "alone-3")
-    assert starts.several(2, command(home, tmp_path / "two"), tmp_path / "said") == [0, 0]
-    assert starts.tree(tmp_path / "two") == starts.tree(tmp_path / "alone-1")
+    assert processes.read_tree(tmp_path / "alone-1") == processes.read_tree(tmp_path / "alone-3")
+    assert processes.run_group(2, command(home, tmp_path / "two"), tmp_path / "said") == [0, 0]
+    assert processes.read_tree(tmp_path / "two") == processes.read_tree(tmp_path / "alone-1")
     first, second = ((tmp_path / f"said.{rank}").read_text() for rank in (0, 1))
     assert "17 pictures in" in first
     assert "1 pictures could not be read" in first
@@ -74,33 +74,33 @@ def test_two_processes_make_the_bytes_of_one(home: Path, tmp_path: Path) -> None
 def test_another_number_of_processes_goes_on(home: Path, one: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = command(home, out, tokenizer="pixels")
-    assert starts.run(arguments, tmp_path / "said", die=(5, signal.SIGKILL)) == -signal.SIGKILL
-    there = {name for name in starts.tree(out) if name.startswith("0")}
+    assert processes.run_to_end(arguments, tmp_path / "said", die=(5, signal.SIGKILL)) == -signal.SIGKILL
+    there = {name for name in processes.read_tree(out) if name.startswith("0")}
     assert len(there) == 1
     when = (out / min(there)).stat().st_mtime_ns
-    assert starts.several(3, arguments, tmp_path / "again") == [0, 0, 0]
+    assert processes.run_group(3, arguments, tmp_path / "again") == [0, 0, 0]
     assert (out / min(there)).stat().st_mtime_ns == when  # what was there is not made again
-    assert starts.tree(out) == one
+    assert processes.read_tree(out) == one
 
 
 def test_a_process_is_killed_and_all_goes_on(home: Path, one: dict[str, bytes], tmp_path: Path) -> None:
     """The other one makes its share and waits, until torchrun ends it."""
-    port = starts.free_port()
+    port = processes.free_port()
     arguments = command(home, tmp_path / "out", tokenizer="pixels")
-    killed = starts.start(arguments, tmp_path / "said.1", die=(3, signal.SIGKILL), world=(1, 2, port))
-    left = starts.start(arguments, tmp_path / "said.0", world=(0, 2, port))
+    killed = processes.start_process(arguments, tmp_path / "said.1", die=(3, signal.SIGKILL), world=(1, 2, port))
+    left = processes.start_process(arguments, tmp_path / "said.0", world=(0, 2, port))
     killed.join(120)
     left.terminate()
     left.join(120)
     assert (killed.exitcode, left.exitcode) == (-signal.SIGKILL, 130)
     assert main(["cache", "--verify", str(tmp_path / "out")]) == 2
     assert main(arguments) == 0
-    assert starts.tree(tmp_path / "out") == one
+    assert processes.read_tree(tmp_path / "out") == one
 
 
 def test_a_mistake_is_said_once(home: Path, tmp_path: Path) -> None:
     arguments = command(home, tmp_path / "out", "--image-size", "0", tokenizer="pixels")
-    assert starts.several(2, arguments, tmp_path / "said") == [2, 2]
+    assert processes.run_group(2, arguments, tmp_path / "said") == [2, 2]
     first, second = ((tmp_path / f"said.{rank}").read_text() for rank in (0, 1))
     assert "image-size: got 0x0" in first
     assert (first.count("\n"), second) == (1, "")

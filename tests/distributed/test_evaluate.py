@@ -9,10 +9,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import judges
+import extractors
 import numpy as np
+import processes
 import pytest
-import starts
 import tiny
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo
 COUNTS = (700, 2)
 """Pictures: uneven shares, and fewer than processes, so that one has none."""
 ALL = MetricOptions(kid=True, precision=True, splits=2)
-JUDGE = ["--features", f"{judges.__file__}:insects", "--device", "cpu"]
+JUDGE = ["--features", f"{extractors.__file__}:insects", "--device", "cpu"]
 DRAW = ["--allow-broken", "--count", "8", "--batch", "3", "--splits", "2"]
 SEVERAL = (2, 3)
 
@@ -77,7 +77,7 @@ def outcome(folder: Path, rank: int, world: int) -> None:
     """What this process of the group finds, into a file of its own."""
     found = {}
     for count in COUNTS:
-        for extractor in (Recorded(), judges.insects()):
+        for extractor in (Recorded(), extractors.insects()):
             found[count, extractor.name] = collect(Numbered(count), extractor, options=ALL, batch=16)
     torch.save({key: plain(value) for key, value in found.items()}, folder / f"{world}-{rank}.pt")
     refusals = [said(Numbered(60, wide=40)), said(Numbered(60, broken=59)), said(Numbered(60, broken=0))]
@@ -140,12 +140,12 @@ def commands(folder: Path, rank: int, world: int) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What groups of two and three processes left, and one process alone."""
     folder = tmp_path_factory.mktemp("group")
-    tiny.pipeline().save(folder / "model.safetensors")
+    tiny.tiny_pipeline().save(folder / "model.safetensors")
     for name in ("pictures", "broken"):
-        tiny.pictures(folder / name, 8)
+        tiny.write_images(folder / name, 8)
     broken = sorted((folder / "broken").glob("*/*.png"))[-1]
     broken.write_bytes(b"no picture")
-    for path in tiny.pictures(folder / "others", 6).glob("*/*.png"):
+    for path in tiny.write_images(folder / "others", 6).glob("*/*.png"):
         Image.fromarray(255 - np.asarray(Image.open(path))).save(path)
     before = Path.cwd()
     os.chdir(folder)
@@ -157,7 +157,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("mar.evaluation.evaluate.KID_SUBSETS", 5)
             assert main([*report, *DRAW, *JUDGE]) == 0
-        starts.ranks(max(SEVERAL), on_each_rank, folder)
+        processes.spawn_ranks(max(SEVERAL), on_each_rank, folder)
     finally:
         os.chdir(before)
     return folder
@@ -180,7 +180,7 @@ def test_the_same_features_give_the_same_statistics(world: int, count: int, fold
 @pytest.mark.parametrize("world", SEVERAL)
 @pytest.mark.parametrize("count", COUNTS)
 def test_end_to_end(world: int, count: int, folder: Path) -> None:
-    extractor = judges.insects()
+    extractor = extractors.insects()
     alone = collect(Numbered(count), extractor, options=ALL, batch=64)
     assert compare(alone, alone.statistics, extractor, MetricOptions()).distance <= 1e-6
     for rank in range(world):

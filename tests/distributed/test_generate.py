@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
-import starts
 import tiny
 import torch.distributed as dist
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    tiny.pipeline().save(path)
+    tiny.tiny_pipeline().save(path)
     return path
 
 
@@ -65,10 +65,10 @@ def test_two_processes_draw_what_one_draws(model: Path, tmp_path: Path) -> None:
 
 def test_more_processes_than_units_and_another_number_of_them(model: Path, tmp_path: Path) -> None:
     arguments = command(model, tmp_path / "out", "--format", "webdataset", "--batch", "6")
-    assert starts.several(3, arguments, tmp_path / "said") == [0, 0, 0]  # two units: one has nothing to do
+    assert processes.run_group(3, arguments, tmp_path / "said") == [0, 0, 0]  # two units: one has nothing to do
     with tarfile.open(tmp_path / "out/000000.tar") as tar:
         assert len(tar.getnames()) == 22
-    assert starts.several(2, arguments, tmp_path / "again") == [0, 0]
+    assert processes.run_group(2, arguments, tmp_path / "again") == [0, 0]
     assert [path.read_text().count("is finished") for path in sorted(tmp_path.glob("again.*"))] == [1, 0]
 
 
@@ -84,7 +84,7 @@ def test_more_processes_than_units_and_another_number_of_them(model: Path, tmp_p
 def test_a_mistake_is_said_once(options: list[str], words: str, model: Path, tmp_path: Path) -> None:
     if "--out" in options:
         options = ["--out", str(model.parent)]
-    assert starts.several(2, [*command(model, tmp_path / "out"), *options], tmp_path / "said") == [2, 2]
+    assert processes.run_group(2, [*command(model, tmp_path / "out"), *options], tmp_path / "said") == [2, 2]
     first, second = ((tmp_path / f"said.{rank}").read_text() for rank in (0, 1))
     assert words in first
     assert (first.count("\n"), second) == (1, "")
@@ -92,10 +92,10 @@ def test_a_mistake_is_said_once(options: list[str], words: str, model: Path, tmp
 
 
 def test_a_process_that_fails_ends_the_others_and_all_goes_on(model: Path, tmp_path: Path) -> None:
-    port = starts.free_port()
+    port = processes.free_port()
     arguments = command(model, tmp_path / "out.npz")
-    failing = starts.start(arguments, tmp_path / "said.1", die=(3, signal.SIGTERM), world=(1, 2, port))
-    left = starts.start(arguments, tmp_path / "said.0", world=(0, 2, port))
+    failing = processes.start_process(arguments, tmp_path / "said.1", die=(3, signal.SIGTERM), world=(1, 2, port))
+    left = processes.start_process(arguments, tmp_path / "said.0", world=(0, 2, port))
     for process in (failing, left):
         process.join(120)
     assert (failing.exitcode, left.exitcode) == (130, 2)
@@ -108,10 +108,10 @@ def test_a_process_that_fails_ends_the_others_and_all_goes_on(model: Path, tmp_p
 
 def test_a_process_that_waits_hears_a_signal(model: Path, tmp_path: Path) -> None:
     """It waits for one that never comes to the end of its share."""
-    port = starts.free_port()
+    port = processes.free_port()
     arguments = command(model, tmp_path / "out.npz")
-    asleep = starts.start(arguments, tmp_path / "said.1", die=(1, signal.SIGSTOP), world=(1, 2, port))
-    waiting = starts.start(arguments, tmp_path / "said.0", world=(0, 2, port))
+    asleep = processes.start_process(arguments, tmp_path / "said.1", die=(1, signal.SIGSTOP), world=(1, 2, port))
+    waiting = processes.start_process(arguments, tmp_path / "said.0", world=(0, 2, port))
     try:
         for _ in range(600):
             if len(list((tmp_path / "out.npz.parts").glob("0*.npy"))) == 3:  # all of its share

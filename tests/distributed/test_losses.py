@@ -11,11 +11,11 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
-import starts
 import torch
 import torch.distributed as dist
-from tiny import open_tiny, pictures, train_config
+from tiny import open_tiny_run, tiny_train_config, write_images
 
 from mar import distributed
 from mar.config import TrainConfig
@@ -29,7 +29,7 @@ BOUND = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 def settings(data: Path, **changes: Any) -> TrainConfig:
     """Eight pictures a step, without dropout, which processes draw each for itself."""
-    config = train_config(data, images=8 * STEPS, batch=8, lr=0.05, **changes)
+    config = tiny_train_config(data, images=8 * STEPS, batch=8, lr=0.05, **changes)
     still = {"attention_dropout": 0.0, "projection_dropout": 0.0}
     return TrainConfig(**{**vars(config), "model": type(config.model)(**{**vars(config.model), **still})})
 
@@ -39,7 +39,7 @@ def losses(config: TrainConfig, folder: Path, dtype: torch.dtype) -> list[float]
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        run = open_tiny(config, folder)
+        run = open_tiny_run(config, folder)
         assert {p.dtype for p in run.model.parameters()} == {dtype}
         encode = run.tokenizer.encode
         run.tokenizer.encode = lambda images: Posterior(*(part.to(dtype) for part in vars(encode(images)).values()))
@@ -69,14 +69,14 @@ def learn(rank: int, folder: Path, data: Path) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("pictures"))
+    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
 def by_two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     """The losses of two processes, started once for all tests."""
     folder = tmp_path_factory.mktemp("two")
-    starts.ranks(2, learn, folder, data)
+    processes.spawn_ranks(2, learn, folder, data)
     found: dict[str, list[float]] = json.loads((folder / "found.json").read_text())
     return found
 
@@ -96,7 +96,7 @@ def test_two_processes_and_parts_have_the_losses_of_one(
 
 def test_two_nodes_find_each_other_by_tcp(data: Path, tmp_path: Path) -> None:
     """Two agents of torchrun at two addresses of this machine, one process each."""
-    endpoint = f"127.0.0.1:{starts.free_port()}"
+    endpoint = f"127.0.0.1:{processes.free_port()}"
     model = ["--model.encoder.width", "16", "--model.encoder.num-heads", "2", "--model.encoder.depth", "1"]
     model += ["--model.decoder.width", "16", "--model.decoder.num-heads", "2", "--model.decoder.depth", "1"]
     model += ["--model.head.width", "16", "--model.head.depth", "1", "--model.classes", "2", "--model.grid", "8", "8"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import processes
 import pytest
-import starts
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -79,4 +79,4 @@ def check_nothing(rank: int, world: int) -> None:
 
 
 def test_ranks_together_have_seen_everything(tmp_path: Path) -> None:
-    starts.ranks(max(CUTS), on_each_rank, tmp_path)
+    processes.spawn_ranks(max(CUTS), on_each_rank, tmp_path)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import processes
 import pytest
-import starts
 import torch.distributed as dist
-from tiny import pictures
+from tiny import write_images
 
 from mar import zoo
 from mar.cli import main
@@ -23,7 +23,7 @@ STILL = ["--lr", "1e-30", "--weight-decay", "0", "--ema", "0", "--optimizer", "a
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    return pictures(tmp_path / "pictures")
+    return write_images(tmp_path / "pictures")
 
 
 def command(data: Path, out: Path, *more: str) -> list[str]:
@@ -71,7 +71,7 @@ def test_few_pictures_are_warned_of_once(data: Path, tmp_path: Path, capsys: pyt
 def test_two_processes_end_together(data: Path, tmp_path: Path, strategy: str) -> None:
     out = tmp_path / "run"
     arguments = command(data, out, "--hold-out", "5", "--strategy", strategy)
-    codes = starts.several(2, arguments, tmp_path / "said")
+    codes = processes.run_group(2, arguments, tmp_path / "said")
     first, second = ((tmp_path / f"said.{rank}").read_text() for rank in (0, 1))
     assert codes == [0, 0], first + second
     assert (first.count("the run ends"), second.count("the run ends")) == (1, 0)

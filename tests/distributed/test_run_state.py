@@ -5,8 +5,8 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
+import processes
 import pytest
-import starts
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -56,7 +56,7 @@ def no_room(temporary: Path, final: Path) -> None:
 
 
 def test_two_ranks_share_a_folder(tmp_path: Path) -> None:
-    starts.ranks(2, on_two_ranks, tmp_path)
+    processes.spawn_ranks(2, on_two_ranks, tmp_path)
     # what two ranks wrote, one process reads whole
     state = {"sharded": torch.zeros(4, 3), "same": torch.zeros(3), "step": 0}
     assert RunState(tmp_path / "run").load(state)

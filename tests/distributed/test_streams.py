@@ -8,10 +8,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
-import starts
 import torch.distributed as dist
-from tars import Numbered, numbers
+from shard_files import NumberedShards, image_numbers
 
 from mar.data.images import Transform
 from mar.data.loader import batches
@@ -23,7 +23,7 @@ BATCH = 6
 
 def some(source: StreamSource, count: int, start: int, **share: Any) -> list[list[int]]:
     stream = batches(source, Transform(8, 1), batch=BATCH, seed=2, start=start, **share)
-    return [numbers(batch) for batch in islice(stream, count)]
+    return [image_numbers(batch) for batch in islice(stream, count)]
 
 
 def read(rank: int, folder: Path) -> None:
@@ -38,12 +38,12 @@ def read(rank: int, folder: Path) -> None:
 
 
 def opened() -> StreamSource:
-    return StreamSource(Numbered((7, 4, 9, 4)), "numbered")
+    return StreamSource(NumberedShards((7, 4, 9, 4)), "numbered")
 
 
 def test_from_two_processes_to_one(tmp_path: Path) -> None:
     whole = some(opened(), 12, 0)
-    starts.ranks(2, read, tmp_path)
+    processes.spawn_ranks(2, read, tmp_path)
     shares, states = zip(*(json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)), strict=True)
     assert states[0] == states[1]
     assert [a + b for a, b in zip(*shares, strict=True)] == whole[:5]

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
-import starts
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from tiny import open_tiny, pictures, train_config
+from tiny import open_tiny_run, tiny_train_config, write_images
 from torch.distributed.tensor import DTensor
 
 from mar.config import ConfigError, TrainConfig
@@ -30,13 +30,13 @@ STILL = {"attention_dropout": 0.0, "projection_dropout": 0.0}
 
 def settings(data: Path, **changes: Any) -> TrainConfig:
     """Eight pictures a step for four steps, without dropout, which processes draw each for itself."""
-    config = train_config(data, images=32, batch=8, lr=0.05, **changes)
+    config = tiny_train_config(data, images=32, batch=8, lr=0.05, **changes)
     model = {**vars(config.model), **STILL}
     return TrainConfig(**{**vars(config), "model": type(config.model)(**model)})
 
 
 def go(config: TrainConfig, folder: Path, watch: Callable[[Run], None] | None = None) -> Run:
-    run = open_tiny(config, folder)
+    run = open_tiny_run(config, folder)
     first = not dist.is_initialized() or dist.get_rank() == 0
     log = RunLog(folder, config.images, run.progress.images) if first else Log()
     if watch is not None:
@@ -86,7 +86,7 @@ def watched(rank: int, folder: Path, config: TrainConfig) -> None:
 def together(folder: Path, config: TrainConfig, world: int = 2) -> dict[str, torch.Tensor]:
     folder.mkdir(exist_ok=True)
     (folder / "rendezvous").unlink(missing_ok=True)
-    starts.ranks(world, learn, world, folder, config)
+    processes.spawn_ranks(world, learn, world, folder, config)
     held: dict[str, torch.Tensor] = torch.load(folder / "weights.pt", weights_only=True)
     return held
 
@@ -98,7 +98,7 @@ def furthest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("pictures"))
+    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +145,7 @@ def test_a_run_goes_on_with_other_processes_and_another_strategy(
 
 def test_a_batch_that_does_not_divide_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="batch is 8, but it must be a multiple of 3: 1 process"):
-        open_tiny(settings(data, accumulate=3), tmp_path)
+        open_tiny_run(settings(data, accumulate=3), tmp_path)
 
 
 def interrupted(rank: int, folder: Path, config: TrainConfig) -> None:
@@ -158,5 +158,5 @@ def interrupted(rank: int, folder: Path, config: TrainConfig) -> None:
 
 
 def test_a_signal_to_one_process_stops_and_saves_all(data: Path, tmp_path: Path) -> None:
-    starts.ranks(2, interrupted, tmp_path, settings(data))
+    processes.spawn_ranks(2, interrupted, tmp_path, settings(data))
     assert (tmp_path / "run/state-000000000016").is_dir()

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
-import starts
 import torch
 import torch.distributed as dist
 from PIL import Image
-from tiny import config, open_tiny, pictures, train_config
-from tiny import pipeline as tiny_pipeline
+from tiny import open_tiny_run, tiny_config, tiny_train_config, write_images
+from tiny import tiny_pipeline as tiny_pipeline
 from torch import nn
 
 from mar.config import SamplingConfig, TrainConfig
@@ -27,7 +27,7 @@ from mar.training.log import open_log
 from mar.training.trainer import Run, train
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
-MODEL = config(channels=1, grid=(8, 8), patch_size=2, classes=2, attention_dropout=0.0, projection_dropout=0.0)
+MODEL = tiny_config(channels=1, grid=(8, 8), patch_size=2, classes=2, attention_dropout=0.0, projection_dropout=0.0)
 STRATEGIES = ("ddp", "fsdp")
 COUNT = 6
 """Pictures of an evaluation; their reference has 20."""
@@ -36,7 +36,7 @@ COUNT = 6
 def settings(data: Path, strategy: str) -> TrainConfig:
     """A run that is looked at before its weights have moved by anything that can be seen: rounding apart, its EMA and
     raw weights are those that it starts from."""
-    return train_config(
+    return tiny_train_config(
         data, model=MODEL, strategy=strategy, batch=8, images=8, lr=1e-30, weight_decay=0.0, hold_out=3, init="awake",
         sampling=SamplingConfig(3, 4, x0_bound=1.0),
     )  # fmt: skip
@@ -70,7 +70,7 @@ def seen(run: Run, data: Path) -> dict[str, Any]:
 
 def opened(data: Path, folder: Path, strategy: str = "ddp") -> Run:
     whole = tiny_pipeline(**{name: getattr(MODEL, name) for name in ("grid", "patch_size", "classes")})
-    return open_tiny(settings(data, strategy), folder, lambda name: whole)
+    return open_tiny_run(settings(data, strategy), folder, lambda name: whole)
 
 
 def one_of_two(rank: int, folder: Path, data: Path) -> None:
@@ -90,7 +90,7 @@ def one_of_two(rank: int, folder: Path, data: Path) -> None:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("pictures"))
+    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.set_num_threads(1)  # as the two have: their number shows in the last bits
         (folder / "alone.json").write_text(json.dumps(seen(opened(data, folder / "alone"), data)))
         torch.set_num_threads(threads)
-    starts.ranks(2, one_of_two, folder, data)
+    processes.spawn_ranks(2, one_of_two, folder, data)
     return folder
 
 

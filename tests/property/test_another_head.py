@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from tiny import FAST, config, open_tiny, pictures, pipeline, train_config
+from tiny import FAST, open_tiny_run, tiny_config, tiny_pipeline, tiny_train_config, write_images
 from torch import Tensor, nn
 
 import mar
@@ -86,17 +86,17 @@ def test_another_head_fulfills_the_protocol() -> None:
 
 
 def test_another_head_config_survives_json() -> None:
-    model = config(head=NORMAL)
+    model = tiny_config(head=NORMAL)
     saved = to_dict(model)
     assert saved["head"]["kind"] == "normal"
-    assert "kind" not in to_dict(config())["head"]
+    assert "kind" not in to_dict(tiny_config())["head"]
     assert from_dict(ModelConfig, saved) == model
     with pytest.raises(ConfigError, match="HeadConfig: got kind 'gmm', expected diffusion or normal"):
         from_dict(ModelConfig, {**saved, "head": {**saved["head"], "kind": "gmm"}})
 
 
 def test_another_head_is_saved_loaded_and_sampled(tmp_path: Path) -> None:
-    model = pipeline(head=NORMAL)
+    model = tiny_pipeline(head=NORMAL)
     model.save(tmp_path / "model.safetensors")
     again = mar.load(tmp_path / "model.safetensors", device="cpu")
     assert isinstance(again.model.head, NormalHead)
@@ -109,20 +109,20 @@ def test_another_head_is_saved_loaded_and_sampled(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_another_head_trains_and_resumes(optimizer: Any, tmp_path: Path) -> None:
-    small = train_config(pictures(tmp_path / "data"), optimizer=optimizer, lr=0.02, images=16)
+    small = tiny_train_config(write_images(tmp_path / "data"), optimizer=optimizer, lr=0.02, images=16)
     settings = replace(small, model=replace(small.model, head=NORMAL), sampling=FAST)
-    run = open_tiny(settings, tmp_path / "run")
+    run = open_tiny_run(settings, tmp_path / "run")
     before = [p.clone() for p in run.model.head.parameters()]
     assert train(run, Log())
     assert all(not torch.equal(a, b) for a, b in zip(before, run.model.head.parameters(), strict=True))
-    again = open_tiny(settings, tmp_path / "run")
+    again = open_tiny_run(settings, tmp_path / "run")
     assert again.progress.images == 16
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), again.model.parameters(), strict=True))
 
 
 @torch.no_grad()
 def test_another_head_is_left_to_itself_by_backends_or_recorded_as_it_is() -> None:
-    head = MAR(config(head=NORMAL)).eval().head
+    head = MAR(tiny_config(head=NORMAL)).eval().head
     assert backend_for(torch.device("cpu")).sampling_head(head) is head
     z, noise, sampling = torch.randn(4, 16), torch.randn(1, 4, 2), SamplingConfig()
 

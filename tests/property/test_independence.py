@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity.support import trained_tiny
-from tiny import model, noise
+from sampling_options import sampling_options
+from tiny import noise, tiny_model
 from torch import Tensor
-from ways import ways
 
 from mar.config import SamplingConfig
 from mar.model.mar import MAR
@@ -20,7 +20,7 @@ from mar.sampling.generate import generate
 
 BOUND = 1e-4
 """Of the pictures' standard deviation: matrix products of other shapes round otherwise."""
-TINY = model(seed=3)
+TINY = tiny_model(seed=3)
 
 
 def draw(
@@ -38,7 +38,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 @settings(max_examples=24)
 @given(
     labels=st.lists(st.integers(-1, 2), min_size=2, max_size=4),
-    way=st.sampled_from([1.0, 2.5]).map(lambda guidance: {"guidance_scale": guidance}) | ways(),
+    way=st.sampled_from([1.0, 2.5]).map(lambda guidance: {"guidance_scale": guidance}) | sampling_options(),
     steps=st.integers(1, 20),
     masked=st.booleans(),
     data=st.data(),
@@ -110,7 +110,7 @@ class Counted:
 @given(seed=st.integers(0, 1000), steps=st.integers(1, 16), schedule=st.sampled_from(["linear", "constant"]))
 def test_guidance_1_is_no_guidance_and_costs_none(seed: int, steps: int, schedule: str) -> None:
     sampling = SamplingConfig(steps=steps, diffusion_steps=3, guidance_scale=1.0, guidance_schedule=schedule)
-    unguidable = model(seed=3, label_drop=0.0)  # the same weights
+    unguidable = tiny_model(seed=3, label_drop=0.0)  # the same weights
     with pytest.MonkeyPatch.context() as monkeypatch:
         counted = Counted(TINY, monkeypatch)
         plain = draw(TINY, [0, 2], [seed, seed + 1], sampling)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import model
+from tiny import tiny_model
 
 from mar.config import SamplingConfig
 from mar.pipeline import Pipeline
@@ -39,7 +39,7 @@ def parts(draw: st.DrawFn) -> dict[str, Any]:
 
 def made(of: dict[str, Any]) -> Pipeline:
     return Pipeline(
-        model(of["seed"], **of["model"]),
+        tiny_model(of["seed"], **of["model"]),
         PixelTokenizer(of["model"]["channels"], *of["statistics"]),
         classes=of["classes"],
         sampling=SamplingConfig(*of["sampling"]),

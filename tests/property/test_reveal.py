@@ -11,9 +11,9 @@ from typing import Any, get_args
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import model, noise
+from sampling_options import sampling_options
+from tiny import noise, tiny_model
 from torch import Tensor
-from ways import ways
 
 from mar.config import MaskSchedule, Order, SamplingConfig
 from mar.model.masking import apply_order, mask_schedule, masked_count, random_order, split_by_mask
@@ -24,7 +24,7 @@ from mar.sampling.generate import generate
 
 GRIDS = [(1, 1), (4, 4), (2, 6), (6, 4)]
 MODELS = {
-    (grid, patch): model(grid=grid, patch_size=patch) for grid in GRIDS for patch in (1, 2) if grid[0] % patch == 0
+    (grid, patch): tiny_model(grid=grid, patch_size=patch) for grid in GRIDS for patch in (1, 2) if grid[0] % patch == 0
 }
 
 
@@ -104,7 +104,7 @@ def test_every_unknown_token_is_revealed_once(
 @given(
     shape=st.sampled_from(sorted(MODELS)),
     steps=st.integers(1, 40),
-    way=ways(),
+    way=sampling_options(),
     data=st.data(),
 )
 def test_a_generation_keeps_what_is_known(

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import config, pictures, train_config
+from tiny import tiny_config, tiny_train_config, write_images
 
 from mar.config import ConfigError, HeadConfig, TrainConfig
 from mar.data.splits import hold_out
@@ -55,7 +55,7 @@ def test_settings_are_changed_by_their_paths(quality: ModuleType) -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    return pictures(tmp_path / "pictures")
+    return write_images(tmp_path / "pictures")
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def no_judge(quality: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def open_trial(quality: ModuleType, data: Path, folder: Path, minutes: float = 10) -> tuple[Any, RunLog]:
     """A trial of ten steps, one of them a minute, and its log."""
-    config = train_config(data)
+    config = tiny_train_config(data)
     run = quality.open_trial(config, folder, hold_out(data))
     log = RunLog(folder, config.images, run.progress.images)
     trial = quality.Trial(run, log, None, minutes, 1, marks=(3,))
@@ -149,7 +149,7 @@ def command(quality: ModuleType, no_judge: None, tmp_path: Path, monkeypatch: py
     """`quality.py train` of ten steps, its judge made up; called with what is given beside the usual."""
 
     def settings(_: str, data: Path, changes: Any) -> TrainConfig:
-        return train_config(data, model=config(channels=1, grid=(28, 28), patch_size=14, classes=10))
+        return tiny_train_config(data, model=tiny_config(channels=1, grid=(28, 28), patch_size=14, classes=10))
 
     monkeypatch.setattr(quality, "settings", settings)
     monkeypatch.setattr(quality, "fitted", lambda config, *_: config)
@@ -240,7 +240,7 @@ def test_the_pictures_of_a_folder_are_known_wherever_it_is(quality: ModuleType, 
 
 
 def test_a_trials_classes_are_the_datas(quality: ModuleType, data: Path, tmp_path: Path) -> None:
-    three = train_config(data, model=config(channels=1, grid=(8, 8), patch_size=2, classes=3))
+    three = tiny_train_config(data, model=tiny_config(channels=1, grid=(8, 8), patch_size=2, classes=3))
     with pytest.raises(ConfigError, match=r"the model has 3 classes, but .* has 2"):
         quality.open_trial(three, tmp_path / "trial", hold_out(data))
 

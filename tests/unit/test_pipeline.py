@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import FAST, config, model, pipeline
+from tiny import FAST, tiny_config, tiny_model, tiny_pipeline
 from torch import Tensor
 
 from mar.checkpoint.files import CheckpointError
@@ -22,7 +22,7 @@ from mar.pipeline import Pipeline, to_pil
 from mar.sampling.generate import BrokenLatents
 from mar.tokenizer import PixelTokenizer
 
-TINY = pipeline()
+TINY = tiny_pipeline()
 LEFT = torch.zeros(2, 4, 4, dtype=torch.bool)
 LEFT[:, :, :2] = True  # generate the left half
 
@@ -135,7 +135,7 @@ def test_requests_that_cannot_be_met(labels: list[Any], options: dict[str, Any],
 
 
 def test_labels_of_a_model_without_classes() -> None:
-    unconditional = pipeline(classes=0)
+    unconditional = tiny_pipeline(classes=0)
     assert len(unconditional.sample([None, None])) == 2
     with pytest.raises(ValueError, match="has no classes; leave the labels out"):
         unconditional.sample([0])
@@ -145,7 +145,7 @@ def test_labels_of_a_model_without_classes() -> None:
 
 def test_tokenizer_and_model_must_fit() -> None:
     with pytest.raises(ValueError, match="got one with 1 latent channels, expected 2"):
-        Pipeline(model(), PixelTokenizer(1, 0.0, 1.0))
+        Pipeline(tiny_model(), PixelTokenizer(1, 0.0, 1.0))
 
 
 def test_known_pixels_are_kept() -> None:
@@ -163,7 +163,7 @@ def test_known_pixels_are_kept() -> None:
 
 @pytest.mark.parametrize("known", [grey(5), to_pil(grey(5))])
 def test_known_pictures_are_encoded_a_batch_at_a_time(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, sizes = pipeline(), []
+    ours, sizes = tiny_pipeline(), []
     encode = ours.tokenizer.encode
     monkeypatch.setattr(ours.tokenizer, "encode", lambda images: sizes.append(len(images)) or encode(images))
     nothing = torch.zeros(5, 4, 4, dtype=torch.bool)
@@ -208,7 +208,7 @@ def test_known_pictures_of_another_size_and_colour_are_brought_to_the_models() -
 
 
 def test_masks_may_differ_and_patches_are_whole() -> None:
-    coarse = pipeline(patch_size=2)
+    coarse = tiny_pipeline(patch_size=2)
     mask = torch.tensor([[[True, False], [False, False]], [[False, False], [False, False]]])
     drawn = pixels(coarse.sample([0, 1], known=to_pil(grey(2)), mask=mask))
     kept = drawn == pixels(to_pil(grey(2)))
@@ -238,7 +238,7 @@ def test_reveal_shows_what_is_kept_from_the_start() -> None:
 def test_noise_is_no_picture() -> None:
     torch.manual_seed(0)
     young = Pipeline(
-        MAR(config(channels=1, head=HeadConfig(16, 1))),
+        MAR(tiny_config(channels=1, head=HeadConfig(16, 1))),
         PixelTokenizer(1, 0.0, 1.0),
         classes=("a", "b", "c"),
         sampling=FAST,
@@ -255,7 +255,7 @@ def test_noise_is_no_picture() -> None:
 
 @pytest.mark.parametrize("batch", [2, 64])
 def test_the_broken_picture_of_all_is_named(batch: int) -> None:
-    ours = pipeline()
+    ours = tiny_pipeline()
     with torch.no_grad():
         ours.model.class_embed.weight[2] = torch.inf
     with pytest.raises(BrokenLatents, match=r"^image 3 is broken"):
@@ -271,7 +271,7 @@ def test_no_gradients_are_kept_and_no_global_randomness_is_used() -> None:
 
 
 def test_bf16_draws_about_the_same() -> None:
-    ours = pipeline()
+    ours = tiny_pipeline()
     before = ours.sample([0, 1], output="tensor")
     assert ours.to("cpu", dtype=torch.bfloat16) is ours
     after = ours.sample([0, 1], output="tensor")
@@ -280,7 +280,7 @@ def test_bf16_draws_about_the_same() -> None:
 
 
 def test_a_bf16_model_is_saved_as_it_is_and_read_in_float32(tmp_path: Path) -> None:
-    ours = pipeline().to(dtype=torch.bfloat16)
+    ours = tiny_pipeline().to(dtype=torch.bfloat16)
     ours.save(tmp_path / "half.safetensors")
     read = Pipeline.open(tmp_path / "half.safetensors")
     assert {p.dtype for p in read.model.parameters()} == {torch.float32}
@@ -289,7 +289,7 @@ def test_a_bf16_model_is_saved_as_it_is_and_read_in_float32(tmp_path: Path) -> N
 
 
 def test_colours() -> None:
-    colours = pipeline(channels=3)
+    colours = tiny_pipeline(channels=3)
     (image,) = colours.sample([0])
     assert (image.mode, image.size) == ("RGB", (4, 4))
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from tiny import model
+from tiny import tiny_model
 from torch import Tensor
 
 from mar import devices, distributed
@@ -84,7 +84,7 @@ def test_rank_and_world_are_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_shapes_alone_are_those_of_the_model() -> None:
-    made = model()
+    made = tiny_model()
     with init_empty_weights():
         hollow = MAR(made.config)
     assert {n: t.shape for n, t in hollow.state_dict().items()} == {n: t.shape for n, t in made.state_dict().items()}

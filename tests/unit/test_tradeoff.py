@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import pictures, pipeline
+from tiny import tiny_pipeline, write_images
 
 from mar.backends.cpu.int8 import is_quantized
 from mar.data.splits import hold_out
@@ -76,7 +76,9 @@ def test_a_way_that_cannot_be_noted_leaves_those_before(
     report = SimpleNamespace(distance=1.0, class_accuracy=None)
     monkeypatch.setattr(tradeoff, "compare", lambda *_: report)
     measurement = object.__new__(tradeoff.Measurement)
-    vars(measurement).update(pipeline=pipeline(), path=path, count=2, seed=0, batch=2, extractor=None, reference=None)
+    vars(measurement).update(
+        pipeline=tiny_pipeline(), path=path, count=2, seed=0, batch=2, extractor=None, reference=None
+    )
     with pytest.raises(ValueError, match="No space left"):
         measurement.measure("K=2")
     assert path.read_bytes() == b'{"way": "K=5", "broken": "step 3"}\n'
@@ -98,9 +100,9 @@ def measure(tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tradeoff, "collect", lambda *_, **__: SimpleNamespace(statistics=None))
     monkeypatch.setattr(tradeoff, "frechet_distance", lambda *_: 0.5)
     monkeypatch.setattr(tradeoff, "open_judge", lambda *_: None)
-    pipeline().save(tmp_path / "model.safetensors")
+    tiny_pipeline().save(tmp_path / "model.safetensors")
     usual: dict[str, Any] = {
-        "model": str(tmp_path / "model.safetensors"), "data": pictures(tmp_path / "pictures"), "classifier": None,
+        "model": str(tmp_path / "model.safetensors"), "data": write_images(tmp_path / "pictures"), "classifier": None,
         "out": tmp_path / "out", "way": ["K=2"], "count": 2, "seed": 0, "batch": 2, "threads": torch.get_num_threads(),
         "dtype": "fp32",
     }  # fmt: skip
@@ -188,4 +190,4 @@ def test_older_notes_are_read_as_they_are(measure: Any, tradeoff: ModuleType, tm
     with pytest.raises(ValueError, match="dtype fp32, here int8"):
         measure(dtype="int8")
     with pytest.raises(ValueError, match="data pictures, here others"):
-        measure(data=pictures(tmp_path / "others"))
+        measure(data=write_images(tmp_path / "others"))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import pictures as bars
+from tiny import write_images as bars
 
 from mar.autoconfig.sizes import DatasetSummary
 from mar.autoconfig.summary import SUMMARY_FILE, load_summary, save_summary, summarize_dataset

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import model, noise
+from tiny import noise, tiny_model
 from torch import Tensor
 
 from mar.backends import backend_for
@@ -19,7 +19,7 @@ from mar.config import SamplingConfig, Solver
 from mar.diffusion.solvers import num_noises
 from mar.sampling.decode import SeededNoise, all_masked, decode_step, init_state, sample_tokens
 
-OF = model()
+OF = tiny_model()
 HEAD = OF.head
 STEPS = 5
 
@@ -53,7 +53,7 @@ def inputs(rows: int, guided: bool, seed: int, solver: Solver = "ancestral") -> 
 @torch.no_grad()
 def test_it_draws_what_the_plain_loop_draws(guided: bool, solver: Solver, device: str) -> None:
     """On a GPU this is the test of the graphs: of more rows and of fewer, with other numbers each time."""
-    head = model().head.to(device)
+    head = tiny_model().head.to(device)
     sampling = SamplingConfig(diffusion_steps=5, solver=solver, x0_bound=2.0)
     recorder = cuda_recorder(torch.device(device)) if device == "cuda" else Recorder()
     graphed = GraphedHead(head, recorder)
@@ -67,7 +67,7 @@ def test_it_draws_what_the_plain_loop_draws(guided: bool, solver: Solver, device
 @pytest.mark.gpu
 @torch.no_grad()
 def test_a_replay_waits_for_nothing() -> None:
-    head, sampling = model().head.cuda(), SamplingConfig(diffusion_steps=5)
+    head, sampling = tiny_model().head.cuda(), SamplingConfig(diffusion_steps=5)
     z, noises, scale = (each if each is None else each.cuda() for each in inputs(8, True, 0))
     graphed = GraphedHead(head, cuda_recorder(torch.device("cuda")))
     for _ in range(2):
@@ -115,7 +115,7 @@ def test_another_way_of_drawing_is_another_recording() -> None:
 
 @pytest.mark.gpu
 def test_a_graphed_head_is_kept_while_weights_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    head = model().head.cuda()
+    head = tiny_model().head.cuda()
     kept = graph_head(head)
     assert isinstance(kept, GraphedHead)
     assert graph_head(head) is kept
@@ -133,7 +133,7 @@ def test_cuda_graphs_are_the_cuda_backends_alone() -> None:
 
 
 def test_a_graphed_head_does_not_keep_its_head_alive() -> None:
-    head = model().head
+    head = tiny_model().head
     graphed, gone = GraphedHead(head, Recorder()), weakref.ref(head)
     del head
     gc.collect()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from tiny import model, noise
+from tiny import noise, tiny_model
 
 from mar.backends.cpu.int8 import Int8Linear, is_quantized, quantize_
 from mar.config import ConfigError, TrunkConfig
@@ -35,7 +35,7 @@ def test_numbers_that_fit_are_exact() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("trunk", [tiny.TRUNK, TrunkConfig(16, 2, 2, rotary=True)])
 def test_conditions_and_predictions_stay_near(trunk: TrunkConfig) -> None:
-    of = model(encoder=trunk, decoder=trunk)
+    of = tiny_model(encoder=trunk, decoder=trunk)
     tokens, x, t = noise(2, 16, 2), noise(2, 2, seed=1), torch.tensor([10, 900])
 
     def found() -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,9 +51,9 @@ def test_conditions_and_predictions_stay_near(trunk: TrunkConfig) -> None:
 
 
 def test_a_pipeline_draws_with_them() -> None:
-    exact, rough = (tiny.pipeline().sample(["ant", "cat"], [1, 2], output="tensor") for _ in range(2))
+    exact, rough = (tiny.tiny_pipeline().sample(["ant", "cat"], [1, 2], output="tensor") for _ in range(2))
     assert torch.equal(exact, rough)
-    pipeline = tiny.pipeline().to(dtype=torch.int8)
+    pipeline = tiny.tiny_pipeline().to(dtype=torch.int8)
     rough = pipeline.sample(["ant", "cat"], [1, 2], output="tensor")
     assert rough.shape == exact.shape
     assert not torch.equal(rough, exact)
@@ -61,7 +61,7 @@ def test_a_pipeline_draws_with_them() -> None:
 
 
 def test_they_stay_what_and_where_they_are(tmp_path: Path) -> None:
-    pipeline = tiny.pipeline().to("cpu", torch.int8)
+    pipeline = tiny.tiny_pipeline().to("cpu", torch.int8)
     assert pipeline.to("cpu", torch.int8) is pipeline  # once more is no more
     with pytest.raises(ConfigError, match=r"load the model again for torch\.float32"):
         pipeline.to(dtype=torch.float32)
@@ -74,8 +74,8 @@ def test_they_stay_what_and_where_they_are(tmp_path: Path) -> None:
 
 def test_elsewhere_they_are_refused() -> None:
     with pytest.raises(ConfigError, match="got a model on meta, expected one on the CPU"):
-        quantize_(model().to("meta").blocks())
-    pipeline = tiny.pipeline()
+        quantize_(tiny_model().to("meta").blocks())
+    pipeline = tiny.tiny_pipeline()
     with pytest.raises(ConfigError, match="got a model on meta, expected one on the CPU"):
         pipeline.to("meta", torch.int8)
     assert pipeline.device.type == "cpu"  # it stays where it was

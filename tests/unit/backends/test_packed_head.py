@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import config, model, noise
+from tiny import noise, tiny_config, tiny_model
 
 from mar.backends.cpu.linear import has_onednn
 from mar.backends.cpu.packed_head import PackedHead, pack_head
@@ -21,7 +21,7 @@ STEPS = 7
 @pytest.mark.parametrize("rows", [1, 2, 8, 70])
 @pytest.mark.parametrize("guided", [False, True])
 def test_it_gives_the_numbers_of_the_head(rows: int, guided: bool) -> None:
-    head = model(head=HeadConfig(width=48, depth=3)).head
+    head = tiny_model(head=HeadConfig(width=48, depth=3)).head
     ready = pack_head(head)
     assert isinstance(ready, PackedHead)
     z, x = noise((1 + guided) * rows, 16, seed=1), noise(rows, 2, seed=2)
@@ -37,7 +37,7 @@ def test_it_gives_the_numbers_of_the_head(rows: int, guided: bool) -> None:
 
 @pytest.mark.parametrize("rows", [1, 8, 70])
 def test_in_bfloat16_it_is_as_near_to_the_head_as_roundings_are(rows: int) -> None:
-    of = model(head=HeadConfig(width=48, depth=3))
+    of = tiny_model(head=HeadConfig(width=48, depth=3))
     z, x = noise(2 * rows, 16, seed=1), noise(rows, 2, seed=2)
     timesteps = respace(training_schedule(of.head.config), STEPS).timesteps
     scale = 1 + torch.rand(rows, 1, generator=make_generator(3))
@@ -51,7 +51,7 @@ def test_in_bfloat16_it_is_as_near_to_the_head_as_roundings_are(rows: int) -> No
 
 
 def test_pictures_are_those_of_the_head() -> None:
-    of, sampling = model(), SamplingConfig(steps=5, diffusion_steps=6, guidance_scale=2.0)
+    of, sampling = tiny_model(), SamplingConfig(steps=5, diffusion_steps=6, guidance_scale=2.0)
     draws, labels = (SeededNoise([0, 1, 2]) for _ in range(2)), torch.tensor([0, 1, 2])
     first, second = draws
     state = init_state(torch.zeros(3, 16, 2), all_masked(3, 16), sampling.steps, first)
@@ -63,13 +63,13 @@ def test_pictures_are_those_of_the_head() -> None:
 
 
 def test_only_plain_weights_on_a_cpu_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    of = model().double()
+    of = tiny_model().double()
     assert pack_head(of.head) is of.head
-    of = model()
+    of = tiny_model()
     set_matrix_dtype(of, torch.bfloat16)
     assert isinstance(pack_head(of.head), PackedHead) == has_onednn(torch.bfloat16)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     assert pack_head(of.head) is of.head
     with torch.device("meta"):
-        head = DiffusionHead(2, 16, config().head)
+        head = DiffusionHead(2, 16, tiny_config().head)
     assert pack_head(head) is head

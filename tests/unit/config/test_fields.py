@@ -95,7 +95,7 @@ def test_an_old_name_beside_its_new_one_is_refused() -> None:
 
 
 def test_in_python_the_new_name_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
-    model = tiny.pipeline()
+    model = tiny.tiny_pipeline()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             old = model.sampling_with(guidance=3.0, guidance_from=0.5)
@@ -115,7 +115,7 @@ def test_on_the_command_line_of_drawing(words: str, capsys: pytest.CaptureFixtur
     rest = ["--spacing", "log-snr", "--noisiest", "0.95", "--guidance-refresh=2", "--reveal-schedule", "exponential"]
     for _ in range(2):
         options = parse(SampleOptions, "sample", ["fashion", *words.split(), *rest])
-    model = tiny.pipeline()
+    model = tiny.tiny_pipeline()
     assert model.sampling_with(**options.settings()) == replace(
         NEW_SAMPLING,
         steps=model.sampling.steps,

@@ -14,7 +14,7 @@ import datasets
 import fsspec
 import pytest
 from PIL import Image
-from tars import numbers, png, shards, write_tar
+from shard_files import image_numbers, png_bytes, write_tar, write_tar_shards
 
 from mar.data import hub
 from mar.data.images import Transform, UnreadableImage
@@ -34,7 +34,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 def parquet(path: Path, first: int, count: int = 3, kind: Any = NAMES, labels: list[Any] | None = None) -> None:
     columns = {
-        "image": [{"bytes": png(i), "path": None} for i in range(first, first + count)],
+        "image": [{"bytes": png_bytes(i), "path": None} for i in range(first, first + count)],
         "label": labels or [i % 2 for i in range(first, first + count)],
     }
     features = datasets.Features({"image": datasets.Image(), "label": kind})
@@ -88,7 +88,7 @@ def test_a_data_set_of_the_hub_is_a_table(repository: Path, tmp_path: Path) -> N
 def test_configuration_and_split_are_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     table = datasets.Dataset.from_dict(
-        {"image": [{"bytes": png(1), "path": None}]}, features=datasets.Features({"image": datasets.Image()})
+        {"image": [{"bytes": png_bytes(1), "path": None}]}, features=datasets.Features({"image": datasets.Image()})
     )
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *names: ["valid", "train"])
     monkeypatch.setattr(datasets, "load_dataset", lambda *names, split: asked.append((names, split)) or table)
@@ -136,18 +136,18 @@ def test_a_stream_of_parquet_files(repository: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_of_tar_files_is_the_same_as_all_streams(tmp_path: Path, workers: int) -> None:
-    for spec in (f"stream:{shards(tmp_path / 'a')}", f"stream:{tmp_path}/a/shard-{{000..003}}.tar"):
+    for spec in (f"stream:{write_tar_shards(tmp_path / 'a')}", f"stream:{tmp_path}/a/shard-{{000..003}}.tar"):
         source = opened(spec, classes=3)
         assert source.classes == ("0", "1", "2")
         stream = batches(source, Transform(8, 1), batch=4, seed=0, workers=workers)
         found = list(islice(stream, 6))
-        assert sorted(number for batch in found for number in numbers(batch)) == list(range(24))
-        assert all(batch.labels.tolist() == [number % 3 for number in numbers(batch)] for batch in found)
+        assert sorted(number for batch in found for number in image_numbers(batch)) == list(range(24))
+        assert all(batch.labels.tolist() == [number % 3 for number in image_numbers(batch)] for batch in found)
 
 
 def test_files_by_url(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
-    for path in shards(tmp_path).glob("*.tar"):
+    for path in write_tar_shards(tmp_path).glob("*.tar"):
         memory.pipe(f"/web/{path.name}", path.read_bytes())
     for spec in ("stream:memory://web/shard-{000..003}.tar", "stream:memory://web/*.tar"):
         source = opened(spec, 3)
@@ -160,7 +160,7 @@ def test_files_by_url(tmp_path: Path) -> None:
 def test_pictures_that_lie_beside_their_table(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "train" / name).mkdir(parents=True)
-        (tmp_path / "train" / name / "1.png").write_bytes(png(len(name) + (name == "dog")))
+        (tmp_path / "train" / name / "1.png").write_bytes(png_bytes(len(name) + (name == "dog")))
     source = opened(f"stream:hub:{tmp_path}")
     assert source.classes == ("cat", "dog")
     assert [(number, label) for _, number, label in shown(source, 0)] == [(3, 0), (4, 1)]
@@ -171,7 +171,7 @@ def test_pictures_that_lie_beside_their_table(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_breaks_off_is_left_and_named(tmp_path: Path) -> None:
-    source = opened(f"stream:{shards(tmp_path)}", 3)
+    source = opened(f"stream:{write_tar_shards(tmp_path)}", 3)
     path = tmp_path / "shard-001.tar"
     whole = path.read_bytes()
     path.write_bytes(whole[: 512 * 13])  # three pictures of four blocks each, and a header
@@ -197,7 +197,7 @@ def shown_while_training(source: StreamSource) -> tuple[set[int], set[str]]:
     source.cursors = {}
     found = list(islice(batches(source, Transform(8, 1), batch=4, seed=0), 12))
     names = {name for batch in found for name in batch.skipped}
-    return {number for batch in found for number in numbers(batch)}, names
+    return {number for batch in found for number in image_numbers(batch)}, names
 
 
 def test_labels_of_a_stream(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_labels_of_a_stream(tmp_path: Path) -> None:
         few.example(next(few.shards.samples(0)))
     parquet(tmp_path / "names.parquet", 0, 1, datasets.Value("string"), ["dog"])
     assert opened(f"stream:{tmp_path / 'names.parquet'}").classes == ()
-    write_tar(tmp_path / "none.tar", [("a.png", png(1))])
+    write_tar(tmp_path / "none.tar", [("a.png", png_bytes(1))])
     assert opened(f"stream:{tmp_path / 'none.tar'}", 4).classes == ()  # which the run compares with the model's
     with pytest.raises(ValueError, match=r"labels of .* are names, which have no numbers in a stream"):
         open_data(f"stream:{tmp_path / 'names.parquet'}", 2)
@@ -229,7 +229,7 @@ def test_labels_in_json(tmp_path: Path) -> None:
 
 
 def _pair(number: int) -> list[tuple[str, bytes]]:
-    return [("png", png(number)), ("json", b'{"label": %d, "width": 8}' % (7 + number))]
+    return [("png", png_bytes(number)), ("json", b'{"label": %d, "width": 8}' % (7 + number))]
 
 
 def test_what_is_no_stream(tmp_path: Path) -> None:

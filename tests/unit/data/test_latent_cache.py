@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import processes
 import pytest
-import starts
 import tiny
 import torch
 from PIL import Image
@@ -57,7 +57,7 @@ def made(pictures: Path, out: Path, tokenizer: PixelTokenizer | None = None, **s
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.pictures(tmp_path_factory.mktemp("pictures"))
+    return tiny.write_images(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_the_loader_gives_what_it_gives_from_pictures(data: Path, cache: Path) -
 
 
 def test_pictures_that_cannot_be_read_keep_their_places(tmp_path: Path) -> None:
-    data = tiny.pictures(tmp_path / "pictures")
+    data = tiny.write_images(tmp_path / "pictures")
     (data / "across" / "7.png").write_bytes(b"no picture")
     found, source = made(data, tmp_path / "cache"), open_source(data)
     [(number, name)] = found.index.skipped.items()
@@ -217,7 +217,7 @@ def test_one_flipped_bit_is_found_wherever_it_is(cache: Path) -> None:
 
 
 def test_shards_that_are_cut_short_or_gone_are_made_again_and_no_others(data: Path, cache: Path) -> None:
-    before, when = starts.tree(cache), {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    before, when = processes.read_tree(cache), {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
     short = cache / "00001.safetensors"
     short.write_bytes(short.read_bytes()[:-100])
     with pytest.raises(DamagedCache, match=r"00001\.safetensors has .* bytes instead of"):
@@ -230,7 +230,7 @@ def test_shards_that_are_cut_short_or_gone_are_made_again_and_no_others(data: Pa
     with pytest.raises(DamagedCache, match=r"00001\.safetensors is missing"):
         open_data(cache)
     made(data, cache)
-    assert starts.tree(cache) == before
+    assert processes.read_tree(cache) == before
     touched = {path.name for path in cache.iterdir() if path.stat().st_mtime_ns != when[path.name]}
     assert touched == {"00001.safetensors", INDEX}
 
@@ -258,14 +258,14 @@ def test_an_index_that_is_lost_is_put_together_again(data: Path, cache: Path) ->
 def test_a_cache_goes_on_only_with_its_own_settings(
     settings: dict[str, Any], words: str, data: Path, cache: Path
 ) -> None:
-    before = starts.tree(cache)
+    before = processes.read_tree(cache)
     with pytest.raises(ConfigError, match=f"was begun with .*{words}"):
         made(data, cache, **settings)
-    assert starts.tree(cache) == before
+    assert processes.read_tree(cache) == before
 
 
 def test_a_cache_goes_on_only_with_its_own_pictures(tmp_path: Path) -> None:
-    data = tiny.pictures(tmp_path / "pictures")
+    data = tiny.write_images(tmp_path / "pictures")
     made(data, tmp_path / "cache")
     moved = data.rename(tmp_path / "moved")
     made(moved, tmp_path / "cache", data="elsewhere")  # the same pictures

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tars import png, shards, write_tar
-from tiny import pictures
+from shard_files import png_bytes, write_tar, write_tar_shards
+from tiny import write_images
 
 from mar.config import ConfigError
 from mar.data.cache_writer import describe_cache, finish_cache, prepare_cache, write_shards
@@ -58,17 +58,17 @@ def test_the_choice_is_of_classes_that_come_in_turns_too() -> None:
 
 
 def test_pictures_are_learned_from_or_held_out(tmp_path: Path) -> None:
-    learned, kept = train_val_split(FolderSource(pictures(tmp_path)), 4)
+    learned, kept = train_val_split(FolderSource(write_images(tmp_path)), 4)
     assert (len(learned), len(kept)) == (15, 5)
     assert sorted(names(learned) + names(kept)) == sorted(names(FolderSource(tmp_path)))
     assert {kept[i].label for i in range(5)} == {0, 1}
-    assert [len(part) for part in train_val_split(FolderSource(pictures(tmp_path / "two", 2)), 20)] == [1, 1]
+    assert [len(part) for part in train_val_split(FolderSource(write_images(tmp_path / "two", 2)), 20)] == [1, 1]
     with pytest.raises(ValueError, match="got 1 picture, but one to learn from and one to judge by"):
-        train_val_split(FolderSource(pictures(tmp_path / "one", 1)), 20)
+        train_val_split(FolderSource(write_images(tmp_path / "one", 1)), 20)
 
 
 def test_a_cache_holds_the_same_pictures_out(tmp_path: Path) -> None:
-    data = pictures(tmp_path / "pictures")
+    data = write_images(tmp_path / "pictures")
     whole = open_source(data)
     parts = train_val_split(whole, 4), train_val_split(LatentSource(cached(tmp_path / "cache", data)), 4)
     for of_pictures, of_latents in zip(*parts, strict=True):
@@ -84,12 +84,12 @@ def test_a_cache_holds_the_same_pictures_out(tmp_path: Path) -> None:
 
 
 def test_what_was_held_out_stays_so_where_a_folder_grows(tmp_path: Path) -> None:
-    data, run = pictures(tmp_path / "pictures", 20), tmp_path / "run"
+    data, run = write_images(tmp_path / "pictures", 20), tmp_path / "run"
     learned, kept = map(names, parts := train_val_split(FolderSource(data), 4))
     assert load_held_out(run) is None
     save_held_out(run, parts[0])
     assert [*map(names, train_val_split(FolderSource(data), 4, load_held_out(run)))] == [learned, kept]
-    pictures(data, 40)
+    write_images(data, 40)
     for name in ("across/0.png", "down/1.png"):  # in between
         Path(kept[0]).with_suffix(".bak").write_bytes(Path(kept[0]).read_bytes())
         Path(kept[0]).with_suffix(".bak").rename(data / name)
@@ -106,20 +106,20 @@ def test_what_was_held_out_stays_so_where_a_folder_grows(tmp_path: Path) -> None
 
 
 def test_what_was_held_out_of_shards_of_a_table_and_of_a_cache(tmp_path: Path) -> None:
-    tars, tar_run = shards(tmp_path / "tars"), tmp_path / "run of tars"
+    tars, tar_run = write_tar_shards(tmp_path / "tars"), tmp_path / "run of tars"
     learned, kept = hold_out(tars)
     save_held_out(tar_run, learned)
-    write_tar(tars / "a.tar", [("first.png", png(1)), ("first.cls", b"0")])
+    write_tar(tars / "a.tar", [("first.png", png_bytes(1)), ("first.cls", b"0")])
     more = hold_out(tars, load_held_out(tar_run))
     assert (names(more[1]), len(more[0])) == (names(kept), len(learned) + 1)
-    data, run = pictures(tmp_path / "pictures", 20), tmp_path / "run"
+    data, run = write_images(tmp_path / "pictures", 20), tmp_path / "run"
     cache = LatentSource(cached(tmp_path / "cache", data))
     first, others = train_val_split(cache, 4)
     save_held_out(run, first)
     note = load_held_out(run)
     assert np.array_equal(train_val_split(cache, 4, note)[1].indices, others.indices)
     with pytest.raises(ConfigError, match="held-out pictures can't be told"):
-        train_val_split(LatentSource(cached(tmp_path / "larger", pictures(data, 24))), 4, note)
+        train_val_split(LatentSource(cached(tmp_path / "larger", write_images(data, 24))), 4, note)
     with pytest.raises(ConfigError, match="held-out pictures can't be told"):
         train_val_split(FolderSource(data), 4, load_held_out(tar_run))
     (run / HELD_OUT).write_text("[]")
@@ -128,9 +128,9 @@ def test_what_was_held_out_of_shards_of_a_table_and_of_a_cache(tmp_path: Path) -
 
 
 def test_what_a_run_is_validated_on(tmp_path: Path) -> None:
-    flat, parted = pictures(tmp_path / "flat", 6), tmp_path / "parted"
+    flat, parted = write_images(tmp_path / "flat", 6), tmp_path / "parted"
     for name, count in (("train", 8), ("val", 4)):
-        pictures(parted / name, count)
+        write_images(parted / name, count)
 
     def sizes(data: Path, every: int = 0, others: Path | None = None) -> tuple[int, int]:
         learned, kept = open_train_val(str(data), every=every, validate_on=None if others is None else str(others))

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tars import Numbered, numbers
+from shard_files import NumberedShards, image_numbers
 
 from mar.data.images import Transform
 from mar.data.loader import Augmentations, Batch, ImageBatch, batches, in_order
@@ -24,7 +24,7 @@ from mar.data.stream import ShardReader, StreamSample, StreamSampler, StreamSour
 TO_TENSOR = Transform(8, 1)
 
 
-class Sloping(Numbered):
+class Sloping(NumberedShards):
     """The same shards, of pictures in which every pixel differs."""
 
     def samples(self, shard: int) -> Iterator[StreamSample]:
@@ -35,7 +35,7 @@ class Sloping(Numbered):
 
 
 def stream(**changes: Any) -> StreamSource:
-    return StreamSource(Numbered(**changes), "numbered")
+    return StreamSource(NumberedShards(**changes), "numbered")
 
 
 def some(source: StreamSource, count: int, start: int = 0, batch: int = 4, **settings: Any) -> list[Batch]:
@@ -43,7 +43,7 @@ def some(source: StreamSource, count: int, start: int = 0, batch: int = 4, **set
 
 
 def flat(found: list[Batch]) -> list[int]:
-    return [number for batch in found for number in numbers(batch)]
+    return [number for batch in found for number in image_numbers(batch)]
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def test_each_picture_once_an_epoch_anew_shuffled(small_blocks: None) -> None:
 def test_positions_labels_and_flips_are_those_of_any_source() -> None:
     batch = some(stream(), 2, start=0)[1]
     assert batch.positions.tolist() == [4, 5, 6, 7]
-    assert batch.labels.tolist() == [number % 3 for number in numbers(batch)]
+    assert batch.labels.tolist() == [number % 3 for number in image_numbers(batch)]
 
 
 def test_changes_are_keyed_by_the_position() -> None:
@@ -198,7 +198,7 @@ def test_readers_divide_the_batch() -> None:
 
 
 def test_a_lane_reads_one_picture_for_each_that_is_taken(small_blocks: None) -> None:
-    shards = Numbered((40, 40, 40, 40))
+    shards = NumberedShards((40, 40, 40, 40))
     reader = iter(ShardReader(shards, StreamSampler(4, 0, 4), 0))
     next(reader)
     begun = shards.read

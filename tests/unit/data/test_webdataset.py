@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tars import numbers, png, shards, write_tar
-from tiny import open_tiny, train_config
+from shard_files import image_numbers, png_bytes, write_tar, write_tar_shards
+from tiny import open_tiny_run, tiny_train_config
 
 from mar.config import ConfigError
 from mar.data.folder import FolderSource
@@ -37,7 +37,7 @@ def labels(source: Source) -> list[int]:
 
 
 def test_pictures_and_labels_of_a_folder_of_shards(tmp_path: Path) -> None:
-    source = open_source(shards(tmp_path))
+    source = open_source(write_tar_shards(tmp_path))
     assert isinstance(source, TarSource)
     assert source.classes == ("0", "1", "2")
     assert source.flips
@@ -51,17 +51,17 @@ def test_what_belongs_together_and_what_does_not(tmp_path: Path) -> None:
         tmp_path / "a.tar",
         [
             ("x/a.json", json.dumps({"label": "dog", "caption": "a dog"}).encode()),
-            ("x/a.v1.png", png(1)),
-            ("x/b.seg.png", png(2)),
-            ("x/b.jpg", png(3)),  # a second picture of the same name
+            ("x/a.v1.png", png_bytes(1)),
+            ("x/b.seg.png", png_bytes(2)),
+            ("x/b.jpg", png_bytes(3)),  # a second picture of the same name
             ("x/b.cls", b" cat10\n"),
             ("x/b.json", b'{"label": "dog"}'),  # .cls counts more
             ("c.txt", b"no picture"),
             ("._d.png", b"of another system"),
-            ("d.png", png(4)),
-            ("e.PNG", png(5)),
+            ("d.png", png_bytes(4)),
+            ("e.PNG", png_bytes(5)),
             ("e.json", b"not json"),
-            ("f.png", png(6)),
+            ("f.png", png_bytes(6)),
             ("f.cls", b"cat2"),
         ],
         tarfile.PAX_FORMAT,
@@ -75,7 +75,7 @@ def test_what_belongs_together_and_what_does_not(tmp_path: Path) -> None:
 def test_labels_of_no_and_yes(tmp_path: Path) -> None:
     said = [True, False, True]
     members = [(f"{k}.{kind}", data) for k, label in enumerate(said) for kind, data in (
-        ("png", png(k)), ("json", json.dumps({"label": label}).encode()),
+        ("png", png_bytes(k)), ("json", json.dumps({"label": label}).encode()),
     )]  # fmt: skip
     source = open_source(write_tar(tmp_path / "a.tar", members))
     assert (source.classes, labels(source)) == (("0", "1"), [1, 0, 1])
@@ -84,7 +84,9 @@ def test_labels_of_no_and_yes(tmp_path: Path) -> None:
 def test_long_names_and_none_below_zero(tmp_path: Path) -> None:
     long = "a/" + "b" * 150
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        write_tar(tmp_path / "a.tar", [(f"{long}.png", png(9)), (f"{long}.cls", b"-1"), ("c.png", png(8))], form)
+        write_tar(
+            tmp_path / "a.tar", [(f"{long}.png", png_bytes(9)), (f"{long}.cls", b"-1"), ("c.png", png_bytes(8))], form
+        )
         source = open_source(tmp_path / "a.tar")
         assert (values(source), labels(source), source.classes) == ([9, 8], [-1, -1], ())
         assert source[0].name.endswith("b.png")
@@ -105,8 +107,8 @@ def test_what_mar_generate_writes_can_be_read(tmp_path: Path) -> None:
 
 def test_splits_and_patterns(tmp_path: Path) -> None:
     for number, name in enumerate(["x-train-10", "x-train-9", "x-val-0"]):
-        write_tar(tmp_path / f"{name}.tar", [("a.png", png(number))])
-    write_tar(tmp_path / "parts" / "train" / "b.tar", [("a.png", png(7))])
+        write_tar(tmp_path / f"{name}.tar", [("a.png", png_bytes(number))])
+    write_tar(tmp_path / "parts" / "train" / "b.tar", [("a.png", png_bytes(7))])
     assert values(open_source(tmp_path)) == [7, 1, 0]  # 9 before 10
     assert values(open_source(tmp_path, "test")) == [2]
     assert values(open_source(tmp_path / "parts")) == [7]
@@ -125,18 +127,18 @@ def test_splits_and_patterns(tmp_path: Path) -> None:
 
 
 def test_pictures_beside_tar_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_tar(tmp_path / "backup.tar", [("a.png", png(1))])
-    (tmp_path / "preview.png").write_bytes(png(2))
+    write_tar(tmp_path / "backup.tar", [("a.png", png_bytes(1))])
+    (tmp_path / "preview.png").write_bytes(png_bytes(2))
     assert isinstance(open_source(tmp_path), TarSource)
     assert "pictures beside the .tar files" in caplog.text
     (tmp_path / "cats").mkdir()
-    (tmp_path / "cats" / "a.png").write_bytes(png(3))
+    (tmp_path / "cats" / "a.png").write_bytes(png_bytes(3))
     assert isinstance(open_source(tmp_path), FolderSource)
     assert ".tar files beside the class folders" in caplog.text
 
 
 def test_tars_that_will_not_do(tmp_path: Path) -> None:
-    path = shards(tmp_path) / "shard-002.tar"
+    path = write_tar_shards(tmp_path) / "shard-002.tar"
     whole = path.read_bytes()
     damaged = bytearray(whole)
     damaged[2048:2300] = b"x" * 252
@@ -153,20 +155,20 @@ def test_the_digest_tells_other_pictures(tmp_path: Path) -> None:
     def digest(*members: tuple[str, bytes]) -> str:
         return source_digest(open_source(write_tar(tmp_path / "a.tar", members)))
 
-    first = digest(("a.png", png(1)), ("a.cls", b"1"))
-    assert digest(("a.png", png(1)), ("a.cls", b"1")) == first
-    others = [digest(("a.png", png(1)), ("a.cls", b"0")), digest(("b.png", png(1)), ("b.cls", b"1"))]
-    others.append(digest(("a.png", png(1) + b"."), ("a.cls", b"1")))
+    first = digest(("a.png", png_bytes(1)), ("a.cls", b"1"))
+    assert digest(("a.png", png_bytes(1)), ("a.cls", b"1")) == first
+    others = [digest(("a.png", png_bytes(1)), ("a.cls", b"0")), digest(("b.png", png_bytes(1)), ("b.cls", b"1"))]
+    others.append(digest(("a.png", png_bytes(1) + b"."), ("a.cls", b"1")))
     assert len({first, *others}) == 4
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_picture_once_an_epoch_also_where_processes_change(tmp_path: Path, workers: int) -> None:
-    source = pickle.loads(pickle.dumps(open_source(shards(tmp_path))))
+    source = pickle.loads(pickle.dumps(open_source(write_tar_shards(tmp_path))))
 
     def some(start: int, count: int, rank: int = 0, world: int = 1) -> list[int]:
         stream = batches(source, TO_TENSOR, batch=4, seed=1, start=start, rank=rank, world=world, workers=workers)
-        return [number for batch in islice(stream, count) for number in numbers(batch)]
+        return [number for batch in islice(stream, count) for number in image_numbers(batch)]
 
     whole = some(0, 12)
     assert sorted(whole[:24]) == sorted(whole[24:]) == list(range(24))
@@ -180,16 +182,16 @@ def test_what_vanishes_while_training_is_skipped_by_its_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     if kind == "tar":
-        gone, expected = shards(tmp_path, (5, 1)) / "shard-001.tar", "shard-001.tar/00005.png"
+        gone, expected = write_tar_shards(tmp_path, (5, 1)) / "shard-001.tar", "shard-001.tar/00005.png"
     else:
         for i in range(6):
-            (tmp_path / f"{i}.png").write_bytes(png(i))
+            (tmp_path / f"{i}.png").write_bytes(png_bytes(i))
         gone, expected = tmp_path / "5.png", "5.png"
     stream = batches(open_source(tmp_path), TO_TENSOR, batch=6, seed=0)
-    assert sorted(numbers(next(stream))) == list(range(6))
+    assert sorted(image_numbers(next(stream))) == list(range(6))
     gone.unlink()
     batch = next(stream)
-    assert sorted(numbers(batch)) == [0, 0, 1, 2, 3, 4]
+    assert sorted(image_numbers(batch)) == [0, 0, 1, 2, 3, 4]
     assert batch.skipped == (str(tmp_path / expected),)
     with caplog.at_level(logging.WARNING):
         next(stream)
@@ -197,7 +199,7 @@ def test_what_vanishes_while_training_is_skipped_by_its_name(
 
 
 def test_a_tar_that_was_written_anew_is_not_taken_for_the_one_that_was_opened(tmp_path: Path) -> None:
-    source = open_source(shards(tmp_path))
+    source = open_source(write_tar_shards(tmp_path))
     path = tmp_path / "shard-000.tar"
     os.utime(path, ns=(1, 1))
     with pytest.raises(UnreadableImage, match="is not the one that was opened"):
@@ -207,7 +209,7 @@ def test_a_tar_that_was_written_anew_is_not_taken_for_the_one_that_was_opened(tm
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_label_beyond_the_classes_is_one_line(tmp_path: Path, workers: int) -> None:
-    source = open_source(shards(tmp_path))
+    source = open_source(write_tar_shards(tmp_path))
     source.classes = ("0", "1")
     with pytest.raises(ValueError, match=r"^[^\n]*\.png has the label 2, but there are 2 classes$"):
         list(islice(batches(source, TO_TENSOR, batch=12, seed=0, workers=workers), 2))
@@ -215,4 +217,4 @@ def test_a_label_beyond_the_classes_is_one_line(tmp_path: Path, workers: int) ->
 
 def test_a_run_refuses_another_number_of_classes(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the model has 2 classes, but .* has 3"):
-        open_tiny(train_config(shards(tmp_path / "data")), tmp_path / "run")
+        open_tiny_run(tiny_train_config(write_tar_shards(tmp_path / "data")), tmp_path / "run")

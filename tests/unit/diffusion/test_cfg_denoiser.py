@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import model, noise
+from tiny import noise, tiny_model
 from torch import Tensor
 
 from mar.config import SamplingConfig
@@ -14,7 +14,7 @@ from mar.model.masking import mask_schedule
 from mar.sampling.guidance import guidance_scale
 
 SCHEDULE = respace(cosine(1000), 9)
-HEAD = model().head
+HEAD = tiny_model().head
 
 
 def outputs(of: CFGDenoiser, x: Tensor) -> Tensor:

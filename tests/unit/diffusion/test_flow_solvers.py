@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from gaussians import M, S, alpha_sigma, bent, even, gaussian, network
+from gaussian_tokens import M, S, alpha_sigma, denoiser_of, even_schedule, gaussian_x0, nonlinear_x0
 from torch import Tensor
 
 from mar.config import Prediction
@@ -28,14 +28,14 @@ def exact(schedule: Schedule, start: Tensor, mean: float = M) -> Tensor:
     """Where the flow from `start` gets to at the cleanest timestep, and then what is seen there."""
     (alpha, sigma), (alpha_0, sigma_0) = alpha_sigma(schedule, len(schedule) - 1), alpha_sigma(schedule, 0)
     ratio = math.sqrt((alpha_0**2 * S**2 + sigma_0**2) / (alpha**2 * S**2 + sigma**2))
-    return gaussian(mean)(alpha_0 * mean + ratio * (start - alpha * mean), alpha_0, sigma_0)
+    return gaussian_x0(mean)(alpha_0 * mean + ratio * (start - alpha * mean), alpha_0, sigma_0)
 
 
 def draw(
     solver: str, schedule: Schedule, x0: Callable[[Tensor, float, float], Tensor], prediction: Prediction = "v",
     **options: float,
 ) -> Tensor:  # fmt: skip
-    return FLOWS[solver](network(schedule, prediction, x0, []), X.unsqueeze(0), schedule, prediction, **options)
+    return FLOWS[solver](denoiser_of(schedule, prediction, x0, []), X.unsqueeze(0), schedule, prediction, **options)
 
 
 # ---- against the papers' algorithms, number by number
@@ -99,11 +99,11 @@ def test_it_is_the_papers_algorithm(solver: str, prediction: Prediction, steps: 
     schedule = respace(cosine(1000), steps, spacing, 0.95)  # type: ignore[arg-type]
 
     def x0(x: float, index: int) -> float:
-        return float(bent(torch.tensor([[x]], dtype=torch.float64), *alpha_sigma(schedule, index)))
+        return float(nonlinear_x0(torch.tensor([[x]], dtype=torch.float64), *alpha_sigma(schedule, index)))
 
     expected = [ALGORITHMS[solver](float(x), schedule, x0) for x in X]
     torch.testing.assert_close(
-        draw(solver, schedule, bent, prediction).flatten(),
+        draw(solver, schedule, nonlinear_x0, prediction).flatten(),
         torch.tensor(expected, dtype=torch.float64),
         rtol=1e-9,
         atol=1e-9,
@@ -115,14 +115,17 @@ def test_it_is_the_papers_algorithm(solver: str, prediction: Prediction, steps: 
 
 def orders(solver: str, x0: Callable[[Tensor, float, float], Tensor], mean: float) -> Iterator[float]:
     """By how many powers of two the error falls when the steps are halved, again and again."""
-    errors = [float((draw(solver, even(n), x0) - exact(even(n), X, mean)).abs().max()) for n in (16, 32, 64, 128)]
+    errors = [
+        float((draw(solver, even_schedule(n), x0) - exact(even_schedule(n), X, mean)).abs().max())
+        for n in (16, 32, 64, 128)
+    ]
     assert errors[0] < 0.2
     return (math.log2(coarse / fine) for coarse, fine in pairwise(errors))
 
 
 @pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpm++2m", 2), ("dpm++2s", 2)])
 def test_order_of_convergence(solver: str, order: int) -> None:
-    assert list(orders(solver, gaussian(M), M)) == pytest.approx([order] * 3, abs=0.3)
+    assert list(orders(solver, gaussian_x0(M), M)) == pytest.approx([order] * 3, abs=0.3)
 
 
 @pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpm++2m", 2), ("dpm++2s", 2)])
@@ -131,29 +134,32 @@ def test_order_of_convergence_with_guidance(solver: str, order: int) -> None:
     scale, other = 2.5, -0.2
 
     def guided(x: Tensor, alpha: float, sigma: float) -> Tensor:
-        without = gaussian(other)(x, alpha, sigma)
-        return without + scale * (gaussian(M)(x, alpha, sigma) - without)
+        without = gaussian_x0(other)(x, alpha, sigma)
+        return without + scale * (gaussian_x0(M)(x, alpha, sigma) - without)
 
     assert list(orders(solver, guided, other + scale * (M - other))) == pytest.approx([order] * 3, abs=0.3)
 
 
 @pytest.mark.parametrize("solver", FLOWS)
 def test_an_odd_interval_left_over_costs_no_order(solver: str) -> None:
-    odd, whole = (float((draw(solver, even(n), gaussian(M)) - exact(even(n), X)).abs().max()) for n in (65, 64))
+    odd, whole = (
+        float((draw(solver, even_schedule(n), gaussian_x0(M)) - exact(even_schedule(n), X)).abs().max())
+        for n in (65, 64)
+    )
     assert odd < 1.1 * whole
 
 
 @pytest.mark.parametrize(("solver", "error"), [("ddim", 0.17), ("dpm++2m", 0.025), ("dpm++2s", 0.09)])
 def test_twelve_steps_of_the_trained_schedule(solver: str, error: float) -> None:
     schedule = respace(cosine(1000), 12, "log-snr", 0.95)
-    assert float((draw(solver, schedule, gaussian(M)) - exact(schedule, X)).abs().max()) < error
+    assert float((draw(solver, schedule, gaussian_x0(M)) - exact(schedule, X)).abs().max()) < error
 
 
 def test_extrapolation_wants_even_steps_of_log_snr() -> None:
     errors = {}
     for spacing in ("time", "log-snr"):
         schedule = respace(cosine(1000), 8, spacing, 0.95)  # type: ignore[arg-type]
-        errors[spacing] = float((draw("dpm++2m", schedule, gaussian(M)) - exact(schedule, X)).abs().max())
+        errors[spacing] = float((draw("dpm++2m", schedule, gaussian_x0(M)) - exact(schedule, X)).abs().max())
     assert errors["log-snr"] < errors["time"] / 8
 
 
@@ -161,7 +167,7 @@ def test_extrapolation_wants_even_steps_of_log_snr() -> None:
 @pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
 def test_all_predictions_draw_the_same(solver: str, prediction: Prediction) -> None:
     for schedule in (respace(cosine(1000), 10), respace(linear(1000), 10)):
-        one, other = draw(solver, schedule, bent, "noise"), draw(solver, schedule, bent, prediction)
+        one, other = draw(solver, schedule, nonlinear_x0, "noise"), draw(solver, schedule, nonlinear_x0, prediction)
         torch.testing.assert_close(one, other, rtol=0, atol=1e-7)  # unclipped: the noise's error is amplified by 20,000
 
 
@@ -172,16 +178,18 @@ def test_on_the_linear_path_ddim_is_eulers_method_along_the_flow() -> None:
     x = X * ((1 - u[5]).square() + u[5].square()).sqrt()
     for index in reversed(range(6)):
         scale = ((1 - u[index]).square() + u[index].square()).sqrt()
-        x0 = bent(x / scale, *alpha_sigma(schedule, index))
+        x0 = nonlinear_x0(x / scale, *alpha_sigma(schedule, index))
         velocity = (x - x0) / u[index]
         x = x - (u[index] - (u[index - 1] if index else 0.0)) * velocity
-    torch.testing.assert_close(draw("ddim", schedule, bent, "flow").flatten(), x.flatten(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        draw("ddim", schedule, nonlinear_x0, "flow").flatten(), x.flatten(), rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize("solver", FLOWS)
 def test_temperature_is_that_of_the_start(solver: str) -> None:
     schedule = respace(cosine(1000), 30, "log-snr", 0.98)
-    hot, cold, none = (draw(solver, schedule, gaussian(M), temperature=t) for t in (1.0, 0.8, 0.0))
+    hot, cold, none = (draw(solver, schedule, gaussian_x0(M), temperature=t) for t in (1.0, 0.8, 0.0))
     assert float(cold.std() / hot.std()) == pytest.approx(0.8)  # exact, as all is linear
     assert float(none.std()) == pytest.approx(0, abs=1e-12)
     assert float(none[0]) == pytest.approx(M, abs=0.03)
@@ -192,10 +200,10 @@ def test_temperature_is_that_of_the_start(solver: str) -> None:
 
 @pytest.mark.parametrize("solver", FLOWS)
 def test_only_the_first_noise_counts(solver: str) -> None:
-    schedule = even(6)
+    schedule = even_schedule(6)
     many = torch.cat([X.unsqueeze(0), torch.randn(6, *X.shape, generator=make_generator(0), dtype=torch.float64)])
-    of = network(schedule, "v", bent, [])
-    assert torch.equal(FLOWS[solver](of, many, schedule, "v"), draw(solver, schedule, bent))
+    of = denoiser_of(schedule, "v", nonlinear_x0, [])
+    assert torch.equal(FLOWS[solver](of, many, schedule, "v"), draw(solver, schedule, nonlinear_x0))
     assert num_noises(solver, 7) == 1  # type: ignore[arg-type]
     assert num_noises("ancestral", 7) == 7
 
@@ -205,7 +213,7 @@ def test_only_the_first_noise_counts(solver: str) -> None:
 def test_the_network_is_asked_once_a_step_from_the_noisiest_on(solver: str, steps: int) -> None:
     schedule, asked = respace(cosine(1000), steps), []  # type: ignore[var-annotated]
     noise = X.expand(steps, *X.shape)
-    SOLVERS[solver](network(schedule, "v", bent, asked), noise, schedule, "v")  # type: ignore[index]
+    SOLVERS[solver](denoiser_of(schedule, "v", nonlinear_x0, asked), noise, schedule, "v")  # type: ignore[index]
     assert asked == list(reversed(range(steps)))
 
 
@@ -213,24 +221,24 @@ def test_the_network_is_asked_once_a_step_from_the_noisiest_on(solver: str, step
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_a_bound_holds_for_what_is_drawn(solver: str, steps: int) -> None:
     schedule, noise = respace(cosine(1000), steps), X.expand(steps, *X.shape)
-    drawn = SOLVERS[solver](network(schedule, "v", bent, []), noise, schedule, "v", x0_bound=0.4)  # type: ignore[index]
+    drawn = SOLVERS[solver](denoiser_of(schedule, "v", nonlinear_x0, []), noise, schedule, "v", x0_bound=0.4)  # type: ignore[index]
     assert drawn.abs().max() <= 0.4 + 1e-12
     assert drawn.abs().max() > 0.39
-    free = SOLVERS[solver](network(schedule, "v", bent, []), noise, schedule, "v")  # type: ignore[index]
+    free = SOLVERS[solver](denoiser_of(schedule, "v", nonlinear_x0, []), noise, schedule, "v")  # type: ignore[index]
     assert free.abs().max() > 0.5
 
 
 def test_one_step_is_what_the_network_sees_in_the_noise() -> None:
     schedule = respace(cosine(1000), 1)
-    expected = bent(X, *alpha_sigma(schedule, 0))
+    expected = nonlinear_x0(X, *alpha_sigma(schedule, 0))
     for solver in FLOWS:
-        torch.testing.assert_close(draw(solver, schedule, bent), expected, rtol=0, atol=1e-12)
-    same = ancestral(network(schedule, "v", bent, []), X.unsqueeze(0), schedule, "v")
+        torch.testing.assert_close(draw(solver, schedule, nonlinear_x0), expected, rtol=0, atol=1e-12)
+    same = ancestral(denoiser_of(schedule, "v", nonlinear_x0, []), X.unsqueeze(0), schedule, "v")
     torch.testing.assert_close(same, expected, rtol=0, atol=1e-12)
 
 
 def test_with_two_steps_they_are_all_ddim() -> None:
     schedule = respace(cosine(1000), 2, "log-snr", 0.9)
-    first = draw("ddim", schedule, bent)
+    first = draw("ddim", schedule, nonlinear_x0)
     for solver in ("dpm++2m", "dpm++2s"):
-        assert torch.equal(draw(solver, schedule, bent), first)
+        assert torch.equal(draw(solver, schedule, nonlinear_x0), first)

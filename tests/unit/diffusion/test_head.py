@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import awake, noise
+from tiny import noise, randomize
 
 from mar.config import HeadConfig
 from mar.diffusion.head import DiffusionHead
@@ -13,7 +13,7 @@ CONFIG = HeadConfig(width=12, depth=2, diffusion_steps=40)
 
 
 def head() -> DiffusionHead:
-    return awake(DiffusionHead(3, 5, CONFIG))  # type: ignore[arg-type,return-value]
+    return randomize(DiffusionHead(3, 5, CONFIG))  # type: ignore[arg-type,return-value]
 
 
 def test_a_table_of_times_equals_each_on_its_own() -> None:

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from gaussians import M, S, alpha_sigma, bent, even, gaussian, network
+from gaussian_tokens import M, S, alpha_sigma, denoiser_of, even_schedule, gaussian_x0, nonlinear_x0
 
 from mar.config import Prediction
 from mar.diffusion.schedule import Schedule, cosine, respace
@@ -25,7 +25,7 @@ def by_the_paper(x: float, noise: list[float], schedule: Schedule) -> float:
     """arXiv 2211.01095, section 5, SDE-DPM-Solver++(2M), in its letters: t_0 is the noisiest timestep."""
 
     def x0(x: float, index: int) -> float:
-        return float(bent(torch.tensor([[x]], dtype=torch.float64), *alpha_sigma(schedule, index)))
+        return float(nonlinear_x0(torch.tensor([[x]], dtype=torch.float64), *alpha_sigma(schedule, index)))
 
     t = [alpha_sigma(schedule, i) for i in reversed(range(len(schedule)))]
     lam = [math.log(a / s) for a, s in t]
@@ -51,7 +51,7 @@ def test_it_is_the_papers_algorithm(prediction: Prediction, steps: int, spacing:
     expected = [
         by_the_paper(float(x), column.tolist(), schedule) for x, column in zip(noise[0], noise[:, :, 0].T, strict=True)
     ]
-    drawn = dpm_2m_sde(network(schedule, prediction, bent, []), noise, schedule, prediction)
+    drawn = dpm_2m_sde(denoiser_of(schedule, prediction, nonlinear_x0, []), noise, schedule, prediction)
     torch.testing.assert_close(drawn.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
 
@@ -59,7 +59,7 @@ def drawn_mean_and_std(schedule: Schedule, temperature: float = 1.0) -> tuple[fl
     """Of `dpm++2m-sde` for tokens from N(M, S^2): each noise by itself, and none."""
     steps = num_noises("dpm++2m-sde", len(schedule))
     alone = torch.cat([torch.eye(steps, dtype=torch.float64), torch.zeros(steps, 1, dtype=torch.float64)], 1)
-    of = network(schedule, "v", gaussian(M), [])
+    of = denoiser_of(schedule, "v", gaussian_x0(M), [])
     *found, none = dpm_2m_sde(of, alone.unsqueeze(-1), schedule, "v", temperature=temperature).flatten().tolist()
     return none, math.sqrt(sum((each - none) ** 2 for each in found))
 
@@ -73,8 +73,8 @@ def true_std(schedule: Schedule) -> float:
 def test_mean_and_deviation_converge_by_the_second_order() -> None:
     errors = []
     for n in (32, 64, 128, 256):
-        mean, std = drawn_mean_and_std(even(n))
-        errors.append((abs(mean - M), abs(std - true_std(even(n)))))
+        mean, std = drawn_mean_and_std(even_schedule(n))
+        errors.append((abs(mean - M), abs(std - true_std(even_schedule(n)))))
     assert max(errors[0]) < 0.01
     deviations = [math.log2(coarse[1] / fine[1]) for coarse, fine in pairwise(errors)]
     assert deviations == pytest.approx([2] * 3, abs=0.35)
@@ -93,7 +93,7 @@ def test_the_temperature_is_that_of_the_noise_on_the_way() -> None:
     stds = [drawn_mean_and_std(schedule, temperature)[1] for temperature in (0.0, 0.9, 1.0)]
     assert 0 < stds[0] < stds[1] < stds[2]
     noise = torch.randn(12, *X.shape, generator=make_generator(2), dtype=torch.float64)
-    of, other = network(schedule, "v", bent, []), torch.cat([noise[:1], noise[1:] + 1])
+    of, other = denoiser_of(schedule, "v", nonlinear_x0, []), torch.cat([noise[:1], noise[1:] + 1])
     cold, colder = (dpm_2m_sde(of, each, schedule, "v", temperature=0.0) for each in (noise, other))
     assert torch.equal(cold, colder)
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-import judges
+import extractors
 import pytest
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def judged(extractor: Extractor, own: Held, reference: Held, wanted: MetricOptio
 
 
 def test_the_numbers_are_those_of_all_features_at_once() -> None:
-    extractor, own, real = judges.tiny(), pictures(), pictures(40, seed=1)
+    extractor, own, real = extractors.tiny(), pictures(), pictures(40, seed=1)
     report = judged(extractor, Held(own), Held(real), batch=7)
     mine, theirs = extractor(own), extractor(real)
     assert mine.logits is not None
@@ -85,7 +85,7 @@ def test_the_numbers_are_those_of_all_features_at_once() -> None:
 @pytest.mark.parametrize("batch", [1, 7, 50, 1000])
 def test_any_batch_gives_the_same(batch: int) -> None:
     sets = Held(pictures()), Held(pictures(40, seed=1))
-    one, other = judged(judges.tiny(), *sets, batch=16), judged(judges.tiny(), *sets, batch=batch)
+    one, other = judged(extractors.tiny(), *sets, batch=16), judged(extractors.tiny(), *sets, batch=batch)
     for name in ("distance", "inception_score", "inception_score_std", "kernel_distance", "kernel_distance_error"):
         assert getattr(one, name) == pytest.approx(getattr(other, name), rel=1e-5)
     assert (one.precision, one.recall) == (other.precision, other.recall)
@@ -94,7 +94,7 @@ def test_any_batch_gives_the_same(batch: int) -> None:
 @pytest.mark.parametrize("count", [3, 50])
 def test_a_set_against_itself_in_other_batches(count: int) -> None:
     """With fewer pictures than features too, where the covariance is singular."""
-    extractor, held = judges.tiny(), Held(pictures(count))
+    extractor, held = extractors.tiny(), Held(pictures(count))
     reference = collect(held, extractor, batch=7).statistics
     report = compare(collect(held, extractor, batch=64), reference, extractor, MetricOptions())
     assert report.distance <= 1e-6
@@ -102,7 +102,7 @@ def test_a_set_against_itself_in_other_batches(count: int) -> None:
 
 
 def test_features_are_kept_only_where_they_are_wanted() -> None:
-    held, extractor = Held(pictures()), judges.tiny()
+    held, extractor = Held(pictures()), extractors.tiny()
     assert collect(held, extractor).statistics.features is None
     kept = collect(held, extractor, options=MetricOptions(kid=True), batch=7).statistics.features
     assert kept is not None
@@ -111,22 +111,22 @@ def test_features_are_kept_only_where_they_are_wanted() -> None:
 
 def test_how_far_it_is() -> None:
     told: list[float] = []
-    collect(Held(pictures(10)), judges.tiny(), batch=4, advance=told.append)
+    collect(Held(pictures(10)), extractors.tiny(), batch=4, advance=told.append)
     assert told == [4, 8, 10]
 
 
 def test_fewer_pictures_than_features_is_said_with_the_reason() -> None:
-    report = judged(judges.tiny(), Held(pictures(6)), Held(pictures(7)), MetricOptions())
+    report = judged(extractors.tiny(), Held(pictures(6)), Held(pictures(7)), MetricOptions())
     (said,) = report.warnings
     assert "6 pictures for 6 features" in said
     assert "singular" in said
     assert "more than 6" in said
-    (said,) = judged(judges.tiny(), Held(pictures(7)), Held(pictures(5)), MetricOptions()).warnings
+    (said,) = judged(extractors.tiny(), Held(pictures(7)), Held(pictures(5)), MetricOptions()).warnings
     assert "5 reference pictures" in said
 
 
 def test_a_reference_that_does_not_say_what_it_is() -> None:
-    extractor, held = judges.tiny(), Held(pictures())
+    extractor, held = extractors.tiny(), Held(pictures())
     found = collect(held, extractor)
     bare = replace(found.statistics, count=None, provenance=None)
     report = compare(found, bare, extractor, MetricOptions())
@@ -141,11 +141,15 @@ def test_a_reference_that_does_not_say_what_it_is() -> None:
 
 @pytest.mark.parametrize(
     ("theirs", "size", "words"),
-    [(judges.other, 6, "other"), (judges.retrained, 6, "other weights or preprocessing"), (judges.tiny, 8, "(8, 8)")],
+    [
+        (extractors.other, 6, "other"),
+        (extractors.retrained, 6, "other weights or preprocessing"),
+        (extractors.tiny, 8, "(8, 8)"),
+    ],
 )
 def test_what_can_not_be_compared(theirs: type, size: int, words: str) -> None:
     reference = collect(Held(pictures(size=size)), theirs()).statistics
-    own = judges.tiny()
+    own = extractors.tiny()
     with pytest.raises(ValueError, match="can't be compared") as refused:
         compare(collect(Held(pictures()), own), reference, own, MetricOptions())
     assert words in str(refused.value)
@@ -153,7 +157,7 @@ def test_what_can_not_be_compared(theirs: type, size: int, words: str) -> None:
 
 
 def test_features_that_the_reference_does_not_have() -> None:
-    extractor, held = judges.tiny(), Held(pictures())
+    extractor, held = extractors.tiny(), Held(pictures())
     reference = collect(held, extractor).statistics
     with pytest.raises(ValueError, match="--keep-features"):
         compare(collect(held, extractor, options=ALL), reference, extractor, ALL)
@@ -161,11 +165,11 @@ def test_features_that_the_reference_does_not_have() -> None:
 
 def test_too_few_pictures_and_splits() -> None:
     with pytest.raises(ValueError, match="got 1, expected at least 2"):
-        collect(Held(pictures(1)), judges.tiny())
+        collect(Held(pictures(1)), extractors.tiny())
     with pytest.raises(ValueError, match="splits: got 0"):
         MetricOptions(splits=0)
     assert (
-        collect(Held(pictures(2)), judges.tiny(), options=MetricOptions(splits=10)).inception_score is not None
+        collect(Held(pictures(2)), extractors.tiny(), options=MetricOptions(splits=10)).inception_score is not None
     )  # takes two splits
 
 
@@ -177,7 +181,7 @@ def test_pictures_that_change_their_size() -> None:
                 yield replace(part, images=part.images[:, :, :1, :1].expand(-1, -1, side, side))
 
     with pytest.raises(ValueError, match="6x6 and 10x10"):
-        collect(Growing(pictures()), judges.tiny(), batch=4)
+        collect(Growing(pictures()), extractors.tiny(), batch=4)
 
 
 # ---- classes
@@ -210,8 +214,8 @@ def test_folders_of_generated_pictures_are_matched_with_the_names_of_their_class
 def test_agreement_maps_classes_by_name(batch: int, as_classifier: bool) -> None:
     images = grey(0, 0, 255, 255, 255, 128)
     labels, classes = [1, 2, 0, 0, 2, 2], ("Bright", "dark", "middling")  # right: yes, no, yes, yes, no, yes
-    held, judge = Held(images, labels, classes), judges.brightness()
-    extractor, classifier = (judges.tiny(), judge) if as_classifier else (judge, None)
+    held, judge = Held(images, labels, classes), extractors.brightness()
+    extractor, classifier = (extractors.tiny(), judge) if as_classifier else (judge, None)
     found = collect(held, extractor, classifier=classifier, batch=batch)
     assert found.correct == (2, 1, 1)
     assert found.total == (2, 1, 3)
@@ -222,17 +226,17 @@ def test_agreement_maps_classes_by_name(batch: int, as_classifier: bool) -> None
 
 def test_classes_that_the_judge_does_not_know_and_pictures_without_one() -> None:
     images, classes = grey(0, 255, 255, 0), ("dark", "bright", "purple", "middling")
-    found = collect(Held(images, [0, 0, 2, -1], classes), judges.brightness())
+    found = collect(Held(images, [0, 0, 2, -1], classes), extractors.brightness())
     assert found.correct == (1, 0, 0, 0)
     assert found.total == (2, 0, 0, 0)
-    report = compare(found, found.statistics, judges.brightness(), MetricOptions())
+    report = compare(found, found.statistics, extractors.brightness(), MetricOptions())
     assert (report.class_accuracy, report.worst_class) == (0.5, "dark")  # not one without pictures
     assert "leaves out 1 of 4 classes, which the classifier does not know: purple" in report.warnings[-1]
 
 
 def test_no_labels_no_agreement() -> None:
-    found = collect(Held(grey(0, 255, 9), classes=("dark", "bright")), judges.brightness())
-    report = compare(found, found.statistics, judges.brightness(), MetricOptions())
+    found = collect(Held(grey(0, 255, 9), classes=("dark", "bright")), extractors.brightness())
+    report = compare(found, found.statistics, extractors.brightness(), MetricOptions())
     assert report.class_accuracy is None
     assert report.worst_class is None
 
@@ -240,7 +244,7 @@ def test_no_labels_no_agreement() -> None:
 @pytest.mark.parametrize(("classes", "words"), [(("ant", "bee"), "ant, bee"), ((), "no class names")])
 def test_a_classifier_that_shares_no_class(classes: tuple[str, ...], words: str) -> None:
     with pytest.raises(ValueError, match="brightness knows the classes dark, middling, bright") as refused:
-        collect(Held(grey(0, 1), classes=classes), judges.tiny(), classifier=judges.brightness())
+        collect(Held(grey(0, 1), classes=classes), extractors.tiny(), classifier=extractors.brightness())
     assert words in str(refused.value)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import judges
+import extractors
 import numpy as np
 import pytest
 import tiny
@@ -196,7 +196,7 @@ def folder(path: Path, *pictures: Image.Image) -> Path:
 
 
 def test_a_folder_in_any_batches_and_shares(tmp_path: Path) -> None:
-    source = open_source(tiny.pictures(tmp_path / "pictures", 9))
+    source = open_source(tiny.write_images(tmp_path / "pictures", 9))
     found = SourceImages(source, "bars")
     whole = walk(found, 4)
     assert whole.images.shape == (9, 1, 8, 8)
@@ -237,7 +237,7 @@ def test_a_broken_picture_is_named(tmp_path: Path) -> None:
 
 
 def test_drawn_pictures_follow_from_seed_and_number_alone() -> None:
-    model = tiny.pipeline()
+    model = tiny.tiny_pipeline()
     drawn = GeneratedImages(model, Plan.total(7, [0, 1, 2, -1], seed=3), name="tiny", allow_broken=True)
     whole = walk(drawn, 7)
     assert whole.images.shape == (7, 1, 4, 4)
@@ -256,9 +256,9 @@ def test_drawn_pictures_follow_from_seed_and_number_alone() -> None:
 def test_drawn_pictures_with_other_settings_and_how_far_they_are() -> None:
     told: list[float] = []
     plan = Plan.total(4, [0])
-    plain = walk(GeneratedImages(tiny.pipeline(), plan, name="a", allow_broken=True), 2)
+    plain = walk(GeneratedImages(tiny.tiny_pipeline(), plan, name="a", allow_broken=True), 2)
     drawn = GeneratedImages(
-        tiny.pipeline(), plan, name="b", allow_broken=True, advance=told.append, guidance_scale=3.0, steps=2
+        tiny.tiny_pipeline(), plan, name="b", allow_broken=True, advance=told.append, guidance_scale=3.0, steps=2
     )
     assert not torch.equal(walk(drawn, 2).images, plain.images)
     assert told == [1.0, 2.0, 3.0, 4.0]
@@ -269,13 +269,13 @@ def test_drawn_pictures_with_other_settings_and_how_far_they_are() -> None:
 
 @pytest.fixture
 def pictures(tmp_path: Path) -> str:
-    return str(tiny.pictures(tmp_path / "pictures", 9))
+    return str(tiny.write_images(tmp_path / "pictures", 9))
 
 
 @pytest.fixture
 def statistics(pictures: str, tmp_path: Path) -> str:
     """Of the pictures, without their features."""
-    collect(open_images(pictures), judges.tiny()).statistics.save(tmp_path / "statistics.npz")
+    collect(open_images(pictures), extractors.tiny()).statistics.save(tmp_path / "statistics.npz")
     return str(tmp_path / "statistics.npz")
 
 
@@ -298,14 +298,14 @@ def test_models_and_pictures_are_told_apart(pictures: str, tmp_path: Path) -> No
     for model in ("fashion", "mar-base", "a/model.safetensors", "owner/name", str(tmp_path / "not-there")):
         assert not is_image_set(model)
     (tmp_path / "run").mkdir()
-    tiny.pipeline().save(tmp_path / "run" / "model.safetensors")
+    tiny.tiny_pipeline().save(tmp_path / "run" / "model.safetensors")
     assert not is_image_set(str(tmp_path / "run"))
 
 
 def test_a_bundled_model_is_meant_whatever_folder_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("fashion", "mar-base"):
-        tiny.pictures(Path(name), 4)
+        tiny.write_images(Path(name), 4)
     assert not is_image_set("fashion")
     assert is_image_set("./fashion")
     assert is_image_set("mar-base")  # as to `zoo.load`, for which what is there comes before an official model
@@ -313,7 +313,7 @@ def test_a_bundled_model_is_meant_whatever_folder_there_is(tmp_path: Path, monke
 
 def test_samples_of_a_run_are_not_judged(tmp_path: Path) -> None:
     assert image_sets.RUN_FILE == run.RUN_FILE
-    tiny.pictures(tmp_path / "young" / "samples", 4)
+    tiny.write_images(tmp_path / "young" / "samples", 4)
     (tmp_path / "young" / "run.json").write_text("{}")
     with pytest.raises(ValueError, match=r"young is the folder of a run, .* saved its model\.safetensors"):
         open_images(str(tmp_path / "young"))
@@ -342,8 +342,8 @@ def test_sources_have_splits_sizes_and_names(pictures: str, tmp_path: Path) -> N
 
 
 def test_a_test_split_is_noticed(tmp_path: Path) -> None:
-    flat, parted = tiny.pictures(tmp_path / "flat", 6), tmp_path / "parted"
-    tiny.pictures(parted / "train", 8)
+    flat, parted = tiny.write_images(tmp_path / "flat", 6), tmp_path / "parted"
+    tiny.write_images(parted / "train", 8)
     assert has_test_split("fashion")
     assert has_test_split(str(flat))  # the whole folder serves for both
     assert not has_test_split(str(parted))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import judges
+import extractors
 import numpy as np
 import pytest
 import torch
@@ -36,7 +36,7 @@ def statistics(features: Tensor) -> FeatureStats:
 def judged(own: Tensor, learned: Tensor, held_out: Tensor) -> Report:
     reference = statistics(learned)
     measure = HeldOut.of(statistics(held_out), reference)
-    return compare(Collected(statistics(own)), reference, judges.tiny(), WANTED, measure)
+    return compare(Collected(statistics(own)), reference, extractors.tiny(), WANTED, measure)
 
 
 def test_a_model_that_returns_what_it_learned_from_draws_copies_only() -> None:
@@ -126,7 +126,7 @@ def pictures(seed: int, count: int, channels: int = 3) -> Tensor:
 
 
 def test_from_pictures_to_the_report() -> None:
-    extractor = judges.tiny()
+    extractor = extractors.tiny()
     learned, held_out = pictures(0, 150), pictures(1, 120)
     own = torch.cat([pictures(2, 30), learned[70:80]])
     reference, others = (collect(Held(images), extractor, options=WANTED).statistics for images in (learned, held_out))
@@ -154,7 +154,7 @@ def test_from_pictures_to_the_report() -> None:
 
 
 def test_what_can_not_be_measured() -> None:
-    extractor = judges.tiny()
+    extractor = extractors.tiny()
     kept, bare = (
         collect(Held(pictures(0, 30)), extractor, options=wanted).statistics for wanted in (WANTED, MetricOptions())
     )

@@ -6,12 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import judges
+import extractors
 import numpy as np
 import pytest
 import torch
-from tiny import pictures
-from tiny import pipeline as untamed
+from tiny import tiny_pipeline as untamed
+from tiny import write_images
 from torch import nn
 
 from mar.evaluation.evaluate import MetricOptions, collect
@@ -34,7 +34,7 @@ def extractor() -> ModuleExtractor:
 
 
 def test_the_same_model_gets_the_same_judgement_and_another_another(tmp_path: Path) -> None:
-    judge = OnlineEvaluator(extractor(), str(pictures(tmp_path)), count=7, batch=3)
+    judge = OnlineEvaluator(extractor(), str(write_images(tmp_path)), count=7, batch=3)
     first, again, other = judge(pipeline()), judge(pipeline()), judge(pipeline(seed=1))
     assert first.distance == again.distance > 0
     assert other.distance != first.distance
@@ -42,7 +42,7 @@ def test_the_same_model_gets_the_same_judgement_and_another_another(tmp_path: Pa
 
 
 def test_the_reference_is_measured_once_at_the_models_size(tmp_path: Path) -> None:
-    judge = OnlineEvaluator(extractor(), str(pictures(tmp_path)), count=4)
+    judge = OnlineEvaluator(extractor(), str(write_images(tmp_path)), count=4)
     judge(pipeline())
     measured = judge.measure_reference(pipeline().image_size)
     assert measured.provenance is not None
@@ -53,14 +53,14 @@ def test_the_reference_is_measured_once_at_the_models_size(tmp_path: Path) -> No
 
 def test_pictures_for_testing_are_taken_where_there_are_any(tmp_path: Path) -> None:
     parted = tmp_path / "parted"
-    pictures(parted / "train", 8)
+    write_images(parted / "train", 8)
     assert OnlineEvaluator(extractor(), str(parted), count=4)(pipeline()).reference_count == 8
-    pictures(parted / "test", 6)
+    write_images(parted / "test", 6)
     assert OnlineEvaluator(extractor(), str(parted), count=4)(pipeline()).reference_count == 6
 
 
 def test_statistics_serve_as_a_reference(tmp_path: Path) -> None:
-    judge = OnlineEvaluator(extractor(), str(pictures(tmp_path / "pictures")), count=5)
+    judge = OnlineEvaluator(extractor(), str(write_images(tmp_path / "pictures")), count=5)
     distance = judge(pipeline()).distance
     judge.measure_reference(pipeline().image_size).save(tmp_path / "stats.npz")
     again = OnlineEvaluator(extractor(), str(tmp_path / "stats.npz"), count=5)(pipeline()).distance
@@ -68,7 +68,7 @@ def test_statistics_serve_as_a_reference(tmp_path: Path) -> None:
 
 
 def test_nothing_random_is_used_up(tmp_path: Path) -> None:
-    judge, model = OnlineEvaluator(extractor(), str(pictures(tmp_path)), count=4), pipeline()
+    judge, model = OnlineEvaluator(extractor(), str(write_images(tmp_path)), count=4), pipeline()
     torch.manual_seed(3)
     expected = torch.rand(4)
     torch.manual_seed(3)
@@ -84,37 +84,37 @@ def test_one_picture_is_no_evaluation() -> None:
 # --- statistics by name
 
 
-def adm(path: Path, width: int = judges.WIDTH) -> str:
+def adm(path: Path, width: int = extractors.WIDTH) -> str:
     np.savez(path, mu=np.zeros(width), sigma=np.eye(width))
     return str(path)
 
 
 @pytest.fixture
 def samples(tmp_path: Path) -> str:
-    return str(pictures(tmp_path / "pictures", 9))
+    return str(write_images(tmp_path / "pictures", 9))
 
 
 @pytest.fixture
 def statistics(samples: str, tmp_path: Path) -> str:
     """Of the pictures, without their features."""
-    collect(open_images(samples), judges.tiny()).statistics.save(tmp_path / "statistics.npz")
+    collect(open_images(samples), extractors.tiny()).statistics.save(tmp_path / "statistics.npz")
     return str(tmp_path / "statistics.npz")
 
 
 def test_a_reference_is_read_or_measured(samples: str, statistics: str) -> None:
-    read = open_either(statistics, judges.tiny(), MetricOptions())
+    read = open_either(statistics, extractors.tiny(), MetricOptions())
     assert isinstance(read, FeatureStats)
     options, done = MetricOptions(kid=True), list[float]()
-    opened = open_either(samples, judges.tiny(), options)
+    opened = open_either(samples, extractors.tiny(), options)
     assert not isinstance(opened, FeatureStats)
-    measured = collect(opened, judges.tiny(), options=options, batch=2, advance=done.append).statistics
+    measured = collect(opened, extractors.tiny(), options=options, batch=2, advance=done.append).statistics
     torch.testing.assert_close(read.mean, measured.mean)
     torch.testing.assert_close(read.covariance, measured.covariance)
     assert (read.count, measured.count) == (9, 9)
     assert read.features is None
     assert measured.features is not None
     assert done[-1] == 9
-    opened = open_either(samples, judges.tiny(), MetricOptions(), limit=4)
+    opened = open_either(samples, extractors.tiny(), MetricOptions(), limit=4)
     assert not isinstance(opened, FeatureStats)
     assert len(opened) == 4
 
@@ -124,17 +124,17 @@ def refused(
 ) -> str:
     """What is said of statistics that can't be used."""
     with pytest.raises(ValueError, match=r"\.npz") as said:
-        open_either(spec, by or judges.tiny(), options or MetricOptions(), size=size)
+        open_either(spec, by or extractors.tiny(), options or MetricOptions(), size=size)
     assert "\n" not in str(said.value)
     return str(said.value)
 
 
 def test_statistics_that_do_not_fit(statistics: str, tmp_path: Path) -> None:
     assert "7 features, expected 6 of tiny" in refused(adm(tmp_path / "adm.npz", width=7))
-    assert "features of tiny and of other" in refused(statistics, by=judges.other())
-    assert "other weights or preprocessing" in refused(statistics, by=judges.retrained())
+    assert "features of tiny and of other" in refused(statistics, by=extractors.other())
+    assert "other weights or preprocessing" in refused(statistics, by=extractors.retrained())
     assert "(8, 8) and (4, 4)" in refused(statistics, size=(4, 4))
     assert "KID, precision, recall and neighbors need the features" in refused(statistics, MetricOptions(kid=True))
     assert "--keep-features" in refused(adm(tmp_path / "adm.npz"), MetricOptions(precision=True))
-    found: FeatureStats | ImageSet = open_either(statistics, judges.tiny(), MetricOptions(), size=(8, 8))
+    found: FeatureStats | ImageSet = open_either(statistics, extractors.tiny(), MetricOptions(), size=(8, 8))
     assert isinstance(found, FeatureStats)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import HEAD, TRUNK, config, model, noise
+from tiny import HEAD, TRUNK, noise, tiny_config, tiny_model
 from torch import Tensor, nn
 
 from mar.config import HeadConfig, TrunkConfig
@@ -24,7 +24,7 @@ def changed(one: Tensor, other: Tensor) -> bool:
 
 @trunks
 def test_hidden_tokens_are_not_seen(trunk: TrunkConfig) -> None:
-    of, tokens = model(encoder=trunk, decoder=trunk), noise(2, 16, 2)
+    of, tokens = tiny_model(encoder=trunk, decoder=trunk), noise(2, 16, 2)
     z = of(tokens, LABELS, VISIBLE)
     assert z.shape == (2, 16, 16)
     hidden = torch.ones(2, 16, dtype=torch.bool).scatter(1, VISIBLE, False).unsqueeze(-1)
@@ -38,7 +38,7 @@ def test_hidden_tokens_are_not_seen(trunk: TrunkConfig) -> None:
 
 @trunks
 def test_it_matters_where_a_visible_token_stands_but_not_its_place_in_the_list(trunk: TrunkConfig) -> None:
-    of, tokens = model(encoder=trunk, decoder=trunk), noise(1, 16, 2).expand(2, -1, -1)
+    of, tokens = tiny_model(encoder=trunk, decoder=trunk), noise(1, 16, 2).expand(2, -1, -1)
     z = of(tokens, LABELS[[0, 0]], torch.tensor([[0, 3, 7], [7, 0, 3]]))
     torch.testing.assert_close(z[0], z[1])
     same = tokens.clone()
@@ -48,17 +48,17 @@ def test_it_matters_where_a_visible_token_stands_but_not_its_place_in_the_list(t
 
 
 def test_the_class_reaches_every_condition() -> None:
-    of, tokens, nothing = model(), noise(1, 16, 2).expand(4, -1, -1), torch.empty(4, 0, dtype=torch.long)
+    of, tokens, nothing = tiny_model(), noise(1, 16, 2).expand(4, -1, -1), torch.empty(4, 0, dtype=torch.long)
     z = of(tokens, torch.tensor([0, 1, 2, UNCONDITIONAL]), nothing)
     assert all(changed(z[i, j], z[k, j]) for i in range(4) for k in range(i) for j in range(16))
 
 
 def test_without_a_class_the_null_embedding_stands_in() -> None:
-    of = model()
+    of = tiny_model()
     embedded = of.embed_labels(torch.tensor([UNCONDITIONAL, 1]))
     assert of.class_embed is not None
     assert torch.equal(embedded, torch.stack([of.null_class[0], of.class_embed.weight[1]]))
-    unconditional = model(classes=0)
+    unconditional = tiny_model(classes=0)
     assert unconditional.class_embed is None
     both = unconditional.embed_labels(torch.tensor([UNCONDITIONAL, 1]))
     assert torch.equal(both, unconditional.null_class.expand(2, -1))
@@ -66,7 +66,7 @@ def test_without_a_class_the_null_embedding_stands_in() -> None:
 
 @trunks
 def test_ragged_equals_each_image_on_its_own(trunk: TrunkConfig) -> None:
-    of, tokens = model(encoder=trunk, decoder=trunk), noise(4, 16, 2)
+    of, tokens = tiny_model(encoder=trunk, decoder=trunk), noise(4, 16, 2)
     each = [[1, 5, 6], [2], [], list(range(16))]
     padded = torch.tensor([positions + [16] * (16 - len(positions)) for positions in each])
     labels = torch.tensor([0, 1, 2, UNCONDITIONAL])
@@ -79,7 +79,7 @@ def test_ragged_equals_each_image_on_its_own(trunk: TrunkConfig) -> None:
 
 @trunks
 def test_conditions_of_some_tokens_are_those_among_all(trunk: TrunkConfig) -> None:
-    of, tokens = model(encoder=trunk, decoder=trunk), noise(2, 16, 2)
+    of, tokens = tiny_model(encoder=trunk, decoder=trunk), noise(2, 16, 2)
     z, some = of(tokens, LABELS, VISIBLE), torch.tensor([[1, 5, 16], [15, 3, 4]])  # 16: padding
     found = of(tokens, LABELS, VISIBLE, query_idx=some)
     assert found.shape == (2, 3, 16)
@@ -89,7 +89,7 @@ def test_conditions_of_some_tokens_are_those_among_all(trunk: TrunkConfig) -> No
 
 @trunks
 def test_padding_must_be_declared(trunk: TrunkConfig) -> None:
-    of, tokens = model(encoder=trunk, decoder=trunk), noise(1, 16, 2)
+    of, tokens = tiny_model(encoder=trunk, decoder=trunk), noise(1, 16, 2)
     visible = torch.tensor([[1, 5, 16]])
     z = [of(tokens, LABELS[:1], visible, padded=padded) for padded in (True, False)]
     assert changed(*z)  # `padded` keeps padding out of the attention
@@ -106,7 +106,7 @@ def test_padding_must_be_declared(trunk: TrunkConfig) -> None:
     ],
 )
 def test_any_shape(changes: dict[str, object]) -> None:
-    of = model(**changes)
+    of = tiny_model(**changes)
     tokens, d, f = of.config.tokens, of.config.token_width, of.config.decoder.width
     z = of(noise(2, tokens, d), torch.tensor([UNCONDITIONAL, 0]), torch.tensor([[0], [tokens - 1]]))
     assert z.shape == (2, tokens, f)
@@ -114,18 +114,18 @@ def test_any_shape(changes: dict[str, object]) -> None:
 
 
 def test_dropout_is_for_training_only() -> None:
-    of, tokens = model(attention_dropout=0.3, projection_dropout=0.0), noise(2, 16, 2)
+    of, tokens = tiny_model(attention_dropout=0.3, projection_dropout=0.0), noise(2, 16, 2)
     z = of(tokens, LABELS, VISIBLE)
     assert torch.equal(of(tokens, LABELS, VISIBLE), z)
     assert changed(of.train()(tokens, LABELS, VISIBLE), z)
-    without = model(attention_dropout=0.0, projection_dropout=0.0).train()
+    without = tiny_model(attention_dropout=0.0, projection_dropout=0.0).train()
     torch.testing.assert_close(without(tokens, LABELS, VISIBLE), z)
-    assert changed(model(attention_dropout=0.0, projection_dropout=0.3).train()(tokens, LABELS, VISIBLE), z)
+    assert changed(tiny_model(attention_dropout=0.0, projection_dropout=0.3).train()(tokens, LABELS, VISIBLE), z)
 
 
 def test_initialisation_is_the_references() -> None:
     torch.manual_seed(0)
-    of = MAR(config(encoder=TrunkConfig(64, 1, 2), buffer_size=32, classes=50, head=HeadConfig(64, 2)))
+    of = MAR(tiny_config(encoder=TrunkConfig(64, 1, 2), buffer_size=32, classes=50, head=HeadConfig(64, 2)))
     qkv = of.encoder[0].attention.qkv  # type: ignore[union-attr,index]
     bound = (6 / (64 + 3 * 64)) ** 0.5  # Xavier on the fused matrix
     assert bound * 0.99 < float(qkv.weight.detach().abs().max()) <= bound
@@ -143,7 +143,7 @@ def test_initialisation_is_the_references() -> None:
 
 @torch.no_grad()
 def test_bf16_is_for_matrices_only() -> None:
-    of, tokens = model(), noise(2, 16, 2)
+    of, tokens = tiny_model(), noise(2, 16, 2)
     before = {name: p.clone() for name, p in of.named_parameters()}
     z = of(tokens, LABELS, VISIBLE)
     noisy, t = noise(2, 2, seed=1), torch.tensor([3, 900])
@@ -169,7 +169,7 @@ def test_bf16_is_for_matrices_only() -> None:
 
 @torch.no_grad()
 def test_bf16_norms_take_float32() -> None:
-    of, seen = model(encoder=MODERN, decoder=MODERN), set()
+    of, seen = tiny_model(encoder=MODERN, decoder=MODERN), set()
     set_matrix_dtype(of, torch.bfloat16)
     for norm in (module for module in of.modules() if isinstance(module, nn.LayerNorm)):
         norm.register_forward_pre_hook(lambda norm, given: seen.add(given[0].dtype))
@@ -179,7 +179,7 @@ def test_bf16_norms_take_float32() -> None:
 
 @trunks
 def test_every_tensor_is_used(trunk: TrunkConfig) -> None:
-    of = model(encoder=trunk, decoder=trunk).train()
+    of = tiny_model(encoder=trunk, decoder=trunk).train()
     z = of(noise(3, 16, 2), torch.tensor([0, 1, UNCONDITIONAL]), torch.tensor([[0, 3], [4, 5], [6, 9]]))
     t = torch.arange(48).view(3, 16)
     of.head(noise(3, 16, 2), t, z).square().sum().backward()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import model, noise
+from tiny import noise, tiny_model
 from torch import Tensor
 
 from mar.config import SamplingConfig
@@ -25,7 +25,7 @@ from mar.sampling.decode import (
     sample_tokens,
 )
 
-TINY = model(seed=3)
+TINY = tiny_model(seed=3)
 LABELS = torch.tensor([0, 2])
 GUIDED = SamplingConfig(steps=8, diffusion_steps=3, guidance_scale=3.0)
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAST, HEAD, config, model, noise
+from tiny import FAST, HEAD, noise, tiny_config, tiny_model
 
 from mar.config import ConfigError, HeadConfig, SamplingConfig
 from mar.model.mar import MAR
 from mar.sampling.generate import BrokenLatents, LatentStep, generate
 
-TINY = model()
+TINY = tiny_model()
 ONE = torch.ones(1, 4, 4, dtype=torch.bool)
 
 
@@ -25,7 +25,7 @@ def last(*arguments: Any, **options: Any) -> LatentStep:
 def untrained(**changes: Any) -> MAR:
     """As training begins: noise prediction of zero, whose x0 is x / sqrt(alpha-bar)."""
     torch.manual_seed(0)
-    return MAR(config(head=HeadConfig(width=16, depth=1), **changes)).eval()
+    return MAR(tiny_config(head=HeadConfig(width=16, depth=1), **changes)).eval()
 
 
 def test_a_young_model_is_stopped_with_cause_and_remedy() -> None:
@@ -50,7 +50,7 @@ def test_broken_pictures_are_drawn_where_they_are_wanted() -> None:
 
 
 def test_latents_that_are_no_numbers_are_named_as_such() -> None:
-    broken = model()
+    broken = tiny_model()
     with torch.no_grad():
         broken.head.output.weight[0, 0] = torch.nan
     with pytest.raises(BrokenLatents, match=r"step 1 of 4.*are not finite.*Some weights are not finite"):
@@ -85,7 +85,7 @@ def test_without_known_tokens_all_true_is_the_same_as_no_mask() -> None:
 
 @pytest.mark.parametrize("changes", [{"classes": 0}, {"grid": (2, 6)}, {"patch": 2}, {"grid": (8, 4), "patch": 4}])
 def test_any_model_draws(changes: dict[str, Any]) -> None:
-    of = model(**changes)
+    of = tiny_model(**changes)
     label = -1 if of.config.classes == 0 else 2
     end = last(of, [label, -1], [0, 1], FAST, allow_broken=True)
     assert end.latents.shape == (2, 2, *of.config.grid)
@@ -116,11 +116,11 @@ def test_guidance_needs_a_model_that_can_do_without_classes() -> None:
         with pytest.raises(
             ConfigError, match=r"guidance_scale 2\.0 needs a model that was trained to do without classes"
         ):
-            last(model(**changes), [-1], [0], replace(FAST, guidance_scale=2.0))
+            last(tiny_model(**changes), [-1], [0], replace(FAST, guidance_scale=2.0))
 
 
 def test_more_diffusion_steps_than_the_model_knows() -> None:
-    few = model(head=replace(HEAD, diffusion_steps=10))
+    few = tiny_model(head=replace(HEAD, diffusion_steps=10))
     with pytest.raises(ConfigError, match="diffusion_steps is 11, but the model's schedule has 10"):
         last(few, [0], [0], SamplingConfig(diffusion_steps=11))
     assert last(few, [0], [0], SamplingConfig(4, 10), allow_broken=True).known.all()

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ways import ways
+from sampling_options import sampling_options
 
 from mar.config import SamplingConfig
 from mar.model.masking import mask_schedule
@@ -52,7 +52,7 @@ def test_every_so_many_guided_steps_refresh() -> None:
     assert [pace.guided for pace in found] == [False] * 8 + [True] * 8
 
 
-@given(way=ways(), unknown=st.integers(1, 60), steps=st.integers(1, 70), start=st.integers(1, 9))
+@given(way=sampling_options(), unknown=st.integers(1, 60), steps=st.integers(1, 70), start=st.integers(1, 9))
 def test_what_holds_for_every_way(way: dict[str, object], unknown: int, steps: int, start: int) -> None:
     schedule = tuple(mask_schedule(unknown, steps))
     sampling = SamplingConfig(steps, start, **way)  # type: ignore[arg-type]

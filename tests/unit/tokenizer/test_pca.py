@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import open_tiny, pictures, train_config
+from tiny import open_tiny_run, tiny_train_config, write_images
 from torch import Tensor
 
 from mar import zoo
@@ -155,19 +155,19 @@ def test_by_name_it_is_only_for_training() -> None:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    return pictures(tmp_path / "data")
+    return write_images(tmp_path / "data")
 
 
 def test_a_run_takes_them_from_its_pictures_keeps_them_and_exports_them(data: Path, tmp_path: Path) -> None:
-    config = train_config(data, tokenizer="pca4", save_every=20)
+    config = tiny_train_config(data, tokenizer="pca4", save_every=20)
     config = replace(config, model=replace(config.model, channels=3, grid=(2, 2), patch_size=1))
-    run = open_tiny(replace(config, images=20), tmp_path / "run")
+    run = open_tiny_run(replace(config, images=20), tmp_path / "run")
     basis = run.tokenizer.fitted_state()["basis"].clone()
     log = RunLog(run.folder, run.config.images, 0)
     assert train(run, log)
     for path in data.rglob("*.png"):  # others by now: the run goes on with what it began with
         Image.open(path).rotate(45).save(path)
-    again = open_tiny(config, tmp_path / "run")
+    again = open_tiny_run(config, tmp_path / "run")
     assert torch.equal(again.tokenizer.fitted_state()["basis"], basis)
     assert train(again, log)
     export_and_sample(take_snapshot(again), log)
@@ -180,40 +180,42 @@ def test_a_run_takes_them_from_its_pictures_keeps_them_and_exports_them(data: Pa
 
 
 def test_more_components_than_values_are_refused_before_the_run(data: Path, tmp_path: Path) -> None:
-    config = train_config(data, tokenizer="pca2")
+    config = tiny_train_config(data, tokenizer="pca2")
     config = replace(config, model=replace(config.model, channels=13, grid=(4, 4), patch_size=1))
     with pytest.raises(ValueError, match="got 13, expected 1 to 12"):
-        open_tiny(config, tmp_path / "run")
+        open_tiny_run(config, tmp_path / "run")
 
 
 def test_weights_start_with_the_components_they_have_learned(data: Path, tmp_path: Path) -> None:
-    config = train_config(data, tokenizer="pca2", images=4)
+    config = tiny_train_config(data, tokenizer="pca2", images=4)
     config = replace(config, model=replace(config.model, channels=2, grid=(4, 4), patch_size=1))
-    first = open_tiny(config, tmp_path / "first")
+    first = open_tiny_run(config, tmp_path / "first")
     assert train(first, Log())
     export(first)
-    others = pictures(tmp_path / "others", 12)
+    others = write_images(tmp_path / "others", 12)
     for path in others.rglob("*.png"):
         Image.fromarray(255 - np.asarray(Image.open(path)) // 2).rotate(90).save(path)
     settings = replace(config, data=str(others), init=str(tmp_path / "first"))
-    alone = open_tiny(replace(settings, init=None), tmp_path / "alone").tokenizer
-    second = open_tiny(settings, tmp_path / "second", zoo.load).tokenizer
+    alone = open_tiny_run(replace(settings, init=None), tmp_path / "alone").tokenizer
+    second = open_tiny_run(settings, tmp_path / "second", zoo.load).tokenizer
     for name, found in first.tokenizer.fitted_state().items():
         assert torch.equal(second.fitted_state()[name], found)
     assert not torch.equal(alone.fitted_state()["basis"], second.fitted_state()["basis"])
 
 
 def test_weights_of_other_components_are_refused(data: Path, tmp_path: Path) -> None:
-    config = train_config(data, tokenizer="pca2")
+    config = tiny_train_config(data, tokenizer="pca2")
     config = replace(config, model=replace(config.model, channels=2, grid=(4, 4), patch_size=1), init="theirs")
     other = Pipeline(MAR(config.model), fitted(2, smooth()))  # as many, but of larger squares
     with pytest.raises(ConfigError, match=r"have learned other latents than .* makes; --tokenizer pca4 takes"):
-        open_tiny(config, tmp_path / "run", lambda name: other)
+        open_tiny_run(config, tmp_path / "run", lambda name: other)
 
 
 def test_colours_are_of_components_only(data: Path, tmp_path: Path) -> None:
-    grey = train_config(data, tokenizer="pca4", image_channels=1)
-    run = open_tiny(replace(grey, model=replace(grey.model, channels=3, grid=(2, 2), patch_size=1)), tmp_path / "run")
+    grey = tiny_train_config(data, tokenizer="pca4", image_channels=1)
+    run = open_tiny_run(
+        replace(grey, model=replace(grey.model, channels=3, grid=(2, 2), patch_size=1)), tmp_path / "run"
+    )
     assert run.tokenizer.image_channels == 1
     with pytest.raises(ConfigError, match="image_channels is 3, but the tokenizer takes 1; leave --image-channels out"):
-        open_tiny(train_config(data, image_channels=3), tmp_path / "other")
+        open_tiny_run(tiny_train_config(data, image_channels=3), tmp_path / "other")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import HEAD, config, open_tiny, pictures, pipeline, train_config
+from tiny import HEAD, open_tiny_run, tiny_config, tiny_pipeline, tiny_train_config, write_images
 
 from mar.config import SamplingConfig, TrainConfig
 from mar.pipeline import Pipeline
@@ -22,7 +22,7 @@ from mar.training.trainer import Run, train
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("pictures"))
+    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 class Kept(Log):
@@ -45,7 +45,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_both_weights_are_exported_and_drawn(data: Path, tmp_path: Path) -> None:
-    run = open_tiny(train_config(data, sampling=SamplingConfig(3, 4, x0_bound=1.0), images=40, lr=2.0), tmp_path)
+    run = open_tiny_run(
+        tiny_train_config(data, sampling=SamplingConfig(3, 4, x0_bound=1.0), images=40, lr=2.0), tmp_path
+    )
     assert train(run, Log())
     log = Kept()
     assert export_and_sample(take_snapshot(run), log) == {}
@@ -63,8 +65,8 @@ def test_both_weights_are_exported_and_drawn(data: Path, tmp_path: Path) -> None
 
 
 def test_a_grid_that_is_broken_is_said_and_nothing_else(data: Path, tmp_path: Path) -> None:
-    noise_model = config(channels=1, grid=(8, 8), patch_size=2, classes=2, head=replace(HEAD, prediction="noise"))
-    run, log = open_tiny(train_config(data, model=noise_model), tmp_path), Kept()
+    noise_model = tiny_config(channels=1, grid=(8, 8), patch_size=2, classes=2, head=replace(HEAD, prediction="noise"))
+    run, log = open_tiny_run(tiny_train_config(data, model=noise_model), tmp_path), Kept()
     export_and_sample(take_snapshot(run), log)
     assert [note.split(" at ")[0] for note in log.notes] == [
         f"no samples of the {weights} weights yet: image 0 is broken" for weights in ("ema", "raw")
@@ -74,7 +76,7 @@ def test_a_grid_that_is_broken_is_said_and_nothing_else(data: Path, tmp_path: Pa
 
 
 def test_shares_of_a_grid_may_be_empty() -> None:
-    drawer = pipeline()
+    drawer = tiny_pipeline()
     drawer.sampling = replace(drawer.sampling, x0_bound=1.0)
     whole = drawer.sample([0, 1])
     shares = [_sample_share(drawer, [0, 1], rank, 5) for rank in range(5)]
@@ -84,7 +86,7 @@ def test_shares_of_a_grid_may_be_empty() -> None:
 
 
 def test_a_hook_of_ones_own(data: Path, tmp_path: Path) -> None:
-    run = open_tiny(train_config(data, images=40), tmp_path)
+    run = open_tiny_run(tiny_train_config(data, images=40), tmp_path)
     log, seen = open_log(run), []
 
     def look(snapshot: Snapshot) -> dict[str, float]:
@@ -118,11 +120,11 @@ calls: list[tuple[str, int]] = []
 
 
 def test_a_look_that_was_not_finished_is_made_again(data: Path, tmp_path: Path) -> None:
-    settings = train_config(data, images=20, save_every=8)
+    settings = tiny_train_config(data, images=20, save_every=8)
     whole = watched(settings, tmp_path / "whole")
     with pytest.raises(Killed):
         watched(settings, tmp_path / "killed", killed="second")  # when the first look had its line
-    assert open_tiny(settings, tmp_path / "killed").progress.images == 16
+    assert open_tiny_run(settings, tmp_path / "killed").progress.images == 16
     assert watched(settings, tmp_path / "killed") == whole
     assert [line["images"] for line in whole if "first" in line] == [8, 16]
     # nor is one that was finished, though the state was saved before it was
@@ -137,7 +139,7 @@ def test_a_look_that_was_not_finished_is_made_again(data: Path, tmp_path: Path) 
 
 def watched(settings: TrainConfig, folder: Path, killed: str | None = None) -> list[dict[str, Any]]:
     """What the log says of a run with two hooks, one of which may be killed after 16 images."""
-    run: Run = open_tiny(settings, folder)
+    run: Run = open_tiny_run(settings, folder)
     log = open_log(run)
     assert isinstance(log, RunLog)
     for name in ("first", "second"):

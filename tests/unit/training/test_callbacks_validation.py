@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tiny import awake, config, open_tiny, pictures, train_config
+from tiny import open_tiny_run, randomize, tiny_config, tiny_train_config, write_images
 
 from mar.config import ConfigError
 from mar.data.splits import Subset
@@ -29,7 +29,7 @@ NAMES = ["val_loss", *(f"val_loss_{k:02d}" for k in range(10))]
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("pictures"), 24)
+    return write_images(tmp_path_factory.mktemp("pictures"), 24)
 
 
 @pytest.fixture(autouse=True)
@@ -39,8 +39,8 @@ def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def opened(data: Path, folder: Path, **changes: Any) -> Run:
     """An untrained run whose weights are awake; of 24 pictures, eight are held out."""
-    run = open_tiny(train_config(data, **{"hold_out": 3, **changes}), folder)
-    awake(run.ema.model)
+    run = open_tiny_run(tiny_train_config(data, **{"hold_out": 3, **changes}), folder)
+    randomize(run.ema.model)
     return run
 
 
@@ -75,7 +75,7 @@ def test_values_differ_by_the_weights_alone(data: Path, tmp_path: Path) -> None:
     assert dict(once(take_snapshot(run))) == first
     torch.rand(5)
     assert measured(opened(data, tmp_path / "b", seed=11, batch=2)) == first
-    awake(run.ema.model, seed=1)
+    randomize(run.ema.model, seed=1)
     assert dict(once(take_snapshot(run))) != first
     with torch.no_grad():
         run.model.mask_token.add_(1.0)  # the raw weights are not asked
@@ -118,15 +118,15 @@ def test_what_is_validated_on_is_not_learned_from(data: Path, tmp_path: Path) ->
     assert len({tuple(image.flatten().tolist()) for image in kept}) == 8
     for image in kept:
         assert not any(torch.equal(image, other) or torch.equal(image, other.flip(-1)) for other in seen)
-    whole = open_tiny(train_config(data), tmp_path / "whole")
+    whole = open_tiny_run(tiny_train_config(data), tmp_path / "whole")
     assert whole.held_out is None  # it has no test part
     with pytest.raises(ConfigError, match="hold_out 3 -> 0"):
-        open_tiny(train_config(data), tmp_path)
-    open_tiny(train_config(data, hold_out=3, validate_every=7, validate_count=2), tmp_path)
+        open_tiny_run(tiny_train_config(data), tmp_path)
+    open_tiny_run(tiny_train_config(data, hold_out=3, validate_every=7, validate_count=2), tmp_path)
 
 
 def test_a_broken_picture_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    data = pictures(tmp_path / "pictures", 24)
+    data = write_images(tmp_path / "pictures", 24)
     run = opened(data, tmp_path / "run")
     assert isinstance(run.held_out, Subset)
     Path(run.held_out[4].name).write_bytes(b"no picture")
@@ -139,8 +139,8 @@ def test_a_broken_picture_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureF
 
 @pytest.mark.parametrize("classes", [0, 2])
 def test_pictures_of_ones_own_choice(data: Path, tmp_path: Path, classes: int) -> None:
-    others = pictures(tmp_path / "others", 6)
-    model = config(channels=1, grid=(8, 8), patch_size=2, classes=classes)
+    others = write_images(tmp_path / "others", 6)
+    model = tiny_config(channels=1, grid=(8, 8), patch_size=2, classes=classes)
     run = opened(data, tmp_path / "run", model=model, validate_on=str(others))
     assert run.held_out is not None
     assert (len(run.source), len(run.held_out)) == (16, 6)
@@ -159,7 +159,7 @@ def test_pictures_of_ones_own_choice(data: Path, tmp_path: Path, classes: int) -
 
 def test_a_test_part_of_other_classes_is_not_taken(tmp_path: Path) -> None:
     for name, count in (("train", 8), ("test", 4)):
-        pictures(tmp_path / "data" / name, count)
+        write_images(tmp_path / "data" / name, count)
     assert opened(tmp_path / "data", tmp_path / "run", hold_out=0).held_out is not None
     for file in (tmp_path / "data" / "test" / "across").iterdir():
         file.unlink()
@@ -176,7 +176,7 @@ def test_a_drawn_latent_is_drawn_once(data: Path, tmp_path: Path) -> None:
             found = super().encode(images)
             return type(found)(found.mean, torch.ones_like(found.mean))
 
-    settings = train_config(data, hold_out=3, tokenizer="some-vae")
+    settings = tiny_train_config(data, hold_out=3, tokenizer="some-vae")
     cpu = torch.device("cpu")
     run = open_run(settings, tmp_path, device=cpu, load_tokenizer=lambda name: Vague(1, 0.0, 1.0), load_model=Any)
     one, again = (Validation(run, Log())._encode_groups() for _ in range(2))
@@ -194,7 +194,7 @@ def _batch(run: Run, positions: torch.Tensor) -> Any:
 
 
 def test_it_falls_as_the_model_learns(data: Path, tmp_path: Path) -> None:
-    run = open_tiny(train_config(data, images=240, log_every=20, warmup=40, lr=0.4, hold_out=3), tmp_path)
+    run = open_tiny_run(tiny_train_config(data, images=240, log_every=20, warmup=40, lr=0.4, hold_out=3), tmp_path)
     assert isinstance(run.model, MAR)
     log = open_log(run)
     on_snapshot(run, log, 60, Validation(run, log))

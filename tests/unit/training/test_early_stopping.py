@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import open_tiny, pictures, train_config
+from tiny import open_tiny_run, tiny_train_config, write_images
 
 from mar import zoo
 from mar.config import ConfigError, TrainConfig
@@ -50,16 +50,16 @@ class Look:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("pictures"), 24)
+    return write_images(tmp_path_factory.mktemp("pictures"), 24)
 
 
 def settings(data: Path, **changes: Any) -> TrainConfig:
-    return train_config(data, **{"hold_out": 3, "patience": 3, "validate_every": 4, **changes})
+    return tiny_train_config(data, **{"hold_out": 3, "patience": 3, "validate_every": 4, **changes})
 
 
 def go(config: TrainConfig, folder: Path, losses: list[float] | None = None) -> tuple[Run, Look, list[str]]:
     """The run, to its end; its validations of this session, and what was said."""
-    run, log = open_tiny(config, folder), Notes()
+    run, log = open_tiny_run(config, folder), Notes()
     look = Look(run, losses or LOSSES)
     on_snapshot(run, log, config.validate_every, EarlyStopping(run, log, look))
     assert train(run, log)
@@ -144,7 +144,7 @@ def test_a_loss_that_is_never_a_number(data: Path, tmp_path: Path) -> None:
     assert history(tmp_path) == {4: None, 8: None, 12: None}
     assert ["it was never finite; a larger" in line for line in said] == [True]
     assert not (tmp_path / BEST_FILE).exists()
-    assert open_tiny(settings(data, patience=2), tmp_path).progress.images == 12
+    assert open_tiny_run(settings(data, patience=2), tmp_path).progress.images == 12
 
 
 def test_losses_of_other_pictures_are_not_compared(data: Path, tmp_path: Path) -> None:
@@ -155,7 +155,7 @@ def test_losses_of_other_pictures_are_not_compared(data: Path, tmp_path: Path) -
 
 
 def test_a_history_that_can_not_be_read(data: Path, tmp_path: Path) -> None:
-    run = open_tiny(settings(data), tmp_path)
+    run = open_tiny_run(settings(data), tmp_path)
     for text in ("{", "[]", '{"losses": {"4": "low"}}', '{"losses": {}}'):
         (tmp_path / HISTORY_FILE).write_text(text)
         with pytest.raises(ValueError, match=r"validation.json can't be read .*; remove it to wait anew"):
@@ -168,7 +168,7 @@ def test_what_can_not_be_waited_for(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="patience is -1, but it must not be negative"):
         settings(data, patience=-1)
     with pytest.raises(ConfigError, match=r"patience is 3, but there are no held-out pictures: .* --hold-out 10 keeps"):
-        open_tiny(settings(data, hold_out=0), tmp_path / "run")
+        open_tiny_run(settings(data, hold_out=0), tmp_path / "run")
     assert not (tmp_path / "run").exists()  # so that the command may be given again with --hold-out
 
 

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny import model
+from tiny import tiny_model
 from torch import nn
 
 from mar.config import ConfigError, TrainConfig
@@ -73,7 +73,7 @@ def test_decays_that_can_not_be(others: tuple[float, ...]) -> None:
 
 
 def test_the_average_is_apart_from_the_model() -> None:
-    of = model().train()
+    of = tiny_model().train()
     average = EMA(of, 0.5)
     before = copy.deepcopy(average.model.state_dict())
     with torch.no_grad():

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import open_tiny, pictures, train_config
+from tiny import open_tiny_run, tiny_train_config, write_images
 
 from mar.config import ConfigError, TrainConfig
 from mar.training.log import JsonLines, Log, RunLog, TensorBoard, Writer, open_log, open_writers, require_writers
@@ -190,7 +190,7 @@ def test_tensorboard_hides_only_what_comes_again(tmp_path: Path, monkeypatch: py
 
 
 def run_of(folder: Path, **changes: Any) -> Run:
-    return open_tiny(train_config(pictures(folder / "pictures", 6), **changes), folder / "run")
+    return open_tiny_run(tiny_train_config(write_images(folder / "pictures", 6), **changes), folder / "run")
 
 
 def test_a_runs_log_goes_where_its_config_says(

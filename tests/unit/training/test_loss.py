@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from tiny import HEAD, config, model, noise
+from tiny import HEAD, noise, tiny_config, tiny_model
 from torch import Tensor
 
 from mar.config import NoiseSchedule, Prediction
@@ -14,7 +14,7 @@ from mar.model.mar import MAR
 from mar.model.tokens import gather_tokens, patchify
 from mar.training.loss import DiffusionLoss, StepRandomness, sample_randomness
 
-CONFIG = config(head=replace(HEAD, batch_mul=3))
+CONFIG = tiny_config(head=replace(HEAD, batch_mul=3))
 
 
 def test_draws_do_not_depend_on_how_a_batch_is_cut() -> None:
@@ -45,18 +45,18 @@ def test_steps_positions_and_seeds_have_draws_of_their_own() -> None:
 
 
 def test_what_is_drawn_follows_its_distribution() -> None:
-    draws = sample_randomness(config(grid=(8, 8), label_drop=0.25), 0, 1, range(300))
+    draws = sample_randomness(tiny_config(grid=(8, 8), label_drop=0.25), 0, 1, range(300))
     assert abs(float(draws.drop_label.float().mean()) - 0.25) < 0.1  # four standard errors
     assert (int(draws.timestep.min()), int(draws.timestep.max())) == (0, 999)
     assert abs(float(draws.timestep.float().mean()) - 499.5) < 6
     assert abs(float(draws.noise.std()) - 1) < 0.01
-    assert not sample_randomness(config(label_drop=0.0), 0, 1, range(300)).drop_label.any()
+    assert not sample_randomness(tiny_config(label_drop=0.0), 0, 1, range(300)).drop_label.any()
 
 
 @pytest.mark.parametrize("path", ["cosine", "linear"])
 @pytest.mark.parametrize("prediction", ["noise", "v", "x0", "flow"])
 def test_every_objective_has_a_gradient_for_every_parameter(path: NoiseSchedule, prediction: Prediction) -> None:
-    of = model(head=replace(HEAD, path=path, prediction=prediction))
+    of = tiny_model(head=replace(HEAD, path=path, prediction=prediction))
     loss = losses(of, noise(2, 2, 4, 4), torch.tensor([0, -1]), sample_randomness(of.config, 0, 0, [0, 1]))
     loss.backward()
     assert loss.isfinite()
@@ -68,7 +68,7 @@ def losses(of: MAR, latents: Tensor, labels: Tensor, draws: StepRandomness) -> T
 
 
 def test_only_masked_tokens_are_scored_and_only_visible_ones_read() -> None:
-    of, latents, labels = model(), noise(2, 2, 4, 4), torch.tensor([0, 1])
+    of, latents, labels = tiny_model(), noise(2, 2, 4, 4), torch.tensor([0, 1])
     draws = replace(sample_randomness(of.config, 0, 0, [0, 1]), drop_label=torch.zeros(2, dtype=torch.bool))
     hidden = draws.order[:, : draws.masked].sort(1).values
     visible = draws.order[:, draws.masked :]
@@ -81,7 +81,7 @@ def test_only_masked_tokens_are_scored_and_only_visible_ones_read() -> None:
 
 
 def test_a_dropped_label_is_no_label() -> None:
-    of, latents, draws = model(), noise(2, 2, 4, 4), sample_randomness(CONFIG, 0, 0, [0, 1])
+    of, latents, draws = tiny_model(), noise(2, 2, 4, 4), sample_randomness(CONFIG, 0, 0, [0, 1])
     dropped = replace(draws, drop_label=torch.tensor([True, True]))
     kept = replace(draws, drop_label=torch.tensor([False, False]))
     one, other, none = torch.tensor([0, 1]), torch.tensor([2, 0]), torch.tensor([-1, -1])
@@ -92,14 +92,14 @@ def test_a_dropped_label_is_no_label() -> None:
 
 def test_an_untrained_model_has_the_loss_of_knowing_nothing() -> None:
     torch.manual_seed(0)
-    of = MAR(config(grid=(8, 8), head=replace(HEAD, prediction="noise", batch_mul=4)))
+    of = MAR(tiny_config(grid=(8, 8), head=replace(HEAD, prediction="noise", batch_mul=4)))
     latents, labels = noise(32, 2, 8, 8), torch.zeros(32, dtype=torch.long)
     loss = float(losses(of, latents, labels, sample_randomness(of.config, 0, 0, range(32))).detach())
     assert 1.0 < loss < 2.0  # the noise's variance, and the bits of not knowing it at the first timesteps
 
 
 def test_gradients_reach_every_tensor() -> None:
-    of = model()
+    of = tiny_model()
     draws = replace(sample_randomness(of.config, 0, 0, [0, 1, 2]), drop_label=torch.tensor([False, True, False]))
     losses(of, noise(3, 2, 4, 4), torch.tensor([0, 1, 2]), draws).backward()
     assert {name for name, p in of.named_parameters() if p.grad is None or not p.grad.any()} == set()
@@ -109,7 +109,7 @@ def test_gradients_reach_every_tensor() -> None:
     "changes", [{"classes": 0}, {"grid": (2, 6)}, {"patch_size": 2}, {"channels": 3, "patch_size": 4}]
 )
 def test_any_model_has_a_loss(changes: dict[str, object]) -> None:
-    of = model(**changes)
+    of = tiny_model(**changes)
     latents = noise(2, of.config.channels, *of.config.grid)
     loss = losses(of, latents, torch.tensor([1, 0]), sample_randomness(of.config, 0, 0, [0, 1]))
     assert loss.shape == ()
@@ -117,7 +117,7 @@ def test_any_model_has_a_loss(changes: dict[str, object]) -> None:
 
 
 def test_nothing_of_it_is_stored_beside_the_model() -> None:
-    of = model()
+    of = tiny_model()
     assert {name.removeprefix("model.") for name in DiffusionLoss(of).state_dict()} == set(of.state_dict())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import model, noise
+from tiny import noise, tiny_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -16,7 +16,7 @@ MUON = TrainConfig(images=10_000, batch=64, lr=1e-2, optimizer="muon")
 
 
 def test_groups_are_the_references() -> None:
-    of = model()
+    of = tiny_model()
     (optimizer,) = make_optimizers(of, CONFIG)
     names = {id(p): name for name, p in of.named_parameters()}
     still, decaying = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
@@ -32,7 +32,7 @@ def test_groups_are_the_references() -> None:
 
 
 def test_asking_for_its_state_is_no_step() -> None:
-    one, other = model(), model()
+    one, other = tiny_model(), tiny_model()
     (asked,), plain = make_optimizers(one, CONFIG), torch.optim.AdamW(other.parameters(), weight_decay=0.0)
     state = get_optimizer_state_dict(one, asked)["state"]
     assert {float(moments["step"]) for moments in state.values()} == {0.0}
@@ -117,7 +117,7 @@ def test_it_goes_downhill_and_remembers() -> None:
 
 
 def test_every_parameter_is_in_one_group_and_blocks_are_muons() -> None:
-    of = model()
+    of = tiny_model()
     adamw, muon = make_optimizers(of, MUON)
     names = {id(p): name for name, p in of.named_parameters()}
     held = {name: {names[id(p)] for g in o.param_groups for p in g["params"]}

@@ -13,12 +13,12 @@ from mar.config import ActivationCheckpointing, TrainConfig, from_dict, to_dict
 from mar.training.loss import DiffusionLoss, sample_randomness
 from mar.training.parallelize import parallelize
 
-MODEL = tiny.config(attention_dropout=0.2, projection_dropout=0.3)
+MODEL = tiny.tiny_config(attention_dropout=0.2, projection_dropout=0.3)
 
 
 def gradients(recompute: ActivationCheckpointing) -> dict[str, Tensor]:
     """Of one step, dropout on."""
-    loss = DiffusionLoss(tiny.awake(tiny.MAR(MODEL)).train())
+    loss = DiffusionLoss(tiny.randomize(tiny.MAR(MODEL)).train())
     settings = TrainConfig(model=MODEL, batch=3, activation_checkpointing=recompute)
     forward = parallelize(loss, (), settings, torch.device("cpu"))
     torch.manual_seed(0)

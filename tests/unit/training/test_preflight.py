@@ -10,8 +10,8 @@ from typing import get_args
 
 import pytest
 import torch
-from tars import shards
-from tiny import pictures, train_config
+from shard_files import write_tar_shards
+from tiny import tiny_train_config, write_images
 from torch.profiler import ProfilerActivity, profile
 
 from mar import devices
@@ -183,8 +183,8 @@ def test_a_run_in_float32_hears_of_bfloat16_where_the_processor_has_it(
 
 
 def test_few_pictures_that_are_seen_often_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = open_source(pictures(tmp_path, 20))
-    config = train_config(tmp_path, images=2_000)
+    source = open_source(write_images(tmp_path, 20))
+    config = tiny_train_config(tmp_path, images=2_000)
     warning = memorization_warning(config, source)
     assert warning is not None
     assert warning.startswith("warning: 20 pictures will be seen 100 times each, and a model may memorize them: ")
@@ -201,5 +201,5 @@ def test_few_pictures_that_are_seen_often_are_warned_of(tmp_path: Path, monkeypa
 
 
 def test_a_stream_is_not_counted(tmp_path: Path) -> None:
-    stream = open_data(f"stream:{shards(tmp_path, (2, 2))}", classes=3)
+    stream = open_data(f"stream:{write_tar_shards(tmp_path, (2, 2))}", classes=3)
     assert memorization_warning(FASHION, stream) is None

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import HEAD, noise, open_tiny, pictures, train_config
-from tiny import config as model_config
+from tiny import HEAD, noise, open_tiny_run, tiny_train_config, write_images
+from tiny import tiny_config as model_config
 from torch import nn
 
 from mar.checkpoint import run_state
@@ -58,7 +58,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("pictures"), 40)
+    return write_images(tmp_path_factory.mktemp("pictures"), 40)
 
 
 def settings(data: Path, **changes: Any) -> TokenizerTrainConfig:
@@ -192,7 +192,7 @@ def test_what_is_left_is_a_tokenizer_of_normalised_latents(trained: tuple[Path, 
 
 def latents_config(data: Path, folder: Path, **changes: Any) -> TrainConfig:
     small = model_config(channels=3, grid=(4, 4), patch_size=1, classes=2)
-    return train_config(data, tokenizer=str(folder), model=replace(small, **changes), images=8, lr=0.01)
+    return tiny_train_config(data, tokenizer=str(folder), model=replace(small, **changes), images=8, lr=0.01)
 
 
 def latent_run(config: TrainConfig, folder: Path) -> Run:
@@ -254,17 +254,17 @@ def test_a_poor_tokenizer_and_wide_tokens_are_warned_of(data: Path, tmp_path: Pa
     assert told.numbers["tokenizer_psnr"] < 20
     assert "a token has 48 values, but the head is only 16 wide" in told.notes[0]
     assert "less than 20 dB" in told.notes[2]
-    pixels, silent = open_tiny(train_config(data), tmp_path / "pixels"), Told()
+    pixels, silent = open_tiny_run(tiny_train_config(data), tmp_path / "pixels"), Told()
     check_tokenizer(pixels, silent)
     assert silent.notes == []
-    wide = train_config(data)
-    run = open_tiny(replace(wide, model=replace(wide.model, patch_size=8)), tmp_path / "wide")
+    wide = tiny_train_config(data)
+    run = open_tiny_run(replace(wide, model=replace(wide.model, patch_size=8)), tmp_path / "wide")
     check_tokenizer(run, silent)
     assert ["a token has 64 values" in note for note in silent.notes] == [True]
 
 
 def test_with_cached_latents_the_pictures_are_looked_for(trained: tuple[Path, float, float], tmp_path: Path) -> None:
-    own, cache = pictures(tmp_path / "own", 6), tmp_path / "cache"
+    own, cache = write_images(tmp_path / "own", 6), tmp_path / "cache"
     made = ["cache", str(own), "--tokenizer", str(trained[0]), "--image-size", "8", "--out", str(cache)]
     assert main([*made, "--device", "cpu"]) == 0
     config = replace(latents_config(own, trained[0]), data=str(cache))
@@ -305,7 +305,7 @@ def test_held_out_pictures_are_never_learned_from(data: Path, tmp_path: Path) ->
     assert few[0][1].label != few[0][0].label or few[0][2].label != few[0][0].label
     parted = tmp_path / "parted"
     for name in ("train", "val"):
-        pictures(parted / name, 4)
+        write_images(parted / name, 4)
     source, kept = hold_out(parted)
     assert (len(source), len(kept)) == (4, 4)
     assert f"{os.sep}val{os.sep}" in kept[0].name
@@ -427,8 +427,8 @@ def test_a_folder_of_another_run_is_refused(data: Path, tmp_path: Path, monkeypa
     with pytest.raises(ConfigError, match=r"holds another run \(channels 3 -> 4\)"):
         opened(settings(data, channels=4), tmp_path / "tokenizer")
     with pytest.raises(ConfigError, match="holds a run of another kind or version"):
-        open_tiny(train_config(data), tmp_path / "tokenizer")
-    open_tiny(train_config(data), tmp_path / "model")
+        open_tiny_run(tiny_train_config(data), tmp_path / "tokenizer")
+    open_tiny_run(tiny_train_config(data), tmp_path / "model")
     with pytest.raises(ConfigError, match="holds a run of another kind or version"):
         opened(settings(data), tmp_path / "model")
     monkeypatch.setenv("WORLD_SIZE", "2")

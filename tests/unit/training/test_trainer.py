@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import HEAD, config, model, open_tiny, pictures, train_config
+from tiny import HEAD, open_tiny_run, tiny_config, tiny_model, tiny_train_config, write_images
 from torch import Tensor
 
 from mar.config import ConfigError, SamplingConfig
@@ -26,7 +26,7 @@ from mar.training.trainer import Run, TrainingError, train
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("pictures"))
+    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 def go(run: Run) -> bool:
@@ -65,7 +65,7 @@ def weights(run: Run) -> list[Tensor]:
 def test_a_step_that_is_not_finite_is_skipped_and_counted(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = open_tiny(train_config(data, images=24), tmp_path)
+    run = open_tiny_run(tiny_train_config(data, images=24), tmp_path)
     breaking(run, lambda step: step in (2, 3), monkeypatch)
     kept: dict[int, list[Tensor]] = {}
     real = Run.step
@@ -95,7 +95,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
 def test_the_share_of_skipped_steps_is_of_those_since_the_last_line(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = open_tiny(train_config(data, images=24, log_every=4), tmp_path)
+    run = open_tiny_run(tiny_train_config(data, images=24, log_every=4), tmp_path)
     breaking(run, lambda step: step in (1, 2, 5), monkeypatch)
     assert go(run)
     assert [line["skipped_share"] for line in lines(run)] == [2 / 4, 1 / 2]
@@ -104,7 +104,7 @@ def test_the_share_of_skipped_steps_is_of_those_since_the_last_line(
 def test_a_gradient_that_is_not_finite_is_skipped_too(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = open_tiny(train_config(data, images=4), tmp_path)
+    run = open_tiny_run(tiny_train_config(data, images=4), tmp_path)
     run.model.mask_token.register_hook(lambda gradient: gradient * torch.inf)
     before = weights(run)
     assert go(run)
@@ -115,7 +115,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(
 
 def test_a_run_that_only_skips_stops(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "MAX_NONFINITE_STEPS", 3)
-    run = open_tiny(train_config(data, save_every=4), tmp_path)
+    run = open_tiny_run(tiny_train_config(data, save_every=4), tmp_path)
     breaking(run, lambda step: step >= 2, monkeypatch)
     with pytest.raises(TrainingError, match=r"not finite for 3 steps in a row, up to image 20: .*--lr"):
         go(run)
@@ -123,8 +123,8 @@ def test_a_run_that_only_skips_stops(data: Path, tmp_path: Path, monkeypatch: py
 
 
 def test_losses_are_averaged_between_lines(data: Path, tmp_path: Path) -> None:
-    each = open_tiny(train_config(data, images=24), tmp_path / "each")
-    some = open_tiny(train_config(data, images=24, log_every=4), tmp_path / "some")
+    each = open_tiny_run(tiny_train_config(data, images=24), tmp_path / "each")
+    some = open_tiny_run(tiny_train_config(data, images=24, log_every=4), tmp_path / "some")
     assert go(each)
     assert go(some)
     losses = [line["loss"] for line in lines(each)]
@@ -133,7 +133,7 @@ def test_losses_are_averaged_between_lines(data: Path, tmp_path: Path) -> None:
 
 
 def test_every_step_has_dropout_of_its_own(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, seeds, real = open_tiny(train_config(data, images=24), tmp_path), [], Run.encode
+    run, seeds, real = open_tiny_run(tiny_train_config(data, images=24), tmp_path), [], Run.encode
 
     def watched(run: Run, batch: Any) -> Tensor:
         seeds.append(torch.initial_seed())
@@ -145,7 +145,7 @@ def test_every_step_has_dropout_of_its_own(data: Path, tmp_path: Path, monkeypat
 
 
 def test_training_makes_the_loss_fall(data: Path, tmp_path: Path) -> None:
-    run = open_tiny(train_config(data, images=400, log_every=20, warmup=40, lr=0.3), tmp_path)
+    run = open_tiny_run(tiny_train_config(data, images=400, log_every=20, warmup=40, lr=0.3), tmp_path)
     assert go(run)
     losses = [line["loss"] for line in lines(run)]
     assert losses[-1] < 0.8 * losses[0]
@@ -154,14 +154,14 @@ def test_training_makes_the_loss_fall(data: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"model": config(channels=1, grid=(8, 8), patch_size=2, classes=0)},
-        {"model": config(channels=3, grid=(4, 8), patch_size=4, classes=2)},
+        {"model": tiny_config(channels=1, grid=(8, 8), patch_size=2, classes=0)},
+        {"model": tiny_config(channels=3, grid=(4, 8), patch_size=4, classes=2)},
         {"precision": "bf16"},
         {"batch": 7, "images": 14},
     ],
 )
 def test_any_model_trains_and_draws(data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
-    run = open_tiny(train_config(data, **{"images": 8, **changes}), tmp_path)
+    run = open_tiny_run(tiny_train_config(data, **{"images": 8, **changes}), tmp_path)
     assert go(run)
     assert run.progress.skipped_steps == 0
     assert {p.dtype for p in run.model.parameters()} == {torch.float32}
@@ -172,7 +172,7 @@ def test_any_model_trains_and_draws(data: Path, tmp_path: Path, changes: dict[st
 
 
 def test_bf16_trains_to_about_the_same(data: Path, tmp_path: Path) -> None:
-    both = [open_tiny(train_config(data, images=24, precision=p), tmp_path / p) for p in ("fp32", "bf16")]
+    both = [open_tiny_run(tiny_train_config(data, images=24, precision=p), tmp_path / p) for p in ("fp32", "bf16")]
     for run in both:
         assert go(run)
     one, other = (lines(run)[-1]["loss"] for run in both)
@@ -181,7 +181,7 @@ def test_bf16_trains_to_about_the_same(data: Path, tmp_path: Path) -> None:
 
 
 def test_an_export_is_the_run_as_it_stands(data: Path, tmp_path: Path) -> None:
-    run = open_tiny(train_config(data, images=12, sampling=SamplingConfig(3, 5, x0_bound=2.0)), tmp_path)
+    run = open_tiny_run(tiny_train_config(data, images=12, sampling=SamplingConfig(3, 5, x0_bound=2.0)), tmp_path)
     assert go(run)
     assert [path.name for path in export(run)] == ["model.safetensors", "model-raw.safetensors"]
     for path, source, kind in ((tmp_path / "model.safetensors", run.ema.model, "ema"),
@@ -196,11 +196,14 @@ def test_an_export_is_the_run_as_it_stands(data: Path, tmp_path: Path) -> None:
 
 
 def test_averages_of_several_lengths_are_kept_and_exported(data: Path, tmp_path: Path) -> None:
-    config = train_config(data, images=24, ema=0.2, ema_others=(0.1, 0.3))
-    whole, first = open_tiny(config, tmp_path / "whole"), open_tiny(replace(config, images=12), tmp_path / "parts")
+    config = tiny_train_config(data, images=24, ema=0.2, ema_others=(0.1, 0.3))
+    whole, first = (
+        open_tiny_run(config, tmp_path / "whole"),
+        open_tiny_run(replace(config, images=12), tmp_path / "parts"),
+    )
     assert go(whole)
     assert go(first)
-    second = open_tiny(config, tmp_path / "parts")
+    second = open_tiny_run(config, tmp_path / "parts")
     assert second.progress.images == 12
     assert go(second)
     names = ["model.safetensors", "model-raw.safetensors", "model-ema-0.1.safetensors", "model-ema-0.3.safetensors"]
@@ -218,7 +221,7 @@ def test_averages_of_several_lengths_are_kept_and_exported(data: Path, tmp_path:
 
 
 def test_statistics_are_those_of_the_pictures(data: Path, tmp_path: Path) -> None:
-    run = open_tiny(train_config(data), tmp_path)
+    run = open_tiny_run(tiny_train_config(data), tmp_path)
     every = torch.stack([torch.from_numpy(np.array(run.source[i].image)) for i in range(len(run.source))])
     pixels = every.double() / 127.5 - 1
     assert float(run.tokenizer.mean) == pytest.approx(float(pixels.mean()), rel=1e-5)
@@ -229,14 +232,14 @@ def test_statistics_are_those_of_the_pictures(data: Path, tmp_path: Path) -> Non
 
 
 def test_data_of_another_class_count_is_refused(data: Path, tmp_path: Path) -> None:
-    ten = config(channels=1, grid=(8, 8), patch_size=2, classes=10)
+    ten = tiny_config(channels=1, grid=(8, 8), patch_size=2, classes=10)
     with pytest.raises(ConfigError, match=r"model has 10 classes, but .* has 2; set --model.classes 2, or 0"):
-        open_tiny(train_config(data, model=ten), tmp_path)
+        open_tiny_run(tiny_train_config(data, model=ten), tmp_path)
     assert not (tmp_path / "run.json").exists()
 
 
 def test_a_tokenizer_of_other_channels_is_refused(data: Path, tmp_path: Path) -> None:
-    settings = train_config(data, tokenizer="some-vae")
+    settings = tiny_train_config(data, tokenizer="some-vae")
     with pytest.raises(ConfigError, match="latents have 3 channels, the model's 1"):
         loop_open(settings, tmp_path)
 
@@ -251,13 +254,13 @@ def loop_open(settings: Any, folder: Path) -> Run:
 
 
 def test_weights_of_other_classes_start_with_new_ones() -> None:
-    own, theirs = model(seed=1, classes=5), model(seed=2, classes=3, label_drop=0.0)
+    own, theirs = tiny_model(seed=1, classes=5), tiny_model(seed=2, classes=3, label_drop=0.0)
     embedding = own.class_embed.weight.detach().clone()  # type: ignore[union-attr]
     assert init_from(own, theirs) == ["class_embed.weight"]
     assert torch.equal(own.class_embed.weight, embedding)  # type: ignore[union-attr]
     rest = {name: tensor for name, tensor in own.state_dict().items() if name != "class_embed.weight"}
     assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in rest.items())
-    same = model(seed=3)
+    same = tiny_model(seed=3)
     assert init_from(same, theirs) == []
     assert torch.equal(same.class_embed.weight, theirs.class_embed.weight)  # type: ignore[union-attr]
 
@@ -266,23 +269,25 @@ def test_weights_of_other_classes_start_with_new_ones() -> None:
     ("changes", "words"),
     [
         ({"buffer_size": 3}, "buffer_size 3, here 2"),
-        ({"encoder": replace(config().encoder, depth=2)}, "encoder .*'depth': 2.*, here .*'depth': 1"),
+        ({"encoder": replace(tiny_config().encoder, depth=2)}, "encoder .*'depth': 2.*, here .*'depth': 1"),
         ({"head": replace(HEAD, depth=2)}, "head.depth 2, here 1"),
         ({"head": replace(HEAD, prediction="noise")}, "head.prediction noise, here v"),
         ({"grid": (2, 8)}, r"grid \[2, 8\], here \[4, 4\]"),
-        ({"encoder": replace(config().encoder, num_heads=4)}, "'num_heads': 4"),
+        ({"encoder": replace(tiny_config().encoder, num_heads=4)}, "'num_heads': 4"),
     ],
 )
 def test_weights_of_another_model_are_refused(changes: dict[str, Any], words: str) -> None:
-    own = model(seed=1)
+    own = tiny_model(seed=1)
     before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
     with pytest.raises(ConfigError, match=words):
-        init_from(own, model(seed=2, **changes))
+        init_from(own, tiny_model(seed=2, **changes))
     assert all(torch.equal(tensor, before[name]) for name, tensor in own.state_dict().items())
 
 
 def test_pictures_are_moved_as_the_run_says(data: Path, tmp_path: Path) -> None:
-    plain, moved = (open_tiny(train_config(data, shift=shift, flip=False), tmp_path / str(shift)) for shift in (0, 2))
+    plain, moved = (
+        open_tiny_run(tiny_train_config(data, shift=shift, flip=False), tmp_path / str(shift)) for shift in (0, 2)
+    )
     one, other = next(plain.batches()), next(moved.batches())
     assert isinstance(one, ImageBatch)
     assert isinstance(other, ImageBatch)
@@ -291,6 +296,6 @@ def test_pictures_are_moved_as_the_run_says(data: Path, tmp_path: Path) -> None:
     for row, change in enumerate(changes):
         assert torch.equal(other.images[row], change(one.images[row]))
     with pytest.raises(ConfigError, match="shift 2 -> 1"):
-        open_tiny(train_config(data, shift=1, flip=False), moved.folder)
+        open_tiny_run(tiny_train_config(data, shift=1, flip=False), moved.folder)
     with pytest.raises(ConfigError, match="shift is -1, but it must not be negative"):
-        train_config(data, shift=-1)
+        tiny_train_config(data, shift=-1)

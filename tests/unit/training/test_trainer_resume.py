@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import config, model, open_tiny, pictures, train_config
+from tiny import open_tiny_run, tiny_config, tiny_model, tiny_train_config, write_images
 from torch import Tensor
 
 from mar.checkpoint import run_state
@@ -76,7 +76,7 @@ def differing(a: Run, b: Run) -> list[str]:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp("pictures"))
+    return write_images(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run without workers, pauses or anything else between its steps."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    run = open_tiny(train_config(data), tmp_path_factory.mktemp("whole"))
+    run = open_tiny_run(tiny_train_config(data), tmp_path_factory.mktemp("whole"))
     assert go(run)
     torch.set_num_threads(threads)
     return run
@@ -93,10 +93,10 @@ def uninterrupted(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
 def resumed(settings: TrainConfig, folder: Path, at: list[int], number: signal.Signals) -> Run:
     """The run stopped by a signal after each image count of `at`, and always opened anew."""
     for images in at:
-        run = open_tiny(settings, folder)
+        run = open_tiny_run(settings, folder)
         assert not go(run, images, number)
         assert run.progress.images == images  # the step at hand was finished, and no other begun
-    run = open_tiny(settings, folder)
+    run = open_tiny_run(settings, folder)
     torch.rand(7)  # whatever else happened in between
     assert go(run)
     return run
@@ -110,7 +110,7 @@ def test_resume_is_bitwise(
     assert model.attention_dropout > 0
     assert model.projection_dropout > 0
     assert uninterrupted.source.flips
-    run = resumed(train_config(data, workers=workers), tmp_path, at, number)
+    run = resumed(tiny_train_config(data, workers=workers), tmp_path, at, number)
     assert differing(run, uninterrupted) == []
     whole = lines(uninterrupted.folder)
     assert [line["images"] for line in lines(tmp_path)] == [line["images"] for line in whole] == EVERY_STEP
@@ -120,11 +120,11 @@ def test_resume_is_bitwise(
 
 @pytest.mark.parametrize("modern", [False, True])
 def test_muon_resumes_bitwise_too(modern: bool, data: Path, tmp_path: Path) -> None:
-    settings = train_config(data, optimizer="muon", lr=0.05)
+    settings = tiny_train_config(data, optimizer="muon", lr=0.05)
     if modern:
         trunk = TrunkConfig(16, 1, 2, rotary=True)
         settings = replace(settings, model=replace(settings.model, encoder=trunk, decoder=trunk))
-    whole = open_tiny(settings, tmp_path / "whole")
+    whole = open_tiny_run(settings, tmp_path / "whole")
     assert go(whole)
     again = resumed(settings, tmp_path / "cut", [12], signal.SIGINT)
     assert any("momentum" in name for name in tensors(again))
@@ -132,20 +132,20 @@ def test_muon_resumes_bitwise_too(modern: bool, data: Path, tmp_path: Path) -> N
 
 
 def test_the_run_has_learned_something(uninterrupted: Run, data: Path, tmp_path: Path) -> None:
-    fresh = open_tiny(train_config(data), tmp_path)
+    fresh = open_tiny_run(tiny_train_config(data), tmp_path)
     assert {name.split("/")[0] for name in differing(uninterrupted, fresh)} == {"model", "ema", "optimizer"}
     whole = lines(uninterrupted.folder)
     assert sum(line["loss"] for line in whole[-3:]) < sum(line["loss"] for line in whole[:3])
 
 
 def test_other_seeds_are_other_runs(uninterrupted: Run, data: Path, tmp_path: Path) -> None:
-    other = open_tiny(train_config(data, seed=6, images=4), tmp_path)
+    other = open_tiny_run(tiny_train_config(data, seed=6, images=4), tmp_path)
     assert go(other)
     assert lines(tmp_path)[0]["loss"] != lines(uninterrupted.folder)[0]["loss"]
 
 
 def test_what_happens_between_steps_changes_nothing(uninterrupted: Run, data: Path, tmp_path: Path) -> None:
-    run = open_tiny(train_config(data, sample_every=4, save_every=12), tmp_path)
+    run = open_tiny_run(tiny_train_config(data, sample_every=4, save_every=12), tmp_path)
     called: list[int] = []
 
     def snapshot(run: Run) -> None:
@@ -164,8 +164,8 @@ class Killed(Exception):
 
 
 def test_a_killed_run_forgets_what_it_did_not_save(uninterrupted: Run, data: Path, tmp_path: Path) -> None:
-    settings = train_config(data, save_every=16, keep=1, sample_every=4)
-    run = open_tiny(settings, tmp_path)
+    settings = tiny_train_config(data, save_every=16, keep=1, sample_every=4)
+    run = open_tiny_run(settings, tmp_path)
 
     def die(run: Run) -> None:
         if run.progress.images == 28:
@@ -176,7 +176,7 @@ def test_a_killed_run_forgets_what_it_did_not_save(uninterrupted: Run, data: Pat
         go(run)
     with (tmp_path / "log.jsonl").open("a", encoding="utf-8") as log:
         log.write('{"images": 32, "los')  # the line that it was writing
-    run = open_tiny(settings, tmp_path)
+    run = open_tiny_run(settings, tmp_path)
     assert run.progress.images == 16
     assert go(run)
     assert differing(run, uninterrupted) == []
@@ -187,15 +187,15 @@ def test_a_killed_run_forgets_what_it_did_not_save(uninterrupted: Run, data: Pat
 def test_a_run_that_is_done_stays_as_it_is(uninterrupted: Run, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(uninterrupted.folder, folder)
-    run = open_tiny(train_config(data), folder)
+    run = open_tiny_run(tiny_train_config(data), folder)
     assert go(run)
     assert differing(run, uninterrupted) == []
     assert lines(folder) == lines(uninterrupted.folder)
 
 
 def test_a_longer_run_goes_on_from_a_shorter_one(data: Path, tmp_path: Path) -> None:
-    assert go(open_tiny(train_config(data, images=8), tmp_path))
-    run = open_tiny(train_config(data, images=12), tmp_path)
+    assert go(open_tiny_run(tiny_train_config(data, images=8), tmp_path))
+    run = open_tiny_run(tiny_train_config(data, images=12), tmp_path)
     assert (run.progress.images, run.progress.step) == (8, 2)
     assert go(run)
     assert [line["images"] for line in lines(tmp_path)] == [4, 8, 12]
@@ -206,13 +206,13 @@ def names(part: Any) -> list[str]:
 
 
 def test_held_out_pictures_stay_so_where_the_folder_grows(tmp_path: Path) -> None:
-    data, folder = pictures(tmp_path / "pictures"), tmp_path / "run"
-    settings = train_config(data, hold_out=4)
-    run = open_tiny(settings, folder)
+    data, folder = write_images(tmp_path / "pictures"), tmp_path / "run"
+    settings = tiny_train_config(data, hold_out=4)
+    run = open_tiny_run(settings, folder)
     assert not go(run, at=8)
     learned, kept = names(run.source), names(run.held_out)
-    pictures(data, 40)
-    grown = open_tiny(settings, folder)
+    write_images(data, 40)
+    grown = open_tiny_run(settings, folder)
     assert (names(grown.held_out), len(grown.source)) == (kept, 35)
     assert set(learned) < set(names(grown.source))
     assert grown.data_note is not None
@@ -220,19 +220,19 @@ def test_held_out_pictures_stay_so_where_the_folder_grows(tmp_path: Path) -> Non
 
 
 def test_a_run_that_did_not_note_what_it_holds_out(tmp_path: Path) -> None:
-    data, folder = pictures(tmp_path / "pictures"), tmp_path / "run"
-    settings = train_config(data, hold_out=4)
-    run = open_tiny(settings, folder)
+    data, folder = write_images(tmp_path / "pictures"), tmp_path / "run"
+    settings = tiny_train_config(data, hold_out=4)
+    run = open_tiny_run(settings, folder)
     assert not go(run, at=8)
     (folder / HELD_OUT).unlink()  # as an older version left it
-    pictures(data, 21)
+    write_images(data, 21)
     with pytest.raises(
         ConfigError, match="16 pictures to learn from, but 15 when the run was saved by an older version"
     ):
-        open_tiny(settings, folder)
+        open_tiny_run(settings, folder)
     assert not (folder / HELD_OUT).exists()
     (data / "down" / "20.png").unlink()
-    again = open_tiny(settings, folder)
+    again = open_tiny_run(settings, folder)
     assert (names(again.source), names(again.held_out)) == (names(run.source), names(run.held_out))
     assert (folder / HELD_OUT).is_file()
 
@@ -243,44 +243,44 @@ def test_a_run_that_did_not_note_what_it_holds_out(tmp_path: Path) -> None:
         ({"lr": 0.01}, "lr 0.5 -> 0.01"),
         ({"batch": 2}, "batch 4 -> 2"),
         ({"seed": 6}, "seed 5 -> 6"),
-        ({"model": config(channels=1, grid=(8, 8), patch_size=4, classes=2)}, r"model\.patch_size 2 -> 4"),
+        ({"model": tiny_config(channels=1, grid=(8, 8), patch_size=4, classes=2)}, r"model\.patch_size 2 -> 4"),
     ],
 )
 def test_another_config_in_the_same_folder_is_refused(
     data: Path, tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
-    open_tiny(train_config(data), tmp_path)
+    open_tiny_run(tiny_train_config(data), tmp_path)
     before = (tmp_path / "run.json").read_bytes()
     with pytest.raises(ConfigError, match=words):
-        open_tiny(train_config(data, **change), tmp_path)
+        open_tiny_run(tiny_train_config(data, **change), tmp_path)
     assert (tmp_path / "run.json").read_bytes() == before
 
 
 def test_a_run_that_never_saved_begins_anew_with_its_init(data: Path, tmp_path: Path) -> None:
-    start = model(seed=4, channels=1, grid=(8, 8), patch_size=2, classes=2)
-    settings, loaded = train_config(data, init="some-weights"), []
+    start = tiny_model(seed=4, channels=1, grid=(8, 8), patch_size=2, classes=2)
+    settings, loaded = tiny_train_config(data, init="some-weights"), []
 
     def load(name: str) -> Pipeline:
         loaded.append(name)
         return Pipeline(start, PixelTokenizer(1, 0.0, 1.0))
 
     for _ in range(2):  # the second time the folder has run.json, but no state
-        run = open_tiny(settings, tmp_path, load)
+        run = open_tiny_run(settings, tmp_path, load)
         assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), start.parameters(), strict=True))
         assert run.tokenizer.has_stats
     assert loaded == ["some-weights"] * 2
     assert not go(run, at=4)
-    again = open_tiny(settings, tmp_path)  # which loads nothing
+    again = open_tiny_run(settings, tmp_path)  # which loads nothing
     assert differing(again, run) == []
     assert again.tokenizer.has_stats
 
 
 def test_a_run_of_broken_steps_can_be_resumed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = open_tiny(train_config(data), tmp_path)
+    run = open_tiny_run(tiny_train_config(data), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(run.model.head, "loss", lambda *_: run.model.mask_token.sum() * torch.full((3,), torch.nan))
         assert not go(run, at=8)
-    again = open_tiny(train_config(data), tmp_path)
+    again = open_tiny_run(tiny_train_config(data), tmp_path)
     assert (again.progress.skipped_steps, again.progress.skipped_in_a_row) == (2, 2)
     assert differing(again, run) == []
     assert go(again)

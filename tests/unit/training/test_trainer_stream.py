@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from tars import png, shards
-from tiny import open_tiny, train_config
+from shard_files import png_bytes, write_tar_shards
+from tiny import open_tiny_run, tiny_train_config
 
 from mar.checkpoint import run_state
 from mar.cli import main
@@ -24,17 +24,17 @@ from mar.training.trainer import Run, train
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return shards(tmp_path_factory.mktemp("shards"), (6, 3, 8, 6), classes=2)
+    return write_tar_shards(tmp_path_factory.mktemp("shards"), (6, 3, 8, 6), classes=2)
 
 
 def settings(data: Path, **changes: Any) -> TrainConfig:
-    return train_config(Path(f"stream:{data}"), **{"images": 32, **changes})
+    return tiny_train_config(Path(f"stream:{data}"), **{"images": 32, **changes})
 
 
 def go(config: TrainConfig, folder: Path, images: int | None = None) -> Run:
     """The run, to its end or to an earlier one."""
     torch.set_num_threads(1)
-    run = open_tiny(config if images is None else TrainConfig(**{**vars(config), "images": images}), folder)
+    run = open_tiny_run(config if images is None else TrainConfig(**{**vars(config), "images": images}), folder)
     log = RunLog(folder, run.config.images, run.progress.images)
     try:
         assert train(run, log)
@@ -61,7 +61,7 @@ def test_a_stopped_run_is_the_same_run(data: Path, tmp_path: Path) -> None:
 
 
 def test_statistics_of_a_stream_are_measured_on_some_of_it(data: Path, tmp_path: Path) -> None:
-    run = open_tiny(settings(data), tmp_path)
+    run = open_tiny_run(settings(data), tmp_path)
     every = torch.stack([torch.full((1, 8, 8), 5 * i / 127.5 - 1) for i in range(23)])
     expected = measure_latents(type(run.tokenizer)(1), [every])
     assert run.tokenizer.mean.item() == pytest.approx(expected.mean[0], abs=1e-6)
@@ -85,19 +85,19 @@ def test_a_folder_that_has_grown_is_told_of(tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(5):
-        (folder / f"{number}.png").write_bytes(png(number))
-    model = {**vars(train_config(folder).model), "classes": 0}
-    config = train_config(folder, images=8)
+        (folder / f"{number}.png").write_bytes(png_bytes(number))
+    model = {**vars(tiny_train_config(folder).model), "classes": 0}
+    config = tiny_train_config(folder, images=8)
     config = TrainConfig(**{**vars(config), "model": type(config.model)(**model)})
     go(config, tmp_path / "run")
     assert go(TrainConfig(**{**vars(config), "images": 12}), tmp_path / "run").data_note is None
-    (folder / "6.png").write_bytes(png(6))
-    run = open_tiny(TrainConfig(**{**vars(config), "images": 16}), tmp_path / "run")
+    (folder / "6.png").write_bytes(png_bytes(6))
+    run = open_tiny_run(TrainConfig(**{**vars(config), "images": 16}), tmp_path / "run")
     assert run.data_note is not None
     assert run.data_note.startswith("warning: the data holds 6 pictures, but 5 when the run was saved")
     train(run, Log())
     run.save()
-    assert open_tiny(TrainConfig(**{**vars(config), "images": 16}), tmp_path / "run").data_note is None
+    assert open_tiny_run(TrainConfig(**{**vars(config), "images": 16}), tmp_path / "run").data_note is None
 
 
 def test_the_command_line_tells_what_is_repeated(

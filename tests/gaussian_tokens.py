@@ -16,7 +16,7 @@ from mar.diffusion.solvers import Denoiser
 M, S = 0.7, 0.5
 
 
-def even(intervals: int, noisiest: float = -4.0, cleanest: float = 4.0) -> Schedule:
+def even_schedule(intervals: int, noisiest: float = -4.0, cleanest: float = 4.0) -> Schedule:
     """Timesteps at even steps of log-SNR, cleanest first."""
     log_snr = torch.linspace(cleanest, noisiest, intervals + 1, dtype=torch.float64)
     alphas_cumprod = torch.sigmoid(2 * log_snr)
@@ -29,7 +29,7 @@ def alpha_sigma(schedule: Schedule, index: int) -> tuple[float, float]:
     return math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar)
 
 
-def network(
+def denoiser_of(
     schedule: Schedule, prediction: Prediction, x0: Callable[[Tensor, float, float], Tensor], asked: list[int]
 ) -> Denoiser:
     """Predicts what comes to this `x0(x, alpha, sigma)`, and notes the steps it was asked for."""
@@ -45,7 +45,7 @@ def network(
     return predict
 
 
-def gaussian(mean: float) -> Callable[[Tensor, float, float], Tensor]:
+def gaussian_x0(mean: float) -> Callable[[Tensor, float, float], Tensor]:
     """E[x_0 | x_t] for tokens from N(mean, S^2)."""
 
     def x0(x: Tensor, alpha: float, sigma: float) -> Tensor:
@@ -54,6 +54,6 @@ def gaussian(mean: float) -> Callable[[Tensor, float, float], Tensor]:
     return x0
 
 
-def bent(x: Tensor, alpha: float, sigma: float) -> Tensor:
+def nonlinear_x0(x: Tensor, alpha: float, sigma: float) -> Tensor:
     """No data's, but not linear."""
     return torch.tanh(x) + 0.1 * sigma * x**2

@@ -14,7 +14,7 @@ from mar.random import make_generator
 WIDTH = 6
 
 
-class Net(nn.Module):
+class TinyNet(nn.Module):
     """Six features of a picture brought to 4x4 pixels, and three logits."""
 
     def __init__(self, seed: int = 3) -> None:
@@ -28,7 +28,7 @@ class Net(nn.Module):
         return values, values @ self.classes
 
 
-class Mean(nn.Module):
+class BrightnessNet(nn.Module):
     """Mean and half the mean as features; as logits whether a picture is dark, middling or bright."""
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,24 +38,24 @@ class Mean(nn.Module):
 
 def tiny(weights: Path | None = None) -> ModuleExtractor:
     """Scores, but knows no classes; seconds of arithmetic would be too many."""
-    return ModuleExtractor(Net(), "tiny", scores=True, width=WIDTH)
+    return ModuleExtractor(TinyNet(), "tiny", scores=True, width=WIDTH)
 
 
 def retrained(weights: Path | None = None) -> ModuleExtractor:
     """The same name, other weights."""
-    return ModuleExtractor(Net(seed=4), "tiny", scores=True, width=WIDTH)
+    return ModuleExtractor(TinyNet(seed=4), "tiny", scores=True, width=WIDTH)
 
 
 def other(weights: Path | None = None) -> ModuleExtractor:
     """The same weights under another name."""
-    return ModuleExtractor(Net(), "other", scores=True, width=WIDTH)
+    return ModuleExtractor(TinyNet(), "other", scores=True, width=WIDTH)
 
 
 def brightness(weights: Path | None = None) -> ModuleExtractor:
     """Knows dark, middling and bright pictures."""
-    return ModuleExtractor(Mean(), "brightness", width=2, classes=("dark", "middling", "bright"))
+    return ModuleExtractor(BrightnessNet(), "brightness", width=2, classes=("dark", "middling", "bright"))
 
 
 def insects(weights: Path | None = None) -> ModuleExtractor:
     """Knows the classes of `tiny.pipeline()`, in another order."""
-    return ModuleExtractor(Net(), "insects", width=WIDTH, classes=("Cat", "ant", "bee"))
+    return ModuleExtractor(TinyNet(), "insects", width=WIDTH, classes=("Cat", "ant", "bee"))

@@ -23,7 +23,15 @@ Moment = tuple[int | str, int]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 # Imported once by the server that forks processes, and not by every process again.
-_MODULES = ["tiny", "judges", "mar.zoo", "mar.cli.generate", "mar.cli.train", "mar.cli.evaluate", "mar.sampling.sinks"]
+_MODULES = [
+    "tiny",
+    "extractors",
+    "mar.zoo",
+    "mar.cli.generate",
+    "mar.cli.train",
+    "mar.cli.evaluate",
+    "mar.sampling.sinks",
+]
 _MODULES += ["mar.sampling.progress", "mar.training.tokenizer", "torch.utils.tensorboard.writer", "pytest"]
 _MODULES += ["torch.distributed", "torch._dynamo", "torch._refs"]
 _missing = [name for name in _MODULES if importlib.util.find_spec(name) is None]
@@ -31,12 +39,12 @@ assert not _missing, f"the server would skip {_missing}, and every process impor
 _CONTEXT.set_forkserver_preload(_MODULES)
 
 
-def ranks(count: int, work: Callable[..., None], *arguments: Any) -> None:
+def spawn_ranks(count: int, work: Callable[..., None], *arguments: Any) -> None:
     """Runs `work(rank, *arguments)` in `count` processes, and raises what one of them raises."""
     torch.multiprocessing.start_processes(work, arguments, count, start_method="forkserver")
 
 
-def start(
+def start_process(
     arguments: Sequence[str],
     said: Path,
     *,
@@ -54,19 +62,20 @@ def start(
     return process
 
 
-def run(arguments: Sequence[str], said: Path, **options: Moment) -> int:
+def run_to_end(arguments: Sequence[str], said: Path, **options: Moment) -> int:
     """The exit code of `start`, once it has ended: 9 below zero for a process that was killed."""
-    process = start(arguments, said, **options)  # type: ignore[arg-type]
+    process = start_process(arguments, said, **options)  # type: ignore[arg-type]
     process.join(120)
     assert process.exitcode is not None
     return process.exitcode
 
 
-def several(processes: int, arguments: Sequence[str], said: Path) -> list[int]:
+def run_group(processes: int, arguments: Sequence[str], said: Path) -> list[int]:
     """The exit codes of as many processes as torchrun would start; what each says goes to `said`.RANK."""
     port = free_port()
     started = [
-        start(arguments, said.with_suffix(f".{rank}"), world=(rank, processes, port)) for rank in range(processes)
+        start_process(arguments, said.with_suffix(f".{rank}"), world=(rank, processes, port))
+        for rank in range(processes)
     ]
     for process in started:
         process.join(120)
@@ -110,6 +119,6 @@ def _die(moment: int | str, signal: int) -> None:
     files.flush = counted
 
 
-def tree(folder: Path) -> dict[str, bytes]:
+def read_tree(folder: Path) -> dict[str, bytes]:
     """Every file under a folder, hidden ones too, and its bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -10,7 +10,7 @@ from mar.config import MaskSchedule, Order, Solver, TimestepSpacing
 
 
 @st.composite
-def ways(draw: st.DrawFn) -> dict[str, Any]:
+def sampling_options(draw: st.DrawFn) -> dict[str, Any]:
     """Fields of SamplingConfig beside `steps` and `diffusion_steps`; few diffusion steps, guidance or none."""
     start, end = sorted(draw(st.tuples(*2 * [st.sampled_from([0.0, 0.2, 0.5, 1.0])])))
     return {
