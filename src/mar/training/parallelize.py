@@ -72,6 +72,8 @@ def parallelize(loss: DiffusionLoss, averages: Iterable[Any], config: TrainConfi
             f"batch is {config.batch}, but it must be a multiple of {divisor}: {world} process(es), each with "
             f"{config.accumulate} part(s)"
         )
+
+    # blocks: recomputed, compiled
     if config.activation_checkpointing != "none":
         options = _CHECKPOINT_OPTIONS[config.activation_checkpointing]
         for block in loss.model.blocks():
@@ -79,6 +81,8 @@ def parallelize(loss: DiffusionLoss, averages: Iterable[Any], config: TrainConfi
     if config.compile:
         for block in loss.model.blocks():
             block.compile()
+
+    # one process, DDP, or FSDP
     if not dist.is_initialized():
         return loss
     if config.strategy == "ddp":

@@ -1,4 +1,4 @@
-"""Looks at a run while it learns: grids of both weights, hooks of one's own, and none lost where a run is killed."""
+"""Snapshot callbacks: grids of both weights, own callbacks, repeated after a kill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The validation loss: of held-out pictures alone, by timestep, by draws that never change."""
+"""Validation loss: held-out images only, by timestep, with constant random numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run ends where the loss of held-out pictures no longer falls, the same however often it is killed on the way."""
+"""Early stopping: a run ends when its validation loss stalls, the same after kills."""
 
 from __future__ import annotations
 

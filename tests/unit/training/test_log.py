@@ -19,11 +19,11 @@ from mar.config import ConfigError, TrainConfig
 from mar.training.log import JsonLines, Log, RunLog, TensorBoard, Writer, open_log, open_writers, require_writers
 from mar.training.trainer import Run
 
-GREY = Image.new("L", (4, 2), 200)
+GRAY = Image.new("L", (4, 2), 200)
 
 
 class FakeTracker(ModuleType):
-    """The few names of wandb and trackio that are used, which note what they are told."""
+    """The parts of wandb and trackio in use; records all calls."""
 
     class Error(Exception):
         """wandb's own."""
@@ -77,7 +77,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 def test_every_writer_gets_everything(tmp_path: Path, tracker: FakeTracker, capsys: pytest.CaptureFixture[str]) -> None:
     log = writing(tmp_path / "a run", "tensorboard", tracker.__name__)
     log.write(8, psnr=2.5, step=2, about="words")
-    log.write_image(8, "samples", GREY)
+    log.write_image(8, "samples", GRAY)
     log.close()
     assert lines(tmp_path / "a run") == [{"images": 8, "psnr": 2.5, "step": 2, "about": "words"}]
     step = "step" if tracker.__name__ == "wandb" else "steps"  # trackio's own word for images is step
@@ -102,7 +102,7 @@ def test_a_run_that_goes_on_is_the_same_run_there(tmp_path: Path, tracker: FakeT
     log = writing(tmp_path, tracker.__name__, images=10)  # killed: 10 is the last state
     for images in (20, 30, 40):
         log.write(images, step=images // 10, psnr=0.1 * images)
-        log.write_image(images, "samples", GREY)
+        log.write_image(images, "samples", GRAY)
     log.close()
     called = [(begun.get("id"), begun["name"]) for begun in tracker.begun]
     assert called[0] == called[1]
@@ -207,7 +207,7 @@ def test_a_runs_log_goes_where_its_config_says(
     silent = open_log(run)
     assert type(silent) is Log
     silent.write(8, psnr=1.0)
-    silent.write_image(8, "samples", GREY)
+    silent.write_image(8, "samples", GRAY)
     silent.close()
     assert len(tracker.begun) == len(tracker.logged) == len(lines(run.folder)) == 1
 

@@ -1,4 +1,4 @@
-"""The loss as one module, and what is drawn for it."""
+"""The training loss and its random numbers."""
 
 from __future__ import annotations
 

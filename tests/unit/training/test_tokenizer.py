@@ -1,4 +1,4 @@
-"""A tokenizer of one's own learns, goes on as if it had never stopped, and is one that others load."""
+"""Tokenizer training: losses, resuming, export, and models trained on the result."""
 
 from __future__ import annotations
 

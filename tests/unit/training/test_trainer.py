@@ -1,4 +1,4 @@
-"""The loop: steps that are skipped, runs that stop, and what a run leaves behind."""
+"""The training loop: skipped steps, early ends, exports, weights to start from."""
 
 from __future__ import annotations
 
@@ -247,10 +247,10 @@ def test_a_tokenizer_of_other_channels_is_refused(data: Path, tmp_path: Path) ->
 def loop_open(settings: Any, folder: Path) -> Run:
     from mar.training.run import open_run
 
-    def colours(name: str) -> PixelTokenizer:
+    def rgb(name: str) -> PixelTokenizer:
         return PixelTokenizer(3, 0.0, 1.0)
 
-    return open_run(settings, folder, device=torch.device("cpu"), load_tokenizer=colours, load_model=colours)  # type: ignore[arg-type]
+    return open_run(settings, folder, device=torch.device("cpu"), load_tokenizer=rgb, load_model=rgb)  # type: ignore[arg-type]
 
 
 def test_weights_of_other_classes_start_with_new_ones() -> None:

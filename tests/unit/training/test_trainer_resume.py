@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on is the run that was never stopped, to the bit: dropout on, data workers on."""
+"""A resumed run equals one never stopped, bit for bit, with dropout and data workers."""
 
 from __future__ import annotations
 

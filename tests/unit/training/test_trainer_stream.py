@@ -1,4 +1,4 @@
-"""A run that learns from a stream: the same when it is stopped, told what of it is repeated, and what it is not for."""
+"""Runs on streams: resuming, messages about repeated images, refused uses."""
 
 from __future__ import annotations
 
