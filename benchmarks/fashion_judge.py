@@ -273,7 +273,7 @@ class Reference:
     model: Classifier
     train: Split
     test: Split
-    neighbours: Bytes
+    neighbors: Bytes
     """(m, 28, 28): the training pictures of the generator, in which copies are looked for."""
 
 
@@ -290,7 +290,7 @@ class Report:
     distance: float
     real_distances: tuple[float, ...]
     """The same distance for `count` real training pictures, several draws; the first one's seed is 0."""
-    neighbours: int
+    neighbors: int
     nearest_median: float
     nearest_5: float
     real_nearest_median: float
@@ -362,7 +362,7 @@ def judge(images: Bytes, labels: NDArray[np.int64], reference: Reference) -> Rep
     for seed in range(DRAWS):
         drawn = reference.train.images[balanced(reference.train.labels, len(images), seed)]
         real.append(frechet(*statistics(features(model, drawn)[0]), *target))
-    near, real_near = (nearest(these, reference.neighbours) for these in (asked.images, test.images))
+    near, real_near = (nearest(these, reference.neighbors) for these in (asked.images, test.images))
     return Report(
         count=len(images),
         agreement=float((logits.argmax(1) == asked.labels).mean()),
@@ -370,7 +370,7 @@ def judge(images: Bytes, labels: NDArray[np.int64], reference: Reference) -> Rep
         real_per_class=agreements(test_logits, test.labels),
         distance=frechet(*statistics(found), *target),
         real_distances=tuple(real),
-        neighbours=len(reference.neighbours),
+        neighbors=len(reference.neighbors),
         nearest_median=float(np.median(near)),
         nearest_5=float(np.quantile(near, 0.05)),
         real_nearest_median=float(np.median(real_near)),
@@ -426,13 +426,13 @@ def draw(checkpoint: str, count: int, seed: int, batch: int = 100) -> Split:
 def open_reference(args: argparse.Namespace) -> Reference:
     """The classifier, the real pictures, and the set in which copies are looked for."""
     full, test = load_split(args.data, "train"), load_split(args.data, "t10k")
-    neighbours = full.images
-    if args.neighbours == "bundled":
+    neighbors = full.images
+    if args.neighbors == "bundled":
         from mar.data.sources import open_source
 
         source = open_source("fashion", "train")
-        neighbours = to_bytes(source[i].image for i in range(len(source)))
-    return Reference(load_classifier(args.classifier), full, test, neighbours)
+        neighbors = to_bytes(source[i].image for i in range(len(source)))
+    return Reference(load_classifier(args.classifier), full, test, neighbors)
 
 
 def run_judge(args: argparse.Namespace) -> None:

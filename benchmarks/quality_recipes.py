@@ -46,8 +46,8 @@ def reference(base: TrainConfig) -> TrainConfig:
     patches of 4 x 4; constant rate."""
     head = HeadConfig(width=base.model.head.width, depth=base.model.head.depth)
     encoder, decoder = (TrunkConfig(t.width, t.depth, t.num_heads) for t in (base.model.encoder, base.model.decoder))
-    grey = base.model.channels == 1
-    channels, side = (1, 28) if grey else (3, 32)
+    gray = base.model.channels == 1
+    channels, side = (1, 28) if gray else (3, 32)
     model = replace(
         base.model, channels=channels, grid=(side, side), patch_size=4, encoder=encoder, decoder=decoder, head=head,
         attention_dropout=0.1, projection_dropout=0.1, mask_ratio_min=0.7,

@@ -182,7 +182,7 @@ def test_copies_are_told_from_new_pictures(
 ) -> None:
     """Seed 0 draws what was learned again; seed 2 as much of it as held-out pictures do."""
     out, sheet = tmp_path / "r.json", tmp_path / "sheets" / "near.png"
-    more = ["--seed", str(seed), "--held-out", "others.npz", "--neighbours-grid", sheet, "--out", out, "--batch", "50"]
+    more = ["--seed", str(seed), "--held-out", "others.npz", "--neighbors-grid", sheet, "--out", out, "--batch", "50"]
     assert evaluate("model.safetensors", "--reference", learned, "--count", "120", "--allow-broken", *more) == 0
     report = json.loads(out.read_text())
     assert least <= report["copies"] <= most
@@ -203,10 +203,10 @@ def test_copies_are_told_from_new_pictures(
     assert np.array_equal(shown[::28, :112:28], right) == (seed == 0)
 
 
-def test_neighbours_of_statistics_with_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_neighbors_of_statistics_with_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = tmp_path / "kept.npz"
     assert main(["stats", "pictures", "--out", str(kept), "--image-size", "4", "--keep-features", *JUDGE]) == 0
-    assert evaluate(kept, "--reference", kept, "--neighbours") == 0
+    assert evaluate(kept, "--reference", kept, "--neighbors") == 0
     said = capsys.readouterr().out
     assert "nearest reference picture        0 (median)" in said
     assert "copies" not in said
@@ -245,13 +245,13 @@ def never(*_: object, **__: object) -> None:
     [
         (["model.safetensors", "--reference", "statistics.npz", "--kid"], ["need the features", "--keep-features"]),
         (["model.safetensors", "--reference", "statistics.npz", "--precision"], ["statistics.npz", "--keep-features"]),
-        (["model.safetensors", "--reference", "statistics.npz", "--neighbours"], ["neighbors", "--keep-features"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--neighbors"], ["neighbors", "--keep-features"]),
         (["model.safetensors", "--reference", "pictures", "--held-out", "statistics.npz"], ["--keep-features"]),
         (["model.safetensors", "--reference", "pictures", "--held-out", "nowhere"], ["nowhere"]),
-        (["model.safetensors", "--reference", "statistics.npz", "--neighbours-grid", "g.png"], ["needs pictures"]),
-        (["statistics.npz", "--reference", "pictures", "--neighbours-grid", "g.png"], ["needs pictures"]),
-        (["model.safetensors", "--reference", "pictures", "--neighbours-grid", "g.jpg"], ["g.jpg", ".png"]),
-        (["model.safetensors", "--reference", "pictures", "--neighbours-grid", "g.png", "--sweep", "K=1"], ["sweep"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--neighbors-grid", "g.png"], ["needs pictures"]),
+        (["statistics.npz", "--reference", "pictures", "--neighbors-grid", "g.png"], ["needs pictures"]),
+        (["model.safetensors", "--reference", "pictures", "--neighbors-grid", "g.jpg"], ["g.jpg", ".png"]),
+        (["model.safetensors", "--reference", "pictures", "--neighbors-grid", "g.png", "--sweep", "K=1"], ["sweep"]),
         (["model.safetensors", "--reference", "large.npz"], ["(8, 8) and (4, 4)", "one resolution"]),
         (["model.safetensors", "--reference", "pictures.npz"], ["8x8", "expected 4x4"]),
         (["model.safetensors", "--reference", "nothing.npz"], ["nothing.npz"]),
@@ -264,7 +264,7 @@ def never(*_: object, **__: object) -> None:
         (["model.safetensors", "--reference", "statistics.npz", "--out", "empty"], ["out: got the folder empty"]),
         (["model.safetensors", "--reference", "statistics.npz", "--out", "r.txt"], ["out: got r.txt", ".json"]),
         (["pictures", "--reference", "statistics.npz", "--out", "statistics.npz"], ["got statistics.npz", ".json"]),
-        (["model.safetensors", "--reference", "pictures", "--neighbours-grid", "g.png", "--out", "g.png"], [".json"]),
+        (["model.safetensors", "--reference", "pictures", "--neighbors-grid", "g.png", "--out", "g.png"], [".json"]),
         (["model.safetensors", "--reference", "r.json", "--out", "./r.json"], ["out is r.json, and so is reference"]),
         (["model.safetensors", "--reference", "pictures", "--sweep", "K=1", "--out", "pictures"], ["so is reference"]),
         (["no-model", "--reference", "statistics.npz"], ["no-model"]),
@@ -363,14 +363,14 @@ def test_stopped_it_says_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_stopped_while_the_neighbours_are_shown_nothing_was_written(
+def test_stopped_while_the_neighbors_are_shown_nothing_was_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr("mar.evaluation.neighbors._read_image", stop)
-    out = ["--out", tmp_path / "r.json", "--neighbours-grid", tmp_path / "g.png"]
+    out = ["--out", tmp_path / "r.json", "--neighbors-grid", tmp_path / "g.png"]
     assert evaluate("pictures", "--reference", "pictures", *out) == 130
     said = capsys.readouterr()
     assert "FD (tiny)" in said.out

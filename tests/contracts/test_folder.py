@@ -54,7 +54,7 @@ def planned(data: Path | str, *more: str | Path) -> FolderPlan:
     return plan_folder(["--data", str(data), *map(str, more)])[0]
 
 
-def colour(folder: Path, count: int, size: tuple[int, int], kinds: int = 2) -> Path:
+def color(folder: Path, count: int, size: tuple[int, int], kinds: int = 2) -> Path:
     for number in range(count):
         path = folder / f"kind{number % kinds}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,7 +62,7 @@ def colour(folder: Path, count: int, size: tuple[int, int], kinds: int = 2) -> P
     return folder
 
 
-def test_small_grey_pictures_become_pixels(data: Path, tmp_path: Path) -> None:
+def test_small_gray_pictures_become_pixels(data: Path, tmp_path: Path) -> None:
     steps = planned(data, "--out", tmp_path / "run")
     config = steps.train
     assert (steps.tokenizer, steps.cache) == (None, None)
@@ -73,8 +73,8 @@ def test_small_grey_pictures_become_pixels(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_large_colour_pictures_get_a_tokenizer_and_a_cache(tmp_path: Path) -> None:
-    data, out = colour(tmp_path / "data", 20, (130, 140), kinds=3), tmp_path / "run"
+def test_large_color_pictures_get_a_tokenizer_and_a_cache(tmp_path: Path) -> None:
+    data, out = color(tmp_path / "data", 20, (130, 140), kinds=3), tmp_path / "run"
     steps = planned(data, "--out", out, "--flip", "False", "--workers", "2", "--vae.perceptual", "0.5")
     assert steps.tokenizer is not None
     assert steps.cache is not None
@@ -95,12 +95,12 @@ def test_large_colour_pictures_get_a_tokenizer_and_a_cache(tmp_path: Path) -> No
 
 def test_flat_pictures_are_no_mistake(tmp_path: Path) -> None:
     """Which vary in fewer ways than there are components, by default: nobody has asked for so many."""
-    data, out = colour(tmp_path / "data", 20, (16, 16)), tmp_path / "run"
+    data, out = color(tmp_path / "data", 20, (16, 16)), tmp_path / "run"
     assert main(command(str(data), str(out), "--sample-every", "0", "--images", "4")) == 0
     assert Pipeline.open(out / "model.safetensors").tokenizer.channels == 16
 
 
-def test_grey_pictures_have_grey_components(data: Path, tmp_path: Path) -> None:
+def test_gray_pictures_have_gray_components(data: Path, tmp_path: Path) -> None:
     """Of colours that are all the same, there would be three times the values, and pictures in colour."""
     out = tmp_path / "run"
     assert planned(data, "--out", out, "--tokenizer", "pca4").train.image_channels == 1
@@ -114,7 +114,7 @@ def test_grey_pictures_have_grey_components(data: Path, tmp_path: Path) -> None:
 
 
 def test_every_choice_may_be_changed(tmp_path: Path) -> None:
-    data, out = colour(tmp_path / "data", 20, (90, 140)), tmp_path / "run"
+    data, out = color(tmp_path / "data", 20, (90, 140)), tmp_path / "run"
     pixels = planned(data, "--out", out, "--tokenizer", "pixels").train
     assert (pixels.model.grid, pixels.model.patch_size, pixels.tokenizer) == ((64, 64), 4, "pixels")
     smaller = planned(data, "--out", out, "--image-size", "32", "24").train
@@ -146,7 +146,7 @@ def test_every_choice_may_be_changed(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_that_is_there_tells_cells_and_size(tmp_path: Path) -> None:
-    data = colour(tmp_path / "data", 20, (90, 140))
+    data = color(tmp_path / "data", 20, (90, 140))
     torch.manual_seed(0)
     settings = TokenizerTrainConfig(image_size=32, stride=4, channels=3, width=8)
     save_tokenizer(from_config(autoencoder_config(settings)), tmp_path / "vae")
@@ -160,7 +160,7 @@ def test_a_tokenizer_that_is_there_tells_cells_and_size(tmp_path: Path) -> None:
 
 def test_components_of_a_file_or_a_cache_are_learned_as_those_taken_here(tmp_path: Path) -> None:
     """Not as an autoencoder's latents are."""
-    data = colour(tmp_path / "data", 20, (140, 140))
+    data = color(tmp_path / "data", 20, (140, 140))
     tokenizer = PCATokenizer(3, 4, 16)
     tokenizer.fit([torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1])
     file = tmp_path / "other.safetensors"
@@ -207,15 +207,15 @@ def test_pixels_are_bounded_alike_from_pictures_and_from_a_cache(tmp_path: Path)
     ],
 )
 def test_larger_is_said_where_more_pictures_would_be(side: int, asked: str, said: bool, tmp_path: Path) -> None:
-    steps = planned(colour(tmp_path / "data", 20, (side, side)), "--out", tmp_path / "run", *asked.split())
+    steps = planned(color(tmp_path / "data", 20, (side, side)), "--out", tmp_path / "run", *asked.split())
     assert ("(larger from 5,000 pictures on" in steps.lines[0]) == said
 
 
 def test_a_size_that_nobody_asked_for_fits_the_tokenizer(tmp_path: Path) -> None:
-    data, out = colour(tmp_path / "data", 20, (140, 140)), tmp_path / "run"
+    data, out = color(tmp_path / "data", 20, (140, 140)), tmp_path / "run"
     model = planned(data, "--out", out, "--tokenizer", "pca3").train.model
     assert (model.grid, model.patch_size) == ((40, 40), 4)
-    small = planned(colour(tmp_path / "small", 20, (28, 28)), "--out", out, "--vae.stride", "8", "--tokenizer", "own")
+    small = planned(color(tmp_path / "small", 20, (28, 28)), "--out", out, "--vae.stride", "8", "--tokenizer", "own")
     assert small.tokenizer is not None
     assert small.tokenizer.config.size == (24, 24)
 
@@ -232,8 +232,8 @@ def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.Captur
     out = tmp_path / "run"
     file = tmp_path / "notes.txt"
     file.write_text("no pictures")
-    two = colour(tmp_path / "two", 2, (64, 64))
-    tiny = colour(tmp_path / "tiny", 20, (5, 90))
+    two = color(tmp_path / "two", 2, (64, 64))
+    tiny = color(tmp_path / "tiny", 20, (5, 90))
     assert "needs --data" in refused(capsys, "--out", out)
     assert "two has 2 pictures: expected at least 16" in refused(capsys, "--data", two, "--out", out)
     assert "only 5 pixels wide or high" in refused(capsys, "--data", tiny, "--out", out)
@@ -371,7 +371,7 @@ def test_pixels_that_are_cached_are_not_moved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert planned(colour(tmp_path / "data", 20, (16, 16))).train.shift == 1
+    assert planned(color(tmp_path / "data", 20, (16, 16))).train.shift == 1
     assert main(["cache", "data", "--tokenizer", "pixels", "--image-size", "16", "--out", "cache"]) == 0
     assert main(command("cache", "moved", "--shift", "1")) == 2
     assert "can't be moved by 1 pixels; train with --shift 0" in capsys.readouterr().err

@@ -119,7 +119,7 @@ def on_each_rank(rank: int, folder: Path) -> None:
 def commands(folder: Path, rank: int, world: int) -> None:
     """`mar evaluate` in this process of the group; what it says and ends with goes into a file."""
     report = ["evaluate", "model.safetensors", "--reference", "pictures", "--kid", "--out", f"report-{world}.json"]
-    report += ["--held-out", "others", "--neighbours-grid", f"near-{world}.png"]
+    report += ["--held-out", "others", "--neighbors-grid", f"near-{world}.png"]
     sweep = ["evaluate", "model.safetensors", "--reference", "s.npz", "--sweep", "K=1,2", "--out", f"sweep-{world}"]
     stats = ["stats", "pictures", "--out", f"stats-{world}.npz", "--image-size", "4"]
     broken = ["stats", "broken", "--out", f"broken-{world}.npz", "--batch", "2"]
@@ -153,7 +153,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert main(["stats", "pictures", "--out", "s.npz", "--image-size", "4", *JUDGE]) == 0
         (folder / "only-0.npz").write_bytes((folder / "s.npz").read_bytes())
         report = ["evaluate", "model.safetensors", "--reference", "pictures", "--kid", "--out", "report-1.json"]
-        report += ["--held-out", "others", "--neighbours-grid", "near-1.png"]
+        report += ["--held-out", "others", "--neighbors-grid", "near-1.png"]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("mar.evaluation.evaluate.KID_SUBSETS", 5)
             assert main([*report, *DRAW, *JUDGE]) == 0

@@ -43,7 +43,7 @@ def difference(a: Tensor, b: Tensor) -> float:
     masked=st.booleans(),
     data=st.data(),
 )
-def test_a_picture_does_not_know_its_neighbours(
+def test_a_picture_does_not_know_its_neighbors(
     labels: list[int], way: dict[str, Any], steps: int, masked: bool, data: st.DataObject
 ) -> None:
     n = len(labels)

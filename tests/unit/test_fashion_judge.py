@@ -43,7 +43,7 @@ def test_idx_comes_back_as_it_was(tmp_path: Path) -> None:
         (b"\0\0\x08\x01\0\0\0\x05abc", "3 bytes of data"),
         (b"\0\0\x0d\x01\0\0\0\x01abcd", "expected 000008xx"),
         (b"\0\0\x08\x03\0\0", "fetch the file again"),
-        (gzip.compress(b"\0\0\x08\x01\0\0\0\x03abc")[:-6], "gzip stream is damaged"),
+        (gzip.compress(b"\0\0\x08\x01\0\0\0\x03abc", mtime=0)[:-6], "gzip stream is damaged"),
     ],
 )
 def test_damaged_idx_is_refused(tmp_path: Path, raw: bytes, message: str) -> None:
@@ -195,13 +195,13 @@ def test_as_an_extractor_of_mar_evaluate(tmp_path: Path) -> None:
     assert (judge.metric, judge.width, judge.scores) == ("FD (fashion-judge)", fj.WIDTH, False)
     assert judge.classes == FASHION_CLASSES == fj.CLASSES
 
-    grey = torch.from_numpy(images)[:, None]
-    found = judge(grey.expand(-1, 3, -1, -1))  # as a folder of RGB files would give them
+    gray = torch.from_numpy(images)[:, None]
+    found = judge(gray.expand(-1, 3, -1, -1))  # as a folder of RGB files would give them
     values, logits = fj.features(model, images)
     np.testing.assert_allclose(found.values.numpy(), values, atol=1e-6)
     assert found.logits is not None
     np.testing.assert_allclose(found.logits.numpy(), logits, atol=1e-6)
-    assert torch.equal(judge(grey).values, found.values)
+    assert torch.equal(judge(gray).values, found.values)
 
 
 def test_as_an_extractor_it_says_what_it_needs(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_streams_follow_from_the_whole_key_and_its_order() -> None:
     assert tuple(torch.rand(4, generator=make_generator(1, 2)).tolist()) == first[1, 2]
 
 
-def test_neighbouring_keys_are_not_alike() -> None:
+def test_neighboring_keys_are_not_alike() -> None:
     values = torch.stack([torch.randn(1000, generator=make_generator(7, 1, i)) for i in range(20)])
     assert torch.corrcoef(values).fill_diagonal_(0).abs().max() < 0.17  # five standard deviations
     starts = torch.tensor([float(torch.rand((), generator=make_generator(7, 1, i))) for i in range(2000)])

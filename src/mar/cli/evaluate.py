@@ -43,13 +43,13 @@ class EvaluateOptions(FeatureFlags, SamplingFlags):
     """Also the kernel distance, with its standard error."""
     precision: bool = False
     """Also precision and recall."""
-    neighbours: bool = False
+    neighbors: bool = False
     """Also the distance of pictures to those of the reference, for which take the training pictures."""
     held_out: str | None = None
     """Real pictures outside the training set, as for reference: also the share of copies, nearer than 99% of them."""
     held_out_split: Split = "test"
     """The part of them."""
-    neighbours_grid: Path | None = None
+    neighbors_grid: Path | None = None
     """A .png of the pictures nearest to a reference picture: left the picture, right that of the reference."""
     splits: int = 10
     """Parts over which the Inception Score is averaged."""
@@ -129,16 +129,16 @@ def _check_source(options: EvaluateOptions) -> None:
 def _check_grid(options: EvaluateOptions) -> None:
     from mar.evaluation.image_sets import is_statistics
 
-    path = options.neighbours_grid
+    path = options.neighbors_grid
     if path is None:
         return
     if path.suffix != ".png" or path.is_dir():
-        raise ConfigError(f"neighbours-grid: got {path}, expected a file .png")
+        raise ConfigError(f"neighbors-grid: got {path}, expected a file .png")
     if options.sweep:
-        raise ConfigError("neighbours-grid shows one way of drawing, but a sweep has several; leave out one of the two")
+        raise ConfigError("neighbors-grid shows one way of drawing, but a sweep has several; leave out one of the two")
     for spec in (options.what, options.reference):
         if is_statistics(spec):
-            raise ConfigError(f"neighbours-grid needs pictures on both sides, but {spec} has only their statistics")
+            raise ConfigError(f"neighbors-grid needs pictures on both sides, but {spec} has only their statistics")
 
 
 def _open_session(options: EvaluateOptions, device: torch.device, check: Callable[[], None]) -> EvalSession:
@@ -157,7 +157,7 @@ def _eval_options(options: EvaluateOptions) -> EvalOptions:
     from mar.evaluation.evaluate import MetricOptions
     from mar.evaluation.session import EvalOptions
 
-    neighbors = options.neighbours or options.neighbours_grid is not None
+    neighbors = options.neighbors or options.neighbors_grid is not None
     return EvalOptions(
         source=options.what,
         reference=options.reference,
@@ -187,9 +187,9 @@ def _report(options: EvaluateOptions, session: EvalSession) -> int:
             for name, value in report.lines():
                 print(f"{name:<32} {value}")
             _warn(report)
-            if options.neighbours_grid is not None:  # draws images again: nothing is written before all is there
+            if options.neighbors_grid is not None:  # draws images again: nothing is written before all is there
                 grid = session.pair_grid(report)
-                save_png(grid, options.neighbours_grid, pairs=report.to_dict()["pairs"])
+                save_png(grid, options.neighbors_grid, pairs=report.to_dict()["pairs"])
             if options.out is not None:
                 write_text(options.out, json.dumps(report.to_dict(), indent=1) + "\n")
     return 0

@@ -66,6 +66,7 @@ RENAMED: dict[str, dict[str, str]] = {
     "TokenizerTrainConfig": {"colours": "image_channels"},
     "DatasetSummary": {"colours": "image_channels", "reach": "max_abs_z"},
     "ConvertOptions": {"heads": "num_heads", "patch": "patch_size"},
+    "EvaluateOptions": {"neighbours": "neighbors", "neighbours_grid": "neighbors_grid"},
 }
 """Old names of fields by class, and their new ones; `name[i]` is element i of a tuple.
 

@@ -55,10 +55,10 @@ def test_sizes_follow_from_count_and_resolution(
 
 
 def test_wide_tokens_get_a_wide_head() -> None:
-    _, grey = chosen(500, 28, image_channels=1)
-    colour = train_config_for(DatasetSummary(500, 28, 3, KINDS), (28, 28))  # pixels, as they may be asked for
-    assert (grey.model.token_width, colour.model.token_width) == (16, 48)
-    assert grey.model.head.width < colour.model.head.width
+    _, gray = chosen(500, 28, image_channels=1)
+    color = train_config_for(DatasetSummary(500, 28, 3, KINDS), (28, 28))  # pixels, as they may be asked for
+    assert (gray.model.token_width, color.model.token_width) == (16, 48)
+    assert gray.model.head.width < color.model.head.width
 
 
 def test_principal_components_are_predicted_clean_and_their_rare_values_kept() -> None:

@@ -30,7 +30,7 @@ def look_at(folder: Path) -> DatasetSummary:
     return summarize_dataset(open_source(folder), str(folder))
 
 
-def test_odd_sizes_and_colour_modes(tmp_path: Path) -> None:
+def test_odd_sizes_and_color_modes(tmp_path: Path) -> None:
     folder = fill(
         tmp_path / "odd", Image.new("RGB", (40, 90), "red"), Image.new("L", (50, 60)), Image.new("RGBA", (300, 70)),
         Image.new("1", (44, 44)),
@@ -39,11 +39,11 @@ def test_odd_sizes_and_colour_modes(tmp_path: Path) -> None:
     assert (seen.count, seen.side, seen.image_channels, seen.classes) == (32, 47, 3, ())
 
 
-def test_grey_pictures_are_grey_whatever_their_mode(tmp_path: Path) -> None:
-    grey = Image.effect_noise((40, 40), 60)
-    assert look_at(fill(tmp_path / "grey", grey, grey.convert("RGB"), grey.convert("I;16"))).image_channels == 1
-    tinted = Image.merge("RGB", (grey, grey, grey.point(lambda value: min(value + 1, 255))))
-    assert look_at(fill(tmp_path / "tinted", grey, tinted)).image_channels == 3
+def test_gray_pictures_are_gray_whatever_their_mode(tmp_path: Path) -> None:
+    gray = Image.effect_noise((40, 40), 60)
+    assert look_at(fill(tmp_path / "grey", gray, gray.convert("RGB"), gray.convert("I;16"))).image_channels == 1
+    tinted = Image.merge("RGB", (gray, gray, gray.point(lambda value: min(value + 1, 255))))
+    assert look_at(fill(tmp_path / "tinted", gray, tinted)).image_channels == 3
 
 
 def test_large_pictures_are_looked_at_in_part(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_reach_is_that_of_the_statistics_that_will_be_measured() -> None:
     assert seen.max_abs_z == pytest.approx((1 + abs(found.mean[0])) / found.std[0], rel=0.2)
 
 
-def test_pictures_of_one_colour_have_a_reach_too(tmp_path: Path) -> None:
+def test_pictures_of_one_color_have_a_reach_too(tmp_path: Path) -> None:
     assert look_at(fill(tmp_path / "flat", Image.new("L", (9, 9), 128), copies=16)).max_abs_z < 200
 
 

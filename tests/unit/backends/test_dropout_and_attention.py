@@ -17,8 +17,8 @@ def test_what_stays_is_a_fair_draw() -> None:
     torch.manual_seed(0)
     drawn = dropout_mask((1_000_003,), 0.1)
     assert drawn.float().mean() == pytest.approx(0.9, abs=1e-3)  # its deviation is 3e-4
-    for neighbour in (1, 2, 3, 4):  # of a word, and of the next one
-        together = (drawn[neighbour:] & drawn[:-neighbour]).float().mean()
+    for neighbor in (1, 2, 3, 4):  # of a word, and of the next one
+        together = (drawn[neighbor:] & drawn[:-neighbor]).float().mean()
         assert together == pytest.approx(0.81, abs=2e-3)
     torch.manual_seed(0)
     assert torch.equal(dropout_mask((1_000_003,), 0.1), drawn)

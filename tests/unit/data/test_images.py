@@ -53,7 +53,7 @@ def test_values_are_in_minus_one_to_one() -> None:
     assert to_tensor(image, 3).tolist() == [[[-1.0, 1.0]]] * 3
 
 
-def test_grey_from_colour_is_weighed_and_colour_channels_keep_their_order() -> None:
+def test_gray_from_color_is_weighed_and_color_channels_keep_their_order() -> None:
     image = Image.new("RGB", (1, 1), (255, 0, 0))
     assert to_tensor(image, 3).flatten().tolist() == [1.0, -1.0, -1.0]
     assert to_tensor(image, 1).item() == pytest.approx(2 * 0.299 - 1, abs=0.005)
@@ -75,7 +75,7 @@ def test_transparency_is_laid_on_white() -> None:
     assert pixel(palette) == (255, 255, 255)
 
 
-def test_other_colour_modes() -> None:
+def test_other_color_modes() -> None:
     assert pixel(Image.new("CMYK", (1, 1), (0, 255, 255, 0))) == (255, 0, 0)
     assert pixel(Image.new("1", (1, 1), 1), channels=1) == 255
     assert pixel(Image.new("YCbCr", (1, 1), (255, 128, 128))) == (255, 255, 255)

@@ -96,8 +96,8 @@ def test_what_mar_generate_writes_can_be_read(tmp_path: Path) -> None:
     plan = Plan((0, 1, 2, -1, 0), seed=3)
     sink = Shards(Job(tmp_path / "out", plan, 2, (1, 8, 8), ("ant", "bee", "cat"), {}, {}))
     for unit in prepare(sink) or []:
-        greys = 5 * (unit.first + np.arange(len(unit.labels), dtype=np.uint8))
-        sink.write(unit, np.tile(greys[:, None, None, None], (1, 1, 8, 8)))
+        grays = 5 * (unit.first + np.arange(len(unit.labels), dtype=np.uint8))
+        sink.write(unit, np.tile(grays[:, None, None, None], (1, 1, 8, 8)))
     sink.finish(0, 1)
     sink.tidy()
     source = open_source(tmp_path / "out")

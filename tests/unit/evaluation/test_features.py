@@ -69,15 +69,15 @@ def test_a_module_may_return_logits_with_names_of_classes() -> None:
         ModuleExtractor(Pair(3), "pair", classes=("cat", "dog"))
 
 
-def test_grey_is_repeated_and_colours_become_grey_as_pillow_does_it() -> None:
+def test_gray_is_repeated_and_colors_become_gray_as_pillow_does_it() -> None:
     from PIL import Image
 
-    grey, colour = pictures(2, 1), pictures(1)
-    assert torch.equal(base.with_channels(grey, 3), grey.repeat(1, 3, 1, 1))
-    assert torch.equal(base.with_channels(grey.repeat(1, 3, 1, 1), 1), grey)
-    image = Image.fromarray(colour[0].permute(1, 2, 0).numpy()).convert("L")
+    gray, color = pictures(2, 1), pictures(1)
+    assert torch.equal(base.with_channels(gray, 3), gray.repeat(1, 3, 1, 1))
+    assert torch.equal(base.with_channels(gray.repeat(1, 3, 1, 1), 1), gray)
+    image = Image.fromarray(color[0].permute(1, 2, 0).numpy()).convert("L")
     assert (
-        base.with_channels(colour, 1)[0, 0].tolist()
+        base.with_channels(color, 1)[0, 0].tolist()
         == torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(28, 28).tolist()
     )
 
@@ -134,11 +134,11 @@ def test_lite_is_never_called_fid(lite: Extractor) -> None:
     assert (lite.name, lite.metric, lite.scores) == ("efficientnet-lite0", "FD (EfficientNet-Lite0)", False)
 
 
-def test_lite_does_not_depend_on_the_batch_and_repeats_grey(lite: Extractor) -> None:
-    grey = pictures(5, 1)
-    whole = lite(grey).values
-    torch.testing.assert_close(torch.cat([lite(part).values for part in grey.split(2)]), whole, rtol=1e-4, atol=1e-5)
-    assert torch.equal(lite(grey.repeat(1, 3, 1, 1)).values, whole)
+def test_lite_does_not_depend_on_the_batch_and_repeats_gray(lite: Extractor) -> None:
+    gray = pictures(5, 1)
+    whole = lite(gray).values
+    torch.testing.assert_close(torch.cat([lite(part).values for part in gray.split(2)]), whole, rtol=1e-4, atol=1e-5)
+    assert torch.equal(lite(gray.repeat(1, 3, 1, 1)).values, whole)
 
 
 @pytest.mark.parametrize(("shape", "expected"), [((28, 28), (96, 96)), ((50, 100), (96, 192)), ((96, 130), (96, 130))])

@@ -211,10 +211,10 @@ def test_a_folder_in_any_batches_and_shares(tmp_path: Path) -> None:
     assert len(SourceImages(source, "bars", limit=4)) == 4
 
 
-def test_grey_pictures_among_colours_are_the_same_in_any_batch(tmp_path: Path) -> None:
-    grey = Image.fromarray(pixels(1)[0, ..., 0])
-    colour = Image.fromarray(pixels(1)[0])
-    found = SourceImages(open_source(folder(tmp_path / "p", grey, colour, grey)), "p")
+def test_gray_pictures_among_colors_are_the_same_in_any_batch(tmp_path: Path) -> None:
+    gray = Image.fromarray(pixels(1)[0, ..., 0])
+    color = Image.fromarray(pixels(1)[0])
+    found = SourceImages(open_source(folder(tmp_path / "p", gray, color, gray)), "p")
     together = walk(found, 3).images
     alone = [part.images[0] for part in found.batches(1, 0, 3)]
     assert [tuple(one.shape) for one in alone] == [(1, 5, 4), (3, 5, 4), (1, 5, 4)]

@@ -243,11 +243,11 @@ def test_precision_and_recall_by_hand() -> None:
 
 def test_an_edge_belongs_to_its_ball_whatever_the_matrix_product_rounds() -> None:
     step, first = ((drawn(1, 7, seed=seed) * 2**30).round() / 2**30 for seed in (0, 1))  # so that sums are exact
-    centres = first + 64 * torch.arange(50)[:, None] * step
-    real = torch.cat([centres, centres + step])
-    edge, beyond = centres - step, centres - (1 + 1e-9) * step
+    centers = first + 64 * torch.arange(50)[:, None] * step
+    real = torch.cat([centers, centers + step])
+    edge, beyond = centers - step, centers - (1 + 1e-9) * step
     # to the last bit as far from its centre as that one's neighbour
-    assert torch.equal((edge - centres).square().sum(1), (real[50:] - centres).square().sum(1))
+    assert torch.equal((edge - centers).square().sum(1), (real[50:] - centers).square().sum(1))
     assert precision_recall(real, edge, 1)[0] == 1
     assert precision_recall(real, beyond, 1)[0] == 0
 
@@ -261,7 +261,7 @@ def test_copies() -> None:
     assert precision_recall(same, real) == (0, 0)
 
 
-def test_a_set_needs_neighbours() -> None:
+def test_a_set_needs_neighbors() -> None:
     for k in (0, 3):
         with pytest.raises(ValueError, match=f"k = {k} with 9 real and 3 fake"):
             precision_recall(drawn(9, 2), drawn(3, 2), k)

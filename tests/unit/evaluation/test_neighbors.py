@@ -175,7 +175,7 @@ def test_a_table_of_a_sweep_has_the_share_but_not_the_pairs(tmp_path: Path) -> N
     assert "pairs" not in table.columns()
 
 
-def test_a_sheet_shows_each_picture_beside_its_neighbour() -> None:
+def test_a_sheet_shows_each_picture_beside_its_neighbor() -> None:
     own, learned = pictures(0, 5, channels=1), pictures(1, 9)
     pairs = (Pair(4, 8, 0.1), Pair(0, 2, 0.2), Pair(1, 8, 0.3))
     found = pair_grid(pairs, Held(own), Held(learned))

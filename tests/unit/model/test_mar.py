@@ -123,7 +123,7 @@ def test_dropout_is_for_training_only() -> None:
     assert changed(tiny_model(attention_dropout=0.0, projection_dropout=0.3).train()(tokens, LABELS, VISIBLE), z)
 
 
-def test_initialisation_is_the_references() -> None:
+def test_initialization_is_the_references() -> None:
     torch.manual_seed(0)
     of = MAR(tiny_config(encoder=TrunkConfig(64, 1, 2), buffer_size=32, classes=50, head=HeadConfig(64, 2)))
     qkv = of.encoder[0].attention.qkv  # type: ignore[union-attr,index]

@@ -209,7 +209,7 @@ def test_no_room_is_said_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not list(tmp_path.iterdir())
 
 
-def test_pictures_that_are_neither_grey_nor_rgb(tmp_path: Path) -> None:
+def test_pictures_that_are_neither_gray_nor_rgb(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="2 channels"):
         job(tmp_path, channels=2)
 

@@ -54,8 +54,8 @@ def test_statistics_are_applied_on_the_way_in_and_undone_on_the_way_out(
     scaled = tiny.encode(images)
     torch.testing.assert_close(scaled.mean, (raw.mean - mean.view(4, 1, 1)) / std.view(4, 1, 1))
     torch.testing.assert_close(scaled.std, raw.std / std.view(4, 1, 1))
-    normalised = ((1 - mean) / std).view(1, 4, 1, 1).expand(1, 4, 2, 2)
-    torch.testing.assert_close(tiny.decode(normalised), plain)
+    normalized = ((1 - mean) / std).view(1, 4, 1, 1).expand(1, 4, 2, 2)
+    torch.testing.assert_close(tiny.decode(normalized), plain)
 
 
 def test_bfloat16_encodes_in_it_and_decodes_in_full_precision(tiny: KLTokenizer, images: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ def images(channels: int = 3, seed: int = 0) -> torch.Tensor:
     return torch.rand(2, channels, 4, 6, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-def test_encode_normalises_by_channel_and_decode_is_its_inverse() -> None:
+def test_encode_normalizes_by_channel_and_decode_is_its_inverse() -> None:
     x = images()
     tokenizer = PixelTokenizer(3, mean=[0.1, 0.2, -0.3], std=[0.5, 2.0, 0.25])
     posterior = tokenizer.encode(x)
@@ -52,7 +52,7 @@ def test_statistics_stay_float32_and_exact_whatever_the_dtype() -> None:
     assert tokenizer.decode(torch.zeros(1, 3, 1, 1, dtype=torch.bfloat16)).dtype == torch.float32
 
 
-def test_posterior_samples_are_reparametrised() -> None:
+def test_posterior_samples_are_reparametrized() -> None:
     mean, std, noise = torch.randn(3, 1, 2, 3, 3, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(Posterior(mean, std).sample(noise), mean + std * noise)
 

@@ -172,7 +172,7 @@ def test_it_learns(trained: tuple[Path, float, float]) -> None:
         assert sheet.size == (2 * 8, 2 * 8)  # two of forty pictures are held out; originals above what came back
 
 
-def test_what_is_left_is_a_tokenizer_of_normalised_latents(trained: tuple[Path, float, float], data: Path) -> None:
+def test_what_is_left_is_a_tokenizer_of_normalized_latents(trained: tuple[Path, float, float], data: Path) -> None:
     folder, _, after = trained
     tokenizer = load_tokenizer(folder)
     assert isinstance(tokenizer, KLTokenizer)
