@@ -337,7 +337,7 @@ Fréchet distance to the test pictures, {WIDTH} features of this classifier
   these pictures        {self.distance:.4f}
   real training ones    {real[0]:.4f} ({len(real)} draws: mean {np.mean(real):.4f}, {min(real):.4f} to {max(real):.4f})
   ratio                 {self.ratio:.2f} ({claim(self.ratio <= RATIO, f"at most {RATIO:g}")})
-nearest of {self.neighbours} training pictures, L2, pixels in [0, 1]
+nearest of {self.neighbors} training pictures, L2, pixels in [0, 1]
   these pictures        median {self.nearest_median:.3f}, 5% quantile {self.nearest_5:.3f}
   real test pictures    median {self.real_nearest_median:.3f}, 5% quantile {self.real_nearest_5:.3f}
   closer than the 1% quantile of real test pictures: {self.closer:.1%} (a copier has many; real ones 1%)
