@@ -70,11 +70,11 @@ def test_a_shard_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_label_beyond_the_classes(tmp_path: Path, workers: int) -> None:
     with pytest.raises(ValueError, match=r"down/16\.png has the label 2, but there are 2 classes$") as said:
-        next(batches(Mislabelled(tiny.write_images(tmp_path)), Transform((8, 8), 1), batch=20, seed=0, workers=workers))
+        next(batches(Mislabeled(tiny.write_images(tmp_path)), Transform((8, 8), 1), batch=20, seed=0, workers=workers))
     assert "\n" not in str(said.value)
 
 
-class Mislabelled:
+class Mislabeled:
     """A folder of two classes, one of whose pictures is said to be of a third."""
 
     classes, flips = ("across", "down"), True

@@ -31,7 +31,7 @@ def pixels(images: list[Image.Image]) -> np.ndarray[Any, Any]:
     return np.stack([np.asarray(image) for image in images])
 
 
-def grey(n: int, channels: int = 1) -> Tensor:
+def gray(n: int, channels: int = 1) -> Tensor:
     return torch.linspace(-1, 1, n * channels * 16).view(n, channels, 4, 4)
 
 
@@ -122,11 +122,11 @@ def test_nothing_asked_nothing_drawn() -> None:
         ([0], {"batch": 0}, "batch: got 0, expected at least 1"),
         ([0], {"steps": 0}, "steps is 0"),
         ([0], {"diffusion_steps": 1001}, "diffusion_steps is 1001, but the model's schedule has 1000"),
-        ([0], {"known": grey(1)}, "only one of them"),
-        ([0, 1], {"known": to_pil(grey(3)), "mask": LEFT, "batch": 1}, "known: got 3 for 2 labels"),
-        ([0, 1], {"known": to_pil(grey(2)), "mask": LEFT[:1], "batch": 1}, "mask: got 1 for 2 labels"),
-        ([0, 1], {"known": grey(2, 3), "mask": LEFT}, "got 3 channels, expected 1 for this tokenizer"),
-        ([0, 1], {"known": grey(2)[..., :3], "mask": LEFT}, r"shape \(2, 1, 4, 3\), expected \(2, 1, 4, 4\)"),
+        ([0], {"known": gray(1)}, "only one of them"),
+        ([0, 1], {"known": to_pil(gray(3)), "mask": LEFT, "batch": 1}, "known: got 3 for 2 labels"),
+        ([0, 1], {"known": to_pil(gray(2)), "mask": LEFT[:1], "batch": 1}, "mask: got 1 for 2 labels"),
+        ([0, 1], {"known": gray(2, 3), "mask": LEFT}, "got 3 channels, expected 1 for this tokenizer"),
+        ([0, 1], {"known": gray(2)[..., :3], "mask": LEFT}, r"shape \(2, 1, 4, 3\), expected \(2, 1, 4, 4\)"),
     ],
 )
 def test_requests_that_cannot_be_met(labels: list[Any], options: dict[str, Any], words: str) -> None:
@@ -149,19 +149,19 @@ def test_tokenizer_and_model_must_fit() -> None:
 
 
 def test_known_pixels_are_kept() -> None:
-    known = to_pil(grey(2))
+    known = to_pil(gray(2))
     drawn = pixels(TINY.sample([0, 1], known=known, mask=LEFT))
     assert np.array_equal(drawn[:, :, 2:], pixels(known)[:, :, 2:])
     assert not np.array_equal(drawn[:, :, :2], pixels(known)[:, :, :2])
-    as_tensor = TINY.sample([0, 1], known=grey(2), mask=LEFT, output="tensor")
-    torch.testing.assert_close(as_tensor[..., 2:], grey(2)[..., 2:], rtol=0, atol=1e-6)
-    alone = TINY.sample([1], [1], known=grey(2)[1:], mask=LEFT[1:], output="tensor")
+    as_tensor = TINY.sample([0, 1], known=gray(2), mask=LEFT, output="tensor")
+    torch.testing.assert_close(as_tensor[..., 2:], gray(2)[..., 2:], rtol=0, atol=1e-6)
+    alone = TINY.sample([1], [1], known=gray(2)[1:], mask=LEFT[1:], output="tensor")
     torch.testing.assert_close(as_tensor[1:], alone, rtol=0, atol=1e-4)
-    cut = TINY.sample([0, 1], known=grey(2), mask=LEFT, output="tensor", batch=1)
+    cut = TINY.sample([0, 1], known=gray(2), mask=LEFT, output="tensor", batch=1)
     torch.testing.assert_close(cut, as_tensor, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("known", [grey(5), to_pil(grey(5))])
+@pytest.mark.parametrize("known", [gray(5), to_pil(gray(5))])
 def test_known_pictures_are_encoded_a_batch_at_a_time(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, sizes = tiny_pipeline(), []
     encode = ours.tokenizer.encode
@@ -169,26 +169,26 @@ def test_known_pictures_are_encoded_a_batch_at_a_time(known: Any, monkeypatch: p
     nothing = torch.zeros(5, 4, 4, dtype=torch.bool)
     kept = ours.sample([0] * 5, known=known, mask=nothing, batch=2)
     assert sizes == [2, 2, 1]
-    assert np.array_equal(pixels(kept), pixels(to_pil(grey(5))))
+    assert np.array_equal(pixels(kept), pixels(to_pil(gray(5))))
 
 
-@pytest.mark.parametrize("known", [grey(2), grey(2).double(), grey(2).numpy(), to_pil(grey(2)), tuple(to_pil(grey(2)))])
+@pytest.mark.parametrize("known", [gray(2), gray(2).double(), gray(2).numpy(), to_pil(gray(2)), tuple(to_pil(gray(2)))])
 @pytest.mark.parametrize("mask", [LEFT, LEFT.numpy(), LEFT.tolist()])
 def test_known_pictures_and_masks_of_any_kind(known: Any, mask: Any) -> None:
     drawn = pixels(TINY.sample([0, 1], known=known, mask=mask))
-    assert np.array_equal(drawn[:, :, 2:], pixels(to_pil(grey(2)))[:, :, 2:])
-    assert not np.array_equal(drawn[:, :, :2], pixels(to_pil(grey(2)))[:, :, :2])
+    assert np.array_equal(drawn[:, :, 2:], pixels(to_pil(gray(2)))[:, :, 2:])
+    assert not np.array_equal(drawn[:, :, :2], pixels(to_pil(gray(2)))[:, :, :2])
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"known": to_pil(grey(1))[0]}, "known: got <PIL.Image.*, expected PIL pictures, or floats in"),
+        ({"known": to_pil(gray(1))[0]}, "known: got <PIL.Image.*, expected PIL pictures, or floats in"),
         ({"known": 5}, "known: got 5, expected PIL pictures"),
         ({"known": ["a.png"]}, "known: got .*a.png.*, expected PIL pictures"),
-        ({"known": grey(1).log()}, "known: got values that are not finite"),
-        ({"known": grey(1)[0]}, r"known: got \(1, 4, 4\) of torch.float32, expected PIL pictures"),
-        ({"known": (grey(1) + 1).byte().numpy()}, r"known: got \(1, 1, 4, 4\) of torch.uint8, expected PIL pictures"),
+        ({"known": gray(1).log()}, "known: got values that are not finite"),
+        ({"known": gray(1)[0]}, r"known: got \(1, 4, 4\) of torch.float32, expected PIL pictures"),
+        ({"known": (gray(1) + 1).byte().numpy()}, r"known: got \(1, 1, 4, 4\) of torch.uint8, expected PIL pictures"),
         ({"mask": LEFT[:1].int().tolist()}, r"mask: got \(1, 4, 4\) of torch.int64, expected \(1, 4, 4\) of bool"),
         ({"mask": [[[True], [False, True]]]}, "mask: got .*True.*, expected bools"),
         ({"mask": "left"}, "mask: got 'left', expected bools"),
@@ -198,10 +198,10 @@ def test_known_pictures_and_masks_of_any_kind(known: Any, mask: Any) -> None:
 @pytest.mark.usefixtures("untyped")
 def test_what_is_no_picture_and_no_mask(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=f"^{words}"):
-        TINY.sample([0], **{"known": grey(1), "mask": LEFT[:1], **options})
+        TINY.sample([0], **{"known": gray(1), "mask": LEFT[:1], **options})
 
 
-def test_known_pictures_of_another_size_and_colour_are_brought_to_the_models() -> None:
+def test_known_pictures_of_another_size_and_color_are_brought_to_the_models() -> None:
     large = [Image.new("RGB", (16, 12), (200, 200, 200))] * 2
     drawn = pixels(TINY.sample([0, 1], known=large, mask=LEFT))
     assert (drawn[:, :, 2:] == 200).all()
@@ -210,8 +210,8 @@ def test_known_pictures_of_another_size_and_colour_are_brought_to_the_models() -
 def test_masks_may_differ_and_patches_are_whole() -> None:
     coarse = tiny_pipeline(patch_size=2)
     mask = torch.tensor([[[True, False], [False, False]], [[False, False], [False, False]]])
-    drawn = pixels(coarse.sample([0, 1], known=to_pil(grey(2)), mask=mask))
-    kept = drawn == pixels(to_pil(grey(2)))
+    drawn = pixels(coarse.sample([0, 1], known=to_pil(gray(2)), mask=mask))
+    kept = drawn == pixels(to_pil(gray(2)))
     assert kept[1].all()
     assert kept[0, 2:].all()
     assert kept[0, :, 2:].all()
@@ -231,8 +231,8 @@ def test_reveal_ends_where_sample_does() -> None:
 
 
 def test_reveal_shows_what_is_kept_from_the_start() -> None:
-    first = next(TINY.reveal([0, 1], known=to_pil(grey(2)), mask=LEFT))
-    assert np.array_equal(pixels(first.images)[:, :, 2:], pixels(to_pil(grey(2)))[:, :, 2:])
+    first = next(TINY.reveal([0, 1], known=to_pil(gray(2)), mask=LEFT))
+    assert np.array_equal(pixels(first.images)[:, :, 2:], pixels(to_pil(gray(2)))[:, :, 2:])
 
 
 def test_noise_is_no_picture() -> None:
@@ -288,9 +288,9 @@ def test_a_bf16_model_is_saved_as_it_is_and_read_in_float32(tmp_path: Path) -> N
     assert all(torch.equal(a, b.float()) for a, b in pairs)
 
 
-def test_colours() -> None:
-    colours = tiny_pipeline(channels=3)
-    (image,) = colours.sample([0])
+def test_colors() -> None:
+    colors = tiny_pipeline(channels=3)
+    (image,) = colors.sample([0])
     assert (image.mode, image.size) == ("RGB", (4, 4))
 
 

@@ -52,7 +52,7 @@ def pictures(count: int = 50, seed: int = 0, size: int = 6) -> Tensor:
     return torch.randint(0, 256, (count, 3, size, size), generator=make_generator(seed)).to(torch.uint8)
 
 
-def grey(*levels: int) -> Tensor:
+def gray(*levels: int) -> Tensor:
     return torch.tensor(levels).to(torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4).contiguous()
 
 
@@ -212,7 +212,7 @@ def test_folders_of_generated_pictures_are_matched_with_the_names_of_their_class
 @pytest.mark.parametrize("batch", [1, 3, 64])
 @pytest.mark.parametrize("as_classifier", [False, True])
 def test_agreement_maps_classes_by_name(batch: int, as_classifier: bool) -> None:
-    images = grey(0, 0, 255, 255, 255, 128)
+    images = gray(0, 0, 255, 255, 255, 128)
     labels, classes = [1, 2, 0, 0, 2, 2], ("Bright", "dark", "middling")  # right: yes, no, yes, yes, no, yes
     held, judge = Held(images, labels, classes), extractors.brightness()
     extractor, classifier = (extractors.tiny(), judge) if as_classifier else (judge, None)
@@ -225,7 +225,7 @@ def test_agreement_maps_classes_by_name(batch: int, as_classifier: bool) -> None
 
 
 def test_classes_that_the_judge_does_not_know_and_pictures_without_one() -> None:
-    images, classes = grey(0, 255, 255, 0), ("dark", "bright", "purple", "middling")
+    images, classes = gray(0, 255, 255, 0), ("dark", "bright", "purple", "middling")
     found = collect(Held(images, [0, 0, 2, -1], classes), extractors.brightness())
     assert found.correct == (1, 0, 0, 0)
     assert found.total == (2, 0, 0, 0)
@@ -235,7 +235,7 @@ def test_classes_that_the_judge_does_not_know_and_pictures_without_one() -> None
 
 
 def test_no_labels_no_agreement() -> None:
-    found = collect(Held(grey(0, 255, 9), classes=("dark", "bright")), extractors.brightness())
+    found = collect(Held(gray(0, 255, 9), classes=("dark", "bright")), extractors.brightness())
     report = compare(found, found.statistics, extractors.brightness(), MetricOptions())
     assert report.class_accuracy is None
     assert report.worst_class is None
@@ -244,7 +244,7 @@ def test_no_labels_no_agreement() -> None:
 @pytest.mark.parametrize(("classes", "words"), [(("ant", "bee"), "ant, bee"), ((), "no class names")])
 def test_a_classifier_that_shares_no_class(classes: tuple[str, ...], words: str) -> None:
     with pytest.raises(ValueError, match="brightness knows the classes dark, middling, bright") as refused:
-        collect(Held(grey(0, 1), classes=classes), extractors.tiny(), classifier=extractors.brightness())
+        collect(Held(gray(0, 1), classes=classes), extractors.tiny(), classifier=extractors.brightness())
     assert words in str(refused.value)
 
 

@@ -33,7 +33,7 @@ def extractor() -> ModuleExtractor:
     return ModuleExtractor(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()), "pooled", recipe="2 x 2 means")
 
 
-def test_the_same_model_gets_the_same_judgement_and_another_another(tmp_path: Path) -> None:
+def test_the_same_model_gets_the_same_judgment_and_another_another(tmp_path: Path) -> None:
     judge = OnlineEvaluator(extractor(), str(write_images(tmp_path)), count=7, batch=3)
     first, again, other = judge(pipeline()), judge(pipeline()), judge(pipeline(seed=1))
     assert first.distance == again.distance > 0

@@ -211,10 +211,10 @@ def test_weights_of_other_components_are_refused(data: Path, tmp_path: Path) -> 
         open_tiny_run(config, tmp_path / "run", lambda name: other)
 
 
-def test_colours_are_of_components_only(data: Path, tmp_path: Path) -> None:
-    grey = tiny_train_config(data, tokenizer="pca4", image_channels=1)
+def test_colors_are_of_components_only(data: Path, tmp_path: Path) -> None:
+    gray = tiny_train_config(data, tokenizer="pca4", image_channels=1)
     run = open_tiny_run(
-        replace(grey, model=replace(grey.model, channels=3, grid=(2, 2), patch_size=1)), tmp_path / "run"
+        replace(gray, model=replace(gray.model, channels=3, grid=(2, 2), patch_size=1)), tmp_path / "run"
     )
     assert run.tokenizer.image_channels == 1
     with pytest.raises(ConfigError, match="image_channels is 3, but the tokenizer takes 1; leave --image-channels out"):
