@@ -133,8 +133,8 @@ def train_tokenizer(options: TokenizerTrainOptions) -> int:
     if result is None:
         print(f"stopped and saved at {run.progress.images:,} images; the same command goes on", file=sys.stderr)
         return 130
-    if log.skipped_pictures:
-        print(f"{len(log.skipped_pictures)} pictures could not be read and were skipped", file=sys.stderr)
+    if log.skipped_images:
+        print(f"{len(log.skipped_images)} pictures could not be read and were skipped", file=sys.stderr)
     _print_summary(run, *result)
     return 0
 

@@ -111,7 +111,7 @@ def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, nam
         log.close()
     if finished:
         export(run)
-    skipped = set().union(*distributed.all_gather_object(log.skipped_pictures))
+    skipped = set().union(*distributed.all_gather_object(log.skipped_images))
     if distributed.rank() == 0:
         _print_summary(run, finished, len(skipped))
     return 0 if finished else 130

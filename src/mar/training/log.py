@@ -72,7 +72,7 @@ class Log:
     """No-op logger for ranks > 0."""
 
     def __init__(self) -> None:
-        self.skipped_pictures: set[str] = set()
+        self.skipped_images: set[str] = set()
         """Names of images that could not be read."""
 
     def write(self, images: int, **numbers: Any) -> None:

@@ -363,7 +363,7 @@ def train(run: TrainingRun, log: Log) -> bool:
             progress.seconds += time.monotonic() - tick
 
             # log
-            log.skipped_pictures.update(batch.skipped)
+            log.skipped_images.update(batch.skipped)
             log.advance(progress.images, loss)
             window.add(loss)
             if progress.step % config.log_every == 0 or progress.images >= config.images:
