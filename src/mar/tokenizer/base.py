@@ -87,7 +87,7 @@ class Tokenizer(nn.Module, ABC):
         return {"measured": self.has_stats, "per_channel": len(self.mean) > 1}
 
     def arithmetic(self) -> dict[str, Any]:
-        """Return the part of `config()` that latents depend on, apart from the weights."""
+        """Return the part of `config()` that latents depend on (beside the weights)."""
         return {name: value for name, value in self.config().items() if name not in ("measured", "per_channel")}
 
     @classmethod

@@ -79,7 +79,7 @@ class KLTokenizer(Tokenizer):
         return {"kind": "kl", "config": plain_config(self.autoencoder.config), **super().config()}
 
     def arithmetic(self) -> dict[str, Any]:
-        """Return the settings that change the arithmetic and do not show in the weights.
+        """Return the settings (beside the weights) that latents depend on.
 
         The rest of diffusers' config is left out: a newer version that notes more in it would change every fingerprint.
         """
