@@ -1,12 +1,13 @@
-"""What evaluating costs beside the feature network: time over the bare network, and memory with the pictures' number.
+"""Cost of evaluation: time relative to the bare feature network, and memory over the number of images.
 
     python benchmarks/evaluation.py [--pictures 512] [--repeats 3] [--threads 1] [--features efficientnet-lite0]
 
-Pictures are random, 32x32: neither time nor memory depends on what is on them. The network alone on tensors in memory,
-an .npz and a folder of PNGs are measured in turns, each the median of `--repeats`, so that a ratio is of one run; on a
-machine that is busy with something else, look at the ratio of processor seconds. Memory is the peak of processes of
-their own, which judge 5,000 and 50,000 pictures (FD and Inception Score) with a small network; one that keeps all
-features, as KID needs them, shows that growth would be seen. (Linux only: the peak is read from /proc.)
+Images are random, 32x32: neither time nor memory depends on their content. Three runs are measured in turns, so that a
+ratio is of one run: the network alone on tensors in memory, an .npz, and a folder of PNGs. Each is the median of
+`--repeats`. On a machine that is not idle, compare processor seconds.
+
+Memory is the peak of processes that evaluate 5,000 and 50,000 images (FD and Inception Score) with a small network. One
+of them keeps all features, as KID needs them, to show that growth would be visible. (Linux only: reads /proc.)
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ from mar.evaluation.features import ModuleExtractor, open_extractor
 from mar.evaluation.image_sets import ImageBatch, ImageSet, NpzImages, SourceImages
 
 SIDE, BATCH = 32, 64
-FEW, MANY = 5_000, 50_000
+FEW_IMAGES, MANY_IMAGES = 5_000, 50_000
 WIDTH = 512
-"""Features of the small network: those of 45,000 pictures, were they kept, are 88 MiB."""
+"""Features of the small network; those of 45,000 images would take 88 MiB."""
 TIME_LIMIT, MEMORY_LIMIT = 1.10, 1.05
-"""What issue 3 asks for."""
+"""Highest ratios of time and memory that pass."""
 
 
-class Random:
-    """Pictures that are drawn as they are asked for."""
+class RandomImages:
+    """Random images, created when they are read."""
 
     name, classes = "random", ()
 
@@ -50,15 +51,15 @@ class Random:
         return self.count
 
     def batches(self, batch: int, first: int, end: int) -> Iterator[ImageBatch]:
-        """Noise, of which batch i has the seed i."""
+        """Yield noise; a batch depends on its first number alone."""
         for start in range(first, end, batch):
             numbers = torch.arange(start, min(start + batch, end))
-            draws = torch.Generator().manual_seed(start)
-            images = torch.randint(0, 256, (len(numbers), 3, SIDE, SIDE), generator=draws, dtype=torch.uint8)
+            generator = torch.Generator().manual_seed(start)
+            images = torch.randint(0, 256, (len(numbers), 3, SIDE, SIDE), generator=generator, dtype=torch.uint8)
             yield ImageBatch(images, numbers, torch.full_like(numbers, -1))
 
 
-class Small(nn.Module):
+class SmallNetwork(nn.Module):
     """512 features and 10 logits of 4x4 means."""
 
     def __init__(self) -> None:
@@ -72,40 +73,40 @@ class Small(nn.Module):
 
 
 def peak(pictures: int, keep: bool) -> None:
-    """Prints the peak memory of this process, in KiB, after judging so many pictures."""
+    """Print the peak memory of this process, in KiB, after evaluating `pictures` images."""
     torch.manual_seed(0)
-    extractor = ModuleExtractor(Small(), "small", scores=True)
-    found = collect(Random(pictures), extractor, options=MetricOptions(kid=keep), batch=BATCH)
-    assert found.inception_score is not None
-    assert found.statistics.count == pictures
-    # not getrusage: there a process begins with the peak of the one that started it
+    extractor = ModuleExtractor(SmallNetwork(), "small", scores=True)
+    collected = collect(RandomImages(pictures), extractor, options=MetricOptions(kid=keep), batch=BATCH)
+    assert collected.inception_score is not None
+    assert collected.statistics.count == pictures
+    # not getrusage, in which a process inherits the peak of its parent
     status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     print(next(line for line in status if line.startswith("VmHWM:")).split()[1])
 
 
 def memory() -> bool:
-    """Peaks for few and many pictures, their ratio, and whether that is within the limit."""
+    """Measure the peaks for few and many images; return whether their ratio is within the limit."""
     peaks = []
-    for pictures, keep in ((FEW, False), (MANY, False), (MANY, True)):
+    for pictures, keep in ((FEW_IMAGES, False), (MANY_IMAGES, False), (MANY_IMAGES, True)):
         command = [sys.executable, __file__, "--peak", str(pictures), *(["--keep"] if keep else [])]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         peaks.append(int(done.stdout))
-        kept = ", features kept" if keep else ""
-        print(f"{pictures:>7,} pictures: peak {peaks[-1] / 1024:.1f} MiB{kept}", flush=True)
+        note = ", features kept" if keep else ""
+        print(f"{pictures:>7,} images: peak {peaks[-1] / 1024:.1f} MiB{note}", flush=True)
     ratio = peaks[1] / peaks[0]
     print(f"memory: {ratio:.3f} times (at most {MEMORY_LIMIT})")
     return ratio <= MEMORY_LIMIT
 
 
 def timed(run: Callable[[], object]) -> tuple[float, float]:
-    """Seconds by the clock and of the processor."""
+    """Return wall and processor seconds of a run."""
     clock, processor = time.perf_counter(), time.process_time()
     run()
     return time.perf_counter() - clock, time.process_time() - processor
 
 
-def write(folder: Path, count: int) -> dict[str, ImageSet]:
-    """The same pictures as an .npz and as PNGs."""
+def write_images(folder: Path, count: int) -> dict[str, ImageSet]:
+    """Write the same images as an .npz and as PNGs."""
     values = np.random.default_rng(0).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
     np.savez(folder / "pictures.npz", arr_0=values)
     (folder / "pictures").mkdir()
@@ -118,36 +119,36 @@ def write(folder: Path, count: int) -> dict[str, ImageSet]:
 
 
 def overhead(args: argparse.Namespace) -> bool:
-    """Seconds of the network alone and of evaluating, their ratios, and whether these are within the limit."""
+    """Measure network and evaluation; return whether the ratios of time are within the limit."""
     torch.set_num_threads(args.threads)
     extractor = open_extractor(args.features)
     with tempfile.TemporaryDirectory() as folder:
-        sets = write(Path(folder), args.pictures)
+        sets = write_images(Path(folder), args.pictures)
         tensors = [part.images for part in sets["npz"].batches(BATCH, 0, args.pictures)]
         runs: dict[str, Callable[[], object]] = {"network alone": lambda: [extractor(images) for images in tensors]}
         for name, pictures in sets.items():
             runs[name] = lambda pictures=pictures: collect(pictures, extractor, batch=BATCH)  # type: ignore[misc]
         extractor(tensors[0])
-        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
         for _ in range(args.repeats):
             for name, run in runs.items():
-                taken[name].append(timed(run))
+                times[name].append(timed(run))
     medians = {
-        name: [statistics.median(column) for column in zip(*found, strict=True)] for name, found in taken.items()
+        name: [statistics.median(column) for column in zip(*rounds, strict=True)] for name, rounds in times.items()
     }
-    alone, good = medians["network alone"], True
+    alone, passed = medians["network alone"], True
     for name, (clock, processor) in medians.items():
         ratios = clock / alone[0], processor / alone[1]
-        good &= min(ratios) <= TIME_LIMIT
+        passed &= min(ratios) <= TIME_LIMIT
         print(
-            f"{name:<16} {clock:6.2f} s ({args.pictures / clock:5.1f} pictures a second), {processor:6.2f} s of the "
-            f"processor: {ratios[0]:.3f} and {ratios[1]:.3f} times (at most {TIME_LIMIT})"
+            f"{name:<16} {clock:6.2f} s ({args.pictures / clock:5.1f} images per second), {processor:6.2f} processor "
+            f"seconds: {ratios[0]:.3f} and {ratios[1]:.3f} times (at most {TIME_LIMIT})"
         )
-    return good
+    return passed
 
 
 def main() -> int:
-    """0 where both are within their limits."""
+    """Return 0 if both are within their limits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=3)
@@ -159,9 +160,9 @@ def main() -> int:
     if args.peak:
         peak(args.peak, args.keep)
         return 0
-    print(f"{args.features}, {args.pictures} pictures of {SIDE}x{SIDE}, {BATCH} at a time, {args.threads} threads")
-    good = [overhead(args), memory()]
-    return 0 if all(good) else 1
+    print(f"{args.features}, {args.pictures} images of {SIDE}x{SIDE}, {BATCH} at a time, {args.threads} threads")
+    passed = [overhead(args), memory()]
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An independent judge of Fashion-MNIST pictures: are they the class that was asked for, and how far from real ones?
+"""An independent classifier of Fashion-MNIST: class agreement and Fréchet distance of generated images.
 
     python benchmarks/fashion_judge.py --data PATH train --out classifier.safetensors
     python benchmarks/fashion_judge.py --data PATH --classifier FILE judge PICTURES.npz
@@ -6,9 +6,9 @@
 
 PATH is a folder with the four gzipped IDX files of Fashion-MNIST (github.com/zalandoresearch/fashion-mnist).
 
-The judge is a small CNN, trained on all 60,000 training pictures and never shown to the generator. Its 128 features
-after the last ReLU carry the Fréchet distance. A distance means something only beside another one from the same
-classifier, so the same distance is always given for as many real training pictures, and the ratio is the result.
+The classifier is a small CNN, trained on all 60,000 training images; the generator never uses it. The Fréchet distance
+is of its 128 features after the last ReLU. Distances compare only within one classifier. The result is therefore a
+ratio: to the distance of as many real training images.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 SIDE = 28  # pixels along an edge
 WIDTH = 128  # features of the penultimate layer
-KIND = "fashion-judge/1"  # names the network's shape in the file's header
-AGREEMENT, WORST_CLASS, RATIO = 0.90, 0.75, 6.0  # what the bundled model has to reach
-DRAWS = 5  # sets of real training pictures for the distance's spread
+KIND = "fashion-judge/1"  # architecture, in the header of weight files
+AGREEMENT, WORST_CLASS, RATIO = 0.90, 0.75, 6.0  # targets of the bundled model
+DRAWS = 5  # subsets of real training images, for the spread of their distance
 IDX_UBYTE = 8  # the IDX format's code for unsigned bytes
 
 Floats = NDArray[np.float64]
@@ -48,9 +48,9 @@ Bytes = NDArray[np.uint8]
 
 
 def load_idx(path: str | Path) -> Bytes:
-    """Array of an IDX file of unsigned bytes (gzipped or not): two zero bytes, type, rank, big-endian sizes, data.
+    """Read an IDX file of unsigned bytes, gzipped or not.
 
-    Raises ValueError where the header or the length is not what the format says.
+    Format: two zero bytes, type, rank, big-endian sizes, data. Raises ValueError for a wrong header or length.
     """
     raw = Path(path).read_bytes()
     if raw[:2] == b"\x1f\x8b":
@@ -71,7 +71,7 @@ def load_idx(path: str | Path) -> Bytes:
 
 @dataclass(frozen=True)
 class Split:
-    """Pictures and what they show: images (n, 28, 28) uint8, labels (n,) int64 in 0..9."""
+    """Labeled images: images (n, 28, 28) uint8, labels (n,) int64 in 0..9."""
 
     images: Bytes
     labels: NDArray[np.int64]
@@ -90,7 +90,7 @@ class Split:
 
 
 def load_split(data: Path, name: str) -> Split:
-    """Fashion-MNIST from its files in the folder `data`: name "train" (60,000) or "t10k" (10,000)."""
+    """Read Fashion-MNIST from its files in `data`: name "train" (60,000 images) or "t10k" (10,000)."""
     images, labels = (data / f"{name}-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1"))
     return Split(load_idx(images), load_idx(labels).astype(np.int64))
 
@@ -100,7 +100,7 @@ class Classifier(nn.Module):
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        # Pooling before norm and ReLU: three quarters of their work saved, and nothing learnt is lost.
+        # Pooling before norm and ReLU saves three quarters of their work.
         self.blocks = nn.Sequential(
             *(nn.Conv2d(1, 32, 5, stride=2, padding=2, bias=False), nn.BatchNorm2d(32), nn.ReLU()),
             *(nn.Conv2d(32, 64, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(64), nn.ReLU()),
@@ -111,33 +111,33 @@ class Classifier(nn.Module):
         self.to_logits = nn.Linear(width, len(CLASSES))
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        found = F.relu(self.to_features(self.blocks(pixels).flatten(1)))
-        return found, self.to_logits(self.dropout(found))
+        features = F.relu(self.to_features(self.blocks(pixels).flatten(1)))
+        return features, self.to_logits(self.dropout(features))
 
 
 def to_pixels(images: Bytes) -> Tensor:
-    """(n, 28, 28) uint8 -> (n, 1, 28, 28) float32 in [0, 1]."""
+    """Convert (n, 28, 28) uint8 to (n, 1, 28, 28) float32 in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images)).float().div_(255).unsqueeze(1)
 
 
 @torch.no_grad()
 def features(model: Classifier, images: Bytes, batch: int = 500) -> tuple[Floats, Floats]:
-    """(n, 28, 28) uint8 -> features (n, 128) and logits (n, 10), both float64, in evaluation mode."""
+    """Compute features (n, 128) and logits (n, 10), both float64, in eval mode."""
     model.eval()
     parts = [model(to_pixels(images[i : i + batch])) for i in range(0, len(images), batch)]
-    found, logits = (torch.cat(part).double().numpy() for part in zip(*parts, strict=True))
-    return found, logits
+    values, logits = (torch.cat(part).double().numpy() for part in zip(*parts, strict=True))
+    return values, logits
 
 
 def accuracy(model: Classifier, split: Split) -> float:
-    """Share of the pictures that the classifier names rightly."""
+    """Compute the share of correctly classified images."""
     return float((features(model, split.images)[1].argmax(1) == split.labels).mean())
 
 
 def train(split: Split, *, epochs: int, seed: int, batch: int = 128, lr: float = 3e-3) -> Classifier:
     """Train from `seed`; the same weights for the same seed, PyTorch build and thread count.
 
-    AdamW under one cycle of the learning rate. No flips: a shoe that faces the wrong way is not a real picture.
+    AdamW under one cycle of the learning rate. No flips: all shoes of the data set face the same way.
     """
     steps = len(split.images) // batch
     with torch.random.fork_rng(devices=[]):
@@ -168,7 +168,7 @@ def train(split: Split, *, epochs: int, seed: int, batch: int = 128, lr: float =
 
 def save_classifier(model: Classifier, file: Path, header: dict[str, str]) -> None:
     """Write the weights as safetensors, with `header` (accuracy, seed, ...) readable without loading them."""
-    partial = file.with_name(file.name + ".part")  # renamed when whole, so that a full disk leaves no half file
+    partial = file.with_name(file.name + ".part")  # renamed when complete, so that a full disk leaves no partial file
     try:
         save_file({name: t.contiguous() for name, t in model.state_dict().items()}, partial, {"kind": KIND, **header})
         partial.replace(file)
@@ -177,7 +177,7 @@ def save_classifier(model: Classifier, file: Path, header: dict[str, str]) -> No
 
 
 def load_classifier(file: str | Path) -> Classifier:
-    """The classifier that `train` stored, ready to judge. ValueError where the file is not one."""
+    """Load a classifier that `train` stored, in eval mode. Raises ValueError for any other file."""
     try:
         with safe_open(str(file), framework="pt") as stored:
             kind = (stored.metadata() or {}).get("kind")
@@ -192,10 +192,10 @@ def load_classifier(file: str | Path) -> Classifier:
 
 
 def extractor(weights: Path | None) -> ModuleExtractor:
-    """The judge for `mar evaluate --features benchmarks/fashion_judge.py:extractor --weights FILE`.
+    """Create the extractor for `mar evaluate --features benchmarks/fashion_judge.py:extractor --weights FILE`.
 
-    Its features are the 128 of the penultimate layer, its logits name the ten classes of the bundled pictures, so that
-    class agreement is measured too. ValueError where `weights` is not a file that `train` stored.
+    Features are the 128 of the penultimate layer. Logits are of the ten classes of the bundled images, for the class
+    agreement. Raises ValueError if `weights` is not a file of `train`.
     """
     from mar.assets import FASHION_CLASSES
     from mar.evaluation.features import ModuleExtractor
@@ -218,18 +218,18 @@ def extractor(weights: Path | None) -> ModuleExtractor:
     )
 
 
-def statistics(found: Floats) -> tuple[Floats, Floats]:
-    """Mean (d,) and unbiased covariance (d, d) of features (n, d); n has to be at least 2."""
-    if len(found) < 2:
-        raise ValueError(f"got {len(found)} pictures, a covariance needs at least 2 (1,000 for figures that compare)")
-    return found.mean(0), np.cov(found, rowvar=False)
+def statistics(values: Floats) -> tuple[Floats, Floats]:
+    """Compute mean (d,) and unbiased covariance (d, d) of features (n, d), n at least 2."""
+    if len(values) < 2:
+        raise ValueError(f"got {len(values)} images, expected at least 2 (1,000 for a comparable distance)")
+    return values.mean(0), np.cov(values, rowvar=False)
 
 
 def frechet(mu1: Floats, cov1: Floats, mu2: Floats, cov2: Floats) -> float:
-    """Squared Fréchet distance of two Gaussians, |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in float64.
+    """Compute the squared Fréchet distance of two Gaussians, |mu1 - mu2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)).
 
-    tr (C1 C2)^(1/2) is the sum of the singular values of C1^(1/2) C2^(1/2), with both roots from symmetric
-    eigenvalues. Unlike a root of C1 C2 itself, this keeps full precision where covariances are singular.
+    tr (C1 C2)^(1/2) is the sum of the singular values of C1^(1/2) C2^(1/2), with both roots by symmetric
+    eigendecomposition in float64. Unlike a root of C1 C2, this keeps full precision for singular covariances.
     Dowson and Landau 1982; Heusel et al. 2017, arXiv 1706.08500.
     """
 
@@ -243,74 +243,73 @@ def frechet(mu1: Floats, cov1: Floats, mu2: Floats, cov2: Floats) -> float:
 
 
 def balanced(labels: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
-    """Indices of `count` pictures drawn without repetition, class sizes differing by at most one."""
+    """Draw the indices of `count` images without repetition; class sizes differ by at most one."""
     rng = np.random.default_rng(seed)
     shares = [(count + len(CLASSES) - 1 - c) // len(CLASSES) for c in range(len(CLASSES))]
     members = [np.flatnonzero(labels == c) for c in range(len(CLASSES))]
     if any(share > len(member) for share, member in zip(shares, members, strict=True)):
-        raise ValueError(f"{count} pictures were asked for, but a class has {min(map(len, members))}: ask for fewer")
+        raise ValueError(f"count: got {count}, but a class has {min(map(len, members))} images: ask for fewer")
     return np.concatenate([rng.choice(m, s, replace=False) for m, s in zip(members, shares, strict=True)])
 
 
 def nearest(images: Bytes, others: Bytes, batch: int = 500) -> Floats:
-    """L2 distance in pixel space, pixels in [0, 1], from each picture to its nearest one among `others`."""
+    """Compute the L2 distance of each image to the nearest of `others`, pixels in [0, 1]."""
     theirs = to_pixels(others).flatten(1)
     norms = theirs.square().sum(1)
-    found = []
+    distances = []
     for start in range(0, len(images), batch):
         ours = to_pixels(images[start : start + batch]).flatten(1)
         closest = torch.addmm(norms, ours, theirs.T, alpha=-2).argmin(1)
-        found.append(
-            (ours - theirs[closest]).double().square().sum(1).sqrt()
-        )  # exactly 0 for a copy, unlike a^2+b^2-2ab
-    return np.asarray(torch.cat(found).numpy())
+        # exactly 0 for a copy, unlike a^2 + b^2 - 2ab
+        distances.append((ours - theirs[closest]).double().square().sum(1).sqrt())
+    return np.asarray(torch.cat(distances).numpy())
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What pictures are judged against."""
+    """Classifier and real images to evaluate against."""
 
     model: Classifier
     train: Split
     test: Split
     neighbors: Bytes
-    """(m, 28, 28): the training pictures of the generator, in which copies are looked for."""
+    """(m, 28, 28): training images of the generator, of which generated ones may be copies."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What the judge found. Distances are squared Fréchet distances, neighbours L2 distances of [0, 1] pixels."""
+    """Result of `judge`: squared Fréchet distances, and L2 distances (pixels in [0, 1]) to nearest neighbors."""
 
     count: int
     agreement: float
     per_class: tuple[float, ...]
-    """Agreement of each class, NaN for a class that was not asked for."""
+    """Agreement of each class, NaN for a class without images."""
     real_per_class: tuple[float, ...]
-    """The same for the real test pictures: how sure of its classes the judge is."""
+    """Agreement of each class on the real test images."""
     distance: float
     real_distances: tuple[float, ...]
-    """The same distance for `count` real training pictures, several draws; the first one's seed is 0."""
+    """Distances of several subsets of `count` real training images; the first one's seed is 0."""
     neighbors: int
     nearest_median: float
     nearest_5: float
     real_nearest_median: float
     real_nearest_5: float
     closer: float
-    """Share of the pictures nearer to a training picture than 99% of the real test pictures are: 1% expected."""
+    """Share of images nearer to a training image than 99% of the real test images are: 1% expected."""
 
     @property
     def ratio(self) -> float:
-        """Distance of the pictures over that of the first draw of real training pictures; inf where that is 0."""
+        """Distance over that of the first subset of real training images; inf if that is 0."""
         real = self.real_distances[0]
         return self.distance / real if real else np.inf
 
     @property
     def worst(self) -> float:
-        """Agreement of the worst class that was asked for."""
+        """Agreement of the worst class that has images."""
         return float(np.nanmin(self.per_class))
 
     def row(self) -> str:
-        """The figures in one line, to lay runs beside one another."""
+        """Format the figures in one line, to compare runs."""
         return (
             f"n {self.count} | agreement {self.agreement:.1%} | worst class {self.worst:.1%} | "
             f"Fréchet {self.distance:.3f} | real {self.real_distances[0]:.3f} | ratio {self.ratio:.2f} | "
@@ -319,56 +318,56 @@ class Report:
         )
 
     def text(self) -> str:
-        """The whole report, with the claims and whether each is met."""
+        """Format the whole report, with each target and whether it is met."""
 
-        def claim(met: bool, wanted: str) -> str:
-            return f"{'met' if met else 'MISSED'}: {wanted}"
+        def target(met: bool, text: str) -> str:
+            return f"{'met' if met else 'MISSED'}: {text}"
 
         real = self.real_distances
         shares = zip(CLASSES, self.per_class, self.real_per_class, strict=True)
         classes = "\n".join(f"  {name:<12} {ours:6.1%}  {theirs:6.1%}" for name, ours, theirs in shares if ours == ours)
         return f"""\
-{self.count} pictures
-class agreement {self.agreement:.1%} ({claim(self.agreement >= AGREEMENT, f"at least {AGREEMENT:.0%}")})
-  of each class, and of the real test pictures
+{self.count} images
+class agreement {self.agreement:.1%} ({target(self.agreement >= AGREEMENT, f"at least {AGREEMENT:.0%}")})
+  of each class, and of the real test images
 {classes}
-  worst {self.worst:.1%} ({claim(self.worst >= WORST_CLASS, f"at least {WORST_CLASS:.0%}")})
+  worst {self.worst:.1%} ({target(self.worst >= WORST_CLASS, f"at least {WORST_CLASS:.0%}")})
 Fréchet distance to the test pictures, {WIDTH} features of this classifier
-  these pictures        {self.distance:.4f}
+  these images          {self.distance:.4f}
   real training ones    {real[0]:.4f} ({len(real)} draws: mean {np.mean(real):.4f}, {min(real):.4f} to {max(real):.4f})
-  ratio                 {self.ratio:.2f} ({claim(self.ratio <= RATIO, f"at most {RATIO:g}")})
-nearest of {self.neighbors} training pictures, L2, pixels in [0, 1]
-  these pictures        median {self.nearest_median:.3f}, 5% quantile {self.nearest_5:.3f}
-  real test pictures    median {self.real_nearest_median:.3f}, 5% quantile {self.real_nearest_5:.3f}
-  closer than the 1% quantile of real test pictures: {self.closer:.1%} (a copier has many; real ones 1%)
+  ratio                 {self.ratio:.2f} ({target(self.ratio <= RATIO, f"at most {RATIO:g}")})
+nearest of {self.neighbors} training images, L2, pixels in [0, 1]
+  these images          median {self.nearest_median:.3f}, 5% quantile {self.nearest_5:.3f}
+  real test images      median {self.real_nearest_median:.3f}, 5% quantile {self.real_nearest_5:.3f}
+  closer than the 1% quantile of real test images: {self.closer:.1%} (1% expected, more for copies)
 {self.row()}"""
 
 
 def agreements(logits: Floats, labels: NDArray[np.int64]) -> tuple[float, ...]:
-    """Share of each class's pictures that the classifier gives to it, NaN where a class has none."""
-    right = logits.argmax(1) == labels
-    members = [right[labels == c] for c in range(len(CLASSES))]
+    """Compute the share of correctly classified images of each class, NaN for a class without images."""
+    correct = logits.argmax(1) == labels
+    members = [correct[labels == c] for c in range(len(CLASSES))]
     return tuple(float(member.mean()) if len(member) else float("nan") for member in members)
 
 
 def judge(images: Bytes, labels: NDArray[np.int64], reference: Reference) -> Report:
-    """Judge pictures (n, 28, 28) uint8 by the classes (n,) that were asked for."""
-    asked = Split(images, labels)
+    """Evaluate images (n, 28, 28) uint8, generated with the class labels (n,)."""
+    generated = Split(images, labels)
     model, test = reference.model, reference.test
-    found, logits = features(model, asked.images)
-    test_found, test_logits = features(model, test.images)
-    target = statistics(test_found)
+    values, logits = features(model, generated.images)
+    test_values, test_logits = features(model, test.images)
+    target = statistics(test_values)
     real = []
     for seed in range(DRAWS):
-        drawn = reference.train.images[balanced(reference.train.labels, len(images), seed)]
-        real.append(frechet(*statistics(features(model, drawn)[0]), *target))
-    near, real_near = (nearest(these, reference.neighbors) for these in (asked.images, test.images))
+        subset = reference.train.images[balanced(reference.train.labels, len(images), seed)]
+        real.append(frechet(*statistics(features(model, subset)[0]), *target))
+    near, real_near = (nearest(split.images, reference.neighbors) for split in (generated, test))
     return Report(
         count=len(images),
-        agreement=float((logits.argmax(1) == asked.labels).mean()),
-        per_class=agreements(logits, asked.labels),
+        agreement=float((logits.argmax(1) == generated.labels).mean()),
+        per_class=agreements(logits, generated.labels),
         real_per_class=agreements(test_logits, test.labels),
-        distance=frechet(*statistics(found), *target),
+        distance=frechet(*statistics(values), *target),
         real_distances=tuple(real),
         neighbors=len(reference.neighbors),
         nearest_median=float(np.median(near)),
@@ -384,31 +383,36 @@ def run_train(args: argparse.Namespace) -> None:
     started = time.perf_counter()
     model = train(load_split(args.data, "train"), epochs=args.epochs, seed=args.seed)
     seconds = time.perf_counter() - started
-    right = accuracy(model, load_split(args.data, "t10k"))
-    header = {"test_accuracy": f"{right:.4f}", "epochs": args.epochs, "seed": args.seed, "threads": args.threads}
+    test_accuracy = accuracy(model, load_split(args.data, "t10k"))
+    header = {
+        "test_accuracy": f"{test_accuracy:.4f}",
+        "epochs": args.epochs,
+        "seed": args.seed,
+        "threads": args.threads,
+    }
     header |= {"features": WIDTH, "torch": torch.__version__}
     save_classifier(model, args.out, {key: str(value) for key, value in header.items()})
-    print(f"test accuracy {right:.2%} after {seconds:.0f} s -> {args.out}")
+    print(f"test accuracy {test_accuracy:.2%} after {seconds:.0f} s -> {args.out}")
 
 
 def load_pictures(file: Path) -> Split:
-    """Pictures of an .npz with `images` (n, 28, 28) uint8 and `labels` (n,)."""
+    """Read an .npz with `images` (n, 28, 28) uint8 and `labels` (n,)."""
     try:
         with np.load(file, allow_pickle=False) as stored:
             images, labels = stored["images"], stored["labels"]
     except (KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file}: {error}; expected an .npz with the arrays `images` and `labels`") from error
-    Split(images, labels)  # before the cast below would make integers of anything
+    Split(images, labels)  # checks the dtype before the cast below
     return Split(images, labels.astype(np.int64))
 
 
 def to_bytes(pictures: Iterable[Image.Image]) -> Bytes:
-    """Pictures of 28 by 28 -> (n, 28, 28) uint8."""
+    """Convert images of 28 by 28 pixels to (n, 28, 28) uint8."""
     return np.stack([np.asarray(picture.convert("L"), np.uint8) for picture in pictures])
 
 
 def draw(checkpoint: str, count: int, seed: int, batch: int = 100) -> Split:
-    """Draw `count` pictures, classes in turn, seeds from `seed` on, all else as the checkpoint has it by default."""
+    """Generate `count` images by a model's default settings, classes in turn, seeds from `seed` on."""
     import mar
 
     model = mar.load(checkpoint)
@@ -419,12 +423,12 @@ def draw(checkpoint: str, count: int, seed: int, batch: int = 100) -> Split:
         stop = min(start + batch, count)
         pictures += model.sample(labels=labels[start:stop], seeds=list(range(seed + start, seed + stop)), progress=True)
     seconds = time.perf_counter() - started
-    print(f"{count} pictures from {checkpoint!r} in {seconds:.0f} s, {seconds / count:.3f} s each")
+    print(f"{count} images from {checkpoint!r} in {seconds:.0f} s, {seconds / count:.3f} s each")
     return Split(to_bytes(pictures), np.array(labels, np.int64))
 
 
 def open_reference(args: argparse.Namespace) -> Reference:
-    """The classifier, the real pictures, and the set in which copies are looked for."""
+    """Open the classifier and the real images."""
     full, test = load_split(args.data, "train"), load_split(args.data, "t10k")
     neighbors = full.images
     if args.neighbors == "bundled":
@@ -441,7 +445,7 @@ def run_judge(args: argparse.Namespace) -> None:
 
 
 def run_model(args: argparse.Namespace) -> None:
-    reference = open_reference(args)  # first, as a wrong path should not cost a thousand pictures
+    reference = open_reference(args)  # first: a wrong path fails before a thousand images are generated
     pictures = draw(args.checkpoint, args.count, args.seed)
     if args.save:
         np.savez_compressed(args.save, images=pictures.images, labels=pictures.labels)
@@ -451,12 +455,13 @@ def run_model(args: argparse.Namespace) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the four gzipped IDX files")
-    parser.add_argument("--classifier", type=Path, help="what `train` wrote (for judge and model)")
+    parser.add_argument("--classifier", type=Path, help="a file of `train` (for judge and model)")
     parser.add_argument(
+        "--neighbors",
         "--neighbours",
         choices=("bundled", "full"),
         default="bundled",
-        help="look for copies in the package's 10,000 training pictures or in all 60,000 (default: bundled)",
+        help="look for copies of the package's 10,000 training images or of all 60,000 (default: bundled)",
     )
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("train", help="train the classifier")
@@ -465,14 +470,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--threads", type=int, default=2, help="another count gives slightly other weights")
     verb.set_defaults(run=run_train)
-    verb = verbs.add_parser("judge", help="judge the pictures of an .npz")
+    verb = verbs.add_parser("judge", help="evaluate the images of an .npz")
     verb.add_argument("pictures", type=Path, help=".npz with images (n, 28, 28) uint8 and labels (n,)")
     verb.set_defaults(run=run_judge)
-    verb = verbs.add_parser("model", help="draw pictures from a model and judge them")
-    verb.add_argument("checkpoint", nargs="?", default="fashion", help="whatever mar.load takes (default: fashion)")
+    verb = verbs.add_parser("model", help="generate images by a model and evaluate them")
+    verb.add_argument("checkpoint", nargs="?", default="fashion", help="an argument of mar.load (default: fashion)")
     verb.add_argument("--count", type=int, default=1000)
-    verb.add_argument("--seed", type=int, default=0, help="the first picture's seed")
-    verb.add_argument("--save", type=Path, help=".npz to keep the pictures in")
+    verb.add_argument("--seed", type=int, default=0, help="seed of the first image")
+    verb.add_argument("--save", type=Path, help=".npz to save the images to")
     verb.set_defaults(run=run_model)
     args = parser.parse_args(argv)
     if args.verb != "train" and args.classifier is None:

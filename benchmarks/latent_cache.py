@@ -1,11 +1,11 @@
-"""What a latent cache saves: steps and reading from it, beside training from pictures and one .npz an image.
+"""Speedup by a latent cache: training steps against images, reading against one .npz per image.
 
     python benchmarks/latent_cache.py [--data PATH] [--steps 8] [--batch 16] [--threads 2]
 
-A small KL autoencoder with random weights (stride 8, 4 channels, 64x64 pixels: time does not depend on weights) and a
-small MAR; without --data, JPEGs of random pixels. Reading is measured at KL-16's sizes, 16x16x16, against what the
-reference writes: two float32 arrays of moments, plain and flipped, in one .npz an image. Both sides are measured in
-turns, each the median of its rounds, so that a ratio is of one run.
+Steps are those of a small KL autoencoder (stride 8, 4 channels, 64x64 pixels) and a small MAR, with random weights:
+time does not depend on them. Without --data, images are JPEGs of random pixels. Reading is measured at KL-16's sizes,
+16x16x16, against the reference's format: one .npz per image with two float32 arrays of moments, plain and flipped. Both
+sides are measured in turns, each the median of its rounds, so that a ratio is of one run.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", help="a folder of pictures")
-    parser.add_argument("--steps", type=int, default=4, help="of a round")
+    parser.add_argument("--data", help="a folder of images")
+    parser.add_argument("--steps", type=int, default=4, help="steps of a round")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--pictures", type=int, default=256, help="latents to read")
+    parser.add_argument("--pictures", type=int, default=256, help="number of latents to read")
     parser.add_argument("--threads", type=int, default=2)
     return parser.parse_args()
 
@@ -72,25 +72,27 @@ def random_pictures(folder: Path, count: int) -> Path:
 
 def train_side_by_side(folder: Path, data: Path, steps: int, batch: int) -> None:
     tokenizer, source = from_config(AUTOENCODER).requires_grad_(False), open_source(data)
-    about = describe_cache(source, tokenizer, data=str(data), tokenizer_name="small", size=(SIDE, SIDE))
-    begun = time.perf_counter()
-    shards = prepare_cache(folder / "cache", about)
+    manifest = describe_cache(source, tokenizer, data=str(data), tokenizer_name="small", size=(SIDE, SIDE))
+    start = time.perf_counter()
+    shards = prepare_cache(folder / "cache", manifest)
     assert shards is not None
-    write_shards(folder / "cache", about, source, tokenizer, shards, device=torch.device("cpu"), batch=batch)
-    finish_cache(folder / "cache", about)
-    print(f"cached {len(source)} pictures, plain and flipped, in {time.perf_counter() - begun:.1f} s")
+    write_shards(folder / "cache", manifest, source, tokenizer, shards, device=torch.device("cpu"), batch=batch)
+    finish_cache(folder / "cache", manifest)
+    print(f"cached {len(source)} images, plain and flipped, in {time.perf_counter() - start:.1f} s")
     tokenizer.set_statistics(0.0, 1.0)
     runs = {
-        "pictures": training(data, folder / "a", tokenizer, len(source.classes), batch),
-        "cache": training(folder / "cache", folder / "b", tokenizer, len(source.classes), batch),
+        "pictures": open_training(data, folder / "a", tokenizer, len(source.classes), batch),
+        "cache": open_training(folder / "cache", folder / "b", tokenizer, len(source.classes), batch),
     }
-    seconds = in_turns({name: lambda run=run: go(*run, steps) for name, run in runs.items()})
+    seconds = in_turns({name: lambda run=run: train_steps(*run, steps) for name, run in runs.items()})
     for name, value in seconds.items():
         print(f"a step from {name:<9} {1000 * value / steps:8.1f} ms")
     print(f"training from the cache is {seconds['pictures'] / seconds['cache']:.1f} times as fast")
 
 
-def training(data: Path, out: Path, tokenizer: KLTokenizer, classes: int, batch: int) -> tuple[Run, Iterator[object]]:
+def open_training(
+    data: Path, out: Path, tokenizer: KLTokenizer, classes: int, batch: int
+) -> tuple[Run, Iterator[object]]:
     trunk = TrunkConfig(width=128, depth=3, num_heads=4)
     model = ModelConfig(
         channels=4, grid=(SIDE // 8, SIDE // 8), encoder=trunk, decoder=trunk, buffer_size=8, classes=classes,
@@ -98,35 +100,35 @@ def training(data: Path, out: Path, tokenizer: KLTokenizer, classes: int, batch:
     )  # fmt: skip
     config = TrainConfig(model=model, data=str(data), tokenizer="small", batch=batch, images=10**6)
 
-    def nothing(name: str) -> object:
+    def no_model(name: str) -> object:
         raise AssertionError(name)
 
     run = open_run(
         config, out, device=torch.device("cpu"), load_tokenizer=lambda name: copy.deepcopy(tokenizer),
-        load_model=nothing,  # type: ignore[arg-type]
+        load_model=no_model,  # type: ignore[arg-type]
     )  # fmt: skip
     return run, run.batches()
 
 
-def go(run: Run, batches: Iterator[object], steps: int) -> None:
+def train_steps(run: Run, batches: Iterator[object], steps: int) -> None:
     for _ in range(steps):
         run.step(next(batches))  # type: ignore[arg-type]
 
 
 def both_stores(folder: Path, count: int) -> tuple[LatentSource, Path]:
-    """The same random latents of KL-16's sizes as a cache, and as the reference stores them."""
-    about = CacheManifest("kl16", "", "random", "", count, (), (256, 256), (16, 16, 16), 2, True, "fp16", 64)
+    """Write random latents of KL-16's sizes as a cache, and as the reference does."""
+    manifest = CacheManifest("kl16", "", "random", "", count, (), (256, 256), (16, 16, 16), 2, True, "fp16", 64)
     generator = torch.Generator().manual_seed(0)
     cache, archives = folder / "kl16", folder / "npz"
     archives.mkdir()
-    write_manifest(cache, about)
-    for k in range(about.shards):
-        moments, labels = empty_shard(about, len(about.span(k)))
+    write_manifest(cache, manifest)
+    for k in range(manifest.shards):
+        moments, labels = empty_shard(manifest, len(manifest.span(k)))
         moments.copy_(torch.randn(moments.shape, generator=generator))
-        write_shard(cache / about.file(k), moments, labels, {})
-        for i, one in zip(about.span(k), moments.float().reshape(len(moments), 2, 32, 16, 16), strict=True):
+        write_shard(cache / manifest.file(k), moments, labels, {})
+        for i, one in zip(manifest.span(k), moments.float().reshape(len(moments), 2, 32, 16, 16), strict=True):
             np.savez(archives / f"{i}.npz", moments=one[0].numpy(), moments_flip=one[1].numpy())
-    write_index(cache, about)
+    write_index(cache, manifest)
     return LatentSource(cache), archives
 
 
@@ -150,20 +152,20 @@ def read_side_by_side(folder: Path, count: int) -> None:
     }
     for name in ("npz", "cache"):
         print(
-            f"{name:<6} {stored[name] / count:9,.1f} bytes an image, {1e6 * seconds[name] / count:8.1f} us to read one"
+            f"{name:<6} {stored[name] / count:9,.1f} bytes per image, {1e6 * seconds[name] / count:8.1f} us to read one"
         )
     print(f"reading from the cache is {seconds['npz'] / seconds['cache']:.1f} times as fast, ", end="")
     print(f"and takes {stored['cache'] / stored['npz']:.4f} of the bytes")
 
 
 def in_turns(calls: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Median seconds of each, after one round that is not counted."""
+    """Measure calls in turns; return the median seconds of each, after a warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS + 1):
         for name, call in calls.items():
-            begun = time.perf_counter()
+            start = time.perf_counter()
             call()
-            times[name].append(time.perf_counter() - begun)
+            times[name].append(time.perf_counter() - start)
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
 
 

@@ -1,10 +1,10 @@
-"""How much memory drawing one picture takes beside the weights: the peak while it is drawn, tokenizer included.
+"""Peak memory of generating one image, tokenizer included, relative to the weights.
 
     python benchmarks/memory.py [--model mar-huge] [--dtype fp32 bf16 int8]
 
-Weights are random, of the size of the official ones. Fewer reveal steps than usual reveal more tokens in each, so that
-no step of a usual run takes more; what is kept from step to step, such as oneDNN's programs, `--steps 64` shows. Each
-precision is measured in a process of its own. Linux only: its kernel counts the peak.
+Weights are random, of the size of the official ones. By default there are few reveal steps with many tokens each, so
+that no step of a usual run takes more. `--steps 64` shows what accumulates from step to step, such as oneDNN's kernels.
+Each precision is measured in its own process. Linux only: its kernel counts the peak.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from mar.tokenizer.kl import kl16
 
 
 def resident(line: str) -> int:
-    """A line of the kernel's account of this process, in bytes: VmRSS, now; VmHWM, the peak."""
+    """Read this process's memory in bytes: VmRSS, now, or VmHWM, the peak."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * int(next(found for found in status.splitlines() if found.startswith(line)).split()[1])
+    return 1024 * int(next(entry for entry in status.splitlines() if entry.startswith(line)).split()[1])
 
 
 def measure(name: str, dtype: str, steps: int, diffusion_steps: int) -> None:
     program = resident("VmRSS")
     pipeline = Pipeline(random_model(name), kl16()).to("cpu", torch_dtype(dtype))  # type: ignore[arg-type]
     loaded = resident("VmRSS") - program
-    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
     pipeline.sample(
         [0], [0], steps=steps, diffusion_steps=diffusion_steps, guidance_scale=3.0, x0_bound=3.0, allow_broken=True
     )
     peak = resident("VmHWM") - program
     print(
-        f"{name} {dtype}: {loaded / 1e9:.2f} GB loaded (model and tokenizer), {peak / 1e9:.2f} GB at the peak of a "
-        f"picture, {peak / loaded - 1:+.0%}; the program itself {program / 1e9:.2f}"
+        f"{name} {dtype}: {loaded / 1e9:.2f} GB loaded (model and tokenizer), {peak / 1e9:.2f} GB at the peak of an "
+        f"image, {peak / loaded - 1:+.0%}; the program itself {program / 1e9:.2f}"
     )
 
 

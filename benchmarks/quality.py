@@ -1,21 +1,22 @@
-"""How good pictures are after so many minutes of learning: a recipe is trained for a time and judged on the way.
+"""Image quality over training time: trains a recipe for some minutes, and evaluates it meanwhile.
 
     python benchmarks/quality.py train --data PATH --recipe fashion --minutes 15 --seed 0 --out runs/quality/fashion-0
     python benchmarks/quality.py plot runs/quality/* --out quality.png
     python benchmarks/quality.py table runs/quality/*
 
-PATH is the folder of the four gzipped IDX files of Fashion-MNIST, judged by the classifier that `fashion_judge.py
-train` made (`--classifier FILE`), or what `mar train --data` takes, judged by EfficientNet-Lite0. A recipe is one of
-`mar train`'s, or `reference`: the paper's settings at the size of this data's recipe, with EMA warm-up and a bounded
-x0. `--set model.patch_size=2` changes a setting of it; `--set tokenizer=FOLDER` with channels and grid to match, what
-is learned from raw pixels otherwise.
+PATH is the folder of the four gzipped IDX files of Fashion-MNIST, or a value of `mar train --data`. Fashion-MNIST is
+evaluated by the classifier of `fashion_judge.py train` (`--classifier FILE`), other data by EfficientNet-Lite0.
 
-Minutes are the processor time that learning took, divided by `--threads`: a busy neighbour takes none of them, though
-fewer pictures are seen in each while it works. How many pictures fit into them is measured before the first step, and
-warm-up and decay of the learning rate are fitted to that; the time it took in the end is told beside. Judging is not
-counted. The same command goes on where a run was stopped; of one at its end it judges what was not judged yet: another
-`--count`, `--guidance-scale` or `--weights`. All else has to be as it was when the run was begun; the data and the
-classifier may have been moved.
+A recipe is one of `mar train`'s, or `reference`: the paper's settings at the size of this data's recipe, with EMA
+warm-up and a bounded x0. `--set model.patch_size=2` changes a setting. `--set tokenizer=FOLDER`, with channels and grid
+to match, trains on latents instead of pixels.
+
+Minutes are processor time divided by `--threads`, without evaluations. Other processes thus take none of them, though
+they slow down each minute. The number of images that fit into the time is measured before the first step; warm-up and
+decay of the learning rate are scaled to it. The report has the minutes that training really took.
+
+The same command resumes an interrupted run. After its end, it adds evaluations with another `--count`,
+`--guidance-scale` or `--weights`. All other settings have to stay the same; data and classifier may be moved.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from typing import Any
 
 import torch
 from quality_clock import Clock, TimedRun
-from quality_data import Idx, fingerprints, is_fashion, open_judge, open_parts
+from quality_data import Idx, evaluation_extractor, fingerprints, is_fashion, open_splits
 from quality_notes import read_lines, require_same, write_lines
 from quality_recipes import changed, settings
-from quality_report import MARKED, TRIAL, run_plot, run_table
+from quality_report import RESULTS_FILE, TRIAL_FILE, run_plot, run_table
 
 from mar.checkpoint.files import write_text
 from mar.config import TrainConfig, from_dict, to_dict
@@ -57,13 +58,16 @@ from mar.training.trainer import Callback, train
 from mar.zoo import load_tokenizer
 
 MARKS = (1, 2, 5, 10, 15, 20, 30, 45, 60, 90, 120)
-"""Minutes after which a run is judged, beside its end, where no others are wanted."""
-WARM_UP, MEASURED = 2, 6.0
-"""Steps that are not timed, and seconds of processor time that are, to find out how many pictures a minute has."""
+"""Default minutes after which a run is evaluated, besides its end."""
+WARM_UP_STEPS, MEASURED_SECONDS = 2, 6.0
+"""Steps before the speed measurement, and the processor time that it takes."""
 
 
 def open_trial(config: TrainConfig, folder: Path, parts: tuple[Source, Source]) -> TimedRun:
-    """The run of `config` on the first part, held against the second; resumed where it has saved states."""
+    """Open the run of `config`, resumed if it has saved states.
+
+    `parts` are the training images and the held-out ones.
+    """
     channels = config.model.channels
     image_channels = channels if config.tokenizer == "pixels" else 1 if is_fashion(Path(config.data)) else 3
     check_classes(config, parts[0].classes)
@@ -78,19 +82,19 @@ def open_trial(config: TrainConfig, folder: Path, parts: tuple[Source, Source]) 
     return run
 
 
-def fitted(config: TrainConfig, parts: tuple[Source, Source], minutes: float, threads: int) -> TrainConfig:
-    """The recipe with as many pictures as the minutes have; its decay, and at most its warm-up, in proportion."""
+def fit_to_minutes(config: TrainConfig, parts: tuple[Source, Source], minutes: float, threads: int) -> TrainConfig:
+    """Scale a recipe to the images that fit into some minutes, with decay and warm-up in proportion."""
     with tempfile.TemporaryDirectory() as folder:
         run = open_trial(config, Path(folder), parts)
         loader = run.batches()
-        for _ in range(WARM_UP):
+        for _ in range(WARM_UP_STEPS):
             run.step(next(loader))
-        begun, steps = time.process_time(), 0
-        while time.process_time() - begun < MEASURED * threads:
+        start, steps = time.process_time(), 0
+        while time.process_time() - start < MEASURED_SECONDS * threads:
             run.step(next(loader))
             steps += 1
-        a_step = (time.process_time() - begun) / threads / steps
-    images = max(1, round(60 * minutes / a_step)) * config.batch
+        step_seconds = (time.process_time() - start) / threads / steps
+    images = max(1, round(60 * minutes / step_seconds)) * config.batch
     share = images / config.images
     return replace(
         config, images=images, decay=round(config.decay * share), warmup=min(config.warmup, images // 8), sample_every=0
@@ -98,66 +102,69 @@ def fitted(config: TrainConfig, parts: tuple[Source, Source], minutes: float, th
 
 
 class Trial:
-    """A run, its clock, and what is said of it at its marks."""
+    """A run, its clock, and its evaluations."""
 
     def __init__(
         self, run: TimedRun, log: Log, extractor: Extractor, minutes: float, threads: int, marks: Sequence[int] = MARKS
     ) -> None:
         self.run, self.log, self.extractor, self.marks = run, log, extractor, marks
-        self.path = run.folder / MARKED
+        self.path = run.folder / RESULTS_FILE
         self.lines = [line for line in read_lines(self.path) if line["images"] <= run.progress.images]
-        self.a_minute = run.config.images / minutes
+        self.images_per_minute = run.config.images / minutes
         held = run.held_out
         assert isinstance(held, Idx | Source)
         self.size = run.tokenizer.image_size(run.config.model.grid)
         self.reference = collect(SourceImages(held, "held out", size=self.size), extractor).statistics
         self.validate = Validation(run, log)
-        so_far = run.saved_minutes()
-        if so_far is None:  # saved by an older version
-            so_far = self.lines[-1]["minutes"] if self.lines else 0.0
-        self.clock = run.clock = Clock(so_far, threads)
+        minutes_done = run.saved_minutes()
+        if minutes_done is None:  # saved by an older version
+            minutes_done = self.lines[-1]["minutes"] if self.lines else 0.0
+        self.clock = run.clock = Clock(minutes_done, threads)
 
-    def real(self, count: int) -> float:
-        """The distance of as many training pictures, evenly taken."""
+    def real_distance(self, count: int) -> float:
+        """Compute the distance of `count` training images, the floor of any model's."""
         assert isinstance(self.run.source, Idx | Source)
-        pictures = SourceImages(subset(self.run.source, count), "learned from", size=self.size)
+        pictures = SourceImages(subset(self.run.source, count), "training images", size=self.size)
         return compare(collect(pictures, self.extractor), self.reference, self.extractor, MetricOptions()).distance
 
     def at_mark(self, count: int) -> None:
-        """Judges the run by `count` pictures and saves it, if it has come to a mark."""
-        minutes = round(self.run.progress.images / self.a_minute)
+        """Evaluate the run by `count` images and save it, if a mark is reached."""
+        minutes = round(self.run.progress.images / self.images_per_minute)
         if minutes in self.marks and self.run.progress.images < self.run.config.images:
-            self.once(count)
+            self.evaluate_once(count)
             self.run.save()
 
-    def once(self, count: int, weights: str = "ema", **changes: Any) -> dict[str, Any]:
-        """The line that `judge` wrote of the run as it is now, or writes where there is none yet."""
-        wanted = self._about(count, weights, **changes)
+    def evaluate_once(self, count: int, weights: str = "ema", **changes: Any) -> dict[str, Any]:
+        """Return the result of `evaluate` for the current state, evaluated if it is not recorded."""
+        key = self._key(count, weights, **changes)
         names = {"images", "pictures", "weights", "guidance_scale"}
-        written = (line for line in self.lines if {n: v for n, v in line.items() if n in names} == wanted)
-        return next(written, None) or self.judge(count, weights, **changes)
+        recorded = (line for line in self.lines if {n: v for n, v in line.items() if n in names} == key)
+        return next(recorded, None) or self.evaluate(count, weights, **changes)
 
-    def _about(self, count: int, weights: str, **changes: Any) -> dict[str, Any]:
-        """What a line is of."""
-        about = {"images": self.run.progress.images, **changes}
-        return about | ({} if weights == "ema" else {"weights": weights}) | {"pictures": count}
+    def _key(self, count: int, weights: str, **changes: Any) -> dict[str, Any]:
+        """Return the fields of a result by which it is known."""
+        key = {"images": self.run.progress.images, **changes}
+        return key | ({} if weights == "ema" else {"weights": weights}) | {"pictures": count}
 
-    def judge(self, count: int, weights: str = "ema", **changes: Any) -> dict[str, Any]:
-        """A line of what is known of the run now, its pictures drawn with `changes` of the recipe's sampling."""
-        line = {"minutes": self.clock.stop(), **self._about(count, weights, **changes)}
+    def evaluate(self, count: int, weights: str = "ema", **changes: Any) -> dict[str, Any]:
+        """Evaluate the current state by `count` images, and record the result.
+
+        `changes` are settings of the sampling that differ from the recipe's.
+        """
+        line = {"minutes": self.clock.stop(), **self._key(count, weights, **changes)}
         snapshot = take_snapshot(self.run)
         if weights == "ema" and not changes:
             line |= {"val_loss": self.validate(snapshot)["val_loss"]}
             export_and_sample(snapshot, self.log)
-        drawer = snapshot.pipeline(weights)
-        drawer.sampling = replace(drawer.sampling, **changes)
+        pipeline = snapshot.pipeline(weights)
+        pipeline.sampling = replace(pipeline.sampling, **changes)
         plan = Plan.total(count, list(range(self.run.config.model.classes)) or [-1])
-        begun = time.process_time()
+        start = time.process_time()
         try:
-            found = collect(GeneratedImages(drawer, plan, name="the run"), self.extractor, batch=100)
-            report = compare(found, self.reference, self.extractor, MetricOptions())
+            features = collect(GeneratedImages(pipeline, plan, name="the run"), self.extractor, batch=100)
+            report = compare(features, self.reference, self.extractor, MetricOptions())
             line |= {"distance": report.distance, "agreement": report.class_accuracy}
-            line |= {"worst_class": report.worst_class_accuracy, "drawing_seconds": time.process_time() - begun}
+            line |= {"worst_class": report.worst_class_accuracy, "drawing_seconds": time.process_time() - start}
         except BrokenLatents as error:
             line |= {"broken": str(error)}
         self.lines.append(line)
@@ -167,51 +174,56 @@ class Trial:
         return line
 
 
-def begin(args: argparse.Namespace, parts: tuple[Source, Source]) -> dict[str, Any]:
-    """What is noted of a trial: how it was asked for, and the recipe as it came out. Begun, where it was not yet; else
-    ValueError where it was another one."""
-    told: dict[str, Any] = {"recipe": args.recipe, "minutes": args.minutes, "threads": args.threads}
-    told |= {"seed": args.seed, "data": args.data.name, **fingerprints(args.data, parts, args.classifier)}
-    note = args.out / TRIAL
-    if note.is_file():
-        kept: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
-        before, now = changed(kept["set"]), changed(args.set)
-        older = {"seed": kept["config"]["seed"], "data": Path(kept["config"]["data"]).name}  # did not note them apart
-        every = dict.fromkeys(sorted({*before, *now}), "as in the recipe")
-        require_same(args.out, {**older, **kept, **every, **before}, {**told, **every, **now})
-        kept["config"]["data"] = str(args.data)  # where it is now
-        return kept
-    config = fitted(
+def open_or_create(args: argparse.Namespace, parts: tuple[Source, Source]) -> dict[str, Any]:
+    """Return the recorded settings of a trial: options, and the recipe scaled to the minutes.
+
+    A new trial is recorded. Raises ValueError if the folder has a trial with other settings.
+    """
+    options: dict[str, Any] = {"recipe": args.recipe, "minutes": args.minutes, "threads": args.threads}
+    options |= {"seed": args.seed, "data": args.data.name, **fingerprints(args.data, parts, args.classifier)}
+    file = args.out / TRIAL_FILE
+    if file.is_file():
+        trial: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        before, now = changed(trial["set"]), changed(args.set)
+        # older versions recorded these two in the config only
+        older = {"seed": trial["config"]["seed"], "data": Path(trial["config"]["data"]).name}
+        defaults = dict.fromkeys(sorted({*before, *now}), "as in the recipe")
+        require_same(args.out, {**older, **trial, **defaults, **before}, {**options, **defaults, **now})
+        trial["config"]["data"] = str(args.data)  # it may have been moved
+        return trial
+    config = fit_to_minutes(
         replace(settings(args.recipe, args.data, args.set), seed=args.seed), parts, args.minutes, args.threads
     )
-    kept = {**told, "set": args.set, "config": to_dict(config)}
-    write_text(note, json.dumps(kept, indent=1))
-    return kept
+    trial = {**options, "set": args.set, "config": to_dict(config)}
+    write_text(file, json.dumps(trial, indent=1))
+    return trial
 
 
 def run_train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    parts = open_parts(args.data)
-    network = open_judge(args.data, args.classifier)
-    kept = begin(args, parts)
-    config = from_dict(TrainConfig, kept["config"])
+    parts = open_splits(args.data)
+    extractor = evaluation_extractor(args.data, args.classifier)
+    recorded = open_or_create(args, parts)
+    config = from_dict(TrainConfig, recorded["config"])
     run = open_trial(config, args.out, parts)
     log = RunLog(args.out, config.images, run.progress.images)
     try:
         if unknown := {*args.weights} - {*run.weights}:
-            raise ValueError(f"--weights {' '.join(sorted(unknown))}: this run has {', '.join(run.weights)}")
-        trial = Trial(run, log, network, kept["minutes"], kept["threads"], args.marks)
-        run.callbacks.append(Callback(max(config.batch, int(trial.a_minute)), lambda _: trial.at_mark(args.on_the_way)))
+            raise ValueError(f"--weights: got {' '.join(sorted(unknown))}, expected one of {', '.join(run.weights)}")
+        trial = Trial(run, log, extractor, recorded["minutes"], recorded["threads"], args.marks)
+        run.callbacks.append(
+            Callback(max(config.batch, int(trial.images_per_minute)), lambda _: trial.at_mark(args.on_the_way))
+        )
         trial.clock.go()
         if not train(run, log):
             return
-        last = trial.once(args.count)
+        last = trial.evaluate_once(args.count)
         for guidance in args.guidance_scale:
-            trial.once(args.count, guidance_scale=guidance)
+            trial.evaluate_once(args.count, guidance_scale=guidance)
         for weights in args.weights:
-            trial.once(args.count, weights)
-        print(f"{trial.real(args.count):.3f} is the distance of {args.count:,} training pictures")
-        print(f"wanted {kept['minutes']:g} minutes, took {last['minutes']:.2f}; {config.images:,} pictures")
+            trial.evaluate_once(args.count, weights)
+        print(f"distance of {args.count:,} training images: {trial.real_distance(args.count):.3f}")
+        print(f"planned {recorded['minutes']:g} minutes, took {last['minutes']:.2f}; {config.images:,} images")
     finally:
         log.close()
 
@@ -227,14 +239,23 @@ def main() -> int:
     verb.add_argument("--minutes", type=float, default=15.0)
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    verb.add_argument("--classifier", type=Path, help="for Fashion-MNIST: what `fashion_judge.py train` made")
-    verb.add_argument("--count", type=int, default=5000, help="pictures that are drawn and judged at the end")
-    verb.add_argument("--on-the-way", type=int, default=1000, help="and at each mark")
-    verb.add_argument("--marks", type=int, nargs="*", default=MARKS, metavar="MINUTES", help="when, beside the end")
-    verb.add_argument("--guidance-scale", type=float, nargs="*", default=[], help="further scales to judge at the end")
-    verb.add_argument("--weights", nargs="*", default=[], help="others to judge at the end: raw, ema-0.99 (ema_others)")
+    verb.add_argument("--classifier", type=Path, help="for Fashion-MNIST: a file of `fashion_judge.py train`")
+    verb.add_argument("--count", type=int, default=5000, help="images to generate and evaluate at the end")
+    verb.add_argument("--on-the-way", type=int, default=1000, help="images to evaluate at each mark")
+    verb.add_argument(
+        "--marks", type=int, nargs="*", default=MARKS, metavar="MINUTES", help="evaluate after these minutes"
+    )
+    verb.add_argument(
+        "--guidance-scale", type=float, nargs="*", default=[], help="further scales to evaluate at the end"
+    )
+    verb.add_argument(
+        "--weights",
+        nargs="*",
+        default=[],
+        help="further weights to evaluate at the end: raw, or ema-0.99 of ema_others",
+    )
     verb.set_defaults(run=run_train)
-    verb = verbs.add_parser("table", help="all marks of runs, as Markdown")
+    verb = verbs.add_parser("table", help="all results of trials, as Markdown")
     verb.add_argument("folders", type=Path, nargs="+")
     verb.set_defaults(run=run_table)
     verb = verbs.add_parser("plot", help="distance over minutes")

@@ -1,4 +1,4 @@
-"""What the benchmarks of quality learn from and what they judge by: pictures, and the network whose features count."""
+"""Data of the quality benchmarks: training and test images, and the feature network."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mar.data.images import Example, Source, source_digest
 from mar.data.splits import Subset, hold_out
 from mar.evaluation.features import Extractor, open_extractor
 
-DIGITS = 16
-"""Of a fingerprint, as it is noted."""
+FINGERPRINT_DIGITS = 16
+"""Number of hexadecimal digits that are recorded of a fingerprint."""
 
 
 @dataclass(frozen=True)
 class Idx:
-    """Fashion-MNIST from its own files."""
+    """Fashion-MNIST from its IDX files."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -38,43 +38,46 @@ class Idx:
 
 
 def is_fashion(data: Path) -> bool:
-    """Whether `data` is the folder of Fashion-MNIST's files."""
+    """Return whether `data` is the folder of Fashion-MNIST's IDX files."""
     return (data / "train-images-idx3-ubyte.gz").is_file()
 
 
-def open_parts(data: Path) -> tuple[Source, Source]:
-    """Pictures to learn from, and others to judge by."""
+def open_splits(data: Path) -> tuple[Source, Source]:
+    """Open training images, and held-out images to evaluate against."""
     if not is_fashion(data):
         return hold_out(data)
     train, test = (load_split(data, name) for name in ("train", "t10k"))
     return Idx(train.images, train.labels), Idx(test.images, test.labels)
 
 
-def open_judge(data: Path, classifier: Path | None) -> Extractor:
-    """The network in whose features pictures like those of `data` are judged."""
+def evaluation_extractor(data: Path, classifier: Path | None) -> Extractor:
+    """Open the feature network for images like those of `data`."""
     return fashion_classifier(classifier) if is_fashion(data) else open_extractor("efficientnet-lite0")
 
 
 def fingerprints(data: Path, parts: tuple[Source, Source], classifier: Path | None) -> dict[str, str | None]:
-    """What is noted of the pictures and of the judge, so that nothing is measured with others under the same name."""
-    return {"pictures": of_pictures(parts), "classifier": of_file(classifier) if is_fashion(data) else None}
+    """Fingerprint the images and the classifier, which may change under the same name."""
+    return {
+        "pictures": data_fingerprint(parts),
+        "classifier": file_fingerprint(classifier) if is_fashion(data) else None,
+    }
 
 
-def of_file(path: Path | None) -> str | None:
-    """What tells a file from others, wherever it is; None of none."""
-    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:DIGITS]
+def file_fingerprint(path: Path | None) -> str | None:
+    """Fingerprint the content of a file; None for None."""
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()[:FINGERPRINT_DIGITS]
 
 
-def of_pictures(parts: tuple[Source, Source]) -> str:
-    """What tells the pictures of a data set, and which of them are held out, from others, wherever they are."""
-    found = hashlib.sha256()
+def data_fingerprint(parts: tuple[Source, Source]) -> str:
+    """Fingerprint the images of a data set and their split."""
+    digest = hashlib.sha256()
     for part in parts:
-        whole = part
+        source = part
         if isinstance(part, Subset):
-            whole = part.source
-            found.update(part.indices.tobytes())
-        if isinstance(whole, Idx):
-            found.update(whole.images.tobytes() + whole.labels.tobytes())
+            source = part.source
+            digest.update(part.indices.tobytes())
+        if isinstance(source, Idx):
+            digest.update(source.images.tobytes() + source.labels.tobytes())
         else:
-            found.update(source_digest(whole).encode())
-    return found.hexdigest()[:DIGITS]
+            digest.update(source_digest(source).encode())
+    return digest.hexdigest()[:FINGERPRINT_DIGITS]

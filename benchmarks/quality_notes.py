@@ -1,4 +1,4 @@
-"""What the benchmarks of quality keep in their folders: lines of what was measured, and of what they are."""
+"""Files of the quality benchmarks: result lines, and a check of the settings of a folder."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from mar.config import SamplingConfig, rename_old_keys
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """What was noted line by line; nothing where there is no file. A last line that was cut off counts as not written:
-    older versions left one when they were killed. ValueError for any other that is not JSON."""
+    """Read JSON lines; none without a file. Raises ValueError for a line that is not JSON.
+
+    An incomplete last line is ignored: older versions left one when they were killed.
+    """
     texts = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     lines: list[dict[str, Any]] = []
     for number, text in enumerate(texts, start=1):
@@ -21,20 +23,26 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             lines.append(rename_old_keys(SamplingConfig, json.loads(text)))
         except json.JSONDecodeError as error:
             if text.endswith("\n"):
-                raise ValueError(f"{path}, line {number} is not JSON ({error}); take it out") from error
+                raise ValueError(f"{path}, line {number} is not JSON ({error}); remove it") from error
     return lines
 
 
 def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    """Writes all lines, or leaves what was there."""
+    """Write all lines, or leave the old file as it was."""
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def require_same(folder: Path, noted: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """ValueError where `folder` was begun otherwise than is wanted now, by what was noted then: an older version noted
-    less. The name of the data counts only where the pictures themselves were not noted: a folder may be moved."""
-    free = {"data"} if "pictures" in noted else set()
-    different = [name for name in wanted if name in noted and name not in free and noted[name] != wanted[name]]
+def require_same(folder: Path, recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raise ValueError if `folder` was begun with settings other than the current ones.
+
+    Settings that an older version did not record are not compared. Neither is the name of the data if a fingerprint of
+    the
+    images is recorded: the data may be moved.
+    """
+    ignored = {"data"} if "pictures" in recorded else set()
+    different = [
+        name for name in current if name in recorded and name not in ignored and recorded[name] != current[name]
+    ]
     if different:
-        told = "; ".join(f"{name} {noted[name]}, here {wanted[name]}" for name in different)
-        raise ValueError(f"{folder} was begun otherwise ({told}); go on with it as it was, or choose another folder")
+        differences = "; ".join(f"{name} {recorded[name]}, here {current[name]}" for name in different)
+        raise ValueError(f"{folder} was begun with other settings ({differences}); use these, or another folder")

@@ -1,4 +1,4 @@
-"""The recipes that `quality.py` tries: `mar train`'s and the paper's, with settings changed."""
+"""Recipes for `quality.py`: those of `mar train` and the paper's, with changed settings."""
 
 from __future__ import annotations
 
@@ -15,39 +15,44 @@ from mar.presets import recipe
 
 
 def settings(name: str, data: Path, changes: Sequence[str]) -> TrainConfig:
-    """The recipe called `name` with `changes` such as model.patch_size=2. ConfigError for what there is not."""
+    """Return a recipe with `changes` such as model.patch_size=2.
+
+    Raises ConfigError for unknown recipes and settings.
+    """
     base = reference(recipe("fashion" if is_fashion(data) else "cifar10")) if name == "reference" else recipe(name)
     values = to_dict(replace(base, data=str(data)))
     for change in changes:
         path, _, text = change.partition("=")
-        *rooms, last = path.split(".")
+        *groups, last = path.split(".")
         inside: Any = values
-        for room in rooms:
-            inside = inside.get(room) if isinstance(inside, dict) else None
+        for group in groups:
+            inside = inside.get(group) if isinstance(inside, dict) else None
         if not isinstance(inside, dict) or last not in inside or isinstance(inside[last], dict):
             raise ConfigError(f"--set {change}: a recipe has no setting {path}")
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):  # a word
             value = text
-        one_of_several = isinstance(inside[last], list) and not isinstance(value, list | tuple)
-        inside[last] = [value] if one_of_several else value
+        is_list_item = isinstance(inside[last], list) and not isinstance(value, list | tuple)
+        inside[last] = [value] if is_list_item else value
     return from_dict(TrainConfig, values)
 
 
 def changed(changes: Sequence[str]) -> dict[str, str]:
-    """The values of `--set`, by the options that set them; the last one of each counts."""
+    """Return the values of `--set` by setting; the last one counts."""
     parts = (change.partition("=") for change in changes)
     return {f"--set {path}": value for path, _, value in parts}
 
 
 def reference(base: TrainConfig) -> TrainConfig:
-    """The paper's objective, optimizer and dropout around the trunk and the head's size of `base`, on raw pixels in
-    patches of 4 x 4; constant rate."""
+    """Return the paper's settings at the size of `base`, on pixels in patches of 4 x 4.
+
+    Objective, optimizer, dropout and the constant learning rate are the paper's; the sizes of trunk and head are those
+    of `base`.
+    """
     head = HeadConfig(width=base.model.head.width, depth=base.model.head.depth)
     encoder, decoder = (TrunkConfig(t.width, t.depth, t.num_heads) for t in (base.model.encoder, base.model.decoder))
-    gray = base.model.channels == 1
-    channels, side = (1, 28) if gray else (3, 32)
+    channels, side = (1, 28) if base.model.channels == 1 else (3, 32)  # Fashion-MNIST or CIFAR-10
     model = replace(
         base.model, channels=channels, grid=(side, side), patch_size=4, encoder=encoder, decoder=decoder, head=head,
         attention_dropout=0.1, projection_dropout=0.1, mask_ratio_min=0.7,

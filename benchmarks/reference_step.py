@@ -1,9 +1,12 @@
-"""One training step as the reference computes it, to measure ours beside: the same networks, the same loss.
+"""A training step as the reference computes it, to compare with ours: the same networks, the same loss.
 
-Written from what is known of it, not copied: visible tokens are picked by a boolean mask; the head runs over all
-tokens of all images, hidden or not, and the mean is masked afterwards; timesteps, conditions and their SiLU are
-embedded for every row and layer; attention with dropout is PyTorch's unfused one; AdamW is PyTorch's default; the
-running average goes tensor by tensor.
+It is written from its description, not copied, and differs from ours in these points:
+
+- A boolean mask selects the visible tokens.
+- The head runs on all tokens, masked or not, and the mean is masked afterwards.
+- Timesteps, conditions and their SiLU are computed for every row and layer.
+- Attention with dropout is PyTorch's unfused one, AdamW its default.
+- The EMA is updated tensor by tensor.
 """
 
 from __future__ import annotations
@@ -46,13 +49,13 @@ class Block(nn.Module):
             .permute(2, 0, 3, 1, 4)
             .unbind(0)
         )
-        mixed = functional.scaled_dot_product_attention(q, k, v, dropout_p=self.attention_dropout)
-        x = x + self.drop(self.out(mixed.transpose(1, 2).reshape(n, s, e)))
+        attended = functional.scaled_dot_product_attention(q, k, v, dropout_p=self.attention_dropout)
+        x = x + self.drop(self.out(attended.transpose(1, 2).reshape(n, s, e)))
         return x + self.mlp(self.norm2(x))
 
 
 class HeadBlock(nn.Module):
-    """A residual block of the head, which makes its own modulations."""
+    """A residual block of the head, with its own modulations."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -67,6 +70,8 @@ class HeadBlock(nn.Module):
 
 class Head(nn.Module):
     """Rows of noisy tokens, timesteps and conditions -> predictions."""
+
+    weight_decay = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -117,8 +122,8 @@ class Reference(nn.Module):
         return self.head_loss(tokens, self.trunk(tokens, self.embed_labels(labels), mask), mask)
 
     def draw_mask(self, images: int, masked: int) -> Tensor:
-        hidden = torch.rand(images, self.config.tokens).argsort(1)[:, :masked]
-        return torch.zeros(images, self.config.tokens).scatter_(1, hidden, 1.0)
+        positions = torch.rand(images, self.config.tokens).argsort(1)[:, :masked]
+        return torch.zeros(images, self.config.tokens).scatter_(1, positions, 1.0)
 
     def embed_labels(self, labels: Tensor) -> Tensor:
         dropped = (torch.rand(len(labels), 1) < self.config.label_drop).float()
@@ -130,13 +135,13 @@ class Reference(nn.Module):
         with_buffer = torch.cat([torch.zeros(n, buffer), mask], dim=1)
         x[:, :buffer] = classes[:, None]
         x = self.first(x + self.encoder_position)
-        seen = (1 - with_buffer).nonzero(as_tuple=True)
-        x = x[seen].reshape(n, -1, x.shape[-1])
+        visible = (1 - with_buffer).nonzero(as_tuple=True)
+        x = x[visible].reshape(n, -1, x.shape[-1])
         for block in self.encoder:
             x = block(x)
         x = self.embed(self.encoded(x))
         full = self.mask_token.repeat(n, with_buffer.shape[1], 1).clone()
-        full[seen] = x.reshape(-1, x.shape[-1])
+        full[visible] = x.reshape(-1, x.shape[-1])
         x = full + self.decoder_position
         for block in self.decoder:
             x = block(x)
@@ -153,14 +158,14 @@ class Reference(nn.Module):
 
 
 class ReferenceStep:
-    """The model with its optimizer and running average."""
+    """The model with its optimizer and EMA."""
 
     def __init__(self, config: TrainConfig) -> None:
         self.config, self.model = config, Reference(config.model).train()
         named = [*self.model.named_parameters()]
         groups = [
             {
-                "params": [p for name, p in named if decays(name, p) == decay],
+                "params": [p for name, p in named if decays(self.model, name, p) == decay],
                 "weight_decay": decay * config.weight_decay,
             }
             for decay in (False, True)

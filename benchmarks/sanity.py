@@ -1,10 +1,10 @@
-"""What each metric says of pictures that are known to be good, noisy, blurred, incomplete or copied; and of a model's.
+"""Sanity check of the metrics, on good, noisy, blurred, incomplete and copied images.
 
     python benchmarks/sanity.py --data PATH --classifier FILE --out sanity.json [--model PICTURES.npz] [--count 10000]
 
-PATH is a folder with the four gzipped IDX files of Fashion-MNIST, FILE what `fashion_judge.py train` made, PICTURES
-what `mar generate fashion --count 10000 --out PICTURES.npz` draws. All are held against the 10,000 test pictures.
-Rows that are there already are not measured again.
+PATH is a folder with the four gzipped IDX files of Fashion-MNIST, FILE a file of `fashion_judge.py train`, PICTURES a
+file of `mar generate fashion --count 10000 --out PICTURES.npz`. All are compared with the 10,000 test images. Rows in
+the output file are not measured again.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from mar.evaluation.image_sets import ImageBatch, NpzImages
 from mar.evaluation.statistics import FeatureStats
 
 Bytes = NDArray[np.uint8]
-MISSING = 8  # the class that one row goes without: bags
+MISSING_CLASS = 8  # bags, left out in one row
 
 
 @dataclass(frozen=True)
 class InMemory:
-    """Grey pictures (n, 28, 28) with their classes, as a set that can be walked through."""
+    """Grey images (n, 28, 28) with their classes, as an image set."""
 
     name: str
     images: Bytes
@@ -50,24 +50,24 @@ class InMemory:
 
     def batches(self, batch: int, first: int, end: int) -> Iterator[ImageBatch]:
         for start in range(first, end, batch):
-            chosen = slice(start, min(start + batch, end))
-            images = torch.from_numpy(self.images[chosen]).unsqueeze(1)
-            yield ImageBatch(images, torch.arange(chosen.start, chosen.stop), torch.from_numpy(self.labels[chosen]))
+            part = slice(start, min(start + batch, end))
+            images = torch.from_numpy(self.images[part]).unsqueeze(1)
+            yield ImageBatch(images, torch.arange(part.start, part.stop), torch.from_numpy(self.labels[part]))
 
 
 def rows(data: Path, count: int, model: Path | None) -> dict[str, Callable[[], InMemory]]:
-    """The sets to be judged, by name; made when asked for."""
+    """Return functions that create the image sets, by the name of their row."""
     split = load_split(data, "train")
-    draws = np.random.default_rng(0)
-    chosen = draws.permutation(len(split.images))[:count]
-    others = draws.permutation(np.flatnonzero(split.labels != MISSING))[:count]
+    rng = np.random.default_rng(0)
+    chosen = rng.permutation(len(split.images))[:count]
+    others = rng.permutation(np.flatnonzero(split.labels != MISSING_CLASS))[:count]
     bundled = FashionSource("train")
 
     def blurred() -> Bytes:
         pictures = (Image.fromarray(image) for image in split.images[chosen])
         return np.stack([np.asarray(picture.filter(ImageFilter.GaussianBlur(1))) for picture in pictures])
 
-    made: dict[str, Callable[[], InMemory]] = {
+    sets: dict[str, Callable[[], InMemory]] = {
         "real training pictures": lambda: InMemory("train", split.images[chosen], split.labels[chosen]),
         "the same, blurred by 1 pixel": lambda: InMemory("blurred", blurred(), split.labels[chosen]),
         "real, without bags": lambda: InMemory("incomplete", split.images[others], split.labels[others]),
@@ -75,63 +75,64 @@ def rows(data: Path, count: int, model: Path | None) -> dict[str, Callable[[], I
             "copies", bundled.images[:count], bundled.labels[:count].astype(np.int64)
         ),
         "noise": lambda: InMemory(
-            "noise", draws.integers(0, 256, (count, 28, 28), dtype=np.uint8), np.arange(count) % len(FASHION_CLASSES)
+            "noise", rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), np.arange(count) % len(FASHION_CLASSES)
         ),
     }
     if model is not None:
-        made[f"drawn: {model.stem}"] = lambda: from_npz(model, count)
-    return made
+        sets[f"drawn: {model.stem}"] = lambda: from_npz(model, count)
+    return sets
 
 
 def from_npz(path: Path, count: int) -> InMemory:
-    """The pictures of an `.npz`, grey."""
-    held = NpzImages(path, limit=count)
-    parts = list(held.batches(500, 0, len(held)))
+    """Read the images of an `.npz`, as grey."""
+    source = NpzImages(path, limit=count)
+    parts = list(source.batches(500, 0, len(source)))
     images = torch.cat([part.images[:, 0] for part in parts]).numpy()
     return InMemory(str(path), images, torch.cat([part.labels for part in parts]).numpy())
 
 
-class Judge:
-    """Test pictures in both networks' features, and how near they are to what the model learned from."""
+class Evaluator:
+    """Evaluates image sets against the test images, in the features of two networks."""
 
-    def __init__(self, data: Path, count: int, judge: Path) -> None:
-        self.lite, self.small = open_extractor("efficientnet-lite0"), classifier(judge)
-        self.wanted = MetricOptions(kid=True, precision=True)
+    def __init__(self, data: Path, count: int, classifier_file: Path) -> None:
+        self.lite, self.small = open_extractor("efficientnet-lite0"), classifier(classifier_file)
+        self.options = MetricOptions(kid=True, precision=True)
         test = load_split(data, "t10k")
-        held = InMemory("test", test.images[:count], test.labels[:count])
-        learned = FashionSource("train")
-        self.test = collect(held, self.lite, options=self.wanted).statistics
-        self.test_small = collect(held, self.small).statistics
-        of = InMemory("learned from", learned.images, learned.labels.astype(np.int64))
-        self.learned = features(of, self.lite)
+        test_images = InMemory("test", test.images[:count], test.labels[:count])
+        bundled = FashionSource("train")
+        self.test = collect(test_images, self.lite, options=self.options).statistics
+        self.test_small = collect(test_images, self.small).statistics
+        training_images = InMemory("training images", bundled.images, bundled.labels.astype(np.int64))
+        self.training_features = features(training_images, self.lite)
         assert self.test.features is not None
-        self.usual = metrics.nearest_neighbors(self.learned, self.test.features)[0]
+        self.test_distances = metrics.nearest_neighbors(self.training_features, self.test.features)[0]
 
     def __call__(self, pictures: InMemory) -> dict[str, Any]:
-        found = collect(pictures, self.lite, options=self.wanted)
-        report = compare(found, self.test, self.lite, self.wanted)
+        collected = collect(pictures, self.lite, options=self.options)
+        report = compare(collected, self.test, self.lite, self.options)
         small = collect(pictures, self.small)
-        judged = compare(small, self.test_small, self.small, MetricOptions())
-        assert found.statistics.features is not None
-        near = metrics.nearest_neighbors(self.learned, found.statistics.features)[0]
+        small_report = compare(small, self.test_small, self.small, MetricOptions())
+        assert collected.statistics.features is not None
+        distances = metrics.nearest_neighbors(self.training_features, collected.statistics.features)[0]
+        threshold = self.test_distances.quantile(0.01)
         return {
             "FD (EfficientNet-Lite0)": report.distance,
             "KID x 1000": 1000 * (report.kernel_distance or 0),
             "error of KID x 1000": 1000 * (report.kernel_distance_error or 0),
             "precision": report.precision,
             "recall": report.recall,
-            f"{self.small.metric}": judged.distance,
-            "class agreement": judged.class_accuracy,
-            "nearest learned picture, median": float(near.median()),
-            "nearer than 1% of test pictures are": float((near < self.usual.quantile(0.01)).double().mean()),
+            f"{self.small.metric}": small_report.distance,
+            "class agreement": small_report.class_accuracy,
+            "nearest learned picture, median": float(distances.median()),
+            "nearer than 1% of test pictures are": float((distances < threshold).double().mean()),
         }
 
 
 def features(pictures: InMemory, extractor: Extractor) -> torch.Tensor:
-    """(n, d) of all the pictures."""
-    found: FeatureStats = collect(pictures, extractor, options=MetricOptions(kid=True)).statistics
-    assert found.features is not None
-    return found.features
+    """Compute the features (n, d) of all images."""
+    statistics: FeatureStats = collect(pictures, extractor, options=MetricOptions(kid=True)).statistics
+    assert statistics.features is not None
+    return statistics.features
 
 
 def main() -> int:
@@ -143,12 +144,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("sanity.json"))
     args = parser.parse_args()
     table: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
-    wanted = rows(args.data, args.count, args.model)
-    missing = [name for name in wanted if name not in table]
-    judge = Judge(args.data, args.count, args.classifier) if missing else None
+    sets = rows(args.data, args.count, args.model)
+    missing = [name for name in sets if name not in table]
+    evaluator = Evaluator(args.data, args.count, args.classifier) if missing else None
     for name in missing:
-        assert judge is not None
-        table[name] = judge(wanted[name]())
+        assert evaluator is not None
+        table[name] = evaluator(sets[name]())
         args.out.write_text(json.dumps(table, indent=1) + "\n")
         print(name, json.dumps(table[name]), file=sys.stderr, flush=True)
     columns = list(next(iter(table.values())))

@@ -1,4 +1,4 @@
-"""A training step of ours and one of the reference's way, whole and taken apart, for `benchmarks/training.py`."""
+"""Training steps of ours and of the reference, as a whole and by parts, for `training.py`."""
 
 from __future__ import annotations
 
@@ -29,35 +29,36 @@ Clock = dict[str, float]
 
 
 class Ours:
-    """Our step, as `mar train` takes it."""
+    """Our step, as in `mar train`."""
 
     def __init__(self, config: TrainConfig, latents: Tensor, labels: Tensor) -> None:
         self.config, self.latents, self.labels = config, latents, labels
         folder = Path(tempfile.gettempdir(), "never-saved")
         self.model = MAR(config.model)
-        self.run = Run(config, folder, None, Latents(), self.model, torch.device("cpu"))  # type: ignore[arg-type]
+        self.run = Run(config, folder, None, NoTokenizer(), self.model, torch.device("cpu"))  # type: ignore[arg-type]
         moments = LatentMoments(latents, torch.zeros_like(latents))
         self.batch = LatentBatch(labels, torch.arange(len(labels)), (), moments)
 
     def step(self, number: int) -> None:
-        self.run.progress.step = number  # by which the mask ratio is drawn
+        self.run.progress.step = number  # the key of the mask ratio
         self.run.step(self.batch)
 
     def parts(self, number: int) -> dict[str, Clock]:
-        """A step taken apart: the head's loss is computed on a copy of what the trunk made."""
+        """Measure the parts of a step; the head gets a detached copy of z."""
         run, config, times = self.run, self.config, Times()
         run.model.zero_grad()
-        draws = times("draws", lambda: sample_randomness(config.model, 0, number, range(config.batch)))
-        hidden, visible = split_by_mask(draws.order, draws.masked)
+        randomness = times("draws", lambda: sample_randomness(config.model, 0, number, range(config.batch)))
+        masked, visible = split_by_mask(randomness.order, randomness.masked)
         tokens = patchify(self.latents, config.model.patch_size)
-        labels = torch.where(draws.drop_label, UNCONDITIONAL, self.labels)
+        labels = torch.where(randomness.drop_label, UNCONDITIONAL, self.labels)
         with trainer.autocast(run.device, config.precision):
-            z = times("trunk", lambda: gather_tokens(run.model(tokens, labels, visible), hidden))
+            z = times("trunk", lambda: gather_tokens(run.model(tokens, labels, visible), masked))
         copy = z.detach().requires_grad_()
 
         def head() -> None:
             with trainer.autocast(run.device, config.precision):
-                loss = run.model.head.loss(gather_tokens(tokens, hidden), copy, draws.timestep, draws.noise).mean()
+                x0 = gather_tokens(tokens, masked)
+                loss = run.model.head.loss(x0, copy, randomness.timestep, randomness.noise).mean()
             loss.backward()
 
         times("head", head)
@@ -69,7 +70,7 @@ class Ours:
 
 
 class Theirs:
-    """The reference's way."""
+    """The reference's step."""
 
     def __init__(self, config: TrainConfig, latents: Tensor, labels: Tensor) -> None:
         self.config, self.latents, self.labels = config, latents, labels
@@ -80,8 +81,8 @@ class Theirs:
         self.reference(self.latents, self.labels, number)
 
     def parts(self, number: int) -> dict[str, Clock]:
-        """As ours."""
-        model, times, masked = self.model, Times(), masked_of(self.config.model, number)
+        """Measure the parts of a step, as `Ours.parts` does."""
+        model, times, masked = self.model, Times(), masked_count_of_step(self.config.model, number)
         model.zero_grad()
         tokens = patchify(self.latents, self.config.model.patch_size)
         mask = times("draws", lambda: model.draw_mask(len(tokens), masked))
@@ -95,8 +96,8 @@ class Theirs:
         return times
 
 
-class Latents(Tokenizer):
-    """Of KL-16's sizes; never asked for pictures."""
+class NoTokenizer(Tokenizer):
+    """Tokenizer of KL-16's sizes that only cached latents need."""
 
     def __init__(self) -> None:
         super().__init__(3, 16, 16, 0.0, 1.0)
@@ -105,17 +106,17 @@ class Latents(Tokenizer):
         raise AssertionError("latents are cached")
 
     def decode(self, latents: Tensor) -> Tensor:
-        raise AssertionError("nothing is drawn")
+        raise AssertionError("no image is decoded")
 
 
 class Times(dict[str, Clock]):
-    """Seconds by the name of a part; those of one name are added up."""
+    """Seconds by part, summed over the calls of one name."""
 
     def __call__(self, name: str, call: Callable[[], Any]) -> Any:
         result: list[Any] = []
-        spent = clocked(lambda: result.append(call()))
+        seconds = clocked(lambda: result.append(call()))
         before = self.get(name, {"wall": 0.0, "cpu": 0.0})
-        self[name] = {kind: before[kind] + spent[kind] for kind in spent}
+        self[name] = {kind: before[kind] + seconds[kind] for kind in seconds}
         return result[0]
 
 
@@ -126,10 +127,10 @@ def clocked(call: Callable[[], Any]) -> Clock:
 
 
 def mean_steps(model: ModelConfig, count: int) -> list[int]:
-    """Numbers of steps that hide as many tokens as steps do on average, or one more or fewer."""
-    middle = model.tokens * (1 + model.mask_ratio_min) / 2 + 0.5
-    return [k for k in range(100 * count) if abs(masked_of(model, k) - middle) <= 1.5][:count]
+    """Return numbers of steps whose mask ratio is the mean one, up to a token."""
+    mean = model.tokens * (1 + model.mask_ratio_min) / 2 + 0.5
+    return [k for k in range(100 * count) if abs(masked_count_of_step(model, k) - mean) <= 1.5][:count]
 
 
-def masked_of(model: ModelConfig, number: int) -> int:
+def masked_count_of_step(model: ModelConfig, number: int) -> int:
     return masked_count(model.tokens, draw_mask_ratio(model.mask_ratio_min, make_generator(0, number)))

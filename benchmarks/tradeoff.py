@@ -1,4 +1,4 @@
-"""How good pictures are against how long they take: one model, many ways of drawing, and which of them are worth it.
+"""Image quality against sampling time: many sampling settings of one model, and their Pareto front.
 
     python benchmarks/tradeoff.py measure --data PATH --classifier FILE --out runs/tradeoff
     python benchmarks/tradeoff.py measure --data PATH --classifier FILE --out runs/tradeoff --way "K=12 order=halton"
@@ -6,13 +6,15 @@
     python benchmarks/tradeoff.py plot runs/tradeoff --out tradeoff.png
     python benchmarks/tradeoff.py table runs/tradeoff
 
-PATH and FILE as in `quality.py`: the model (by default the bundled one) is held against pictures of PATH that it did
-not learn from. A way is what `mar evaluate --sweep` takes, one value each: fields of SamplingConfig, K, cfg, preset.
-Without `--way`, those of WAYS are drawn, each knob by itself and some of them together. All ways draw the same labels
-and seeds. Seconds are of the processor, one thread, the pictures of a batch drawn at once, judging not counted. They
-compare where nobody else was at work for hours: `time` takes them anew, all ways in turn, medians of several rounds. A
-way that was measured is not measured again. A folder has one model, `--dtype`, data and classifier; these two may be
-moved.
+PATH and FILE as in `quality.py`: the model, by default the bundled one, is compared with images of PATH that it was not
+trained on. A way is a combination of `mar evaluate --sweep`, with one value each: fields of SamplingConfig, K, cfg,
+preset. The default is WAYS: each setting alone, and some of them together. All ways have the same labels and seeds.
+
+Seconds are processor time per image, one thread, without evaluation. They compare only on a machine that was idle for
+hours: `time` measures them again, all ways in turn, medians of several rounds.
+
+A measured way is not measured again. A folder is for one model, `--dtype`, data and classifier; data and classifier may
+be moved.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from statistics import median
 from typing import Any, get_args
 
 import torch
-from quality_data import fingerprints, open_judge, open_parts
+from quality_data import evaluation_extractor, fingerprints, open_splits
 from quality_notes import read_lines, require_same, write_lines
 
 import mar
@@ -43,8 +45,8 @@ from mar.pipeline import Pipeline
 from mar.sampling.generate import BrokenLatents
 from mar.sampling.plan import Plan
 
-FEW = "timestep_spacing=log-snr start_t=0.95"
-"""What belongs to the solvers that need few steps."""
+FEW_STEPS = "timestep_spacing=log-snr start_t=0.95"
+"""Settings for solvers with few steps."""
 WAYS = (
     "preset=exact",
     "preset=balanced",
@@ -58,175 +60,175 @@ WAYS = (
     "K=10",
     "K=7",
     "K=5",
-    # diffusion steps, and what solves them
+    # diffusion steps and solvers
     "diffusion_steps=15",
     "diffusion_steps=10",
     "diffusion_steps=25 diffusion_steps_end=8",
     "diffusion_steps=10 solver=ddim start_t=0.95",
-    f"diffusion_steps=10 solver=dpm++2s {FEW}",
-    f"diffusion_steps=8 solver=dpm++2m {FEW}",
-    f"diffusion_steps=8 solver=dpm++2m-sde {FEW}",
-    f"diffusion_steps=12 solver=dpm++2m-sde {FEW}",
+    f"diffusion_steps=10 solver=dpm++2s {FEW_STEPS}",
+    f"diffusion_steps=8 solver=dpm++2m {FEW_STEPS}",
+    f"diffusion_steps=8 solver=dpm++2m-sde {FEW_STEPS}",
+    f"diffusion_steps=12 solver=dpm++2m-sde {FEW_STEPS}",
     # guidance
     "uncond_interval=2",
     "uncond_interval=3",
     "guidance_from=0.1",
     "guidance_from=0.3",
-    # order and schedule, where few steps reveal many tokens each
+    # order and mask schedule, with many tokens per step
     "K=10 order=checkerboard",
     "K=10 order=halton",
     "K=10 mask_schedule=exponential",
     # together
-    f"K=10 diffusion_steps=8 solver=dpm++2m {FEW}",
-    f"K=10 diffusion_steps=8 solver=dpm++2m-sde {FEW}",
-    f"K=7 diffusion_steps=8 solver=dpm++2m-sde {FEW}",
-    f"K=5 diffusion_steps=8 solver=dpm++2m-sde {FEW}",
+    f"K=10 diffusion_steps=8 solver=dpm++2m {FEW_STEPS}",
+    f"K=10 diffusion_steps=8 solver=dpm++2m-sde {FEW_STEPS}",
+    f"K=7 diffusion_steps=8 solver=dpm++2m-sde {FEW_STEPS}",
+    f"K=5 diffusion_steps=8 solver=dpm++2m-sde {FEW_STEPS}",
 )
-MEASURED, ABOUT = "tradeoff.jsonl", "tradeoff.json"
+RESULTS_FILE, SETTINGS_FILE = "tradeoff.jsonl", "tradeoff.json"
 
 
 @dataclass
-class Timed:
-    """A set of drawn pictures, and how long drawing them took, in seconds of the processor."""
+class TimedImages:
+    """Generated images, with the processor time of generating them."""
 
-    drawn: GeneratedImages
+    generated: GeneratedImages
     seconds: float = 0.0
 
     @property
     def name(self) -> str:
-        return self.drawn.name
+        return self.generated.name
 
     @property
     def classes(self) -> tuple[str, ...]:
-        return self.drawn.classes
+        return self.generated.classes
 
     def __len__(self) -> int:
-        return len(self.drawn)
+        return len(self.generated)
 
     def batches(self, batch: int, first: int, end: int) -> Iterator[ImageBatch]:
-        pictures = self.drawn.batches(batch, first, end)
+        batches = self.generated.batches(batch, first, end)
         while True:
-            begun = time.process_time()
-            found = next(pictures, None)
-            self.seconds += time.process_time() - begun
-            if found is None:
+            start = time.process_time()
+            images = next(batches, None)
+            self.seconds += time.process_time() - start
+            if images is None:
                 return
-            yield found
+            yield images
 
 
-def draw(pipeline: Pipeline, way: str, count: int, seed: int) -> Timed:
-    """Pictures of all classes, drawn in that way when they are asked for."""
+def draw(pipeline: Pipeline, way: str, count: int, seed: int) -> TimedImages:
+    """Return images of all classes, generated in that way while they are read."""
     plan = Plan.total(count, list(range(pipeline.model.config.classes)) or [-1], seed=seed)
-    return Timed(GeneratedImages(pipeline, plan, name=way, **settings(way)))
+    return TimedImages(GeneratedImages(pipeline, plan, name=way, **settings(way)))
 
 
 def settings(way: str) -> dict[str, Any]:
-    """The fields that a way names, and their values."""
-    found = points(way.split())
-    if len(found) != 1:
-        raise ValueError(f"--way {way}: {len(found)} combinations, expected one value for each field")
-    return found[0]
+    """Parse the fields of a way."""
+    combinations = points(way.split())
+    if len(combinations) != 1:
+        raise ValueError(f"--way {way}: got {len(combinations)} combinations, expected one value for each field")
+    return combinations[0]
 
 
-def note_or_check(args: argparse.Namespace, judged_by: dict[str, str | None]) -> None:
-    """Notes in a new folder what is measured; ValueError for one in which something else was."""
-    about = {"model": args.model, "data": args.data.name, "count": args.count, "seed": args.seed}
-    about |= {"batch": args.batch, "threads": args.threads, "dtype": args.dtype, **judged_by}
-    note = args.out / ABOUT
-    if note.is_file():
-        noted = json.loads(note.read_text(encoding="utf-8"))
-        require_same(args.out, {"dtype": "fp32", **noted}, about)  # older versions knew no other
+def record_or_check(args: argparse.Namespace, data_fingerprints: dict[str, str | None]) -> None:
+    """Record the settings of a new folder. Raises ValueError for a folder with other settings."""
+    current = {"model": args.model, "data": args.data.name, "count": args.count, "seed": args.seed}
+    current |= {"batch": args.batch, "threads": args.threads, "dtype": args.dtype, **data_fingerprints}
+    file = args.out / SETTINGS_FILE
+    if file.is_file():
+        recorded = json.loads(file.read_text(encoding="utf-8"))
+        require_same(args.out, {"dtype": "fp32", **recorded}, current)  # older versions had no other dtype
     else:
-        write_text(note, json.dumps(about))
+        write_text(file, json.dumps(current))
 
 
 class Measurement:
-    """A model, what it is held against, and the file in which the ways are noted."""
+    """A model, its reference statistics, and the file of results."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
         self.pipeline: Pipeline = mar.load(args.model, device="cpu", dtype=torch_dtype(args.dtype))
         for way in args.way or WAYS:
-            self.pipeline.sampling_with(**settings(way))  # what is wrong is wrong before hours of drawing
+            self.pipeline.sampling_with(**settings(way))  # fails before hours of sampling
         self.count, self.seed, self.batch = args.count, args.seed, args.batch
-        parts = open_parts(args.data)
-        self.extractor = open_judge(args.data, args.classifier)
-        note_or_check(args, fingerprints(args.data, parts, args.classifier))
-        self.path = args.out / MEASURED
+        parts = open_splits(args.data)
+        self.extractor = evaluation_extractor(args.data, args.classifier)
+        record_or_check(args, fingerprints(args.data, parts, args.classifier))
+        self.path = args.out / RESULTS_FILE
         size = self.pipeline.image_size
         self.reference = collect(SourceImages(parts[1], "held out", size=size), self.extractor).statistics
-        real = collect(SourceImages(subset(parts[0], self.count), "learned from", size=size), self.extractor)
+        real = collect(SourceImages(subset(parts[0], self.count), "training images", size=size), self.extractor)
         distance = frechet_distance(real.statistics, self.reference)
-        print(f"{distance:.3f} is the distance of {self.count:,} training pictures", flush=True)
+        print(f"distance of {self.count:,} training images: {distance:.3f}", flush=True)
 
     def measure(self, way: str) -> dict[str, Any]:
-        """Draws and judges, and notes what came out."""
-        pictures = draw(self.pipeline, way, self.count, self.seed)
+        """Generate and evaluate images of a way, and record the result."""
+        images = draw(self.pipeline, way, self.count, self.seed)
         line: dict[str, Any] = {"way": way}
         try:
-            found = collect(pictures, self.extractor, batch=self.batch)
-            report = compare(found, self.reference, self.extractor, MetricOptions())
+            features = collect(images, self.extractor, batch=self.batch)
+            report = compare(features, self.reference, self.extractor, MetricOptions())
             line |= {"distance": report.distance, "agreement": report.class_accuracy}
-            line |= {"seconds": pictures.seconds / self.count}
+            line |= {"seconds": images.seconds / self.count}
         except BrokenLatents as error:
             line |= {"broken": str(error)}
         write_lines(self.path, [*read_lines(self.path), line])
         return line
 
 
-def noted(folder: Path) -> dict[str, dict[str, Any]]:
-    """What was measured, by ways; also of those that drew no pictures."""
-    return {line["way"]: line for line in read_lines(folder / MEASURED)}
+def results_by_way(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the last result of each way, also of those whose images were noise."""
+    return {line["way"]: line for line in read_lines(folder / RESULTS_FILE)}
 
 
-def read(folder: Path) -> list[dict[str, Any]]:
-    """What was measured, each way once; those that drew no pictures are left out."""
-    return [line for line in noted(folder).values() if "distance" in line]
+def successful_results(folder: Path) -> list[dict[str, Any]]:
+    """Return the result of each way whose images were not noise."""
+    return [line for line in results_by_way(folder).values() if "distance" in line]
 
 
-def front(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The ways of which no other is both sooner and better, the quickest first."""
-    found: list[dict[str, Any]] = []
+def pareto_front(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the results that no other beats in both time and distance, fastest first."""
+    best: list[dict[str, Any]] = []
     for line in sorted(lines, key=lambda line: (line["seconds"], line["distance"])):
-        if not found or line["distance"] < found[-1]["distance"]:
-            found.append(line)
-    return found
+        if not best or line["distance"] < best[-1]["distance"]:
+            best.append(line)
+    return best
 
 
 def run_measure(args: argparse.Namespace) -> None:
     ways = args.way or list(WAYS)
     measurement = Measurement(args)
-    done = noted(args.out)
+    done = results_by_way(args.out)
     for way in ways:
         if way not in done:
             print(json.dumps(measurement.measure(way)), flush=True)
 
 
 def run_time(args: argparse.Namespace) -> None:
-    lines = noted(args.folder)
+    lines = results_by_way(args.folder)
     ways = [way for way, line in lines.items() if "distance" in line]
     if not ways:
-        raise ValueError(f"{args.folder} holds no measurement")
-    about = json.loads((args.folder / ABOUT).read_text(encoding="utf-8"))
-    torch.set_num_threads(about["threads"])
-    pipeline = mar.load(about["model"], device="cpu", dtype=torch_dtype(about.get("dtype", "fp32")))
+        raise ValueError(f"{args.folder} has no measurements")
+    recorded = json.loads((args.folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    torch.set_num_threads(recorded["threads"])
+    pipeline = mar.load(recorded["model"], device="cpu", dtype=torch_dtype(recorded.get("dtype", "fp32")))
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(1, args.rounds + 1):
         for way in ways:
-            pictures = draw(pipeline, way, args.count, about["seed"])
-            for _ in pictures.batches(about["batch"], 0, args.count):
+            images = draw(pipeline, way, args.count, recorded["seed"])
+            for _ in images.batches(recorded["batch"], 0, args.count):
                 pass
-            seconds[way].append(pictures.seconds / args.count)
+            seconds[way].append(images.seconds / args.count)
         print(f"round {number} of {args.rounds}", flush=True)
-    for way, found in seconds.items():
-        lines[way]["seconds"] = median(found)
-    write_lines(args.folder / MEASURED, list(lines.values()))
+    for way, rounds in seconds.items():
+        lines[way]["seconds"] = median(rounds)
+    write_lines(args.folder / RESULTS_FILE, list(lines.values()))
 
 
 def run_table(args: argparse.Namespace) -> None:
-    lines = read(args.folder)
-    best = front(lines)
-    print("| way | distance | of its class | seconds |")
+    lines = successful_results(args.folder)
+    best = pareto_front(lines)
+    print("| way | distance | class accuracy | seconds |")
     print("| --- | --- | --- | --- |")
     for line in lines:
         way = f"**`{line['way']}`**" if line in best else f"`{line['way']}`"
@@ -239,32 +241,32 @@ def run_plot(args: argparse.Namespace) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
-    lines = read(args.folder)
+    lines = successful_results(args.folder)
     if not lines:
-        raise ValueError(f"{args.folder} holds no measurement")
-    about = json.loads((args.folder / ABOUT).read_text(encoding="utf-8"))
-    best = front(lines)
+        raise ValueError(f"{args.folder} has no measurements")
+    recorded = json.loads((args.folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    best = pareto_front(lines)
     figure = Figure(figsize=(9, 6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.plot([p["seconds"] for p in best], [p["distance"] for p in best], color="0.6", zorder=1)
     for line in lines:
-        on_it = line in best
-        axes.scatter(line["seconds"], line["distance"], s=40 if on_it else 16, color="tab:red" if on_it else "0.5")
-        said = line["way"].replace(FEW, "").replace("diffusion_steps", "steps").replace("solver=", "")
+        optimal = line in best
+        axes.scatter(line["seconds"], line["distance"], s=40 if optimal else 16, color="tab:red" if optimal else "0.5")
+        label = line["way"].replace(FEW_STEPS, "").replace("diffusion_steps", "steps").replace("solver=", "")
         axes.annotate(
-            " ".join(said.split()),
+            " ".join(label.split()),
             (line["seconds"], line["distance"]),
             xytext=(4, 3),
             textcoords="offset points",
-            fontsize=7 if on_it else 5.5,
-            color="black" if on_it else "0.5",
+            fontsize=7 if optimal else 5.5,
+            color="black" if optimal else "0.5",
         )
-    axes.set(xlabel="seconds of the processor per picture", ylabel="Fréchet distance", xscale="log")
+    axes.set(xlabel="processor seconds per image", ylabel="Fréchet distance", xscale="log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_title(f"{about['model']}: {about['count']:,} pictures a way; in red: none is both sooner and better")
+    axes.set_title(f"{recorded['model']}: {recorded['count']:,} images per way; Pareto front in red")
     axes.grid(alpha=0.3, which="both")
     figure.savefig(args.out, dpi=120)
     print(args.out)
@@ -273,27 +275,27 @@ def run_plot(args: argparse.Namespace) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(required=True)
-    verb = verbs.add_parser("measure", help="draw in all ways and judge")
+    verb = verbs.add_parser("measure", help="generate and evaluate images in all ways")
     verb.add_argument("--model", default="fashion")
     verb.add_argument("--data", type=Path, required=True)
-    verb.add_argument("--classifier", type=Path, help="for Fashion-MNIST: what `fashion_judge.py train` made")
+    verb.add_argument("--classifier", type=Path, help="for Fashion-MNIST: a file of `fashion_judge.py train`")
     verb.add_argument("--out", type=Path, required=True)
     verb.add_argument("--way", action="append", help="fields and values, separated by spaces; may be repeated")
-    verb.add_argument("--count", type=int, default=5000, help="pictures of each way")
+    verb.add_argument("--count", type=int, default=5000, help="images of each way")
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--batch", type=int, default=100)
     verb.add_argument("--threads", type=int, default=1)
-    verb.add_argument("--dtype", choices=get_args(DrawnDtype), default="fp32", help="of the model's matrices")
+    verb.add_argument("--dtype", choices=get_args(DrawnDtype), default="fp32", help="dtype of the model's matrices")
     verb.set_defaults(run=run_measure)
-    verb = verbs.add_parser("time", help="take the seconds of all ways anew, in turn")
+    verb = verbs.add_parser("time", help="measure the seconds of all ways again, in turn")
     verb.add_argument("folder", type=Path)
-    verb.add_argument("--count", type=int, default=100, help="pictures of each way and round")
+    verb.add_argument("--count", type=int, default=100, help="images of each way and round")
     verb.add_argument("--rounds", type=int, default=3)
     verb.set_defaults(run=run_time)
-    verb = verbs.add_parser("table", help="all ways, as Markdown; those worth it in bold")
+    verb = verbs.add_parser("table", help="all ways, as Markdown; the Pareto front in bold")
     verb.add_argument("folder", type=Path)
     verb.set_defaults(run=run_table)
-    verb = verbs.add_parser("plot", help="distance against seconds")
+    verb = verbs.add_parser("plot", help="plot of distance against seconds")
     verb.add_argument("folder", type=Path)
     verb.add_argument("--out", type=Path, default=Path("tradeoff.png"))
     verb.set_defaults(run=run_plot)

@@ -1,11 +1,10 @@
-"""What training costs beside the reference's way: reading cached latents, a step of MAR-B, and recomputing.
+"""Cost of training, compared with the reference: loading latents, a step of MAR-B, activation checkpointing.
 
     python benchmarks/training.py [--only loader step recompute] [--model mar-base] [--batch 8] [--rounds 3]
 
-Both sides are measured in turns, each the median of its rounds, so that a ratio is of one run; steps in a process of
-their own, so that each has a peak of its own. Weights and latents are random: time does not depend on them. All steps
-hide the mean number of tokens, 222 of 256. Wall time is that of an idle machine only; processor time is told beside it,
-and where others are at work it is the one to look at.
+Both sides are measured in turns, each the median of its rounds, so that a ratio is of one run. Steps run in processes
+of their own, since each has its own peak of memory. Weights and latents are random: time does not depend on them. All
+steps mask the mean number of tokens, 222 of 256. On a machine that is not idle, compare processor time, not wall time.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from mar.data.loader import batches
 from mar.presets import MODELS
 
 REFERENCE_SECONDS, REFERENCE_PEAK = 32.0, 12.5e9
-"""Of one step of the reference's MAR-B, batch 8, float32, where PRODUCT ran at REFERENCE_GFLOPS."""
+"""Seconds and peak memory of a step of the reference's MAR-B: batch 8, float32, PRODUCT at REFERENCE_GFLOPS."""
 MODES = ("none", "selective", "full")
 
 
@@ -44,7 +43,7 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     if options.child:
-        print(json.dumps(child(options)))
+        print(json.dumps(measure_steps(options)))
         return
     fp32, bf16 = product_speed(torch.float32), product_speed(torch.bfloat16)
     rows, inputs, outputs = PRODUCT
@@ -64,20 +63,20 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=("loader", "step", "recompute"),
                         default=("loader", "step", "recompute"))  # fmt: skip
-    parser.add_argument("--model", choices=MODELS, default="mar-base", help="whose step is measured")
-    parser.add_argument("--large", choices=MODELS, default="mar-large", help="whose step is recomputed")
+    parser.add_argument("--model", choices=MODELS, default="mar-base", help="model whose step is measured")
+    parser.add_argument("--large", choices=MODELS, default="mar-large", help="model for activation checkpointing")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2, help="of a round, after one that is not counted")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a round, after one warm-up step")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--pictures", type=int, default=1024, help="latents to read")
-    parser.add_argument("--bf16", choices=("auto", "yes", "no"), default="auto", help="auto: where it is no slower")
+    parser.add_argument("--pictures", type=int, default=1024, help="number of latents to read")
+    parser.add_argument("--bf16", choices=("auto", "yes", "no"), default="auto", help="auto: if it is not slower")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 class Archives(Dataset[tuple[Tensor, int]]):
-    """One .npz an image, plain or flipped at random, as the reference reads them."""
+    """One .npz per image, flipped at random, as the reference reads them."""
 
     def __init__(self, folder: Path) -> None:
         self.files = sorted(folder.iterdir())
@@ -107,8 +106,8 @@ def compare_loaders(rounds: int, count: int, batch: int = 64) -> None:
         for _ in range(rounds + 1):
             times["npz"].append(clocked(archives))
             times["cache"].append(clocked(cache))
-    seconds = {name: median(found[1:]) for name, found in times.items()}
-    print(f"\nloading batches of {batch} latents, {count} in all: microseconds an image (wall, processor)")
+    seconds = {name: median(clocks[1:]) for name, clocks in times.items()}
+    print(f"\nloading batches of {batch} latents, {count} in all: microseconds per image (wall, processor)")
     for name, clock in seconds.items():
         print(f"  {name:<6} {1e6 * clock['wall'] / count:8.1f} {1e6 * clock['cpu'] / count:8.1f}")
     ratios = [seconds["npz"][kind] / seconds["cache"][kind] for kind in ("wall", "cpu")]
@@ -120,36 +119,37 @@ def compare_steps(options: argparse.Namespace, fp32: float, bf16: float) -> None
     if options.bf16 == "yes" or (options.bf16 == "auto" and bf16 >= fp32):
         kinds.append("bf16")
     else:
-        print("\nbf16 is emulated on this processor, slower than fp32: no step in it is measured")
-    found = in_turns(options, options.model, kinds)
+        print("\nbf16 is emulated on this processor, slower than fp32: not measured")
+    reports = in_turns(options, options.model, kinds)
     print(f"\na training step of {options.model}, batch {options.batch}; seconds (wall, processor), and the peak")
-    for kind, one in found.items():
-        name = {"reference": "the reference's way", "none": "ours", "bf16": "ours in bf16"}[kind]
+    for kind, one in reports.items():
+        name = {"reference": "the reference's step", "none": "ours", "bf16": "ours in bf16"}[kind]
         print(f"  {name:<20}{one['wall']:8.1f}{one['cpu']:8.1f}{one['peak'] / 1e9:8.2f} GB")
-    theirs, ours = found["reference"], found["none"]
+    theirs, ours = reports["reference"], reports["none"]
     for kind in kinds[1:]:
-        ratios = [theirs[clock] / found[kind][clock] for clock in ("wall", "cpu")]
+        ratios = [theirs[clock] / reports[kind][clock] for clock in ("wall", "cpu")]
         name = "fp32" if kind == "none" else kind
         print(f"{name}: {ratios[0]:.2f} times as fast by wall time, {ratios[1]:.2f} by processor time")
-    print(f"peak: {ours['peak'] / theirs['peak']:.2f} of the reference's way")
-    print("where it goes, seconds of the processor (wall in brackets):")
+    print(f"peak: {ours['peak'] / theirs['peak']:.2f} of the reference's step")
+    print("parts: processor seconds (wall seconds)")
     for part in ours["parts"]:
         cells = [f"{one['parts'][part]['cpu']:8.2f} ({one['parts'][part]['wall']:6.2f})" for one in (theirs, ours)]
-        print(f"  {part:<12} {cells[0]}  ours {cells[1]}")
+        print(f"  {part:<12} reference {cells[0]}, ours {cells[1]}")
     print(
-        f"the reference itself took {REFERENCE_SECONDS:.0f} s and {REFERENCE_PEAK / 1e9:.1f} GB where the product ran "
-        f"at {REFERENCE_GFLOPS:.0f} GFLOP/s; by that speed {REFERENCE_SECONDS * REFERENCE_GFLOPS / fp32:.0f} s here"
+        f"the reference itself took {REFERENCE_SECONDS:.0f} s and {REFERENCE_PEAK / 1e9:.1f} GB on a machine with "
+        f"{REFERENCE_GFLOPS:.0f} GFLOP/s; at this machine's speed {REFERENCE_SECONDS * REFERENCE_GFLOPS / fp32:.0f} s"
     )
 
 
 def compare_recomputing(options: argparse.Namespace) -> None:
-    found = in_turns(options, options.large, MODES)
+    reports = in_turns(options, options.large, MODES)
     print(
-        f"\nrecomputing, {options.large}, batch {options.batch}: seconds (wall, processor), the peak, and what of it is"
+        f"\nactivation checkpointing, {options.large}, batch {options.batch}: seconds (wall, processor), peak, and the "
+        "part of it that is neither weights, gradients, optimizer state, EMA nor program"
     )
-    print("neither weights, gradients, optimizer state, running average nor the program itself")
-    for mode, one in found.items():
-        less, longer = 1 - one["rest"] / found["none"]["rest"], one["cpu"] / found["none"]["cpu"] - 1
+    base = reports["none"]
+    for mode, one in reports.items():
+        less, longer = 1 - one["rest"] / base["rest"], one["cpu"] / base["cpu"] - 1
         print(
             f"  {mode:<10}{one['wall']:8.1f}{one['cpu']:8.1f}{one['peak'] / 1e9:8.2f} GB{one['rest'] / 1e9:8.2f} GB, "
             f"{less:4.0%} less, {longer:+4.0%} processor time"
@@ -157,7 +157,7 @@ def compare_recomputing(options: argparse.Namespace) -> None:
 
 
 def in_turns(options: argparse.Namespace, model: str, kinds: Any) -> dict[str, Any]:
-    """What the processes of each kind found, taken in turns: medians of times and parts, the highest peak."""
+    """Run the processes of each kind in turns; return medians of times and parts, and the highest peak."""
     reports: dict[str, list[Any]] = {kind: [] for kind in kinds}
     for _ in range(options.rounds):
         for kind in kinds:
@@ -168,16 +168,16 @@ def in_turns(options: argparse.Namespace, model: str, kinds: Any) -> dict[str, A
             reports[kind].append(json.loads(done.stdout.splitlines()[-1]))
     return {
         kind: {
-            **median([step for one in found for step in one["steps"]]),
-            "parts": {part: median([one["parts"][part] for one in found]) for part in found[0]["parts"]},
-            **{name: max(one[name] for one in found) for name in ("peak", "rest")},
+            **median([step for one in rounds for step in one["steps"]]),
+            "parts": {part: median([one["parts"][part] for one in rounds]) for part in rounds[0]["parts"]},
+            **{name: max(one[name] for one in rounds) for name in ("peak", "rest")},
         }
-        for kind, found in reports.items()
+        for kind, rounds in reports.items()
     }
 
 
-def child(options: argparse.Namespace) -> dict[str, Any]:
-    """The steps of one kind, and what they took."""
+def measure_steps(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the steps of one kind, in this process."""
     before = peak()
     config = TrainConfig(model=MODELS[options.model], batch=options.batch)
     if options.child in MODES:
@@ -201,7 +201,7 @@ def median(clocks: list[Clock]) -> Clock:
 
 
 def peak() -> float:
-    """The most bytes that this process has held in memory."""
+    """Return the peak memory of this process, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

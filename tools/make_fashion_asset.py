@@ -1,9 +1,8 @@
 """Makes the bundled subset of Fashion-MNIST: python tools/make_fashion_asset.py --data FOLDER
 
-FOLDER holds the four gzipped IDX files as they are distributed. Of every class the first 1,000 training and the first
-200 test pictures are taken, in the order of the files, and laid out class by class in turn (picture i is of class
-i % 10) on a sheet 100 pictures wide. A PNG of a sheet is smaller than an .npz, loads in a tenth of a second, and can be
-looked at.
+FOLDER has the four gzipped IDX files as they are distributed. The subset is the first 1,000 training images and the
+first 200 test images of each class, in the order of the files. Image i is of class i % 10, on a sheet of 100 images per
+row. A PNG of a sheet is smaller than an .npz, loads in a tenth of a second, and people can view it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ ASSETS = Path(__file__).resolve().parents[1] / "src" / "mar" / "assets" / "fashi
 
 
 def read_idx(path: Path, header: int) -> np.ndarray:
-    """The bytes of a gzipped IDX file after its header."""
+    """Read the bytes of a gzipped IDX file after its header."""
     with gzip.open(path) as file:
         return np.frombuffer(file.read(), np.uint8, offset=header)
 
@@ -29,8 +28,8 @@ def make_sheet(data: Path, stem: str, per_class: int) -> Image.Image:
     images = read_idx(data / f"{stem}-images-idx3-ubyte.gz", 16).reshape(-1, SIDE, SIDE)
     labels = read_idx(data / f"{stem}-labels-idx1-ubyte.gz", 8)
     first = np.stack([np.flatnonzero(labels == c)[:per_class] for c in range(CLASSES)])
-    chosen = images[first.T.ravel()]
-    sheet = chosen.reshape(-1, COLUMNS, SIDE, SIDE).transpose(0, 2, 1, 3).reshape(-1, COLUMNS * SIDE)
+    subset = images[first.T.ravel()]
+    sheet = subset.reshape(-1, COLUMNS, SIDE, SIDE).transpose(0, 2, 1, 3).reshape(-1, COLUMNS * SIDE)
     return Image.fromarray(np.ascontiguousarray(sheet))
 
 

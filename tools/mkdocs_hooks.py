@@ -25,8 +25,7 @@ def on_pre_build(**_: Any) -> None:
         if package[name].final_target.module.path not in modules:
             log.warning("mar.%s is public, but no page of docs/api has its module", name)
     for module in sorted(modules):
-        found = package[module.removeprefix("mar.")]
-        for path in undocumented(found):
+        for path in undocumented(package[module.removeprefix("mar.")]):
             log.warning("%s has no docstring; give it one, or a name that begins with _", path)
 
 
@@ -38,7 +37,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     folder = Path(page.file.abs_src_path).parent
     documented = documented_modules()
 
-    def replaced(match: re.Match[str]) -> str:
+    def replacement(match: re.Match[str]) -> str:
         text, target = match.groups()
         path = (folder / target).resolve()
         if path.is_relative_to(ROOT / "docs") or not path.exists():
@@ -49,7 +48,7 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         name = text.strip("`")
         return f"[{text}][{name if name.startswith(f'{module}.') else module}]" if module in documented else text
 
-    return LINK.sub(replaced, markdown)
+    return LINK.sub(replacement, markdown)
 
 
 def documented_modules() -> set[str]:
@@ -63,22 +62,22 @@ def public_names(package: griffe.Module) -> list[str]:
     return list(ast.literal_eval(str(package["__all__"].value)))
 
 
-def undocumented(found: Any) -> Iterator[str]:
+def undocumented(owner: Any) -> Iterator[str]:
     """Yield the paths of a module's or a class's public members without a docstring.
 
     Fields of a class may go without; a method may have the docstring of a base class.
     """
-    if not found.docstring:
-        yield found.path
-    for member in found.members.values():
+    if not owner.docstring:
+        yield owner.path
+    for member in owner.members.values():
         if member.is_alias or member.name.startswith("_") or member.name == "logger":
             continue
         if member.is_class:
             yield from undocumented(member)
-        elif not (member.docstring or (found.is_class and (member.is_attribute or inherits(found, member.name)))):
+        elif not (member.docstring or (owner.is_class and (member.is_attribute or inherits(owner, member.name)))):
             yield member.path
 
 
-def inherits(found: griffe.Class, name: str) -> bool:
+def inherits(owner: griffe.Class, name: str) -> bool:
     """Tell if a base class of the package documents the method `name`."""
-    return any(name in base.members and base.members[name].docstring for base in found.mro())
+    return any(name in base.members and base.members[name].docstring for base in owner.mro())

@@ -1,13 +1,13 @@
-"""Record what torch-fidelity and torchmetrics say of pictures, for tests/parity/test_inception.py.
+"""Record metrics of torch-fidelity and torchmetrics for tests/parity/test_inception.py.
 
     python tools/record_fid_golden.py small tests/parity/golden/inception --scratch FOLDER
     python tools/record_fid_golden.py large tests/parity/golden/inception --scratch FOLDER
 
-It runs where both are installed (`pip install "mar[fid]" torchmetrics scipy`), not where the tests run. The Inception
-network is drawn at random and kept in FOLDER, outside the repository: its batch norms are given the statistics of
-some pictures, so that its features are not degenerate. `small` has torch-fidelity, torchmetrics and mar each run the
-network on the same pictures; `large` has torch-fidelity run it on 2,500 and 2,500 pictures, and the others compute
-from the features that it found. One thread: about 15 minutes and an hour.
+It needs both libraries (`pip install "mar[fid]" torchmetrics scipy`); the tests do not. The Inception network has
+random weights, kept in FOLDER outside the repository. Its batch norms get the statistics of some images, so that its
+features are not degenerate. `small`: torch-fidelity, torchmetrics and mar each run the network on the same images.
+`large`: torch-fidelity runs it on 2,500 and 2,500 images, and the others compute from its features. One thread: about
+15 minutes and an hour.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ Numbers = dict[str, float]
 
 
 def declare_missing_operators() -> None:
-    """Let torchvision be imported where its compiled part was built for another torch (CUDA beside CPU).
+    """Make torchvision importable if its compiled part is for another torch (CUDA instead of CPU).
 
-    Its Python refers to two of its operators while it is imported. They are declared, never defined: nothing here
-    calls them, and whatever did would fail.
+    Its import refers to two of its operators. They are declared, not defined: nothing here calls them.
     """
     try:
         importlib.import_module("torchvision")
@@ -52,21 +51,21 @@ def declare_missing_operators() -> None:
 
 
 def pictures(count: int, seed: int, contrast: float) -> Tensor:
-    """(count, 3, 32, 32) uint8: smooth fields of two scales with a grid in some; contrast tells sets apart."""
-    draws = torch.Generator().manual_seed(seed)
-    coarse = F.interpolate(torch.randn(count, 3, 4, 4, generator=draws), size=(SIDE, SIDE), mode="bicubic")
-    fine = torch.randn(count, 3, SIDE, SIDE, generator=draws) * torch.rand(count, 1, 1, 1, generator=draws)
-    grid = (torch.arange(SIDE) % 8 < 4).float() * (torch.rand(count, 1, 1, 1, generator=draws) < 0.3)
+    """Draw images (count, 3, 32, 32) uint8: smooth fields of two scales, some with a grid."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = F.interpolate(torch.randn(count, 3, 4, 4, generator=generator), size=(SIDE, SIDE), mode="bicubic")
+    fine = torch.randn(count, 3, SIDE, SIDE, generator=generator) * torch.rand(count, 1, 1, 1, generator=generator)
+    grid = (torch.arange(SIDE) % 8 < 4).float() * (torch.rand(count, 1, 1, 1, generator=generator) < 0.3)
     return ((coarse + 0.5 * fine * contrast + grid) * 50 * contrast + 128).clamp(0, 255).byte()
 
 
 def random_inception(path: Path) -> None:
-    """State dict of the network with random weights, batch norms fitted to 100 pictures; made once."""
+    """Write the network with random weights, its batch norms fitted to 100 images, unless it exists."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     class Untrained(FeatureExtractorInceptionV3):  # type: ignore[misc]
         def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-            """Nothing: its constructor insists on a file."""
+            """Do nothing: the constructor insists on a file."""
 
     if path.exists():
         return
@@ -88,7 +87,7 @@ def random_inception(path: Path) -> None:
 
 
 class Pictures(torch.utils.data.Dataset[Tensor]):
-    """Pictures as torch-fidelity wants them."""
+    """Images as a data set for torch-fidelity."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
@@ -101,10 +100,10 @@ class Pictures(torch.utils.data.Dataset[Tensor]):
 
 
 def by_fidelity(fake: Tensor, real: Tensor, weights: Path, tap: str) -> Numbers:
-    """torch-fidelity's own run, from pictures to numbers."""
+    """Compute metrics of images by torch-fidelity."""
     import torch_fidelity
 
-    found = torch_fidelity.calculate_metrics(
+    results = torch_fidelity.calculate_metrics(
         input1=Pictures(fake), input2=Pictures(real), feature_extractor_weights_path=str(weights),
         cuda=False, save_cpu_ram=True, feature_extractor="inception-v3-compat",
         batch_size=BATCH, fid=True, kid=True, isc=tap == "2048", prc=True, feature_layer_fid=tap,
@@ -113,16 +112,19 @@ def by_fidelity(fake: Tensor, real: Tensor, weights: Path, tap: str) -> Numbers:
     )  # fmt: skip
     names = {"frechet_inception_distance": "fid", "kernel_inception_distance_mean": "kid"}
     names |= {"inception_score_mean": "is", "precision": "precision", "recall": "recall"}
-    return {short: float(found[long]) for long, short in names.items() if long in found}
+    return {short: float(results[long]) for long, short in names.items() if long in results}
 
 
 def by_torchmetrics(fake: Tensor, real: Tensor, features: nn.Module, logits: nn.Module | None) -> Numbers:
-    """torchmetrics on batches of whatever `features` and `logits` take, in float64 where it offers that."""
+    """Compute metrics by torchmetrics, in float64 if it offers that.
+
+    `fake` and `real` are inputs of the modules `features` and `logits`.
+    """
     from torchmetrics.image.fid import FrechetInceptionDistance
     from torchmetrics.image.inception import InceptionScore
     from torchmetrics.image.kid import KernelInceptionDistance
 
-    found: Numbers = {}
+    numbers: Numbers = {}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", UserWarning)  # that it keeps all features
         fid = FrechetInceptionDistance(feature=features, input_img_size=(3, SIDE, SIDE)).set_dtype(torch.float64)
@@ -131,39 +133,39 @@ def by_torchmetrics(fake: Tensor, real: Tensor, features: nn.Module, logits: nn.
             for batch in images.split(BATCH):
                 fid.update(batch, real=is_real)
                 kid.update(batch, real=is_real)
-        found |= {"fid": float(fid.compute()), "kid": float(kid.compute()[0])}
+        numbers |= {"fid": float(fid.compute()), "kid": float(kid.compute()[0])}
         if logits is not None:
             score = InceptionScore(feature=logits, splits=1)
             for batch in fake.split(BATCH):
                 score.update(batch)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the deviation over one split
-                found["is"] = float(score.compute()[0])
-    return found
+                numbers["is"] = float(score.compute()[0])
+    return numbers
 
 
 def by_mar(fake: Tensor, real: Tensor, logits: Tensor | None) -> Numbers:
-    """Our metrics of features."""
+    """Compute our metrics of features."""
     moments = [Moments(fake.shape[1]), Moments(fake.shape[1])]
     for part, rows in zip(moments, (fake, real), strict=True):
         for batch in rows.split(64):
             part.update(batch)
     precision, recall = precision_recall(real, fake)
     size = min(len(fake), len(real))
-    found = {"fid": frechet_distance(*moments), "kid": kernel_distance(real, fake, 1, size, 0)[0]}
-    found |= {"precision": precision, "recall": recall}
-    return found | ({} if logits is None else {"is": inception_score(logits, 1)[0]})
+    numbers = {"fid": frechet_distance(*moments), "kid": kernel_distance(real, fake, 1, size, 0)[0]}
+    numbers |= {"precision": precision, "recall": recall}
+    return numbers | ({} if logits is None else {"is": inception_score(logits, 1)[0]})
 
 
 def network_of_torchmetrics(weights: Path, tap: str) -> nn.Module:
-    """torchmetrics' variant of the network, with torch-fidelity's resize (its own default is another one)."""
+    """Create torchmetrics' variant of the network, with torch-fidelity's resize instead of its own."""
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     return NoTrainInceptionV3("inception-v3-compat", [tap], str(weights), antialias=False)
 
 
-def extracted(images: Tensor, weights: Path, tap: str) -> tuple[Tensor, Tensor | None]:
-    """Features and logits of our extractor."""
+def extract(images: Tensor, weights: Path, tap: str) -> tuple[Tensor, Tensor | None]:
+    """Compute features and logits by our extractor."""
     extractor = inception(weights, tap=tap)
     parts = [extractor(batch) for batch in images.split(BATCH)]
     logits = [part.logits for part in parts if part.logits is not None]
@@ -171,7 +173,7 @@ def extracted(images: Tensor, weights: Path, tap: str) -> tuple[Tensor, Tensor |
 
 
 class Given(nn.Module):
-    """Stands in for a network whose answers are known: hands its input on."""
+    """Stands in for a network: returns its input, which is features already."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -182,15 +184,15 @@ class Given(nn.Module):
 
 
 def small(weights: Path, folder: Path) -> None:
-    """All three from pictures to numbers, and the golden file of features."""
-    found: dict[str, Any] = {}
+    """Record metrics by all three from images, and the golden file of features."""
+    results: dict[str, Any] = {}
     for tap, count in ((TAP, TAPPED), ("2048", WHOLE)):
         began = time.perf_counter()
         fake, real = pictures(count, 2, 0.8), pictures(count, 3, 1.0)
         whole = tap == "2048"
         logits_of = network_of_torchmetrics(weights, "logits_unbiased") if whole else None
-        (ours, logits), (others, _) = extracted(fake, weights, tap), extracted(real, weights, tap)
-        found[f"{tap} of {count} and {count}"] = {
+        (ours, logits), (others, _) = extract(fake, weights, tap), extract(real, weights, tap)
+        results[f"{tap} of {count} and {count}"] = {
             "mar": by_mar(ours, others, logits),
             "torch-fidelity": by_fidelity(fake, real, weights, tap),
             "torchmetrics": by_torchmetrics(fake, real, network_of_torchmetrics(weights, tap), logits_of),
@@ -202,12 +204,12 @@ def small(weights: Path, folder: Path) -> None:
             assert logits is not None
             kept["logits"] = logits[:, :CLASSES].contiguous()
     save_file(kept, folder / "features.safetensors")
-    found["features.safetensors"] = of_features(kept["fake"], kept["real"], kept["logits"])
-    write(folder / "small.json", found)
+    results["features.safetensors"] = of_features(kept["fake"], kept["real"], kept["logits"])
+    write(folder / "small.json", results)
 
 
 def of_features(fake: Tensor, real: Tensor, logits: Tensor) -> dict[str, Numbers]:
-    """The others' numbers of features, by the functions that they use on those of their networks."""
+    """Compute metrics of given features by torch-fidelity and torchmetrics."""
     from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 
     sides = [metric_fid.fid_features_to_statistics(side) for side in (fake, real)]
@@ -227,7 +229,7 @@ def of_features(fake: Tensor, real: Tensor, logits: Tensor) -> dict[str, Numbers
 
 
 def large(weights: Path, folder: Path) -> None:
-    """torch-fidelity on 2,500 and 2,500 pictures; what its network answered is kept, for the other two."""
+    """Record metrics by torch-fidelity on 2,500 and 2,500 images, and by the others from its features."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Network
 
     answers: list[dict[str, Tensor]] = []
@@ -246,38 +248,38 @@ def large(weights: Path, folder: Path) -> None:
     logits = torch.cat([answer["logits_unbiased"] for answer in answers[: LARGE // BATCH]])
     assert values.shape == (2 * LARGE, 2048)
     torch.save({"values": values, "logits": logits}, weights.with_name("large.pt"))
-    ours, found_logits = extracted(fake[:BATCH], weights, "2048")
-    assert found_logits is not None
+    ours, our_logits = extract(fake[:BATCH], weights, "2048")
+    assert our_logits is not None
     same = {"features": float((ours - values[:BATCH]).abs().max()), "of at most": float(values.abs().max())}
     sides = values[:LARGE], values[LARGE:]
-    found = {
+    results = {
         "mar": by_mar(*sides, logits),
         "torch-fidelity": theirs,
         "torchmetrics": by_torchmetrics(*sides, Given(2048), None),
         "largest difference of our extractor, 50 pictures": same,
     }
-    found["torchmetrics"] |= {"is": by_torchmetrics(logits, logits, Given(1008), Given(1008))["is"]}
-    write(folder / "large.json", {f"2048 of {LARGE} and {LARGE}": found})
+    results["torchmetrics"] |= {"is": by_torchmetrics(logits, logits, Given(1008), Given(1008))["is"]}
+    write(folder / "large.json", {f"2048 of {LARGE} and {LARGE}": results})
 
 
-def write(path: Path, found: dict[str, Any]) -> None:
-    """The numbers with the versions that made them."""
+def write(path: Path, results: dict[str, Any]) -> None:
+    """Write results with the versions of the libraries."""
     versions = {name: importlib.import_module(name).__version__ for name in ("torch", "torch_fidelity", "torchmetrics")}
-    path.write_text(json.dumps({"versions": versions | {"numpy": np.__version__}} | found, indent=2) + "\n", "utf-8")
+    path.write_text(json.dumps({"versions": versions | {"numpy": np.__version__}} | results, indent=2) + "\n", "utf-8")
     print(path.read_text("utf-8"), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["small", "large"])
-    parser.add_argument("folder", type=Path, help="where the golden files go")
-    parser.add_argument("--scratch", type=Path, required=True, help="where the random weights (95 MB) are kept")
+    parser.add_argument("size", choices=["small", "large"])
+    parser.add_argument("folder", type=Path, help="folder of the golden files")
+    parser.add_argument("--scratch", type=Path, required=True, help="folder for the random weights (95 MB)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     declare_missing_operators()
     weights = args.scratch / "inception.pth"
     random_inception(weights)
-    {"small": small, "large": large}[args.what](weights, args.folder)
+    {"small": small, "large": large}[args.size](weights, args.folder)
 
 
 if __name__ == "__main__":

@@ -190,8 +190,7 @@ def collective_errors() -> Iterator[None]:
     """Raise on all ranks if one raises ValueError or OSError inside.
 
     The first failing rank raises its own error, all others raise OtherRankFailed: one message for people. Every rank
-    has
-    to run the block. Outside a process group all ranks are assumed to fail alike, and rank 0 raises the error.
+    has to run the block. Outside a process group all ranks are assumed to fail alike, and rank 0 raises the error.
     """
     error: ValueError | OSError | None = None
     try:

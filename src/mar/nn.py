@@ -84,8 +84,7 @@ def init_empty_weights() -> Iterator[None]:
     """Create modules on the meta device, without memory, before loading their weights.
 
     Initializers do nothing: `normal_` on the meta device imports PyTorch's compiler and sympy, a third of the time to
-    load
-    a small model.
+    load a small model.
     """
     with torch.device("meta"), _SkipInit():
         yield

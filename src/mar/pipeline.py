@@ -297,8 +297,7 @@ class Pipeline(
         """Write one safetensors file with model, tokenizer and sampling defaults.
 
         `dtype` bfloat16 halves the file; `open` casts its rounded weights to float32. Raises ConfigError for a model
-        with
-        int8 weights.
+        with int8 weights.
         """
         if is_quantized(self.model):
             raise ConfigError("int8 weights can't be saved: save the model as it was loaded")

@@ -166,8 +166,7 @@ FASHION = TrainConfig(
 """3.5 million parameters on 10,000 pictures of Fashion-MNIST in raw pixels, 4x4 patches.
 
 Images of the right class and Fréchet distance after training on the full set of 60,000, on one core (AVX2, float32;
-docs/quality.md): 82% and 17 in 5 minutes, 92% and 7 to 8 in 15, 95% and 2.2 in 64. Each run is fitted to
-its time. The
+docs/quality.md): 82% and 17 in 5 minutes, 92% and 7 to 8 in 15, 95% and 2.2 in 64. Each run is fitted to its time. The
 paper's settings reach 86% and 15 in 64 minutes. On processors with bfloat16 products, `--precision bf16` sees a third
 more images in the same time.
 

@@ -108,7 +108,7 @@ def test_a_trial_goes_on_with_the_minutes_of_its_state(
 def test_what_was_judged_is_not_judged_again(quality: ModuleType, data: Path, tmp_path: Path) -> None:
     trial, log = open_trial(quality, data, tmp_path / "trial")
     assert train(trial.run, log)
-    trial.once(5)
+    trial.evaluate_once(5)
     log.close()
     again, log = open_trial(quality, data, tmp_path / "trial")
     about = [{"images": 12, "pictures": 5}, {"images": 40, "pictures": 5}]
@@ -122,12 +122,12 @@ def test_what_was_judged_is_not_judged_again(quality: ModuleType, data: Path, tm
         {"guidance_scale": 1.5},
     ):
         changes: dict[str, Any] = {"pictures": 5, **wanted}
-        line = again.once(changes.pop("pictures"), **changes)
+        line = again.evaluate_once(changes.pop("pictures"), **changes)
         wanted = {"images": 40, "pictures": 5, **wanted}
         assert {name: line.get(name) for name in wanted} == wanted
         about += [] if wanted in about else [wanted]
     log.close()
-    written = (tmp_path / "trial" / quality.MARKED).read_text(encoding="utf-8").splitlines()
+    written = (tmp_path / "trial" / quality.RESULTS_FILE).read_text(encoding="utf-8").splitlines()
     names = ("images", "pictures", "guidance_scale", "weights")
     assert [{name: line[name] for name in names if name in line} for line in map(json.loads, written)] == about
     assert len(about) == 6
@@ -152,8 +152,8 @@ def command(quality: ModuleType, no_judge: None, tmp_path: Path, monkeypatch: py
         return tiny_train_config(data, model=tiny_config(channels=1, grid=(28, 28), patch_size=14, classes=10))
 
     monkeypatch.setattr(quality, "settings", settings)
-    monkeypatch.setattr(quality, "fitted", lambda config, *_: config)
-    monkeypatch.setattr(quality, "open_judge", lambda *_: None)
+    monkeypatch.setattr(quality, "fit_to_minutes", lambda config, *_: config)
+    monkeypatch.setattr(quality, "evaluation_extractor", lambda *_: None)
     fashion_files(tmp_path / "fashion")
     (tmp_path / "judge").write_bytes(b"a judge")
     usual = {"data": tmp_path / "fashion", "classifier": tmp_path / "judge", "recipe": "fashion", "minutes": 10}
@@ -193,7 +193,7 @@ def test_a_trial_is_gone_on_with_as_it_was_begun(
     older: bool,
 ) -> None:
     changes, others, said = OTHERWISE[which]
-    note = tmp_path / "trial" / quality.TRIAL
+    note = tmp_path / "trial" / quality.TRIAL_FILE
     monkeypatch.setattr(quality, "train", lambda *_: False)  # stopped at once
     monkeypatch.setattr(quality.torch, "set_num_threads", lambda _: None)
     assert command(threads=1) == 0
@@ -208,7 +208,7 @@ def test_a_trial_is_gone_on_with_as_it_was_begun(
     before = note.read_bytes()
     assert command(*others, **{"threads": 1, **changes}) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"quality: {tmp_path / 'trial'} was begun otherwise ({said}")
+    assert error.startswith(f"quality: {tmp_path / 'trial'} was begun with other settings ({said}")
     assert error.count("\n") == 1
     assert (command(threads=1), note.read_bytes()) == (0, before)
 
@@ -221,17 +221,17 @@ def test_other_judges_and_pictures_are_refused_moved_ones_are_not(
         (tmp_path / name).rename(tmp_path / f"moved-{name}")
     moved = {"data": tmp_path / "moved-fashion", "classifier": tmp_path / "moved-judge"}
     assert command("ema=0.99", **moved, guidance_scale=2) == 0
-    written = (tmp_path / "trial" / quality.MARKED).read_text(encoding="utf-8").splitlines()
+    written = (tmp_path / "trial" / quality.RESULTS_FILE).read_text(encoding="utf-8").splitlines()
     assert [json.loads(line).get("guidance_scale") for line in written] == [None, 2.0]
     capsys.readouterr()
     moved["classifier"].write_bytes(b"another judge")
     assert command(**moved, guidance_scale=3) == 2
-    assert "was begun otherwise (classifier " in capsys.readouterr().err
-    assert len((tmp_path / "trial" / quality.MARKED).read_text(encoding="utf-8").splitlines()) == 2
+    assert "was begun with other settings (classifier " in capsys.readouterr().err
+    assert len((tmp_path / "trial" / quality.RESULTS_FILE).read_text(encoding="utf-8").splitlines()) == 2
 
 
 def test_the_pictures_of_a_folder_are_known_wherever_it_is(quality: ModuleType, data: Path, tmp_path: Path) -> None:
-    of = importlib.import_module("quality_data").of_pictures
+    of = importlib.import_module("quality_data").data_fingerprint
     before = of(hold_out(data))
     moved = data.rename(tmp_path / "moved")
     assert of(hold_out(moved)) == before
@@ -253,8 +253,10 @@ def test_what_is_nothing_is_not_what_is_not_known(
         {"minutes": 1, "images": 600, "weights": "raw", "distance": 80, "agreement": None},
         {"minutes": 1, "images": 600, "val_loss": 1.5, "broken": "step 3"},
     ]
-    (tmp_path / quality.TRIAL).write_text(json.dumps({"config": {"sampling": {"guidance": 4.0}}}), encoding="utf-8")
-    (tmp_path / quality.MARKED).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (tmp_path / quality.TRIAL_FILE).write_text(
+        json.dumps({"config": {"sampling": {"guidance": 4.0}}}), encoding="utf-8"
+    )
+    (tmp_path / quality.RESULTS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     quality.run_table(SimpleNamespace(folders=[tmp_path]))
     cells = [row.strip("| ").split(" | ") for row in capsys.readouterr().out.splitlines()[2:]]
     assert [[row[4], *row[7:]] for row in cells] == [
@@ -268,15 +270,15 @@ def test_what_is_nothing_is_not_what_is_not_known(
 def test_a_mark_that_cannot_be_kept_leaves_those_before(quality: ModuleType, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "trial"
     folder.mkdir()
-    (folder / quality.MARKED).write_bytes(b'{"images": 0, "minutes": 0}\n')
+    (folder / quality.RESULTS_FILE).write_bytes(b'{"images": 0, "minutes": 0}\n')
     trial, log = open_trial(quality, data, folder)
     with pytest.raises(ValueError, match="No space left"):
-        trial.judge(5, guidance_scale=2.0)
+        trial.evaluate(5, guidance_scale=2.0)
     log.close()
-    assert (folder / quality.MARKED).read_bytes() == b'{"images": 0, "minutes": 0}\n'
+    assert (folder / quality.RESULTS_FILE).read_bytes() == b'{"images": 0, "minutes": 0}\n'
 
 
 def test_half_a_mark_at_the_end_was_not_written(quality: ModuleType, tmp_path: Path) -> None:
-    (tmp_path / quality.MARKED).write_text('{"images": 4}\n{"images": 8, "dis', encoding="utf-8")
-    (tmp_path / quality.TRIAL).write_text("{}", encoding="utf-8")
+    (tmp_path / quality.RESULTS_FILE).write_text('{"images": 4}\n{"images": 8, "dis', encoding="utf-8")
+    (tmp_path / quality.TRIAL_FILE).write_text("{}", encoding="utf-8")
     assert importlib.import_module("quality_report").read(tmp_path)[1] == [{"images": 4}]

@@ -29,7 +29,7 @@ def test_on_the_front_no_other_is_sooner_and_better(tradeoff: ModuleType) -> Non
         return {"seconds": seconds, "distance": distance}
 
     quick, slow, waste, same, best = line(1, 9), line(3, 4), line(2, 10), line(3, 4.5), line(8, 3)
-    assert tradeoff.front([slow, best, waste, same, quick]) == [quick, slow, best]
+    assert tradeoff.pareto_front([slow, best, waste, same, quick]) == [quick, slow, best]
 
 
 def test_a_way_has_one_value_for_each_field(tradeoff: ModuleType) -> None:
@@ -38,7 +38,7 @@ def test_a_way_has_one_value_for_each_field(tradeoff: ModuleType) -> None:
         "solver": "dpm++2m",
         "start_t": 0.95,
     }
-    with pytest.raises(ValueError, match="2 combinations, expected one value"):
+    with pytest.raises(ValueError, match="got 2 combinations, expected one value"):
         tradeoff.settings("K=10,20")
     assert [tradeoff.settings(way) for way in tradeoff.WAYS]
 
@@ -49,17 +49,17 @@ def test_what_drew_no_pictures_is_no_point(tradeoff: ModuleType, tmp_path: Path)
         {"way": "b", "distance": 2, "seconds": 1},
         {"way": "a", "broken": "step 4"},
     ]
-    (tmp_path / tradeoff.MEASURED).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    assert [line["way"] for line in tradeoff.read(tmp_path)] == ["b"]
-    assert {*tradeoff.noted(tmp_path)} == {"a", "b"}
-    assert tradeoff.read(tmp_path / "nowhere") == []
+    (tmp_path / tradeoff.RESULTS_FILE).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert [line["way"] for line in tradeoff.successful_results(tmp_path)] == ["b"]
+    assert {*tradeoff.results_by_way(tmp_path)} == {"a", "b"}
+    assert tradeoff.successful_results(tmp_path / "nowhere") == []
 
 
 def test_a_way_that_was_measured_is_not_measured_again(
     tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [{"way": "K=5", "broken": "step 3"}, {"way": "K=7", "distance": 2, "seconds": 1}]
-    (tmp_path / tradeoff.MEASURED).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    (tmp_path / tradeoff.RESULTS_FILE).write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     measured: list[str] = []
     monkeypatch.setattr(tradeoff, "Measurement", lambda _: SimpleNamespace(measure=measured.append))
     tradeoff.run_measure(SimpleNamespace(way=["K=5", "K=10", "K=7"], out=tmp_path))
@@ -70,7 +70,7 @@ def test_a_way_that_was_measured_is_not_measured_again(
 def test_a_way_that_cannot_be_noted_leaves_those_before(
     tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / tradeoff.MEASURED
+    path = tmp_path / tradeoff.RESULTS_FILE
     path.write_bytes(b'{"way": "K=5", "broken": "step 3"}\n')
     monkeypatch.setattr(tradeoff, "collect", lambda *_, **__: None)
     report = SimpleNamespace(distance=1.0, class_accuracy=None)
@@ -85,12 +85,12 @@ def test_a_way_that_cannot_be_noted_leaves_those_before(
 
 
 def test_half_a_line_at_the_end_was_not_written(tradeoff: ModuleType, tmp_path: Path) -> None:
-    path, lines = tmp_path / tradeoff.MEASURED, '{"way": "K=5", "distance": 2}\n{"way": "K=7", "dis'
+    path, lines = tmp_path / tradeoff.RESULTS_FILE, '{"way": "K=5", "distance": 2}\n{"way": "K=7", "dis'
     path.write_text(lines, encoding="utf-8")
-    assert tradeoff.read(tmp_path) == [{"way": "K=5", "distance": 2}]
+    assert tradeoff.successful_results(tmp_path) == [{"way": "K=5", "distance": 2}]
     path.write_text(lines + "\n", encoding="utf-8")
-    with pytest.raises(ValueError, match=f"{tradeoff.MEASURED}, line 2 is not JSON"):
-        tradeoff.read(tmp_path)
+    with pytest.raises(ValueError, match=f"{tradeoff.RESULTS_FILE}, line 2 is not JSON"):
+        tradeoff.successful_results(tmp_path)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def measure(tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     its judge is made up."""
     monkeypatch.setattr(tradeoff, "collect", lambda *_, **__: SimpleNamespace(statistics=None))
     monkeypatch.setattr(tradeoff, "frechet_distance", lambda *_: 0.5)
-    monkeypatch.setattr(tradeoff, "open_judge", lambda *_: None)
+    monkeypatch.setattr(tradeoff, "evaluation_extractor", lambda *_: None)
     tiny_pipeline().save(tmp_path / "model.safetensors")
     usual: dict[str, Any] = {
         "model": str(tmp_path / "model.safetensors"), "data": write_images(tmp_path / "pictures"), "classifier": None,
@@ -113,7 +113,7 @@ def test_seconds_are_taken_anew_and_nothing_else(
     measure: Any, tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "out"
-    with pytest.raises(ValueError, match="holds no measurement"):
+    with pytest.raises(ValueError, match="has no measurements"):
         tradeoff.run_time(SimpleNamespace(folder=folder, count=2, rounds=3))
     measure()
     lines = [
@@ -121,7 +121,7 @@ def test_seconds_are_taken_anew_and_nothing_else(
         {"way": "K=1", "broken": "step 3"},
         {"way": "K=3", "distance": 1.5, "seconds": 200.0},
     ]
-    (folder / tradeoff.MEASURED).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (folder / tradeoff.RESULTS_FILE).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     drawn: list[str] = []
     seconds = {"K=2": [2.0, 4.0, 1.0], "K=3": [6.0, 2.0, 5.0]}
 
@@ -133,7 +133,7 @@ def test_seconds_are_taken_anew_and_nothing_else(
     tradeoff.run_time(SimpleNamespace(folder=folder, count=2, rounds=3))
     assert drawn == ["K=2", "K=3"] * 3
     lines[0]["seconds"], lines[2]["seconds"] = 2.0 / 2, 5.0 / 2
-    assert list(tradeoff.noted(folder).values()) == lines
+    assert list(tradeoff.results_by_way(folder).values()) == lines
 
 
 def test_a_way_is_timed_by_drawing_it(measure: Any, tradeoff: ModuleType) -> None:
@@ -153,14 +153,14 @@ def test_a_folder_has_one_model_precision_and_set_of_pictures(
     measure: Any, tradeoff: ModuleType, tmp_path: Path
 ) -> None:
     measure()
-    note = tmp_path / "out" / tradeoff.ABOUT
+    note = tmp_path / "out" / tradeoff.SETTINGS_FILE
     before = note.read_bytes()
     measure(data=(tmp_path / "pictures").rename(tmp_path / "moved"))
     for changes, said in (({"dtype": "bf16"}, "dtype fp32, here bf16"), ({"seed": 1}, "seed 0, here 1")):
-        with pytest.raises(ValueError, match=f"was begun otherwise \\({said}\\)"):
+        with pytest.raises(ValueError, match=f"was begun with other settings \\({said}\\)"):
             measure(data=tmp_path / "moved", **changes)
     next((tmp_path / "moved" / "down").iterdir()).unlink()
-    with pytest.raises(ValueError, match=r"was begun otherwise \(pictures "):
+    with pytest.raises(ValueError, match=r"was begun with other settings \(pictures "):
         measure(data=tmp_path / "moved")
     assert note.read_bytes() == before
 
@@ -172,16 +172,18 @@ def test_a_folder_has_one_classifier(
     for name in ("one", "other"):
         (tmp_path / name).write_text(name, encoding="utf-8")
     parts = hold_out(tmp_path / "pictures")
-    monkeypatch.setattr(tradeoff, "open_parts", lambda _: parts)
+    monkeypatch.setattr(tradeoff, "open_splits", lambda _: parts)
     measure(classifier=tmp_path / "one")
     measure(classifier=(tmp_path / "one").rename(tmp_path / "moved"))
-    with pytest.raises(ValueError, match=r"was begun otherwise \(classifier [0-9a-f]{16}, here [0-9a-f]{16}\)"):
+    with pytest.raises(
+        ValueError, match=r"was begun with other settings \(classifier [0-9a-f]{16}, here [0-9a-f]{16}\)"
+    ):
         measure(classifier=tmp_path / "other")
 
 
 def test_older_notes_are_read_as_they_are(measure: Any, tradeoff: ModuleType, tmp_path: Path) -> None:
     measure()
-    note = tmp_path / "out" / tradeoff.ABOUT
+    note = tmp_path / "out" / tradeoff.SETTINGS_FILE
     about = json.loads(note.read_text(encoding="utf-8"))
     older = {name: about[name] for name in ("model", "data", "count", "seed", "batch", "threads")}
     note.write_text(json.dumps(older), encoding="utf-8")

@@ -118,6 +118,7 @@ class TimeEmbedding(nn.Module):
         self.fc2 = Linear(width, width)
 
     def forward(self, t: Int[Tensor, "..."]) -> Float[Tensor, "... w"]:
+        """Embed timesteps."""
         half = NUM_FREQUENCIES // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
         angles = t.float().unsqueeze(-1) * torch.exp(-math.log(MAX_PERIOD) * exponents)
@@ -137,6 +138,7 @@ class ResidualBlock(nn.Module):
         self.modulation = Linear(width, 3 * width, splits=3)
 
     def forward(self, x: Float[Tensor, "... w"], condition: Float[Tensor, "... w"]) -> Float[Tensor, "... w"]:
+        """Run the block with the shift, scale and gate of `condition`."""
         return self.modulated(x, self.modulation(condition))
 
     def modulated(self, x: Float[Tensor, "... w"], modulation: Float[Tensor, "... three_w"]) -> Float[Tensor, "... w"]:

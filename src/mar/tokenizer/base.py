@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 Statistic = float | Sequence[float] | Tensor
+"""One number, or one per channel."""
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,8 @@ class PCATokenizer(Tokenizer):
     """Squares of pixels -> principal components.
 
     All latents together have mean 0 and variance 1. The variance of a component is proportional to its standard
-    deviation
-    in pixels. With the variances of pixels, the first components would dominate the loss; with equal variances, the
-    last
-    would count as much as the first. Either is learned more slowly (docs/quality.md).
+    deviation in pixels. With the variances of pixels, the first components would dominate the loss; with equal
+    variances, the last would count as much as the first. Either is learned more slowly (docs/quality.md).
 
     Flat or enlarged images may vary in fewer components than `channels`: the others are 0, and decoding ignores them.
     The basis is 0 until `fit` or a state dict fills it.

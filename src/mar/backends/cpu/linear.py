@@ -57,8 +57,7 @@ def onednn_is_faster() -> bool:
     """Return whether oneDNN multiplies float32 faster than MKL: with AVX-512.
 
     MKL leaves AVX-512 unused on AMD processors, and oneDNN is twice as fast there. On Intel processors and with AVX2
-    both
-    are alike (docs/performance.md).
+    both are alike (docs/performance.md).
     """
     avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return has_onednn() and torch.backends.mkl.is_available() and avx512

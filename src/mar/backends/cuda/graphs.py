@@ -80,9 +80,8 @@ class GraphedHead:
     """A head with a CUDA graph of `sample` per setting and bucket.
 
     A graph is recorded at the second call, since the first loads kernels and allocates. The least recently used graphs
-    are
-    dropped. If recording fails, it warns once and uses the head's own `sample`. An instance is for one stream, and for
-    weights that stay at their addresses.
+    are dropped. If recording fails, it warns once and uses the head's own `sample`. An instance is for one stream, and
+    for weights that stay at their addresses.
     """
 
     def __init__(self, head: Any, recorder: Recorder, max_graphs: int = 64) -> None:
@@ -163,8 +162,7 @@ def graph_head(head: Any) -> Any:
     """Return the `GraphedHead` of a head on a CUDA device.
 
     It is cached while the weights stay at their addresses. With MAR_CUDA_GRAPHS=0 in the environment, the head itself
-    is
-    returned.
+    is returned.
     """
     if os.environ.get("MAR_CUDA_GRAPHS") == "0":
         return head
