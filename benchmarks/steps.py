@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,10 @@ class NoTokenizer(Tokenizer):
 
     def decode(self, latents: Tensor) -> Tensor:
         raise AssertionError("no image is decoded")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> NoTokenizer:
+        raise AssertionError("it is not saved")
 
 
 class Times(dict[str, Clock]):

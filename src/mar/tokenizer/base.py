@@ -84,11 +84,11 @@ class Tokenizer(nn.Module, ABC):
         """Decode normalized latents to images, clipped to [-1, 1], float32."""
 
     def config(self) -> dict[str, Any]:
-        """Return the JSON-able config for `mar.tokenizer.build`; weights are in `state_dict()`."""
+        """Return the JSON-able config for `mar.tokenizer.build`."""
         return {"measured": self.has_stats, "per_channel": len(self.mean) > 1}
 
     def arithmetic(self) -> dict[str, Any]:
-        """Return the part of `config()` that latents depend on (beside the weights)."""
+        """Return the part of `config()` that latents depend on."""
         return {name: value for name, value in self.config().items() if name not in ("measured", "per_channel")}
 
     @classmethod

@@ -79,9 +79,10 @@ class KLTokenizer(Tokenizer):
         return {"kind": "kl", "config": plain_config(self.autoencoder.config), **super().config()}
 
     def arithmetic(self) -> dict[str, Any]:
-        """Return the settings (beside the weights) that latents depend on.
+        """Return the settings that change the arithmetic, apart from the weights.
 
-        The rest of diffusers' config is left out: a newer version that notes more in it would change every fingerprint.
+        Other fields of diffusers' config are left out, since a newer version with more fields would change every
+        fingerprint.
         """
         arithmetic = super().arithmetic()
         return {**arithmetic, "config": {name: arithmetic["config"].get(name) for name in _ARITHMETIC}}
