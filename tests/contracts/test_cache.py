@@ -193,7 +193,7 @@ def test_what_it_says(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
         (["--tokenizer", "pixels", "--dtype", "fp8"], "--dtype"),
         (["--image-size", "7"], "image-size: got 7x7, expected multiples of the stride 2"),
         (["--tokenizer", "nowhere.safetensors"], "nowhere.safetensors: there is no such file"),
-        (["--batch", "0"], "batch 0, workers 0"),
+        (["--batch", "0"], "got 0 and 0"),
         (["--shard", "0"], "in shards of 0"),
         (["--out", "."], "is there, but not from `mar cache`"),
     ],

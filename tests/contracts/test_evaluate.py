@@ -19,6 +19,8 @@ from PIL import Image
 
 from mar.checkpoint import files
 from mar.cli import main
+from mar.cli.evaluate import EvaluateOptions
+from mar.cli.options import parse
 from mar.evaluation.statistics import FeatureStats
 
 JUDGE = ["--features", f"{extractors.__file__}:tiny", "--device", "cpu"]
@@ -258,7 +260,7 @@ def never(*_: object, **__: object) -> None:
         (["model.safetensors", "--reference", "empty"], ["no pictures in empty"]),
         (["model.safetensors", "--reference", "statistics.npz", "--count", "1"], ["count: got 1"]),
         (["model.safetensors", "--reference", "statistics.npz", "--splits", "0"], ["splits: got 0"]),
-        (["model.safetensors", "--reference", "statistics.npz", "--seed", "-1"], ["seed is -1"]),
+        (["model.safetensors", "--reference", "statistics.npz", "--seed", "-1"], ["seed: got -1"]),
         (["model.safetensors", "--reference", "statistics.npz", "--steps", "0"], ["steps is 0"]),
         (["model.safetensors", "--reference", "statistics.npz", "--image-size", "8"], ["image-size: got 8", "4x4"]),
         (["model.safetensors", "--reference", "statistics.npz", "--out", "empty"], ["out: got the folder empty"]),
@@ -520,3 +522,15 @@ def test_a_sweep_with_more_values_measures_only_these(
     assert main([*arguments, *JUDGE]) == 0
     assert [line.split(": ")[0] for line in capsys.readouterr().err.splitlines()] == ["1 of 2", "2 of 2"]
     assert len(table(folder)["rows"]) == 6
+
+
+def test_old_names_of_options_still_work(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["pictures", "--reference", "pictures", "--neighbours", "--neighbours-grid", "near.png"]
+    for _ in range(2):
+        options = parse(EvaluateOptions, "evaluate", words)
+        assert options.neighbors
+        assert options.neighbors_grid == Path("near.png")
+    assert capsys.readouterr().err == (
+        "mar: --neighbours is now --neighbors; the old name still works\n"
+        "mar: --neighbours-grid is now --neighbors-grid; the old name still works\n"
+    )

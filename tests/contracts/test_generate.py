@@ -138,11 +138,11 @@ def test_fifty_of_each_class_where_nothing_is_said(model: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--batch", "0"], "batch is 0, but it must be at least 1"),
-        (["--count", "0"], "count is 0"),
+        (["--batch", "0"], "batch: got 0, expected at least 1"),
+        (["--count", "0"], "count: got 0"),
         (["--per-class", "0"], "got 0, expected at least 1"),
         (["--per-class", "2", "--count", "3"], "per-class and count: got both"),
-        (["--seed", "-1"], "seed is -1"),
+        (["--seed", "-1"], "seed: got -1"),
         (["--labels", "wolf"], "label 'wolf' is not a class"),
         (["--labels-file", "nothing.txt"], "nothing.txt"),
         (["--labels-file", "labels.txt"], "label 3 is out of range"),

@@ -1,4 +1,4 @@
-"""`mar convert`, `mar download` and `mar info`: weights on the disk."""
+"""`mar convert`: official weights to ours, and back."""
 
 from __future__ import annotations
 
@@ -23,37 +23,37 @@ class ConvertOptions:
     weights: Literal["ema", "raw"] | None = None
     """Weights of an official file or a run to take: by default ema; raw ones draw worse pictures."""
     tokenizer: Path | None = None
-    """kl16.ckpt; by default the one beside the source, or that `mar download` fetched."""
+    """kl16.ckpt; by default the one beside the source, or of `mar download`."""
     num_heads: int | None = None
-    """Attention heads of an official file that is not B, L or H and does not tell."""
+    """Attention heads of an official file that does not tell, and is not B, L or H."""
     patch_size: int | None = None
-    """Its patch size, where it does not tell."""
+    """Its patch size, if it does not tell."""
     dtype: Dtype | None = None
-    """Type of the weights in our file, by default fp32; bf16 halves it and rounds them."""
+    """Precision of our file, by default fp32; bf16 halves it by rounding its weights."""
 
 
 def convert(arguments: Sequence[str]) -> int:
-    """Run `mar convert`."""
+    """Runs `mar convert`."""
     options = parse(ConvertOptions, "convert", arguments)
     source, target = options.source, options.target
     if not source.exists():
         raise ValueError(f"{source}: there is no such file")
     if target.suffix not in (".pth", ".safetensors"):
-        raise ValueError(f"target {target}: expected a file .safetensors (ours) or .pth (official)")
+        raise ValueError(f"target: got {target}, expected a file .safetensors (ours) or .pth (official)")
     if target.resolve() == source.resolve():
         raise ValueError(f"target {target} is the source, which would be lost; take another name")
     ours = source.is_dir() or source.suffix == ".safetensors"
     if target.suffix == ".pth":
         if not ours:
             raise ValueError(f"{source} -> {target}: only files and run folders of ours become official ones")
-        _only(options, (), "the official format, which holds raw and EMA weights in float32")
+        _check_options(options, (), "the official format, which holds raw and EMA weights in float32")
         return _export(source, target)
     from mar import zoo
     from mar.pipeline import WEIGHTS_FILE
 
     if ours:
-        _only(options, ("weights", "dtype") if source.is_dir() else ("dtype",), f"{source}, which is ours")
-        pipeline = zoo.load(_raw(source / WEIGHTS_FILE) if options.weights == "raw" else source, device="cpu")
+        _check_options(options, ("weights", "dtype") if source.is_dir() else ("dtype",), f"{source}, which is ours")
+        pipeline = zoo.load(_raw_path(source / WEIGHTS_FILE) if options.weights == "raw" else source, device="cpu")
     else:
         pipeline = zoo.import_official(
             source,
@@ -68,30 +68,30 @@ def convert(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _only(options: ConvertOptions, fitting: tuple[str, ...], what: str) -> None:
-    """ValueError where an option is given that is not among those `fitting` this direction."""
+def _check_options(options: ConvertOptions, valid: tuple[str, ...], direction: str) -> None:
+    """Raises ValueError for an option that is not among the `valid` ones of this direction."""
     for name in ("weights", "tokenizer", "num_heads", "patch_size", "dtype"):
-        if name not in fitting and getattr(options, name) is not None:
-            raise ValueError(f"--{name.replace('_', '-')} says nothing of {what}; leave it out")
+        if name not in valid and getattr(options, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} says nothing of {direction}; leave it out")
 
 
-def _raw(path: Path) -> Path:
-    """Return the path of a run's raw weights."""
+def _raw_path(path: Path) -> Path:
+    """Returns the file of a run's raw weights, beside the EMA's."""
     return path.with_name(f"{path.stem}-raw.safetensors")
 
 
 def _export(source: Path, target: Path) -> int:
-    """Ours -> official, with the raw weights that a run keeps beside the EMA's."""
+    """Writes an official file of ours, with the raw weights of a run beside its EMA."""
     from mar.checkpoint.official import write_mar
     from mar.pipeline import WEIGHTS_FILE, Pipeline
 
     path = source / WEIGHTS_FILE if source.is_dir() else source
-    pipeline, raw_path = Pipeline.open(path), _raw(path)
+    pipeline, raw_file = Pipeline.open(path), _raw_path(path)
     if pipeline.weights != "ema":
         raise ValueError(f"{path} holds raw weights, but an official file needs the EMA's; give the run's folder")
-    averaged = pipeline.model
-    raw = Pipeline.open(raw_path).model if raw_path.is_file() else averaged
-    write_mar(target, averaged.config, raw.state_dict(), averaged.state_dict())
-    beside = "" if raw_path.is_file() else f"; there is no {raw_path.name}, so `model` holds the same"
-    print(f"{target}: {path.name} as `model_ema`{beside}")
+    ema = pipeline.model
+    raw = Pipeline.open(raw_file).model if raw_file.is_file() else ema
+    write_mar(target, ema.config, raw.state_dict(), ema.state_dict())
+    note = "" if raw_file.is_file() else f"; there is no {raw_file.name}, so `model` holds the same"
+    print(f"{target}: {path.name} as `model_ema`{note}")
     return 0

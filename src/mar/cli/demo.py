@@ -1,4 +1,4 @@
-"""`mar demo` and `mar sample`: pictures from a model."""
+"""`mar demo`: draw images from the bundled model, and one while it is revealed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mar.config import to_dict
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Draws the bundled model's ten classes, and one picture while it is revealed."""
+    """Draws the bundled model's ten classes, and one picture step by step."""
 
     out: Path = Path("out")
     """Folder for the two PNGs."""
@@ -27,29 +27,31 @@ class DemoOptions:
 
 
 def demo(arguments: Sequence[str]) -> int:
-    """Run `mar demo`."""
+    """Runs `mar demo`."""
     options = parse(DemoOptions, "demo", arguments)
     from mar.data.images import image_grid
     from mar.zoo import load
 
     if options.rows < 1:
-        raise ValueError(f"rows is {options.rows}, but it must be at least 1")
+        raise ValueError(f"rows: got {options.rows}, expected at least 1")
     model = load("fashion", device=options.device)
     labels = list(range(len(model.classes))) * options.rows
     seeds = [options.seed + i for i in range(len(labels))]
     facts: dict[str, Any] = {"model": "fashion", **to_dict(model.sampling)}
 
-    begun = time.perf_counter()
-    pictures = model.sample(labels=labels, seeds=seeds, progress=True)
-    seconds = time.perf_counter() - begun
+    started = time.perf_counter()
+    images = model.sample(labels=labels, seeds=seeds, progress=True)
+    seconds = time.perf_counter() - started
     columns = 5 if options.rows == 1 else len(model.classes)
-    save_png(image_grid(pictures, columns, scale=4), options.out / "demo.png", labels=labels, seeds=seeds, **facts)
+    save_png(image_grid(images, columns, scale=4), options.out / "demo.png", labels=labels, seeds=seeds, **facts)
 
-    growing = [step.images[0] for step in model.reveal(labels=[9], seeds=[options.seed + 9])]
-    shown = [growing[round(i * (len(growing) - 1) / 9)] for i in range(10)]
-    save_png(image_grid(shown, 10, scale=4), options.out / "reveal.png", labels=[9], seeds=[options.seed + 9], **facts)
+    steps = [step.images[0] for step in model.reveal(labels=[9], seeds=[options.seed + 9])]
+    ten_steps = [steps[round(i * (len(steps) - 1) / 9)] for i in range(10)]
+    save_png(
+        image_grid(ten_steps, 10, scale=4), options.out / "reveal.png", labels=[9], seeds=[options.seed + 9], **facts
+    )
 
     print(f"{options.out / 'demo.png'}    {', '.join(model.classes)}")
-    print(f"{options.out / 'reveal.png'}  an ankle boot being revealed in {len(growing)} steps")
-    print(f"{len(pictures)} pictures in {seconds:.1f} s, {seconds / len(pictures):.2f} s each, on {model.device}")
+    print(f"{options.out / 'reveal.png'}  an ankle boot being revealed in {len(steps)} steps")
+    print(f"{len(images)} pictures in {seconds:.1f} s, {seconds / len(images):.2f} s each, on {model.device}")
     return 0

@@ -1,4 +1,4 @@
-"""`mar convert`, `mar download` and `mar info`: weights on the disk."""
+"""`mar download`: fetch the official weights and tokenizer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OfficialName = Literal["kl16", "mar-base", "mar-large", "mar-huge"]
 
 @dataclass(frozen=True)
 class DownloadOptions:
-    """Fetches official files; goes on where it stopped; checks size and form."""
+    """Fetches official files, or goes on fetching them; checks size and form."""
 
     names: Annotated[tuple[OfficialName | Literal["all"], ...], tyro.conf.Positional]
     """all, or some of kl16 (254 MiB), mar-base (1.6 GiB), mar-large (3.6 GiB), mar-huge (7.0 GiB)."""
@@ -25,12 +25,12 @@ class DownloadOptions:
 
 
 def download(arguments: Sequence[str]) -> int:
-    """Run `mar download`."""
+    """Runs `mar download`."""
     options = parse(DownloadOptions, "download", arguments)
     from mar.checkpoint.download import OFFICIAL, fetch, progress_bar
 
     if not options.names:
-        raise ValueError(f"nothing to download: name some of {', '.join(OFFICIAL)}")
+        raise ValueError(f"names: got none, expected some of {', '.join(OFFICIAL)}")
     for name in OFFICIAL if "all" in options.names else options.names:
         with progress_bar(name) as progress:
             path = fetch(OFFICIAL[name], options.to, progress=progress)

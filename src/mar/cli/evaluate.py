@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -205,7 +205,7 @@ def _warn(report: Report) -> None:
 
 def _sweep(options: EvaluateOptions, session: EvalSession) -> int:
     from mar import distributed
-    from mar.evaluation.sweep import Table, plot, points, require_matplotlib
+    from mar.evaluation.sweep import Table, plot, point_text, points, require_matplotlib
 
     folder = options.out or Path("runs/sweep")
     with distributed.collective_errors():
@@ -221,7 +221,7 @@ def _sweep(options: EvaluateOptions, session: EvalSession) -> int:
         session.measure_reference()
     for number, point in enumerate(missing, 1):
         if distributed.rank() == 0:
-            print(f"{number} of {len(missing)}: {_point_text(point)}", file=sys.stderr, flush=True)
+            print(f"{number} of {len(missing)}: {point_text(point)}", file=sys.stderr, flush=True)
         report = session.report(**point)
         with distributed.collective_errors():
             if distributed.rank() == 0:
@@ -242,6 +242,8 @@ def _print_table(table: Table) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
 
+    from mar.evaluation.sweep import point_text
+
     printed, best = RichTable(box=None), table.best()
     # spreads and the worst class are in the files; here lines have to stay readable
     names = [name for name in table.columns() if not name.endswith(("_std", "_error")) and "worst" not in name]
@@ -252,12 +254,8 @@ def _print_table(table: Table) -> None:
         printed.add_row(*(_short(cells[name]) for name in names), style="bold" if row is best else None)
     Console().print(printed)
     if best is not None:
-        print(f"best: {_point_text(best.point)}: {best.report['metric']} {best.distance:.4g}")
+        print(f"best: {point_text(best.point)}: {best.report['metric']} {best.distance:.4g}")
 
 
 def _short(cell: Any) -> str:
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
-
-
-def _point_text(point: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in point.items())

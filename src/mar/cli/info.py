@@ -1,4 +1,4 @@
-"""`mar convert`, `mar download` and `mar info`: weights on the disk."""
+"""`mar info`: this machine, and the contents of a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from mar.cli.options import parse
 
 @dataclass(frozen=True)
 class InfoOptions:
-    """Says what this machine offers, and what a model holds."""
+    """Prints this machine's device and versions, and the contents of a model."""
 
     model: Annotated[str | None, tyro.conf.Positional] = None
     """A bundled name, a file or a folder of ours."""
 
 
 def info(arguments: Sequence[str]) -> int:
-    """Run `mar info`."""
+    """Runs `mar info`."""
     options = parse(InfoOptions, "info", arguments)
     import torch
 
@@ -33,11 +33,11 @@ def info(arguments: Sequence[str]) -> int:
     print(f"mar {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"device {device} ({name}), float32 by default, {torch.get_num_threads()} threads")
     if options.model is not None:
-        _describe(options.model)
+        _print_model(options.model)
     return 0
 
 
-def _describe(name: str) -> None:
+def _print_model(name: str) -> None:
     from mar import zoo
     from mar.assets import asset
     from mar.checkpoint.store import model_shapes

@@ -1,4 +1,4 @@
-"""`mar demo` and `mar sample`: pictures from a model."""
+"""`mar sample`: draw images from a model."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from mar.cli.options import SamplingFlags, parse, save_png
 from mar.config import to_dict
 
+if TYPE_CHECKING:
+    from mar.pipeline import Pipeline
+
 
 @dataclass(frozen=True)
 class SampleOptions(SamplingFlags):
-    """Draws pictures from a model into a folder of PNGs. What is left out is the model's own default."""
+    """Draws pictures from a model into a folder of PNGs. Options left out are the model's own defaults."""
 
     model: Annotated[str, tyro.conf.Positional]
     """fashion, mar-base, mar-large, mar-huge, a file, a folder, or a Hub repository owner/name."""
@@ -33,39 +36,39 @@ class SampleOptions(SamplingFlags):
 
 
 def sample(arguments: Sequence[str]) -> int:
-    """Run `mar sample`."""
+    """Runs `mar sample`."""
     options = parse(SampleOptions, "sample", arguments)
     from mar.data.images import image_grid
     from mar.data.labels import resolve_labels
     from mar.sampling.sinks.folder import slug
 
     if options.count < 1:
-        raise ValueError(f"count is {options.count}, but it must be at least 1")
+        raise ValueError(f"count: got {options.count}, expected at least 1")
     model = options.load(options.model)
     settings = options.settings()
     given: list[str | int | None] = [None if label.lower() == "none" else label for label in options.labels]
     labels = [label for label in given or _default_labels(model) for _ in range(options.count)]
     seeds = [options.seed + i for i in range(len(labels))]
-    begun = time.perf_counter()
-    pictures = model.sample(
+    started = time.perf_counter()
+    images = model.sample(
         labels, seeds, batch=options.batch, progress=True, allow_broken=options.allow_broken, **settings
     )
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - started
     facts = {
         "model": options.model, "weights": model.fingerprint(), "dtype": options.dtype,
         **to_dict(model.sampling_with(**settings)),
     }  # fmt: skip
     numbers = resolve_labels(labels, model.classes, model.model.config.classes)
-    for label, number, seed, picture in zip(labels, numbers, seeds, pictures, strict=True):
+    for label, number, seed, image in zip(labels, numbers, seeds, images, strict=True):
         name = model.classes[label] if isinstance(label, int) and model.classes else str(label).lower()
-        drawn = {"label": None if number < 0 else number, "seed": seed}  # as `mar generate` has it
-        save_png(picture, options.out / f"{slug(name)}-{seed:05d}.png", **drawn, **facts)
-    sheet = image_grid(pictures, columns=options.count if options.count > 1 else min(len(pictures), 10))
-    save_png(sheet, options.out / "grid.png", labels=[None if n < 0 else n for n in numbers], seeds=seeds, **facts)
-    print(f"{len(pictures)} pictures and grid.png in {options.out}")
-    print(f"{seconds:.1f} s, {seconds / len(pictures):.2f} s a picture, on {model.device}")
+        own = {"label": None if number < 0 else number, "seed": seed}  # as in PNGs of `mar generate`
+        save_png(image, options.out / f"{slug(name)}-{seed:05d}.png", **own, **facts)
+    grid = image_grid(images, columns=options.count if options.count > 1 else min(len(images), 10))
+    save_png(grid, options.out / "grid.png", labels=[None if n < 0 else n for n in numbers], seeds=seeds, **facts)
+    print(f"{len(images)} pictures and grid.png in {options.out}")
+    print(f"{seconds:.1f} s, {seconds / len(images):.2f} s a picture, on {model.device}")
     return 0
 
 
-def _default_labels(model: Any) -> list[str | int | None]:
+def _default_labels(model: Pipeline) -> list[str | int | None]:
     return list(range(min(model.model.config.classes, 10))) or [None]

@@ -1,1 +1,1 @@
-"""Evaluation: uint8 images in, numbers out. Sets of images compose; disk is optional."""
+"""Evaluation: uint8 images in, metrics out, without writing an image to disk."""

@@ -153,9 +153,9 @@ def collect(
     batch: int = 64,
     advance: Advance | None = None,
 ) -> Collected:
-    """Computes features of a set of images, in one pass and constant memory.
+    """Collects the statistics of a set of images in one pass.
 
-    Memory grows only where features are kept.
+    Memory does not grow with the set, unless features are kept.
 
     Args:
         images: the set; each rank of a group reads its share.

@@ -25,7 +25,7 @@ from mar.data.paths import SHARD_SUFFIXES
 from mar.data.sources import open_source
 from mar.data.splits import stratified_indices, subset
 from mar.pipeline import WEIGHTS_FILE, Pipeline
-from mar.sampling.plan import SEED_STRIDE, Plan
+from mar.sampling.plan import Plan
 from mar.sampling.progress import Advance
 from mar.zoo import BUNDLED
 
@@ -135,10 +135,13 @@ def has_test_split(data: str) -> bool:
 
 
 class SourceImages:
-    """A data source's images as they are, or cropped to `size` (height, width) as ADM crops.
+    """A data source's images as they are, or cropped to one size. Raises ValueError for images of several sizes.
 
-    `limit` takes at most so many, spread evenly over the source (`subset`): it may be sorted by class. Raises
-    ValueError for images of several sizes without `size`.
+    Args:
+        source: the data source.
+        name: a description for people.
+        size: height and width of ADM's center crop.
+        limit: at most so many images, spread evenly over the source (`subset`): it may be sorted by class.
     """
 
     def __init__(
@@ -294,7 +297,7 @@ class GeneratedImages:
         labels = [self.plan.labels[i] for i in indices]
         stream = self.pipeline.stream(
             [None if label < 0 else label for label in labels],
-            [self.plan.seed * SEED_STRIDE + i for i in indices],
+            self.plan.seeds(first, end),
             batch=batch,
             allow_broken=self.allow_broken,
             advance=self.advance,

@@ -49,11 +49,14 @@ def _matrix_root(covariance: Tensor) -> Tensor:
 class ScoreSums:
     """Running sums for the Inception Score of images in parts.
 
-    `total` images make `splits` parts, whose sizes differ by at most one.
-
     Image i goes to a random part, always the same for the same `total`: in a set sorted by class, parts in order would
-    hold few classes and score low. Each part keeps a count, the sum of p(y|x), and the sum of p(y|x) log p(y|x). The
-    sums are made on `device` (it needs float64: CPU or CUDA).
+    hold few classes and score low. Each part keeps a count, the sum of p(y|x), and the sum of p(y|x) log p(y|x).
+
+    Args:
+        splits: number of parts, of one size or one image apart.
+        classes: number of logits of an image.
+        total: number of images.
+        device: for the sums; it needs float64: CPU or CUDA.
     """
 
     def __init__(self, splits: int, classes: int, total: int, device: torch.device | str = "cpu") -> None:

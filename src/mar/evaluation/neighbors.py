@@ -51,8 +51,8 @@ class HeldOut:
     def of(cls, held_out: FeatureStats, reference: FeatureStats) -> HeldOut:
         """Measures `held_out` against `reference`; both need features.
 
-        Raises ValueError for statistics that can't be compared, and where 1% of the held-out images are in the
-        reference: no copy could be nearer.
+        Raises ValueError for incomparable statistics, and if 1% of the held-out images are in the reference: no copy
+        could be nearer.
         """
         check_comparable(held_out.provenance, reference.provenance)
         if held_out.features is None or reference.features is None:

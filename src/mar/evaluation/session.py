@@ -182,7 +182,7 @@ class EvalSession:
         )  # fmt: skip
 
     def measure_reference(self) -> None:
-        """Computes statistics of the reference and of held-out images, unless they come from files."""
+        """Computes the statistics of reference and held-out images; files have them already."""
         self.reference = self._collect(self.reference_set, None).statistics
         if self.held_out_set is not None:
             held_out = self._collect(self.held_out_set, None).statistics

@@ -90,7 +90,14 @@ def _print_lines(text: Callable[[float], str], started: float) -> Advance:
 
 
 def progress_text(done: float, total: int, before: int, seconds: float) -> str:
-    """Formats `640 of 50,000 pictures, 12.3 a second, 1:06:53 left`; the rate is that of this run alone."""
+    """Formats `640 of 50,000 pictures, 12.3 a second, 1:06:53 left`.
+
+    Args:
+        done: images done by now, those of earlier runs included.
+        total: images of all runs.
+        before: images of earlier runs.
+        seconds: time of this run: the rate is its alone.
+    """
     new = done - before
     if new <= 0 or seconds <= 0:
         return f"{int(done):,} of {total:,} pictures"

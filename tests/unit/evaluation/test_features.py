@@ -65,7 +65,7 @@ def test_a_module_may_return_logits_with_names_of_classes() -> None:
     logits = extractor(pictures(3)).logits
     assert logits is not None
     assert logits.shape == (3, 2)
-    with pytest.raises(ValueError, match="3 logits a picture for 2 classes"):
+    with pytest.raises(ValueError, match="got 3 logits an image, expected 2"):
         ModuleExtractor(Pair(3), "pair", classes=("cat", "dog"))
 
 
@@ -73,11 +73,11 @@ def test_gray_is_repeated_and_colors_become_gray_as_pillow_does_it() -> None:
     from PIL import Image
 
     gray, color = pictures(2, 1), pictures(1)
-    assert torch.equal(base.with_channels(gray, 3), gray.repeat(1, 3, 1, 1))
-    assert torch.equal(base.with_channels(gray.repeat(1, 3, 1, 1), 1), gray)
+    assert torch.equal(base.convert_channels(gray, 3), gray.repeat(1, 3, 1, 1))
+    assert torch.equal(base.convert_channels(gray.repeat(1, 3, 1, 1), 1), gray)
     image = Image.fromarray(color[0].permute(1, 2, 0).numpy()).convert("L")
     assert (
-        base.with_channels(color, 1)[0, 0].tolist()
+        base.convert_channels(color, 1)[0, 0].tolist()
         == torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(28, 28).tolist()
     )
 
@@ -90,7 +90,7 @@ def test_what_a_module_may_not_be_given_or_return() -> None:
     with pytest.raises(ValueError, match=r"returned \(1, 3, 64, 64\), expected features \(n, d\)"):
         ModuleExtractor(nn.Identity(), "identity")
     fixed = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 5))
-    with pytest.raises(ValueError, match="fixed: say its width; a 64 x 64 picture does not do"):
+    with pytest.raises(ValueError, match="fixed: give its width; a 64 x 64 picture does not do"):
         ModuleExtractor(fixed, "fixed", channels=1)
     assert ModuleExtractor(fixed, "fixed", channels=1, width=5)(pictures(2, 1)).values.shape == (2, 5)
     with pytest.raises(ValueError, match="channels: got 4"):

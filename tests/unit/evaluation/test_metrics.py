@@ -222,7 +222,7 @@ def test_subsets_fit_the_sets() -> None:
         kernel_distance(drawn(60, 4), drawn(50, 4), 0, 5, seed=0)
 
 
-# --- precision, recall, neighbours
+# --- precision, recall, neighbors
 
 
 def test_precision_and_recall_are_theirs(monkeypatch: pytest.MonkeyPatch) -> None:

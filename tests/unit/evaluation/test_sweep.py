@@ -15,7 +15,7 @@ from PIL import Image
 from mar.config import ConfigError
 from mar.evaluation import sweep
 from mar.evaluation.evaluate import Report
-from mar.evaluation.sweep import MOST, Point, Table, parse_axis, points
+from mar.evaluation.sweep import MAX_POINTS, Point, Table, parse_axis, points
 
 REPORT = Report("FD (tiny)", 1.0, 10, 20, inception_score=2.0, inception_score_std=math.nan, seconds=5.0)
 SETTINGS = {"weights": "abc", "pictures": 10, "x0_bound": None}
@@ -88,7 +88,7 @@ def test_every_combination_the_last_axis_fastest() -> None:
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="guidance_scale twice"):
         points(["cfg=1,2", "guidance_scale=3"])
-    with pytest.raises(ConfigError, match=f"{MOST:,}"):
+    with pytest.raises(ConfigError, match=f"{MAX_POINTS:,}"):
         points(["cfg=1:101:1", "temperature=1:101:1"])
 
 
@@ -180,7 +180,7 @@ def test_a_file_that_is_no_table(text: str, tmp_path: Path) -> None:
 
 def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(ConfigError, match="needs a folder"):
+    with pytest.raises(ConfigError, match="expected a folder"):
         Table(tmp_path / "report.json", SETTINGS)
 
 
@@ -208,13 +208,13 @@ def test_a_plot_of_any_fields(rows: list[tuple[Point, float]], tmp_path: Path) -
 
 def test_lines_and_axes_of_a_plot(tmp_path: Path) -> None:
     table = fill(tmp_path, ROWS)
-    assert sweep._across(table) == "guidance_scale"
+    assert sweep._x_axis(table) == "guidance_scale"
     assert {name: len(rows) for name, rows in sweep._series(table, "guidance_scale").items()} == {
         "steps 4": 2,
         "steps 8": 1,
     }
     assert (
-        sweep._across(fill(tmp_path / "b", [({"steps": 1, "temperature": t}, t) for t in (1.0, 2.0)])) == "temperature"
+        sweep._x_axis(fill(tmp_path / "b", [({"steps": 1, "temperature": t}, t) for t in (1.0, 2.0)])) == "temperature"
     )
 
 

@@ -43,11 +43,11 @@ def test_other_labels_or_another_order_are_another_plan() -> None:
 
 def test_plans_that_can_not_be() -> None:
     for wrong in (lambda: Plan(()), lambda: Plan((0,), -1), lambda: Plan((0,), 2**32), lambda: Plan.total(0, [0])):
-        with pytest.raises(ConfigError, match=r"at least 1|from 0 to"):
+        with pytest.raises(ConfigError, match=r"at least 1|expected 0 to"):
             wrong()
     with pytest.raises(ConfigError, match="got 0"):
         Plan.per_class(0, [1])
-    with pytest.raises(ConfigError, match="batch is 0"):
+    with pytest.raises(ConfigError, match="batch: got 0"):
         list(Plan((0,)).units(0))
 
 

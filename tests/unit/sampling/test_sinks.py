@@ -195,7 +195,7 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
         sink.finish(0, 1)
     with part.open("wb") as file:
         np.save(file, np.zeros((3, 2, 4, 1), dtype=np.uint8))
-    with pytest.raises(ConfigError, match=r"000003.npy is not \(3, 2, 4, 3\)"):
+    with pytest.raises(ConfigError, match=r"000003.npy has no uint8 \(3, 2, 4, 3\)"):
         sink.finish(0, 1)
     part.unlink()
     assert [unit.number for unit in prepare(sink) or []] == [1]

@@ -1,6 +1,6 @@
-"""Feature extractors: their contract, a module as an extractor, weights from files, and functions of users.
+"""Feature extractors: their contract, a module as an extractor, weights, and functions of users.
 
-Files of weights are read without running what is in them.
+Weights of other networks are read without running code of their files.
 """
 
 from __future__ import annotations
@@ -25,70 +25,77 @@ from torch import Tensor, nn
 from mar.checkpoint.official import read_torch
 
 LUMA = (19595, 38470, 7471)
-"""ITU-R 601 weights of red, green and blue in 1/65536, as Pillow's grey; a grey picture comes back as it was."""
-PROBE = 64
-"""Side of the black picture on which the width of a module's features is measured by default."""
+"""ITU-R 601 weights of red, green and blue in 1/65536, as in Pillow; they leave a gray image as it is."""
+PROBE_SIDE = 64
+"""Side of the black image that measures the width of a module's features."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features and logits of n images, in float32 on the network's device."""
+    """A network's output for n images, in float32 on its device."""
 
     values: Float[Tensor, "n d"]
     logits: Float[Tensor, "n k"] | None = None
-    """Unnormalised log-probabilities of classes, where the network has them."""
+    """Unnormalized log-probabilities of classes, if the network has them."""
 
 
 @runtime_checkable
 class Extractor(Protocol):
-    """Pictures -> features, with the metric's whole preprocessing inside; each picture on its own."""
+    """Maps images to features, each alone, with the metric's preprocessing inside."""
 
     @property
     def name(self) -> str:
-        """Its name in files of statistics."""
+        """Returns the name for files of statistics."""
         ...
 
     @property
     def metric(self) -> str:
-        """Name of a Fréchet distance of its features: "FID" only for the network of published figures."""
+        """Returns the name of its Fréchet distance: "FID" only for the network of published figures."""
         ...
 
     @property
     def width(self) -> int:
-        """d, how many features a picture has."""
+        """Returns d, the number of features of an image."""
         ...
 
     @property
     def scores(self) -> bool:
-        """True where the Inception Score is computed from its logits."""
+        """Tells whether the Inception Score is computed from its logits."""
         ...
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of its logits where these are the classes of the data; else ()."""
+        """Returns the names of its logits; () unless these are classes of the data."""
         ...
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of name, weights and preprocessing: features compare only between equal ones."""
+        """Returns the SHA-256 of name, weights and preprocessing: only features of equal ones compare."""
         ...
 
     def to(self, device: torch.device | str) -> Extractor:
-        """Moves the network, and returns this."""
+        """Moves the network to a device; returns itself."""
         ...
 
     def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Features:
-        """Compute features of images with one channel (gray) or three (RGB), without gradients."""
+        """Computes the features of images with one channel (gray) or three (RGB), without gradients."""
         ...
 
 
 class ModuleExtractor:
-    """Any module as an extractor: float pictures -> features (n, d), or a pair of these and logits (n, k).
+    """A module as an extractor, in evaluation mode and without gradients.
 
-    `preprocess` turns uint8 pictures (n, `channels`, h, w) into the module's input; without it they become float32
-    in [0, 1]. `recipe` names what it does, and goes into the fingerprint with the name and the weights: change one of
-    them when the arithmetic changes. `width` is d; without it, a black picture of 64 x 64 is tried. The module is
-    put into evaluation mode and asked for no gradients.
+    Args:
+        module: maps images to features (n, d), or to a pair of these and logits (n, k).
+        name: for files of statistics.
+        preprocess: turns uint8 images (n, `channels`, h, w) into the module's input; by default float32 in [0, 1].
+        recipe: names the preprocessing. It is part of the fingerprint, as are name and weights: change one of them
+            with the arithmetic.
+        metric: the name of its Fréchet distance.
+        width: d; by default measured on a black image of 64 x 64.
+        channels: of the images for `preprocess`, 1 (gray) or 3 (RGB).
+        scores: compute the Inception Score from the logits.
+        classes: names of the logits, if they are classes of the data.
     """
 
     def __init__(
@@ -105,7 +112,7 @@ class ModuleExtractor:
         classes: tuple[str, ...] = (),
     ) -> None:
         if not name:
-            raise ValueError("name: got '', but a feature extractor needs one")
+            raise ValueError("name: got '', expected a name for the feature extractor")
         if channels not in (1, 3):
             raise ValueError(f"channels: got {channels}, expected 1 (grey) or 3 (RGB)")
         self.name, self.metric, self.scores, self.classes = name, metric or f"FD ({name})", scores, classes
@@ -116,46 +123,50 @@ class ModuleExtractor:
         self.fingerprint = fingerprint(name, f"{self.recipe}; {channels} channels", module.state_dict())
         first = next(iter(module.state_dict().values()), torch.zeros(0))
         self._device = first.device
-        self.width = self._measured_width() if width is None else width
+        self.width = self._measure_width() if width is None else width
 
     def to(self, device: torch.device | str) -> ModuleExtractor:
-        """Moves the module, and returns this."""
+        """Moves the module to a device; returns itself."""
         self.module.to(device)
         self._device = torch.device(device)
         return self
 
-    def _measured_width(self) -> int:
-        black = torch.zeros(1, self.channels, PROBE, PROBE, dtype=torch.uint8)
+    def _measure_width(self) -> int:
+        black = torch.zeros(1, self.channels, PROBE_SIDE, PROBE_SIDE, dtype=torch.uint8)
         try:
             return self(black).values.shape[1]
         except RuntimeError as error:  # torch's, of shapes that do not fit
-            why = str(error).splitlines()[0]
-            raise ValueError(f"{self.name}: say its width; a {PROBE} x {PROBE} picture does not do ({why})") from error
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{self.name}: give its width; a {PROBE_SIDE} x {PROBE_SIDE} picture does not do ({reason})"
+            ) from error
 
     @torch.no_grad()
     def __call__(self, images: UInt8[Tensor, "n c h w"]) -> Features:
-        """Compute features of images; ValueError for other images, or other results of the module."""
+        """Computes features. Raises ValueError for images, or outputs of the module, of other shapes."""
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
             raise ValueError(
                 f"{self.name}: got pictures {images.dtype} {tuple(images.shape)}, expected uint8 (n, 1 or 3, h, w)"
             )
-        answer = self.module(self._preprocess(with_channels(images.to(self._device), self.channels)))
-        values, logits = answer if isinstance(answer, tuple) else (answer, None)
-        for said, what in ((values, "features (n, d)"), (logits, "logits (n, k)")):
-            if said is not None and (said.ndim != 2 or len(said) != len(images)):
-                raise ValueError(f"{self.name}: the module returned {tuple(said.shape)}, expected {what}")
+        output = self.module(self._preprocess(convert_channels(images.to(self._device), self.channels)))
+        values, logits = output if isinstance(output, tuple) else (output, None)
+        for tensor, expected in ((values, "features (n, d)"), (logits, "logits (n, k)")):
+            if tensor is not None and (tensor.ndim != 2 or len(tensor) != len(images)):
+                raise ValueError(f"{self.name}: the module returned {tuple(tensor.shape)}, expected {expected}")
         if logits is not None and self.classes and logits.shape[1] != len(self.classes):
-            raise ValueError(f"{self.name}: {logits.shape[1]} logits a picture for {len(self.classes)} classes")
+            raise ValueError(
+                f"{self.name}: got {logits.shape[1]} logits an image, expected {len(self.classes)}, as classes"
+            )
         return Features(values.float(), None if logits is None else logits.float())
 
 
 def to_unit(images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
-    """Convert uint8 to float32 in [0, 1]."""
+    """Scales uint8 to float32 in [0, 1]."""
     return images.float() / 255
 
 
-def with_channels(images: UInt8[Tensor, "n c h w"], channels: int) -> UInt8[Tensor, "n channels h w"]:
-    """Convert images to one or three channels: gray is repeated, colors become their luma."""
+def convert_channels(images: UInt8[Tensor, "n c h w"], channels: int) -> UInt8[Tensor, "n channels h w"]:
+    """Converts images to one or three channels: gray is repeated, colors become their luma."""
     if images.shape[1] == channels:
         return images
     if channels == 3:
@@ -165,15 +176,15 @@ def with_channels(images: UInt8[Tensor, "n c h w"], channels: int) -> UInt8[Tens
 
 
 def fingerprint(name: str, recipe: str, weights: Mapping[str, Shaped[Tensor, "..."]]) -> str:
-    """Hash (SHA-256, hex) a name, a preprocessing and all tensors: names, types, shapes and bytes."""
-    digest = hashlib.sha256()
+    """Returns the SHA-256 (hex) of a name, a preprocessing and all tensors with their names, types and shapes."""
+    sha = hashlib.sha256()
     for text in (name, recipe):
-        digest.update(f"{len(text)}:{text};".encode())
+        sha.update(f"{len(text)}:{text};".encode())
     for key in sorted(weights):
         tensor = weights[key].detach().cpu().contiguous()
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(_bytes(tensor))
-    return digest.hexdigest()
+        sha.update(f"{key} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        sha.update(_bytes(tensor))
+    return sha.hexdigest()
 
 
 def _bytes(tensor: Tensor) -> Any:
@@ -181,12 +192,13 @@ def _bytes(tensor: Tensor) -> Any:
     return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
 
 
+# ---- Weights
+
+
 def read_weights(path: Path) -> dict[str, Shaped[Tensor, "..."]]:
-    """Read the tensors of a .safetensors file or of one by `torch.save`.
+    """Reads the tensors of a .safetensors file, or of one by `torch.save`.
 
-    Files from before PyTorch 1.6 are read, too.
-
-    Raises ValueError, one line, for anything else.
+    Formats from before PyTorch 1.6 are read too. Raises ValueError, one line, for anything else.
     """
     if not path.is_file():
         raise ValueError(f"weights: there is no file {path}")
@@ -194,19 +206,19 @@ def read_weights(path: Path) -> dict[str, Shaped[Tensor, "..."]]:
         try:
             return load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"{path}: not a whole safetensors file ({_line(error)})") from error
-    holder = read_torch(path) if _is_zip(path) else _read_old(path)
-    if not all(isinstance(tensor, Tensor) for tensor in holder.values()):
+            raise ValueError(f"{path}: not a whole safetensors file ({_one_line(error)})") from error
+    tensors = read_torch(path) if _is_zip(path) else _read_legacy(path)
+    if not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path}: expected tensors by name, as of a module's state_dict()")
-    return holder
+    return tensors
 
 
 def load_weights(module: nn.Module, weights: dict[str, Shaped[Tensor, "..."]], source: str) -> None:
-    """Puts weights into a module; ValueError, one line, where names or shapes are not the module's."""
+    """Loads weights into a module. Raises ValueError, one line, for other names or shapes."""
     try:
         module.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(f"{source}: not the weights of {type(module).__name__} ({_line(error)})") from error
+        raise ValueError(f"{source}: not the weights of {type(module).__name__} ({_one_line(error)})") from error
 
 
 def _is_zip(path: Path) -> bool:
@@ -214,43 +226,47 @@ def _is_zip(path: Path) -> bool:
         return file.read(2) == b"PK"
 
 
-def _read_old(path: Path) -> dict[str, Tensor]:
+def _read_legacy(path: Path) -> dict[str, Tensor]:
     try:
-        holder = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError) as error:
         raise ValueError(f"{path}: not a file of weights, or a damaged one; copy or download it again") from error
-    if not isinstance(holder, dict):
-        raise ValueError(f"{path}: holds a {type(holder).__name__}, expected tensors by name")
-    return dict(holder)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected tensors by name")
+    return dict(content)
 
 
-def _line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2])[:160]
 
 
-def custom(name: str, weights: Path | None) -> Extractor:
-    """Call the function named by "FILE.py:function" or "package.module:function" with `weights`.
+# ---- Extractors of users
 
-    It may return an Extractor, or a module: that becomes a `ModuleExtractor` with the name of the function. Raises
-    ValueError, one line, if there is no such function or it returns something else. Its own errors pass.
+
+def open_custom(name: str, weights: Path | None) -> Extractor:
+    """Calls the function named by "FILE.py:function" or "package.module:function" with `weights`.
+
+    It may return an Extractor, or a module for `ModuleExtractor`, which is called like the function. Raises ValueError,
+    one line, for a missing function or another result. Errors of the function itself are passed on.
     """
     place, _, attribute = name.rpartition(":")
-    made = _function(place, attribute)(weights)
-    if isinstance(made, Extractor):
-        return made
-    if isinstance(made, nn.Module):
-        return ModuleExtractor(made, attribute)
-    raise ValueError(f"features {name}: returned a {type(made).__name__}, expected an Extractor or a torch.nn.Module")
+    extractor = _import_function(place, attribute)(weights)
+    if isinstance(extractor, Extractor):
+        return extractor
+    if isinstance(extractor, nn.Module):
+        return ModuleExtractor(extractor, attribute)
+    kind = type(extractor).__name__
+    raise ValueError(f"features {name}: returned a {kind}, expected an Extractor or a torch.nn.Module")
 
 
-def _function(place: str, attribute: str) -> Callable[[Path | None], Any]:
+def _import_function(place: str, attribute: str) -> Callable[[Path | None], Any]:
     if not place or (place.startswith(".") and not place.endswith(".py")):
         raise ValueError(f"features: got {place!r} before the colon, expected FILE.py or a module's whole name")
     if place.endswith(".py") and not Path(place).is_file():
         raise ValueError(f"features: there is no file {place}")
     try:
-        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        module = _import_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except (ImportError, SyntaxError) as error:
         raise ValueError(f"features: can't import {place} ({type(error).__name__}: {error})") from error
     function = getattr(module, attribute, None)
@@ -259,7 +275,7 @@ def _function(place: str, attribute: str) -> Callable[[Path | None], Any]:
     return function
 
 
-def _from_file(path: Path) -> ModuleType:
+def _import_file(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"mar_features_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ImportError("it is no Python file")

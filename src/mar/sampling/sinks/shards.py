@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files with a `.png` and a `.cls` for each picture."""
+"""WebDataset shards: tar files with a `.png` and a `.cls` for each image."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from mar.sampling.plan import WorkUnit
 from mar.sampling.sinks.base import Job, Sink, pngs, write_bytes
 
 SHARD = 1000
-"""Pictures of a shard, about: a shard holds whole units."""
+"""Images of a shard, about: a shard holds whole units."""
 PARTS = "parts"
 
 
 class Shards(Sink):
-    """`000007.tar` holds `000123.png` and `000123.cls`, the class number (-1 for none), for each of its pictures.
+    """`000007.tar` holds `000123.png` and `000123.cls` (the class number, -1 for none) for each of its images.
 
-    Until a shard is whole, its units lie in the folder `parts`, as pieces of tar that need only be joined.
+    Until a shard is whole, its units are in the folder `parts`, as pieces of tar to be joined.
     """
 
     def __init__(self, job: Job) -> None:
@@ -33,17 +33,17 @@ class Shards(Sink):
         tars = {_tar(number) for number in range(len(self.shards))}
         return tars | {self._part(unit) for unit in self.units}
 
-    def complete(self, there: set[str]) -> bool:
-        return there.issuperset(_tar(number) for number in range(len(self.shards)))
+    def complete(self, existing: set[str]) -> bool:
+        return existing.issuperset(_tar(number) for number in range(len(self.shards)))
 
-    def missing(self, there: set[str]) -> list[WorkUnit]:
-        open_shards = [units for number, units in enumerate(self.shards) if _tar(number) not in there]
-        return [unit for units in open_shards for unit in units if self._part(unit) not in there]
+    def missing(self, existing: set[str]) -> list[WorkUnit]:
+        open_shards = [units for number, units in enumerate(self.shards) if _tar(number) not in existing]
+        return [unit for units in open_shards for unit in units if self._part(unit) not in existing]
 
     def write(self, unit: WorkUnit, images: UInt8[np.ndarray, "n c h w"]) -> None:
         members = []
-        for place, (label, data) in enumerate(zip(unit.labels, pngs(self.job, unit, images), strict=True)):
-            name = self.job.name(unit.first + place)
+        for offset, (label, data) in enumerate(zip(unit.labels, pngs(self.job, unit, images), strict=True)):
+            name = self.job.name(unit.first + offset)
             members += [_tar_member(f"{name}.png", data), _tar_member(f"{name}.cls", str(label).encode())]
         write_bytes(self.folder / self._part(unit), b"".join(members))
 
@@ -56,7 +56,7 @@ class Shards(Sink):
                 part.unlink(missing_ok=True)
 
     def tidy(self) -> None:
-        self.finish(0, 1)  # where a run was killed between a shard and its parts' end
+        self.finish(0, 1)  # a run may have been killed before it removed a shard's parts
         parts = self.folder / PARTS
         if parts.is_dir() and not any(parts.iterdir()):
             parts.rmdir()
@@ -70,7 +70,7 @@ def _tar(number: int) -> str:
 
 
 def _tar_member(name: str, data: bytes) -> bytes:
-    """Header and data of a file in a tar, without owner or date, so that the bytes follow from the data."""
+    """Formats a file of a tar without owner or date: the bytes follow from the data."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     return info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE)
