@@ -27,7 +27,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python tools/check_prose.py --baseline
+	$(BIN)/python tools/check_prose.py
 	$(MKDOCS)
 
 docs: $(VENV)/.dev

@@ -53,9 +53,12 @@ def start_process(
 ) -> BaseProcess:
     """A process that runs `mar ARGUMENTS`, its stdout and stderr going to the file `said`.
 
-    `die` (n, signal): it gets the signal when it asks for the n-th time for a file, or a folder's list of names, to be
-    on the disk: an odd n is before a file gets its name, an even one after; a text for n is a part of the path that it
-    first asks for. `world`: rank, processes, port.
+    Args:
+        arguments: of the command.
+        said: file for stdout and stderr.
+        die: (n, signal): the process gets the signal at its n-th fsync, of a file or a folder. An odd n is before a
+            file gets its name, an even one after. A text for n is a part of the path of that fsync.
+        world: rank, processes, port.
     """
     process = _CONTEXT.Process(target=_run, args=(list(arguments), said, die, world))
     process.start()

@@ -1,4 +1,4 @@
-"""Models that are small but awake: every weight is drawn, none is zero, so that outputs depend on all that goes in."""
+"""Small models with no zero weights, so that outputs depend on every input."""
 
 from __future__ import annotations
 

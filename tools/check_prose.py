@@ -1,14 +1,12 @@
 """Checks the rules of prose: python tools/check_prose.py [--rule NAME] [--statistics] [PATH ...]
 
 Prints `path:line: rule: message` for every finding, then a count per rule, and exits with 1 if there is any.
-`--baseline` compares the counts with tools/prose_baseline.json instead, and fails only if one of them has risen.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import json
 import re
 import sys
 import tomllib
@@ -20,7 +18,6 @@ from typing import NamedTuple
 from prose_text import Comment, Passage, count_words, find_comments, paragraphs, prose_of, sentences, string_of
 
 ROOT = Path(__file__).resolve().parents[1]
-BASELINE = Path(__file__).with_name("prose_baseline.json")
 FOLDERS = ("src/mar", "tests", "benchmarks", "tools", "examples")
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md")
 
@@ -237,37 +234,17 @@ def find_files(limits: Sequence[Path]) -> Iterator[Path]:
             yield path
 
 
-def compare(counts: Counter[str]) -> int:
-    """Compares counts with the baseline; returns the exit code."""
-    baseline = json.loads(BASELINE.read_text())
-    risen = [rule for rule in RULES if counts[rule] > baseline.get(rule, 0)]
-    for rule in risen:
-        print(f"{rule}: {counts[rule]} findings, the baseline allows {baseline.get(rule, 0)} ({RULES[rule]}).")
-        print(f"    See them: python tools/check_prose.py --rule {rule}")
-    return int(bool(risen))
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", type=Path, help="files and folders to check (default: all)")
     parser.add_argument("--rule", choices=RULES, action="append", help="check this rule only; may be repeated")
     parser.add_argument("--statistics", action="store_true", help="print counts per file instead of findings")
-    parser.add_argument("--baseline", action="store_true", help="fail only if there are more findings than recorded")
-    parser.add_argument("--update-baseline", action="store_true", help="record the counts of today")
     options = parser.parse_args(arguments)
-    if (options.baseline or options.update_baseline) and (options.paths or options.rule):
-        parser.error("a baseline is of all files and rules: leave out PATH and --rule")
-
     rules = options.rule or list(RULES)
     files = {path.relative_to(ROOT).as_posix(): path.read_text() for path in find_files(options.paths)}
     findings = {name: [each for each in check_file(name, text) if each.rule in rules] for name, text in files.items()}
     per_file = {name: Counter(each.rule for each in findings[name]) for name in files if findings[name]}
     counts = sum(per_file.values(), Counter[str]())
-    if options.update_baseline:
-        BASELINE.write_text(json.dumps({rule: counts[rule] for rule in RULES}, indent=2) + "\n")
-        return 0
-    if options.baseline:
-        return compare(counts)
     if options.statistics:
         for name, count in sorted(per_file.items(), key=lambda item: -item[1].total()):
             print(f"{count.total():5} {name}: " + ", ".join(f"{rule} {number}" for rule, number in count.most_common()))

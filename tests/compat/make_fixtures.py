@@ -149,15 +149,15 @@ def mar_(words: list[str]) -> None:
 # ---- what is learned from
 
 
-def picture(number: int, colours: int = 1) -> Image.Image:
+def picture(number: int, image_channels: int = 1) -> Image.Image:
     """16x16 pixels of a ramp and a few steps, exact in whole numbers."""
     y, x = np.mgrid[:16, :16]
     planes = [
         (40 * (number % 5) + (9 * x + 2 * number if number % 2 else 9 * y + number) + 30 * ((x + y + c) // 5 % 2)) % 256
-        for c in range(colours)
+        for c in range(image_channels)
     ]
     values = np.stack(planes, -1).astype(np.uint8)
-    return Image.fromarray(values[..., 0] if colours == 1 else values)
+    return Image.fromarray(values[..., 0] if image_channels == 1 else values)
 
 
 def write_data() -> None:
@@ -232,8 +232,8 @@ def write_weights() -> None:
         head=mar.HeadConfig(width=16, depth=1, path="linear", prediction="flow", diffusion_steps=500),
     )  # fmt: skip
     way = mar.SamplingConfig(steps=4, diffusion_steps=4, x0_bound=2.5, solver="dpm++2s")
-    colours = PixelTokenizer(3, mean=[-0.1, 0.0, 0.1], std=[0.5, 0.6, 0.7])
-    Pipeline(awake(mar.MAR(config), 3), colours, sampling=way, notes=notes).save("flow.safetensors")
+    tokenizer = PixelTokenizer(3, mean=[-0.1, 0.0, 0.1], std=[0.5, 0.6, 0.7])
+    Pipeline(awake(mar.MAR(config), 3), tokenizer, sampling=way, notes=notes).save("flow.safetensors")
 
 
 # ---- runs, stopped or finished

@@ -157,7 +157,7 @@ def sample() -> Outcome:
 
 
 def generate_png() -> Outcome:
-    """Go on with a folder of PNGs: what was there stays; what comes has the same pixels, its facts under new names."""
+    """Continue a folder of PNGs: old files stay, new ones have the same pixels and the new names of the settings."""
     there = {path: path.read_bytes() for path in Path("generated").rglob("*.png")}
     assert 0 < len(there) < 9
     run("generate_png")

@@ -54,7 +54,7 @@ def go(run: Run) -> None:
         log.close()
 
 
-def test_a_shard_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_truncated_shard_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = tmp_path / "cache"
     assert main(cached(tiny.write_images(tmp_path / "pictures"), cache, "--shard", "6")) == 0
     shard = cache / "00001.safetensors"
@@ -68,7 +68,7 @@ def test_a_shard_cut_short(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_label_beyond_the_classes(tmp_path: Path, workers: int) -> None:
+def test_label_beyond_the_classes_is_one_line(tmp_path: Path, workers: int) -> None:
     with pytest.raises(ValueError, match=r"down/16\.png has the label 2, but there are 2 classes$") as said:
         next(batches(Mislabeled(tiny.write_images(tmp_path)), Transform((8, 8), 1), batch=20, seed=0, workers=workers))
     assert "\n" not in str(said.value)
@@ -91,7 +91,7 @@ class Mislabeled:
         return type(example)(example.image, label, example.name.replace(os.sep, "/"))
 
 
-def test_one_that_is_no_picture_among_ten_thousand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_cache_and_training_skip_one_bad_image_of_10000(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
     Image.new("L", (8, 8), 200).save(tmp_path / "picture.png")
@@ -114,7 +114,7 @@ def test_one_that_is_no_picture_among_ten_thousand(tmp_path: Path, caplog: pytes
     assert told(caplog) == [f"skipped a picture that can't be read: {folder / '4711.png'}"]
 
 
-def test_pictures_that_go_while_they_are_learned(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_deleted_in_training_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """They are skipped; the next session says that they have changed, and goes on with those of now."""
     data = tiny.write_images(tmp_path / "pictures")
     run = tiny.open_tiny_run(tiny.tiny_train_config(data, images=20), tmp_path / "run")
@@ -138,7 +138,7 @@ def test_pictures_that_go_while_they_are_learned(tmp_path: Path, caplog: pytest.
     assert tiny.open_tiny_run(tiny.tiny_train_config(data, images=40), tmp_path / "run").data_note is None
 
 
-def test_classes_that_changed_between_two_sessions(tmp_path: Path) -> None:
+def test_resume_with_changed_classes_is_refused(tmp_path: Path) -> None:
     data = tiny.write_images(tmp_path / "pictures")
     go(tiny.open_tiny_run(tiny.tiny_train_config(data, images=8), tmp_path / "run"))
     before = sorted(path.name for path in (tmp_path / "run").iterdir())
@@ -150,7 +150,7 @@ def test_classes_that_changed_between_two_sessions(tmp_path: Path) -> None:
     assert tiny.open_tiny_run(tiny.tiny_train_config(data, images=16), tmp_path / "run").progress.images == 8
 
 
-def test_runs_from_before_pictures_were_noted_go_on(tmp_path: Path) -> None:
+def test_resume_of_a_run_without_image_count(tmp_path: Path) -> None:
     data = tiny.write_images(tmp_path / "pictures")
     run = tiny.open_tiny_run(tiny.tiny_train_config(data, images=8), tmp_path / "run")
     go(run)
@@ -162,7 +162,7 @@ def test_runs_from_before_pictures_were_noted_go_on(tmp_path: Path) -> None:
     assert (again.progress.images, again.data_note) == (8, None)
 
 
-def test_too_little_disk_for_a_cache(
+def test_cache_too_little_disk_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = tiny.write_images(tmp_path / "pictures")

@@ -99,7 +99,7 @@ def go(run: Run) -> list[float]:
     return [json.loads(line)["loss"] for line in (run.folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_training_from_a_cache_is_training_from_the_pictures(caches: Path, tmp_path: Path) -> None:
+def test_training_from_cache_equals_training_from_images(caches: Path, tmp_path: Path) -> None:
     """Flips on, posterior sampled, statistics measured on the way, a broken picture replaced: the same run."""
     kinds = ("pictures", "fp32", "fp16", "bf16")
     losses = {kind: go(open_it(settings(caches, kind), tmp_path / kind)) for kind in kinds}
@@ -113,7 +113,7 @@ def test_training_from_a_cache_is_training_from_the_pictures(caches: Path, tmp_p
     assert np.abs(np.array(unflipped) / exact - 1).max() > 1e-3
 
 
-def test_what_is_held_out_of_a_cache_is_what_is_held_out_of_the_pictures(caches: Path, tmp_path: Path) -> None:
+def test_cache_holds_out_the_same_images(caches: Path, tmp_path: Path) -> None:
     runs = [open_it(settings(caches, kind, hold_out=4, images=16), tmp_path / kind) for kind in ("pictures", "fp32")]
     assert [(len(run.source), len(run.held_out or ())) for run in runs] == [(11, 3)] * 2
     losses = [go(run) for run in runs]
@@ -123,7 +123,7 @@ def test_what_is_held_out_of_a_cache_is_what_is_held_out_of_the_pictures(caches:
     assert found[0]["val_loss"] > 0
 
 
-def test_a_run_from_a_cache_goes_on_bitwise(caches: Path, tmp_path: Path) -> None:
+def test_run_from_a_cache_resumes_bitwise(caches: Path, tmp_path: Path) -> None:
     whole = open_it(settings(caches, "fp16"), tmp_path / "whole")
     losses = go(whole)
     go(open_it(settings(caches, "fp16", images=STEPS * BATCH // 2), tmp_path / "half"))
@@ -134,14 +134,14 @@ def test_a_run_from_a_cache_goes_on_bitwise(caches: Path, tmp_path: Path) -> Non
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_the_tokenizer_s_own_statistics_count(caches: Path, tmp_path: Path) -> None:
+def test_cache_uses_the_tokenizers_statistics(caches: Path, tmp_path: Path) -> None:
     measured = autoencoder(0)
     measured.set_statistics(0.25, 1.5)
     run = open_it(settings(caches, "fp32"), tmp_path, measured)
     assert (run.tokenizer.mean.tolist(), run.tokenizer.std.tolist()) == ([0.25], [1.5])
 
 
-def test_a_cache_is_refused_by_a_run_that_it_is_not_for(caches: Path, tmp_path: Path) -> None:
+def test_run_on_an_unsuitable_cache_is_refused(caches: Path, tmp_path: Path) -> None:
     def refused(words: str, **changes: Any) -> None:
         with pytest.raises(ConfigError, match=words) as said:
             open_it(settings(caches, "fp32", **changes), tmp_path)
@@ -159,7 +159,7 @@ def test_a_cache_is_refused_by_a_run_that_it_is_not_for(caches: Path, tmp_path: 
         open_it(config, tmp_path / "run")
 
 
-def test_what_it_says(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cache_command_prints_a_summary(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     assert main(cached(home, out)) == 0
     said = capsys.readouterr()
@@ -199,7 +199,7 @@ def test_what_it_says(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     ],
     ids=["dtype", "size", "tokenizer", "batch", "shard", "out"],
 )
-def test_a_mistake_is_one_line(
+def test_cache_errors_are_one_line(
     change: list[str], words: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     if "--out" in change:
@@ -211,14 +211,14 @@ def test_a_mistake_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cache_verify_names_missing_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cache", "fashion"]) == 2
     assert "needs --tokenizer, --out, --image-size too, or --verify" in capsys.readouterr().err
     assert main(["cache", str(tmp_path), "--verify"]) == 2
     assert "is not a cache that `mar cache` made" in capsys.readouterr().err
 
 
-def test_killed_again_and_again_it_ends_with_the_same_bytes(home: Path, tmp_path: Path) -> None:
+def test_cache_killed_repeatedly_gives_the_same_bytes(home: Path, tmp_path: Path) -> None:
     """Before and after every file gets its name: the manifest, four shards, the index."""
     arguments = cached(home, tmp_path / "killed", tokenizer="pixels")
     for moment, shards in ((1, 0), (2, 0), (3, 1), (4, 3), (3, 4), (1, 4)):
@@ -230,7 +230,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(home: Path, tmp_path
     assert processes.read_tree(tmp_path / "killed") == processes.read_tree(tmp_path / "whole")
 
 
-def test_a_signal_is_one_line(home: Path, tmp_path: Path) -> None:
+def test_cache_stopped_by_a_signal_is_one_line(home: Path, tmp_path: Path) -> None:
     arguments = cached(home, tmp_path / "out", tokenizer="pixels")
     assert processes.run_to_end(arguments, tmp_path / "said", die=(5, signal.SIGTERM)) == 130
     assert (tmp_path / "said").read_text() == "mar: stopped; the same command goes on\n"

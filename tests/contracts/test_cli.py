@@ -86,7 +86,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         (["--bogus", "1"], ["--bogus", "mar sample --help"]),
     ],
 )
-def test_a_sample_that_can_not_be(
+def test_sample_invalid_options_are_one_line(
     options: list[str], words: list[str], model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = refused(capsys, "sample", model, "--out", tmp_path / "out", *options)
@@ -94,7 +94,7 @@ def test_a_sample_that_can_not_be(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_preset_with_flags_and_what_the_picture_says_of_it(model: Path, tmp_path: Path) -> None:
+def test_sample_preset_with_flags_is_recorded_in_the_png(model: Path, tmp_path: Path) -> None:
     way = ["--preset", "fast", "--guidance-scale", "2", "--order", "halton", "--diffusion-steps", "3"]
     assert main(["sample", str(model), "--labels", "dog", "--out", str(tmp_path / "out"), "--device", "cpu", *way]) == 0
     with Image.open(tmp_path / "out" / "dog-00000.png") as image:
@@ -107,7 +107,7 @@ def test_a_preset_with_flags_and_what_the_picture_says_of_it(model: Path, tmp_pa
     assert facts["weights"] == held.fingerprint()
 
 
-def test_off_is_another_thing_than_the_models_own() -> None:
+def test_sample_off_differs_from_the_models_default() -> None:
     off = parse(SampleOptions, "sample", ["fashion", "--x0-bound", "off", "--diffusion-steps-end", "off"])
     assert off.settings() == {"x0_bound": None, "diffusion_steps_end": None}
     numbers = parse(SampleOptions, "sample", ["fashion", "--x0-bound", "2.5", "--diffusion-steps-end", "5"])
@@ -116,7 +116,7 @@ def test_off_is_another_thing_than_the_models_own() -> None:
 
 
 @pytest.mark.parametrize("verb", ["sample", "generate", "evaluate"])
-def test_every_sampling_option_is_an_option_with_its_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_has_every_sampling_option_with_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([verb, "--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
@@ -127,26 +127,30 @@ def test_every_sampling_option_is_an_option_with_its_help(verb: str, capsys: pyt
     assert {*_field_docs(SamplingConfig)} == {*to_dict(SamplingConfig())}
 
 
-def test_guidance_needs_a_class_free_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_guidance_without_label_drop_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tiny(tmp_path / "classful.safetensors", label_drop=0.0)
     said = refused(capsys, "sample", path, "--guidance-scale", "2", "--out", tmp_path / "out")
     assert "label_drop 0" in said
     assert "guidance_scale 1" in said
 
 
-def test_a_patch_that_does_not_divide_the_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_patch_size_not_dividing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = refused(capsys, "train", "fashion", "--out", tmp_path / "run", "--model.grid", "28", "27")
     assert "28x27" in said
     assert "4x4" in said
     assert not (tmp_path / "run").exists()
 
 
-def test_a_truncated_checkpoint(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_truncated_checkpoint_is_one_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model.write_bytes(model.read_bytes()[:-100])
     assert "truncated" in refused(capsys, "sample", model, "--out", tmp_path / "out")
 
 
-def test_a_checkpoint_of_another_config(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sample_checkpoint_of_another_config_is_one_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = model.read_bytes()
     model.write_bytes(data.replace(b'\\"buffer_size\\": 2', b'\\"buffer_size\\": 3'))
     said = refused(capsys, "sample", model, "--out", tmp_path / "out")
@@ -162,7 +166,7 @@ class Payload:
 
 
 @pytest.mark.parametrize("plain", [True, False], ids=["pickle", "torch"])
-def test_a_pickle_with_something_in_it(
+def test_convert_malicious_pickle_is_refused(
     plain: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -176,14 +180,14 @@ def test_a_pickle_with_something_in_it(
     assert sorted(os.listdir()) == ["checkpoint-last.pth", "kl16.ckpt"]
 
 
-def test_a_folder_without_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_folder_without_images_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "pictures").mkdir()
     said = refused(capsys, "train", "fashion", "--data", tmp_path / "pictures", "--out", tmp_path / "run")
     assert str(tmp_path / "pictures") in said
     assert not (tmp_path / "run").exists()
 
 
-def test_classes_that_are_not_the_data_s(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_class_count_mismatch_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("a", "b"):
         (tmp_path / "pictures" / name).mkdir(parents=True)
         Image.new("L", (8, 8)).save(tmp_path / "pictures" / name / "1.png")
@@ -196,11 +200,11 @@ def test_classes_that_are_not_the_data_s(tmp_path: Path, capsys: pytest.CaptureF
     [["paint"], ["sample", "runs-that-are-not"], ["train", "no-recipe"], ["convert", "nothing.pth", "x.safetensors"]],
     ids=lambda arguments: arguments[0],
 )
-def test_names_that_are_not(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_names_are_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, *arguments)
 
 
-def test_a_full_disk_while_pictures_are_written(
+def test_sample_full_disk_is_one_line(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(self: Image.Image, path: Path, **options: object) -> None:
@@ -214,7 +218,7 @@ def test_a_full_disk_while_pictures_are_written(
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_full_disk_while_weights_are_written(
+def test_convert_full_disk_is_one_line(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("mar.checkpoint.files.shutil.disk_usage", lambda path: SimpleNamespace(free=1))
@@ -234,7 +238,7 @@ def test_sample_writes_pictures_with_their_settings(model: Path, tmp_path: Path)
         assert '"steps": 4' in picture.text["mar"]
 
 
-def test_a_run_is_judged_while_it_learns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_evaluates_and_validates_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     network = tmp_path / "network.py"
     network.write_text(
         "from torch import nn\n"
@@ -260,7 +264,7 @@ def test_a_run_is_judged_while_it_learns(tmp_path: Path, capsys: pytest.CaptureF
     assert said.count("warning: the learning rate is 0.00625 ") == 1
 
 
-def test_a_log_that_can_not_be_is_said_before_anything_else(
+def test_train_missing_tracker_fails_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
@@ -270,7 +274,7 @@ def test_a_log_that_can_not_be_is_said_before_anything_else(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tokenizer_of_ones_own_then_a_model_on_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tokenizer_train_then_model_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for i in range(16):
         path = tmp_path / "pictures" / f"{i % 2}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -311,7 +315,7 @@ def test_a_tokenizer_of_ones_own_then_a_model_on_it(tmp_path: Path, capsys: pyte
         (["train", "no-such-pictures"], ["no-such-pictures does not exist"]),
     ],
 )
-def test_tokenizers_that_can_not_be(
+def test_tokenizer_train_invalid_options_are_one_line(
     arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ["--out", str(tmp_path / "vae")] if arguments[:1] == ["train"] else []
@@ -332,7 +336,7 @@ def test_train_then_resume_then_sample(tmp_path: Path, capsys: pytest.CaptureFix
     assert "images=24" in capsys.readouterr().out
 
 
-def test_a_picture_that_can_not_be_read_is_named_skipped_and_counted(
+def test_train_unreadable_image_is_named_and_counted(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "pictures" / "only"
@@ -353,7 +357,7 @@ def refused_after(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> s
     return capsys.readouterr().err
 
 
-def test_convert_to_the_official_format_and_half_the_size(tmp_path: Path) -> None:
+def test_convert_to_official_format_and_bf16(tmp_path: Path) -> None:
     noise = ModelConfig(
         channels=1,
         grid=(8, 8),
@@ -376,7 +380,7 @@ def test_convert_to_the_official_format_and_half_the_size(tmp_path: Path) -> Non
         assert torch.equal(a.bfloat16().float(), b)
 
 
-def test_too_little_memory_is_one_line(
+def test_train_too_little_memory_is_one_line(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
@@ -393,7 +397,7 @@ def small(weights: str = "ema", seed: int = 0) -> Pipeline:
     return Pipeline(MAR(noise), PixelTokenizer(1, 0.0, 1.0), weights=weights)
 
 
-def test_convert_takes_the_weights_of_a_run_that_are_asked_for(tmp_path: Path) -> None:
+def test_convert_run_takes_the_requested_weights(tmp_path: Path) -> None:
     run = tmp_path / "run"
     small().save(run / "model.safetensors")
     small("raw", seed=1).save(run / "model-raw.safetensors")
@@ -417,7 +421,7 @@ def test_convert_takes_the_weights_of_a_run_that_are_asked_for(tmp_path: Path) -
         (["x.pth", "o.pth"], "x.pth -> o.pth: only files and run folders of ours"),
     ],
 )
-def test_what_convert_can_not_do_is_said_and_not_left_out(
+def test_convert_impossible_requests_are_refused(
     arguments: list[str],
     words: str,
     tmp_path: Path,
@@ -434,7 +438,7 @@ def test_what_convert_can_not_do_is_said_and_not_left_out(
     assert Path("m.safetensors").read_bytes() == before
 
 
-def test_help_of_everything(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_of_every_verb_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
     assert all(verb in said for verb in VERBS)
@@ -472,7 +476,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "stats", "generate"])
-def test_stopped_while_torch_is_imported(verb: str) -> None:
+def test_stop_while_torch_is_imported_is_one_line(verb: str) -> None:
     for rank, lines in (("0", 1), ("1", 0)):
         process = subprocess.run(
             [sys.executable, "-c", INTERRUPTED, verb], capture_output=True, text=True, env={**os.environ, "RANK": rank},

@@ -295,7 +295,7 @@ def test_recipes_and_models_named_are_there() -> None:
     assert set(recipes) == set(presets.RECIPE_NAMES)
 
 
-def test_what_a_folder_gets_is_as_it_is_said() -> None:
+def test_docs_training_sizes_are_those_of_autoconfig() -> None:
     small, medium, large = sizes.MODEL_SIZES
     table = TRAINING.split("### What is chosen")[1].split("### An example")[0]
     for size in (small, medium):

@@ -70,7 +70,7 @@ def png(folder: Path, *sizes: int) -> Path:
 # ---- stats
 
 
-def test_stats_of_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stats_of_images_are_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "s.npz"
     assert (
         main(["stats", "pictures", "--out", str(out), "--count", "9", "--keep-features", "--batch", "2", *JUDGE]) == 0
@@ -87,7 +87,7 @@ def test_stats_of_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_stats_of_statistics_as_adm_publishes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stats_convert_adms_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mu, sigma = np.arange(6.0), np.diag(np.arange(1.0, 7.0))
     np.savez(tmp_path / "adm.npz", mu=mu, sigma=sigma)
     assert main(["stats", str(tmp_path / "adm.npz"), "--out", str(tmp_path / "ours.npz"), *JUDGE]) == 0
@@ -113,7 +113,9 @@ def test_stats_of_statistics_as_adm_publishes_them(tmp_path: Path, capsys: pytes
         (["pictures", "--out", "o.npz", "--device", "tpu"], ["tpu"]),
     ],
 )
-def test_stats_that_can_not_be(options: list[str], words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_stats_invalid_options_are_refused(
+    options: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     own = [] if "--features" in options else JUDGE[:2]
     said = refused(capsys, "stats", *own, *options, judge=False)
     assert all(word in said for word in words), said
@@ -123,7 +125,7 @@ def test_stats_that_can_not_be(options: list[str], words: list[str], capsys: pyt
 # ---- one report
 
 
-def test_a_model_against_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_model_against_statistics(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "reports" / "r.json"
     assert evaluate("model.safetensors", "--reference", "statistics.npz", *DRAW, "--out", out) == 0
     said = capsys.readouterr()
@@ -139,7 +141,7 @@ def test_a_model_against_statistics(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert said.err == ""
 
 
-def test_all_numbers_whatever_the_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_all_metrics_for_any_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = []
     for batch in (5, 64):
         out = tmp_path / f"{batch}.json"
@@ -157,7 +159,9 @@ def test_all_numbers_whatever_the_batch(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("kind", ["folder", "npz", "statistics"])
-def test_pictures_against_themselves(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_images_against_themselves_is_zero(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pictures = np.stack([np.asarray(Image.open(p)) for p in sorted(Path("pictures").glob("*/*.png"))])
     np.savez_compressed(tmp_path / "p.npz", arr_0=pictures[..., None].repeat(3, 3))
     assert main(["stats", "pictures", "--out", str(tmp_path / "s.npz"), *JUDGE]) == 0
@@ -179,7 +183,7 @@ def learned(place: Path) -> Path:
 
 
 @pytest.mark.parametrize(("seed", "least", "most"), [(0, 1, 1), (2, 0, 0.1)])
-def test_copies_are_told_from_new_pictures(
+def test_evaluate_counts_copies(
     seed: int, least: float, most: float, learned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Seed 0 draws what was learned again; seed 2 as much of it as held-out pictures do."""
@@ -205,7 +209,7 @@ def test_copies_are_told_from_new_pictures(
     assert np.array_equal(shown[::28, :112:28], right) == (seed == 0)
 
 
-def test_neighbors_of_statistics_with_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_neighbors_of_statistics_with_features(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kept = tmp_path / "kept.npz"
     assert main(["stats", "pictures", "--out", str(kept), "--image-size", "4", "--keep-features", *JUDGE]) == 0
     assert evaluate(kept, "--reference", kept, "--neighbors") == 0
@@ -217,7 +221,7 @@ def test_neighbors_of_statistics_with_features(tmp_path: Path, capsys: pytest.Ca
     )
 
 
-def test_a_sweep_of_copies(tmp_path: Path, learned: Path) -> None:
+def test_evaluate_sweep_of_copies(tmp_path: Path, learned: Path) -> None:
     pytest.importorskip("matplotlib")
     folder = tmp_path / "sw"
     near = ["--reference", learned, "--held-out", "others.npz", "--sweep", "K=1,4", "--out", folder]
@@ -230,7 +234,7 @@ def test_a_sweep_of_copies(tmp_path: Path, learned: Path) -> None:
     assert "pairs" not in header
 
 
-def test_fewer_pictures_than_features(capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_fewer_images_than_features_warns(capsys: pytest.CaptureFixture[str]) -> None:
     assert evaluate("pictures", "--reference", "pictures", "--count", "5") == 0
     said = capsys.readouterr()
     assert said.err.count("\n") == 1
@@ -290,7 +294,7 @@ def never(*_: object, **__: object) -> None:
         (["model.safetensors", "--reference", "statistics.npz", "--sweep", "diffusion_steps=1,2000"], ["2000", "1000"]),
     ],
 )  # fmt: skip
-def test_what_can_not_be_judged_is_said_before_anything_is_drawn(
+def test_evaluate_invalid_request_fails_before_sampling(
     options: list[str], words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not Path("empty").exists():
@@ -308,7 +312,7 @@ def test_what_can_not_be_judged_is_said_before_anything_is_drawn(
 
 
 @pytest.mark.parametrize(("judge", "words"), [("other", "tiny and of other"), ("retrained", "other weights")])
-def test_statistics_of_another_extractor(
+def test_evaluate_other_extractors_statistics_are_refused(
     judge: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mar.evaluation.session.collect", never)
@@ -316,7 +320,7 @@ def test_statistics_of_another_extractor(
     assert words in refused(capsys, "evaluate", "model.safetensors", *arguments, judge=False)
 
 
-def test_pictures_that_do_not_fit_together(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_mismatched_images_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mixed = png(tmp_path / "mixed", 8, 8, 6)
     said = refused(capsys, "evaluate", mixed, "--reference", "pictures")
     assert "2.png is 6x6, expected 8x8 as before it" in said
@@ -326,7 +330,9 @@ def test_pictures_that_do_not_fit_together(tmp_path: Path, capsys: pytest.Captur
     assert "(6, 6) and (8, 8)" in said
 
 
-def test_a_classifier_that_shares_no_class(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_class_accuracy_without_shared_classes_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mar.evaluation.session.collect", never)
     judge = ["--classifier", f"{extractors.__file__}:brightness"]
     said = refused(capsys, "evaluate", "model.safetensors", "--reference", "statistics.npz", *DRAW, *judge)
@@ -336,7 +342,7 @@ def test_a_classifier_that_shares_no_class(capsys: pytest.CaptureFixture[str], m
     assert "classifier needs pictures" in said
 
 
-def test_a_broken_model_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_broken_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     wild = ["--count", "4", "--temperature", "1000"]
     said = refused(capsys, "evaluate", "model.safetensors", "--reference", "statistics.npz", *wild)
     assert "broken" in said
@@ -345,7 +351,7 @@ def test_a_broken_model_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("verb", ["stats", "evaluate", "sweep"])
-def test_stopped_it_says_one_line(
+def test_evaluate_stopped_is_one_line(
     verb: str, number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(self: Any, images: Any) -> Any:
@@ -365,7 +371,7 @@ def test_stopped_it_says_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_stopped_while_the_neighbors_are_shown_nothing_was_written(
+def test_evaluate_stopped_in_neighbors_writes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: object) -> None:
@@ -410,7 +416,7 @@ def undisturbed(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_sweep(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_sweep_writes_a_table(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     held = table(undisturbed)
     assert [row["point"] for row in held["rows"]] == [
         {"guidance_scale": guidance, "steps": steps} for guidance in (1.0, 3.0) for steps in (1, 4)
@@ -426,7 +432,7 @@ def test_a_sweep(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"guidance scale {best['point']['guidance_scale']}, steps {best['point']['steps']}: FD (tiny)" in said.out
 
 
-def test_a_sweep_over_presets_and_solvers(tmp_path: Path) -> None:
+def test_evaluate_sweep_over_presets_and_solvers(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     axes = [
         "--sweep",
@@ -447,7 +453,7 @@ def test_a_sweep_over_presets_and_solvers(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", [1, 2, 6, 8, 12])
-def test_a_sweep_that_was_stopped_goes_on(
+def test_evaluate_stopped_sweep_continues(
     moment: int, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At the `moment`-th file that is to be put on the disk: three a point, the table, the .csv and the plot."""
@@ -490,7 +496,7 @@ def test_a_sweep_that_was_stopped_goes_on(
         (["--splits", "3"], "splits 10 -> 3"),
     ],
 )
-def test_a_sweep_of_other_settings_is_refused_and_its_folder_left_alone(
+def test_evaluate_sweep_of_other_settings_is_refused(
     more: list[str], words: str, undisturbed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mar.evaluation.session.collect", never)
@@ -501,7 +507,7 @@ def test_a_sweep_of_other_settings_is_refused_and_its_folder_left_alone(
     assert {path.name: path.read_bytes() for path in undisturbed.iterdir()} == before
 
 
-def test_a_sweep_against_another_reference_of_the_same_name_and_count(
+def test_evaluate_sweep_against_another_reference_is_refused(
     undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = FeatureStats.load(Path("statistics.npz"))
@@ -510,7 +516,7 @@ def test_a_sweep_against_another_reference_of_the_same_name_and_count(
     assert f"reference_digest {first.digest()} -> " in said
 
 
-def test_a_sweep_with_more_values_measures_only_these(
+def test_evaluate_sweep_with_more_values_measures_only_these(
     undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mar.evaluation.sweep.plot", lambda table, path: None)

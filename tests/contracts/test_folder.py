@@ -62,7 +62,7 @@ def color(folder: Path, count: int, size: tuple[int, int], kinds: int = 2) -> Pa
     return folder
 
 
-def test_small_gray_pictures_become_pixels(data: Path, tmp_path: Path) -> None:
+def test_folder_small_gray_images_use_pixels(data: Path, tmp_path: Path) -> None:
     steps = planned(data, "--out", tmp_path / "run")
     config = steps.train
     assert (steps.tokenizer, steps.cache) == (None, None)
@@ -73,7 +73,7 @@ def test_small_gray_pictures_become_pixels(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_large_color_pictures_get_a_tokenizer_and_a_cache(tmp_path: Path) -> None:
+def test_folder_large_color_images_get_tokenizer_and_cache(tmp_path: Path) -> None:
     data, out = color(tmp_path / "data", 20, (130, 140), kinds=3), tmp_path / "run"
     steps = planned(data, "--out", out, "--flip", "False", "--workers", "2", "--vae.perceptual", "0.5")
     assert steps.tokenizer is not None
@@ -93,14 +93,14 @@ def test_large_color_pictures_get_a_tokenizer_and_a_cache(tmp_path: Path) -> Non
     )
 
 
-def test_flat_pictures_are_no_mistake(tmp_path: Path) -> None:
+def test_folder_flat_images_are_accepted(tmp_path: Path) -> None:
     """Which vary in fewer ways than there are components, by default: nobody has asked for so many."""
     data, out = color(tmp_path / "data", 20, (16, 16)), tmp_path / "run"
     assert main(command(str(data), str(out), "--sample-every", "0", "--images", "4")) == 0
     assert Pipeline.open(out / "model.safetensors").tokenizer.channels == 16
 
 
-def test_gray_pictures_have_gray_components(data: Path, tmp_path: Path) -> None:
+def test_folder_gray_images_get_gray_components(data: Path, tmp_path: Path) -> None:
     """Of colours that are all the same, there would be three times the values, and pictures in colour."""
     out = tmp_path / "run"
     assert planned(data, "--out", out, "--tokenizer", "pca4").train.image_channels == 1
@@ -113,7 +113,7 @@ def test_gray_pictures_have_gray_components(data: Path, tmp_path: Path) -> None:
     assert planned("fashion", "--tokenizer", "pca4").train.image_channels is None, "the bundled ones are known"
 
 
-def test_every_choice_may_be_changed(tmp_path: Path) -> None:
+def test_folder_every_choice_can_be_overridden(tmp_path: Path) -> None:
     data, out = color(tmp_path / "data", 20, (90, 140)), tmp_path / "run"
     pixels = planned(data, "--out", out, "--tokenizer", "pixels").train
     assert (pixels.model.grid, pixels.model.patch_size, pixels.tokenizer) == ((64, 64), 4, "pixels")
@@ -145,7 +145,7 @@ def test_every_choice_may_be_changed(tmp_path: Path) -> None:
     assert planned(data, "--out", out, "--model.label-drop", "0").train.sampling.guidance_scale == 1
 
 
-def test_a_tokenizer_that_is_there_tells_cells_and_size(tmp_path: Path) -> None:
+def test_folder_given_tokenizer_sets_grid_and_size(tmp_path: Path) -> None:
     data = color(tmp_path / "data", 20, (90, 140))
     torch.manual_seed(0)
     settings = TokenizerTrainConfig(image_size=32, stride=4, channels=3, width=8)
@@ -158,7 +158,7 @@ def test_a_tokenizer_that_is_there_tells_cells_and_size(tmp_path: Path) -> None:
     assert (config.model.channels, config.model.grid, config.tokenizer) == (3, (8, 8), str(tmp_path / "vae"))
 
 
-def test_components_of_a_file_or_a_cache_are_learned_as_those_taken_here(tmp_path: Path) -> None:
+def test_folder_components_of_file_or_cache_get_the_same_recipe(tmp_path: Path) -> None:
     """Not as an autoencoder's latents are."""
     data = color(tmp_path / "data", 20, (140, 140))
     tokenizer = PCATokenizer(3, 4, 16)
@@ -177,7 +177,7 @@ def test_components_of_a_file_or_a_cache_are_learned_as_those_taken_here(tmp_pat
     assert from_cache == replace(named, data=str(cache), tokenizer=str(file), shift=0)
 
 
-def test_pixels_are_bounded_alike_from_pictures_and_from_a_cache(tmp_path: Path) -> None:
+def test_folder_pixels_from_cache_have_the_same_bound(tmp_path: Path) -> None:
     data, cache = tmp_path / "data", tmp_path / "cache"
     data.mkdir()
     for number in range(24):  # nearly black
@@ -206,12 +206,12 @@ def test_pixels_are_bounded_alike_from_pictures_and_from_a_cache(tmp_path: Path)
         (100, "", False),
     ],
 )
-def test_larger_is_said_where_more_pictures_would_be(side: int, asked: str, said: bool, tmp_path: Path) -> None:
+def test_folder_mentions_larger_size_for_more_images(side: int, asked: str, said: bool, tmp_path: Path) -> None:
     steps = planned(color(tmp_path / "data", 20, (side, side)), "--out", tmp_path / "run", *asked.split())
     assert ("(larger from 5,000 pictures on" in steps.lines[0]) == said
 
 
-def test_a_size_that_nobody_asked_for_fits_the_tokenizer(tmp_path: Path) -> None:
+def test_folder_default_size_fits_the_tokenizer(tmp_path: Path) -> None:
     data, out = color(tmp_path / "data", 20, (140, 140)), tmp_path / "run"
     model = planned(data, "--out", out, "--tokenizer", "pca3").train.model
     assert (model.grid, model.patch_size) == ((40, 40), 4)
@@ -228,7 +228,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     return said.err
 
 
-def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_errors_are_one_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     file = tmp_path / "notes.txt"
     file.write_text("no pictures")
@@ -268,7 +268,9 @@ def test_mistakes_are_one_line(data: Path, tmp_path: Path, capsys: pytest.Captur
         ("run.json", {"model": []}, "is damaged"),
     ],
 )
-def test_damaged_notes_are_one_line(file: str, content: str | dict[str, object], words: str, tmp_path: Path) -> None:
+def test_folder_damaged_summary_is_one_line(
+    file: str, content: str | dict[str, object], words: str, tmp_path: Path
+) -> None:
     """In a process of its own: pytest's checks of types would speak first."""
     data, run = bars(tmp_path / "data"), tmp_path / "run"
     steps = planned(data, "--out", run)
@@ -306,7 +308,7 @@ def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "copy"
 
 
-def test_from_pictures_to_a_model(made: Path) -> None:
+def test_folder_trains_from_images_to_a_model(made: Path) -> None:
     model = Pipeline.open(made / "run" / "model.safetensors")
     assert model.classes == ("across", "down")
     assert model.image_size == (8, 8)
@@ -316,7 +318,7 @@ def test_from_pictures_to_a_model(made: Path) -> None:
     assert (made / "run" / "latents" / "index.json").is_file()
 
 
-def test_the_same_command_does_only_what_is_left(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_same_command_does_the_rest(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = processes.read_tree(place / "run" / "tokenizer"), (place / "run" / "model.safetensors").read_bytes()
     Image.new("RGB", (300, 300), "red").save(place / "pictures" / "down" / "more.png")
     assert main([*WHOLE, "--images", "20"]) == 0
@@ -331,7 +333,7 @@ def test_the_same_command_does_only_what_is_left(place: Path, capsys: pytest.Cap
     assert (place / "run" / "model.safetensors").read_bytes() != before[1]
 
 
-def test_another_run_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_of_another_run_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = processes.read_tree(place)
     for more, words in (
         (["--vae.images", "12"], "run/tokenizer is finished: it has seen 8 pictures, not 12"),
@@ -348,7 +350,7 @@ def test_another_run_is_refused(place: Path, capsys: pytest.CaptureFixture[str])
     assert processes.read_tree(place) == before
 
 
-def test_latents_that_are_cached_are_enough(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folder_cached_latents_are_enough(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(place / "pictures")
     assert main(command("run/latents", "second", "--sample-every", "0")) == 0
     assert "20 color pictures in 2 classes" in capsys.readouterr().err
@@ -356,7 +358,7 @@ def test_latents_that_are_cached_are_enough(place: Path, capsys: pytest.CaptureF
     assert "leave out --image-size" in refused(capsys, "--data", "run/latents", "--image-size", "8")
 
 
-def test_learning_by_heart_is_warned_of_where_a_run_becomes_long_enough(
+def test_folder_long_run_on_few_images_warns(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("mar.training.preflight.MANY_EPOCHS", 1)  # in place of 100 times
@@ -367,7 +369,7 @@ def test_learning_by_heart_is_warned_of_where_a_run_becomes_long_enough(
     assert warned == [False, True, False]
 
 
-def test_pixels_that_are_cached_are_not_moved(
+def test_folder_cached_pixels_are_not_shifted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -379,7 +381,7 @@ def test_pixels_that_are_cached_are_not_moved(
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
-def test_killed_before_the_model_it_goes_on(place: Path) -> None:
+def test_folder_killed_before_the_model_resumes(place: Path) -> None:
     """In the tokenizer's training, and while latents are cached: the same at the end."""
     (place / "run").rename(place / "undisturbed")
     said = place / "said"
@@ -397,7 +399,7 @@ def test_killed_before_the_model_it_goes_on(place: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
-def test_own_tokenizer_in_several_processes_is_refused_with_the_command_that_trains_it(place: Path) -> None:
+def test_folder_own_tokenizer_on_several_ranks_is_refused(place: Path) -> None:
     shutil.rmtree(place / "run")
     codes = processes.run_group(2, [*WHOLE, "--sample-every", "0"], place / "said")
     said = [(place / f"said.{rank}").read_text() for rank in range(2)]
@@ -412,9 +414,7 @@ def test_own_tokenizer_in_several_processes_is_refused_with_the_command_that_tra
     assert Pipeline.open(place / "run" / "model.safetensors").image_size == (8, 8)
 
 
-def test_a_rate_far_off_the_recipes_is_warned_of(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_folder_unusual_learning_rate_warns(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "fashion", *SMALL, "--images", "8", "--batch", "8", "--lr", "0.2", "--sample-every", "0",
                  "--out", str(tmp_path / "run")]) == 0  # fmt: skip
     said = capsys.readouterr().err

@@ -41,7 +41,7 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 @pytest.mark.parametrize("moment", [3, 6, 10])
 @pytest.mark.parametrize("kind", OUT)
-def test_killed_and_started_again(
+def test_generate_killed_and_restarted_gives_the_same_bytes(
     kind: str, moment: int, model: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
     """While the first picture or part is written, after one has got its name, after parts were put together."""
@@ -58,7 +58,7 @@ def test_killed_and_started_again(
 @pytest.mark.parametrize(
     ("kind", "number"), [*((kind, signal.SIGTERM) for kind in OUT), ("png", signal.SIGINT)], ids=str
 )
-def test_stopped_it_says_so_and_leaves_no_half_file(
+def test_generate_stopped_leaves_no_partial_file(
     kind: str, number: signal.Signals, model: Path, undisturbed: dict[str, dict[str, bytes]], tmp_path: Path
 ) -> None:
     folder, said = tmp_path / "files", tmp_path / "said"
@@ -72,7 +72,7 @@ def test_stopped_it_says_so_and_leaves_no_half_file(
 
 
 @pytest.mark.parametrize("kind", OUT)
-def test_a_finished_output_is_not_drawn_again(
+def test_generate_finished_output_is_not_drawn_again(
     kind: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert main(command(model, tmp_path, kind)) == 0
@@ -84,7 +84,7 @@ def test_a_finished_output_is_not_drawn_again(
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_a_picture_is_the_one_that_sample_draws(model: Path, tmp_path: Path) -> None:
+def test_generate_draws_what_sample_draws(model: Path, tmp_path: Path) -> None:
     plain = ["--device", "cpu", "--allow-broken", "--steps", "3"]
     assert (
         main(["generate", str(model), "--out", str(tmp_path / "out"), "--labels", "cat", "--count", "9", *plain]) == 0
@@ -98,9 +98,7 @@ def test_a_picture_is_the_one_that_sample_draws(model: Path, tmp_path: Path) -> 
         assert {key: facts[key] for key in shared} == {key: of_one[key] for key in shared}
 
 
-def test_the_batch_is_only_a_matter_of_speed_and_never_runs_over(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_generate_is_independent_of_batch_size(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn, decode = [], Pipeline._decode
 
     def counted(self: Pipeline, latents: Tensor) -> Tensor:
@@ -121,7 +119,7 @@ def test_the_batch_is_only_a_matter_of_speed_and_never_runs_over(
     assert max(np.abs(pictures[1] - pictures[batch]).max() for batch in (4, 64)) <= 1
 
 
-def test_a_file_says_the_label_of_each_picture(model: Path, tmp_path: Path) -> None:
+def test_generate_labels_from_a_file(model: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("cat\n0\nnone\n\nbee\ncat\n")
     arguments = ["generate", str(model), "--out", str(tmp_path / "out.npz"), "--device", "cpu", "--allow-broken"]
     assert main([*arguments, "--labels-file", str(tmp_path / "labels.txt")]) == 0
@@ -130,7 +128,7 @@ def test_a_file_says_the_label_of_each_picture(model: Path, tmp_path: Path) -> N
         assert file["arr_0"].shape == (5, 4, 4, 3)
 
 
-def test_fifty_of_each_class_where_nothing_is_said(model: Path, tmp_path: Path) -> None:
+def test_generate_default_is_fifty_of_each_class(model: Path, tmp_path: Path) -> None:
     assert main(["generate", str(model), "--out", str(tmp_path), "--device", "cpu", "--allow-broken"]) == 0
     assert [len(list((tmp_path / name).iterdir())) for name in ("ant", "bee", "cat")] == [50, 50, 50]
 
@@ -157,7 +155,7 @@ def test_fifty_of_each_class_where_nothing_is_said(model: Path, tmp_path: Path) 
         (["--out", "labels.txt"], "labels.txt is a file"),
     ],
 )
-def test_what_can_not_be(
+def test_generate_invalid_options_are_refused(
     options: list[str],
     words: str,
     model: Path,
@@ -176,7 +174,7 @@ def test_what_can_not_be(
     assert [path.name for path in tmp_path.iterdir()] == ["labels.txt"]
 
 
-def test_other_settings_than_it_was_begun_with(
+def test_generate_resumed_with_other_settings_is_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounded: list[bool] = []
@@ -197,7 +195,7 @@ def test_other_settings_than_it_was_begun_with(
     assert processes.read_tree(tmp_path) == before
 
 
-def test_a_broken_picture_ends_it_by_name(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_broken_image_is_named(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = tmp_path / "broken.safetensors"
     pipeline = Pipeline.open(model)
     for parameter in pipeline.model.parameters():

@@ -1,4 +1,4 @@
-"""A training run that is killed, at moments that a seed draws and while it saves, ends as one that never was."""
+"""Training runs killed at seeded moments, or while they save, end as one that was never killed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def log(run: Path) -> list[dict[str, float]]:
     return [{name: line[name] for name in KEPT} for line in lines if "loss" in line]
 
 
-def test_a_run_that_was_killed_again_and_again_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_run_killed_repeatedly_ends_bitwise_the_same(tmp_path: Path) -> None:
     data, said, draws = write_images(tmp_path / "pictures"), tmp_path / "said", random.Random(0)
     images = 4 * (80 + 60 * KILLS)
     quiet, killed = tmp_path / "quiet", tmp_path / "killed"

@@ -53,7 +53,7 @@ def one(home: Path) -> dict[str, bytes]:
     return processes.read_tree(home / "one")
 
 
-def test_two_processes_make_the_bytes_of_one(home: Path, tmp_path: Path) -> None:
+def test_cache_of_two_processes_has_the_same_bytes(home: Path, tmp_path: Path) -> None:
     """By an autoencoder, five shards of which the last is not full, with any number of threads; one process speaks."""
     before = torch.get_num_threads()
     for threads in (1, 3):
@@ -71,7 +71,7 @@ def test_two_processes_make_the_bytes_of_one(home: Path, tmp_path: Path) -> None
     assert main(["cache", "--verify", str(tmp_path / "two")]) == 0
 
 
-def test_another_number_of_processes_goes_on(home: Path, one: dict[str, bytes], tmp_path: Path) -> None:
+def test_cache_resumed_by_other_process_count(home: Path, one: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = command(home, out, tokenizer="pixels")
     assert processes.run_to_end(arguments, tmp_path / "said", die=(5, signal.SIGKILL)) == -signal.SIGKILL
@@ -83,7 +83,7 @@ def test_another_number_of_processes_goes_on(home: Path, one: dict[str, bytes], 
     assert processes.read_tree(out) == one
 
 
-def test_a_process_is_killed_and_all_goes_on(home: Path, one: dict[str, bytes], tmp_path: Path) -> None:
+def test_cache_killed_rank_resumes(home: Path, one: dict[str, bytes], tmp_path: Path) -> None:
     """The other one makes its share and waits, until torchrun ends it."""
     port = processes.free_port()
     arguments = command(home, tmp_path / "out", tokenizer="pixels")
@@ -98,7 +98,7 @@ def test_a_process_is_killed_and_all_goes_on(home: Path, one: dict[str, bytes], 
     assert processes.read_tree(tmp_path / "out") == one
 
 
-def test_a_mistake_is_said_once(home: Path, tmp_path: Path) -> None:
+def test_cache_error_on_all_ranks_is_printed_once(home: Path, tmp_path: Path) -> None:
     arguments = command(home, tmp_path / "out", "--image-size", "0", tokenizer="pixels")
     assert processes.run_group(2, arguments, tmp_path / "said") == [2, 2]
     first, second = ((tmp_path / f"said.{rank}").read_text() for rank in (0, 1))

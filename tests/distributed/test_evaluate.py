@@ -165,7 +165,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("world", SEVERAL)
 @pytest.mark.parametrize("count", COUNTS)
-def test_the_same_features_give_the_same_statistics(world: int, count: int, folder: Path) -> None:
+def test_evaluate_ranks_give_the_same_statistics(world: int, count: int, folder: Path) -> None:
     alone = plain(collect(Numbered(count), Recorded(), options=ALL, batch=64))
     for rank in range(world):
         found = torch.load(folder / f"{world}-{rank}.pt")[count, "recorded"]
@@ -179,7 +179,7 @@ def test_the_same_features_give_the_same_statistics(world: int, count: int, fold
 
 @pytest.mark.parametrize("world", SEVERAL)
 @pytest.mark.parametrize("count", COUNTS)
-def test_end_to_end(world: int, count: int, folder: Path) -> None:
+def test_evaluate_ranks_match_one_process_end_to_end(world: int, count: int, folder: Path) -> None:
     extractor = extractors.insects()
     alone = collect(Numbered(count), extractor, options=ALL, batch=64)
     assert compare(alone, alone.statistics, extractor, MetricOptions()).distance <= 1e-6
@@ -191,7 +191,7 @@ def test_end_to_end(world: int, count: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("world", SEVERAL)
-def test_a_mistake_on_one_process_is_raised_by_all(world: int, folder: Path) -> None:
+def test_evaluate_error_on_one_rank_is_raised_by_all(world: int, folder: Path) -> None:
     for rank in range(world):
         mixed, last, first = json.loads((folder / f"{world}-{rank}.json").read_text())
         assert "4x4 and 4x8" in mixed
@@ -201,7 +201,7 @@ def test_a_mistake_on_one_process_is_raised_by_all(world: int, folder: Path) -> 
 
 
 @pytest.mark.parametrize("world", SEVERAL)
-def test_the_commands_of_several_processes(world: int, folder: Path) -> None:
+def test_evaluate_commands_on_several_ranks_match(world: int, folder: Path) -> None:
     said = [json.loads((folder / f"said-{world}-{rank}.json").read_text()) for rank in range(world)]
     codes = [[code for code, _, _ in lines] for lines in said]
     assert codes == [[0, 0, 0, 2, 2]] * world
@@ -220,7 +220,7 @@ def test_the_commands_of_several_processes(world: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("world", SEVERAL)
-def test_a_mistake_is_one_line_in_all(world: int, folder: Path) -> None:
+def test_evaluate_error_on_ranks_is_one_line(world: int, folder: Path) -> None:
     said = [json.loads((folder / f"said-{world}-{rank}.json").read_text()) for rank in range(world)]
     for mistake, words in ((3, "can't read the picture"), (4, "only-1.npz")):
         lines = [line for rank in said for line in rank[mistake][2].splitlines()]

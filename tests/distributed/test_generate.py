@@ -43,7 +43,7 @@ def pictures(path: Path) -> np.ndarray:
         return file["arr_0"].astype(int)
 
 
-def test_two_processes_draw_what_one_draws(model: Path, tmp_path: Path) -> None:
+def test_generate_two_processes_draw_the_same(model: Path, tmp_path: Path) -> None:
     """Started by torchrun, as people do."""
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mar"]
@@ -63,7 +63,7 @@ def test_two_processes_draw_what_one_draws(model: Path, tmp_path: Path) -> None:
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
 
 
-def test_more_processes_than_units_and_another_number_of_them(model: Path, tmp_path: Path) -> None:
+def test_generate_more_processes_than_units_and_resume(model: Path, tmp_path: Path) -> None:
     arguments = command(model, tmp_path / "out", "--format", "webdataset", "--batch", "6")
     assert processes.run_group(3, arguments, tmp_path / "said") == [0, 0, 0]  # two units: one has nothing to do
     with tarfile.open(tmp_path / "out/000000.tar") as tar:
@@ -81,7 +81,7 @@ def test_more_processes_than_units_and_another_number_of_them(model: Path, tmp_p
     ],
     ids=["label", "device", "out"],
 )
-def test_a_mistake_is_said_once(options: list[str], words: str, model: Path, tmp_path: Path) -> None:
+def test_error_on_all_ranks_is_printed_once(options: list[str], words: str, model: Path, tmp_path: Path) -> None:
     if "--out" in options:
         options = ["--out", str(model.parent)]
     assert processes.run_group(2, [*command(model, tmp_path / "out"), *options], tmp_path / "said") == [2, 2]
@@ -91,7 +91,7 @@ def test_a_mistake_is_said_once(options: list[str], words: str, model: Path, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_process_that_fails_ends_the_others_and_all_goes_on(model: Path, tmp_path: Path) -> None:
+def test_generate_failed_rank_ends_the_others_and_resumes(model: Path, tmp_path: Path) -> None:
     port = processes.free_port()
     arguments = command(model, tmp_path / "out.npz")
     failing = processes.start_process(arguments, tmp_path / "said.1", die=(3, signal.SIGTERM), world=(1, 2, port))
@@ -106,7 +106,7 @@ def test_a_process_that_fails_ends_the_others_and_all_goes_on(model: Path, tmp_p
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "out.npz").read_bytes()
 
 
-def test_a_process_that_waits_hears_a_signal(model: Path, tmp_path: Path) -> None:
+def test_generate_waiting_rank_stops_on_a_signal(model: Path, tmp_path: Path) -> None:
     """It waits for one that never comes to the end of its share."""
     port = processes.free_port()
     arguments = command(model, tmp_path / "out.npz")

@@ -82,7 +82,7 @@ def by_two(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, li
 
 
 @pytest.mark.parametrize("dtype", BOUND)
-def test_two_processes_and_parts_have_the_losses_of_one(
+def test_losses_of_ranks_and_parts_match_one_process(
     data: Path, tmp_path: Path, by_two: dict[str, list[float]], dtype: torch.dtype
 ) -> None:
     alone = losses(settings(data), tmp_path / "alone", dtype)
@@ -94,7 +94,7 @@ def test_two_processes_and_parts_have_the_losses_of_one(
         assert furthest < BOUND[dtype], way
 
 
-def test_two_nodes_find_each_other_by_tcp(data: Path, tmp_path: Path) -> None:
+def test_torchrun_two_nodes_train_by_tcp(data: Path, tmp_path: Path) -> None:
     """Two agents of torchrun at two addresses of this machine, one process each."""
     endpoint = f"127.0.0.1:{processes.free_port()}"
     model = ["--model.encoder.width", "16", "--model.encoder.num-heads", "2", "--model.encoder.depth", "1"]

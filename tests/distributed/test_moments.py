@@ -78,5 +78,5 @@ def check_nothing(rank: int, world: int) -> None:
     assert own == rank
 
 
-def test_ranks_together_have_seen_everything(tmp_path: Path) -> None:
+def test_moments_of_ranks_match_one_process(tmp_path: Path) -> None:
     processes.spawn_ranks(max(CUTS), on_each_rank, tmp_path)

@@ -31,7 +31,7 @@ def command(data: Path, out: Path, *more: str) -> list[str]:
     return ["train", "folder", "--data", str(data), "--out", str(out), *SMALL, *STILL, *short, *more]
 
 
-def test_it_ends_and_says_so_each_time(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_patience_ends_a_run_and_reports_it(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     for number in (1, 2):
         assert main(command(data, out, "--hold-out", "5")) == 0
@@ -48,7 +48,9 @@ def test_it_ends_and_says_so_each_time(data: Path, tmp_path: Path, capsys: pytes
     assert (out / "state-000000000032").is_dir()
 
 
-def test_without_pictures_to_wait_for(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_patience_without_held_out_images_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It is said before a tokenizer is trained."""
     for tokenizer in ([], ["--tokenizer", "own"]):
         assert main(command(data, tmp_path / "run", *tokenizer)) == 2
@@ -58,7 +60,7 @@ def test_without_pictures_to_wait_for(data: Path, tmp_path: Path, capsys: pytest
         assert not (tmp_path / "run").exists()
 
 
-def test_few_pictures_are_warned_of_once(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_few_images_warn_once(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     often = command(data, tmp_path / "run", "--batch", "400", "--patience", "0", "--validate-every", "0")
     for count in (1, 0):
         assert main(often) == 0
@@ -68,7 +70,7 @@ def test_few_pictures_are_warned_of_once(data: Path, tmp_path: Path, capsys: pyt
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes_end_together(data: Path, tmp_path: Path, strategy: str) -> None:
+def test_patience_two_ranks_end_together(data: Path, tmp_path: Path, strategy: str) -> None:
     out = tmp_path / "run"
     arguments = command(data, out, "--hold-out", "5", "--strategy", strategy)
     codes = processes.run_group(2, arguments, tmp_path / "said")

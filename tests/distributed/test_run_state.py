@@ -55,7 +55,7 @@ def no_room(temporary: Path, final: Path) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_two_ranks_share_a_folder(tmp_path: Path) -> None:
+def test_run_state_two_ranks_share_a_folder(tmp_path: Path) -> None:
     processes.spawn_ranks(2, on_two_ranks, tmp_path)
     # what two ranks wrote, one process reads whole
     state = {"sharded": torch.zeros(4, 3), "same": torch.zeros(3), "step": 0}

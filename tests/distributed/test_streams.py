@@ -27,7 +27,7 @@ def some(source: StreamSource, count: int, start: int, **share: Any) -> list[lis
 
 
 def read(rank: int, folder: Path) -> None:
-    """One of two processes: what it read is left in a file, and by the first also what is saved with a run."""
+    """Read a stream as one of two processes, into a file; the first also writes the saved position."""
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
     source = opened()
@@ -41,7 +41,7 @@ def opened() -> StreamSource:
     return StreamSource(NumberedShards((7, 4, 9, 4)), "numbered")
 
 
-def test_from_two_processes_to_one(tmp_path: Path) -> None:
+def test_stream_resume_from_two_ranks_to_one(tmp_path: Path) -> None:
     whole = some(opened(), 12, 0)
     processes.spawn_ranks(2, read, tmp_path)
     shares, states = zip(*(json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)), strict=True)

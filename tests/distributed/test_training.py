@@ -56,7 +56,7 @@ def weights(run: Run) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def joined(rank: int, world: int, folder: Path) -> Iterator[None]:
-    """What is within must keep no run: a DDP that outlives its group may end it while gloo waits for Python."""
+    """Join a gloo group. The body must keep no run: a DDP outliving its group may deadlock with gloo."""
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=world)
@@ -108,7 +108,7 @@ def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tor
 
 
 @pytest.mark.parametrize(("strategy", "optimizer"), [("ddp", "adamw"), ("fsdp", "muon")])
-def test_two_processes_learn_what_one_does(data: Path, tmp_path: Path, strategy: str, optimizer: str) -> None:
+def test_training_two_ranks_match_one(data: Path, tmp_path: Path, strategy: str, optimizer: str) -> None:
     expected = weights(go(settings(data, optimizer=optimizer), tmp_path / "alone"))
     config = settings(data, strategy=strategy, optimizer=optimizer)
     assert furthest(together(tmp_path / "two", config), expected) < 2e-4
@@ -121,7 +121,9 @@ def test_two_processes_learn_what_one_does(data: Path, tmp_path: Path, strategy:
     assert samples == ["000000000032-raw.png", "000000000032.png"]
 
 
-def test_parts_and_recomputing_change_nothing(data: Path, tmp_path: Path, alone: dict[str, torch.Tensor]) -> None:
+def test_training_accumulation_and_checkpointing_change_nothing(
+    data: Path, tmp_path: Path, alone: dict[str, torch.Tensor]
+) -> None:
     for changes in ({"accumulate": 4}, {"recompute": "full"}):
         got = weights(go(settings(data, **changes), tmp_path / next(iter(changes))))
         assert furthest(got, alone) < 1e-4, changes
@@ -132,7 +134,7 @@ def test_parts_and_recomputing_change_nothing(data: Path, tmp_path: Path, alone:
     assert 0 < (shorter - raw).norm() < (usual - raw).norm()
 
 
-def test_a_run_goes_on_with_other_processes_and_another_strategy(
+def test_training_resumes_with_other_ranks_and_strategy(
     data: Path, tmp_path: Path, alone: dict[str, torch.Tensor]
 ) -> None:
     half = TrainConfig(**{**vars(settings(data)), "images": 16})
@@ -143,7 +145,7 @@ def test_a_run_goes_on_with_other_processes_and_another_strategy(
     assert furthest(got, alone) < 2e-4
 
 
-def test_a_batch_that_does_not_divide_is_refused(data: Path, tmp_path: Path) -> None:
+def test_training_indivisible_batch_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="batch is 8, but it must be a multiple of 3: 1 process"):
         open_tiny_run(settings(data, accumulate=3), tmp_path)
 
@@ -157,6 +159,6 @@ def interrupted(rank: int, folder: Path, config: TrainConfig) -> None:
         assert go(config, folder / "run", stop).progress.images == 16  # both stop, though one alone was told to
 
 
-def test_a_signal_to_one_process_stops_and_saves_all(data: Path, tmp_path: Path) -> None:
+def test_training_signal_to_one_rank_saves_all(data: Path, tmp_path: Path) -> None:
     processes.spawn_ranks(2, interrupted, tmp_path, settings(data))
     assert (tmp_path / "run/state-000000000016").is_dir()

@@ -34,8 +34,10 @@ COUNT = 6
 
 
 def settings(data: Path, strategy: str) -> TrainConfig:
-    """A run that is looked at before its weights have moved by anything that can be seen: rounding apart, its EMA and
-    raw weights are those that it starts from."""
+    """Return the settings of a run whose weights hardly move.
+
+    Rounding apart, its EMA and raw weights are the initial ones.
+    """
     return tiny_train_config(
         data, model=MODEL, strategy=strategy, batch=8, images=8, lr=1e-30, weight_decay=0.0, hold_out=3, init="awake",
         sampling=SamplingConfig(3, 4, x0_bound=1.0),
@@ -112,7 +114,7 @@ def results(folder: Path, strategy: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_validation_loss_is_that_of_one_process(folder: Path, strategy: str) -> None:
+def test_validation_loss_of_two_ranks_is_bitwise_that_of_one(folder: Path, strategy: str) -> None:
     alone = json.loads((folder / "alone.json").read_text())
     for found in results(folder, strategy):
         names = [name for name in alone if name.startswith("val_loss")]
@@ -126,7 +128,7 @@ def test_the_validation_loss_is_that_of_one_process(folder: Path, strategy: str)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_samples_are_those_of_one_process(folder: Path, strategy: str) -> None:
+def test_samples_of_two_ranks_match_one(folder: Path, strategy: str) -> None:
     for name in ("000000000008.png", "000000000008-raw.png"):
         one, two = (np.asarray(Image.open(folder / run / "samples" / name), int) for run in ("alone", strategy))
         assert one.shape == two.shape == (32, 16)
@@ -135,7 +137,7 @@ def test_samples_are_those_of_one_process(folder: Path, strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_an_evaluation_is_shared_out(folder: Path, strategy: str) -> None:
+def test_evaluation_is_shared_by_ranks(folder: Path, strategy: str) -> None:
     alone = json.loads((folder / "alone.json").read_text())
     both = results(folder, strategy)
     for weights in ("ema", "raw"):

@@ -41,7 +41,7 @@ def ours() -> dict[str, float]:
 
 
 @pytest.mark.parametrize("tool", ["torch-fidelity", "torchmetrics"])
-def test_ours_of_their_features(tool: str) -> None:
+def test_metrics_of_recorded_features_match(tool: str) -> None:
     theirs, found = recorded("small.json")[FEATURES][tool], ours()
     assert set(theirs) >= {"fid", "kid", "is"}
     for name, value in theirs.items():
@@ -56,7 +56,7 @@ def test_golden_features_are_no_degenerate_case() -> None:
 
 
 @pytest.mark.parametrize(("file", "runs"), [("small.json", 2)])
-def test_from_pictures_to_numbers_as_recorded(file: str, runs: int) -> None:
+def test_metrics_of_images_match_the_recording(file: str, runs: int) -> None:
     whole = {name: tools for name, tools in recorded(file).items() if name[0].isdigit()}
     assert len(whole) == runs
     for name, tools in whole.items():

@@ -45,21 +45,21 @@ def golden() -> dict[str, Tensor]:
     return load_file(GOLDEN / "kl16.safetensors")
 
 
-def test_moments_are_the_reference_s(tokenizer: KLTokenizer, golden: dict[str, Tensor]) -> None:
+def test_kl16_moments_match_the_reference(tokenizer: KLTokenizer, golden: dict[str, Tensor]) -> None:
     mean, log_variance = golden["moments"].chunk(2, dim=1)
     posterior = tokenizer.encode(golden["image"])
     torch.testing.assert_close(posterior.mean / SCALE, mean, atol=1e-4, rtol=0)
     torch.testing.assert_close(2 * (posterior.std / SCALE).log(), log_variance, atol=1e-4, rtol=0)
 
 
-def test_decoded_picture_is_the_reference_s(tokenizer: KLTokenizer, golden: dict[str, Tensor]) -> None:
+def test_kl16_decoded_image_matches_the_reference(tokenizer: KLTokenizer, golden: dict[str, Tensor]) -> None:
     image = tokenizer.decode(golden["latent"] * SCALE)
     torch.testing.assert_close(image, golden["decoded"].clamp(-1, 1), atol=1e-4, rtol=0)
     # Most of the golden picture lies inside the clip, so that the comparison says something.
     assert (golden["decoded"].abs() < 1).float().mean() > 0.5
 
 
-def test_all_312_tensors_convert_both_ways(official: dict[str, Tensor]) -> None:
+def test_kl16_all_312_tensors_convert_both_ways(official: dict[str, Tensor]) -> None:
     ours = to_diffusers(official)
     expected = {name: tensor.shape for name, tensor in kl16().autoencoder.state_dict().items()}
     assert len(official) == 312
@@ -70,20 +70,20 @@ def test_all_312_tensors_convert_both_ways(official: dict[str, Tensor]) -> None:
     assert all(torch.equal(back[name], official[name]) for name in official)
 
 
-def test_tensors_of_the_tokenizer_s_training_are_left_out(official: dict[str, Tensor]) -> None:
+def test_kl16_training_tensors_are_left_out(official: dict[str, Tensor]) -> None:
     extra = {"loss.discriminator.main.0.weight": torch.zeros(1), "loss.logvar": torch.zeros(1)}
     assert sorted(training_only({**official, **extra})) == sorted(extra)
     assert to_diffusers({**official, **extra}).keys() == to_diffusers(official).keys()
 
 
-def test_unknown_tensors_are_an_error(official: dict[str, Tensor]) -> None:
+def test_kl16_unknown_tensors_are_refused(official: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match=r"1 tensors are not of a reference KL-16: encoder\.surprise"):
         to_diffusers({**official, "encoder.surprise": torch.zeros(1)})
     with pytest.raises(ValueError, match="not of a diffusers KL-16"):
         to_official({"encoder.down.0.block.0.conv1.weight": torch.zeros(1)})
 
 
-def test_spec_and_state_make_the_same_tokenizer_again(tokenizer: KLTokenizer, golden: dict[str, Tensor]) -> None:
+def test_kl16_from_config_and_state_is_equal(tokenizer: KLTokenizer, golden: dict[str, Tensor]) -> None:
     again = build(json.loads(json.dumps(tokenizer.config())))
     again.load_state_dict(tokenizer.state_dict())
     assert torch.equal(again.decode(golden["latent"]), tokenizer.decode(golden["latent"]))

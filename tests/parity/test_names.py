@@ -38,14 +38,14 @@ def test_every_official_tensor_fits_ours(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", OFFICIAL)
-def test_our_tensors_go_back_in_the_order_of_the_reference(model: str) -> None:
+def test_to_official_keeps_the_references_order(model: str) -> None:
     ours = {name: torch.empty(shape, device="meta") for name, shape in sorted(model_shapes(OFFICIAL[model][0]).items())}
     back = {name: list(tensor.shape) for name, tensor in to_official(ours).items()}
     assert list(back.items()) == list(official_shapes(model).items())
 
 
 @pytest.mark.parametrize("model", "AB")
-def test_values_come_back_as_they_were(model: str) -> None:
+def test_official_names_round_trip_is_exact(model: str) -> None:
     official = drawn_state(meta("mar_tiny")[model]["keys"])
     back = to_official(from_official(official))
     assert list(back) == list(official)
@@ -53,13 +53,13 @@ def test_values_come_back_as_they_were(model: str) -> None:
         assert torch.equal(back[name], tensor), name
 
 
-def test_a_tensor_of_another_model_is_refused() -> None:
+def test_from_official_other_models_tensor_is_refused() -> None:
     official = {**state_of("mar_base"), "encoder_blocks.0.attn.rope": torch.empty(1)}
     with pytest.raises(ValueError, match=r"1 tensors are not those of a MAR: encoder_blocks\.0\.attn\.rope"):
         from_official(official)
 
 
-def test_a_missing_tensor_and_a_wrong_shape_are_told() -> None:
+def test_from_official_missing_or_misshaped_tensor_is_refused() -> None:
     config = config_of(meta("mar_tiny")["A"]["config"])
     shapes = {**model_shapes(config), "mask_token": torch.Size([3])}
     del shapes["null_class"]

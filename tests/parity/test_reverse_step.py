@@ -59,7 +59,7 @@ def one_step(of: Callable[[Tensor, int], Tensor], x: Tensor, noise: Tensor, inde
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("index", STEPS)
 @torch.no_grad()
-def test_reverse_step(case: str, index: int) -> None:
+def test_reverse_step_matches_the_reference(case: str, index: int) -> None:
     theirs = under(golden("mar_tiny_trained_samples"), f"one_step/step{index}/")
     assert int(SCHEDULE.timesteps[index]) == int(theirs["timestep"])
     x, expected = theirs["x"], under(theirs, f"{case}/")
@@ -77,7 +77,7 @@ def test_reverse_step(case: str, index: int) -> None:
     assert not expected
 
 
-def test_only_the_last_step_is_without_noise() -> None:
+def test_reverse_step_only_the_last_is_without_noise() -> None:
     theirs = under(golden("mar_tiny_trained_samples"), "one_step/")
     for index in STEPS:
         step = under(theirs, f"step{index}/plain/")

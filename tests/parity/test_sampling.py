@@ -1,9 +1,9 @@
 """Compare sampling runs with the reference's, reveal step by reveal step.
 
-Whole samples of the trained tiny model are no measure: the noisiest diffusion steps multiply the head's output by up to
-20,000, so that one rounding of a condition becomes 10% of a standard deviation, in the authors' code too. But tokens
-never change once revealed. So the head of these runs returns the recorded tokens: each step starts from what the
-reference had, its conditions are compared with the recorded ones, and tokens are drawn from recorded draws.
+Whole samples of the trained tiny model can't be compared. The noisiest diffusion steps multiply the head's output by up
+to 20,000: one rounding of a condition becomes 10% of a standard deviation, in the authors' code too. But tokens never
+change once revealed. So the head of these runs returns the recorded tokens, and each step starts from the reference's
+state. Its conditions are compared with the recorded ones, and tokens are drawn from the recorded noise.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def test_tokens_of_each_step_match(model: MAR, run: Run, packed: bool) -> None:
     head = pack_head(model.head) if packed else model.head
     assert packed == isinstance(head, PackedHead)
     recording = run.recording
-    drawn, moved = zip(*(draw_step(head, recording, *call) for call in run.calls), strict=True)
+    drawn, moved = zip(*(sample_step(head, recording, *call) for call in run.calls), strict=True)
     std = recording.tokens.std()
     error = (torch.cat(drawn) - run.expected).abs().amax(-1) / std
     assert (error < 1e-4).float().mean() > 0.85
@@ -186,7 +186,7 @@ def test_tokens_of_each_step_match(model: MAR, run: Run, packed: bool) -> None:
     assert (error < 1e-4 + 8 * torch.cat(moved) / std).all()
 
 
-def draw_step(
+def sample_step(
     head: TokenSampler, recording: Recording, z: Tensor, noise: Tensor, scale: Tensor | None, copies: int = 16
 ) -> tuple[Tensor, Tensor]:
     """Draw the tokens of a step (rows, d), and measure how far roundings of z move each (rows): 3e-7, as in float32."""

@@ -14,7 +14,7 @@ def ours(steps: int) -> Schedule:
 
 
 @pytest.mark.parametrize("steps", [1000, 100, 25, 10])
-def test_schedule(steps: int) -> None:
+def test_schedule_matches_the_reference(steps: int) -> None:
     theirs = under(golden("mar_tiny"), f"schedule/{steps}/")
     schedule = ours(steps)
     assert schedule.betas.dtype == torch.float64

@@ -74,12 +74,12 @@ def step(request: pytest.FixtureRequest) -> Step:
     return run(config_of(case["config"]), case["keys"], under(golden("mar_tiny"), f"{request.param}/train/"))
 
 
-def test_tokens(step: Step) -> None:
+def test_training_step_tokens_match(step: Step) -> None:
     assert torch.equal(step.tokens, step.theirs["tokens"])
 
 
 @pytest.mark.parametrize("name", ["encoder_out", "z"])
-def test_activations(step: Step, name: str) -> None:
+def test_training_step_activations_match(step: Step, name: str) -> None:
     ours = getattr(step, name)
     norms = step.theirs.get(f"{name}_norm")
     if norms is not None:  # of the full-size model only a corner is kept, and the norm of every token
@@ -88,11 +88,11 @@ def test_activations(step: Step, name: str) -> None:
     assert relative(ours, step.theirs[name]) < 1e-5
 
 
-def test_loss_of_masked_tokens_alone(step: Step) -> None:
+def test_training_step_loss_matches(step: Step) -> None:
     assert relative(step.loss, step.theirs["loss"].squeeze()) < 1e-5
 
 
-def test_gradients(step: Step) -> None:
+def test_training_step_gradients_match(step: Step) -> None:
     theirs = {name: float(norm) for name, norm in under(step.theirs, "gradnorm/").items()}
     # a tensor without gradient (the null class of labelled images) may be left out on either side
     assert {n for n, norm in theirs.items() if norm > 0} == {n for n, norm in step.gradients.items() if norm > 0}

@@ -99,7 +99,7 @@ def runs(draw: st.DrawFn) -> TrainConfig:
 @beartype_draws
 @settings(max_examples=30)
 @given(config=TRUNKS | HEADS | models() | SAMPLINGS | runs())
-def test_json_and_back(config: Any) -> None:
+def test_config_json_round_trip_is_equal(config: Any) -> None:
     text = json.dumps(to_dict(config))
     assert from_dict(type(config), json.loads(text)) == config
 
@@ -107,7 +107,7 @@ def test_json_and_back(config: Any) -> None:
 @beartype_draws
 @settings(max_examples=10)
 @given(config=runs(), name=st.text(st.characters(categories=["L"]), min_size=1).map(lambda name: f"x_{name}"))
-def test_a_field_of_another_version_is_refused_by_name(config: TrainConfig, name: str) -> None:
+def test_config_unknown_field_is_refused_by_name(config: TrainConfig, name: str) -> None:
     values = to_dict(config)
     for place in (values, values["model"], values["model"]["decoder"], values["model"]["head"], values["sampling"]):
         place[name] = 1
@@ -119,7 +119,7 @@ def test_a_field_of_another_version_is_refused_by_name(config: TrainConfig, name
 
 @settings(max_examples=10)
 @given(config=models())
-def test_missing_fields_keep_their_defaults(config: ModelConfig) -> None:
+def test_config_missing_fields_get_defaults(config: ModelConfig) -> None:
     values = to_dict(config)
     del values["buffer_size"], values["head"]["width"]
     read = from_dict(ModelConfig, values)

@@ -43,7 +43,7 @@ def difference(a: Tensor, b: Tensor) -> float:
     masked=st.booleans(),
     data=st.data(),
 )
-def test_a_picture_does_not_know_its_neighbors(
+def test_image_is_independent_of_its_batch(
     labels: list[int], way: dict[str, Any], steps: int, masked: bool, data: st.DataObject
 ) -> None:
     n = len(labels)
@@ -62,7 +62,7 @@ def test_a_picture_does_not_know_its_neighbors(
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_batch_size_of_a_trained_model(guidance: float) -> None:
+def test_trained_image_is_independent_of_batch_size(guidance: float) -> None:
     trained = trained_tiny()
     sampling = SamplingConfig(steps=8, diffusion_steps=10, guidance_scale=guidance, x0_bound=3.0)
     labels, seeds = [i % trained.config.classes for i in range(5)], [10, 11, 12, 13, 14]
@@ -77,7 +77,7 @@ def test_batch_size_of_a_trained_model(guidance: float) -> None:
         assert error.max() < 100 * BOUND
 
 
-def test_seeds_labels_and_known_tokens_do_matter() -> None:
+def test_image_depends_on_seed_label_and_known_tokens() -> None:
     sampling = SamplingConfig(steps=4, diffusion_steps=3)
     base = draw(TINY, [0], [0], sampling)
     assert torch.equal(draw(TINY, [0], [0], sampling), base)
@@ -108,7 +108,7 @@ class Counted:
 
 @settings(max_examples=10)
 @given(seed=st.integers(0, 1000), steps=st.integers(1, 16), schedule=st.sampled_from(["linear", "constant"]))
-def test_guidance_1_is_no_guidance_and_costs_none(seed: int, steps: int, schedule: str) -> None:
+def test_guidance_scale_1_costs_nothing(seed: int, steps: int, schedule: str) -> None:
     sampling = SamplingConfig(steps=steps, diffusion_steps=3, guidance_scale=1.0, guidance_schedule=schedule)
     unguidable = tiny_model(seed=3, label_drop=0.0)  # the same weights
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -121,7 +121,7 @@ def test_guidance_1_is_no_guidance_and_costs_none(seed: int, steps: int, schedul
 
 
 @pytest.mark.parametrize(("labels", "rows"), [([0, 1], 4), ([0, -1], 4), ([-1, -1], 2)])
-def test_guidance_runs_the_unconditional_half(labels: list[int], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guidance_runs_the_unconditional_rows(labels: list[int], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Counted(TINY, monkeypatch)
     guided = draw(TINY, labels, [0, 1], SamplingConfig(steps=4, diffusion_steps=3, guidance_scale=3.0))
     assert set(counted.rows) == {rows}

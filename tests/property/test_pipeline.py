@@ -21,7 +21,7 @@ SPREAD = st.floats(0.125, 3, width=32)
 
 @st.composite
 def parts(draw: st.DrawFn) -> dict[str, Any]:
-    """What a pipeline is made of; made in the test, since the checks of shapes roll dice, which a strategy must not."""
+    """Draw the parts of a pipeline. The test builds it: shape checks use randomness, strategies must not."""
     channels, classes = draw(st.sampled_from([1, 3])), draw(st.sampled_from([0, 1, 4]))
     patch = draw(st.sampled_from([1, 2]))
     grid = (patch * draw(st.integers(1, 3)), patch * draw(st.integers(1, 3)))
@@ -50,7 +50,7 @@ def made(of: dict[str, Any]) -> Pipeline:
 
 @settings(max_examples=10)
 @given(of=parts())
-def test_save_and_open(of: dict[str, Any]) -> None:
+def test_pipeline_saved_and_opened_is_equal(of: dict[str, Any]) -> None:
     before = made(of)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.safetensors"
@@ -69,7 +69,7 @@ def test_save_and_open(of: dict[str, Any]) -> None:
 
 @settings(max_examples=3)
 @given(of=parts())
-def test_a_loaded_model_draws_the_same_pictures(of: dict[str, Any]) -> None:
+def test_pipeline_loaded_draws_the_same_images(of: dict[str, Any]) -> None:
     before = made(of)
     with tempfile.TemporaryDirectory() as folder:
         before.save_pretrained(folder)

@@ -37,7 +37,7 @@ def masks(draw: st.DrawFn, most: int = 3, tokens: int | None = None) -> Tensor:
 
 
 @given(unknown=st.integers(1, 400), steps=st.integers(1, 500))
-def test_the_schedule_is_the_papers_and_falls_to_nothing(unknown: int, steps: int) -> None:
+def test_cosine_mask_schedule_matches_the_paper(unknown: int, steps: int) -> None:
     schedule = mask_schedule(unknown, steps)
     assert len(schedule) == min(steps, unknown)
     assert schedule[-1] == 0
@@ -49,12 +49,12 @@ def test_the_schedule_is_the_papers_and_falls_to_nothing(unknown: int, steps: in
         assert schedule[k] == max(1, min(counts[k] - 1, math.floor(unknown * share)))
 
 
-def test_nothing_to_reveal_takes_no_step() -> None:
+def test_mask_schedule_of_no_tokens_has_no_step() -> None:
     assert mask_schedule(0, 5) == []
 
 
 @given(unknown=st.integers(1, 400), steps=st.integers(1, 500))
-def test_the_exponential_schedule_falls_to_nothing_too(unknown: int, steps: int) -> None:
+def test_exponential_mask_schedule_ends_at_zero(unknown: int, steps: int) -> None:
     schedule = mask_schedule(unknown, steps, "exponential")
     assert len(schedule) == min(steps, unknown)
     assert schedule[-1] == 0
@@ -68,7 +68,7 @@ def test_the_exponential_schedule_falls_to_nothing_too(unknown: int, steps: int)
     kind=st.sampled_from(get_args(Order)),
     seed=st.integers(0, 99),
 )
-def test_an_order_of_any_kind_has_every_token_once(grid: tuple[int, int], kind: Order, seed: int) -> None:
+def test_order_of_any_kind_is_a_permutation(grid: tuple[int, int], kind: Order, seed: int) -> None:
     length = grid[0] * grid[1]
     order = apply_order(random_order(length, make_generator(seed)), grid, kind)
     assert torch.equal(order.sort().values, torch.arange(length))
@@ -81,7 +81,7 @@ def test_an_order_of_any_kind_has_every_token_once(grid: tuple[int, int], kind: 
     reveals=st.sampled_from(get_args(MaskSchedule)),
     order=st.sampled_from(get_args(Order)),
 )
-def test_every_unknown_token_is_revealed_once(
+def test_decode_reveals_every_unknown_token_once(
     unknown: Tensor, steps: int, seed: int, reveals: MaskSchedule, order: Order
 ) -> None:
     tokens, length = noise(*unknown.shape, 2), unknown.shape[1]
@@ -107,7 +107,7 @@ def test_every_unknown_token_is_revealed_once(
     way=sampling_options(),
     data=st.data(),
 )
-def test_a_generation_keeps_what_is_known(
+def test_generate_keeps_known_tokens(
     shape: tuple[tuple[int, int], int], steps: int, way: dict[str, Any], data: st.DataObject
 ) -> None:
     tiny, ((height, width), patch) = MODELS[shape], shape
@@ -133,14 +133,14 @@ def test_a_generation_keeps_what_is_known(
 
 
 @given(length=st.integers(1, 60), ratio=st.floats(0.01, 1.0), seed=st.integers(0, 99))
-def test_training_hides_and_shows_every_token_once(length: int, ratio: float, seed: int) -> None:
+def test_split_by_mask_covers_every_token_once(length: int, ratio: float, seed: int) -> None:
     order = torch.stack([random_order(length, make_generator(seed, i)) for i in range(2)])
     hidden, visible = split_by_mask(order, masked_count(length, ratio))
     assert hidden.shape[1] == math.ceil(length * ratio)
     assert torch.equal(torch.cat([hidden, visible], 1).sort(1).values, torch.arange(length).expand(2, -1))
 
 
-def test_a_batch_may_hold_a_finished_image() -> None:
+def test_decode_batch_may_hold_a_finished_image() -> None:
     tiny = MODELS[(4, 4), 1]
     mask = torch.zeros(2, 4, 4, dtype=torch.bool)
     mask[1, 0] = True
@@ -150,7 +150,7 @@ def test_a_batch_may_hold_a_finished_image() -> None:
     assert not torch.equal(end.latents[1], known[1])
 
 
-def test_nothing_to_draw_gives_back_what_is_known() -> None:
+def test_generate_with_empty_mask_returns_known_tokens() -> None:
     known, mask = noise(2, 2, 4, 4), torch.zeros(2, 4, 4, dtype=torch.bool)
     (end,) = generate(MODELS[(4, 4), 1], [0, 1], [0, 1], SamplingConfig(steps=3), known=known, mask=mask)
     assert torch.equal(end.latents, known)

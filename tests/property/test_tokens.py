@@ -21,7 +21,7 @@ def test_unpatchify_undoes_patchify(n: int, c: int, patch: int, rows: int, colum
 
 
 @given(c=st.integers(1, 3), patch=st.integers(1, 3), rows=SIDES, columns=SIDES, data=st.data())
-def test_a_token_is_a_square_of_cells(c: int, patch: int, rows: int, columns: int, data: st.DataObject) -> None:
+def test_patchify_token_is_a_square_of_cells(c: int, patch: int, rows: int, columns: int, data: st.DataObject) -> None:
     latents = noise(1, c, rows * patch, columns * patch)
     row, column = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, columns - 1))
     square = latents[0, :, row * patch : (row + 1) * patch, column * patch : (column + 1) * patch]
@@ -29,7 +29,7 @@ def test_a_token_is_a_square_of_cells(c: int, patch: int, rows: int, columns: in
 
 
 @given(n=st.integers(1, 3), length=st.integers(1, 8), width=st.integers(1, 3), data=st.data())
-def test_take_reads_what_put_wrote(n: int, length: int, width: int, data: st.DataObject) -> None:
+def test_gather_tokens_reads_what_scatter_wrote(n: int, length: int, width: int, data: st.DataObject) -> None:
     count = data.draw(st.integers(0, length))
     index = torch.stack([torch.tensor(data.draw(st.permutations(range(length)))[:count]).long() for _ in range(n)])
     background, values = noise(n, length, width), noise(n, count, width, seed=1)
@@ -40,7 +40,7 @@ def test_take_reads_what_put_wrote(n: int, length: int, width: int, data: st.Dat
 
 
 @given(length=st.integers(1, 6), padding=st.integers(1, 3))
-def test_padding_reads_zeros_and_writes_nothing(length: int, padding: int) -> None:
+def test_gather_padding_reads_zeros_and_scatter_ignores_it(length: int, padding: int) -> None:
     background = noise(2, length, 3)
     index = torch.full((2, padding), length)
     assert not gather_tokens(background, index).any()

@@ -9,7 +9,7 @@ from mar.assets import FASHION_CLASSES, asset, imagenet, imagenet_classes
 from mar.data.sources import FashionSource
 
 
-def test_bundled_pictures_are_balanced_small_and_quick_to_open() -> None:
+def test_bundled_images_are_balanced_and_small() -> None:
     began = time.perf_counter()
     train, test = FashionSource("train"), FashionSource("test")
     assert time.perf_counter() - began < 0.5
@@ -23,7 +23,7 @@ def test_bundled_pictures_are_balanced_small_and_quick_to_open() -> None:
     assert "Zalando SE" in asset("fashion-mnist/LICENSE").read_text()
 
 
-def test_bundled_pictures_are_cut_out_of_the_sheet_in_place() -> None:
+def test_bundled_images_match_their_sheet() -> None:
     # Trousers are dark in the two upper corners and light along both legs; a slip of one pixel row would mix pictures.
     source = FashionSource("test")
     pixels = torch.as_tensor(source.images).float()
@@ -35,7 +35,7 @@ def test_bundled_pictures_are_cut_out_of_the_sheet_in_place() -> None:
     assert int(pixels[9].sum()) == 33_456
 
 
-def test_imagenet_has_a_thousand_classes_of_different_names() -> None:
+def test_imagenet_classes_are_1000_distinct_names() -> None:
     names = imagenet_classes()
     assert len(names) == len({name.casefold() for name in names}) == 1000
     assert (names[0], names[207], names[999]) == ("tench", "golden retriever", "toilet tissue")
@@ -44,6 +44,6 @@ def test_imagenet_has_a_thousand_classes_of_different_names() -> None:
     assert "Tinca tinca" in imagenet()[0].synonyms
 
 
-def test_a_missing_asset_says_so() -> None:
+def test_missing_asset_is_an_error() -> None:
     with pytest.raises(FileNotFoundError, match="bundled nothing"):
         asset("nothing")

@@ -36,7 +36,7 @@ def test_collective_errors_on_another_rank_is_silent(
     assert capsys.readouterr() == ("", "")
 
 
-def test_other_errors_are_no_business_of_the_other_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_collective_errors_other_exceptions_pass_through(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ZeroDivisionError), distributed.collective_errors():
         raise ZeroDivisionError

@@ -31,7 +31,7 @@ def small_classifier() -> fj.Classifier:
         return fj.Classifier().eval()
 
 
-def test_idx_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_idx_file_round_trip_is_exact(tmp_path: Path) -> None:
     array = np.arange(2 * 3 * 300, dtype=np.int64).astype(np.uint8).reshape(2, 3, 300)  # 300: a size of two bytes
     write_idx(tmp_path / "a.gz", array)
     np.testing.assert_array_equal(fj.load_idx(tmp_path / "a.gz"), array)
@@ -46,7 +46,7 @@ def test_idx_comes_back_as_it_was(tmp_path: Path) -> None:
         (gzip.compress(b"\0\0\x08\x01\0\0\0\x03abc", mtime=0)[:-6], "gzip stream is damaged"),
     ],
 )
-def test_damaged_idx_is_refused(tmp_path: Path, raw: bytes, message: str) -> None:
+def test_idx_damaged_file_is_refused(tmp_path: Path, raw: bytes, message: str) -> None:
     (tmp_path / "broken.gz").write_bytes(raw)
     with pytest.raises(ValueError, match=message):
         fj.load_idx(tmp_path / "broken.gz")
@@ -77,7 +77,7 @@ def test_frechet_of_a_set_with_itself_is_zero_even_where_features_are_dead() -> 
     assert fj.frechet(mu, cov, mu, cov) <= 1e-8
 
 
-def test_features_are_the_penultimate_layer_and_do_not_depend_on_the_batch() -> None:
+def test_classifier_features_are_the_penultimate_layer() -> None:
     model, images = small_classifier(), random_split(7, 0).images
     found, logits = fj.features(model, images)
     assert found.shape == (7, fj.WIDTH)
@@ -103,7 +103,7 @@ def test_classifier_file_round_trip_and_its_refusals(tmp_path: Path) -> None:
         fj.load_classifier(file)
 
 
-def test_training_follows_its_seed_and_learns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_classifier_training_follows_its_seed_and_learns(capsys: pytest.CaptureFixture[str]) -> None:
     labels = np.arange(64, dtype=np.int64) % 2
     split = fj.Split(
         np.where(labels == 0, 0, 255).astype(np.uint8)[:, None, None] * np.ones((1, 28, 28), np.uint8), labels
@@ -117,7 +117,7 @@ def test_training_follows_its_seed_and_learns(capsys: pytest.CaptureFixture[str]
     assert "epoch 6/6" in capsys.readouterr().out
 
 
-def test_balanced_draws() -> None:
+def test_balanced_draw_has_equal_classes() -> None:
     labels = np.arange(100, dtype=np.int64) % 10
     index = fj.balanced(labels, 43, seed=0)
     assert len(set(index.tolist())) == 43
@@ -168,12 +168,12 @@ def test_judge_tells_copies_from_others_and_wrong_classes_from_right_ones() -> N
         (np.zeros((2, 28, 28), np.uint8), np.array([0, 10]), "labels span 0 to 10"),
     ],
 )
-def test_wrong_pictures_are_refused(images: np.ndarray, labels: np.ndarray, message: str) -> None:
+def test_classifier_wrong_images_are_refused(images: np.ndarray, labels: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fj.Split(images, labels)
 
 
-def test_pictures_from_npz_and_one_line_for_a_wrong_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_from_npz_or_one_line_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     split = random_split(4, 0)
     np.savez(tmp_path / "good.npz", images=split.images, labels=split.labels.astype(np.uint8))
     read = fj.load_pictures(tmp_path / "good.npz")
@@ -188,7 +188,7 @@ def test_pictures_from_npz_and_one_line_for_a_wrong_file(tmp_path: Path, capsys:
     assert error.count("\n") == 1
 
 
-def test_as_an_extractor_of_mar_evaluate(tmp_path: Path) -> None:
+def test_classifier_works_as_an_extractor(tmp_path: Path) -> None:
     model, images = small_classifier(), random_split(5, 0).images
     fj.save_classifier(model, tmp_path / "c.safetensors", {})
     judge = open_extractor(f"{fj.__file__}:extractor", tmp_path / "c.safetensors")
@@ -204,7 +204,7 @@ def test_as_an_extractor_of_mar_evaluate(tmp_path: Path) -> None:
     assert torch.equal(judge(gray).values, found.values)
 
 
-def test_as_an_extractor_it_says_what_it_needs(tmp_path: Path) -> None:
+def test_classifier_as_extractor_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="needs --weights FILE"):
         open_extractor(f"{fj.__file__}:extractor")
     fj.save_classifier(small_classifier(), tmp_path / "c.safetensors", {})

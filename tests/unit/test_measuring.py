@@ -31,7 +31,7 @@ def quality(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("quality")
 
 
-def test_the_papers_settings_are_the_papers(quality: ModuleType) -> None:
+def test_trial_paper_settings_match_the_paper(quality: ModuleType) -> None:
     config = quality.settings("reference", Path("pictures"), [])
     model, own = config.model, CIFAR10.model
     assert model.head == HeadConfig(own.head.width, own.head.depth)
@@ -43,7 +43,7 @@ def test_the_papers_settings_are_the_papers(quality: ModuleType) -> None:
     assert config.scaled_lr == pytest.approx(8e-4)
 
 
-def test_settings_are_changed_by_their_paths(quality: ModuleType) -> None:
+def test_trial_settings_change_by_path(quality: ModuleType) -> None:
     changes = ["model.patch_size=7", "sampling.solver=ddim", "ema_others=0.99", "optimizer=adamw"]
     config = quality.settings("fashion", Path("pictures"), changes)
     assert (config.model.patch_size, config.sampling.solver, config.optimizer) == (7, "ddim", "adamw")
@@ -78,7 +78,7 @@ def open_trial(quality: ModuleType, data: Path, folder: Path, minutes: float = 1
 
 @pytest.mark.usefixtures("no_judge")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_trial_goes_on_with_the_minutes_of_its_state(
+def test_trial_resumes_with_the_minutes_of_its_state(
     quality: ModuleType, data: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     trial, log = open_trial(quality, data, tmp_path / "trial")
@@ -105,7 +105,7 @@ def test_a_trial_goes_on_with_the_minutes_of_its_state(
 
 
 @pytest.mark.usefixtures("no_judge")
-def test_what_was_judged_is_not_judged_again(quality: ModuleType, data: Path, tmp_path: Path) -> None:
+def test_trial_evaluated_marks_are_not_repeated(quality: ModuleType, data: Path, tmp_path: Path) -> None:
     trial, log = open_trial(quality, data, tmp_path / "trial")
     assert train(trial.run, log)
     trial.evaluate_once(5)
@@ -183,7 +183,7 @@ OTHERWISE: dict[str, tuple[dict[str, Any], list[str], str]] = {
 
 @pytest.mark.parametrize("which", OTHERWISE)
 @pytest.mark.parametrize("older", [False, True])
-def test_a_trial_is_gone_on_with_as_it_was_begun(
+def test_trial_with_other_settings_is_refused(
     quality: ModuleType,
     command: Any,
     tmp_path: Path,
@@ -213,7 +213,7 @@ def test_a_trial_is_gone_on_with_as_it_was_begun(
     assert (command(threads=1), note.read_bytes()) == (0, before)
 
 
-def test_other_judges_and_pictures_are_refused_moved_ones_are_not(
+def test_trial_other_reference_is_refused_moved_is_not(
     quality: ModuleType, command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command() == 0
@@ -230,7 +230,7 @@ def test_other_judges_and_pictures_are_refused_moved_ones_are_not(
     assert len((tmp_path / "trial" / quality.RESULTS_FILE).read_text(encoding="utf-8").splitlines()) == 2
 
 
-def test_the_pictures_of_a_folder_are_known_wherever_it_is(quality: ModuleType, data: Path, tmp_path: Path) -> None:
+def test_folder_digest_is_independent_of_its_path(quality: ModuleType, data: Path, tmp_path: Path) -> None:
     of = importlib.import_module("quality_data").data_fingerprint
     before = of(hold_out(data))
     moved = data.rename(tmp_path / "moved")
@@ -239,13 +239,13 @@ def test_the_pictures_of_a_folder_are_known_wherever_it_is(quality: ModuleType, 
     assert of(hold_out(moved)) != before
 
 
-def test_a_trials_classes_are_the_datas(quality: ModuleType, data: Path, tmp_path: Path) -> None:
+def test_trial_classes_follow_the_data(quality: ModuleType, data: Path, tmp_path: Path) -> None:
     three = tiny_train_config(data, model=tiny_config(channels=1, grid=(8, 8), patch_size=2, classes=3))
     with pytest.raises(ConfigError, match=r"the model has 3 classes, but .* has 2"):
         quality.open_trial(three, tmp_path / "trial", hold_out(data))
 
 
-def test_what_is_nothing_is_not_what_is_not_known(
+def test_trial_none_differs_from_unknown(
     quality: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lines: list[dict[str, Any]] = [
@@ -267,7 +267,7 @@ def test_what_is_nothing_is_not_what_is_not_known(
 
 
 @pytest.mark.usefixtures("no_judge", "full_disk")
-def test_a_mark_that_cannot_be_kept_leaves_those_before(quality: ModuleType, data: Path, tmp_path: Path) -> None:
+def test_trial_failed_write_keeps_earlier_marks(quality: ModuleType, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "trial"
     folder.mkdir()
     (folder / quality.RESULTS_FILE).write_bytes(b'{"images": 0, "minutes": 0}\n')
@@ -278,7 +278,7 @@ def test_a_mark_that_cannot_be_kept_leaves_those_before(quality: ModuleType, dat
     assert (folder / quality.RESULTS_FILE).read_bytes() == b'{"images": 0, "minutes": 0}\n'
 
 
-def test_half_a_mark_at_the_end_was_not_written(quality: ModuleType, tmp_path: Path) -> None:
+def test_trial_partial_last_line_is_ignored(quality: ModuleType, tmp_path: Path) -> None:
     (tmp_path / quality.RESULTS_FILE).write_text('{"images": 4}\n{"images": 8, "dis', encoding="utf-8")
     (tmp_path / quality.TRIAL_FILE).write_text("{}", encoding="utf-8")
     assert importlib.import_module("quality_report").read(tmp_path)[1] == [{"images": 4}]

@@ -1,4 +1,4 @@
-"""What `mar.load` returns: labels and seeds in, pictures out, and a clear word where that can't be."""
+"""Pipeline: labels and seeds in, images out, and clear errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def gray(n: int, channels: int = 1) -> Tensor:
     return torch.linspace(-1, 1, n * channels * 16).view(n, channels, 4, 4)
 
 
-def test_labels_and_seeds_in_pictures_out() -> None:
+def test_pipeline_sample_returns_images() -> None:
     images = TINY.sample(["bee", 2, None], seeds=[5, 6, 7])
     assert [(image.mode, image.size) for image in images] == [("L", (4, 4))] * 3
     tensor = TINY.sample(["BEE", "2", None], seeds=[5, 6, 7], output="tensor")
@@ -45,7 +45,7 @@ def test_labels_and_seeds_in_pictures_out() -> None:
     assert TINY.image_size == (4, 4)
 
 
-def test_seeds_count_from_0_where_none_are_given() -> None:
+def test_pipeline_default_seeds_count_from_0() -> None:
     assert np.array_equal(pixels(TINY.sample([0, 0])), pixels(TINY.sample([0, 0], seeds=[0, 1])))
     assert not np.array_equal(*pixels(TINY.sample([0, 0])))
 
@@ -53,20 +53,20 @@ def test_seeds_count_from_0_where_none_are_given() -> None:
 @pytest.mark.parametrize(
     "seeds", [np.arange(3, 5), torch.arange(3, 5), [np.int64(3), np.int32(4)], (3, 4), range(3, 5)]
 )
-def test_whole_numbers_of_any_kind_are_seeds(seeds: Any) -> None:
+def test_pipeline_any_integer_is_a_seed(seeds: Any) -> None:
     drawn = TINY.sample(np.array([0, 1]), seeds, output="tensor")
     assert torch.equal(drawn, TINY.sample([0, 1], [3, 4], output="tensor"))
 
 
 @pytest.mark.parametrize("seeds", [[0.0, 1.5], np.array([0.0, 1.0]), torch.zeros(2), "12", 7])
 @pytest.mark.usefixtures("untyped")
-def test_other_seeds_are_refused(seeds: Any) -> None:
+def test_pipeline_invalid_seeds_are_refused(seeds: Any) -> None:
     with pytest.raises(ValueError, match=r"^seeds: got .*, expected whole numbers, one per picture"):
         TINY.sample([0, 1], seeds)
 
 
 @pytest.mark.parametrize("preset", ["exact", "balanced", "fast"])
-def test_a_preset_draws_the_same_pictures_again_whatever_the_batch(preset: str) -> None:
+def test_pipeline_preset_is_reproducible_for_any_batch(preset: str) -> None:
     labels, seeds = [0, 1, 2, None], [7, 8, 9, 10]
     whole = TINY.sample(labels, seeds, output="tensor", preset=preset, guidance_scale=2.0)
     assert torch.equal(TINY.sample(labels, seeds, output="tensor", preset=preset, guidance_scale=2.0), whole)
@@ -76,7 +76,7 @@ def test_a_preset_draws_the_same_pictures_again_whatever_the_batch(preset: str) 
     assert torch.equal(plain, whole) == (preset == "exact")
 
 
-def test_what_is_given_beside_a_preset_has_the_last_word() -> None:
+def test_pipeline_options_override_the_preset() -> None:
     fast = TINY.sampling_with("fast")
     assert TINY.sampling_with("fast", solver="ddim") == replace(fast, solver="ddim")
     assert TINY.sampling_with() == TINY.sampling_with("exact") == TINY.sampling
@@ -86,7 +86,7 @@ def test_what_is_given_beside_a_preset_has_the_last_word() -> None:
         TINY.sampling_with("fast", diffusion_steps=2000)
 
 
-def test_settings_differ_for_one_call_only() -> None:
+def test_pipeline_options_hold_for_one_call() -> None:
     before = TINY.sampling
     default = pixels(TINY.sample([0]))
     other = pixels(TINY.sample([0], steps=16, guidance_scale=3.0, temperature=0.5))
@@ -96,7 +96,7 @@ def test_settings_differ_for_one_call_only() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 64])
-def test_the_batch_size_is_only_a_matter_of_speed(batch: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pipeline_batch_size_changes_no_image(batch: int, capsys: pytest.CaptureFixture[str]) -> None:
     labels, seeds = [0, 1, 2, None, 0], [3, 1, 4, 1, 5]
     whole = TINY.sample(labels, seeds, output="tensor")
     cut = TINY.sample(labels, seeds, output="tensor", batch=batch, progress=batch == 2)
@@ -104,7 +104,7 @@ def test_the_batch_size_is_only_a_matter_of_speed(batch: int, capsys: pytest.Cap
     assert capsys.readouterr().out == ""  # the bar is on stderr
 
 
-def test_nothing_asked_nothing_drawn() -> None:
+def test_pipeline_without_labels_draws_nothing() -> None:
     assert TINY.sample([]) == []
     assert TINY.sample([], output="tensor").shape == (0, 1, 4, 4)
     assert TINY.sample([], known=[], mask=LEFT[:0]) == []
@@ -129,12 +129,12 @@ def test_nothing_asked_nothing_drawn() -> None:
         ([0, 1], {"known": gray(2)[..., :3], "mask": LEFT}, r"shape \(2, 1, 4, 3\), expected \(2, 1, 4, 4\)"),
     ],
 )
-def test_requests_that_cannot_be_met(labels: list[Any], options: dict[str, Any], words: str) -> None:
+def test_pipeline_invalid_requests_are_refused(labels: list[Any], options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         TINY.sample(labels, **options)
 
 
-def test_labels_of_a_model_without_classes() -> None:
+def test_pipeline_labels_without_classes_are_refused() -> None:
     unconditional = tiny_pipeline(classes=0)
     assert len(unconditional.sample([None, None])) == 2
     with pytest.raises(ValueError, match="has no classes; leave the labels out"):
@@ -143,12 +143,12 @@ def test_labels_of_a_model_without_classes() -> None:
         unconditional.sample([None], guidance_scale=2.0)
 
 
-def test_tokenizer_and_model_must_fit() -> None:
+def test_pipeline_mismatched_tokenizer_is_refused() -> None:
     with pytest.raises(ValueError, match="got one with 1 latent channels, expected 2"):
         Pipeline(tiny_model(), PixelTokenizer(1, 0.0, 1.0))
 
 
-def test_known_pixels_are_kept() -> None:
+def test_pipeline_inpainting_keeps_known_pixels() -> None:
     known = to_pil(gray(2))
     drawn = pixels(TINY.sample([0, 1], known=known, mask=LEFT))
     assert np.array_equal(drawn[:, :, 2:], pixels(known)[:, :, 2:])
@@ -162,7 +162,7 @@ def test_known_pixels_are_kept() -> None:
 
 
 @pytest.mark.parametrize("known", [gray(5), to_pil(gray(5))])
-def test_known_pictures_are_encoded_a_batch_at_a_time(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipeline_known_images_are_encoded_in_batches(known: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, sizes = tiny_pipeline(), []
     encode = ours.tokenizer.encode
     monkeypatch.setattr(ours.tokenizer, "encode", lambda images: sizes.append(len(images)) or encode(images))
@@ -174,7 +174,7 @@ def test_known_pictures_are_encoded_a_batch_at_a_time(known: Any, monkeypatch: p
 
 @pytest.mark.parametrize("known", [gray(2), gray(2).double(), gray(2).numpy(), to_pil(gray(2)), tuple(to_pil(gray(2)))])
 @pytest.mark.parametrize("mask", [LEFT, LEFT.numpy(), LEFT.tolist()])
-def test_known_pictures_and_masks_of_any_kind(known: Any, mask: Any) -> None:
+def test_pipeline_known_images_and_masks_of_any_kind(known: Any, mask: Any) -> None:
     drawn = pixels(TINY.sample([0, 1], known=known, mask=mask))
     assert np.array_equal(drawn[:, :, 2:], pixels(to_pil(gray(2)))[:, :, 2:])
     assert not np.array_equal(drawn[:, :, :2], pixels(to_pil(gray(2)))[:, :, :2])
@@ -196,18 +196,18 @@ def test_known_pictures_and_masks_of_any_kind(known: Any, mask: Any) -> None:
     ],
 )
 @pytest.mark.usefixtures("untyped")
-def test_what_is_no_picture_and_no_mask(options: dict[str, Any], words: str) -> None:
+def test_pipeline_invalid_image_or_mask_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=f"^{words}"):
         TINY.sample([0], **{"known": gray(1), "mask": LEFT[:1], **options})
 
 
-def test_known_pictures_of_another_size_and_color_are_brought_to_the_models() -> None:
+def test_pipeline_known_images_are_resized_and_converted() -> None:
     large = [Image.new("RGB", (16, 12), (200, 200, 200))] * 2
     drawn = pixels(TINY.sample([0, 1], known=large, mask=LEFT))
     assert (drawn[:, :, 2:] == 200).all()
 
 
-def test_masks_may_differ_and_patches_are_whole() -> None:
+def test_pipeline_masks_may_differ_and_cover_patches() -> None:
     coarse = tiny_pipeline(patch_size=2)
     mask = torch.tensor([[[True, False], [False, False]], [[False, False], [False, False]]])
     drawn = pixels(coarse.sample([0, 1], known=to_pil(gray(2)), mask=mask))
@@ -218,7 +218,7 @@ def test_masks_may_differ_and_patches_are_whole() -> None:
     assert not kept[0, :2, :2].all()
 
 
-def test_reveal_ends_where_sample_does() -> None:
+def test_pipeline_stream_ends_with_the_sample() -> None:
     states = list(TINY.reveal([0, "cat"], seeds=[8, 9], steps=5))
     assert [(state.step, state.steps) for state in states] == [(i, 5) for i in range(1, 6)]
     assert np.array_equal(pixels(states[-1].images), pixels(TINY.sample([0, "cat"], seeds=[8, 9], steps=5)))
@@ -230,12 +230,12 @@ def test_reveal_ends_where_sample_does() -> None:
         assert np.array_equal(pixels(before.images)[shown], pixels(after.images)[shown])
 
 
-def test_reveal_shows_what_is_kept_from_the_start() -> None:
+def test_pipeline_stream_shows_known_pixels_first() -> None:
     first = next(TINY.reveal([0, 1], known=to_pil(gray(2)), mask=LEFT))
     assert np.array_equal(pixels(first.images)[:, :, 2:], pixels(to_pil(gray(2)))[:, :, 2:])
 
 
-def test_noise_is_no_picture() -> None:
+def test_pipeline_broken_image_is_refused() -> None:
     torch.manual_seed(0)
     young = Pipeline(
         MAR(tiny_config(channels=1, head=HeadConfig(16, 1))),
@@ -254,7 +254,7 @@ def test_noise_is_no_picture() -> None:
 
 
 @pytest.mark.parametrize("batch", [2, 64])
-def test_the_broken_picture_of_all_is_named(batch: int) -> None:
+def test_pipeline_broken_image_is_named(batch: int) -> None:
     ours = tiny_pipeline()
     with torch.no_grad():
         ours.model.class_embed.weight[2] = torch.inf
@@ -264,13 +264,13 @@ def test_the_broken_picture_of_all_is_named(batch: int) -> None:
         list(ours.stream([0, 1, 0, 2, 1], batch=batch))
 
 
-def test_no_gradients_are_kept_and_no_global_randomness_is_used() -> None:
+def test_pipeline_uses_no_gradients_and_no_global_rng() -> None:
     state = torch.get_rng_state()
     assert not TINY.sample([0], output="tensor").requires_grad
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_bf16_draws_about_the_same() -> None:
+def test_pipeline_bf16_draws_nearly_the_same() -> None:
     ours = tiny_pipeline()
     before = ours.sample([0, 1], output="tensor")
     assert ours.to("cpu", dtype=torch.bfloat16) is ours
@@ -279,7 +279,7 @@ def test_bf16_draws_about_the_same() -> None:
     assert 0 < float((after - before).abs().mean()) < 0.05
 
 
-def test_a_bf16_model_is_saved_as_it_is_and_read_in_float32(tmp_path: Path) -> None:
+def test_pipeline_bf16_file_is_loaded_in_float32(tmp_path: Path) -> None:
     ours = tiny_pipeline().to(dtype=torch.bfloat16)
     ours.save(tmp_path / "half.safetensors")
     read = Pipeline.open(tmp_path / "half.safetensors")
@@ -288,13 +288,13 @@ def test_a_bf16_model_is_saved_as_it_is_and_read_in_float32(tmp_path: Path) -> N
     assert all(torch.equal(a, b.float()) for a, b in pairs)
 
 
-def test_colors() -> None:
+def test_pipeline_images_have_the_tokenizers_mode() -> None:
     colors = tiny_pipeline(channels=3)
     (image,) = colors.sample([0])
     assert (image.mode, image.size) == ("RGB", (4, 4))
 
 
-def test_pixels_are_rounded_and_clipped() -> None:
+def test_pipeline_pixels_are_rounded_and_clipped() -> None:
     values = torch.tensor([-1.5, -1.0, -0.999, 0.0, 0.5, 1.0, 1.5])
     (image,) = to_pil(values.view(1, 1, 1, 7))
     assert np.asarray(image).tolist() == [[0, 0, 0, 128, 191, 255, 255]]
@@ -302,7 +302,7 @@ def test_pixels_are_rounded_and_clipped() -> None:
     assert np.array_equal(np.asarray(to_pil(every / 127.5 - 1)[0]), every[0, 0].numpy())
 
 
-def test_the_hubs_folder_format(tmp_path: Path) -> None:
+def test_pipeline_hub_folder_is_opened(tmp_path: Path) -> None:
     TINY.save_pretrained(tmp_path / "mine")
     read = Pipeline.from_pretrained(str(tmp_path / "mine"))
     assert read.classes == TINY.classes

@@ -26,14 +26,14 @@ def test_official_models_have_the_published_sizes(name: str, millions: float, te
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipes_survive_json(name: str) -> None:
+def test_recipe_json_round_trip_is_equal(name: str) -> None:
     config = recipe(name)
     assert from_dict(type(config), to_dict(config)) == config
     assert config.warmup + config.decay <= config.images
     assert config.batch < config.save_every < config.images
 
 
-def test_the_papers_recipe() -> None:
+def test_paper_recipe_matches_the_paper() -> None:
     config = recipe("imagenet-large")
     assert config.scaled_lr == pytest.approx(8e-4)
     assert (config.beta1, config.beta2, config.weight_decay, config.clip) == (0.9, 0.95, 0.02, 3.0)
@@ -41,7 +41,7 @@ def test_the_papers_recipe() -> None:
     assert (config.model.label_drop, config.model.head.batch_mul, config.model.mask_ratio_min) == (0.1, 4, 0.7)
 
 
-def test_the_bundled_recipe_fits_its_pictures_and_its_room() -> None:
+def test_bundled_recipe_fits_data_and_size() -> None:
     config = recipe("fashion")
     with torch.device("meta"):
         model = MAR(config.model)
@@ -50,7 +50,7 @@ def test_the_bundled_recipe_fits_its_pictures_and_its_room() -> None:
     assert config.flip is not True  # shoes all face one way
 
 
-def test_cifar10_is_as_small_as_fashion() -> None:
+def test_cifar10_recipe_is_as_small_as_fashion() -> None:
     config = recipe("cifar10")
     assert (config.model.grid, config.model.channels, config.model.classes) == ((8, 8), 16, 10)
     assert (config.model.tokens, config.model.token_width, config.model.head.prediction) == (64, 16, "x0")
@@ -58,13 +58,13 @@ def test_cifar10_is_as_small_as_fashion() -> None:
     assert config.flip is None  # as the data says
 
 
-def test_a_recipe_that_is_not_there() -> None:
+def test_unknown_recipe_is_refused() -> None:
     with pytest.raises(ConfigError, match="no recipe 'fasion'; there are fashion, cifar10, imagenet-base"):
         recipe("fasion")
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_presets_ask_for_less_and_less(name: str) -> None:
+def test_presets_are_ordered_by_cost(name: str) -> None:
     config = recipe(name)
     own, tokens = config.sampling, config.model.tokens
     exact, balanced, fast = (apply_preset(own, tokens, preset) for preset in ("exact", "balanced", "fast"))
@@ -79,7 +79,7 @@ def test_presets_ask_for_less_and_less(name: str) -> None:
     }
 
 
-def test_a_preset_never_asks_for_more_than_a_model_does_by_itself() -> None:
+def test_preset_never_exceeds_the_models_settings() -> None:
     few = SamplingConfig(steps=3, diffusion_steps=2)
     for preset in SAMPLING_PRESETS:
         way = apply_preset(few, 256, preset)
@@ -87,7 +87,7 @@ def test_a_preset_never_asks_for_more_than_a_model_does_by_itself() -> None:
         assert max(way.diffusion_steps, way.diffusion_steps_end or 1) <= 2
 
 
-def test_a_preset_in_numbers() -> None:
+def test_preset_values_in_numbers() -> None:
     bounds = SamplingPreset(steps=1.5, diffusion_steps=8, guidance_interval=(0.2, 1.0), uncond_interval=2)
     own = SamplingConfig(steps=64, diffusion_steps=25, diffusion_steps_end=5, guidance_scale=3.0, solver="ddim")
     way = bounds.apply(own, 256)

@@ -22,7 +22,7 @@ from mar.nn import Linear, init_empty_weights, set_matrix_dtype
 from mar.random import make_generator
 
 
-def test_the_cpu_is_always_there() -> None:
+def test_device_cpu_is_always_available() -> None:
     assert devices.choose_device("cpu") == torch.device("cpu")
     assert devices.choose_device(None) == devices.choose_device("auto")
 
@@ -30,7 +30,7 @@ def test_the_cpu_is_always_there() -> None:
 @pytest.mark.parametrize(
     ("cuda", "mps", "expected"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")]
 )
-def test_the_best_device_is_chosen(monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, expected: str) -> None:
+def test_device_auto_chooses_the_best(monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, expected: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2 if cuda else 0)
@@ -47,7 +47,7 @@ def test_the_best_device_is_chosen(monkeypatch: pytest.MonkeyPatch, cuda: bool, 
             devices.choose_device(name)
 
 
-def test_streams_follow_from_the_whole_key_and_its_order() -> None:
+def test_generator_follows_the_key_and_its_order() -> None:
     keys = [(), (0,), (1,), (12,), (1, 2), (2, 1), (0, 0), (1, 0), (0, 1), (1, 2, 0), (-1,), (2**63,), (1, 2, 3)]
     first = {key: tuple(torch.rand(4, generator=make_generator(*key)).tolist()) for key in keys}
     for one, other in itertools.combinations(keys, 2):
@@ -55,7 +55,7 @@ def test_streams_follow_from_the_whole_key_and_its_order() -> None:
     assert tuple(torch.rand(4, generator=make_generator(1, 2)).tolist()) == first[1, 2]
 
 
-def test_neighboring_keys_are_not_alike() -> None:
+def test_generator_neighboring_keys_are_uncorrelated() -> None:
     values = torch.stack([torch.randn(1000, generator=make_generator(7, 1, i)) for i in range(20)])
     assert torch.corrcoef(values).fill_diagonal_(0).abs().max() < 0.17  # five standard deviations
     starts = torch.tensor([float(torch.rand((), generator=make_generator(7, 1, i))) for i in range(2000)])
@@ -63,18 +63,18 @@ def test_neighboring_keys_are_not_alike() -> None:
     assert abs(float((starts < 0.1).float().mean()) - 0.1) < 0.03
 
 
-def test_keyed_streams_leave_the_global_one_alone() -> None:
+def test_generator_leaves_the_global_rng_alone() -> None:
     state = torch.get_rng_state()
     torch.rand(3, generator=make_generator(1))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_float16_is_refused() -> None:
+def test_dtype_float16_is_refused() -> None:
     with pytest.raises(ValueError, match="float16 overflows"):
         set_matrix_dtype(torch.nn.Identity(), torch.float16)
 
 
-def test_rank_and_world_are_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_and_world_size_follow_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert (distributed.rank(), distributed.world_size()) == (0, 1)
@@ -83,7 +83,7 @@ def test_rank_and_world_are_torchruns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (distributed.rank(), distributed.world_size()) == (3, 4)
 
 
-def test_shapes_alone_are_those_of_the_model() -> None:
+def test_init_empty_weights_gives_the_models_shapes() -> None:
     made = tiny_model()
     with init_empty_weights():
         hollow = MAR(made.config)
@@ -92,7 +92,7 @@ def test_shapes_alone_are_those_of_the_model() -> None:
     assert torch.nn.Linear(2, 2).weight.abs().sum() > 0  # what is made later is filled
 
 
-def test_a_model_is_loaded_without_the_compiler() -> None:
+def test_model_loads_without_importing_the_compiler() -> None:
     """Whose import takes longer than all else in front of a first picture."""
     code = "import sys, mar; mar.load('fashion'); print([m for m in ('torch._dynamo', 'sympy') if m in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -110,7 +110,7 @@ def by_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("by_onednn")
 @pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24), (0, 24)])
-def test_products_by_onednn_are_products(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_linear_matches_pytorch(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     linear = Linear(24, 7).requires_grad_(False)
     x = torch.randn(*shape, generator=make_generator(1))
     found = linear(x)
@@ -129,7 +129,7 @@ def test_products_by_onednn_are_products(shape: tuple[int, ...], monkeypatch: py
 
 @pytest.mark.usefixtures("by_onednn")
 @pytest.mark.parametrize("shape", [(24,), (5, 24), (2, 3, 24)])
-def test_what_is_learned_has_its_gradient(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onednn_linear_gradients_match_pytorch(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     linear, x = Linear(24, 7), torch.randn(*shape, generator=make_generator(1)).requires_grad_()
     weights = [x, linear.weight, linear.bias]
 
@@ -143,7 +143,7 @@ def test_what_is_learned_has_its_gradient(shape: tuple[int, ...], monkeypatch: p
 
 
 @pytest.mark.usefixtures("by_onednn")
-def test_only_what_is_asked_for_has_a_gradient() -> None:
+def test_onednn_linear_computes_requested_gradients_only() -> None:
     linear, x = Linear(24, 7), torch.randn(5, 24, generator=make_generator(1))
     linear.bias.requires_grad_(False)
     linear(x).sum().backward()
@@ -155,7 +155,7 @@ def test_only_what_is_asked_for_has_a_gradient() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts memory as Linux does")
-def test_what_is_free_in_the_middle_of_the_heap_is_given_back() -> None:
+def test_trim_heap_returns_free_memory() -> None:
     code = """
 import torch
 from pathlib import Path
@@ -175,7 +175,7 @@ print(full - held, held - resident())
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin", "win32"])
-def test_where_memory_can_not_be_given_back_nothing_happens(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trim_heap_without_malloc_trim_does_nothing(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.sys, "platform", platform)
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
     trim_heap()

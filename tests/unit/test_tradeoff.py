@@ -24,7 +24,7 @@ def tradeoff(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("tradeoff")
 
 
-def test_on_the_front_no_other_is_sooner_and_better(tradeoff: ModuleType) -> None:
+def test_pareto_front_has_no_dominated_point(tradeoff: ModuleType) -> None:
     def line(seconds: float, distance: float) -> dict[str, float]:
         return {"seconds": seconds, "distance": distance}
 
@@ -32,7 +32,7 @@ def test_on_the_front_no_other_is_sooner_and_better(tradeoff: ModuleType) -> Non
     assert tradeoff.pareto_front([slow, best, waste, same, quick]) == [quick, slow, best]
 
 
-def test_a_way_has_one_value_for_each_field(tradeoff: ModuleType) -> None:
+def test_sampling_variant_sets_each_field_once(tradeoff: ModuleType) -> None:
     assert tradeoff.settings("K=10 solver=dpm++2m start_t=0.95") == {
         "steps": 10,
         "solver": "dpm++2m",
@@ -43,7 +43,7 @@ def test_a_way_has_one_value_for_each_field(tradeoff: ModuleType) -> None:
     assert [tradeoff.settings(way) for way in tradeoff.WAYS]
 
 
-def test_what_drew_no_pictures_is_no_point(tradeoff: ModuleType, tmp_path: Path) -> None:
+def test_variant_without_images_is_no_point(tradeoff: ModuleType, tmp_path: Path) -> None:
     lines = [
         {"way": "a", "broken": "step 3"},
         {"way": "b", "distance": 2, "seconds": 1},
@@ -55,7 +55,7 @@ def test_what_drew_no_pictures_is_no_point(tradeoff: ModuleType, tmp_path: Path)
     assert tradeoff.successful_results(tmp_path / "nowhere") == []
 
 
-def test_a_way_that_was_measured_is_not_measured_again(
+def test_measured_variant_is_not_repeated(
     tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = [{"way": "K=5", "broken": "step 3"}, {"way": "K=7", "distance": 2, "seconds": 1}]
@@ -67,7 +67,7 @@ def test_a_way_that_was_measured_is_not_measured_again(
 
 
 @pytest.mark.usefixtures("full_disk")
-def test_a_way_that_cannot_be_noted_leaves_those_before(
+def test_failed_write_keeps_earlier_variants(
     tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / tradeoff.RESULTS_FILE
@@ -84,7 +84,7 @@ def test_a_way_that_cannot_be_noted_leaves_those_before(
     assert path.read_bytes() == b'{"way": "K=5", "broken": "step 3"}\n'
 
 
-def test_half_a_line_at_the_end_was_not_written(tradeoff: ModuleType, tmp_path: Path) -> None:
+def test_partial_last_line_is_ignored(tradeoff: ModuleType, tmp_path: Path) -> None:
     path, lines = tmp_path / tradeoff.RESULTS_FILE, '{"way": "K=5", "distance": 2}\n{"way": "K=7", "dis'
     path.write_text(lines, encoding="utf-8")
     assert tradeoff.successful_results(tmp_path) == [{"way": "K=5", "distance": 2}]
@@ -109,7 +109,7 @@ def measure(tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return lambda **changes: tradeoff.Measurement(SimpleNamespace(**{**usual, **changes}))
 
 
-def test_seconds_are_taken_anew_and_nothing_else(
+def test_timing_option_repeats_seconds_only(
     measure: Any, tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "out"
@@ -136,22 +136,20 @@ def test_seconds_are_taken_anew_and_nothing_else(
     assert list(tradeoff.results_by_way(folder).values()) == lines
 
 
-def test_a_way_is_timed_by_drawing_it(measure: Any, tradeoff: ModuleType) -> None:
+def test_variant_is_timed_by_sampling(measure: Any, tradeoff: ModuleType) -> None:
     pictures = tradeoff.draw(measure().pipeline, "K=2", 5, seed=0)
     assert [len(batch.images) for batch in pictures.batches(2, 0, 5)] == [2, 2, 1]
     assert pictures.seconds > 0
 
 
-def test_the_model_is_drawn_with_in_the_precision_that_was_asked_for(measure: Any, tmp_path: Path) -> None:
+def test_variant_uses_the_requested_precision(measure: Any, tmp_path: Path) -> None:
     for dtype, expected in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         model = measure(dtype=dtype, out=tmp_path / dtype).pipeline.model
         assert {parameter.dtype for parameter in model.parameters() if parameter.ndim > 1} >= {expected}
     assert is_quantized(measure(dtype="int8", out=tmp_path / "int8").pipeline.model)
 
 
-def test_a_folder_has_one_model_precision_and_set_of_pictures(
-    measure: Any, tradeoff: ModuleType, tmp_path: Path
-) -> None:
+def test_results_folder_of_another_setup_is_refused(measure: Any, tradeoff: ModuleType, tmp_path: Path) -> None:
     measure()
     note = tmp_path / "out" / tradeoff.SETTINGS_FILE
     before = note.read_bytes()
@@ -165,7 +163,7 @@ def test_a_folder_has_one_model_precision_and_set_of_pictures(
     assert note.read_bytes() == before
 
 
-def test_a_folder_has_one_classifier(
+def test_results_folder_of_another_classifier_is_refused(
     measure: Any, tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.import_module("quality_data"), "is_fashion", lambda data: data.name == "pictures")
@@ -181,7 +179,7 @@ def test_a_folder_has_one_classifier(
         measure(classifier=tmp_path / "other")
 
 
-def test_older_notes_are_read_as_they_are(measure: Any, tradeoff: ModuleType, tmp_path: Path) -> None:
+def test_older_results_are_read(measure: Any, tradeoff: ModuleType, tmp_path: Path) -> None:
     measure()
     note = tmp_path / "out" / tradeoff.SETTINGS_FILE
     about = json.loads(note.read_text(encoding="utf-8"))

@@ -44,21 +44,21 @@ def official_file(path: Path, steps: int = 3) -> tuple[MAR, dict[str, torch.Tens
     return model, {name: p.detach() for name, p in named.items()}
 
 
-def test_a_bundled_model_knows_its_classes() -> None:
+def test_bundled_model_has_its_classes() -> None:
     model = zoo.load("fashion", device="cpu")
     assert model.classes[3] == "Dress"
     assert model.image_size == (28, 28)
     assert model.model.config.guidable
 
 
-def test_files_and_folders(tmp_path: Path) -> None:
+def test_zoo_files_and_folders_are_opened(tmp_path: Path) -> None:
     Pipeline(MAR(CONFIG), PixelTokenizer(3, 0.0, 1.0)).save(tmp_path / "model.safetensors")
     for place in (tmp_path, tmp_path / "model.safetensors", str(tmp_path)):
         assert zoo.load(place, device="cpu").model.config == CONFIG
     assert zoo.load(tmp_path, dtype=torch.bfloat16, device="cpu").model.token_embed.weight.dtype == torch.bfloat16
 
 
-def test_names_that_lead_nowhere(tmp_path: Path) -> None:
+def test_zoo_unknown_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="mar download mar-base kl16"):
         zoo.load("mar-base")
     with pytest.raises(CheckpointError, match="mar download kl16"):
@@ -69,7 +69,7 @@ def test_names_that_lead_nowhere(tmp_path: Path) -> None:
         zoo.load(tmp_path)
 
 
-def test_names_of_repositories_may_have_dots_and_those_of_files_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zoo_repository_names_may_have_dots(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def from_hub(name: str) -> Pipeline:
@@ -87,7 +87,7 @@ def test_names_of_repositories_may_have_dots_and_those_of_files_are_none(monkeyp
     assert asked == names
 
 
-def test_a_tokenizer_of_other_shapes_is_one_line(tmp_path: Path) -> None:
+def test_zoo_mismatched_tokenizer_is_one_line(tmp_path: Path) -> None:
     parts = ("encoder.conv_in", "decoder.conv_in", "quant_conv")
     torch.save({"model": {f"{part}.weight": torch.zeros(1) for part in parts}}, tmp_path / "other.ckpt")
     with pytest.raises(CheckpointError, match=r"other\.ckpt is not the KL-16 tokenizer: ") as refused:
@@ -95,7 +95,7 @@ def test_a_tokenizer_of_other_shapes_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_an_official_file_needs_its_tokenizer_and_gets_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zoo_official_file_needs_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mine.pth"
     model, _ = official_file(path)
     with pytest.raises(CheckpointError, match="mar download kl16"):
@@ -107,7 +107,7 @@ def test_an_official_file_needs_its_tokenizer_and_gets_names(tmp_path: Path, mon
     assert loaded.model.state_dict().keys() == model.state_dict().keys()
 
 
-def test_a_run_of_the_reference_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zoo_reference_run_is_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         (tmp_path / "pictures" / name).mkdir(parents=True)
         Image.new("RGB", (4, 4), "red" if name == "a" else "blue").save(tmp_path / "pictures" / name / "1.png")

@@ -1,4 +1,4 @@
-"""What is chosen for pictures of one's own: how large they are cut, as what they are learned, by how large a model."""
+"""Choices for a folder of images: their size, the tokenizer, the size of the model."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def chosen(count: int, side: int, image_channels: int = 3, classes: tuple[str, .
         (10_000, 15, 14, 49, 12, 192, 256),
     ],
 )
-def test_sizes_follow_from_count_and_resolution(
+def test_recipe_for_count_and_resolution_gives_sizes(
     count: int, pixels: int, side: int, tokens: int, token_width: int, trunk: int, head: int
 ) -> None:
     found, config = chosen(count, pixels)
@@ -54,21 +54,21 @@ def test_sizes_follow_from_count_and_resolution(
     assert model.classes == 3
 
 
-def test_wide_tokens_get_a_wide_head() -> None:
+def test_recipe_wide_tokens_get_a_wide_head() -> None:
     _, gray = chosen(500, 28, image_channels=1)
     color = train_config_for(DatasetSummary(500, 28, 3, KINDS), (28, 28))  # pixels, as they may be asked for
     assert (gray.model.token_width, color.model.token_width) == (16, 48)
     assert gray.model.head.width < color.model.head.width
 
 
-def test_principal_components_are_predicted_clean_and_their_rare_values_kept() -> None:
+def test_recipe_principal_components_predict_x0_and_keep_rare_values() -> None:
     _, config = chosen(500, 32)
     assert (config.model.channels, config.model.grid, config.model.patch_size) == (16, (8, 8), 1)
     assert (config.model.head.prediction, config.sampling.x0_bound) == ("x0", 10)
     assert chosen(500, 64)[1].model.head.prediction == chosen(500, 32, image_channels=1)[1].model.head.prediction == "v"
 
 
-def test_guidance_is_for_classes_to_choose_from() -> None:
+def test_recipe_without_classes_has_no_guidance() -> None:
     assert chosen(500, 28)[1].sampling.guidance_scale == 3
     assert chosen(500, 28, classes=())[1].sampling.guidance_scale == 1
     assert chosen(500, 28, classes=("only",))[1].sampling.guidance_scale == 1
@@ -76,7 +76,7 @@ def test_guidance_is_for_classes_to_choose_from() -> None:
 
 @pytest.mark.parametrize("count", [16, 19_999, 20_000, 199_999, 200_000, 10**7])
 @pytest.mark.parametrize("side", [8, 20, 32, 64, 500])
-def test_every_recipe_holds_together(count: int, side: int) -> None:
+def test_every_recipe_makes_a_valid_config(count: int, side: int) -> None:
     _, config = chosen(count, side)
     assert config.warmup + config.decay < config.images
     assert config.images >= max(100_000, 40 * count)
@@ -85,7 +85,7 @@ def test_every_recipe_holds_together(count: int, side: int) -> None:
     assert 16 <= config.model.tokens <= 256
 
 
-def test_more_pictures_get_a_larger_model() -> None:
+def test_recipe_more_images_get_a_larger_model() -> None:
     sizes = []
     for count in (1_000, 50_000):
         model = MAR(chosen(count, 32)[1].model)
@@ -93,7 +93,7 @@ def test_more_pictures_get_a_larger_model() -> None:
     assert 4e6 < sizes[0] < sizes[1] < 14e6
 
 
-def test_a_foreign_tokenizers_cells_become_at_most_sixteen_tokens_a_side() -> None:
+def test_recipe_other_tokenizer_gets_at_most_16_tokens_a_side() -> None:
     pictures = DatasetSummary(60_000, 256, 3)
     kl8 = train_config_for(pictures, (256, 256), LatentShape(stride=8, channels=4)).model
     assert (kl8.grid, kl8.patch_size, kl8.token_width, kl8.tokens) == ((32, 32), 2, 16, 256)
@@ -103,7 +103,7 @@ def test_a_foreign_tokenizers_cells_become_at_most_sixteen_tokens_a_side() -> No
     assert wide.head == HeadConfig(512, 3, prediction="v", batch_mul=2)
 
 
-def test_black_and_white_bound_pixels() -> None:
+def test_recipe_pixels_are_bounded_by_black_and_white() -> None:
     dark = DatasetSummary(500, 32, 1, max_abs_z=6.21)  # as radiographs are
     assert train_config_for(dark, (32, 32)).sampling.x0_bound == 6.3
     assert train_config_for(dark, (32, 32), LatentShape(4, 4)).sampling.x0_bound == 4
@@ -122,14 +122,14 @@ def test_black_and_white_bound_pixels() -> None:
         (500, (64, 64), pca_shape(), 4),
     ],
 )
-def test_few_pictures_are_moved_by_a_few_pixels(
+def test_recipe_few_images_get_random_shifts(
     count: int, size: tuple[int, int], cells: LatentShape | None, shift: int
 ) -> None:
     config = train_config_for(DatasetSummary(count, 128, 3), size, cells)
     assert (config.shift, config.flip) == (shift, None)
 
 
-def test_a_length_that_is_asked_for_is_shared_out() -> None:
+def test_recipe_given_length_is_split_into_phases() -> None:
     config = train_config_for(DatasetSummary(500, 32, 3), (32, 32), images=640)
     assert (config.images, config.decay) == (640, 213)
     assert (config.save_every, config.sample_every) == (64, 64)
@@ -140,7 +140,7 @@ def test_a_length_that_is_asked_for_is_shared_out() -> None:
     assert (shortest.save_every, shortest.sample_every) == (1, 1)
 
 
-def test_sizes_that_can_not_be() -> None:
+def test_recipe_invalid_size_is_refused() -> None:
     with pytest.raises(ConfigError, match="only 5 pixels wide or high: expected at least 8; --image-size 8"):
         crop_side(DatasetSummary(500, 5, 3), 256)
     with pytest.raises(ConfigError, match="image-size: got 30x30, expected multiples of 4"):
@@ -164,7 +164,7 @@ def test_sizes_that_can_not_be() -> None:
         (60_000, 500, None),
     ],
 )
-def test_how_many_pictures_would_be_larger(count: int, side: int, more: int | None) -> None:
+def test_images_for_a_larger_model_are_counted(count: int, side: int, more: int | None) -> None:
     assert next_larger_count(DatasetSummary(count, side, 3)) == more
     if more is not None:
         assert chosen(more, side)[0] > chosen(count, side)[0]
@@ -172,7 +172,7 @@ def test_how_many_pictures_would_be_larger(count: int, side: int, more: int | No
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 4, 5, 6, 7, 8, 11, 16, 33, 99])
 @pytest.mark.parametrize("side", [8, 14, 28, 32, 64, 128, 256])
-def test_a_size_that_was_chosen_can_be_cut(side: int, stride: int) -> None:
+def test_recipe_chosen_size_is_divisible(side: int, stride: int) -> None:
     cells = pca_shape(stride)
     found = largest_multiple(side, cells)
     assert side - found < max(side / 8, 2 * stride)
@@ -181,7 +181,7 @@ def test_a_size_that_was_chosen_can_be_cut(side: int, stride: int) -> None:
     assert largest_multiple(side, None) == side
 
 
-def test_the_tokenizer_grows_with_the_pictures() -> None:
+def test_tokenizer_recipe_grows_with_the_images() -> None:
     pictures = DatasetSummary(500, 300, 1, KINDS)
     small = tokenizer_config_for(pictures, (64, 64), LatentShape(8, 16))
     assert (small.image_channels, small.size, small.stride, small.channels) == (1, (64, 64), 8, 16)

@@ -30,7 +30,7 @@ def look_at(folder: Path) -> DatasetSummary:
     return summarize_dataset(open_source(folder), str(folder))
 
 
-def test_odd_sizes_and_color_modes(tmp_path: Path) -> None:
+def test_summary_of_odd_sizes_and_color_modes(tmp_path: Path) -> None:
     folder = fill(
         tmp_path / "odd", Image.new("RGB", (40, 90), "red"), Image.new("L", (50, 60)), Image.new("RGBA", (300, 70)),
         Image.new("1", (44, 44)),
@@ -39,21 +39,21 @@ def test_odd_sizes_and_color_modes(tmp_path: Path) -> None:
     assert (seen.count, seen.side, seen.image_channels, seen.classes) == (32, 47, 3, ())
 
 
-def test_gray_pictures_are_gray_whatever_their_mode(tmp_path: Path) -> None:
+def test_summary_gray_images_in_any_mode_are_gray(tmp_path: Path) -> None:
     gray = Image.effect_noise((40, 40), 60)
     assert look_at(fill(tmp_path / "grey", gray, gray.convert("RGB"), gray.convert("I;16"))).image_channels == 1
     tinted = Image.merge("RGB", (gray, gray, gray.point(lambda value: min(value + 1, 255))))
     assert look_at(fill(tmp_path / "tinted", gray, tinted)).image_channels == 3
 
 
-def test_large_pictures_are_looked_at_in_part(tmp_path: Path) -> None:
+def test_summary_reads_part_of_large_images(tmp_path: Path) -> None:
     image = np.zeros((600, 800, 3), np.uint8)
     image[::2, :, 0] = 255
     seen = look_at(fill(tmp_path / "large", Image.fromarray(image), copies=16))
     assert (seen.side, seen.image_channels) == (600, 3)
 
 
-def test_reach_is_that_of_the_statistics_that_will_be_measured() -> None:
+def test_summary_max_abs_z_matches_measured_statistics() -> None:
     source = FashionSource()
     seen = summarize_dataset(source, "fashion")
     assert (seen.count, seen.side, seen.image_channels, len(seen.classes)) == (10_000, 28, 1, 10)
@@ -62,11 +62,11 @@ def test_reach_is_that_of_the_statistics_that_will_be_measured() -> None:
     assert seen.max_abs_z == pytest.approx((1 + abs(found.mean[0])) / found.std[0], rel=0.2)
 
 
-def test_pictures_of_one_color_have_a_reach_too(tmp_path: Path) -> None:
+def test_summary_max_abs_z_of_one_color_is_finite(tmp_path: Path) -> None:
     assert look_at(fill(tmp_path / "flat", Image.new("L", (9, 9), 128), copies=16)).max_abs_z < 200
 
 
-def test_what_can_not_be_read_is_left_out(tmp_path: Path) -> None:
+def test_summary_leaves_out_unreadable_images(tmp_path: Path) -> None:
     folder = fill(tmp_path / "some", Image.new("L", (9, 9)), copies=20)
     for number in range(10):
         (folder / f"{number}.png").write_bytes(b"none")
@@ -77,12 +77,12 @@ def test_what_can_not_be_read_is_left_out(tmp_path: Path) -> None:
         look_at(folder)
 
 
-def test_two_pictures_are_too_few(tmp_path: Path) -> None:
+def test_summary_of_two_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"two has 2 pictures: expected at least 16"):
         look_at(fill(tmp_path / "two", Image.new("L", (9, 9)), copies=2))
 
 
-def test_a_run_remembers_what_its_pictures_were_like(tmp_path: Path) -> None:
+def test_saved_summary_is_loaded_again(tmp_path: Path) -> None:
     data, run = bars(tmp_path / "data", 20), tmp_path / "run"
     seen, changed = load_summary(run, open_source(data), "data")
     assert changed is None
@@ -105,7 +105,7 @@ WHOLE = {"count": 20, "side": 8, "image_channels": 1, "classes": ["across", "dow
 
 
 @pytest.mark.parametrize("changes", [{"side": 0}, {"image_channels": 2}, {"max_abs_z": -1}, {"other": 1}])
-def test_memories_that_can_not_be(changes: dict[str, int], tmp_path: Path) -> None:
+def test_damaged_summary_file_is_refused(changes: dict[str, int], tmp_path: Path) -> None:
     source = open_source(bars(tmp_path / "data", 20))
     file = tmp_path / "run" / SUMMARY_FILE
     file.parent.mkdir()

@@ -1,4 +1,4 @@
-"""CUDA graphs of the head: what is recorded, and that a replay samples what the head samples."""
+"""CUDA graphs of the head: a replay samples the head's tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ STEPS = 5
 
 
 class Recorder:
-    """Stands in for a graph where there is none: does the work again, on the tensors that it was recorded with."""
+    """Stands in for a CUDA graph: repeats the work on the recorded tensors."""
 
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
@@ -51,7 +51,7 @@ def inputs(rows: int, guided: bool, seed: int, solver: Solver = "ancestral") -> 
 @pytest.mark.parametrize("solver", ["ancestral", "dpm++2m"])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @torch.no_grad()
-def test_it_draws_what_the_plain_loop_draws(guided: bool, solver: Solver, device: str) -> None:
+def test_graphed_head_draws_what_the_plain_head_draws(guided: bool, solver: Solver, device: str) -> None:
     """On a GPU this is the test of the graphs: of more rows and of fewer, with other numbers each time."""
     head = tiny_model().head.to(device)
     sampling = SamplingConfig(diffusion_steps=5, solver=solver, x0_bound=2.0)
@@ -66,7 +66,7 @@ def test_it_draws_what_the_plain_loop_draws(guided: bool, solver: Solver, device
 
 @pytest.mark.gpu
 @torch.no_grad()
-def test_a_replay_waits_for_nothing() -> None:
+def test_graph_replay_does_not_synchronize() -> None:
     head, sampling = tiny_model().head.cuda(), SamplingConfig(diffusion_steps=5)
     z, noises, scale = (each if each is None else each.cuda() for each in inputs(8, True, 0))
     graphed = GraphedHead(head, cuda_recorder(torch.device("cuda")))
@@ -80,7 +80,7 @@ def test_a_replay_waits_for_nothing() -> None:
 
 
 @torch.no_grad()
-def test_what_comes_once_is_not_recorded() -> None:
+def test_shape_seen_once_is_not_recorded() -> None:
     recorder, sampling = Recorder(), SamplingConfig(diffusion_steps=5)
     graphed = GraphedHead(HEAD, recorder)
     for rows in (1, 2, 4, 8):
@@ -93,7 +93,7 @@ def test_what_comes_once_is_not_recorded() -> None:
 
 
 @torch.no_grad()
-def test_the_recordings_last_used_are_kept() -> None:
+def test_least_recently_used_graph_is_dropped() -> None:
     recorder, sampling = Recorder(), SamplingConfig(diffusion_steps=5)
     graphed = GraphedHead(HEAD, recorder, max_graphs=2)
     for rows in (1, 1, 2, 2, 1, 3, 3, 1):  # 2 was used longest ago when 3 came again
@@ -103,7 +103,7 @@ def test_the_recordings_last_used_are_kept() -> None:
 
 
 @torch.no_grad()
-def test_another_way_of_drawing_is_another_recording() -> None:
+def test_other_sampling_settings_record_another_graph() -> None:
     graphed, first, plain = GraphedHead(HEAD, Recorder()), inputs(4, False, 0), SamplingConfig(diffusion_steps=5)
     ways = (plain, replace(plain, temperature=0.5), replace(plain, solver="dpm++2m-sde"), replace(plain, x0_bound=0.5))
     for sampling in ways:
@@ -114,7 +114,7 @@ def test_another_way_of_drawing_is_another_recording() -> None:
 
 
 @pytest.mark.gpu
-def test_a_graphed_head_is_kept_while_weights_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_graphed_head_is_kept_until_weights_move(monkeypatch: pytest.MonkeyPatch) -> None:
     head = tiny_model().head.cuda()
     kept = graph_head(head)
     assert isinstance(kept, GraphedHead)
@@ -127,7 +127,7 @@ def test_a_graphed_head_is_kept_while_weights_stay_where_they_are(monkeypatch: p
     assert graph_head(head) is head
 
 
-def test_cuda_graphs_are_the_cuda_backends_alone() -> None:
+def test_cpu_backend_has_no_cuda_graphs() -> None:
     assert backend_for(torch.device("cuda")).sampling_head is graph_head
     assert not isinstance(backend_for(torch.device("cpu")).sampling_head(HEAD), GraphedHead)
 
@@ -142,7 +142,7 @@ def test_a_graphed_head_does_not_keep_its_head_alive() -> None:
 
 
 @torch.no_grad()
-def test_results_are_not_written_over() -> None:
+def test_graph_results_are_not_overwritten() -> None:
     graphed, sampling = GraphedHead(HEAD, Recorder()), SamplingConfig(diffusion_steps=5)
     first, second, third = (graphed.sample(*inputs(4, True, seed), STEPS, sampling) for seed in (0, 10, 20))
     kept = second.clone()
@@ -153,7 +153,7 @@ def test_results_are_not_written_over() -> None:
 
 
 @torch.no_grad()
-def test_where_recording_fails_all_goes_on_and_says_so_once() -> None:
+def test_failed_recording_falls_back_and_warns_once() -> None:
     def refuse(work: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
         raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -168,7 +168,7 @@ def test_where_recording_fails_all_goes_on_and_says_so_once() -> None:
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_pictures_are_those_of_the_plain_loop(guidance: float) -> None:
+def test_pipeline_with_graphs_draws_the_same_images(guidance: float) -> None:
     sampling = SamplingConfig(steps=16, diffusion_steps=6, guidance_scale=guidance, diffusion_steps_end=5)
     first, second = (SeededNoise([0, 1, 2]) for _ in range(2))
     labels, recorder = torch.tensor([0, 1, 2]), Recorder()
@@ -182,7 +182,7 @@ def test_pictures_are_those_of_the_plain_loop(guidance: float) -> None:
     assert recorder.replayed >= 10
 
 
-def test_rows_are_filled_up_to_few_numbers() -> None:
+def test_bucket_size_has_few_values() -> None:
     numbers = {bucket_size(rows) for rows in range(1, 1025)}
     assert all(rows <= bucket_size(rows) <= 1.25 * rows for rows in range(1, 1025))
     assert {1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 1024} <= numbers

@@ -13,7 +13,7 @@ from mar.model.blocks import Attention
 from mar.nn import Dropout
 
 
-def test_what_stays_is_a_fair_draw() -> None:
+def test_dropout_mask_keeps_the_expected_share() -> None:
     torch.manual_seed(0)
     drawn = dropout_mask((1_000_003,), 0.1)
     assert drawn.float().mean() == pytest.approx(0.9, abs=1e-3)  # its deviation is 3e-4
@@ -26,7 +26,7 @@ def test_what_stays_is_a_fair_draw() -> None:
 
 
 @pytest.mark.parametrize(("rate", "stays"), [(0.0, 1.0), (0.5, 0.5), (0.999, 0.001)])
-def test_any_rate(rate: float, stays: float) -> None:
+def test_dropout_at_any_rate_is_unbiased(rate: float, stays: float) -> None:
     torch.manual_seed(1)
     assert keep_prob(rate) == pytest.approx(stays, abs=1 / 2**16)
     assert dropout_mask((300, 301), rate).float().mean() == pytest.approx(stays, abs=0.01)
@@ -46,7 +46,7 @@ def test_dropout_zeroes_and_scales() -> None:
 
 
 @pytest.mark.parametrize("rate", [1e-9, 0.3])
-def test_attention_is_the_formula(rate: float) -> None:
+def test_attention_with_dropout_matches_the_formula(rate: float) -> None:
     heads, d = 3, 4
     qkv = noise(2, 7, 3 * heads * d).double().requires_grad_()
     towards = noise(2, 7, heads * d, seed=1).double()
@@ -62,12 +62,12 @@ def test_attention_is_the_formula(rate: float) -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_attention_without_dropout_is_pytorchs() -> None:
+def test_attention_without_dropout_matches_pytorch() -> None:
     attention, x = Attention(TrunkConfig(12, 1, 3), 1e-9, 0.0), noise(2, 7, 12)
     torch.testing.assert_close(attention.train()(x), attention.eval()(x))
 
 
-def test_attention_in_bfloat16() -> None:
+def test_attention_in_bfloat16_is_close_to_float32() -> None:
     attention, x = Attention(TrunkConfig(12, 1, 3), 0.1, 0.0).train(), noise(2, 7, 12).requires_grad_()
     torch.manual_seed(4)
     expected = attention(x)
@@ -80,5 +80,5 @@ def test_attention_in_bfloat16() -> None:
     torch.testing.assert_close(*gradients, atol=0.05, rtol=0.05)
 
 
-def test_elsewhere_dropout_is_pytorchs() -> None:
+def test_dropout_off_the_cpu_is_pytorchs() -> None:
     assert Dropout(0.5)(torch.ones(3, device="meta")).device.type == "meta"

@@ -25,7 +25,7 @@ def whole(low: int, high: int, *shape: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_numbers_that_fit_are_exact() -> None:
+def test_int8_linear_of_representable_values_is_exact() -> None:
     linear = Linear(24, 7)
     linear.weight.copy_(whole(-127, 127, 7, 24) * torch.linspace(0.5, 2, 7).unsqueeze(1))
     x = whole(-64, 63, 2, 3, 24)  # 7 bits
@@ -34,7 +34,7 @@ def test_numbers_that_fit_are_exact() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("trunk", [tiny.TRUNK, TrunkConfig(16, 2, 2, rotary=True)])
-def test_conditions_and_predictions_stay_near(trunk: TrunkConfig) -> None:
+def test_int8_model_outputs_stay_close(trunk: TrunkConfig) -> None:
     of = tiny_model(encoder=trunk, decoder=trunk)
     tokens, x, t = noise(2, 16, 2), noise(2, 2, seed=1), torch.tensor([10, 900])
 
@@ -50,7 +50,7 @@ def test_conditions_and_predictions_stay_near(trunk: TrunkConfig) -> None:
         assert 1e-6 < float((rough - exact).std() / exact.std()) < 0.1
 
 
-def test_a_pipeline_draws_with_them() -> None:
+def test_int8_pipeline_draws() -> None:
     exact, rough = (tiny.tiny_pipeline().sample(["ant", "cat"], [1, 2], output="tensor") for _ in range(2))
     assert torch.equal(exact, rough)
     pipeline = tiny.tiny_pipeline().to(dtype=torch.int8)
@@ -60,7 +60,7 @@ def test_a_pipeline_draws_with_them() -> None:
     assert torch.equal(rough, pipeline.sample(["ant", "cat"], [1, 2], output="tensor"))
 
 
-def test_they_stay_what_and_where_they_are(tmp_path: Path) -> None:
+def test_int8_weights_keep_dtype_and_device(tmp_path: Path) -> None:
     pipeline = tiny.tiny_pipeline().to("cpu", torch.int8)
     assert pipeline.to("cpu", torch.int8) is pipeline  # once more is no more
     with pytest.raises(ConfigError, match=r"load the model again for torch\.float32"):
@@ -72,7 +72,7 @@ def test_they_stay_what_and_where_they_are(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_elsewhere_they_are_refused() -> None:
+def test_int8_on_other_devices_is_refused() -> None:
     with pytest.raises(ConfigError, match="got a model on meta, expected one on the CPU"):
         quantize_(tiny_model().to("meta").blocks())
     pipeline = tiny.tiny_pipeline()

@@ -20,7 +20,7 @@ STEPS = 7
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 70])
 @pytest.mark.parametrize("guided", [False, True])
-def test_it_gives_the_numbers_of_the_head(rows: int, guided: bool) -> None:
+def test_packed_head_matches_the_head(rows: int, guided: bool) -> None:
     head = tiny_model(head=HeadConfig(width=48, depth=3)).head
     ready = pack_head(head)
     assert isinstance(ready, PackedHead)
@@ -36,7 +36,7 @@ def test_it_gives_the_numbers_of_the_head(rows: int, guided: bool) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 8, 70])
-def test_in_bfloat16_it_is_as_near_to_the_head_as_roundings_are(rows: int) -> None:
+def test_packed_head_in_bfloat16_matches_within_rounding(rows: int) -> None:
     of = tiny_model(head=HeadConfig(width=48, depth=3))
     z, x = noise(2 * rows, 16, seed=1), noise(rows, 2, seed=2)
     timesteps = respace(training_schedule(of.head.config), STEPS).timesteps
@@ -50,7 +50,7 @@ def test_in_bfloat16_it_is_as_near_to_the_head_as_roundings_are(rows: int) -> No
     assert 0 < float((fast - exact).std()) < 1.2 * float((plain - exact).std())
 
 
-def test_pictures_are_those_of_the_head() -> None:
+def test_packed_head_draws_the_same_images() -> None:
     of, sampling = tiny_model(), SamplingConfig(steps=5, diffusion_steps=6, guidance_scale=2.0)
     draws, labels = (SeededNoise([0, 1, 2]) for _ in range(2)), torch.tensor([0, 1, 2])
     first, second = draws
@@ -62,7 +62,7 @@ def test_pictures_are_those_of_the_head() -> None:
     torch.testing.assert_close(fast.tokens, state.tokens, rtol=1e-4, atol=1e-4)
 
 
-def test_only_plain_weights_on_a_cpu_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pack_head_leaves_other_weights_and_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     of = tiny_model().double()
     assert pack_head(of.head) is of.head
     of = tiny_model()

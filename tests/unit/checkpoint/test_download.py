@@ -148,7 +148,7 @@ def get(tmp_path: Path) -> Get:
     return Get(tmp_path / "models")
 
 
-def test_a_good_file_arrives_alone(server: Server, get: Get) -> None:
+def test_fetch_good_file_leaves_nothing_else(server: Server, get: Get) -> None:
     seen: list[tuple[int, int | None]] = []
     path = get(server.remote(), progress=lambda received, total: seen.append((received, total)))
     assert path.read_bytes() == GOOD
@@ -158,13 +158,13 @@ def test_a_good_file_arrives_alone(server: Server, get: Get) -> None:
     assert [received for received, _ in seen] == sorted({received for received, _ in seen})
 
 
-def test_a_complete_file_is_checked_and_not_fetched_again(server: Server, get: Get) -> None:
+def test_fetch_complete_file_is_checked_not_fetched(server: Server, get: Get) -> None:
     get(server.remote())
     assert get(server.remote()).read_bytes() == GOOD
     assert len(server.asked) == 1
 
 
-def test_a_complete_file_that_has_changed_since_is_an_error(server: Server, get: Get) -> None:
+def test_fetch_changed_complete_file_is_an_error(server: Server, get: Get) -> None:
     remote = server.remote(sha256=hashlib.sha256(GOOD).hexdigest())
     path = get(remote)
     changed = bytearray(GOOD)
@@ -176,7 +176,7 @@ def test_a_complete_file_that_has_changed_since_is_an_error(server: Server, get:
 
 
 @pytest.mark.parametrize("kept", [700_000, len(GOOD) - 10])
-def test_a_complete_file_that_was_cut_short_since_is_an_error(server: Server, get: Get, kept: int) -> None:
+def test_fetch_truncated_complete_file_is_an_error(server: Server, get: Get, kept: int) -> None:
     path = get(server.remote())
     path.write_bytes(GOOD[:kept])
     with pytest.raises(DownloadError, match=r"(MiB|cut off).* remove .*model\.pth and run again"):
@@ -192,7 +192,7 @@ def test_hashes_and_locks_of_older_versions_are_ignored(server: Server, get: Get
     assert (get.folder / "hashes.json").read_text() == '{"model.pth": "00ff"}'
 
 
-def test_a_dropped_connection_is_resumed(server: Server, get: Get) -> None:
+def test_fetch_resumes_a_dropped_connection(server: Server, get: Get) -> None:
     server.answers = [Answer(stop=700_000), Answer()]
     assert get(server.remote()).read_bytes() == GOOD
     assert server.asked[1]["Range"] == "bytes=700000-"
@@ -200,7 +200,7 @@ def test_a_dropped_connection_is_resumed(server: Server, get: Get) -> None:
     assert get.waits == [1.0]
 
 
-def test_a_connection_reset_is_survived(server: Server, get: Get) -> None:
+def test_fetch_survives_a_connection_reset(server: Server, get: Get) -> None:
     # How much of what was sent still arrives is the system's affair, so only the outcome is certain.
     server.answers = [Answer(stop=700_000, reset=True), Answer()]
     assert get(server.remote()).read_bytes() == GOOD
@@ -208,21 +208,21 @@ def test_a_connection_reset_is_survived(server: Server, get: Get) -> None:
     assert get.waits == [1.0]
 
 
-def test_resuming_goes_by_date_where_the_tag_is_weak(server: Server, get: Get) -> None:
+def test_resume_with_a_weak_etag_uses_the_date(server: Server, get: Get) -> None:
     server.etag, server.modified = 'W/"one"', "Mon, 03 Jun 2024 10:00:00 GMT"
     server.answers = [Answer(stop=5000), Answer()]
     assert get(server.remote()).read_bytes() == GOOD
     assert server.asked[1]["If-Range"] == server.modified
 
 
-def test_without_tag_or_date_it_starts_anew(server: Server, get: Get) -> None:
+def test_resume_without_etag_or_date_starts_over(server: Server, get: Get) -> None:
     server.etag = None
     server.answers = [Answer(stop=5000), Answer()]
     assert get(server.remote()).read_bytes() == GOOD
     assert "Range" not in server.asked[1]
 
 
-def test_attempts_are_bounded_and_the_part_is_kept_for_the_next_time(server: Server, get: Get) -> None:
+def test_fetch_attempts_are_bounded_and_the_part_is_kept(server: Server, get: Get) -> None:
     server.answers = [Answer(stop=1000)]
     with pytest.raises(DownloadError, match=r"ended after 3,000 of .*3 attempts.* run again to go on"):
         get(server.remote(), attempts=3)
@@ -235,20 +235,20 @@ def test_attempts_are_bounded_and_the_part_is_kept_for_the_next_time(server: Ser
     assert get.names() == {"model.pth"}
 
 
-def test_attempts_that_get_further_do_not_count(server: Server, get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_attempts_with_progress_do_not_count(server: Server, get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "ADVANCE", 1000)
     server.answers = [Answer(stop=100_000)]
     assert get(server.remote(), attempts=2).read_bytes() == GOOD
     assert len(server.asked) == len(GOOD) // 100_000 + 1
 
 
-def test_a_server_that_ignores_ranges_is_read_from_the_start(server: Server, get: Get) -> None:
+def test_resume_without_range_support_starts_over(server: Server, get: Get) -> None:
     server.answers = [Answer(stop=5000), Answer(ranges=False)]
     assert get(server.remote()).read_bytes() == GOOD
     assert "Range" in server.asked[1]
 
 
-def test_a_file_that_changed_between_attempts_is_read_from_the_start(server: Server, get: Get) -> None:
+def test_resume_of_a_changed_file_starts_over(server: Server, get: Get) -> None:
     server.answers = [Answer(stop=5000)]
     with pytest.raises(DownloadError):
         get(server.remote(), attempts=1)
@@ -256,7 +256,7 @@ def test_a_file_that_changed_between_attempts_is_read_from_the_start(server: Ser
     assert get(server.remote()).read_bytes() == archive(seed=1)
 
 
-def test_a_server_that_continues_with_another_version_is_not_believed(server: Server, get: Get) -> None:
+def test_resume_with_another_version_starts_over(server: Server, get: Get) -> None:
     server.answers = [Answer(stop=5000)]
     with pytest.raises(DownloadError):
         get(server.remote(), attempts=1)
@@ -265,13 +265,13 @@ def test_a_server_that_continues_with_another_version_is_not_believed(server: Se
     assert ["Range" in headers for headers in server.asked] == [False, True, False]
 
 
-def test_a_server_that_continues_elsewhere_is_not_believed(server: Server, get: Get) -> None:
+def test_resume_at_another_offset_is_refused(server: Server, get: Get) -> None:
     server.answers = [Answer(stop=5000), Answer(shift=-8), Answer()]
     assert get(server.remote()).read_bytes() == GOOD
     assert "Range" not in server.asked[2]
 
 
-def test_a_file_that_became_shorter_than_the_part_is_read_from_the_start(server: Server, get: Get) -> None:
+def test_resume_of_a_shorter_file_starts_over(server: Server, get: Get) -> None:
     server.answers = [Answer(stop=500_000)]
     with pytest.raises(DownloadError):
         get(server.remote(), attempts=1)
@@ -280,21 +280,21 @@ def test_a_file_that_became_shorter_than_the_part_is_read_from_the_start(server:
 
 
 @pytest.mark.parametrize("mebibytes", [len(GOOD) / 2**20, None])
-def test_more_announced_than_sent_is_an_error(server: Server, get: Get, mebibytes: float | None) -> None:
+def test_fetch_fewer_bytes_than_announced_is_an_error(server: Server, get: Get, mebibytes: float | None) -> None:
     server.answers = [Answer(announce=1000)]
     with pytest.raises(DownloadError, match="attempts without success"):
         get(server.remote(mebibytes=mebibytes))
     assert "model.pth" not in get.names()
 
 
-def test_less_announced_than_there_is_gives_a_file_that_is_cut_off(server: Server, get: Get) -> None:
+def test_fetch_with_too_small_a_length_is_an_error(server: Server, get: Get) -> None:
     server.answers = [Answer(announce=-1000)]
     with pytest.raises(DownloadError, match=r"model\.pth is cut off"):
         get(server.remote())
     assert get.names() == set()
 
 
-def test_a_size_far_from_the_known_one_is_refused_before_the_first_byte(server: Server, get: Get) -> None:
+def test_fetch_of_an_unexpected_size_is_refused_early(server: Server, get: Get) -> None:
     seen: list[int] = []
     with pytest.raises(DownloadError, match=r"has 1\.0 MiB, expected about 254 MiB"):
         get(server.remote(mebibytes=254), progress=lambda received, _: seen.append(received))
@@ -302,7 +302,7 @@ def test_a_size_far_from_the_known_one_is_refused_before_the_first_byte(server: 
     assert get.names() == set()
 
 
-def test_without_any_announced_length_the_form_decides(server: Server, get: Get) -> None:
+def test_fetch_without_length_checks_the_format(server: Server, get: Get) -> None:
     server.answers = [Answer(length=False, stop=500_000), Answer(length=False)]
     with pytest.raises(DownloadError, match="cut off"):
         get(server.remote(mebibytes=None))
@@ -312,14 +312,14 @@ def test_without_any_announced_length_the_form_decides(server: Server, get: Get)
 
 
 @pytest.mark.parametrize("kind", ["text/html; charset=utf-8", "application/octet-stream"])
-def test_a_page_instead_of_the_file_is_named(server: Server, get: Get, kind: str) -> None:
+def test_fetch_of_a_web_page_is_refused_by_name(server: Server, get: Get, kind: str) -> None:
     server.body, server.answers = b"\n<!DOCTYPE html><html><body>sign in</body></html>", [Answer(kind=kind)]
     with pytest.raises(DownloadError, match=r"a web page instead of model\.pth"):
         get(server.remote(mebibytes=None))
     assert "model.pth" not in get.names()
 
 
-def test_a_page_does_not_cost_what_was_there(server: Server, get: Get) -> None:
+def test_fetch_of_a_web_page_keeps_the_old_part(server: Server, get: Get) -> None:
     server.answers = [Answer(stop=5000)]
     with pytest.raises(DownloadError):
         get(server.remote(), attempts=1)
@@ -329,34 +329,34 @@ def test_a_page_does_not_cost_what_was_there(server: Server, get: Get) -> None:
     assert get.part().read_bytes() == GOOD[:5000]
 
 
-def test_garbage_is_refused_at_its_first_bytes(server: Server, get: Get) -> None:
+def test_fetch_of_garbage_is_refused_early(server: Server, get: Get) -> None:
     server.body = b"\x80\x02garbage" * 200_000
     with pytest.raises(DownloadError, match=r"does not begin like a file of torch\.save"):
         get(server.remote(mebibytes=None))
     assert get.names() == set()
 
 
-def test_an_empty_file_is_refused(server: Server, get: Get) -> None:
+def test_fetch_of_an_empty_file_is_refused(server: Server, get: Get) -> None:
     get.folder.mkdir()
     (get.folder / "model.pth").write_bytes(b"")
     with pytest.raises(DownloadError, match="does not begin"):
         get(server.remote(mebibytes=None))
 
 
-def test_not_found_is_said_at_once(server: Server, get: Get) -> None:
+def test_fetch_not_found_fails_at_once(server: Server, get: Get) -> None:
     server.answers = [Answer(status=404)]
     with pytest.raises(DownloadError, match=r"the server answered 404 .* for http://127"):
         get(server.remote())
     assert len(server.asked) == 1
 
 
-def test_a_busy_server_is_asked_again(server: Server, get: Get) -> None:
+def test_fetch_retries_a_busy_server(server: Server, get: Get) -> None:
     server.answers = [Answer(status=503), Answer(status=429), Answer()]
     assert get(server.remote()).read_bytes() == GOOD
     assert get.waits == [1.0, 2.0]
 
 
-def test_nobody_there(get: Get) -> None:
+def test_fetch_without_a_server_fails_in_one_line(get: Get) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/model.pth"
@@ -364,7 +364,7 @@ def test_nobody_there(get: Get) -> None:
             get(RemoteFile("model.pth", url), attempts=2)
 
 
-def test_a_pinned_hash_has_to_agree(server: Server, get: Get) -> None:
+def test_fetch_checks_a_pinned_hash(server: Server, get: Get) -> None:
     with pytest.raises(DownloadError, match=r"expected 00ff.*: it was not kept"):
         get(server.remote(sha256="00ff" * 16))
     assert get.names() == set()
@@ -372,7 +372,7 @@ def test_a_pinned_hash_has_to_agree(server: Server, get: Get) -> None:
     assert get.names() == {"model.pth"}
 
 
-def test_too_small_a_disk_is_said_beforehand(server: Server, get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_too_little_disk_fails_beforehand(server: Server, get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(get.folder.parent)._replace(free=download.HEADROOM)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DownloadError, match=r"needs 65 MiB on the disk of .* 64 MiB are free"):
@@ -380,7 +380,7 @@ def test_too_small_a_disk_is_said_beforehand(server: Server, get: Get, monkeypat
     assert "model.pth" not in get.names()
 
 
-def test_a_disk_that_fills_up_meanwhile_is_said(server: Server, get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_disk_full_meanwhile_fails_in_one_line(server: Server, get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -392,7 +392,7 @@ def test_a_disk_that_fills_up_meanwhile_is_said(server: Server, get: Get, monkey
     assert get(server.remote()).read_bytes() == GOOD
 
 
-def test_interrupting_keeps_the_part(server: Server, get: Get) -> None:
+def test_fetch_interrupted_keeps_the_part(server: Server, get: Get) -> None:
     def interrupt(received: int, _: int | None) -> None:
         if received:
             raise KeyboardInterrupt
@@ -405,7 +405,7 @@ def test_interrupting_keeps_the_part(server: Server, get: Get) -> None:
     assert server.asked[1]["Range"] == f"bytes={kept}-"
 
 
-def test_a_part_that_is_whole_needs_no_server(server: Server, get: Get) -> None:
+def test_complete_part_needs_no_server(server: Server, get: Get) -> None:
     get(server.remote())
     (get.folder / "model.pth").rename(get.part())
     note = {"url": server.url, "validator": server.etag, "total": len(GOOD)}
@@ -414,7 +414,7 @@ def test_a_part_that_is_whole_needs_no_server(server: Server, get: Get) -> None:
     assert len(server.asked) == 1
 
 
-def test_a_part_of_another_address_is_not_continued(server: Server, get: Get) -> None:
+def test_part_of_another_url_is_not_resumed(server: Server, get: Get) -> None:
     server.answers = [Answer(stop=5000)]
     with pytest.raises(DownloadError):
         get(server.remote(), attempts=1)
@@ -423,7 +423,7 @@ def test_a_part_of_another_address_is_not_continued(server: Server, get: Get) ->
     assert "Range" not in server.asked[1]
 
 
-def test_two_at_once_have_a_part_each(server: Server, get: Get) -> None:
+def test_two_downloads_at_once_have_a_part_each(server: Server, get: Get) -> None:
     def second(received: int, _: int | None) -> None:
         if received == 0:
             assert get(server.remote()).read_bytes() == GOOD
@@ -437,7 +437,7 @@ def test_two_at_once_have_a_part_each(server: Server, get: Get) -> None:
     assert get.names() == {"model.pth"}
 
 
-def test_the_second_of_two_leaves_nothing_when_it_fails(server: Server, get: Get) -> None:
+def test_second_of_two_downloads_leaves_nothing_on_failure(server: Server, get: Get) -> None:
     def second(received: int, _: int | None) -> None:
         if received == 0:
             server.answers = [Answer(stop=5000)]
@@ -450,9 +450,7 @@ def test_the_second_of_two_leaves_nothing_when_it_fails(server: Server, get: Get
     assert get.names() == {"model.pth"}
 
 
-def test_a_part_that_is_renamed_while_it_is_opened_is_not_written_to(
-    server: Server, get: Get, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_part_renamed_while_opened_is_not_written(server: Server, get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
     def finish(*_: Any) -> None:  # the other process, which had the lock until now
         get.part().rename(get.folder / "other.pth")
 
@@ -462,9 +460,7 @@ def test_a_part_that_is_renamed_while_it_is_opened_is_not_written_to(
     assert get.names() == {"model.pth", "other.pth"}
 
 
-def test_without_locks_each_download_has_a_part_of_its_own(
-    server: Server, get: Get, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_downloads_without_locks_have_a_part_each(server: Server, get: Get, monkeypatch: pytest.MonkeyPatch) -> None:
     def unsupported(*_: Any) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -474,7 +470,7 @@ def test_without_locks_each_download_has_a_part_of_its_own(
     assert server.asked[1]["Range"] == "bytes=5000-"
 
 
-def test_the_part_of_a_killed_process_is_resumed(server: Server, get: Get) -> None:
+def test_part_of_a_killed_process_is_resumed(server: Server, get: Get) -> None:
     get.folder.mkdir()
     get.part().write_bytes(GOOD[:5000])
     note = {"url": server.url, "validator": server.etag, "total": len(GOOD)}
@@ -493,20 +489,20 @@ def test_the_part_of_a_killed_process_is_resumed(server: Server, get: Get) -> No
     assert ["Range" in headers for headers in server.asked] == [False, True]
 
 
-def test_the_bar_takes_what_fetch_reports(server: Server, get: Get, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar_shows_reported_bytes(server: Server, get: Get, capsys: pytest.CaptureFixture[str]) -> None:
     with download.progress_bar("MAR") as show:
         get(server.remote(), progress=show)
     assert "1.0/1.0 MB" in capsys.readouterr().out.replace("1.1", "1.0")
 
 
-def test_downloads_live_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_download_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MAR_HOME", str(tmp_path))
     assert home() == tmp_path
     monkeypatch.delenv("MAR_HOME")
     assert home() == Path.home() / ".cache" / "mar"
 
 
-def test_the_official_files_ask_for_the_file_and_have_their_own_names() -> None:
+def test_official_files_have_urls_and_distinct_names() -> None:
     assert list(OFFICIAL) == ["kl16", "mar-base", "mar-large", "mar-huge"]
     assert len({remote.name for remote in OFFICIAL.values()}) == len({remote.url for remote in OFFICIAL.values()}) == 4
     for remote in OFFICIAL.values():

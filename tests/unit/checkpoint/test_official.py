@@ -72,7 +72,7 @@ class Malice:
         return exec, (f"open({str(self.path)!r}, 'w')",)
 
 
-def test_ema_is_taken_unless_told_otherwise(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_official_ema_is_the_default(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = write(tmp_path / "c.pth", model=RAW, model_ema=EMA, args=ARGS)
     with caplog.at_level(logging.INFO):
         read = read_mar(path, num_heads=2)
@@ -93,14 +93,14 @@ def test_ema_is_taken_unless_told_otherwise(tmp_path: Path, caplog: pytest.LogCa
 
 
 @pytest.mark.parametrize("ema", [{}, {"model_ema": None}])
-def test_without_ema_it_is_refused_unless_raw_is_asked_for(tmp_path: Path, ema: dict[str, None]) -> None:
+def test_official_without_ema_is_refused_unless_raw(tmp_path: Path, ema: dict[str, None]) -> None:
     path = write(tmp_path / "c.pth", model=RAW, args=ARGS, **ema)
     with pytest.raises(CheckpointError, match=r"has no EMA weights \(`model_ema`\).*ask for them with weights=raw"):
         read_mar(path, num_heads=2)
     assert same(read_mar(path, "raw", num_heads=2).state, RAW)
 
 
-def test_a_bare_state_dict_is_raw_weights(tmp_path: Path) -> None:
+def test_official_bare_state_dict_is_raw(tmp_path: Path) -> None:
     path = write(tmp_path / "c.pth", **RAW)
     assert same(read_mar(path, "raw", num_heads=2, patch_size=2).state, RAW)
     with pytest.raises(CheckpointError, match="has no EMA weights"):
@@ -108,7 +108,7 @@ def test_a_bare_state_dict_is_raw_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_becomes_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_official_half_precision_becomes_float32(tmp_path: Path, dtype: torch.dtype) -> None:
     halves = {name: nn.Parameter(tensor.to(dtype)) for name, tensor in EMA.items()}
     read = read_mar(write(tmp_path / "c.pth", model=RAW, model_ema=halves, args=ARGS), num_heads=2)
     assert same(read.state, {name: tensor.detach().float() for name, tensor in halves.items()})
@@ -118,14 +118,14 @@ def test_half_precision_becomes_float32(tmp_path: Path, dtype: torch.dtype) -> N
 @pytest.mark.parametrize(
     ("width", "model", "heads"), [(768, None, 12), (1024, None, 16), (1280, None, 16), (96, "mar_base", 12)]
 )
-def test_heads_are_known_by_name_or_width(width: int, model: str | None, heads: int) -> None:
+def test_official_heads_follow_from_name_or_width(width: int, model: str | None, heads: int) -> None:
     config = ModelConfig(encoder=TrunkConfig(width, 1, heads), decoder=TrunkConfig(width, 1, heads))
     with torch.device("meta"):
         tensors = to_official(MAR(config).state_dict())
     assert infer_config(tensors, {"model": model}) == config
 
 
-def test_unknown_heads_have_to_be_given(tmp_path: Path) -> None:
+def test_official_unknown_heads_are_required(tmp_path: Path) -> None:
     path = write(tmp_path / "c.pth", model=RAW, model_ema=EMA)
     with pytest.raises(CheckpointError, match=r"c\.pth: the number of attention heads .* width 8, .* give it"):
         read_mar(path)
@@ -135,7 +135,7 @@ def test_unknown_heads_have_to_be_given(tmp_path: Path) -> None:
         read_mar(path, num_heads=2, patch_size=5)
 
 
-def test_another_model_is_named(tmp_path: Path) -> None:
+def test_official_other_model_is_refused_by_name(tmp_path: Path) -> None:
     path = write(tmp_path / "c.pth", model_ema={"encoder.conv_in.weight": torch.ones(3)})
     with pytest.raises(CheckpointError, match=r"not the tensors of a MAR: .* it holds encoder\.conv_in\.weight"):
         read_mar(path)
@@ -157,25 +157,25 @@ class TestRefusals:
         assert str(caught.value).startswith(str(path))
         assert "\n" not in str(caught.value)
 
-    def test_code(self, reader: Any, tmp_path: Path) -> None:
+    def test_official_pickled_code_is_refused(self, reader: Any, tmp_path: Path) -> None:
         path = write(tmp_path / "c.pth", model=RAW, model_ema=EMA, args=Malice(tmp_path / "trap"))
         self.refuse(reader, path, r"is refused: its pickle wants to run ([\w.]+\.)?exec, ")
         assert not (tmp_path / "trap").exists()
 
-    def test_code_in_a_namespace(self, reader: Any, tmp_path: Path) -> None:
+    def test_official_code_in_a_namespace_is_refused(self, reader: Any, tmp_path: Path) -> None:
         args = argparse.Namespace(path=Malice(tmp_path / "trap"))
         self.refuse(reader, write(tmp_path / "c.pth", model=RAW, model_ema=EMA, args=args), "wants to run .*exec")
         assert not (tmp_path / "trap").exists()
 
-    def test_harmless_classes_are_more_than_needed(self, reader: Any, tmp_path: Path) -> None:
+    def test_official_harmless_classes_are_refused(self, reader: Any, tmp_path: Path) -> None:
         args = argparse.Namespace(output=pathlib.PurePosixPath("out"))
         self.refuse(reader, write(tmp_path / "c.pth", model=RAW, args=args), r"wants to run pathlib\.PurePosixPath")
 
-    def test_whole_modules(self, reader: Any, tmp_path: Path) -> None:
+    def test_official_whole_modules_are_refused(self, reader: Any, tmp_path: Path) -> None:
         self.refuse(reader, write(tmp_path / "c.pth", model=nn.Linear(2, 2)), r"torch\.nn\.modules\.linear\.Linear")
 
     @pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.999])
-    def test_truncated(self, reader: Any, tmp_path: Path, share: float) -> None:
+    def test_official_truncated_files_are_refused(self, reader: Any, tmp_path: Path, share: float) -> None:
         path = write(tmp_path / "c.pth", model=RAW, model_ema=EMA)
         content = path.read_bytes()
         path.write_bytes(content[: int(share * len(content))])
@@ -190,22 +190,24 @@ class TestRefusals:
             (b"PK\x05\x06" + bytes(18), "is damaged"),
         ],
     )
-    def test_other_files(self, reader: Any, tmp_path: Path, content: bytes, message: str) -> None:
+    def test_official_other_formats_are_refused(
+        self, reader: Any, tmp_path: Path, content: bytes, message: str
+    ) -> None:
         (tmp_path / "c.pth").write_bytes(content)
         self.refuse(reader, tmp_path / "c.pth", message)
 
-    def test_no_file(self, reader: Any, tmp_path: Path) -> None:
+    def test_official_missing_file_is_refused(self, reader: Any, tmp_path: Path) -> None:
         self.refuse(reader, tmp_path / "none.pth", "there is no such file")
 
-    def test_no_dict(self, reader: Any, tmp_path: Path) -> None:
+    def test_official_list_is_refused(self, reader: Any, tmp_path: Path) -> None:
         torch.save([1, 2], tmp_path / "c.pth")
         self.refuse(reader, tmp_path / "c.pth", "holds a list, not a dict")
 
-    def test_other_tensors(self, reader: Any, tmp_path: Path) -> None:
+    def test_official_other_tensors_are_refused(self, reader: Any, tmp_path: Path) -> None:
         self.refuse(reader, write(tmp_path / "c.pth", model={"w": torch.ones(1)}, model_ema={"w": torch.ones(1)}), "w")
 
 
-def test_kl16_without_what_is_not_the_tokenizers(tmp_path: Path) -> None:
+def test_official_kl16_drops_training_tensors(tmp_path: Path) -> None:
     kl16 = {name: torch.randn(2, 2).half() for name in ("encoder.conv_in.weight", "decoder.conv_in.weight")}
     kl16["quant_conv.weight"] = torch.randn(3)
     others = {"loss.logvar": torch.ones(1), "discriminator.main.0.weight": torch.ones(1), "counter": 3}
@@ -227,7 +229,7 @@ def reference_optimizer(parameters: Mapping[str, Tensor]) -> tuple[dict[str, nn.
     return named, torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
 
 
-def test_a_training_run_can_be_continued(tmp_path: Path) -> None:
+def test_official_training_state_is_continued(tmp_path: Path) -> None:
     named, optimizer = reference_optimizer(RAW)
     for _ in range(2):
         for name, parameter in named.items():
@@ -249,14 +251,14 @@ def test_a_training_run_can_be_continued(tmp_path: Path) -> None:
     assert {float(entry["step"]) for entry in read.optimizer.values()} == {2.0}
 
 
-def test_parameters_that_never_had_a_gradient_have_no_moments() -> None:
+def test_official_parameters_without_gradient_have_no_moments() -> None:
     named, optimizer = reference_optimizer(RAW)
     named["mask_token"].grad = torch.ones_like(named["mask_token"])
     optimizer.step()
     assert set(convert_optimizer(optimizer.state_dict(), RAW)) == {"mask_token"}
 
 
-def test_another_optimizer_is_refused(tmp_path: Path) -> None:
+def test_official_other_optimizer_is_refused(tmp_path: Path) -> None:
     named, optimizer = reference_optimizer(RAW)
     stored = optimizer.state_dict()
     stored["state"] = {0: {"step": 1, "exp_avg": torch.ones(77), "exp_avg_sq": torch.ones(77)}}
@@ -267,7 +269,7 @@ def test_another_optimizer_is_refused(tmp_path: Path) -> None:
         convert_optimizer(sgd.state_dict(), RAW)
 
 
-def test_what_is_written_back_is_what_was_read(tmp_path: Path) -> None:
+def test_official_export_round_trip_is_exact(tmp_path: Path) -> None:
     read = read_mar(write(tmp_path / "c.pth", model=RAW, model_ema=EMA, args=ARGS), num_heads=2)
     assert read.raw is not None
     write_mar(tmp_path / "back.pth", read.model_config, read.raw, read.state)
@@ -288,19 +290,19 @@ def test_what_is_written_back_is_what_was_read(tmp_path: Path) -> None:
         (ModelConfig(head=HeadConfig(diffusion_steps=500)), "schedule of 500 steps"),
     ],
 )
-def test_what_the_reference_does_not_have_is_not_written(tmp_path: Path, config: ModelConfig, reason: str) -> None:
+def test_official_export_of_unsupported_settings_is_refused(tmp_path: Path, config: ModelConfig, reason: str) -> None:
     with pytest.raises(CheckpointError, match=f"the reference has no {reason}"):
         write_mar(tmp_path / "c.pth", config, {}, {})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_weights_of_another_config_are_not_written(tmp_path: Path) -> None:
+def test_official_export_of_another_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"model_ema does not fit its config: class_embed.weight is missing; "):
         write_mar(tmp_path / "c.pth", TINY, from_official(RAW), {})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+def test_official_export_on_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))

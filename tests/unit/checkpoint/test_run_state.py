@@ -84,7 +84,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_state_comes_back_bitwise(tmp_path: Path) -> None:
+def test_run_state_round_trip_is_bitwise(tmp_path: Path) -> None:
     RunState(tmp_path).save(128_000, example())
     state = blank()
     assert RunState(tmp_path).load(state)
@@ -92,7 +92,7 @@ def test_a_state_comes_back_bitwise(tmp_path: Path) -> None:
     assert names(tmp_path) == ["latest", "state-000000128000"]
 
 
-def test_tensors_are_loaded_in_place(tmp_path: Path) -> None:
+def test_run_state_load_is_in_place(tmp_path: Path) -> None:
     RunState(tmp_path).save(1, example())
     state = blank()
     weight = state["model"]["a.weight"]
@@ -101,7 +101,7 @@ def test_tensors_are_loaded_in_place(tmp_path: Path) -> None:
     assert torch.equal(weight, example()["model"]["a.weight"])
 
 
-def test_an_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_run_state_optimizer_continues(tmp_path: Path) -> None:
     def made() -> tuple[nn.Linear, torch.optim.AdamW]:
         torch.manual_seed(1)
         model = nn.Linear(4, 2)
@@ -128,13 +128,13 @@ def test_an_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
     assert torch.equal(resumed.weight, model.weight)
 
 
-def test_without_a_state_nothing_happens(tmp_path: Path) -> None:
+def test_run_state_load_without_state_does_nothing(tmp_path: Path) -> None:
     state = blank()
     assert not RunState(tmp_path / "never").load(state)
     assert leaves(state) == leaves(blank())
 
 
-def test_the_newest_are_kept(tmp_path: Path) -> None:
+def test_run_state_keeps_the_newest(tmp_path: Path) -> None:
     run = RunState(tmp_path)
     for images in (90, 100, 1000, 2000):
         run.save(images, example(images), keep=2)
@@ -143,7 +143,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
         run.save(3000, example(), keep=0)
 
 
-def test_what_is_saved_again_takes_the_place_of_the_first(tmp_path: Path) -> None:
+def test_run_state_saved_again_replaces_the_first(tmp_path: Path) -> None:
     run = RunState(tmp_path)
     run.save(5, example(1), keep=1)
     run.save(5, example(2), keep=1)
@@ -153,7 +153,7 @@ def test_what_is_saved_again_takes_the_place_of_the_first(tmp_path: Path) -> Non
     assert names(tmp_path) == ["latest", "state-000000000005"]
 
 
-def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
+def test_run_state_full_disk_keeps_the_old_state(tmp_path: Path) -> None:
     run = RunState(tmp_path)
     run.save(5, example())
     before = (names(tmp_path), (tmp_path / "latest").read_text())
@@ -165,7 +165,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path) -> None:
     assert leaves(state) == leaves(example())
 
 
-def test_room_is_looked_for_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_checks_free_space_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 1000, 1000))
     with pytest.raises(CheckpointError, match=r"are needed, but only 1000 bytes are free"):
@@ -174,7 +174,7 @@ def test_room_is_looked_for_before_writing(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("where", ["in the shards", "before the rename"])
-def test_ctrl_c_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_run_state_interrupted_keeps_the_old_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     run = RunState(tmp_path)
     run.save(5, example())
 
@@ -192,7 +192,7 @@ def test_ctrl_c_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.Monkey
     assert run.latest() == tmp_path / "state-000000000005"
 
 
-def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
+def test_run_state_leftovers_of_a_kill_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".saving-state-000000000004").mkdir()
     (tmp_path / ".saving-state-000000000004" / "__0_0.distcp").write_bytes(b"half")
     run = RunState(tmp_path)
@@ -202,7 +202,7 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pointer", [None, b"", b"\xff\xfe", b"state-000000000099\n", b"../../etc/passwd"])
-def test_a_damaged_pointer_is_replaced_by_the_newest(
+def test_run_state_damaged_pointer_falls_back_to_the_newest(
     tmp_path: Path, pointer: bytes | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = RunState(tmp_path)
@@ -218,7 +218,7 @@ def test_a_damaged_pointer_is_replaced_by_the_newest(
     assert "names no state" in caplog.text
 
 
-def test_the_pointer_may_name_an_older_state(tmp_path: Path) -> None:
+def test_run_state_pointer_to_an_older_state_is_followed(tmp_path: Path) -> None:
     run = RunState(tmp_path)
     run.save(5, example(5))
     run.save(6, example(6))
@@ -227,7 +227,7 @@ def test_the_pointer_may_name_an_older_state(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("victim", [".metadata", "state.json", "__0_0.distcp"])
-def test_a_truncated_state_gives_way_to_an_older_one(
+def test_run_state_truncated_falls_back_to_an_older_one(
     tmp_path: Path, victim: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = RunState(tmp_path)
@@ -241,14 +241,14 @@ def test_a_truncated_state_gives_way_to_an_older_one(
     assert "looking for an older state" in caplog.text
 
 
-def test_where_no_state_is_whole_it_says_so(tmp_path: Path) -> None:
+def test_run_state_without_a_complete_one_is_an_error(tmp_path: Path) -> None:
     run = RunState(tmp_path)
     (run.save(5, example()) / ".metadata").unlink()
     with pytest.raises(CheckpointError, match=r"no state in .* is whole"):
         run.load(blank())
 
 
-def test_a_shard_overwritten_with_zeros_is_told(tmp_path: Path) -> None:
+def test_run_state_shard_of_zeros_is_reported(tmp_path: Path) -> None:
     run = RunState(tmp_path)
     shard = run.save(5, {"x": torch.arange(1000.0)}) / "__0_0.distcp"
     shard.write_bytes(bytes(shard.stat().st_size))
@@ -256,7 +256,7 @@ def test_a_shard_overwritten_with_zeros_is_told(tmp_path: Path) -> None:
         run.load({"x": torch.zeros(1000)})
 
 
-def test_a_state_of_another_config_says_which_settings_differ(tmp_path: Path) -> None:
+def test_run_state_of_another_config_names_the_settings(tmp_path: Path) -> None:
     small = {"model": {"width": 3, "depth": 2}, "batch": 64}
     RunState(tmp_path, small).save(5, {"model": {"w": torch.ones(3)}, "step": 7})
     state = {"model": {"w": torch.zeros(4), "b": torch.zeros(1)}, "step": 0}
@@ -267,14 +267,14 @@ def test_a_state_of_another_config_says_which_settings_differ(tmp_path: Path) ->
     assert state["model"]["w"].tolist() == [0, 0, 0, 0]
 
 
-def test_a_changed_dtype_is_no_silent_conversion(tmp_path: Path) -> None:
+def test_run_state_changed_dtype_is_refused(tmp_path: Path) -> None:
     RunState(tmp_path).save(5, {"w": torch.ones(3)})
     with pytest.raises(CheckpointError, match=r"w was saved as \(3,\) torch.float32, now \(3,\) torch.bfloat16"):
         RunState(tmp_path).load({"w": torch.ones(3, dtype=torch.bfloat16)})
 
 
 @pytest.mark.parametrize("value", [{1, 2}, object(), b"bytes", 1j, {("a",): 1}])
-def test_what_json_does_not_know_is_not_saved(tmp_path: Path, value: Any) -> None:
+def test_run_state_values_outside_json_are_refused(tmp_path: Path, value: Any) -> None:
     with pytest.raises(ValueError, match="state: x "):
         RunState(tmp_path).save(5, {"x": value})
     assert names(tmp_path) == []
@@ -290,7 +290,7 @@ class Malice:
         return Path.touch, (self.path,)
 
 
-def test_code_in_the_table_of_contents_is_not_run(tmp_path: Path) -> None:
+def test_run_state_pickled_metadata_runs_no_code(tmp_path: Path) -> None:
     run = RunState(tmp_path)
     trap = tmp_path / "trap"
     saved = run.save(5, example())
@@ -302,7 +302,7 @@ def test_code_in_the_table_of_contents_is_not_run(tmp_path: Path) -> None:
     assert not trap.exists()
 
 
-def test_pickled_values_in_the_shards_are_not_read(tmp_path: Path) -> None:
+def test_run_state_pickled_shards_are_not_read(tmp_path: Path) -> None:
     with run_state._ignore_single_process_warning():
         state_dict_saver.save({"x": Malice(tmp_path / "trap")}, checkpoint_id=tmp_path / "state")
     with pytest.raises(CheckpointError, match="refused: x is not a tensor"):

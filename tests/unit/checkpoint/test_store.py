@@ -58,7 +58,7 @@ def bits(stored: dict[str, Tensor]) -> dict[str, Any]:
     return {n: (t.dtype, t.shape, t.contiguous().flatten().view(torch.uint8).tolist()) for n, t in stored.items()}
 
 
-def test_a_header_may_be_of_any_length(tmp_path: Path) -> None:
+def test_header_of_any_length_is_read(tmp_path: Path) -> None:
     """The length comes first in the file, and its bytes may look like the beginning of another kind of file's."""
     begins = set()
     for more in range(0, 256, 8):
@@ -69,32 +69,32 @@ def test_a_header_may_be_of_any_length(tmp_path: Path) -> None:
     assert 0x80 in begins  # as a pickle
 
 
-def test_a_round_trip_is_bitwise(saved: Path) -> None:
+def test_store_round_trip_is_bitwise(saved: Path) -> None:
     header, loaded = store.load(saved)
     assert header == HEADER
     assert bits(loaded) == bits(tensors())
     assert store.read_header(saved) == HEADER
 
 
-def test_half_precision_and_transposed_tensors_come_back(tmp_path: Path) -> None:
+def test_store_half_precision_and_transposed_tensors_round_trip(tmp_path: Path) -> None:
     stored = {name: tensor.bfloat16() for name, tensor in tensors().items()}
     stored["model.token_embed.weight"] = stored["model.token_embed.weight"].T.contiguous().T
     store.save(tmp_path / "m", HEADER, stored)
     assert bits(store.load(tmp_path / "m")[1]) == bits(stored)
 
 
-def test_the_same_weights_are_the_same_bytes(saved: Path, tmp_path: Path) -> None:
+def test_store_same_weights_give_the_same_bytes(saved: Path, tmp_path: Path) -> None:
     for number in range(8):
         store.save(tmp_path / str(number), HEADER, tensors())
         assert (tmp_path / str(number)).read_bytes() == saved.read_bytes()
 
 
-def test_it_is_plain_safetensors_that_others_can_read(saved: Path) -> None:
+def test_store_file_is_plain_safetensors(saved: Path) -> None:
     assert set(load_file(saved)) == set(tensors())
     assert saved.stat().st_mode & stat.S_IROTH  # not only by its owner
 
 
-def test_nothing_but_the_file_is_left(saved: Path) -> None:
+def test_store_save_leaves_only_the_file(saved: Path) -> None:
     assert [path.name for path in saved.parent.iterdir()] == ["model.safetensors"]
 
 
@@ -123,12 +123,14 @@ def with_header(saved: Path, path: Path, change: dict[str, Any] | None) -> Path:
         ({"surprise": 1}, "its header can't be understood"),
     ],
 )
-def test_other_headers(saved: Path, tmp_path: Path, change: dict[str, Any] | None, message: str) -> None:
+def test_store_other_headers_are_refused(
+    saved: Path, tmp_path: Path, change: dict[str, Any] | None, message: str
+) -> None:
     with pytest.raises(CheckpointError, match=message):
         store.load(with_header(saved, tmp_path / "other", change))
 
 
-def test_a_header_that_does_not_fit_its_tensors_says_where(saved: Path, tmp_path: Path) -> None:
+def test_store_header_mismatch_names_the_tensor(saved: Path, tmp_path: Path) -> None:
     wider = store.to_dict(replace(TINY, classes=4))
     path = with_header(saved, tmp_path / "other", {"model": wider})
     with pytest.raises(
@@ -137,7 +139,7 @@ def test_a_header_that_does_not_fit_its_tensors_says_where(saved: Path, tmp_path
         store.load(path)
 
 
-def test_tensors_that_do_not_fit_are_not_saved(tmp_path: Path) -> None:
+def test_store_save_of_mismatched_tensors_is_refused(tmp_path: Path) -> None:
     fewer = tensors()
     del fewer["model.mask_token"]
     with pytest.raises(CheckpointError, match="mask_token is missing"):
@@ -158,14 +160,14 @@ def test_tensors_that_do_not_fit_are_not_saved(tmp_path: Path) -> None:
         ((20).to_bytes(8, "little") + b"{" + b"x" * 30, "is not a safetensors file: its header can't be read"),
     ],
 )
-def test_other_files(tmp_path: Path, content: bytes, message: str) -> None:
+def test_store_other_files_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=message):
         store.load(path)
 
 
-def test_no_file(tmp_path: Path) -> None:
+def test_store_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no such file"):
         store.load(tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="there is no such file"):
@@ -173,7 +175,7 @@ def test_no_file(tmp_path: Path) -> None:
 
 
 @hypothesis.given(share=st.floats(0, 1, exclude_max=True))
-def test_a_truncated_file_is_refused_wherever_it_ends(saved: Path, share: float) -> None:
+def test_store_truncated_file_is_refused_at_any_length(saved: Path, share: float) -> None:
     content = saved.read_bytes()
     path = saved.parent.parent / "truncated.safetensors"
     path.write_bytes(content[: int(share * len(content))])
@@ -182,14 +184,14 @@ def test_a_truncated_file_is_refused_wherever_it_ends(saved: Path, share: float)
 
 
 @hypothesis.given(content=st.binary(max_size=200))
-def test_no_garbage_gets_further_than_a_clear_line(saved: Path, content: bytes) -> None:
+def test_store_garbage_is_refused_in_one_line(saved: Path, content: bytes) -> None:
     path = saved.parent.parent / "garbage.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"garbage\.safetensors"):
         store.load(path)
 
 
-def test_a_full_disk_leaves_the_old_file(saved: Path, tmp_path: Path) -> None:
+def test_store_full_disk_keeps_the_old_file(saved: Path, tmp_path: Path) -> None:
     resource = pytest.importorskip("resource")
     path = tmp_path / "model.safetensors"
     shutil.copy(saved, path)
@@ -205,7 +207,7 @@ def test_a_full_disk_leaves_the_old_file(saved: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_room_is_looked_for_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_save_checks_free_space_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 100, 100))
     with pytest.raises(CheckpointError, match=r"KiB are needed, but only 100 bytes are free"):
@@ -213,7 +215,7 @@ def test_room_is_looked_for_before_writing(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_store_save_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
@@ -223,7 +225,7 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_can_not_be_is_a_clear_line(tmp_path: Path) -> None:
+def test_store_save_to_an_invalid_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"can't write .*: (Not a directory|File exists)"):
         store.save(tmp_path / "file" / "model.safetensors", HEADER, tensors())

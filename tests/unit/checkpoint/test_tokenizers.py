@@ -23,7 +23,7 @@ def autoencoder() -> AutoencoderKL:
         )
 
 
-def test_a_folder_of_diffusers_format_is_unmeasured(tmp_path: Path) -> None:
+def test_diffusers_folder_has_no_statistics(tmp_path: Path) -> None:
     made = autoencoder()
     made.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
@@ -34,7 +34,7 @@ def test_a_folder_of_diffusers_format_is_unmeasured(tmp_path: Path) -> None:
     torch.testing.assert_close(tokenizer.encode(image).mean, made.eval().encode(image).latent_dist.mean)
 
 
-def test_statistics_are_found_beside_it_and_in_a_pipeline_s_vae(tmp_path: Path) -> None:
+def test_diffusers_statistics_are_read_beside_it_or_in_vae(tmp_path: Path) -> None:
     tokenizer = KLTokenizer(autoencoder(), mean=[0.1, 0.2, 0.3, 0.4], std=[1.0, 2.0, 3.0, 4.0])
     save_tokenizer(tokenizer, tmp_path / "vae")
     for found in (load_tokenizer(tmp_path), load_tokenizer(tmp_path, "vae"), load_tokenizer(tmp_path / "vae")):
@@ -43,7 +43,7 @@ def test_statistics_are_found_beside_it_and_in_a_pipeline_s_vae(tmp_path: Path) 
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in tokenizer.state_dict().items())
 
 
-def test_measuring_later(tmp_path: Path) -> None:
+def test_diffusers_statistics_can_be_added_later(tmp_path: Path) -> None:
     save_tokenizer(KLTokenizer(autoencoder()), tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     assert not tokenizer.has_stats
@@ -52,7 +52,7 @@ def test_measuring_later(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).std.tolist() == [5.0]
 
 
-def test_what_is_not_an_autoencoder_kl(tmp_path: Path) -> None:
+def test_other_model_classes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"can't load a diffusers autoencoder from .*nothing"):
         load_tokenizer(tmp_path / "nothing")
     AutoencoderTiny(encoder_block_out_channels=(4,) * 4, decoder_block_out_channels=(4,) * 4).save_pretrained(tmp_path)
@@ -63,7 +63,7 @@ def test_what_is_not_an_autoencoder_kl(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", '{"mean": [0]}', '{"mean": [0], "std": [-1]}', "[]"])
-def test_broken_statistics(tmp_path: Path, text: str) -> None:
+def test_broken_statistics_are_refused(tmp_path: Path, text: str) -> None:
     autoencoder().save_pretrained(tmp_path)
     (tmp_path / "mar_statistics.json").write_text(text)
     with pytest.raises(ValueError, match=r"mar_statistics\.json is not what"):

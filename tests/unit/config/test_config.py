@@ -64,14 +64,14 @@ from mar.config import (
         ),
     ],
 )
-def test_refused(kind: type, settings: dict[str, Any], words: str) -> None:
+def test_config_invalid_value_is_refused(kind: type, settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         kind(**settings)
 
 
 @pytest.mark.parametrize("name", ["steps", "diffusion_steps", "diffusion_steps_end", "uncond_interval"])
 @pytest.mark.usefixtures("untyped")
-def test_half_a_step_is_refused(name: str) -> None:
+def test_config_fractional_step_is_refused(name: str) -> None:
     assert getattr(SamplingConfig(**{name: np.int64(2)}), name) == 2
     for value in (2.5, "2"):
         with pytest.raises(ConfigError, match=f"{name} is {value!r}, but it must be a whole number"):
@@ -97,20 +97,20 @@ def test_half_a_step_is_refused(name: str) -> None:
         ),
     ],
 )
-def test_words_that_are_not_known(config: Any, name: str, value: str, words: str) -> None:
+def test_config_unknown_choice_is_refused(config: Any, name: str, value: str, words: str) -> None:
     object.__setattr__(config, name, value)  # under pytest the types of arguments are checked before the config is
     with pytest.raises(ConfigError, match=words):
         config.__post_init__()
 
 
-def test_a_grid_from_json_is_a_tuple_again() -> None:
+def test_config_grid_from_json_is_a_tuple() -> None:
     config = from_dict(ModelConfig, {"grid": [8, 4], "encoder": {"width": 32, "heads": 4}})
     assert config.grid == (8, 4)
     assert config.encoder == TrunkConfig(width=32, num_heads=4)
     assert hash(config) == hash(from_dict(ModelConfig, to_dict(config)))
 
 
-def test_what_an_older_version_could_choose_is_left_out_where_it_chose_as_this_one_does() -> None:
+def test_config_removed_field_with_the_fixed_value_is_ignored() -> None:
     old = {"width": 32, "heads": 4, "norm": "layer", "mlp": "gelu", "qk_norm": False}
     assert from_dict(TrunkConfig, old) == TrunkConfig(32, num_heads=4)
     assert from_dict(HeadConfig, {"timesteps": "uniform"}) == HeadConfig()
@@ -120,7 +120,7 @@ def test_what_an_older_version_could_choose_is_left_out_where_it_chose_as_this_o
         from_dict(HeadConfig, {"steps": None})
 
 
-def test_a_nested_field_that_is_not_there_is_named() -> None:
+def test_config_unknown_nested_field_is_named() -> None:
     with pytest.raises(ConfigError, match="HeadConfig has no field steps; it has batch_mul, depth"):
         from_dict(TrainConfig, {"model": {"head": {"steps": 3}}})
 
@@ -133,14 +133,14 @@ def test_a_nested_field_that_is_not_there_is_named() -> None:
         ({"diffusion_steps": 49, "start_t": 0.95}, "49, but the model's schedule has 50, of which start_t 0.95"),
     ],
 )
-def test_more_than_a_model_has_learned(settings: dict[str, Any], words: str) -> None:
+def test_sampling_config_beyond_the_model_is_refused(settings: dict[str, Any], words: str) -> None:
     model = ModelConfig(head=HeadConfig(diffusion_steps=50))
     with pytest.raises(ConfigError, match=words):
         SamplingConfig(**settings).check(model)
     SamplingConfig(diffusion_steps=48, start_t=0.95).check(model)
 
 
-def test_settings_of_an_older_version_draw_as_they_did() -> None:
+def test_config_of_an_older_version_means_the_same() -> None:
     old = {"steps": 20, "diffusion_steps": 25, "guidance": 4.0, "guidance_schedule": "linear", "temperature": 1.0}
     read = from_dict(SamplingConfig, {**old, "x0_bound": 2.2})
     assert (read.solver, read.timestep_spacing, read.diffusion_steps_end, read.start_t) == (
@@ -153,7 +153,7 @@ def test_settings_of_an_older_version_draw_as_they_did() -> None:
     assert (read.mask_schedule, read.order) == ("cosine", "random")
 
 
-def test_what_follows_from_a_config() -> None:
+def test_model_config_derived_values_are_right() -> None:
     config = ModelConfig(channels=4, grid=(8, 12), patch_size=2)
     assert (config.tokens, config.token_width) == (24, 16)
     assert [ModelConfig(classes=c, label_drop=d).guidable for c, d in ((10, 0.1), (0, 0.1), (10, 0.0))] == [

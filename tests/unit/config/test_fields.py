@@ -58,7 +58,7 @@ def nothing_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_fields, "_noted", set())
 
 
-def test_old_keys_of_files_are_read_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+def test_old_keys_in_files_are_read_silently(caplog: pytest.LogCaptureFixture) -> None:
     assert from_dict(SamplingConfig, OLD_SAMPLING) == NEW_SAMPLING
     trunk = {"width": 32, "heads": 4}
     model = from_dict(ModelConfig, {"patch": 2, "buffer": 8, "encoder": trunk, "decoder": trunk})
@@ -78,23 +78,23 @@ def test_old_keys_of_files_are_read_without_a_word(caplog: pytest.LogCaptureFixt
     assert not caplog.records
 
 
-def test_an_end_of_the_interval_alone_leaves_the_other_as_it_is() -> None:
+def test_old_guidance_until_alone_keeps_the_start() -> None:
     assert rename_old_keys(SamplingConfig, {"guidance_until": 0.5}) == {"guidance_interval": (0.0, 0.5)}
     own = SamplingConfig(guidance_interval=(0.2, 0.8))
     assert rename_old_keys(SamplingConfig, {"guidance_from": 0.5}, own) == {"guidance_interval": (0.5, 0.8)}
 
 
-def test_other_keys_stay_as_they_are() -> None:
+def test_other_keys_are_unchanged() -> None:
     values = {"weights": "abc", "guidance_scale": 2.0, "odd]": [1], "a[0]": {}}
     assert rename_old_keys(SamplingConfig, values) == values
 
 
-def test_an_old_name_beside_its_new_one_is_refused() -> None:
+def test_old_name_beside_new_name_is_refused() -> None:
     with pytest.raises(ConfigError, match="got both guidance and guidance_scale, expected guidance_scale alone"):
         rename_old_keys(SamplingConfig, {"guidance_scale": 1.0, "guidance": 2.0})
 
 
-def test_in_python_the_new_name_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_old_name_in_python_logs_the_new_one_once(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny.tiny_pipeline()
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
@@ -111,7 +111,7 @@ def test_in_python_the_new_name_is_logged_once(caplog: pytest.LogCaptureFixture)
 
 
 @pytest.mark.parametrize("words", ["--guidance 3 --guidance-from=.1", "--guidance=3 --guidance_from .1"])
-def test_on_the_command_line_of_drawing(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_old_option_of_sample_is_an_alias(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     rest = ["--spacing", "log-snr", "--noisiest", "0.95", "--guidance-refresh=2", "--reveal-schedule", "exponential"]
     for _ in range(2):
         options = parse(SampleOptions, "sample", ["fashion", *words.split(), *rest])
@@ -130,7 +130,7 @@ def test_on_the_command_line_of_drawing(words: str, capsys: pytest.CaptureFixtur
     assert "mar: --reveal-schedule is now --mask-schedule; the old name still works" in lines
 
 
-def test_on_the_command_line_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+def test_old_option_of_train_is_an_alias(capsys: pytest.CaptureFixture[str]) -> None:
     own = TrainOptions(config=TrainConfig(sampling=SamplingConfig(guidance_interval=(0.2, 0.8))))
     words = "--model.patch 2 --model.buffer=8 --model.encoder.heads 6 --model.decoder.heads 4 --recompute full"
     words += " --colours 1 --sampling.guidance 2 --sampling.guidance-until 0.7"
@@ -145,7 +145,7 @@ def test_on_the_command_line_of_training(capsys: pytest.CaptureFixture[str]) -> 
     assert "mar: --sampling.guidance-until is now number 2 of --sampling.guidance-interval; the old" in said
 
 
-def test_on_other_command_lines() -> None:
+def test_old_option_of_other_verbs_is_an_alias() -> None:
     assert parse(TokenizerTrainOptions, "tokenizer train", ["--colours", "3"]).config.image_channels == 3
     options = parse(ConvertOptions, "convert", ["a.pth", "b.safetensors", "--heads", "2", "--patch", "1"])
     assert (options.num_heads, options.patch_size) == (2, 1)
@@ -153,7 +153,7 @@ def test_on_other_command_lines() -> None:
         parse(ConvertOptions, "convert", ["a.pth", "b.safetensors", "--guidance", "2"])
 
 
-def test_a_sweep_of_before_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_sweep_with_old_names_continues(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     report = {"distance": 1.0, "seconds": 2.0, "count": 2}
     settings = {"weights": "abc", "steps": 8, "guidance_from": 0.0, "guidance_until": 1.0, "noisiest": 1.0}
     held = {
@@ -174,7 +174,7 @@ def test_a_sweep_of_before_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert "guidance_until" not in fixed_settings(SamplingConfig(), {"guidance_until": 0.5})
 
 
-def test_digests_keep_the_first_names() -> None:
+def test_config_digest_uses_the_first_names() -> None:
     values = to_dict_for_hash(ModelConfig())
     assert {"patch", "buffer", "channels"} <= {*values}
     assert {"heads", "width"} <= {*values["encoder"]}

@@ -61,7 +61,7 @@ def shown(source: StreamSource, shard: int) -> list[tuple[str, int, int]]:
     return [(e.name, e.image.getpixel((0, 0)) // 5, e.label) for e in examples]
 
 
-def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_names_are_recognized(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hub_name("someone/pictures") == hub_name("hub:someone/pictures") == ("someone/pictures", None)
     assert hub_name("hub:old-name@small") == ("old-name", "small")
     assert hub_name("someone/pictures@v1.0") == ("someone/pictures", "v1.0")
@@ -73,7 +73,7 @@ def test_names_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         hub_name("hub:@small")
 
 
-def test_a_data_set_of_the_hub_is_a_table(repository: Path, tmp_path: Path) -> None:
+def test_hub_dataset_is_a_table(repository: Path, tmp_path: Path) -> None:
     place = repository.rename(tmp_path / "repository")
     source = open_source(f"hub:{place}")
     assert source.classes == ("cat", "dog")
@@ -85,7 +85,7 @@ def test_a_data_set_of_the_hub_is_a_table(repository: Path, tmp_path: Path) -> N
         open_source(f"hub:{place}@nosuch")
 
 
-def test_configuration_and_split_are_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_configuration_and_split_are_requested(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     table = datasets.Dataset.from_dict(
         {"image": [{"bytes": png_bytes(1), "path": None}]}, features=datasets.Features({"image": datasets.Image()})
@@ -101,14 +101,14 @@ def test_configuration_and_split_are_asked_of_the_hub(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("spec", ["someone/pictures", "stream:someone/pictures", "stream:hub:someone/pictures"])
-def test_without_a_network_one_line_says_so(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_without_a_network_fails_in_one_line(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="pictures can't be opened on the Hub, and is no path here: ") as caught:
         open_data(spec)
     assert "\n" not in str(caught.value)
 
 
-def test_errors_of_whatever_speaks_http_are_one_line_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_http_errors_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     library = ModuleType("aiohttp")
     monkeypatch.setattr(library, "ClientError", type("ClientError", (Exception,), {}), raising=False)
     monkeypatch.setitem(sys.modules, "aiohttp", library)
@@ -121,7 +121,7 @@ def test_errors_of_whatever_speaks_http_are_one_line_too(monkeypatch: pytest.Mon
         open_source("a/b")
 
 
-def test_a_stream_of_parquet_files(repository: Path) -> None:
+def test_stream_of_parquet_files_is_read(repository: Path) -> None:
     for spec in (f"stream:{repository}", f"stream:hub:{repository}"):
         if "hub" in spec:
             spec = f"stream:hub:{repository.rename(repository.with_name('repository'))}"
@@ -135,7 +135,7 @@ def test_a_stream_of_parquet_files(repository: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_stream_of_tar_files_is_the_same_as_all_streams(tmp_path: Path, workers: int) -> None:
+def test_stream_of_tar_files_is_like_other_streams(tmp_path: Path, workers: int) -> None:
     for spec in (f"stream:{write_tar_shards(tmp_path / 'a')}", f"stream:{tmp_path}/a/shard-{{000..003}}.tar"):
         source = opened(spec, classes=3)
         assert source.classes == ("0", "1", "2")
@@ -145,7 +145,7 @@ def test_a_stream_of_tar_files_is_the_same_as_all_streams(tmp_path: Path, worker
         assert all(batch.labels.tolist() == [number % 3 for number in image_numbers(batch)] for batch in found)
 
 
-def test_files_by_url(tmp_path: Path) -> None:
+def test_stream_of_urls_is_read(tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     for path in write_tar_shards(tmp_path).glob("*.tar"):
         memory.pipe(f"/web/{path.name}", path.read_bytes())
@@ -157,7 +157,7 @@ def test_files_by_url(tmp_path: Path) -> None:
         open_data("stream:memory://web/shard-{000..004}.tar")
 
 
-def test_pictures_that_lie_beside_their_table(tmp_path: Path) -> None:
+def test_stream_images_beside_their_table_are_fetched(tmp_path: Path) -> None:
     for name in ("cat", "dog"):
         (tmp_path / "train" / name).mkdir(parents=True)
         (tmp_path / "train" / name / "1.png").write_bytes(png_bytes(len(name) + (name == "dog")))
@@ -170,7 +170,7 @@ def test_pictures_that_lie_beside_their_table(tmp_path: Path) -> None:
         source.example(row)
 
 
-def test_a_shard_that_breaks_off_is_left_and_named(tmp_path: Path) -> None:
+def test_stream_truncated_shard_is_skipped_and_named(tmp_path: Path) -> None:
     source = opened(f"stream:{write_tar_shards(tmp_path)}", 3)
     path = tmp_path / "shard-001.tar"
     whole = path.read_bytes()
@@ -200,7 +200,7 @@ def shown_while_training(source: StreamSource) -> tuple[set[int], set[str]]:
     return {number for batch in found for number in image_numbers(batch)}, names
 
 
-def test_labels_of_a_stream(tmp_path: Path) -> None:
+def test_stream_labels_are_read(tmp_path: Path) -> None:
     parquet(tmp_path / "numbers.parquet", 0, 3, datasets.Value("int64"), [4, -1, None])
     spec = f"stream:{tmp_path / 'numbers.parquet'}"
     assert [row.label for row in opened(spec, 5).shards.samples(0)] == [4, -1, -1]
@@ -218,7 +218,7 @@ def test_labels_of_a_stream(tmp_path: Path) -> None:
         open_data(f"stream:{tmp_path / 'names.parquet'}", 2)
 
 
-def test_labels_in_json(tmp_path: Path) -> None:
+def test_stream_labels_in_json_are_read(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [(f"{i}.{e}", d) for i in range(2) for e, d in _pair(i)])
     assert [row.label for row in opened(f"stream:{tmp_path / 'a.tar'}", 9).shards.samples(0)] == [7, 8]
     (tmp_path / "repository").mkdir()
@@ -232,7 +232,7 @@ def _pair(number: int) -> list[tuple[str, bytes]]:
     return [("png", png_bytes(number)), ("json", b'{"label": %d, "width": 8}' % (7 + number))]
 
 
-def test_what_is_no_stream(tmp_path: Path) -> None:
+def test_stream_of_other_sources_is_refused(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.new("L", (4, 4)).save(buffer, "PNG")
     (tmp_path / "a.png").write_bytes(buffer.getvalue())
@@ -248,7 +248,7 @@ def test_what_is_no_stream(tmp_path: Path) -> None:
         open_source("stream:someone/pictures")
 
 
-def test_a_table_without_columns_can_not_be_streamed() -> None:
+def test_stream_of_a_table_without_columns_is_refused() -> None:
     unknown = datasets.IterableDataset.from_generator(lambda: iter([{"image": 1}]))
     with pytest.raises(ValueError, match="does not tell its columns"):
         hub.DatasetShards(unknown, "x", [], 0)

@@ -33,7 +33,7 @@ def test_adm_crop_enlarges_what_is_too_small() -> None:
     assert np.array_equal(adm_center_crop(image, 40), image.resize((40, 60), BICUBIC).crop((0, 10, 40, 50)))
 
 
-def test_crop_to_a_rectangle() -> None:
+def test_adm_crop_to_a_rectangle() -> None:
     image = noise(400, 300)
     # Halved once, since 300 >= 2 * 64 and 400 >= 2 * 128, but not twice; then 200 x 150 covers 128 x 64 as 128 x 96.
     expected = image.resize((200, 150), BOX).resize((128, 96), BICUBIC).crop((0, 16, 128, 80))
@@ -42,18 +42,18 @@ def test_crop_to_a_rectangle() -> None:
         assert np.array_equal(adm_center_crop(image, (size, size)), adm_center_crop(image, size))
 
 
-def test_a_picture_of_the_right_size_is_left_alone() -> None:
+def test_adm_crop_right_size_is_unchanged() -> None:
     image = noise(28, 28, "L")
     assert np.array_equal(adm_center_crop(image, 28), image)
 
 
-def test_values_are_in_minus_one_to_one() -> None:
+def test_to_tensor_values_are_in_minus_one_to_one() -> None:
     image = Image.fromarray(np.array([[0, 255]], dtype=np.uint8))
     assert to_tensor(image, 1).tolist() == [[[-1.0, 1.0]]]
     assert to_tensor(image, 3).tolist() == [[[-1.0, 1.0]]] * 3
 
 
-def test_gray_from_color_is_weighed_and_color_channels_keep_their_order() -> None:
+def test_to_tensor_gray_is_weighted_and_channels_keep_order() -> None:
     image = Image.new("RGB", (1, 1), (255, 0, 0))
     assert to_tensor(image, 3).flatten().tolist() == [1.0, -1.0, -1.0]
     assert to_tensor(image, 1).item() == pytest.approx(2 * 0.299 - 1, abs=0.005)
@@ -63,7 +63,7 @@ def pixel(image: Image.Image, channels: int = 3) -> tuple[int, ...] | int:
     return convert_channels(image, channels).getpixel((0, 0))
 
 
-def test_transparency_is_laid_on_white() -> None:
+def test_to_tensor_transparency_becomes_white() -> None:
     assert pixel(Image.new("RGBA", (1, 1), (255, 0, 0, 0))) == (255, 255, 255)
     assert pixel(Image.new("RGBA", (1, 1), (0, 0, 0, 51))) == (204, 204, 204)
     assert pixel(Image.new("LA", (1, 1), (0, 0))) == (255, 255, 255)
@@ -75,14 +75,14 @@ def test_transparency_is_laid_on_white() -> None:
     assert pixel(palette) == (255, 255, 255)
 
 
-def test_other_color_modes() -> None:
+def test_to_tensor_other_color_modes_are_converted() -> None:
     assert pixel(Image.new("CMYK", (1, 1), (0, 255, 255, 0))) == (255, 0, 0)
     assert pixel(Image.new("1", (1, 1), 1), channels=1) == 255
     assert pixel(Image.new("YCbCr", (1, 1), (255, 128, 128))) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
-def test_sixteen_bits_are_scaled_not_clipped(dtype: type) -> None:
+def test_to_tensor_16_bit_values_are_scaled(dtype: type) -> None:
     image = Image.fromarray(np.array([[0, 32768, 65535]], dtype=dtype))
     assert image.mode in ("I;16", "I")
     assert np.asarray(convert_channels(image, 1)).tolist() == [[0, 128, 255]]
@@ -94,7 +94,7 @@ def test_transform_cuts_to_a_size() -> None:
     assert Transform((8, 16), channels=1)(image).shape == (1, 8, 16)
 
 
-def test_bad_requests() -> None:
+def test_invalid_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="expected at least 1 pixel"):
         Transform((0, 4))
     with pytest.raises(ValueError, match="channels: got 2"):

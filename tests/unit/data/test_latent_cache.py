@@ -70,7 +70,7 @@ def pixels(source: Source, index: int) -> torch.Tensor:
     return Transform((8, 8), 1)(source[index].image)
 
 
-def test_every_picture_is_where_its_number_says(data: Path, cache: Path) -> None:
+def test_cache_image_order_follows_numbers(data: Path, cache: Path) -> None:
     found, source = open_data(cache), open_source(data)
     assert isinstance(found, LatentSource)
     assert len(found) == len(source) == 20
@@ -95,7 +95,7 @@ def test_shards_are_plain_safetensors(cache: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("fp32", 0.0), ("fp16", 2**-11), ("bf16", 2**-8)])
-def test_what_storing_costs(dtype: str, error: float, data: Path, tmp_path: Path) -> None:
+def test_cache_size_per_image_is_as_stated(dtype: str, error: float, data: Path, tmp_path: Path) -> None:
     exact, stored = made(data, tmp_path / "a"), made(data, tmp_path / "b", dtype=dtype)
     for i in range(20):
         (a, _), (b, _) = exact.read(i, i % 2 == 0), stored.read(i, i % 2 == 0)
@@ -103,13 +103,13 @@ def test_what_storing_costs(dtype: str, error: float, data: Path, tmp_path: Path
     assert stored.manifest.image_bytes() == 2 * 2 * 64 * (4 if dtype == "fp32" else 2) + 4
 
 
-def test_an_imagenet_picture_takes_half_of_what_the_reference_writes(cache: Path) -> None:
+def test_cache_imagenet_image_is_half_the_references_size(cache: Path) -> None:
     """KL-16 at 256x256: 64 KiB and the headers of npz there; 32 KiB here, and 4 bytes for its label."""
     about = read_manifest(cache)
     assert type(about)(**{**vars(about), "shape": (16, 16, 16), "dtype": "fp16"}).image_bytes() == 32 * 1024 + 4
 
 
-def test_means_alone_of_a_deterministic_tokenizer_and_no_flips(data: Path, tmp_path: Path) -> None:
+def test_cache_deterministic_tokenizer_stores_means_only(data: Path, tmp_path: Path) -> None:
     found = made(data, tmp_path / "cache", PixelTokenizer(1), flip=False)
     assert found.read(3, False)[0].shape == (1, 1, 8, 8)
     assert next(found.in_order()).logvar is None
@@ -117,12 +117,12 @@ def test_means_alone_of_a_deterministic_tokenizer_and_no_flips(data: Path, tmp_p
         found.read(3, True)
 
 
-def test_latents_are_not_moved(cache: Path) -> None:
+def test_cache_with_shift_is_refused(cache: Path) -> None:
     with pytest.raises(ConfigError, match="cache holds latents, which can't be moved; train with --shift 0"):
         next(batches(LatentSource(cache), Transform((8, 8), 1), batch=8, seed=0, shift=1))
 
 
-def test_statistics_do_not_matter_to_a_cache_but_are_found_in_it(data: Path, tmp_path: Path) -> None:
+def test_cache_is_independent_of_statistics(data: Path, tmp_path: Path) -> None:
     made(data, tmp_path / "a")
     measured = Blurry(1)
     measured.set_statistics(0.3, 0.7)
@@ -143,7 +143,7 @@ def test_statistics_do_not_matter_to_a_cache_but_are_found_in_it(data: Path, tmp
     torch.testing.assert_close(posterior.std, wanted.std)
 
 
-def test_a_fingerprint_is_of_weights_and_not_of_statistics() -> None:
+def test_tokenizer_fingerprint_ignores_statistics() -> None:
     one, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     tokenizer = Blurry(1)
     plain = fingerprint(tokenizer)
@@ -155,7 +155,7 @@ def test_a_fingerprint_is_of_weights_and_not_of_statistics() -> None:
     assert len({plain, with_one, fingerprint(tokenizer)}) == 3
 
 
-def test_the_loader_gives_what_it_gives_from_pictures(data: Path, cache: Path) -> None:
+def test_loader_from_cache_matches_images(data: Path, cache: Path) -> None:
     """With broken pictures replaced by the same ones, and by workers, which map the files themselves."""
     found = pickle.loads(pickle.dumps(LatentSource(cache)))
     settings: dict[str, Any] = {"batch": 8, "seed": 3, "start": 5}
@@ -170,7 +170,7 @@ def test_the_loader_gives_what_it_gives_from_pictures(data: Path, cache: Path) -
         images = batches(open_source(data), transform, **settings)
 
 
-def test_pictures_that_cannot_be_read_keep_their_places(tmp_path: Path) -> None:
+def test_cache_unreadable_images_keep_their_numbers(tmp_path: Path) -> None:
     data = tiny.write_images(tmp_path / "pictures")
     (data / "across" / "7.png").write_bytes(b"no picture")
     found, source = made(data, tmp_path / "cache"), open_source(data)
@@ -187,7 +187,7 @@ def test_pictures_that_cannot_be_read_keep_their_places(tmp_path: Path) -> None:
     assert verify(tmp_path / "cache").index.skipped == found.index.skipped
 
 
-def test_pictures_none_of_which_can_be_read(tmp_path: Path) -> None:
+def test_cache_without_readable_images_is_refused(tmp_path: Path) -> None:
     for i in range(5):
         (tmp_path / f"{i}.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match="none of the 5 pictures of the pictures can be read"):
@@ -195,7 +195,7 @@ def test_pictures_none_of_which_can_be_read(tmp_path: Path) -> None:
     assert not (tmp_path / "cache" / INDEX).exists()
 
 
-def test_one_flipped_bit_is_found_wherever_it_is(cache: Path) -> None:
+def test_cache_verify_finds_a_flipped_bit(cache: Path) -> None:
     heard: list[float] = []
     verify(cache, heard.append)
     assert heard == [6, 12, 18, 20]
@@ -216,7 +216,7 @@ def test_one_flipped_bit_is_found_wherever_it_is(cache: Path) -> None:
     verify(cache)
 
 
-def test_shards_that_are_cut_short_or_gone_are_made_again_and_no_others(data: Path, cache: Path) -> None:
+def test_cache_damaged_shards_alone_are_rebuilt(data: Path, cache: Path) -> None:
     before, when = processes.read_tree(cache), {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
     short = cache / "00001.safetensors"
     short.write_bytes(short.read_bytes()[:-100])
@@ -235,7 +235,7 @@ def test_shards_that_are_cut_short_or_gone_are_made_again_and_no_others(data: Pa
     assert touched == {"00001.safetensors", INDEX}
 
 
-def test_an_index_that_is_lost_is_put_together_again(data: Path, cache: Path) -> None:
+def test_cache_lost_index_is_rebuilt(data: Path, cache: Path) -> None:
     whole = (cache / INDEX).read_bytes()
     (cache / INDEX).unlink()
     with pytest.raises(ConfigError, match=r"not finished \(4 of 4 shards\)"):
@@ -255,16 +255,14 @@ def test_an_index_that_is_lost_is_put_together_again(data: Path, cache: Path) ->
     ],
     ids=["size", "dtype", "flip", "shard", "tokenizer"],
 )
-def test_a_cache_goes_on_only_with_its_own_settings(
-    settings: dict[str, Any], words: str, data: Path, cache: Path
-) -> None:
+def test_cache_with_other_settings_is_refused(settings: dict[str, Any], words: str, data: Path, cache: Path) -> None:
     before = processes.read_tree(cache)
     with pytest.raises(ConfigError, match=f"was begun with .*{words}"):
         made(data, cache, **settings)
     assert processes.read_tree(cache) == before
 
 
-def test_a_cache_goes_on_only_with_its_own_pictures(tmp_path: Path) -> None:
+def test_cache_of_other_images_is_refused(tmp_path: Path) -> None:
     data = tiny.write_images(tmp_path / "pictures")
     made(data, tmp_path / "cache")
     moved = data.rename(tmp_path / "moved")
@@ -274,7 +272,7 @@ def test_a_cache_goes_on_only_with_its_own_pictures(tmp_path: Path) -> None:
         made(moved, tmp_path / "cache")
 
 
-def test_digests_of_tables_follow_pictures_and_labels(tmp_path: Path) -> None:
+def test_table_digest_follows_images_and_labels(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     from mar.data.parquet import TableSource
 
@@ -288,11 +286,11 @@ def test_digests_of_tables_follow_pictures_and_labels(tmp_path: Path) -> None:
     assert len({same, source_digest(table([1, 20], [1, 1])), source_digest(table([20, 1], [0, 1]))}) == 3
 
 
-def test_digests_of_the_bundled_pictures() -> None:
+def test_bundled_digests_are_stable() -> None:
     assert source_digest(open_source("fashion")) != source_digest(open_source("fashion", "test"))
 
 
-def test_latents_beyond_the_range_are_refused(data: Path, tmp_path: Path) -> None:
+def test_cache_latents_out_of_range_are_refused(data: Path, tmp_path: Path) -> None:
     large = Blurry(1)
     large.factor = 1e5
     with pytest.raises(ValueError, match=r"the latents of .*\.png reach 1e\+05, but fp16 ends at 6\.55e\+04"):
@@ -303,7 +301,7 @@ def test_latents_beyond_the_range_are_refused(data: Path, tmp_path: Path) -> Non
         made(data, tmp_path / "c", large)
 
 
-def test_labels_that_are_no_class_are_refused(data: Path, tmp_path: Path) -> None:
+def test_cache_invalid_labels_are_refused(data: Path, tmp_path: Path) -> None:
     class Wrong:
         classes, flips = ("a", "b"), True
 
@@ -320,7 +318,7 @@ def test_labels_that_are_no_class_are_refused(data: Path, tmp_path: Path) -> Non
         write_shards(tmp_path, about, Wrong(), tokenizer, prepare_cache(tmp_path, about) or [], device=CPU)
 
 
-def test_folders_that_are_not_for_a_cache(data: Path, tmp_path: Path) -> None:
+def test_cache_into_another_folder_is_refused(data: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"mine\.txt is there, but not from `mar cache`"):
         made(data, tmp_path)
@@ -333,9 +331,7 @@ def test_folders_that_are_not_for_a_cache(data: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
-def test_too_little_room_is_said_before_anything_is_written(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cache_too_little_disk_fails_beforehand(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Usage:
         free = 20_000
 
@@ -345,7 +341,7 @@ def test_too_little_room_is_said_before_anything_is_written(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_cache_is_no_source_of_pictures_and_newer_formats_are_said(cache: Path) -> None:
+def test_cache_as_images_or_of_a_newer_format_is_refused(cache: Path) -> None:
     with pytest.raises(ValueError, match="holds cached latents, not pictures; those were in the pictures"):
         open_source(cache)
     sealed = json.loads((cache / MANIFEST).read_text())

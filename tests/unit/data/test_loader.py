@@ -38,7 +38,7 @@ def positions(order: InfiniteSampler, start: int, count: int) -> list[tuple[int,
     return [key for keys in islice(order.batches(start), count) for key in keys]
 
 
-def test_every_epoch_shows_every_picture_once_in_an_order_of_its_own() -> None:
+def test_sampler_epoch_has_every_image_once_in_new_order() -> None:
     order = InfiniteSampler(length=30, seed=1, batch=4)
     epochs = [[order.index(p) for p in range(30 * e, 30 * (e + 1))] for e in range(3)]
     assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
@@ -47,7 +47,7 @@ def test_every_epoch_shows_every_picture_once_in_an_order_of_its_own() -> None:
 
 
 @given(length=st.integers(1, 40), world=st.integers(1, 4), share=st.integers(1, 5), start=st.integers(0, 200))
-def test_ranks_share_each_batch_whatever_the_world(length: int, world: int, share: int, start: int) -> None:
+def test_sampler_ranks_share_the_same_batches(length: int, world: int, share: int, start: int) -> None:
     batch = world * share
     alone = positions(InfiniteSampler(length, 3, batch), start, 3)
     assert [p for p, _ in alone] == list(range(start, start + 3 * batch))
@@ -56,20 +56,20 @@ def test_ranks_share_each_batch_whatever_the_world(length: int, world: int, shar
     assert together == alone
 
 
-def test_going_on_from_a_position_is_the_same_as_not_stopping() -> None:
+def test_sampler_resumed_equals_uninterrupted() -> None:
     order = InfiniteSampler(length=7, seed=5, batch=3)
     whole = list(islice(order.batches(), 10))
     assert list(islice(order.batches(12), 6)) == whole[4:]
 
 
-def test_flips_are_fair_keyed_and_not_tied_to_the_order() -> None:
+def test_flips_are_fair_keyed_and_independent_of_order() -> None:
     coins = [random_flip(1, p) for p in range(1000)]
     assert 440 < sum(coins) < 560
     assert coins == [random_flip(1, p) for p in range(1000)]
     assert coins != [random_flip(2, p) for p in range(1000)]
 
 
-def test_shifts_are_all_alike_keyed_and_not_tied_to_the_flips() -> None:
+def test_shifts_are_uniform_keyed_and_independent_of_flips() -> None:
     found = [random_shift(1, p, 2) for p in range(5000)]
     assert found == [random_shift(1, p, 2) for p in range(5000)]
     assert found != [random_shift(2, p, 2) for p in range(5000)]
@@ -87,7 +87,7 @@ def test_shifts_are_all_alike_keyed_and_not_tied_to_the_flips() -> None:
         ({"rank": 2, "world": 2, "batch": 4}, "rank: got 2, expected 0 to 1"),
     ],
 )
-def test_bad_requests(kwargs: dict[str, int], message: str) -> None:
+def test_loader_invalid_arguments_are_refused(kwargs: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         InfiniteSampler(**{"length": 10, "seed": 0, "batch": 4, **kwargs})
 
@@ -97,7 +97,7 @@ def test_bad_requests(kwargs: dict[str, int], message: str) -> None:
 IMAGE = torch.arange(24.0).reshape(2, 3, 4)
 
 
-def test_a_picture_is_moved_and_its_edges_are_repeated() -> None:
+def test_random_shift_repeats_the_edges() -> None:
     row = torch.tensor([[[1.0, 2.0, 3.0, 4.0]]])
     assert Augmentation(right=1)(row).tolist() == [[[1, 1, 2, 3]]]
     assert Augmentation(right=-2)(row).tolist() == [[[3, 4, 4, 4]]]
@@ -110,7 +110,7 @@ def test_a_picture_is_moved_and_its_edges_are_repeated() -> None:
     assert torch.equal(both[:, :-1, 1:], IMAGE[:, 1:, :-1])
 
 
-def test_it_is_mirrored_after_that() -> None:
+def test_augmentation_flips_after_the_shift() -> None:
     assert torch.equal(Augmentation(flip=True)(IMAGE), IMAGE.flip(-1))
     assert torch.equal(Augmentation(True, 1, 2)(IMAGE), Augmentation(False, 1, 2)(IMAGE).flip(-1))
     assert NO_AUGMENTATION(IMAGE) is IMAGE
@@ -118,7 +118,7 @@ def test_it_is_mirrored_after_that() -> None:
 
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("shift", [0, 1, 5])
-def test_what_is_changed_follows_the_position(flip: bool, shift: int) -> None:
+def test_augmentation_follows_the_position(flip: bool, shift: int) -> None:
     changes = Augmentations(7, flip, shift)
     for position in range(40):
         expected = Augmentation(
@@ -153,7 +153,7 @@ def same(a: Batch, b: Batch) -> bool:
     )
 
 
-def test_batches_hold_what_the_order_says(fashion: FashionSource) -> None:
+def test_batches_follow_the_sampler(fashion: FashionSource) -> None:
     order = InfiniteSampler(len(fashion), seed=3, batch=8)
     batch = next(islice(batches(fashion, Transform(28, 1), batch=8, seed=3, start=5), 1, None))
     assert batch.positions.tolist() == list(range(13, 21))
@@ -164,7 +164,7 @@ def test_batches_hold_what_the_order_says(fashion: FashionSource) -> None:
         assert np.array_equal(pixels, example.image)
 
 
-def test_workers_and_restarts_change_nothing(fashion: FashionSource) -> None:
+def test_batches_are_independent_of_workers_and_restarts(fashion: FashionSource) -> None:
     def some(start: int, workers: int, count: int) -> list[Batch]:
         stream = batches(fashion, Transform(28, 1), batch=6, seed=1, start=start, workers=workers, flip=True, shift=2)
         return list(islice(stream, count))
@@ -176,7 +176,7 @@ def test_workers_and_restarts_change_nothing(fashion: FashionSource) -> None:
     assert torch.equal(torch.get_rng_state(), state), "global random state was used"
 
 
-def test_ranks_together_see_the_same_pictures_and_changes(fashion: FashionSource) -> None:
+def test_batches_of_ranks_add_up_to_one_process(fashion: FashionSource) -> None:
     def first(**share: int) -> Batch:
         return next(batches(fashion, Transform(28, 1), batch=6, seed=1, flip=True, shift=2, **share))
 
@@ -184,7 +184,7 @@ def test_ranks_together_see_the_same_pictures_and_changes(fashion: FashionSource
     assert torch.equal(torch.cat([part.images for part in parts]), alone.images)
 
 
-def test_flips_follow_the_position_and_the_source_s_will(fashion: FashionSource) -> None:
+def test_flips_follow_position_and_source(fashion: FashionSource) -> None:
     transform = Transform(28, 1)
     as_is = next(batches(fashion, transform, batch=32, seed=1))
     never = next(batches(fashion, transform, batch=32, seed=1, flip=False))
@@ -196,7 +196,7 @@ def test_flips_follow_the_position_and_the_source_s_will(fashion: FashionSource)
     assert FolderSource.flips
 
 
-def test_shifts_follow_the_position(fashion: FashionSource) -> None:
+def test_shifts_follow_position(fashion: FashionSource) -> None:
     transform = Transform(28, 1)
     plain = next(batches(fashion, transform, batch=32, seed=1, flip=False))
     moved = next(batches(fashion, transform, batch=32, seed=1, flip=True, shift=3))
@@ -211,7 +211,7 @@ def test_shifts_follow_the_position(fashion: FashionSource) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_picture_is_named_once_and_replaced(
+def test_unreadable_image_is_named_once_and_replaced(
     folder: Path, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = folder / "even" / "4.png"
@@ -230,14 +230,14 @@ def test_a_broken_picture_is_named_once_and_replaced(
     assert labels == [value % 2 for value in values]
 
 
-def test_nothing_readable_is_an_error(tmp_path: Path) -> None:
+def test_loader_without_readable_images_is_an_error(tmp_path: Path) -> None:
     for i in range(3):
         (tmp_path / f"{i}.jpg").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match="3 pictures in a row can't be read"):
         next(batches(FolderSource(tmp_path), Transform(8), batch=1, seed=0))
 
 
-def test_pictures_without_classes_have_label_minus_one(tmp_path: Path) -> None:
+def test_images_without_classes_have_label_minus_one(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     batch = next(batches(FolderSource(tmp_path), Transform(8), batch=2, seed=0))
     assert batch.labels.tolist() == [-1, -1]
@@ -245,7 +245,7 @@ def test_pictures_without_classes_have_label_minus_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_error_ends_the_workers_while_its_traceback_is_kept(tmp_path: Path, workers: int) -> None:
+def test_workers_end_while_a_traceback_is_kept(tmp_path: Path, workers: int) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.png").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match="1 pictures in a row can't be read") as caught:
@@ -271,7 +271,7 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_of_an_iterator_that_nobody_closed_end_with_their_process() -> None:
+def test_workers_of_an_open_iterator_end_with_the_process() -> None:
     """Even one that is stuck, though workers ignore SIGTERM."""
     done = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[0]\n"

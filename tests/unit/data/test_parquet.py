@@ -44,7 +44,7 @@ def test_parquet_with_class_names(tmp_path: Path) -> None:
     assert source.flips
 
 
-def test_labels_that_are_bare_numbers_or_names(tmp_path: Path) -> None:
+def test_parquet_labels_are_numbers_or_names(tmp_path: Path) -> None:
     table([2, None, 0], datasets.Value("int64")).to_parquet(tmp_path / "numbers.parquet")
     numbers = open_source(tmp_path / "numbers.parquet")
     assert numbers.classes == ("0", "1", "2")
@@ -58,7 +58,7 @@ def test_labels_that_are_bare_numbers_or_names(tmp_path: Path) -> None:
     assert [named[i].label for i in range(3)] == [1, 0, 1]
 
 
-def test_parquet_written_without_datasets_schema(tmp_path: Path) -> None:
+def test_parquet_without_datasets_schema_is_read(tmp_path: Path) -> None:
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -69,7 +69,7 @@ def test_parquet_written_without_datasets_schema(tmp_path: Path) -> None:
     assert source[0].label == -1
 
 
-def test_splits_of_a_folder_of_parquet_files(tmp_path: Path) -> None:
+def test_parquet_folder_has_splits(tmp_path: Path) -> None:
     for i, name in enumerate(["train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"]):
         table(None, start=10 * i).to_parquet(tmp_path / "data" / f"{name}.parquet")
     train, test = open_source(tmp_path), open_source(tmp_path, "test")
@@ -77,21 +77,21 @@ def test_splits_of_a_folder_of_parquet_files(tmp_path: Path) -> None:
     assert [test[i].image.getpixel((0, 0)) for i in range(len(test))] == [20, 21, 22]
 
 
-def test_files_that_name_no_split_are_for_training(tmp_path: Path) -> None:
+def test_parquet_files_without_split_are_for_training(tmp_path: Path) -> None:
     table(None).to_parquet(tmp_path / "constraints.parquet")
     assert len(open_source(tmp_path)) == 3
     with pytest.raises(ValueError, match="'test' in its name; there is constraints"):
         open_source(tmp_path, "test")
 
 
-def test_saved_to_disk_with_and_without_splits(tmp_path: Path) -> None:
+def test_dataset_saved_to_disk_is_read(tmp_path: Path) -> None:
     table(None).save_to_disk(tmp_path / "one")
     assert open_source(tmp_path / "one")[1].image.getpixel((0, 0)) == 1
     datasets.DatasetDict(train=table(None), validation=table(None, start=5)).save_to_disk(tmp_path / "two")
     assert open_source(tmp_path / "two", "test")[0].image.getpixel((0, 0)) == 5
 
 
-def test_a_broken_cell_is_an_unreadable_image(tmp_path: Path) -> None:
+def test_parquet_broken_cell_is_an_unreadable_image(tmp_path: Path) -> None:
     broken = datasets.Dataset.from_dict(
         {"image": [{"bytes": b"no picture", "path": None}, None, png(3)]},
         features=datasets.Features({"image": datasets.Image()}),
@@ -104,7 +104,7 @@ def test_a_broken_cell_is_an_unreadable_image(tmp_path: Path) -> None:
     assert source[2].image.getpixel((0, 0)) == 3
 
 
-def test_tables_that_will_not_do(tmp_path: Path) -> None:
+def test_parquet_unsuitable_tables_are_refused(tmp_path: Path) -> None:
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "text.parquet")
     with pytest.raises(ValueError, match=r"no column of pictures .* it has text"):
         open_source(tmp_path / "text.parquet")

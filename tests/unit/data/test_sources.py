@@ -22,7 +22,7 @@ def names(source: FolderSource) -> list[str]:
     return [Path(source[i].name).relative_to(source.folder).as_posix() for i in range(len(source))]
 
 
-def test_class_folders(tmp_path: Path) -> None:
+def test_class_folders_give_labels(tmp_path: Path) -> None:
     for name in ("class10/a.png", "class2/img10.png", "class2/img2.PNG", "class2/deep/er/x.jpeg", ".hidden/h.png"):
         paint(tmp_path / name)
     paint(tmp_path / "class2" / ".thumb.png")
@@ -41,7 +41,7 @@ def test_flat_folder_has_no_classes(tmp_path: Path) -> None:
     assert [(source[i].label, source[i].image.getpixel((0, 0))) for i in range(3)] == [(-1, 1), (-1, 9), (-1, 10)]
 
 
-def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_folder_ignored_files_are_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     paint(tmp_path / "cat" / "a.png")
     paint(tmp_path / "stray.png")
     (tmp_path / "empty").mkdir()
@@ -60,13 +60,13 @@ def test_split_folders_are_not_classes(tmp_path: Path) -> None:
     assert open_source(tmp_path).classes == ("dog", "train", "val")
 
 
-def test_a_folder_without_pictures_is_an_error(tmp_path: Path) -> None:
+def test_folder_without_images_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "readme.md").write_text("hello")
     with pytest.raises(ValueError, match=f"no pictures in {tmp_path}: looked for .*.jpg"):
         open_source(tmp_path)
 
 
-def test_names_that_lead_nowhere(tmp_path: Path) -> None:
+def test_source_of_an_unknown_name_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="does not exist; expected fashion, a folder"):
         open_source(tmp_path / "nothing")
     (tmp_path / "a.zip").write_bytes(b"")
@@ -80,7 +80,7 @@ def test_names_that_lead_nowhere(tmp_path: Path) -> None:
         open_source(tmp_path, "test")
 
 
-def test_bundled_by_name() -> None:
+def test_source_bundled_by_name_is_opened() -> None:
     source = open_source("fashion", "test")
     assert isinstance(source, FashionSource)
     assert source[3].name == "fashion/test/3"
@@ -104,7 +104,7 @@ def test_damaged_files_are_unreadable_images(tmp_path: Path, damage: str) -> Non
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")
-def test_a_damaged_avif_is_an_unreadable_image(tmp_path: Path) -> None:
+def test_damaged_avif_is_an_unreadable_image(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8), (9, 80, 200)).save(tmp_path / "x.avif")
     whole = (tmp_path / "x.avif").read_bytes()
     (tmp_path / "x.avif").write_bytes(whole[:-24] + b"\xff" * 24)

@@ -43,7 +43,7 @@ def names(source: object) -> list[str]:
 
 
 @pytest.mark.parametrize(("length", "count"), [(100, 10), (17, 5), (5, 5), (3, 9), (1, 1), (0, 4)])
-def test_one_of_each_stretch_is_chosen(length: int, count: int) -> None:
+def test_split_takes_one_of_each_stretch(length: int, count: int) -> None:
     chosen = stratified_indices(length, count)
     count = min(length, count)
     assert len(chosen) == count
@@ -51,13 +51,13 @@ def test_one_of_each_stretch_is_chosen(length: int, count: int) -> None:
     assert np.array_equal(chosen, stratified_indices(length, count))
 
 
-def test_the_choice_is_of_classes_that_come_in_turns_too() -> None:
+def test_split_covers_interleaved_classes() -> None:
     turns = np.bincount(stratified_indices(2000, 200) % 10, minlength=10)
     assert turns.min() >= 10
     assert np.bincount(stratified_indices(2000, 200) // 200).tolist() == [20] * 10
 
 
-def test_pictures_are_learned_from_or_held_out(tmp_path: Path) -> None:
+def test_split_parts_are_disjoint_and_complete(tmp_path: Path) -> None:
     learned, kept = train_val_split(FolderSource(write_images(tmp_path)), 4)
     assert (len(learned), len(kept)) == (15, 5)
     assert sorted(names(learned) + names(kept)) == sorted(names(FolderSource(tmp_path)))
@@ -67,7 +67,7 @@ def test_pictures_are_learned_from_or_held_out(tmp_path: Path) -> None:
         train_val_split(FolderSource(write_images(tmp_path / "one", 1)), 20)
 
 
-def test_a_cache_holds_the_same_pictures_out(tmp_path: Path) -> None:
+def test_split_of_a_cache_matches_the_images(tmp_path: Path) -> None:
     data = write_images(tmp_path / "pictures")
     whole = open_source(data)
     parts = train_val_split(whole, 4), train_val_split(LatentSource(cached(tmp_path / "cache", data)), 4)
@@ -83,7 +83,7 @@ def test_a_cache_holds_the_same_pictures_out(tmp_path: Path) -> None:
         assert torch.equal(torch.cat([moments.mean for moments in of_latents.in_order(3)]), read[:3])
 
 
-def test_what_was_held_out_stays_so_where_a_folder_grows(tmp_path: Path) -> None:
+def test_split_is_kept_when_a_folder_grows(tmp_path: Path) -> None:
     data, run = write_images(tmp_path / "pictures", 20), tmp_path / "run"
     learned, kept = map(names, parts := train_val_split(FolderSource(data), 4))
     assert load_held_out(run) is None
@@ -105,7 +105,7 @@ def test_what_was_held_out_stays_so_where_a_folder_grows(tmp_path: Path) -> None
     assert names(train_val_split(FolderSource(data), 4, load_held_out(run))[1]) == kept
 
 
-def test_what_was_held_out_of_shards_of_a_table_and_of_a_cache(tmp_path: Path) -> None:
+def test_split_is_kept_for_shards_tables_and_caches(tmp_path: Path) -> None:
     tars, tar_run = write_tar_shards(tmp_path / "tars"), tmp_path / "run of tars"
     learned, kept = hold_out(tars)
     save_held_out(tar_run, learned)
@@ -127,7 +127,7 @@ def test_what_was_held_out_of_shards_of_a_table_and_of_a_cache(tmp_path: Path) -
         load_held_out(run)
 
 
-def test_what_a_run_is_validated_on(tmp_path: Path) -> None:
+def test_validation_set_of_a_run_is_chosen(tmp_path: Path) -> None:
     flat, parted = write_images(tmp_path / "flat", 6), tmp_path / "parted"
     for name, count in (("train", 8), ("val", 4)):
         write_images(parted / name, count)

@@ -52,7 +52,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mar.data.stream.SHUFFLE_WINDOW", 8)
 
 
-def test_each_picture_once_an_epoch_anew_shuffled(small_blocks: None) -> None:
+def test_stream_epoch_has_every_image_once_in_new_order(small_blocks: None) -> None:
     seen = flat(some(stream(broken=()), 18))
     assert 22 not in seen  # which can't be fetched: another of its block stands in
     epochs = [seen[first : first + 24] for first in (0, 24, 48)]
@@ -62,13 +62,13 @@ def test_each_picture_once_an_epoch_anew_shuffled(small_blocks: None) -> None:
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
-def test_positions_labels_and_flips_are_those_of_any_source() -> None:
+def test_stream_positions_labels_and_flips_match_other_sources() -> None:
     batch = some(stream(), 2, start=0)[1]
     assert batch.positions.tolist() == [4, 5, 6, 7]
     assert batch.labels.tolist() == [number % 3 for number in image_numbers(batch)]
 
 
-def test_changes_are_keyed_by_the_position() -> None:
+def test_stream_augmentations_are_keyed_by_position() -> None:
     def first(**settings: Any) -> ImageBatch:
         (found,) = some(StreamSource(Sloping(), "sloping"), 1, **settings)
         assert isinstance(found, ImageBatch)
@@ -83,7 +83,7 @@ def test_changes_are_keyed_by_the_position() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_processes_and_workers_change_nothing(small_blocks: None, workers: int) -> None:
+def test_stream_order_is_independent_of_processes_and_workers(small_blocks: None, workers: int) -> None:
     alone = some(stream(), 9)
     assert flat(some(stream(), 9, workers=workers)) == flat(alone)
     for world in (2, 4):
@@ -95,14 +95,14 @@ def test_processes_and_workers_change_nothing(small_blocks: None, workers: int) 
             assert sorted(name for part in parts for name in part.skipped) == sorted(whole.skipped)
 
 
-def test_a_single_shard_has_work_for_one_worker_and_any_process() -> None:
+def test_stream_single_shard_is_shared_by_processes() -> None:
     alone = flat(some(stream(sizes=(10,)), 4))
     assert flat(some(stream(sizes=(10,)), 4, workers=2)) == alone
     shares = [some(stream(sizes=(10,)), 4, rank=rank, world=2) for rank in range(2)]
     assert [number for both in zip(*shares, strict=True) for number in flat(list(both))] == alone
 
 
-def test_a_process_reads_only_the_readers_of_its_share(small_blocks: None) -> None:
+def test_stream_process_reads_only_its_readers(small_blocks: None) -> None:
     source = stream()
     some(source, 3, rank=1, world=2)
     assert sorted(source.cursors) == [2, 3]
@@ -110,9 +110,7 @@ def test_a_process_reads_only_the_readers_of_its_share(small_blocks: None) -> No
 
 
 @pytest.mark.parametrize(("sizes", "batch"), [((6, 6, 6, 6), 4), ((1, 9, 5, 3, 7), 6), ((24,), 4), ((5, 0, 19), 8)])
-def test_going_on_repeats_nothing_and_reads_open_shards_only(
-    small_blocks: None, sizes: tuple[int, ...], batch: int
-) -> None:
+def test_stream_resume_repeats_nothing(small_blocks: None, sizes: tuple[int, ...], batch: int) -> None:
     whole = flat(some(stream(sizes=sizes), 20, batch=batch))
     for stop in (1, 4, 11):
         first = stream(sizes=sizes)
@@ -133,7 +131,7 @@ def test_going_on_repeats_nothing_and_reads_open_shards_only(
         assert third.shards.read <= passed + batch + readers * (2 * block + 1) + readers * max(sizes)
 
 
-def test_going_on_with_another_number_of_processes(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stream_resume_with_other_process_count_continues(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two processes in turns, since only what they hand each other is of interest; see tests/distributed, too."""
     sizes = (1, 9, 5, 3, 7)
     whole = flat(some(stream(sizes=sizes), 16, batch=6))
@@ -147,7 +145,7 @@ def test_going_on_with_another_number_of_processes(small_blocks: None, monkeypat
     assert flat(some(alone, 11, 30, batch=6)) == whole[30:]
 
 
-def test_without_a_state_a_stream_is_read_from_its_beginning() -> None:
+def test_stream_resume_without_state_starts_over() -> None:
     assert flat(some(stream(), 3, start=20)) == flat(some(stream(), 8))[20:]
     with pytest.raises(ValueError, match="no batch of 4 begins at picture 6"):
         some(stream(), 1, start=6)
@@ -155,7 +153,7 @@ def test_without_a_state_a_stream_is_read_from_its_beginning() -> None:
         some(stream(), 1, world=3)
 
 
-def test_other_shards_begin_a_new_epoch_and_that_is_told() -> None:
+def test_stream_other_shards_begin_a_new_epoch_and_warn() -> None:
     first = stream()
     some(first, 7)
     second = stream(sizes=(6, 6, 6, 6, 6))
@@ -171,7 +169,7 @@ def test_other_shards_begin_a_new_epoch_and_that_is_told() -> None:
     assert seen + flat(some(third, 2, 52)) == flat(some(again, 8, 28))
 
 
-def test_broken_pictures_are_replaced_within_their_block(small_blocks: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_stream_unreadable_images_are_replaced_nearby(small_blocks: None, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         found = some(stream(broken=(3, 9)), 12)
     assert not {3, 9, 22} & set(flat(found))
@@ -180,7 +178,7 @@ def test_broken_pictures_are_replaced_within_their_block(small_blocks: None, cap
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_streams_that_end_a_run_do_so_in_one_line(workers: int) -> None:
+def test_stream_fatal_errors_are_one_line(workers: int) -> None:
     with pytest.raises(ValueError, match=r"^7 pictures in a row can't be read, the last of them p\d+$"):
         some(stream(broken=tuple(range(1, 24, 2)) + tuple(range(24))), 9, workers=workers)
     with pytest.raises(ValueError, match=r"^p\d+ has the label 2, but there are 2 classes$"):
@@ -190,14 +188,14 @@ def test_streams_that_end_a_run_do_so_in_one_line(workers: int) -> None:
     assert multiprocessing.active_children() == []
 
 
-def test_readers_divide_the_batch() -> None:
+def test_stream_reader_count_divides_the_batch() -> None:
     for shards, batch, expected in ((1000, 256, 32), (10, 256, 8), (4, 7, 1), (1, 8, 1), (33, 33, 11), (3, 6, 3)):
         assert StreamSampler(shards, 0, batch).num_readers == expected
     with pytest.raises(ValueError, match="got 0 shards"):
         StreamSampler(0, 0, 8)
 
 
-def test_a_lane_reads_one_picture_for_each_that_is_taken(small_blocks: None) -> None:
+def test_shard_reader_reads_one_image_per_sample(small_blocks: None) -> None:
     shards = NumberedShards((40, 40, 40, 40))
     reader = iter(ShardReader(shards, StreamSampler(4, 0, 4), 0))
     next(reader)
@@ -208,7 +206,7 @@ def test_a_lane_reads_one_picture_for_each_that_is_taken(small_blocks: None) -> 
     assert shards.read - begun <= 20 + 1
 
 
-def test_some_pictures_come_from_all_over_the_stream() -> None:
+def test_stream_subset_covers_the_stream() -> None:
     source = stream(sizes=(2, 5, 1), classes=("0", "1", "2"))
     names = [row.name for row in source.preview()]
     assert names == ["p0", "p2", "p7", "p1", "p3", "p4", "p5", "p6"]

@@ -1,4 +1,4 @@
-"""WebDataset shards on the disk: what is in them, what is wrong with them, and that training sees each picture once."""
+"""WebDataset shards: their contents, their faults, and each image once an epoch."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def labels(source: Source) -> list[int]:
     return [source[i].label for i in range(len(source))]
 
 
-def test_pictures_and_labels_of_a_folder_of_shards(tmp_path: Path) -> None:
+def test_webdataset_folder_gives_images_and_labels(tmp_path: Path) -> None:
     source = open_source(write_tar_shards(tmp_path))
     assert isinstance(source, TarSource)
     assert source.classes == ("0", "1", "2")
@@ -46,7 +46,7 @@ def test_pictures_and_labels_of_a_folder_of_shards(tmp_path: Path) -> None:
     assert source[7].name == str(tmp_path / "shard-001.tar" / "00007.png")
 
 
-def test_what_belongs_together_and_what_does_not(tmp_path: Path) -> None:
+def test_webdataset_members_are_grouped_by_key(tmp_path: Path) -> None:
     write_tar(
         tmp_path / "a.tar",
         [
@@ -72,7 +72,7 @@ def test_what_belongs_together_and_what_does_not(tmp_path: Path) -> None:
     assert labels(source) == [2, 1, -1, -1, 0]
 
 
-def test_labels_of_no_and_yes(tmp_path: Path) -> None:
+def test_webdataset_boolean_labels_are_read(tmp_path: Path) -> None:
     said = [True, False, True]
     members = [(f"{k}.{kind}", data) for k, label in enumerate(said) for kind, data in (
         ("png", png_bytes(k)), ("json", json.dumps({"label": label}).encode()),
@@ -81,7 +81,7 @@ def test_labels_of_no_and_yes(tmp_path: Path) -> None:
     assert (source.classes, labels(source)) == (("0", "1"), [1, 0, 1])
 
 
-def test_long_names_and_none_below_zero(tmp_path: Path) -> None:
+def test_webdataset_long_names_and_negative_labels(tmp_path: Path) -> None:
     long = "a/" + "b" * 150
     for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         write_tar(
@@ -92,7 +92,7 @@ def test_long_names_and_none_below_zero(tmp_path: Path) -> None:
         assert source[0].name.endswith("b.png")
 
 
-def test_what_mar_generate_writes_can_be_read(tmp_path: Path) -> None:
+def test_webdataset_of_mar_generate_is_read(tmp_path: Path) -> None:
     plan = Plan((0, 1, 2, -1, 0), seed=3)
     sink = Shards(Job(tmp_path / "out", plan, 2, (1, 8, 8), ("ant", "bee", "cat"), {}, {}))
     for unit in prepare(sink) or []:
@@ -105,7 +105,7 @@ def test_what_mar_generate_writes_can_be_read(tmp_path: Path) -> None:
     assert labels(source) == [0, 1, 2, -1, 0]
 
 
-def test_splits_and_patterns(tmp_path: Path) -> None:
+def test_webdataset_splits_and_patterns_are_found(tmp_path: Path) -> None:
     for number, name in enumerate(["x-train-10", "x-train-9", "x-val-0"]):
         write_tar(tmp_path / f"{name}.tar", [("a.png", png_bytes(number))])
     write_tar(tmp_path / "parts" / "train" / "b.tar", [("a.png", png_bytes(7))])
@@ -126,7 +126,7 @@ def test_splits_and_patterns(tmp_path: Path) -> None:
         open_source(f"{tmp_path}/x-train-9.*")
 
 
-def test_pictures_beside_tar_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_webdataset_images_beside_tar_files_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_tar(tmp_path / "backup.tar", [("a.png", png_bytes(1))])
     (tmp_path / "preview.png").write_bytes(png_bytes(2))
     assert isinstance(open_source(tmp_path), TarSource)
@@ -137,7 +137,7 @@ def test_pictures_beside_tar_files(tmp_path: Path, caplog: pytest.LogCaptureFixt
     assert ".tar files beside the class folders" in caplog.text
 
 
-def test_tars_that_will_not_do(tmp_path: Path) -> None:
+def test_webdataset_unsuitable_tars_are_refused(tmp_path: Path) -> None:
     path = write_tar_shards(tmp_path) / "shard-002.tar"
     whole = path.read_bytes()
     damaged = bytearray(whole)
@@ -151,7 +151,7 @@ def test_tars_that_will_not_do(tmp_path: Path) -> None:
         open_source(tmp_path / "none")
 
 
-def test_the_digest_tells_other_pictures(tmp_path: Path) -> None:
+def test_webdataset_digest_follows_the_images(tmp_path: Path) -> None:
     def digest(*members: tuple[str, bytes]) -> str:
         return source_digest(open_source(write_tar(tmp_path / "a.tar", members)))
 
@@ -163,7 +163,7 @@ def test_the_digest_tells_other_pictures(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_each_picture_once_an_epoch_also_where_processes_change(tmp_path: Path, workers: int) -> None:
+def test_webdataset_epoch_has_every_image_once_across_process_counts(tmp_path: Path, workers: int) -> None:
     source = pickle.loads(pickle.dumps(open_source(write_tar_shards(tmp_path))))
 
     def some(start: int, count: int, rank: int = 0, world: int = 1) -> list[int]:
@@ -178,7 +178,7 @@ def test_each_picture_once_an_epoch_also_where_processes_change(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("kind", ["tar", "folder"])
-def test_what_vanishes_while_training_is_skipped_by_its_name(
+def test_webdataset_vanished_image_is_skipped_by_name(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     if kind == "tar":
@@ -198,7 +198,7 @@ def test_what_vanishes_while_training_is_skipped_by_its_name(
     assert caplog.text.count(expected) == 1
 
 
-def test_a_tar_that_was_written_anew_is_not_taken_for_the_one_that_was_opened(tmp_path: Path) -> None:
+def test_webdataset_rewritten_tar_is_detected(tmp_path: Path) -> None:
     source = open_source(write_tar_shards(tmp_path))
     path = tmp_path / "shard-000.tar"
     os.utime(path, ns=(1, 1))
@@ -208,13 +208,13 @@ def test_a_tar_that_was_written_anew_is_not_taken_for_the_one_that_was_opened(tm
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_label_beyond_the_classes_is_one_line(tmp_path: Path, workers: int) -> None:
+def test_webdataset_label_beyond_the_classes_is_one_line(tmp_path: Path, workers: int) -> None:
     source = open_source(write_tar_shards(tmp_path))
     source.classes = ("0", "1")
     with pytest.raises(ValueError, match=r"^[^\n]*\.png has the label 2, but there are 2 classes$"):
         list(islice(batches(source, TO_TENSOR, batch=12, seed=0, workers=workers), 2))
 
 
-def test_a_run_refuses_another_number_of_classes(tmp_path: Path) -> None:
+def test_run_with_another_number_of_classes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"the model has 2 classes, but .* has 3"):
         open_tiny_run(tiny_train_config(write_tar_shards(tmp_path / "data")), tmp_path / "run")

@@ -24,7 +24,7 @@ def outputs(of: CFGDenoiser, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("guided", [False, True])
 @pytest.mark.parametrize("steps_a_chunk", [0, 1, 2, 4, 8])
 @torch.no_grad()
-def test_chunks_change_nothing(guided: bool, steps_a_chunk: int) -> None:
+def test_cfg_denoiser_chunk_size_changes_nothing(guided: bool, steps_a_chunk: int) -> None:
     z, x = noise(10, 16), noise(5 if guided else 10, 2, seed=1)
     scale = torch.linspace(0, 3, 5).unsqueeze(1) if guided else None
     step_bytes = 10 * 16 * 5 * 4  # rows, width, three parts of one block and two of the last layer, float32
@@ -36,14 +36,14 @@ def test_chunks_change_nothing(guided: bool, steps_a_chunk: int) -> None:
 
 
 @torch.no_grad()
-def test_it_says_what_the_head_says_at_the_trained_timesteps() -> None:
+def test_cfg_denoiser_matches_the_head_at_trained_timesteps() -> None:
     z, x = noise(4, 16), noise(4, 2, seed=1)
     expected = torch.stack([HEAD(x, SCHEDULE.timesteps[[i]].expand(4), z) for i in reversed(range(9))])
     torch.testing.assert_close(outputs(CFGDenoiser(HEAD, z, SCHEDULE.timesteps), x), expected, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
-def test_guidance_moves_away_from_the_unconditional() -> None:
+def test_cfg_denoiser_moves_away_from_the_unconditional() -> None:
     z, x = noise(6, 16), noise(3, 2, seed=1)
     conditional, unconditional = (outputs(CFGDenoiser(HEAD, half, SCHEDULE.timesteps), x) for half in z.chunk(2))
     scale = torch.tensor([[0.0], [1.0], [2.5]])

@@ -95,7 +95,9 @@ ALGORITHMS = {"ddim": by_ddim, "dpm++2m": by_2m, "dpm++2s": by_2s}
 @pytest.mark.parametrize("prediction", ["noise", "v"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 9, 12])
 @pytest.mark.parametrize("spacing", ["time", "log-snr"])
-def test_it_is_the_papers_algorithm(solver: str, prediction: Prediction, steps: int, spacing: str) -> None:
+def test_flow_solver_matches_the_papers_algorithm(
+    solver: str, prediction: Prediction, steps: int, spacing: str
+) -> None:
     schedule = respace(cosine(1000), steps, spacing, 0.95)  # type: ignore[arg-type]
 
     def x0(x: float, index: int) -> float:
@@ -124,12 +126,12 @@ def orders(solver: str, x0: Callable[[Tensor, float, float], Tensor], mean: floa
 
 
 @pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpm++2m", 2), ("dpm++2s", 2)])
-def test_order_of_convergence(solver: str, order: int) -> None:
+def test_flow_solver_order_of_convergence(solver: str, order: int) -> None:
     assert list(orders(solver, gaussian_x0(M), M)) == pytest.approx([order] * 3, abs=0.3)
 
 
 @pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpm++2m", 2), ("dpm++2s", 2)])
-def test_order_of_convergence_with_guidance(solver: str, order: int) -> None:
+def test_flow_solver_order_of_convergence_with_guidance(solver: str, order: int) -> None:
     """Between N(M, S^2) and N(-0.2, S^2), scale 2.5: the flow of N(-0.2 + 2.5 (M + 0.2), S^2)."""
     scale, other = 2.5, -0.2
 
@@ -141,7 +143,7 @@ def test_order_of_convergence_with_guidance(solver: str, order: int) -> None:
 
 
 @pytest.mark.parametrize("solver", FLOWS)
-def test_an_odd_interval_left_over_costs_no_order(solver: str) -> None:
+def test_flow_solver_odd_interval_costs_no_order(solver: str) -> None:
     odd, whole = (
         float((draw(solver, even_schedule(n), gaussian_x0(M)) - exact(even_schedule(n), X)).abs().max())
         for n in (65, 64)
@@ -150,12 +152,12 @@ def test_an_odd_interval_left_over_costs_no_order(solver: str) -> None:
 
 
 @pytest.mark.parametrize(("solver", "error"), [("ddim", 0.17), ("dpm++2m", 0.025), ("dpm++2s", 0.09)])
-def test_twelve_steps_of_the_trained_schedule(solver: str, error: float) -> None:
+def test_flow_solver_twelve_steps_are_accurate(solver: str, error: float) -> None:
     schedule = respace(cosine(1000), 12, "log-snr", 0.95)
     assert float((draw(solver, schedule, gaussian_x0(M)) - exact(schedule, X)).abs().max()) < error
 
 
-def test_extrapolation_wants_even_steps_of_log_snr() -> None:
+def test_flow_solver_is_best_with_even_log_snr() -> None:
     errors = {}
     for spacing in ("time", "log-snr"):
         schedule = respace(cosine(1000), 8, spacing, 0.95)  # type: ignore[arg-type]
@@ -165,13 +167,13 @@ def test_extrapolation_wants_even_steps_of_log_snr() -> None:
 
 @pytest.mark.parametrize("solver", FLOWS)
 @pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
-def test_all_predictions_draw_the_same(solver: str, prediction: Prediction) -> None:
+def test_solver_draws_the_same_for_all_predictions(solver: str, prediction: Prediction) -> None:
     for schedule in (respace(cosine(1000), 10), respace(linear(1000), 10)):
         one, other = draw(solver, schedule, nonlinear_x0, "noise"), draw(solver, schedule, nonlinear_x0, prediction)
         torch.testing.assert_close(one, other, rtol=0, atol=1e-7)  # unclipped: the noise's error is amplified by 20,000
 
 
-def test_on_the_linear_path_ddim_is_eulers_method_along_the_flow() -> None:
+def test_ddim_on_the_linear_path_is_euler() -> None:
     """x_u + (u' - u) velocity, for x at its own scale, not at unit variance."""
     schedule = respace(linear(1000), 6)
     u = (schedule.timesteps.double() + 0.5) / 1000
@@ -187,7 +189,7 @@ def test_on_the_linear_path_ddim_is_eulers_method_along_the_flow() -> None:
 
 
 @pytest.mark.parametrize("solver", FLOWS)
-def test_temperature_is_that_of_the_start(solver: str) -> None:
+def test_flow_solver_temperature_scales_the_start(solver: str) -> None:
     schedule = respace(cosine(1000), 30, "log-snr", 0.98)
     hot, cold, none = (draw(solver, schedule, gaussian_x0(M), temperature=t) for t in (1.0, 0.8, 0.0))
     assert float(cold.std() / hot.std()) == pytest.approx(0.8)  # exact, as all is linear
@@ -199,7 +201,7 @@ def test_temperature_is_that_of_the_start(solver: str) -> None:
 
 
 @pytest.mark.parametrize("solver", FLOWS)
-def test_only_the_first_noise_counts(solver: str) -> None:
+def test_flow_solver_uses_only_the_first_noise(solver: str) -> None:
     schedule = even_schedule(6)
     many = torch.cat([X.unsqueeze(0), torch.randn(6, *X.shape, generator=make_generator(0), dtype=torch.float64)])
     of = denoiser_of(schedule, "v", nonlinear_x0, [])
@@ -210,7 +212,7 @@ def test_only_the_first_noise_counts(solver: str) -> None:
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 9])
-def test_the_network_is_asked_once_a_step_from_the_noisiest_on(solver: str, steps: int) -> None:
+def test_solver_calls_the_network_once_a_step(solver: str, steps: int) -> None:
     schedule, asked = respace(cosine(1000), steps), []  # type: ignore[var-annotated]
     noise = X.expand(steps, *X.shape)
     SOLVERS[solver](denoiser_of(schedule, "v", nonlinear_x0, asked), noise, schedule, "v")  # type: ignore[index]
@@ -219,7 +221,7 @@ def test_the_network_is_asked_once_a_step_from_the_noisiest_on(solver: str, step
 
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_a_bound_holds_for_what_is_drawn(solver: str, steps: int) -> None:
+def test_solver_x0_bound_holds(solver: str, steps: int) -> None:
     schedule, noise = respace(cosine(1000), steps), X.expand(steps, *X.shape)
     drawn = SOLVERS[solver](denoiser_of(schedule, "v", nonlinear_x0, []), noise, schedule, "v", x0_bound=0.4)  # type: ignore[index]
     assert drawn.abs().max() <= 0.4 + 1e-12
@@ -228,7 +230,7 @@ def test_a_bound_holds_for_what_is_drawn(solver: str, steps: int) -> None:
     assert free.abs().max() > 0.5
 
 
-def test_one_step_is_what_the_network_sees_in_the_noise() -> None:
+def test_solver_single_step_returns_predicted_x0() -> None:
     schedule = respace(cosine(1000), 1)
     expected = nonlinear_x0(X, *alpha_sigma(schedule, 0))
     for solver in FLOWS:
@@ -237,7 +239,7 @@ def test_one_step_is_what_the_network_sees_in_the_noise() -> None:
     torch.testing.assert_close(same, expected, rtol=0, atol=1e-12)
 
 
-def test_with_two_steps_they_are_all_ddim() -> None:
+def test_flow_solvers_with_two_steps_are_ddim() -> None:
     schedule = respace(cosine(1000), 2, "log-snr", 0.9)
     first = draw("ddim", schedule, nonlinear_x0)
     for solver in ("dpm++2m", "dpm++2s"):

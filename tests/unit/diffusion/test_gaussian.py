@@ -26,7 +26,7 @@ def drawn(t: Tensor, width: int = 3) -> tuple[Tensor, Tensor, Coefficients, Tens
 
 
 @pytest.mark.parametrize("prediction", EVERY)
-def test_a_perfect_prediction_gives_the_clean_token(prediction: Prediction) -> None:
+def test_predict_x0_of_a_perfect_prediction_is_clean(prediction: Prediction) -> None:
     t = torch.arange(1000)
     x0, epsilon, c, x = drawn(t)
     output = torch.cat([training_target(x0, epsilon, c, prediction), torch.zeros_like(x0)], -1)
@@ -36,7 +36,7 @@ def test_a_perfect_prediction_gives_the_clean_token(prediction: Prediction) -> N
 
 
 @pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
-def test_predictions_are_names_of_one_thing(prediction: Prediction) -> None:
+def test_prediction_types_are_equivalent(prediction: Prediction) -> None:
     _, epsilon, c, x = drawn(torch.tensor([1, 300, 700, 950]))
     wrong = epsilon + 0.1 * noise(4, 3, seed=2).double()
     implied = (
@@ -51,7 +51,7 @@ def test_predictions_are_names_of_one_thing(prediction: Prediction) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-def test_the_flow_is_the_velocity_of_the_linear_path() -> None:
+def test_flow_prediction_is_the_velocity() -> None:
     """x_u = (1 - u) x0 + u noise, of which x is the one at unit variance: dx_u / du is what is predicted."""
     t = torch.tensor([0, 250, 700, 999])
     x0, epsilon = noise(4, 3).double(), noise(4, 3, seed=1).double()
@@ -66,7 +66,7 @@ def test_the_flow_is_the_velocity_of_the_linear_path() -> None:
 
 
 @pytest.mark.parametrize("prediction", EVERY)
-def test_the_bound_clips_the_clean_token_only(prediction: Prediction) -> None:
+def test_x0_bound_clips_x0_only(prediction: Prediction) -> None:
     _, _, c, x = drawn(torch.tensor([10, 500, 990]))
     output = 5 * noise(3, 6, seed=4).double()
     free, bound = p_mean_variance(output, x, c, prediction), p_mean_variance(output, x, c, prediction, x0_bound=1.5)
@@ -76,7 +76,7 @@ def test_the_bound_clips_the_clean_token_only(prediction: Prediction) -> None:
     assert torch.equal(bound.log_variance, free.log_variance)
 
 
-def test_the_variance_lies_between_its_two_ends_and_beyond() -> None:
+def test_learned_variance_interpolates_and_extrapolates() -> None:
     _, _, c, x = drawn(torch.tensor([0, 1, 500, 999]), width=2)
     for value, expected in [
         (-1.0, c.posterior_log_variance),
@@ -89,7 +89,7 @@ def test_the_variance_lies_between_its_two_ends_and_beyond() -> None:
 
 
 @pytest.mark.parametrize("prediction", EVERY)
-def test_the_best_loss_is_that_of_knowing_the_answer(prediction: Prediction) -> None:
+def test_diffusion_loss_is_least_for_the_truth(prediction: Prediction) -> None:
     t = torch.tensor([1, 5, 300, 998])
     x0, epsilon, c, x = drawn(t)
     right = training_target(x0, epsilon, c, prediction)
@@ -105,7 +105,7 @@ def test_the_best_loss_is_that_of_knowing_the_answer(prediction: Prediction) -> 
 
 
 @pytest.mark.parametrize("prediction", EVERY)
-def test_the_bound_trains_the_variance_and_the_error_the_prediction(prediction: Prediction) -> None:
+def test_variational_bound_trains_the_variance_only(prediction: Prediction) -> None:
     t = torch.tensor([0, 1, 400, 999])
     x0, epsilon, c, x = drawn(t)
     output = (0.3 * noise(4, 6, seed=5).double()).requires_grad_()
@@ -117,7 +117,7 @@ def test_the_bound_trains_the_variance_and_the_error_the_prediction(prediction: 
     assert (variance[1:] != 0).all()
 
 
-def test_the_bound_is_the_divergence_of_two_normals_in_bits() -> None:
+def test_variational_bound_is_the_kl_in_bits() -> None:
     t = torch.tensor([200])
     x0, epsilon, c, x = drawn(t, width=1)
     output = torch.tensor([[0.4, 0.2]], dtype=torch.float64)
@@ -132,7 +132,7 @@ def test_the_bound_is_the_divergence_of_two_normals_in_bits() -> None:
 
 
 @pytest.mark.parametrize("x", [-3.0, -0.9995, -0.5, 0.0, 0.7, 0.9995, 3.0])
-def test_the_first_step_is_a_likelihood_of_bins(x: float) -> None:
+def test_variational_bound_first_step_is_a_discrete_likelihood(x: float) -> None:
     """Bins of width 2/255 whose probabilities add up to 1, the outermost without end."""
     t = torch.tensor([0])
     c = Coefficients.at(TABLE, t)
@@ -149,7 +149,7 @@ def test_the_first_step_is_a_likelihood_of_bins(x: float) -> None:
     torch.testing.assert_close(got, bits[0], rtol=0, atol=2e-3)  # the reference's CDF is an approximation
 
 
-def test_rows_do_not_mix() -> None:
+def test_diffusion_loss_rows_are_independent() -> None:
     t = torch.tensor([0, 7, 999])
     x0, epsilon, c, x = drawn(t)
     output = noise(3, 6, seed=6).double()

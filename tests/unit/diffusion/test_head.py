@@ -16,7 +16,7 @@ def head() -> DiffusionHead:
     return randomize(DiffusionHead(3, 5, CONFIG))  # type: ignore[arg-type,return-value]
 
 
-def test_a_table_of_times_equals_each_on_its_own() -> None:
+def test_time_embedding_table_equals_single_times() -> None:
     of, t = head(), torch.randint(40, (3, 30), generator=torch.Generator().manual_seed(0))
     assert t.numel() > CONFIG.diffusion_steps  # so that a table is made
     table = of.embed_times(t)
@@ -27,7 +27,7 @@ def test_a_table_of_times_equals_each_on_its_own() -> None:
     assert (times.unsqueeze(0) - times.unsqueeze(1)).abs().amax(-1).fill_diagonal_(1).min() > 1e-4  # no two alike
 
 
-def test_the_table_carries_the_gradient() -> None:
+def test_time_embedding_table_has_gradients() -> None:
     of, t = head(), torch.randint(40, (100,), generator=torch.Generator().manual_seed(0))
     parameters = list(of.time_embed.parameters())
     by_table = torch.autograd.grad(of.embed_times(t).square().sum(), parameters)
@@ -36,7 +36,7 @@ def test_the_table_carries_the_gradient() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_its_parts_are_the_whole() -> None:
+def test_head_parts_compose_to_forward() -> None:
     of, x, z, t = head(), noise(6, 3), noise(6, 5, seed=1), torch.arange(6) * 7 % 40
     modulations = of.modulations(of.condition(of.embed_times(t), of.z_embed(z)))
     assert [m.shape[-1] for m in modulations] == [36, 36, 24]
@@ -46,13 +46,13 @@ def test_its_parts_are_the_whole() -> None:
 
 
 @pytest.mark.parametrize("what", ["x", "t", "z"])
-def test_all_that_goes_in_matters(what: str) -> None:
+def test_head_output_depends_on_every_input(what: str) -> None:
     of, x, z, t = head(), noise(6, 3), noise(6, 5, seed=1), torch.arange(6)
     before = of(x, t, z)
     changed = {"x": (x + 0.1, t, z), "t": (x, t + 20, z), "z": (x, t, z + 0.1)}[what]
     assert ((of(*changed) - before).abs().amax(-1) > 1e-4).all()
 
 
-def test_a_new_head_says_zero() -> None:
+def test_new_head_output_is_zero() -> None:
     of = DiffusionHead(3, 5, CONFIG)
     assert not of(noise(4, 3), torch.arange(4), noise(4, 5)).any()

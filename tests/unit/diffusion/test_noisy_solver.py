@@ -45,7 +45,7 @@ def by_the_paper(x: float, noise: list[float], schedule: Schedule) -> float:
 @pytest.mark.parametrize("prediction", ["noise", "v"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 9])
 @pytest.mark.parametrize("spacing", ["time", "log-snr"])
-def test_it_is_the_papers_algorithm(prediction: Prediction, steps: int, spacing: str) -> None:
+def test_sde_solver_matches_the_papers_algorithm(prediction: Prediction, steps: int, spacing: str) -> None:
     schedule = respace(cosine(1000), steps, spacing, 0.95)  # type: ignore[arg-type]
     noise = torch.randn(steps, *X.shape, generator=make_generator(1), dtype=torch.float64)
     expected = [
@@ -70,7 +70,7 @@ def true_std(schedule: Schedule) -> float:
     return alpha * S**2 / math.sqrt(alpha**2 * S**2 + sigma**2)
 
 
-def test_mean_and_deviation_converge_by_the_second_order() -> None:
+def test_sde_solver_converges_by_the_second_order() -> None:
     errors = []
     for n in (32, 64, 128, 256):
         mean, std = drawn_mean_and_std(even_schedule(n))
@@ -80,7 +80,7 @@ def test_mean_and_deviation_converge_by_the_second_order() -> None:
     assert deviations == pytest.approx([2] * 3, abs=0.35)
 
 
-def test_ten_steps_keep_the_deviation() -> None:
+def test_sde_solver_ten_steps_keep_the_deviation() -> None:
     """What a solver loses of it, pictures lose of their variety."""
     schedule = respace(cosine(1000), 10, "log-snr", 0.95)
     mean, std = drawn_mean_and_std(schedule)
@@ -88,7 +88,7 @@ def test_ten_steps_keep_the_deviation() -> None:
     assert std == pytest.approx(true_std(schedule), rel=0.1)
 
 
-def test_the_temperature_is_that_of_the_noise_on_the_way() -> None:
+def test_sde_solver_temperature_scales_later_noise() -> None:
     schedule = respace(cosine(1000), 12, "log-snr", 0.95)
     stds = [drawn_mean_and_std(schedule, temperature)[1] for temperature in (0.0, 0.9, 1.0)]
     assert 0 < stds[0] < stds[1] < stds[2]
@@ -98,5 +98,5 @@ def test_the_temperature_is_that_of_the_noise_on_the_way() -> None:
     assert torch.equal(cold, colder)
 
 
-def test_it_takes_a_noise_for_each_step() -> None:
+def test_sde_solver_needs_a_noise_for_each_step() -> None:
     assert num_noises("dpm++2m-sde", 7) == 7

@@ -14,7 +14,7 @@ from mar.diffusion.schedule import MAX_BETA, cosine, linear, respace
 FULL = cosine(1000)
 
 
-def test_alpha_bar_is_the_cosine_until_the_cap() -> None:
+def test_cosine_alpha_bar_is_right_until_the_cap() -> None:
     t = torch.arange(1, 1000, dtype=torch.float64) / 1000
     f = ((t + 0.008) / 1.008 * math.pi / 2).cos().square() / math.cos(0.008 / 1.008 * math.pi / 2) ** 2
     torch.testing.assert_close(FULL.alphas_cumprod[:-1], f, rtol=1e-9, atol=0)
@@ -22,7 +22,7 @@ def test_alpha_bar_is_the_cosine_until_the_cap() -> None:
     assert (FULL.betas[:-1] < MAX_BETA).all()
 
 
-def test_the_linear_path_mixes_evenly() -> None:
+def test_linear_schedule_mixes_evenly() -> None:
     """Signal and noise in the ratio (1 - u) : u."""
     u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     alphas = linear(1000).alphas_cumprod
@@ -32,7 +32,7 @@ def test_the_linear_path_mixes_evenly() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 50, 999, 1000])
-def test_respacing_keeps_the_noise_levels_of_its_timesteps(steps: int) -> None:
+def test_respace_keeps_alpha_bar(steps: int) -> None:
     short = respace(FULL, steps)
     assert len(short) == len(set(short.timesteps.tolist())) == steps
     assert int(short.timesteps[-1]) == 999  # it starts where the noise is all there is
@@ -41,11 +41,11 @@ def test_respacing_keeps_the_noise_levels_of_its_timesteps(steps: int) -> None:
     assert short.betas.dtype == torch.float64
 
 
-def test_respacing_to_all_steps_changes_nothing() -> None:
+def test_respace_to_all_steps_changes_nothing() -> None:
     torch.testing.assert_close(respace(FULL, 1000).betas, FULL.betas, rtol=1e-10, atol=0)
 
 
-def test_timesteps_are_those_the_network_knows() -> None:
+def test_respace_timesteps_are_trained_ones() -> None:
     assert respace(respace(FULL, 100), 10).timesteps.tolist() == respace(FULL, 100).timesteps[
         [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
     ].tolist()  # fmt: skip
@@ -54,9 +54,7 @@ def test_timesteps_are_those_the_network_knows() -> None:
 @pytest.mark.parametrize("spacing", ["time", "log-snr"])
 @pytest.mark.parametrize("noisiest", [1.0, 0.95, 0.5])
 @pytest.mark.parametrize("steps", [1, 2, 5, 40, 300])
-def test_respacing_reaches_from_the_cleanest_to_the_noisiest_that_is_wanted(
-    spacing: TimestepSpacing, noisiest: float, steps: int
-) -> None:
+def test_respace_covers_cleanest_to_start_t(spacing: TimestepSpacing, noisiest: float, steps: int) -> None:
     short = respace(FULL, steps, spacing, noisiest)
     assert int(short.timesteps[-1]) == round(noisiest * 999)
     assert int(short.timesteps[0]) == 0 or steps == 1
@@ -66,7 +64,7 @@ def test_respacing_reaches_from_the_cleanest_to_the_noisiest_that_is_wanted(
 
 
 @pytest.mark.parametrize("steps", [3, 6, 9])
-def test_spacing_by_log_snr_is_as_even_as_timesteps_allow(steps: int) -> None:
+def test_respace_by_log_snr_is_even(steps: int) -> None:
     short = respace(FULL, steps, "log-snr", 0.95)
     lam = 0.5 * (short.alphas_cumprod / (1 - short.alphas_cumprod)).log()
     torch.testing.assert_close(short.log_snr, lam, rtol=1e-9, atol=1e-12)
@@ -75,7 +73,7 @@ def test_spacing_by_log_snr_is_as_even_as_timesteps_allow(steps: int) -> None:
     assert by_time.diff().abs().max() > 1.3 * lam.diff().abs().max()
 
 
-def test_fewer_timesteps_than_steps_are_refused() -> None:
+def test_respace_to_too_many_steps_is_refused() -> None:
     assert len(respace(FULL, 500, "log-snr", 0.4995)) == 500
     available = "the training schedule's 1000 timesteps up to start_t 0.4995"
     with pytest.raises(ValueError, match=f"got 501, expected 1 to 500, {available}"):
@@ -83,13 +81,13 @@ def test_fewer_timesteps_than_steps_are_refused() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
-def test_a_length_that_cannot_be_is_refused(steps: int) -> None:
+def test_respace_to_an_invalid_length_is_refused(steps: int) -> None:
     with pytest.raises(ValueError, match=f"got {steps}, expected 1 to 1000"):
         respace(FULL, steps)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 25, 1000])
-def test_the_posterior_is_bayes(steps: int) -> None:
+def test_posterior_coefficients_follow_bayes(steps: int) -> None:
     """q(x_{t-1} | x_t, x_0) is the product of q(x_{t-1} | x_0) and q(x_t | x_{t-1}), precisions adding."""
     s = respace(FULL, steps)
     prior, beta, alpha = 1 - s.alphas_cumprod_prev, s.betas, 1 - s.betas
@@ -107,7 +105,7 @@ def test_the_posterior_is_bayes(steps: int) -> None:
         assert s.posterior_log_variance[0] == s.posterior_log_variance[1]
 
 
-def test_coefficients_belong_to_their_rows() -> None:
+def test_coefficients_follow_their_timesteps() -> None:
     table = Coefficients.table(FULL)
     assert table.shape == (len(Coefficients._fields), 1000)
     t = torch.tensor([3, 999, 3])

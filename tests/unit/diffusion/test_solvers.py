@@ -38,7 +38,7 @@ def draws(steps: int) -> Tensor:
 
 @pytest.mark.parametrize("prediction", ["noise", "v", "x0", "flow"])
 @pytest.mark.parametrize("path", [cosine, linear])
-def test_a_gaussian_comes_out_as_it_went_in(prediction: Prediction, path: Callable[[int], Schedule]) -> None:
+def test_ancestral_samples_have_the_gaussians_moments(prediction: Prediction, path: Callable[[int], Schedule]) -> None:
     schedule = respace(path(1000), 200)
     drawn = ancestral(knowing(schedule, prediction, variance=0.0), draws(200), schedule, prediction)
     # of 20,000 draws: 0.0035 and 0.0025 are one standard error
@@ -48,14 +48,14 @@ def test_a_gaussian_comes_out_as_it_went_in(prediction: Prediction, path: Callab
 
 @pytest.mark.parametrize("prediction", ["v", "x0", "flow"])
 @pytest.mark.parametrize("path", [cosine, linear])
-def test_all_predictions_draw_the_same(prediction: Prediction, path: Callable[[int], Schedule]) -> None:
+def test_ancestral_draws_the_same_for_all_predictions(prediction: Prediction, path: Callable[[int], Schedule]) -> None:
     schedule = respace(path(1000), 10)
     one = ancestral(knowing(schedule, "noise"), draws(10), schedule, "noise")
     other = ancestral(knowing(schedule, prediction), draws(10), schedule, prediction)
     torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
 
 
-def test_temperature_narrows_what_is_drawn() -> None:
+def test_ancestral_temperature_narrows_the_samples() -> None:
     schedule = respace(cosine(1000), 50)
     stds = [
         float(ancestral(knowing(schedule, "v"), draws(50), schedule, "v", temperature=t).std()) for t in (0.0, 0.9, 1.0)
@@ -63,7 +63,7 @@ def test_temperature_narrows_what_is_drawn() -> None:
     assert stds[0] < stds[1] < stds[2]
 
 
-def test_without_temperature_only_the_first_noise_counts() -> None:
+def test_ancestral_at_temperature_0_uses_only_the_first_noise() -> None:
     schedule, noise = respace(cosine(1000), 5), draws(5)
     cold = ancestral(knowing(schedule, "v"), noise, schedule, "v", temperature=0.0)
     other = torch.cat([noise[:1], torch.randn(4, ROWS, 1, generator=make_generator(4), dtype=torch.float64)])
@@ -72,14 +72,14 @@ def test_without_temperature_only_the_first_noise_counts() -> None:
     assert not torch.equal(ancestral(knowing(schedule, "v"), other, schedule, "v", temperature=0.0), cold)
 
 
-def test_a_bound_holds_for_what_is_drawn() -> None:
+def test_ancestral_x0_bound_holds() -> None:
     schedule = respace(cosine(1000), 8)
     drawn = ancestral(knowing(schedule, "v"), draws(8), schedule, "v", x0_bound=0.4)
     assert drawn.abs().max() <= 0.4 + 1e-9  # the last step's mean is x0 itself
     assert drawn.abs().max() > 0.39
 
 
-def test_the_network_is_asked_once_a_step_from_the_noisiest_on() -> None:
+def test_ancestral_calls_the_network_once_a_step() -> None:
     schedule, asked = respace(cosine(1000), 6), []
     network = knowing(schedule, "v")
 
@@ -92,7 +92,7 @@ def test_the_network_is_asked_once_a_step_from_the_noisiest_on() -> None:
 
 
 @pytest.mark.parametrize("steps", [10, 50])
-def test_a_variance_far_out_of_its_range_is_not_extrapolated_where_x0_is_predicted(steps: int) -> None:
+def test_ancestral_out_of_range_variance_is_clamped_for_x0(steps: int) -> None:
     schedule = respace(cosine(1000), steps)
     far, end = (ancestral(knowing(schedule, "x0", v), draws(steps), schedule, "x0") for v in (20.0, 1.0))
     assert torch.equal(far, end)

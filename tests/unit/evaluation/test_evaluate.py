@@ -61,7 +61,7 @@ def judged(extractor: Extractor, own: Held, reference: Held, wanted: MetricOptio
     return compare(collect(own, extractor, options=wanted, batch=batch), statistics, extractor, wanted)
 
 
-def test_the_numbers_are_those_of_all_features_at_once() -> None:
+def test_collect_in_batches_matches_all_at_once() -> None:
     extractor, own, real = extractors.tiny(), pictures(), pictures(40, seed=1)
     report = judged(extractor, Held(own), Held(real), batch=7)
     mine, theirs = extractor(own), extractor(real)
@@ -83,7 +83,7 @@ def test_the_numbers_are_those_of_all_features_at_once() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 7, 50, 1000])
-def test_any_batch_gives_the_same(batch: int) -> None:
+def test_collect_is_independent_of_batch_size(batch: int) -> None:
     sets = Held(pictures()), Held(pictures(40, seed=1))
     one, other = judged(extractors.tiny(), *sets, batch=16), judged(extractors.tiny(), *sets, batch=batch)
     for name in ("distance", "inception_score", "inception_score_std", "kernel_distance", "kernel_distance_error"):
@@ -92,7 +92,7 @@ def test_any_batch_gives_the_same(batch: int) -> None:
 
 
 @pytest.mark.parametrize("count", [3, 50])
-def test_a_set_against_itself_in_other_batches(count: int) -> None:
+def test_compare_set_with_itself_is_zero(count: int) -> None:
     """With fewer pictures than features too, where the covariance is singular."""
     extractor, held = extractors.tiny(), Held(pictures(count))
     reference = collect(held, extractor, batch=7).statistics
@@ -101,7 +101,7 @@ def test_a_set_against_itself_in_other_batches(count: int) -> None:
     assert judged(extractor, held, Held(pictures(count, seed=1)), MetricOptions()).distance > 1e-3
 
 
-def test_features_are_kept_only_where_they_are_wanted() -> None:
+def test_collect_keeps_features_only_if_needed() -> None:
     held, extractor = Held(pictures()), extractors.tiny()
     assert collect(held, extractor).statistics.features is None
     kept = collect(held, extractor, options=MetricOptions(kid=True), batch=7).statistics.features
@@ -109,13 +109,13 @@ def test_features_are_kept_only_where_they_are_wanted() -> None:
     torch.testing.assert_close(kept, extractor(held.images).values)
 
 
-def test_how_far_it_is() -> None:
+def test_collect_reports_progress() -> None:
     told: list[float] = []
     collect(Held(pictures(10)), extractors.tiny(), batch=4, advance=told.append)
     assert told == [4, 8, 10]
 
 
-def test_fewer_pictures_than_features_is_said_with_the_reason() -> None:
+def test_compare_fewer_images_than_features_warns() -> None:
     report = judged(extractors.tiny(), Held(pictures(6)), Held(pictures(7)), MetricOptions())
     (said,) = report.warnings
     assert "6 pictures for 6 features" in said
@@ -125,7 +125,7 @@ def test_fewer_pictures_than_features_is_said_with_the_reason() -> None:
     assert "5 reference pictures" in said
 
 
-def test_a_reference_that_does_not_say_what_it_is() -> None:
+def test_compare_unnamed_reference_warns() -> None:
     extractor, held = extractors.tiny(), Held(pictures())
     found = collect(held, extractor)
     bare = replace(found.statistics, count=None, provenance=None)
@@ -147,7 +147,7 @@ def test_a_reference_that_does_not_say_what_it_is() -> None:
         (extractors.tiny, 8, "(8, 8)"),
     ],
 )
-def test_what_can_not_be_compared(theirs: type, size: int, words: str) -> None:
+def test_compare_incompatible_statistics_is_refused(theirs: type, size: int, words: str) -> None:
     reference = collect(Held(pictures(size=size)), theirs()).statistics
     own = extractors.tiny()
     with pytest.raises(ValueError, match="can't be compared") as refused:
@@ -156,14 +156,14 @@ def test_what_can_not_be_compared(theirs: type, size: int, words: str) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_features_that_the_reference_does_not_have() -> None:
+def test_compare_without_reference_features_is_refused() -> None:
     extractor, held = extractors.tiny(), Held(pictures())
     reference = collect(held, extractor).statistics
     with pytest.raises(ValueError, match="--keep-features"):
         compare(collect(held, extractor, options=ALL), reference, extractor, ALL)
 
 
-def test_too_few_pictures_and_splits() -> None:
+def test_collect_too_few_images_or_splits_is_refused() -> None:
     with pytest.raises(ValueError, match="got 1, expected at least 2"):
         collect(Held(pictures(1)), extractors.tiny())
     with pytest.raises(ValueError, match="splits: got 0"):
@@ -173,7 +173,7 @@ def test_too_few_pictures_and_splits() -> None:
     )  # takes two splits
 
 
-def test_pictures_that_change_their_size() -> None:
+def test_collect_mixed_sizes_is_refused() -> None:
     class Growing(Held):
         def batches(self, batch: int, first: int, end: int) -> Iterator[ImageBatch]:
             for part in super().batches(batch, first, end):
@@ -187,7 +187,7 @@ def test_pictures_that_change_their_size() -> None:
 # ---- classes
 
 
-def test_class_names_are_matched_whatever_their_order() -> None:
+def test_class_numbers_match_names_in_any_order() -> None:
     numbers = match_classes(("ant", "Bee", "cat"), ("CAT", "dog", "ant"))
     assert numbers is not None
     assert numbers.tolist() == [2, -1, 0]
@@ -196,7 +196,7 @@ def test_class_names_are_matched_whatever_their_order() -> None:
     assert match_classes(("ant",), ()) is None
 
 
-def test_folders_of_generated_pictures_are_matched_with_the_names_of_their_classes() -> None:
+def test_class_numbers_match_folders_of_generated_images() -> None:
     for names in (FASHION_CLASSES, imagenet_classes(), ("a/b", "a b", "none")):
         by_number = class_folders(names)
         folders = tuple(by_number[i] for i in range(len(names)))
@@ -211,7 +211,7 @@ def test_folders_of_generated_pictures_are_matched_with_the_names_of_their_class
 
 @pytest.mark.parametrize("batch", [1, 3, 64])
 @pytest.mark.parametrize("as_classifier", [False, True])
-def test_agreement_maps_classes_by_name(batch: int, as_classifier: bool) -> None:
+def test_class_accuracy_maps_classes_by_name(batch: int, as_classifier: bool) -> None:
     images = gray(0, 0, 255, 255, 255, 128)
     labels, classes = [1, 2, 0, 0, 2, 2], ("Bright", "dark", "middling")  # right: yes, no, yes, yes, no, yes
     held, judge = Held(images, labels, classes), extractors.brightness()
@@ -224,7 +224,7 @@ def test_agreement_maps_classes_by_name(batch: int, as_classifier: bool) -> None
     assert (report.worst_class, report.worst_class_accuracy) == ("middling", pytest.approx(1 / 3))
 
 
-def test_classes_that_the_judge_does_not_know_and_pictures_without_one() -> None:
+def test_class_accuracy_ignores_unknown_classes() -> None:
     images, classes = gray(0, 255, 255, 0), ("dark", "bright", "purple", "middling")
     found = collect(Held(images, [0, 0, 2, -1], classes), extractors.brightness())
     assert found.correct == (1, 0, 0, 0)
@@ -234,7 +234,7 @@ def test_classes_that_the_judge_does_not_know_and_pictures_without_one() -> None
     assert "leaves out 1 of 4 classes, which the classifier does not know: purple" in report.warnings[-1]
 
 
-def test_no_labels_no_agreement() -> None:
+def test_class_accuracy_without_labels_is_none() -> None:
     found = collect(Held(gray(0, 255, 9), classes=("dark", "bright")), extractors.brightness())
     report = compare(found, found.statistics, extractors.brightness(), MetricOptions())
     assert report.class_accuracy is None
@@ -242,7 +242,7 @@ def test_no_labels_no_agreement() -> None:
 
 
 @pytest.mark.parametrize(("classes", "words"), [(("ant", "bee"), "ant, bee"), ((), "no class names")])
-def test_a_classifier_that_shares_no_class(classes: tuple[str, ...], words: str) -> None:
+def test_class_accuracy_without_shared_classes_is_refused(classes: tuple[str, ...], words: str) -> None:
     with pytest.raises(ValueError, match="brightness knows the classes dark, middling, bright") as refused:
         collect(Held(gray(0, 1), classes=classes), extractors.tiny(), classifier=extractors.brightness())
     assert words in str(refused.value)
@@ -251,7 +251,7 @@ def test_a_classifier_that_shares_no_class(classes: tuple[str, ...], words: str)
 # ---- reports
 
 
-def test_a_report_is_valid_json() -> None:
+def test_report_is_valid_json() -> None:
     report = Report("FD", 1.5, 10, None, seconds=math.nan, kernel_distance=0.1, kernel_distance_error=math.nan)
     back = json.loads(json.dumps(report.to_dict(), allow_nan=False))
     assert back["seconds"] is None
@@ -260,7 +260,7 @@ def test_a_report_is_valid_json() -> None:
     assert back["warnings"] == []
 
 
-def test_a_report_for_people() -> None:
+def test_report_as_text_has_every_number() -> None:
     report = Report(
         "FD (x)", 12.34567, 1000, 20000, inception_score=9.87654, inception_score_std=0.1234, precision=0.5,
         recall=0.25, class_accuracy=0.98765, worst_class="cat", worst_class_accuracy=0.5, seconds=1.25,

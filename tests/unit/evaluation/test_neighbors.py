@@ -39,7 +39,7 @@ def judged(own: Tensor, learned: Tensor, held_out: Tensor) -> Report:
     return compare(Collected(statistics(own)), reference, extractors.tiny(), WANTED, measure)
 
 
-def test_a_model_that_returns_what_it_learned_from_draws_copies_only() -> None:
+def test_copied_training_images_are_all_counted() -> None:
     learned = drawn(0)
     report = judged(learned.flip(0)[:1000], learned, drawn(1))
     assert report.copies == 1
@@ -49,14 +49,14 @@ def test_a_model_that_returns_what_it_learned_from_draws_copies_only() -> None:
     assert judged(hardly_changed, learned, drawn(1)).copies == 1
 
 
-def test_independent_pictures_are_copies_in_one_case_of_a_hundred() -> None:
+def test_independent_images_are_copies_in_one_percent() -> None:
     report = judged(drawn(2), drawn(0), drawn(1))
     assert report.copies == pytest.approx(0.01, abs=0.006)  # three standard deviations: both sides are drawn
     assert report.neighbor_distance == pytest.approx(report.held_out_distance, rel=0.03)
     assert report.neighbor_distance == float(metrics.nearest_neighbors(drawn(0), drawn(2))[0].quantile(0.5))
 
 
-def test_what_is_drawn_again_among_what_is_new_is_counted() -> None:
+def test_copies_among_new_images_are_counted() -> None:
     learned = drawn(0)
     report = judged(torch.cat([drawn(2)[:2000], learned[:500]]), learned, drawn(1))
     assert report.copies == pytest.approx(0.2 + 0.8 * 0.01, abs=0.006)
@@ -64,7 +64,7 @@ def test_what_is_drawn_again_among_what_is_new_is_counted() -> None:
     assert [pair.reference for pair in report.pairs] == list(range(NUM_PAIRS))
 
 
-def test_the_threshold_is_the_distance_that_all_but_one_percent_keep() -> None:
+def test_copy_threshold_is_the_first_percentile() -> None:
     """On a line: held-out pictures at distances 1, 2, ..., 201 of the nearer learned one of two."""
     learned, held_out = torch.tensor([[0.0], [1000.0]]), -torch.arange(1.0, 202.0)[:, None]
     held_out[::2] = 1000 - held_out[::2]
@@ -79,19 +79,19 @@ def test_the_threshold_is_the_distance_that_all_but_one_percent_keep() -> None:
     assert found.sanity_warnings() == ()
 
 
-def test_the_nearest_pairs_come_first_and_equals_in_their_order() -> None:
+def test_nearest_pairs_are_sorted_stably() -> None:
     distances, numbers = torch.tensor([3.0, 1.0, 2.0, 1.0]).double(), torch.tensor([4, 5, 6, 7])
     assert closest_pairs(distances, numbers, 3) == (Pair(1, 5, 1.0), Pair(3, 7, 1.0), Pair(2, 6, 2.0))
     assert len(closest_pairs(distances, numbers)) == 4
 
 
-def test_few_held_out_pictures_are_a_rough_measure() -> None:
+def test_few_held_out_images_warn() -> None:
     (said,) = [w for w in judged(drawn(2), drawn(0), drawn(1, 99)).warnings if "held-out" in w]
     assert "99 held-out pictures" in said
     assert not [w for w in judged(drawn(2), drawn(0), drawn(1, 100)).warnings if "held-out" in w]
 
 
-def test_held_out_pictures_that_were_learned_from_are_no_measure() -> None:
+def test_held_out_images_in_training_data_warn() -> None:
     learned, new = drawn(0), drawn(1)
     one_in_fifty = new.clone()
     one_in_fifty[::50] = learned[:60] * (1 + 1e-7)
@@ -125,7 +125,7 @@ def pictures(seed: int, count: int, channels: int = 3) -> Tensor:
     return torch.randint(0, 256, (count, channels, 6, 6), generator=make_generator(seed)).to(torch.uint8)
 
 
-def test_from_pictures_to_the_report() -> None:
+def test_neighbors_of_images_are_in_the_report() -> None:
     extractor = extractors.tiny()
     learned, held_out = pictures(0, 150), pictures(1, 120)
     own = torch.cat([pictures(2, 30), learned[70:80]])
@@ -153,7 +153,7 @@ def test_from_pictures_to_the_report() -> None:
     assert (unasked.neighbor_distance, unasked.pairs) == (None, ())
 
 
-def test_what_can_not_be_measured() -> None:
+def test_neighbors_invalid_input_is_refused() -> None:
     extractor = extractors.tiny()
     kept, bare = (
         collect(Held(pictures(0, 30)), extractor, options=wanted).statistics for wanted in (WANTED, MetricOptions())
@@ -168,14 +168,14 @@ def test_what_can_not_be_measured() -> None:
         HeldOut.of(other, kept)
 
 
-def test_a_table_of_a_sweep_has_the_share_but_not_the_pairs(tmp_path: Path) -> None:
+def test_sweep_table_has_the_share_of_copies_only(tmp_path: Path) -> None:
     table = Table(tmp_path, {})
     table.add({"guidance_scale": 1.0}, judged(drawn(2), drawn(0), drawn(1)))
     assert {"copies", "neighbour_distance", "held_out_distance"} < set(table.columns())
     assert "pairs" not in table.columns()
 
 
-def test_a_sheet_shows_each_picture_beside_its_neighbor() -> None:
+def test_neighbor_sheet_shows_image_and_neighbor() -> None:
     own, learned = pictures(0, 5, channels=1), pictures(1, 9)
     pairs = (Pair(4, 8, 0.1), Pair(0, 2, 0.2), Pair(1, 8, 0.3))
     found = pair_grid(pairs, Held(own), Held(learned))

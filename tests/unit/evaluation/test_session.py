@@ -33,7 +33,7 @@ def extractor() -> ModuleExtractor:
     return ModuleExtractor(nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten()), "pooled", recipe="2 x 2 means")
 
 
-def test_the_same_model_gets_the_same_judgment_and_another_another(tmp_path: Path) -> None:
+def test_evaluator_same_model_same_result(tmp_path: Path) -> None:
     judge = OnlineEvaluator(extractor(), str(write_images(tmp_path)), count=7, batch=3)
     first, again, other = judge(pipeline()), judge(pipeline()), judge(pipeline(seed=1))
     assert first.distance == again.distance > 0
@@ -41,7 +41,7 @@ def test_the_same_model_gets_the_same_judgment_and_another_another(tmp_path: Pat
     assert (first.count, first.reference_count) == (7, 20)
 
 
-def test_the_reference_is_measured_once_at_the_models_size(tmp_path: Path) -> None:
+def test_evaluator_measures_the_reference_once(tmp_path: Path) -> None:
     judge = OnlineEvaluator(extractor(), str(write_images(tmp_path)), count=4)
     judge(pipeline())
     measured = judge.measure_reference(pipeline().image_size)
@@ -51,7 +51,7 @@ def test_the_reference_is_measured_once_at_the_models_size(tmp_path: Path) -> No
     assert judge.measure_reference(pipeline().image_size) is measured
 
 
-def test_pictures_for_testing_are_taken_where_there_are_any(tmp_path: Path) -> None:
+def test_evaluator_prefers_the_test_split(tmp_path: Path) -> None:
     parted = tmp_path / "parted"
     write_images(parted / "train", 8)
     assert OnlineEvaluator(extractor(), str(parted), count=4)(pipeline()).reference_count == 8
@@ -59,7 +59,7 @@ def test_pictures_for_testing_are_taken_where_there_are_any(tmp_path: Path) -> N
     assert OnlineEvaluator(extractor(), str(parted), count=4)(pipeline()).reference_count == 6
 
 
-def test_statistics_serve_as_a_reference(tmp_path: Path) -> None:
+def test_evaluator_takes_statistics_as_reference(tmp_path: Path) -> None:
     judge = OnlineEvaluator(extractor(), str(write_images(tmp_path / "pictures")), count=5)
     distance = judge(pipeline()).distance
     judge.measure_reference(pipeline().image_size).save(tmp_path / "stats.npz")
@@ -67,7 +67,7 @@ def test_statistics_serve_as_a_reference(tmp_path: Path) -> None:
     assert again == pytest.approx(distance, rel=1e-9)
 
 
-def test_nothing_random_is_used_up(tmp_path: Path) -> None:
+def test_evaluator_keeps_global_random_state(tmp_path: Path) -> None:
     judge, model = OnlineEvaluator(extractor(), str(write_images(tmp_path)), count=4), pipeline()
     torch.manual_seed(3)
     expected = torch.rand(4)
@@ -76,7 +76,7 @@ def test_nothing_random_is_used_up(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(4), expected)
 
 
-def test_one_picture_is_no_evaluation() -> None:
+def test_evaluator_of_one_image_is_refused() -> None:
     with pytest.raises(ValueError, match="got 1, expected at least 2"):
         OnlineEvaluator(extractor(), "fashion", count=1)
 
@@ -101,7 +101,7 @@ def statistics(samples: str, tmp_path: Path) -> str:
     return str(tmp_path / "statistics.npz")
 
 
-def test_a_reference_is_read_or_measured(samples: str, statistics: str) -> None:
+def test_reference_is_read_or_measured(samples: str, statistics: str) -> None:
     read = open_either(statistics, extractors.tiny(), MetricOptions())
     assert isinstance(read, FeatureStats)
     options, done = MetricOptions(kid=True), list[float]()
@@ -129,7 +129,7 @@ def refused(
     return str(said.value)
 
 
-def test_statistics_that_do_not_fit(statistics: str, tmp_path: Path) -> None:
+def test_reference_of_another_extractor_is_refused(statistics: str, tmp_path: Path) -> None:
     assert "7 features, expected 6 of tiny" in refused(adm(tmp_path / "adm.npz", width=7))
     assert "features of tiny and of other" in refused(statistics, by=extractors.other())
     assert "other weights or preprocessing" in refused(statistics, by=extractors.retrained())

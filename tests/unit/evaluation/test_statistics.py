@@ -49,7 +49,7 @@ def made(count: int = 7, width: int = 3) -> FeatureStats:
 
 
 @pytest.mark.parametrize("batch", [1, 7, 512, 2000])
-def test_any_batch_size_gives_the_same(batch: int) -> None:
+def test_moments_are_independent_of_batch_size(batch: int) -> None:
     values = rows(2 * BLOCK + 100)
     seen = moments(values, batch)
     assert seen.count == len(values)
@@ -59,7 +59,7 @@ def test_any_batch_size_gives_the_same(batch: int) -> None:
     assert torch.equal(seen.mean, moments(values, 300).mean)
 
 
-def test_reading_changes_nothing() -> None:
+def test_moments_reading_changes_nothing() -> None:
     values = rows(BLOCK + 300)
     seen = moments(values[:BLOCK])
     for value in values[BLOCK:].split(100):
@@ -68,13 +68,13 @@ def test_reading_changes_nothing() -> None:
     assert torch.equal(seen.covariance, moments(values).covariance)
 
 
-def test_the_state_does_not_grow() -> None:
+def test_moments_state_has_constant_size() -> None:
     few, many = moments(rows(3)), moments(rows(3 * BLOCK + 5))
     assert state(few) == state(many) == {"mean": 5, "scatter": 25, "_block": 5 * BLOCK}
 
 
 @pytest.mark.parametrize("cut", [0, 1, 300, 700, 900])
-def test_merged_parts_are_the_whole(cut: int) -> None:
+def test_moments_merged_parts_equal_the_whole(cut: int) -> None:
     values = rows(900)
     whole, part, rest = moments(values), moments(values[:cut]), moments(values[cut:])
     part.merge(rest)
@@ -86,18 +86,18 @@ def test_merged_parts_are_the_whole(cut: int) -> None:
     torch.testing.assert_close(part.mean, torch.cat([values, values[:1]]).mean(0), rtol=1e-12, atol=0)
 
 
-def test_single_precision_is_summed_in_double() -> None:
+def test_moments_sum_in_double_precision() -> None:
     values = rows(100).float()
     torch.testing.assert_close(moments(values).covariance, torch.cov(values.double().T), rtol=1e-9, atol=1e-12)
 
 
-def test_one_process_gathers_itself() -> None:
+def test_moments_gather_in_one_process_is_a_copy() -> None:
     seen = moments(rows(3))
     assert seen.gather() is seen
     assert torch.equal(distributed.gather_rows(rows(3)), rows(3))
 
 
-def test_moments_say_what_is_missing() -> None:
+def test_moments_of_too_few_rows_are_refused() -> None:
     seen = Moments(5)
     with pytest.raises(ValueError, match="no images"):
         _ = seen.mean
@@ -114,7 +114,7 @@ def test_moments_say_what_is_missing() -> None:
         _ = seen.covariance
 
 
-def test_a_file_gives_back_every_bit(tmp_path: Path) -> None:
+def test_statistics_file_round_trip_is_exact(tmp_path: Path) -> None:
     statistics = made()
     path = tmp_path / "new" / "stats.npz"
     statistics.save(path)
@@ -131,7 +131,7 @@ def test_a_file_gives_back_every_bit(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_published_files_hold_mean_and_covariance_only(tmp_path: Path, dtype: type) -> None:
+def test_statistics_published_file_is_read(tmp_path: Path, dtype: type) -> None:
     mean, covariance = made().mean.numpy().astype(dtype), made().covariance.numpy().astype(dtype)
     pictures = np.zeros((2, 4, 4, 3), np.uint8)
     np.savez(tmp_path / "adm.npz", mu=mean, sigma=covariance, mu_s=mean[:2], sigma_s=covariance[:2, :2], arr_0=pictures)
@@ -145,7 +145,7 @@ def test_published_files_hold_mean_and_covariance_only(tmp_path: Path, dtype: ty
         assert np.array_equal(again["sigma"], covariance)
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_statistics_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "stats.npz"
     made(7).save(path)
     before = path.read_bytes()
@@ -193,7 +193,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_wrong_contents_are_said_in_a_line(tmp_path: Path, name: str) -> None:
+def test_statistics_wrong_contents_are_refused_in_one_line(tmp_path: Path, name: str) -> None:
     arrays, message = BAD[name]
     np.savez(tmp_path / "stats.npz", **arrays)
     with pytest.raises(ValueError, match=message) as caught:
@@ -203,7 +203,7 @@ def test_wrong_contents_are_said_in_a_line(tmp_path: Path, name: str) -> None:
     assert "mar stats" in str(caught.value)
 
 
-def test_a_damaged_file_is_said_or_still_right(tmp_path: Path) -> None:
+def test_statistics_damaged_file_is_refused_or_exact(tmp_path: Path) -> None:
     path = tmp_path / "stats.npz"
     statistics = made()
     statistics.save(path)
@@ -226,7 +226,7 @@ def test_a_damaged_file_is_said_or_still_right(tmp_path: Path) -> None:
             FeatureStats.load(path)
 
 
-def test_what_is_no_npz_file(tmp_path: Path) -> None:
+def test_statistics_of_another_format_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         FeatureStats.load(tmp_path / "stats.npz")
     with pytest.raises(ValueError, match="no npz file"):
@@ -236,7 +236,7 @@ def test_what_is_no_npz_file(tmp_path: Path) -> None:
         FeatureStats.load(tmp_path / "stats.npy")
 
 
-def test_statistics_are_checked_when_made() -> None:
+def test_statistics_invalid_values_are_refused() -> None:
     with pytest.raises(ValueError, match="not finite"):
         FeatureStats(torch.full((2,), float("nan")).double(), torch.eye(2).double())
     with pytest.raises(ValueError, match="count of 1"):
@@ -245,7 +245,7 @@ def test_statistics_are_checked_when_made() -> None:
         FeatureStats(torch.zeros(2).double(), torch.eye(2).double(), 5, torch.zeros(4, 2))
 
 
-def test_only_like_is_compared_with_like() -> None:
+def test_statistics_of_other_extractors_are_not_compared() -> None:
     check_comparable(ABOUT, dataclasses.replace(ABOUT, source="another folder"))
     for change, message in (
         ({"extractor": "efficientnet-lite0"}, "inception and of efficientnet-lite0"),

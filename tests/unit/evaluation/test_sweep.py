@@ -46,7 +46,7 @@ def report(distance: float, seconds: float = 5.0) -> Report:
         ("preset=exact,balanced,fast", "preset", ["exact", "balanced", "fast"]),
     ],
 )
-def test_axes(text: str, name: str, values: list[Any]) -> None:
+def test_sweep_axes_are_parsed(text: str, name: str, values: list[Any]) -> None:
     found = parse_axis(text)
     assert found == (name, values)
     assert [type(value) for value in found[1]] == [type(value) for value in values]
@@ -74,14 +74,14 @@ def test_axes(text: str, name: str, values: list[Any]) -> None:
         ("diffusion_steps_end=5.5", "5.5"),
     ],
 )
-def test_axes_that_can_not_be(text: str, words: str) -> None:
+def test_sweep_invalid_axes_are_refused(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match="sweep") as refused:
         parse_axis(text)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_every_combination_the_last_axis_fastest() -> None:
+def test_sweep_covers_every_combination_in_order() -> None:
     assert points(["cfg=1,2", "K=4,8"]) == [
         {"guidance_scale": 1.0, "steps": 4}, {"guidance_scale": 1.0, "steps": 8},
         {"guidance_scale": 2.0, "steps": 4}, {"guidance_scale": 2.0, "steps": 8},
@@ -105,7 +105,7 @@ ROWS: list[tuple[Point, float]] = [
 ]  # fmt: skip
 
 
-def test_a_table_that_stopped_goes_on_to_the_same_files(tmp_path: Path) -> None:
+def test_sweep_resumed_writes_the_same_files(tmp_path: Path) -> None:
     fill(tmp_path / "whole", ROWS)
     fill(tmp_path / "parts", ROWS[:1])
     again = Table(tmp_path / "parts", dict(reversed(SETTINGS.items())))
@@ -119,7 +119,7 @@ def test_a_table_that_stopped_goes_on_to_the_same_files(tmp_path: Path) -> None:
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
-def test_the_files_hold_what_was_measured(tmp_path: Path) -> None:
+def test_sweep_files_hold_the_measurements(tmp_path: Path) -> None:
     fill(tmp_path, ROWS)
     rows = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
     assert list(rows[0]) == ["guidance_scale", "steps", "distance", "inception_score", "seconds_per_picture"]
@@ -131,7 +131,7 @@ def test_the_files_hold_what_was_measured(tmp_path: Path) -> None:
     assert held["rows"][1]["report"]["inception_score_std"] is None
 
 
-def test_nothing_is_written_before_the_first_row(tmp_path: Path) -> None:
+def test_sweep_writes_nothing_before_the_first_row(tmp_path: Path) -> None:
     assert Table(tmp_path / "new", SETTINGS).best() is None
     assert not (tmp_path / "new").exists()
 
@@ -144,9 +144,7 @@ def test_nothing_is_written_before_the_first_row(tmp_path: Path) -> None:
         ({"weights": "abc", "x0_bound": None}, "pictures 10 -> None"),
     ],
 )
-def test_a_folder_of_another_sweep_is_refused_and_left_alone(
-    settings: dict[str, Any], words: str, tmp_path: Path
-) -> None:
+def test_sweep_into_another_sweeps_folder_is_refused(settings: dict[str, Any], words: str, tmp_path: Path) -> None:
     fill(tmp_path, ROWS)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ConfigError, match="holds another sweep") as refused:
@@ -155,7 +153,7 @@ def test_a_folder_of_another_sweep_is_refused_and_left_alone(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_a_table_from_before_references_had_digests_goes_on(tmp_path: Path) -> None:
+def test_sweep_without_reference_digest_continues(tmp_path: Path) -> None:
     fill(tmp_path, ROWS[:1])
     table = Table(tmp_path, {**SETTINGS, "reference_digest": "ab"})
     table.add(ROWS[1][0], report(1.5))
@@ -171,14 +169,14 @@ def test_a_table_from_before_references_had_digests_goes_on(tmp_path: Path) -> N
         '{"settings": {}, "rows": [{"point": {}, "report": {"distance": NaN, "seconds": 1, "count": 2}}]}',
     ],
 )  # fmt: skip
-def test_a_file_that_is_no_table(text: str, tmp_path: Path) -> None:
+def test_sweep_damaged_table_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "sweep.json").write_text(text)
     with pytest.raises(ConfigError, match=r"sweep\.json is not the table of a sweep .*; choose another folder"):
         Table(tmp_path, {})
     assert (tmp_path / "sweep.json").read_text() == text
 
 
-def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
+def test_sweep_into_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text("{}")
     with pytest.raises(ConfigError, match="expected a folder"):
         Table(tmp_path / "report.json", SETTINGS)
@@ -197,7 +195,7 @@ def test_a_file_where_the_folder_should_be(tmp_path: Path) -> None:
     ],
     ids=["two fields", "one point", "with none", "words"],
 )
-def test_a_plot_of_any_fields(rows: list[tuple[Point, float]], tmp_path: Path) -> None:
+def test_sweep_plot_of_any_fields_is_written(rows: list[tuple[Point, float]], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     sweep.plot(fill(tmp_path, rows), tmp_path / "sweep.png")
     with Image.open(tmp_path / "sweep.png") as image:
@@ -206,7 +204,7 @@ def test_a_plot_of_any_fields(rows: list[tuple[Point, float]], tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.csv", "sweep.json", "sweep.png"]
 
 
-def test_lines_and_axes_of_a_plot(tmp_path: Path) -> None:
+def test_sweep_plot_has_lines_and_axes(tmp_path: Path) -> None:
     table = fill(tmp_path, ROWS)
     assert sweep._x_axis(table) == "guidance_scale"
     assert {name: len(rows) for name, rows in sweep._series(table, "guidance_scale").items()} == {
@@ -218,13 +216,13 @@ def test_lines_and_axes_of_a_plot(tmp_path: Path) -> None:
     )
 
 
-def test_no_rows(tmp_path: Path) -> None:
+def test_sweep_plot_without_rows_is_empty(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="no rows"):
         sweep.plot(Table(tmp_path, SETTINGS), tmp_path / "a.png")
 
 
-def test_no_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweep_without_matplotlib_writes_no_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = fill(tmp_path, ROWS)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"\.\[eval\]"):

@@ -23,7 +23,7 @@ def changed(one: Tensor, other: Tensor) -> bool:
 
 
 @trunks
-def test_hidden_tokens_are_not_seen(trunk: TrunkConfig) -> None:
+def test_mar_hidden_tokens_do_not_matter(trunk: TrunkConfig) -> None:
     of, tokens = tiny_model(encoder=trunk, decoder=trunk), noise(2, 16, 2)
     z = of(tokens, LABELS, VISIBLE)
     assert z.shape == (2, 16, 16)
@@ -37,7 +37,7 @@ def test_hidden_tokens_are_not_seen(trunk: TrunkConfig) -> None:
 
 
 @trunks
-def test_it_matters_where_a_visible_token_stands_but_not_its_place_in_the_list(trunk: TrunkConfig) -> None:
+def test_mar_visible_position_matters_but_not_list_order(trunk: TrunkConfig) -> None:
     of, tokens = tiny_model(encoder=trunk, decoder=trunk), noise(1, 16, 2).expand(2, -1, -1)
     z = of(tokens, LABELS[[0, 0]], torch.tensor([[0, 3, 7], [7, 0, 3]]))
     torch.testing.assert_close(z[0], z[1])
@@ -47,13 +47,13 @@ def test_it_matters_where_a_visible_token_stands_but_not_its_place_in_the_list(t
     assert changed(z[0], z[1])
 
 
-def test_the_class_reaches_every_condition() -> None:
+def test_mar_class_reaches_every_condition() -> None:
     of, tokens, nothing = tiny_model(), noise(1, 16, 2).expand(4, -1, -1), torch.empty(4, 0, dtype=torch.long)
     z = of(tokens, torch.tensor([0, 1, 2, UNCONDITIONAL]), nothing)
     assert all(changed(z[i, j], z[k, j]) for i in range(4) for k in range(i) for j in range(16))
 
 
-def test_without_a_class_the_null_embedding_stands_in() -> None:
+def test_mar_without_class_uses_the_null_embedding() -> None:
     of = tiny_model()
     embedded = of.embed_labels(torch.tensor([UNCONDITIONAL, 1]))
     assert of.class_embed is not None
@@ -65,7 +65,7 @@ def test_without_a_class_the_null_embedding_stands_in() -> None:
 
 
 @trunks
-def test_ragged_equals_each_image_on_its_own(trunk: TrunkConfig) -> None:
+def test_mar_padded_batch_equals_single_images(trunk: TrunkConfig) -> None:
     of, tokens = tiny_model(encoder=trunk, decoder=trunk), noise(4, 16, 2)
     each = [[1, 5, 6], [2], [], list(range(16))]
     padded = torch.tensor([positions + [16] * (16 - len(positions)) for positions in each])
@@ -78,7 +78,7 @@ def test_ragged_equals_each_image_on_its_own(trunk: TrunkConfig) -> None:
 
 
 @trunks
-def test_conditions_of_some_tokens_are_those_among_all(trunk: TrunkConfig) -> None:
+def test_mar_query_idx_selects_conditions(trunk: TrunkConfig) -> None:
     of, tokens = tiny_model(encoder=trunk, decoder=trunk), noise(2, 16, 2)
     z, some = of(tokens, LABELS, VISIBLE), torch.tensor([[1, 5, 16], [15, 3, 4]])  # 16: padding
     found = of(tokens, LABELS, VISIBLE, query_idx=some)
@@ -88,7 +88,7 @@ def test_conditions_of_some_tokens_are_those_among_all(trunk: TrunkConfig) -> No
 
 
 @trunks
-def test_padding_must_be_declared(trunk: TrunkConfig) -> None:
+def test_mar_undeclared_padding_is_refused(trunk: TrunkConfig) -> None:
     of, tokens = tiny_model(encoder=trunk, decoder=trunk), noise(1, 16, 2)
     visible = torch.tensor([[1, 5, 16]])
     z = [of(tokens, LABELS[:1], visible, padded=padded) for padded in (True, False)]
@@ -105,7 +105,7 @@ def test_padding_must_be_declared(trunk: TrunkConfig) -> None:
         {"encoder": MODERN, "decoder": MODERN, "grid": (4, 8), "patch_size": 2},
     ],
 )
-def test_any_shape(changes: dict[str, object]) -> None:
+def test_mar_forward_works_for_any_shape(changes: dict[str, object]) -> None:
     of = tiny_model(**changes)
     tokens, d, f = of.config.tokens, of.config.token_width, of.config.decoder.width
     z = of(noise(2, tokens, d), torch.tensor([UNCONDITIONAL, 0]), torch.tensor([[0], [tokens - 1]]))
@@ -113,7 +113,7 @@ def test_any_shape(changes: dict[str, object]) -> None:
     assert of.head(noise(2, d), torch.tensor([0, 9]), z[:, 0]).shape == (2, 2 * d)
 
 
-def test_dropout_is_for_training_only() -> None:
+def test_mar_dropout_in_training_only() -> None:
     of, tokens = tiny_model(attention_dropout=0.3, projection_dropout=0.0), noise(2, 16, 2)
     z = of(tokens, LABELS, VISIBLE)
     assert torch.equal(of(tokens, LABELS, VISIBLE), z)
@@ -123,7 +123,7 @@ def test_dropout_is_for_training_only() -> None:
     assert changed(tiny_model(attention_dropout=0.0, projection_dropout=0.3).train()(tokens, LABELS, VISIBLE), z)
 
 
-def test_initialization_is_the_references() -> None:
+def test_mar_init_matches_the_reference() -> None:
     torch.manual_seed(0)
     of = MAR(tiny_config(encoder=TrunkConfig(64, 1, 2), buffer_size=32, classes=50, head=HeadConfig(64, 2)))
     qkv = of.encoder[0].attention.qkv  # type: ignore[union-attr,index]
@@ -142,7 +142,7 @@ def test_initialization_is_the_references() -> None:
 
 
 @torch.no_grad()
-def test_bf16_is_for_matrices_only() -> None:
+def test_mar_bf16_casts_matrices_only() -> None:
     of, tokens = tiny_model(), noise(2, 16, 2)
     before = {name: p.clone() for name, p in of.named_parameters()}
     z = of(tokens, LABELS, VISIBLE)
@@ -178,7 +178,7 @@ def test_bf16_norms_take_float32() -> None:
 
 
 @trunks
-def test_every_tensor_is_used(trunk: TrunkConfig) -> None:
+def test_mar_every_parameter_matters(trunk: TrunkConfig) -> None:
     of = tiny_model(encoder=trunk, decoder=trunk).train()
     z = of(noise(3, 16, 2), torch.tensor([0, 1, UNCONDITIONAL]), torch.tensor([[0, 3], [4, 5], [6, 9]]))
     t = torch.arange(48).view(3, 16)

@@ -43,12 +43,12 @@ def test_mask_ratios_stay_within_their_bounds(minimum: float) -> None:
     assert all(minimum <= draw_mask_ratio(minimum, stream) <= 1 for _ in range(100))
 
 
-def test_counts_are_rounded_up() -> None:
+def test_mask_counts_are_rounded_up() -> None:
     assert [masked_count(256, ratio) for ratio in (0.7, 0.8671875, 0.8672, 1.0)] == [180, 222, 223, 256]
     assert masked_count(3, 1e-9) == 1
 
 
-def test_the_first_of_an_order_are_hidden() -> None:
+def test_split_by_mask_hides_the_first_of_an_order() -> None:
     order = torch.tensor([[3, 0, 2, 1], [1, 3, 0, 2]])
     hidden, visible = split_by_mask(order, 3)
     assert hidden.tolist() == [[0, 2, 3], [0, 1, 3]]
@@ -58,18 +58,18 @@ def test_the_first_of_an_order_are_hidden() -> None:
     assert visible.shape == (2, 0)
 
 
-def test_orders_are_fair() -> None:
+def test_random_order_is_fair() -> None:
     stream = make_generator(2)
     first = torch.stack([random_order(5, stream) for _ in range(2000)])[:, 0]
     assert (torch.bincount(first, minlength=5) - 400).abs().max() < 80  # 4.5 standard deviations
 
 
-def test_an_order_keeps_its_sequence_where_tokens_are_known() -> None:
+def test_unknown_order_keeps_the_sequence() -> None:
     order, unknown = torch.tensor([4, 1, 3, 0, 2]), torch.tensor([True, False, True, True, False])
     assert unknown_order(order, unknown).tolist() == [3, 0, 2]
 
 
-def test_a_checkerboard_shows_its_black_squares_first() -> None:
+def test_checkerboard_order_shows_black_squares_first() -> None:
     order = random_order(6 * 4, make_generator(3))
     made = apply_order(order, (6, 4), "checkerboard")
     shown = made.flip(0)
@@ -78,12 +78,12 @@ def test_a_checkerboard_shows_its_black_squares_first() -> None:
         assert torch.equal(half, order.flip(0)[torch.isin(order.flip(0), half)])
 
 
-def test_a_random_order_stays_what_was_drawn() -> None:
+def test_apply_order_random_changes_nothing() -> None:
     order = random_order(24, make_generator(3))
     assert apply_order(order, (6, 4), "random") is order
 
 
-def test_halton_spreads_out() -> None:
+def test_halton_order_spreads_out() -> None:
     """Of a grid of 2^a x 3^b cells, its first points fall one into each of 2^c x 3^d equal parts."""
     places = halton_cells(4, 9)
     assert len({tuple(place) for place in places.tolist()}) == 36
@@ -94,7 +94,7 @@ def test_halton_spreads_out() -> None:
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (5, 5), (16, 16)])
-def test_every_token_begins_a_halton_order_of_its_own(grid: tuple[int, int]) -> None:
+def test_halton_order_starts_at_any_token(grid: tuple[int, int]) -> None:
     length = grid[0] * grid[1]
     drawn = [torch.arange(length).roll(-first - 1) for first in range(length)]
     orders = [apply_order(order, grid, "halton") for order in drawn]
@@ -102,7 +102,7 @@ def test_every_token_begins_a_halton_order_of_its_own(grid: tuple[int, int]) -> 
     assert len({tuple(order.tolist()) for order in orders}) == length
 
 
-def test_reveal_schedules_in_numbers() -> None:
+def test_mask_schedules_in_numbers() -> None:
     assert mask_schedule(256, 4) == [236, 181, 97, 0]
     assert mask_schedule(256, 4, "exponential") == [251, 236, 183, 0]
     for kind in ("cosine", "exponential"):

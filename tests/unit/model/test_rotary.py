@@ -22,7 +22,7 @@ def seen(q: Tensor, k: Tensor, at: tuple[int, int], other: tuple[int, int]) -> f
     return float((both[0] * both[1]).sum())
 
 
-def test_features_are_turned_as_complex_numbers() -> None:
+def test_apply_rope_rotates_complex_pairs() -> None:
     table, x = rope_cache(1, (ROWS, COLUMNS), WIDTH), noise(1, 1 + ROWS * COLUMNS, 2, WIDTH)
     turned = apply_rope(x, table.unsqueeze(0))
     torch.testing.assert_close(turned[:, 0], x[:, 0])  # a buffer token
@@ -33,7 +33,7 @@ def test_features_are_turned_as_complex_numbers() -> None:
         torch.testing.assert_close(turned[0, 1 + token], torch.cat([numbers.real, numbers.imag], -1))
 
 
-def test_attention_sees_the_distance_alone() -> None:
+def test_rope_attention_depends_on_distance_only() -> None:
     q, k = noise(2, WIDTH)
     near = seen(q, k, (0, 1), (1, 3))
     assert seen(q, k, (1, 2), (2, 4)) == pytest.approx(near, abs=1e-5)
@@ -41,11 +41,11 @@ def test_attention_sees_the_distance_alone() -> None:
         assert abs(seen(q, k, (0, 1), other) - near) > 1e-3
 
 
-def test_the_table_is_real_where_weights_are_to_come() -> None:
+def test_rope_cache_is_real_on_the_meta_device() -> None:
     with torch.device("meta"):
         assert rope_cache(2, (2, 2), 4).device.type == "cpu"
 
 
-def test_heads_that_can_t_be_turned() -> None:
+def test_rope_head_width_not_divisible_is_refused() -> None:
     with pytest.raises(ConfigError, match="rotary needs heads of a multiple of 4 features, but they have 6"):
         TrunkConfig(width=12, depth=1, num_heads=2, rotary=True)

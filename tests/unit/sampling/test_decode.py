@@ -1,4 +1,4 @@
-"""One reveal step: who runs the trunk without the class, what is kept of it, and who is diffused with whom."""
+"""One reveal step: unconditional runs of the trunk, reused residuals, groups of the head."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def ends(sampling: SamplingConfig, unknown: Tensor | None = None) -> DecodeState
     return end
 
 
-def test_outside_of_its_interval_guidance_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_outside_guidance_interval_runs_no_uncond(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Rows(monkeypatch)
     ends(SamplingConfig(steps=8, diffusion_steps=3, guidance_scale=3.0, guidance_interval=(0.3, 0.8)))
     # after each step 15, 14, 13, 11, 8, 6, 3, 1 of 16 are hidden: 0.31, 0.5 and 0.63 known lie within
@@ -74,14 +74,14 @@ def test_outside_of_its_interval_guidance_costs_nothing(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("refresh", [1, 2, 3, 9])
-def test_between_refreshes_the_trunk_runs_once(refresh: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_between_uncond_runs_trunk_runs_once(refresh: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Rows(monkeypatch)
     ends(SamplingConfig(steps=8, diffusion_steps=3, guidance_scale=3.0, uncond_interval=refresh))
     assert rows.trunk == [2 if step % refresh else 4 for step in range(8)]
     assert all(guided for _, _, guided in rows.heads)  # the head is guided all the same
 
 
-def test_the_residual_is_the_difference_at_the_last_refresh() -> None:
+def test_decode_residual_is_from_the_last_uncond_run() -> None:
     sampling = SamplingConfig(steps=8, diffusion_steps=3, guidance_scale=3.0, uncond_interval=2)
     first, after_first, after_second, *_ = states(sampling)
     assert first.residual is None
@@ -101,11 +101,11 @@ def test_the_residual_is_the_difference_at_the_last_refresh() -> None:
     assert torch.equal(after_second.residual, after_first.residual)
 
 
-def test_a_refresh_at_every_step_keeps_nothing() -> None:
+def test_decode_uncond_at_every_step_keeps_no_residual() -> None:
     assert all(state.residual is None for state in states(GUIDED))
 
 
-def test_images_that_are_elsewhere_are_diffused_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_images_with_other_settings_are_sampled_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve tokens of the first image are known: it has four steps, the other eight; guidance begins at 0.6."""
     unknown = all_masked(2, 16)
     unknown[0, 4:] = False
@@ -124,7 +124,7 @@ def test_images_that_are_elsewhere_are_diffused_apart(monkeypatch: pytest.Monkey
     assert [guided for _, _, guided in rows.heads[:8]] == [False, True, True, False, True, False, True, False]
 
 
-def test_without_a_class_nothing_is_guided(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_without_class_is_unguided(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = Rows(monkeypatch)
     draws = SeededNoise([5])
     state = init_state(noise(1, 16, 2), all_masked(1, 16), 4, draws)
@@ -133,7 +133,7 @@ def test_without_a_class_nothing_is_guided(monkeypatch: pytest.MonkeyPatch) -> N
     assert after.step == 1
 
 
-def test_solvers_without_noise_draw_one_a_token() -> None:
+def test_decode_noiseless_solver_draws_one_noise_a_token() -> None:
     class Counted(SeededNoise):
         asked: list[int] = []  # noqa: RUF012
 
@@ -149,7 +149,7 @@ def test_solvers_without_noise_draw_one_a_token() -> None:
 
 
 @pytest.mark.parametrize("wide", [True, False])
-def test_wide_models_give_memory_back_after_every_step(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_wide_model_trims_the_heap_every_step(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[int] = []
     monkeypatch.setattr("mar.backends.cpu.trunk.trim_heap", lambda: given.append(1))
     monkeypatch.setattr("mar.backends.cpu.trunk.WIDE_MODEL", TINY.config.encoder.width + (not wide))
@@ -157,7 +157,7 @@ def test_wide_models_give_memory_back_after_every_step(wide: bool, monkeypatch: 
     assert len(given) == (GUIDED.steps if wide else 0)
 
 
-def test_wide_models_are_shown_and_asked_for_few_numbers_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_wide_model_pads_to_few_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is filled up is not looked at, also where the difference of the classes is kept for some steps."""
     unknown = all_masked(2, 16)
     unknown[0, 12:] = False

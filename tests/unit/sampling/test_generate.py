@@ -28,14 +28,14 @@ def untrained(**changes: Any) -> MAR:
     return MAR(tiny_config(head=HeadConfig(width=16, depth=1), **changes)).eval()
 
 
-def test_a_young_model_is_stopped_with_cause_and_remedy() -> None:
+def test_generate_broken_image_stops_with_cause_and_remedy() -> None:
     with pytest.raises(BrokenLatents, match=r"reveal step \d of 4.* deviation of [\d,.]+, expected 1") as info:
         last(untrained(), [0], [0], FAST)
     for words in ("image 0", "trained too little", "train it longer", "--x0-bound 3", "--allow-broken"):
         assert words in str(info.value)
 
 
-def test_a_bound_saves_the_young_model() -> None:
+def test_generate_x0_bound_prevents_broken_images() -> None:
     end = last(untrained(), [0], [0], replace(FAST, x0_bound=1.5))
     assert 0.3 < float(end.latents.std()) < 1.6
     with pytest.raises(BrokenLatents) as info:
@@ -43,13 +43,13 @@ def test_a_bound_saves_the_young_model() -> None:
     assert "x0-bound" not in str(info.value)  # it is there already
 
 
-def test_broken_pictures_are_drawn_where_they_are_wanted() -> None:
+def test_generate_allow_broken_returns_broken_images() -> None:
     end = last(untrained(), [0], [0], FAST, allow_broken=True)
     assert float(end.latents.std()) > 3
     assert end.known.all()
 
 
-def test_latents_that_are_no_numbers_are_named_as_such() -> None:
+def test_generate_nan_latents_are_reported() -> None:
     broken = tiny_model()
     with torch.no_grad():
         broken.head.output.weight[0, 0] = torch.nan
@@ -58,7 +58,7 @@ def test_latents_that_are_no_numbers_are_named_as_such() -> None:
     assert not last(broken, [0], [0], FAST, allow_broken=True).latents.isfinite().all()
 
 
-def test_the_broken_picture_of_a_batch_is_named() -> None:
+def test_generate_broken_image_of_a_batch_is_named() -> None:
     young = untrained()
     known = noise(2, 2, 4, 4)
     mask = torch.stack([~ONE[0], ONE[0]])  # nothing is drawn of the first
@@ -68,7 +68,7 @@ def test_the_broken_picture_of_a_batch_is_named() -> None:
     assert torch.equal(last(young, [0], [0], FAST, known=known[:1], mask=mask[:1]).latents, known[:1])
 
 
-def test_the_state_grows_step_by_step() -> None:
+def test_generate_yields_growing_states() -> None:
     states = list(generate(TINY, [0, 1], [0, 1], FAST, allow_broken=True))
     assert [state.step for state in states] == [1, 2, 3, 4]
     assert {state.steps for state in states} == {4}
@@ -77,14 +77,14 @@ def test_the_state_grows_step_by_step() -> None:
     assert counts[-1] == 16
 
 
-def test_without_known_tokens_all_true_is_the_same_as_no_mask() -> None:
+def test_generate_full_mask_equals_no_mask() -> None:
     plain = last(TINY, [1], [7], FAST)
     masked = last(TINY, [1], [7], FAST, known=noise(1, 2, 4, 4), mask=ONE)
     assert torch.equal(plain.latents, masked.latents)
 
 
 @pytest.mark.parametrize("changes", [{"classes": 0}, {"grid": (2, 6)}, {"patch": 2}, {"grid": (8, 4), "patch": 4}])
-def test_any_model_draws(changes: dict[str, Any]) -> None:
+def test_generate_works_for_any_model(changes: dict[str, Any]) -> None:
     of = tiny_model(**changes)
     label = -1 if of.config.classes == 0 else 2
     end = last(of, [label, -1], [0, 1], FAST, allow_broken=True)
@@ -105,13 +105,13 @@ def test_any_model_draws(changes: dict[str, Any]) -> None:
         ({"known": noise(1, 2, 4, 4), "mask": ONE[:, :2]}, r"mask: got \(1, 2, 4\).*expected \(1, 4, 4\)"),
     ],
 )
-def test_arguments_that_do_not_fit(options: dict[str, Any], words: str) -> None:
+def test_generate_invalid_arguments_are_refused(options: dict[str, Any], words: str) -> None:
     given = {"labels": [0], "seeds": [0], **options}
     with pytest.raises(ValueError, match=words):
         last(TINY, given.pop("labels"), given.pop("seeds"), FAST, **given)
 
 
-def test_guidance_needs_a_model_that_can_do_without_classes() -> None:
+def test_generate_guidance_without_label_drop_is_refused() -> None:
     for changes in ({"classes": 0}, {"label_drop": 0.0}):
         with pytest.raises(
             ConfigError, match=r"guidance_scale 2\.0 needs a model that was trained to do without classes"
@@ -119,7 +119,7 @@ def test_guidance_needs_a_model_that_can_do_without_classes() -> None:
             last(tiny_model(**changes), [-1], [0], replace(FAST, guidance_scale=2.0))
 
 
-def test_more_diffusion_steps_than_the_model_knows() -> None:
+def test_generate_too_many_diffusion_steps_is_refused() -> None:
     few = tiny_model(head=replace(HEAD, diffusion_steps=10))
     with pytest.raises(ConfigError, match="diffusion_steps is 11, but the model's schedule has 10"):
         last(few, [0], [0], SamplingConfig(diffusion_steps=11))

@@ -16,7 +16,7 @@ from mar.sampling.guidance import step_settings
 SCHEDULE = tuple(mask_schedule(256, 16))
 
 
-def test_as_the_paper_every_step_is_alike_but_for_the_scale() -> None:
+def test_step_settings_default_differ_in_scale_only() -> None:
     found = step_settings(SamplingConfig(guidance_scale=3.0), SCHEDULE, 256)
     assert {pace.diffusion_steps for pace in found} == {100}
     assert all(pace.guided and pace.run_uncond for pace in found)
@@ -25,14 +25,14 @@ def test_as_the_paper_every_step_is_alike_but_for_the_scale() -> None:
     assert not any(pace.guided or pace.run_uncond for pace in none)
 
 
-def test_diffusion_steps_fall_linearly() -> None:
+def test_step_settings_diffusion_steps_fall_linearly() -> None:
     sampling = SamplingConfig(diffusion_steps=50, diffusion_steps_end=5)
     counts = [pace.diffusion_steps for pace in step_settings(sampling, SCHEDULE, 256)]
     assert counts == [50, 47, 44, 41, 38, 35, 32, 29, 26, 23, 20, 17, 14, 11, 8, 5]
     assert [pace.diffusion_steps for pace in step_settings(sampling, (0,), 256)] == [50]  # a single step is the first
 
 
-def test_guidance_in_an_interval_of_what_is_known() -> None:
+def test_step_settings_guidance_interval_follows_known_share() -> None:
     sampling = SamplingConfig(guidance_scale=3.0, guidance_interval=(0.3, 0.8))
     for pace, hidden in zip(step_settings(sampling, SCHEDULE, 256), SCHEDULE, strict=True):
         known = (256 - max(hidden, 1)) / 256
@@ -45,7 +45,7 @@ def test_guidance_in_an_interval_of_what_is_known() -> None:
     )
 
 
-def test_every_so_many_guided_steps_refresh() -> None:
+def test_step_settings_uncond_runs_at_intervals() -> None:
     sampling = SamplingConfig(guidance_scale=3.0, guidance_interval=(0.3, 1.0), uncond_interval=3)
     found = step_settings(sampling, SCHEDULE, 256)
     assert [pace.run_uncond for pace in found] == [False] * 8 + [True, False, False, True, False, False, True, False]
@@ -53,7 +53,9 @@ def test_every_so_many_guided_steps_refresh() -> None:
 
 
 @given(way=sampling_options(), unknown=st.integers(1, 60), steps=st.integers(1, 70), start=st.integers(1, 9))
-def test_what_holds_for_every_way(way: dict[str, object], unknown: int, steps: int, start: int) -> None:
+def test_step_settings_invariants_hold_for_any_config(
+    way: dict[str, object], unknown: int, steps: int, start: int
+) -> None:
     schedule = tuple(mask_schedule(unknown, steps))
     sampling = SamplingConfig(steps, start, **way)  # type: ignore[arg-type]
     found = step_settings(sampling, schedule, 60)

@@ -11,14 +11,14 @@ from mar.config import ConfigError
 from mar.sampling.plan import Plan, read_labels
 
 
-def test_so_many_of_each_class_in_turns() -> None:
+def test_plan_classes_take_turns() -> None:
     plan = Plan.per_class(3, [4, 7], seed=2)
     assert plan.labels == (4, 7, 4, 7, 4, 7)
     assert [seed for unit in plan.units(4) for seed in unit.seeds] == [2 * 2**32 + i for i in range(6)]
 
 
 @pytest.mark.parametrize("count", [1, 3, 7, 10])
-def test_every_beginning_is_balanced_and_the_same(count: int) -> None:
+def test_plan_prefix_is_balanced_and_stable(count: int) -> None:
     plan, longer = Plan.total(count, range(3)), Plan.total(count + 5, range(3))
     assert len(plan) == count
     assert longer.labels[:count] == plan.labels
@@ -27,7 +27,7 @@ def test_every_beginning_is_balanced_and_the_same(count: int) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
-def test_units_cover_the_plan_once(size: int) -> None:
+def test_plan_units_cover_it_once(size: int) -> None:
     plan = Plan(tuple(range(7)), seed=1)
     units = list(plan.units(size))
     assert [unit.number for unit in units] == list(range(len(units)))
@@ -36,12 +36,12 @@ def test_units_cover_the_plan_once(size: int) -> None:
     assert {len(unit.labels) for unit in units[:-1]} <= {size}
 
 
-def test_other_labels_or_another_order_are_another_plan() -> None:
+def test_plan_digest_follows_labels_and_order() -> None:
     prints = {Plan(labels).fingerprint() for labels in [(0,), (1,), (0, 1), (1, 0), (-1,), (0, 0)]}
     assert len(prints) == 6
 
 
-def test_plans_that_can_not_be() -> None:
+def test_plan_invalid_arguments_are_refused() -> None:
     for wrong in (lambda: Plan(()), lambda: Plan((0,), -1), lambda: Plan((0,), 2**32), lambda: Plan.total(0, [0])):
         with pytest.raises(ConfigError, match=r"at least 1|expected 0 to"):
             wrong()
@@ -51,7 +51,7 @@ def test_plans_that_can_not_be() -> None:
         list(Plan((0,)).units(0))
 
 
-def test_a_file_of_labels(tmp_path: Path) -> None:
+def test_plan_from_a_file_of_labels(tmp_path: Path) -> None:
     path = tmp_path / "labels.txt"
     path.write_bytes("\ufeffcat\r\n 3 \n\nNone\ngrüne Mamba\n".encode())
     assert read_labels(path) == ["cat", "3", None, "grüne Mamba"]

@@ -45,7 +45,7 @@ def fill(sink: Sink, channels: int = 3) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_folder_of_classes(channels: int, tmp_path: Path) -> None:
+def test_folder_sink_writes_class_folders(channels: int, tmp_path: Path) -> None:
     fill(PngFolder(job(tmp_path / "out", channels)), channels)
     names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.png")}
     folders = ["ant", "bee", "cat", "none", "ant", "bee", "cat"]
@@ -58,7 +58,7 @@ def test_a_folder_of_classes(channels: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_an_npz_as_adm_reads_it(channels: int, tmp_path: Path) -> None:
+def test_npz_sink_writes_adms_format(channels: int, tmp_path: Path) -> None:
     path = tmp_path / "out.npz"
     fill(Npz(job(path, channels)), channels)
     expected = pictures(WorkUnit(0, 0, (0,) * 7, (0,) * 7), channels).transpose(0, 2, 3, 1)
@@ -76,7 +76,7 @@ def test_an_npz_as_adm_reads_it(channels: int, tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.npz", "out.npz.json"]
 
 
-def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_webdataset_sink_writes_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shards, "SHARD", 6)
     fill(Shards(job(tmp_path / "out")))
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["000000.tar", "000001.tar", "generate.json"]
@@ -98,7 +98,7 @@ def test_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_what_is_there_is_not_drawn_again(kind: str, tmp_path: Path) -> None:
+def test_sink_existing_units_are_skipped(kind: str, tmp_path: Path) -> None:
     sink = SINKS[kind](job(tmp_path / FORMATS[kind]))
     units = prepare(sink)
     assert units is not None
@@ -115,7 +115,7 @@ def test_what_is_there_is_not_drawn_again(kind: str, tmp_path: Path) -> None:
     assert prepare(sink) is None
 
 
-def test_a_unit_that_is_there_in_part_is_drawn_whole(tmp_path: Path) -> None:
+def test_sink_partial_unit_is_drawn_again(tmp_path: Path) -> None:
     sink = PngFolder(job(tmp_path / "out"))
     units = prepare(sink)
     assert units is not None
@@ -125,7 +125,7 @@ def test_a_unit_that_is_there_in_part_is_drawn_whole(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_files_of_others_are_left_alone(kind: str, tmp_path: Path) -> None:
+def test_sink_foreign_files_are_refused(kind: str, tmp_path: Path) -> None:
     out = tmp_path / FORMATS[kind]
     sink = SINKS[kind](job(out))
     sink.folder.mkdir()
@@ -140,7 +140,7 @@ def test_files_of_others_are_left_alone(kind: str, tmp_path: Path) -> None:
         prepare(sink)
 
 
-def test_an_npz_of_others_is_left_alone(tmp_path: Path) -> None:
+def test_npz_sink_foreign_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out.npz").write_bytes(b"mine")
     with pytest.raises(ConfigError, match=r"out.npz is there, but not from a run"):
         prepare(Npz(job(tmp_path / "out.npz")))
@@ -148,7 +148,7 @@ def test_an_npz_of_others_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_other_settings_are_another_run(kind: str, tmp_path: Path) -> None:
+def test_sink_other_settings_are_refused(kind: str, tmp_path: Path) -> None:
     sink = SINKS[kind](job(tmp_path / FORMATS[kind]))
     units = prepare(sink)
     assert units
@@ -163,7 +163,7 @@ def test_other_settings_are_another_run(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_a_run_without_a_picture_may_be_begun_again_with_other_settings(kind: str, tmp_path: Path) -> None:
+def test_sink_without_images_accepts_other_settings(kind: str, tmp_path: Path) -> None:
     assert prepare(SINKS[kind](job(tmp_path / FORMATS[kind])))
     sink = SINKS[kind](job(tmp_path / FORMATS[kind], guidance_scale=2.0))
     units = prepare(sink)
@@ -175,7 +175,7 @@ def test_a_run_without_a_picture_may_be_begun_again_with_other_settings(kind: st
     assert sink.manifest.read_text() == '{"mine": 1}'
 
 
-def test_leftovers_of_killed_runs_go_and_hidden_files_stay(tmp_path: Path) -> None:
+def test_sink_leftovers_are_removed_hidden_files_kept(tmp_path: Path) -> None:
     sink = PngFolder(job(tmp_path / "out"))
     (tmp_path / "out/ant").mkdir(parents=True)
     for name in (".generate.json.abcd_123", "ant/.000000.png.xyz12345", ".hidden", "ant/.000001.png.xyz12345"):
@@ -185,7 +185,7 @@ def test_leftovers_of_killed_runs_go_and_hidden_files_stay(tmp_path: Path) -> No
     assert left == {"generate.json", ".hidden", "ant/.000001.png.xyz12345"}  # picture 1 is no ant
 
 
-def test_a_damaged_part_is_named(tmp_path: Path) -> None:
+def test_sink_damaged_part_is_named(tmp_path: Path) -> None:
     sink = Npz(job(tmp_path / "out.npz"))
     for unit in prepare(sink) or []:
         sink.write(unit, pictures(unit))
@@ -202,19 +202,19 @@ def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out.npz").exists()
 
 
-def test_no_room_is_said_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sink_too_little_disk_fails_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mar.checkpoint.files.shutil.disk_usage", lambda path: type("Usage", (), {"free": 300})())
     with pytest.raises(CheckpointError, match="336 bytes are needed, but only 300 bytes are free"):
         prepare(Npz(job(tmp_path / "out.npz")))
     assert not list(tmp_path.iterdir())
 
 
-def test_pictures_that_are_neither_gray_nor_rgb(tmp_path: Path) -> None:
+def test_sink_other_image_modes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="2 channels"):
         job(tmp_path, channels=2)
 
 
-def test_each_class_has_a_folder_of_its_own() -> None:
+def test_folder_sink_class_folders_are_distinct() -> None:
     assert class_folders(("a b/c", "None", "../..", "x", "X")) == {
         0: "a-b-c", 1: "None-1", 2: "2", 3: "x-3", 4: "X-4", -1: "none",
     }  # fmt: skip
@@ -224,7 +224,7 @@ def test_each_class_has_a_folder_of_its_own() -> None:
     assert folders[207] == "golden-retriever"
 
 
-def test_progress_tells_the_rate_of_this_start_and_the_time_left() -> None:
+def test_progress_shows_rate_and_time_left() -> None:
     assert progress_text(1000, 1000, 1000, 0.0) == "1,000 of 1,000 pictures"
     assert progress_text(640, 50_000, 600, 10.0) == "640 of 50,000 pictures, 4.0 a second, 3:25:40 left"
     assert progress_text(602.0, 610, 600, 5.0) == "602 of 610 pictures, 2.5 s a picture, 0:00:20 left"

@@ -34,7 +34,7 @@ def images() -> torch.Tensor:
     return torch.rand(2, 3, 8, 12, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def test_contract(tiny: KLTokenizer, images: torch.Tensor) -> None:
+def test_kl_tokenizer_fulfills_the_contract(tiny: KLTokenizer, images: torch.Tensor) -> None:
     assert (tiny.image_channels, tiny.channels, tiny.stride) == (3, 4, 4)
     assert not tiny.has_stats
     posterior = tiny.encode(images)
@@ -45,9 +45,7 @@ def test_contract(tiny: KLTokenizer, images: torch.Tensor) -> None:
     assert decoded.abs().max() <= 1
 
 
-def test_statistics_are_applied_on_the_way_in_and_undone_on_the_way_out(
-    tiny: KLTokenizer, images: torch.Tensor
-) -> None:
+def test_kl_encode_normalizes_and_decode_undoes_it(tiny: KLTokenizer, images: torch.Tensor) -> None:
     raw, plain = tiny.encode(images), tiny.decode(torch.ones(1, 4, 2, 2))
     mean, std = torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([2.0, 0.5, 1.0, 4.0])
     tiny.set_statistics(mean, std)
@@ -58,7 +56,7 @@ def test_statistics_are_applied_on_the_way_in_and_undone_on_the_way_out(
     torch.testing.assert_close(tiny.decode(normalized), plain)
 
 
-def test_bfloat16_encodes_in_it_and_decodes_in_full_precision(tiny: KLTokenizer, images: torch.Tensor) -> None:
+def test_kl_bfloat16_encodes_and_decodes_in_float32(tiny: KLTokenizer, images: torch.Tensor) -> None:
     latents = torch.randn(1, 4, 2, 3, generator=torch.Generator().manual_seed(2))
     before, exact = tiny.decode(latents), tiny.encode(images)
     half = tiny.to(torch.bfloat16)
@@ -72,7 +70,7 @@ def test_bfloat16_encodes_in_it_and_decodes_in_full_precision(tiny: KLTokenizer,
     torch.testing.assert_close(rounded.mean, exact.mean, atol=0.05, rtol=0.05)
 
 
-def test_spec_and_state_make_the_same_tokenizer_again(tiny: KLTokenizer, images: torch.Tensor) -> None:
+def test_kl_from_config_and_state_is_equal(tiny: KLTokenizer, images: torch.Tensor) -> None:
     tiny.set_statistics([0.1, 0.2, 0.3, 0.4], 2.0)
     again = build(json.loads(json.dumps(tiny.config()))).requires_grad_(False)  # oneDNN rounds otherwise with gradients
     again.load_state_dict(tiny.state_dict())
@@ -80,8 +78,8 @@ def test_spec_and_state_make_the_same_tokenizer_again(tiny: KLTokenizer, images:
     assert torch.equal(again.encode(images).mean, tiny.encode(images).mean)
 
 
-def test_activations_are_written_over_where_no_gradients_are_wanted(tiny: KLTokenizer) -> None:
-    """What diffusers' own module gives, bit for bit, with as many activations whose memory is that of their input."""
+def test_kl_activations_are_reused_without_gradients(tiny: KLTokenizer) -> None:
+    """Outputs are bitwise those of diffusers' module; activations share the memory of their input."""
     own = AutoencoderKL.from_config(tiny.autoencoder.config).requires_grad_(False)
     own.load_state_dict(tiny.autoencoder.state_dict())
     latents = torch.randn(1, 4, 2, 3, generator=torch.Generator().manual_seed(2))
@@ -99,7 +97,7 @@ def test_activations_are_written_over_where_no_gradients_are_wanted(tiny: KLToke
     assert all(before != after for before, after in places)
 
 
-def test_can_be_made_without_weights_and_filled_later(tiny: KLTokenizer) -> None:
+def test_kl_on_meta_device_is_filled_later(tiny: KLTokenizer) -> None:
     with torch.device("meta"):
         empty = build(tiny.config())
     empty = empty.to_empty(device="cpu").requires_grad_(False)
@@ -116,7 +114,7 @@ def test_kl16_has_the_published_scale() -> None:
     assert sum(p.numel() for p in tokenizer.autoencoder.parameters()) == 66_456_019
 
 
-def test_bad_requests(tiny: KLTokenizer) -> None:
+def test_kl_invalid_input_is_refused(tiny: KLTokenizer) -> None:
     with pytest.raises(ValueError, match="got 10x8 pixels, expected multiples of the stride 4"):
         tiny.encode(torch.zeros(1, 3, 10, 8))
     with pytest.raises(ValueError, match="got a diffusers AutoencoderTiny, expected an AutoencoderKL"):

@@ -48,7 +48,7 @@ def squares(images: Tensor, side: int = 4) -> Tensor:
     return torch.stack(found)
 
 
-def test_latents_are_the_principal_components_by_definition() -> None:
+def test_pca_latents_match_the_definition() -> None:
     """By a singular value decomposition of squares that were cut by hand; the sign of a component is free."""
     images = smooth()
     latents = fitted(5, images).encode(images).mean
@@ -62,7 +62,7 @@ def test_latents_are_the_principal_components_by_definition() -> None:
     torch.testing.assert_close(found.abs(), expected.abs(), rtol=1e-3, atol=1e-4)
 
 
-def test_latents_have_mean_0_and_together_variance_1() -> None:
+def test_pca_latents_are_normalized() -> None:
     images = smooth()
     latents = fitted(6, images).encode(images).mean
     assert latents.mean((0, 2, 3)).abs().max() < 1e-5
@@ -71,7 +71,7 @@ def test_latents_have_mean_0_and_together_variance_1() -> None:
     assert (deviations[:-1] > deviations[1:]).all(), "the largest first"
 
 
-def test_all_components_bring_a_picture_back_and_fewer_the_nearest_there_is() -> None:
+def test_pca_all_components_reconstruct_exactly() -> None:
     images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
     whole = fitted(16, images)
     torch.testing.assert_close(whole.decode(whole.encode(images).mean), images, rtol=0, atol=1e-5)
@@ -85,14 +85,14 @@ def test_all_components_bring_a_picture_back_and_fewer_the_nearest_there_is() ->
     assert errors[1] <= left.item() * 1.01, "clipping to [-1, 1] can only help"
 
 
-def test_the_sign_of_a_component_is_settled() -> None:
+def test_pca_sign_of_components_is_fixed() -> None:
     """Of a component and its opposite one is taken, whatever the solver gave: its largest value is positive."""
     basis = fitted(6, smooth()).basis
     largest = basis.gather(1, basis.abs().argmax(1, keepdim=True))
     assert (largest > 0).all()
 
 
-def test_spec_and_state_make_the_same_tokenizer_again() -> None:
+def test_pca_from_config_and_state_is_equal() -> None:
     images = smooth()
     tokenizer = fitted(5, images)
     again = build(json.loads(json.dumps(tokenizer.config())))
@@ -101,7 +101,7 @@ def test_spec_and_state_make_the_same_tokenizer_again() -> None:
     assert torch.equal(again.encode(images).mean, tokenizer.encode(images).mean)
 
 
-def test_what_was_found_stays_float32() -> None:
+def test_pca_fitted_state_stays_float32() -> None:
     tokenizer = fitted(5, smooth())
     before = {name: value.clone() for name, value in tokenizer.fitted_state().items()}
     tokenizer.to(torch.bfloat16)
@@ -109,7 +109,7 @@ def test_what_was_found_stays_float32() -> None:
 
 
 @pytest.mark.parametrize("ways", [12, 3, 0])
-def test_components_beyond_the_ways_that_pictures_vary_in_are_nothing(ways: int) -> None:
+def test_pca_components_beyond_the_rank_are_zero(ways: int) -> None:
     """Enlarged sprites, flat ones, and all of one colour: they come back, and nothing drawn for the rest shows."""
     generator = torch.Generator().manual_seed(3)
     count, pixels = {12: (40, 2), 3: (40, 4), 0: (1, 8)}[ways]
@@ -125,7 +125,7 @@ def test_components_beyond_the_ways_that_pictures_vary_in_are_nothing(ways: int)
     assert torch.equal(tokenizer.decode(torch.where(live.view(-1, 1, 1), latents, noise)), tokenizer.decode(latents))
 
 
-def test_nothing_to_take_components_from() -> None:
+def test_pca_without_images_is_refused() -> None:
     with pytest.raises(ValueError, match="no images"):
         PCATokenizer().fit(iter(()))
 
@@ -134,12 +134,12 @@ def test_nothing_to_take_components_from() -> None:
     ("settings", "message"),
     [((3, 4, 49), "got 49, expected 1 to 48"), ((1, 4, 0), "expected 1 to 16"), ((2, 4, 4), "image_channels: got 2")],
 )
-def test_impossible_sizes_are_refused(settings: tuple[int, int, int], message: str) -> None:
+def test_pca_invalid_sizes_are_refused(settings: tuple[int, int, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PCATokenizer(*settings)
 
 
-def test_names() -> None:
+def test_pca_names_are_parsed() -> None:
     found = from_name("pca8", 3, 32)
     assert isinstance(found, PCATokenizer)
     assert (found.stride, found.channels, found.image_channels) == (8, 32, 3)
@@ -148,7 +148,7 @@ def test_names() -> None:
     assert not is_name("kl16")
 
 
-def test_by_name_it_is_only_for_training() -> None:
+def test_pca_by_name_is_for_training_only() -> None:
     with pytest.raises(CheckpointError, match="name the model instead"):
         zoo.load_tokenizer("pca4")
 
@@ -158,7 +158,7 @@ def data(tmp_path: Path) -> Path:
     return write_images(tmp_path / "data")
 
 
-def test_a_run_takes_them_from_its_pictures_keeps_them_and_exports_them(data: Path, tmp_path: Path) -> None:
+def test_pca_run_fits_keeps_and_exports_components(data: Path, tmp_path: Path) -> None:
     config = tiny_train_config(data, tokenizer="pca4", save_every=20)
     config = replace(config, model=replace(config.model, channels=3, grid=(2, 2), patch_size=1))
     run = open_tiny_run(replace(config, images=20), tmp_path / "run")
@@ -179,14 +179,14 @@ def test_a_run_takes_them_from_its_pictures_keeps_them_and_exports_them(data: Pa
     assert drawn.shape == (2, 3, 8, 8)
 
 
-def test_more_components_than_values_are_refused_before_the_run(data: Path, tmp_path: Path) -> None:
+def test_pca_too_many_components_are_refused_early(data: Path, tmp_path: Path) -> None:
     config = tiny_train_config(data, tokenizer="pca2")
     config = replace(config, model=replace(config.model, channels=13, grid=(4, 4), patch_size=1))
     with pytest.raises(ValueError, match="got 13, expected 1 to 12"):
         open_tiny_run(config, tmp_path / "run")
 
 
-def test_weights_start_with_the_components_they_have_learned(data: Path, tmp_path: Path) -> None:
+def test_pca_init_weights_bring_their_components(data: Path, tmp_path: Path) -> None:
     config = tiny_train_config(data, tokenizer="pca2", images=4)
     config = replace(config, model=replace(config.model, channels=2, grid=(4, 4), patch_size=1))
     first = open_tiny_run(config, tmp_path / "first")
@@ -203,7 +203,7 @@ def test_weights_start_with_the_components_they_have_learned(data: Path, tmp_pat
     assert not torch.equal(alone.fitted_state()["basis"], second.fitted_state()["basis"])
 
 
-def test_weights_of_other_components_are_refused(data: Path, tmp_path: Path) -> None:
+def test_pca_init_weights_of_other_components_are_refused(data: Path, tmp_path: Path) -> None:
     config = tiny_train_config(data, tokenizer="pca2")
     config = replace(config, model=replace(config.model, channels=2, grid=(4, 4), patch_size=1), init="theirs")
     other = Pipeline(MAR(config.model), fitted(2, smooth()))  # as many, but of larger squares
@@ -211,7 +211,7 @@ def test_weights_of_other_components_are_refused(data: Path, tmp_path: Path) -> 
         open_tiny_run(config, tmp_path / "run", lambda name: other)
 
 
-def test_colors_are_of_components_only(data: Path, tmp_path: Path) -> None:
+def test_image_channels_are_for_pca_only(data: Path, tmp_path: Path) -> None:
     gray = tiny_train_config(data, tokenizer="pca4", image_channels=1)
     run = open_tiny_run(
         replace(gray, model=replace(gray.model, channels=3, grid=(2, 2), patch_size=1)), tmp_path / "run"

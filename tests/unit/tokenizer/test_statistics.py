@@ -21,7 +21,7 @@ def pictures() -> Tensor:
     return noise * torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1) + torch.tensor([-0.5, 0.0, 0.5]).view(3, 1, 1)
 
 
-def test_they_are_those_of_all_values_whatever_the_batches() -> None:
+def test_latent_statistics_are_independent_of_batches() -> None:
     x = pictures()
     found = measure_latents(PixelTokenizer(3), x.split(7))
     assert found.images == 60
@@ -29,14 +29,14 @@ def test_they_are_those_of_all_values_whatever_the_batches() -> None:
     assert found.std == pytest.approx([x.double().std(correction=0).item()], rel=1e-9)
 
 
-def test_per_channel() -> None:
+def test_latent_statistics_per_channel() -> None:
     x = pictures()
     found = measure_latents(PixelTokenizer(3), x.split(7), per_channel=True)
     assert found.mean == pytest.approx(x.double().mean((0, 2, 3)).tolist(), rel=1e-9, abs=1e-9)
     assert found.std == pytest.approx(x.double().std((0, 2, 3), correction=0).tolist(), rel=1e-9)
 
 
-def test_latents_are_normal_afterwards_and_measuring_again_finds_the_same() -> None:
+def test_latent_statistics_normalize_and_are_stable() -> None:
     x, tokenizer = pictures(), PixelTokenizer(3)
     first = measure_latents(tokenizer, [x], per_channel=True)
     tokenizer.set_statistics(first.mean, first.std)
@@ -47,13 +47,13 @@ def test_latents_are_normal_afterwards_and_measuring_again_finds_the_same() -> N
     assert again.std == pytest.approx(first.std, rel=1e-6)
 
 
-def test_the_posterior_s_own_spread_counts() -> None:
+def test_latent_statistics_include_posterior_variance() -> None:
     x = pictures()
     for tokenizer in (Blurry(3), Blurry(3, mean=0.5, std=2.0)):
         found = measure_latents(tokenizer, [x])
         assert found.std == pytest.approx([(x.double().var(correction=0).item() + 0.09) ** 0.5], rel=1e-6)
 
 
-def test_no_images_is_an_error() -> None:
+def test_latent_statistics_without_images_are_refused() -> None:
     with pytest.raises(ValueError, match="got no images"):
         measure_latents(PixelTokenizer(3), [])

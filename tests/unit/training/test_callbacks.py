@@ -44,7 +44,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_both_weights_are_exported_and_drawn(data: Path, tmp_path: Path) -> None:
+def test_snapshot_exports_and_draws_both_weights(data: Path, tmp_path: Path) -> None:
     run = open_tiny_run(
         tiny_train_config(data, sampling=SamplingConfig(3, 4, x0_bound=1.0), images=40, lr=2.0), tmp_path
     )
@@ -64,7 +64,7 @@ def test_both_weights_are_exported_and_drawn(data: Path, tmp_path: Path) -> None
     assert [note.split("/")[-1] for note in log.notes] == ["000000000040.png", "000000000040-raw.png"]
 
 
-def test_a_grid_that_is_broken_is_said_and_nothing_else(data: Path, tmp_path: Path) -> None:
+def test_snapshot_broken_grid_is_logged_only(data: Path, tmp_path: Path) -> None:
     noise_model = tiny_config(channels=1, grid=(8, 8), patch_size=2, classes=2, head=replace(HEAD, prediction="noise"))
     run, log = open_tiny_run(tiny_train_config(data, model=noise_model), tmp_path), Kept()
     export_and_sample(take_snapshot(run), log)
@@ -75,7 +75,7 @@ def test_a_grid_that_is_broken_is_said_and_nothing_else(data: Path, tmp_path: Pa
     assert (tmp_path / "model.safetensors").is_file()
 
 
-def test_shares_of_a_grid_may_be_empty() -> None:
+def test_snapshot_grid_shares_may_be_empty() -> None:
     drawer = tiny_pipeline()
     drawer.sampling = replace(drawer.sampling, x0_bound=1.0)
     whole = drawer.sample([0, 1])
@@ -85,7 +85,7 @@ def test_shares_of_a_grid_may_be_empty() -> None:
     assert all(np.array_equal(one, np.asarray(other)) for one, other in zip(drawn, whole, strict=True))
 
 
-def test_a_hook_of_ones_own(data: Path, tmp_path: Path) -> None:
+def test_custom_callback_is_called(data: Path, tmp_path: Path) -> None:
     run = open_tiny_run(tiny_train_config(data, images=40), tmp_path)
     log, seen = open_log(run), []
 
@@ -119,7 +119,7 @@ calls: list[tuple[str, int]] = []
 """Looks that were begun."""
 
 
-def test_a_look_that_was_not_finished_is_made_again(data: Path, tmp_path: Path) -> None:
+def test_unfinished_callback_is_repeated(data: Path, tmp_path: Path) -> None:
     settings = tiny_train_config(data, images=20, save_every=8)
     whole = watched(settings, tmp_path / "whole")
     with pytest.raises(Killed):

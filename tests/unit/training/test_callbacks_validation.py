@@ -48,7 +48,7 @@ def measured(run: Run) -> dict[str, float]:
     return dict(Validation(run, Log())(take_snapshot(run)))
 
 
-def test_it_is_the_training_loss_by_timestep(data: Path, tmp_path: Path) -> None:
+def test_validation_loss_matches_training_loss_by_timestep(data: Path, tmp_path: Path) -> None:
     """Computed once more, group by group, by the training loss itself."""
     run = opened(data, tmp_path)
     found = measured(run)
@@ -67,7 +67,7 @@ def test_it_is_the_training_loss_by_timestep(data: Path, tmp_path: Path) -> None
     assert len(set(found.values())) == len(found)
 
 
-def test_values_differ_by_the_weights_alone(data: Path, tmp_path: Path) -> None:
+def test_validation_loss_depends_on_weights_only(data: Path, tmp_path: Path) -> None:
     run = opened(data, tmp_path / "a")
     assert run.config.model.attention_dropout > 0
     once = Validation(run, Log())
@@ -82,7 +82,7 @@ def test_values_differ_by_the_weights_alone(data: Path, tmp_path: Path) -> None:
     assert dict(once(take_snapshot(run))) == measured(run)
 
 
-def test_nothing_random_is_used_up_and_the_run_is_as_it_was(data: Path, tmp_path: Path) -> None:
+def test_validation_leaves_rng_and_run_unchanged(data: Path, tmp_path: Path) -> None:
     run = opened(data, tmp_path)
     before = {name: tensor.clone() for name, tensor in run.state_dict()["ema"].items()}
     made = take_snapshot(run).pipeline("ema")
@@ -95,7 +95,7 @@ def test_nothing_random_is_used_up_and_the_run_is_as_it_was(data: Path, tmp_path
     assert run.model.training
 
 
-def test_the_parts_are_put_together_by_count() -> None:
+def test_validation_groups_are_weighted_by_count() -> None:
     one = ([1.0] * BINS, [2] * BINS)
     other = ([0.0] * (BINS - 1) + [5.0], [0] * (BINS - 1) + [1])
     found = mean_by_bin([one, other])
@@ -106,7 +106,7 @@ def test_the_parts_are_put_together_by_count() -> None:
     assert all(math.isnan(value) for value in empty.values())
 
 
-def test_what_is_validated_on_is_not_learned_from(data: Path, tmp_path: Path) -> None:
+def test_validation_images_are_not_trained_on(data: Path, tmp_path: Path) -> None:
     run = opened(data, tmp_path, batch=4)
     assert isinstance(run.source, Subset)
     assert isinstance(run.held_out, Subset)
@@ -125,7 +125,7 @@ def test_what_is_validated_on_is_not_learned_from(data: Path, tmp_path: Path) ->
     open_tiny_run(tiny_train_config(data, hold_out=3, validate_every=7, validate_count=2), tmp_path)
 
 
-def test_a_broken_picture_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_validation_unreadable_image_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = write_images(tmp_path / "pictures", 24)
     run = opened(data, tmp_path / "run")
     assert isinstance(run.held_out, Subset)
@@ -138,7 +138,7 @@ def test_a_broken_picture_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureF
 
 
 @pytest.mark.parametrize("classes", [0, 2])
-def test_pictures_of_ones_own_choice(data: Path, tmp_path: Path, classes: int) -> None:
+def test_validation_of_given_images(data: Path, tmp_path: Path, classes: int) -> None:
     others = write_images(tmp_path / "others", 6)
     model = tiny_config(channels=1, grid=(8, 8), patch_size=2, classes=classes)
     run = opened(data, tmp_path / "run", model=model, validate_on=str(others))
@@ -157,7 +157,7 @@ def test_pictures_of_ones_own_choice(data: Path, tmp_path: Path, classes: int) -
         opened(data, tmp_path / "other", model=model, validate_on=str(others))
 
 
-def test_a_test_part_of_other_classes_is_not_taken(tmp_path: Path) -> None:
+def test_validation_test_split_of_other_classes_is_not_used(tmp_path: Path) -> None:
     for name, count in (("train", 8), ("test", 4)):
         write_images(tmp_path / "data" / name, count)
     assert opened(tmp_path / "data", tmp_path / "run", hold_out=0).held_out is not None
@@ -166,7 +166,7 @@ def test_a_test_part_of_other_classes_is_not_taken(tmp_path: Path) -> None:
     assert opened(tmp_path / "data", tmp_path / "other", hold_out=0).held_out is None
 
 
-def test_a_drawn_latent_is_drawn_once(data: Path, tmp_path: Path) -> None:
+def test_validation_latents_are_sampled_once(data: Path, tmp_path: Path) -> None:
     """From a tokenizer's posterior, with noise keyed by the picture."""
 
     class Vague(PixelTokenizer):
@@ -193,7 +193,7 @@ def _batch(run: Run, positions: torch.Tensor) -> Any:
     return load_batch(run.held_out, Transform((8, 8), 1), positions.tolist())
 
 
-def test_it_falls_as_the_model_learns(data: Path, tmp_path: Path) -> None:
+def test_validation_loss_falls_in_training(data: Path, tmp_path: Path) -> None:
     run = open_tiny_run(tiny_train_config(data, images=240, log_every=20, warmup=40, lr=0.4, hold_out=3), tmp_path)
     assert isinstance(run.model, MAR)
     log = open_log(run)

@@ -84,12 +84,12 @@ def history(folder: Path) -> dict[int, float | None]:
         ([math.inf, -math.inf, 2.0, 3.0], 2, 1),
     ],
 )
-def test_what_is_waited_for(losses: list[float], best: int | None, count: int) -> None:
+def test_early_stopping_counts_evaluations(losses: list[float], best: int | None, count: int) -> None:
     kept = dict(reversed(list(enumerate(losses))))  # by images, in whatever order they came
     assert (best_step(kept), evals_since_best(kept)) == (best, count)
 
 
-def test_a_run_ends_where_the_loss_no_longer_falls(data: Path, tmp_path: Path) -> None:
+def test_early_stopping_ends_a_run_without_progress(data: Path, tmp_path: Path) -> None:
     run, look, said = go(settings(data), tmp_path)
     assert run.progress.images == 28
     assert run.store.latest() == tmp_path / "state-000000000028"
@@ -105,7 +105,7 @@ def test_a_run_ends_where_the_loss_no_longer_falls(data: Path, tmp_path: Path) -
     assert any(not torch.equal(tensor, weights[name]) for name, tensor in look.seen[28].items())
 
 
-def test_the_same_command_ends_at_once_and_a_larger_patience_goes_on(data: Path, tmp_path: Path) -> None:
+def test_early_stopping_resumed_ends_and_larger_patience_continues(data: Path, tmp_path: Path) -> None:
     _, _, said = go(settings(data), tmp_path)
     run, look, again = go(settings(data), tmp_path)
     assert (run.progress.images, look.seen, again) == (28, {}, said)
@@ -118,7 +118,7 @@ def test_the_same_command_ends_at_once_and_a_larger_patience_goes_on(data: Path,
 
 
 @pytest.mark.parametrize("left", [20, 24, 28])
-def test_a_killed_run_decides_the_same(data: Path, tmp_path: Path, left: int) -> None:
+def test_early_stopping_killed_run_decides_the_same(data: Path, tmp_path: Path, left: int) -> None:
     """After the kill there are states up to `left`; what was measured after that is measured again, not counted twice.
     Of 28 the process was killed before it noted that it had looked."""
     config = settings(data, save_every=4, keep=9)
@@ -138,7 +138,7 @@ def test_a_killed_run_decides_the_same(data: Path, tmp_path: Path, left: int) ->
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_loss_that_is_never_a_number(data: Path, tmp_path: Path) -> None:
+def test_early_stopping_with_nan_losses(data: Path, tmp_path: Path) -> None:
     run, _, said = go(settings(data, patience=2), tmp_path, [math.nan] * 10)
     assert run.progress.images == 12
     assert history(tmp_path) == {4: None, 8: None, 12: None}
@@ -147,14 +147,14 @@ def test_a_loss_that_is_never_a_number(data: Path, tmp_path: Path) -> None:
     assert open_tiny_run(settings(data, patience=2), tmp_path).progress.images == 12
 
 
-def test_losses_of_other_pictures_are_not_compared(data: Path, tmp_path: Path) -> None:
+def test_early_stopping_restarts_for_other_images(data: Path, tmp_path: Path) -> None:
     go(settings(data), tmp_path)
     run, look, _ = go(settings(data, validate_count=5), tmp_path)
     assert (run.progress.images, list(look.seen)) == (40, [32, 36, 40])
     assert list(history(tmp_path)) == [32, 36, 40]
 
 
-def test_a_history_that_can_not_be_read(data: Path, tmp_path: Path) -> None:
+def test_early_stopping_damaged_history_is_refused(data: Path, tmp_path: Path) -> None:
     run = open_tiny_run(settings(data), tmp_path)
     for text in ("{", "[]", '{"losses": {"4": "low"}}', '{"losses": {}}'):
         (tmp_path / HISTORY_FILE).write_text(text)
@@ -162,7 +162,7 @@ def test_a_history_that_can_not_be_read(data: Path, tmp_path: Path) -> None:
             EarlyStopping(run, Log(), lambda snapshot: {})
 
 
-def test_what_can_not_be_waited_for(data: Path, tmp_path: Path) -> None:
+def test_early_stopping_invalid_config_is_refused(data: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="patience is 2, but validate_every 0 measures no loss"):
         settings(data, patience=2, validate_every=0)
     with pytest.raises(ConfigError, match="patience is -1, but it must not be negative"):
@@ -172,6 +172,6 @@ def test_what_can_not_be_waited_for(data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()  # so that the command may be given again with --hold-out
 
 
-def test_the_best_weights_need_room(data: Path) -> None:
+def test_early_stopping_disk_space_is_estimated(data: Path) -> None:
     with_it, without = estimate(settings(data)), estimate(settings(data, patience=0))
     assert with_it.disk - without.disk == 4 * with_it.parameters

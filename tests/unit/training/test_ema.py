@@ -19,7 +19,7 @@ class One(nn.Module):
         self.weight = nn.Parameter(torch.tensor([value], dtype=torch.float64))
 
 
-def test_a_young_average_forgets_its_start() -> None:
+def test_ema_with_warmup_forgets_its_start() -> None:
     weights = One(1.0)
     average = EMA(weights, 0.9999)
     with torch.no_grad():
@@ -32,7 +32,7 @@ def test_a_young_average_forgets_its_start() -> None:
     assert left < 1e-12
 
 
-def test_without_a_warm_up_it_holds_its_start() -> None:
+def test_ema_without_warmup_keeps_its_start() -> None:
     weights = One(1.0)
     average = EMA(weights, 0.9999, warm_up=False)
     with torch.no_grad():
@@ -42,7 +42,7 @@ def test_without_a_warm_up_it_holds_its_start() -> None:
     assert float(average.model.weight.detach()) == pytest.approx(0.9999**1000)  # 90%
 
 
-def test_the_decay_is_reached() -> None:
+def test_ema_warmup_reaches_the_decay() -> None:
     weights, steps = One(0.0), 10**6
     average = EMA(weights, 0.9)
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_the_decay_is_reached() -> None:
     assert float(average.model.weight.detach()) == pytest.approx(0.1)
 
 
-def test_averages_of_several_lengths_go_side_by_side() -> None:
+def test_ema_of_several_lengths_are_independent() -> None:
     weights = One(0.0)
     average, alone = EMA(weights, 0.9, (0.5, 0.99)), EMA(weights, 0.99)
     with torch.no_grad():
@@ -67,12 +67,12 @@ def test_averages_of_several_lengths_go_side_by_side() -> None:
 
 
 @pytest.mark.parametrize("others", [(0.5, 0.5), (0.9999,), (1.0,), (-0.1,)])
-def test_decays_that_can_not_be(others: tuple[float, ...]) -> None:
+def test_ema_invalid_decay_is_refused(others: tuple[float, ...]) -> None:
     with pytest.raises(ConfigError, match="ema_others has"):
         TrainConfig(ema=0.9999, ema_others=others)
 
 
-def test_the_average_is_apart_from_the_model() -> None:
+def test_ema_shares_no_memory_with_the_model() -> None:
     of = tiny_model().train()
     average = EMA(of, 0.5)
     before = copy.deepcopy(average.model.state_dict())

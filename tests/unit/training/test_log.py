@@ -74,7 +74,9 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def test_every_writer_gets_everything(tmp_path: Path, tracker: FakeTracker, capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_every_writer_gets_every_value(
+    tmp_path: Path, tracker: FakeTracker, capsys: pytest.CaptureFixture[str]
+) -> None:
     log = writing(tmp_path / "a run", "tensorboard", tracker.__name__)
     log.write(8, psnr=2.5, step=2, about="words")
     log.write_image(8, "samples", GRAY)
@@ -94,7 +96,7 @@ def test_every_writer_gets_everything(tmp_path: Path, tracker: FakeTracker, caps
     assert (image.step, image.width, image.height) == (8, 4, 2)
 
 
-def test_a_run_that_goes_on_is_the_same_run_there(tmp_path: Path, tracker: FakeTracker) -> None:
+def test_log_resumed_run_keeps_its_tracker_id(tmp_path: Path, tracker: FakeTracker) -> None:
     log = writing(tmp_path, tracker.__name__)
     for images in (10, 20, 30):
         log.write(images, step=images // 10, psnr=0.1 * images)
@@ -117,27 +119,27 @@ def test_a_run_that_goes_on_is_the_same_run_there(tmp_path: Path, tracker: FakeT
 
 
 @pytest.mark.parametrize("tracker", ["wandb"], indirect=True)
-def test_a_tracker_that_refuses_is_one_line(tmp_path: Path, tracker: FakeTracker) -> None:
+def test_log_wandb_error_is_one_line(tmp_path: Path, tracker: FakeTracker) -> None:
     tracker.refusal = tracker.Error("No API key configured.\nMore of it.")
     with pytest.raises(ConfigError, match=r"^wandb: No API key configured; WANDB_MODE=offline needs no server$"):
         writing(tmp_path, "wandb")
 
 
 @pytest.mark.parametrize("tracker", ["trackio"], indirect=True)
-def test_trackios_refusal_too(tmp_path: Path, tracker: FakeTracker) -> None:
+def test_log_trackio_error_is_one_line(tmp_path: Path, tracker: FakeTracker) -> None:
     tracker.refusal = ValueError("`server_url` must be a full URL")
     with pytest.raises(ConfigError, match=r"^trackio: `server_url` must be a full URL$"):
         writing(tmp_path, "trackio")
 
 
-def test_a_project_of_ones_own(tmp_path: Path, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_project_name_is_passed_on(tmp_path: Path, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"{tracker.__name__.upper()}_PROJECT", "mine")
     writing(tmp_path, tracker.__name__).close()
     assert tracker.begun[0]["project"] == "mine"
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_what_is_not_installed_is_said(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_missing_package_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     line = rf'^--log-to {name} needs the extra `{name}`: pip install "\.\[{name}\]" in the clone of mar$'
     monkeypatch.setitem(sys.modules, name, None)  # as if it were not there
     with pytest.raises(ConfigError, match=line):
@@ -149,14 +151,14 @@ def test_what_is_not_installed_is_said(name: str, monkeypatch: pytest.MonkeyPatc
     require_writers([])
 
 
-def test_brackets_of_a_name_are_told_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_brackets_in_names_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = RunLog(tmp_path, 40, 0, [])
     log.note("drew runs/a[/b]/:dog:/[old]*.png")
     log.close()
     assert "drew runs/a[/b]/:dog:/[old]*.png\n" in capsys.readouterr().err
 
 
-def test_lines_that_are_to_come_again_are_dropped(tmp_path: Path) -> None:
+def test_log_lines_after_the_state_are_dropped(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     log = JsonLines(path)
     for images in (0, 10, 20):
@@ -176,7 +178,7 @@ def test_lines_that_are_to_come_again_are_dropped(tmp_path: Path) -> None:
     assert path.read_text() == ""
 
 
-def test_tensorboard_hides_only_what_comes_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_log_tensorboard_purges_after_the_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
     for later, first, counts in ((0, 0, (10, 20, 30)), (1, 20, (30, 40))):
         monkeypatch.setattr(time, "time", lambda then=now + later: then)  # files are in order by their names' seconds
@@ -193,7 +195,7 @@ def run_of(folder: Path, **changes: Any) -> Run:
     return open_tiny_run(tiny_train_config(write_images(folder / "pictures", 6), **changes), folder / "run")
 
 
-def test_a_runs_log_goes_where_its_config_says(
+def test_log_destination_follows_the_config(
     tmp_path: Path, tracker: FakeTracker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = run_of(tmp_path, log_to=(tracker.__name__,))
@@ -212,7 +214,7 @@ def test_a_runs_log_goes_where_its_config_says(
     assert len(tracker.begun) == len(tracker.logged) == len(lines(run.folder)) == 1
 
 
-def test_words_for_places_are_checked() -> None:
+def test_log_unknown_destination_is_refused() -> None:
     config = TrainConfig()
     object.__setattr__(config, "log_to", ("tensorboard", "mlflow"))  # pytest checks the types of arguments first
     with pytest.raises(ConfigError, match="log_to has mlflow, but there are only tensorboard, wandb, trackio"):

@@ -17,7 +17,7 @@ from mar.training.loss import DiffusionLoss, StepRandomness, sample_randomness
 CONFIG = tiny_config(head=replace(HEAD, batch_mul=3))
 
 
-def test_draws_do_not_depend_on_how_a_batch_is_cut() -> None:
+def test_step_randomness_is_independent_of_shares() -> None:
     whole = sample_randomness(CONFIG, 7, 3, range(10, 16))
     parts = [sample_randomness(CONFIG, 7, 3, list(positions)) for positions in ([10], [11, 12, 13], [14, 15])]
     assert {part.masked for part in parts} == {whole.masked}
@@ -25,7 +25,7 @@ def test_draws_do_not_depend_on_how_a_batch_is_cut() -> None:
         assert torch.equal(torch.cat([getattr(part, field) for part in parts], dim), getattr(whole, field))
 
 
-def test_draws_have_the_shapes_of_the_masked_tokens() -> None:
+def test_step_randomness_shapes_follow_the_mask() -> None:
     draws = sample_randomness(CONFIG, 0, 0, [4, 5])
     m = draws.masked
     assert 0.7 * 16 <= m <= 16
@@ -34,7 +34,7 @@ def test_draws_have_the_shapes_of_the_masked_tokens() -> None:
     assert draws.drop_label.dtype == torch.bool
 
 
-def test_steps_positions_and_seeds_have_draws_of_their_own() -> None:
+def test_step_randomness_is_keyed_by_seed_step_and_position() -> None:
     base = sample_randomness(CONFIG, 0, 0, [4])
     for seed, position in ((1, 4), (0, 5)):
         other = sample_randomness(CONFIG, seed, 0, [position])
@@ -44,7 +44,7 @@ def test_steps_positions_and_seeds_have_draws_of_their_own() -> None:
     assert len({sample_randomness(CONFIG, 0, step, [4]).masked for step in range(20)}) > 1  # the ratio is the step's
 
 
-def test_what_is_drawn_follows_its_distribution() -> None:
+def test_step_randomness_follows_its_distributions() -> None:
     draws = sample_randomness(tiny_config(grid=(8, 8), label_drop=0.25), 0, 1, range(300))
     assert abs(float(draws.drop_label.float().mean()) - 0.25) < 0.1  # four standard errors
     assert (int(draws.timestep.min()), int(draws.timestep.max())) == (0, 999)
@@ -55,7 +55,7 @@ def test_what_is_drawn_follows_its_distribution() -> None:
 
 @pytest.mark.parametrize("path", ["cosine", "linear"])
 @pytest.mark.parametrize("prediction", ["noise", "v", "x0", "flow"])
-def test_every_objective_has_a_gradient_for_every_parameter(path: NoiseSchedule, prediction: Prediction) -> None:
+def test_loss_of_every_objective_has_all_gradients(path: NoiseSchedule, prediction: Prediction) -> None:
     of = tiny_model(head=replace(HEAD, path=path, prediction=prediction))
     loss = losses(of, noise(2, 2, 4, 4), torch.tensor([0, -1]), sample_randomness(of.config, 0, 0, [0, 1]))
     loss.backward()
@@ -67,7 +67,7 @@ def losses(of: MAR, latents: Tensor, labels: Tensor, draws: StepRandomness) -> T
     return DiffusionLoss(of)(latents, labels, draws)
 
 
-def test_only_masked_tokens_are_scored_and_only_visible_ones_read() -> None:
+def test_loss_reads_visible_and_scores_masked_tokens() -> None:
     of, latents, labels = tiny_model(), noise(2, 2, 4, 4), torch.tensor([0, 1])
     draws = replace(sample_randomness(of.config, 0, 0, [0, 1]), drop_label=torch.zeros(2, dtype=torch.bool))
     hidden = draws.order[:, : draws.masked].sort(1).values
@@ -80,7 +80,7 @@ def test_only_masked_tokens_are_scored_and_only_visible_ones_read() -> None:
     torch.testing.assert_close(scored.mean(), losses(of, latents, labels, draws))
 
 
-def test_a_dropped_label_is_no_label() -> None:
+def test_loss_dropped_label_is_unconditional() -> None:
     of, latents, draws = tiny_model(), noise(2, 2, 4, 4), sample_randomness(CONFIG, 0, 0, [0, 1])
     dropped = replace(draws, drop_label=torch.tensor([True, True]))
     kept = replace(draws, drop_label=torch.tensor([False, False]))
@@ -90,7 +90,7 @@ def test_a_dropped_label_is_no_label() -> None:
     assert not torch.equal(losses(of, latents, one, kept), losses(of, latents, other, kept))
 
 
-def test_an_untrained_model_has_the_loss_of_knowing_nothing() -> None:
+def test_loss_of_an_untrained_model_is_one() -> None:
     torch.manual_seed(0)
     of = MAR(tiny_config(grid=(8, 8), head=replace(HEAD, prediction="noise", batch_mul=4)))
     latents, labels = noise(32, 2, 8, 8), torch.zeros(32, dtype=torch.long)
@@ -98,7 +98,7 @@ def test_an_untrained_model_has_the_loss_of_knowing_nothing() -> None:
     assert 1.0 < loss < 2.0  # the noise's variance, and the bits of not knowing it at the first timesteps
 
 
-def test_gradients_reach_every_tensor() -> None:
+def test_loss_gradients_reach_every_parameter() -> None:
     of = tiny_model()
     draws = replace(sample_randomness(of.config, 0, 0, [0, 1, 2]), drop_label=torch.tensor([False, True, False]))
     losses(of, noise(3, 2, 4, 4), torch.tensor([0, 1, 2]), draws).backward()
@@ -108,7 +108,7 @@ def test_gradients_reach_every_tensor() -> None:
 @pytest.mark.parametrize(
     "changes", [{"classes": 0}, {"grid": (2, 6)}, {"patch_size": 2}, {"channels": 3, "patch_size": 4}]
 )
-def test_any_model_has_a_loss(changes: dict[str, object]) -> None:
+def test_loss_is_finite_for_any_model(changes: dict[str, object]) -> None:
     of = tiny_model(**changes)
     latents = noise(2, of.config.channels, *of.config.grid)
     loss = losses(of, latents, torch.tensor([1, 0]), sample_randomness(of.config, 0, 0, [0, 1]))
@@ -116,12 +116,12 @@ def test_any_model_has_a_loss(changes: dict[str, object]) -> None:
     assert loss.isfinite()
 
 
-def test_nothing_of_it_is_stored_beside_the_model() -> None:
+def test_loss_module_adds_no_state() -> None:
     of = tiny_model()
     assert {name.removeprefix("model.") for name in DiffusionLoss(of).state_dict()} == set(of.state_dict())
 
 
-def test_draws_move_together() -> None:
+def test_step_randomness_moves_to_a_device() -> None:
     moved = sample_randomness(CONFIG, 0, 0, [0]).to(torch.device("meta"))
     for field in fields(moved):
         value = getattr(moved, field.name)

@@ -15,7 +15,7 @@ CONFIG = TrainConfig(images=10_000, batch=64, lr=1e-3, warmup=1000, decay=2000)
 MUON = TrainConfig(images=10_000, batch=64, lr=1e-2, optimizer="muon")
 
 
-def test_groups_are_the_references() -> None:
+def test_optimizer_groups_match_the_reference() -> None:
     of = tiny_model()
     (optimizer,) = make_optimizers(of, CONFIG)
     names = {id(p): name for name, p in of.named_parameters()}
@@ -31,7 +31,7 @@ def test_groups_are_the_references() -> None:
     assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
 
 
-def test_asking_for_its_state_is_no_step() -> None:
+def test_optimizer_state_dict_makes_no_step() -> None:
     one, other = tiny_model(), tiny_model()
     (asked,), plain = make_optimizers(one, CONFIG), torch.optim.AdamW(other.parameters(), weight_decay=0.0)
     state = get_optimizer_state_dict(one, asked)["state"]
@@ -47,7 +47,7 @@ def test_asking_for_its_state_is_no_step() -> None:
                for a, b in zip(one.parameters(), other.parameters(), strict=True))  # fmt: skip
 
 
-def test_the_rate_rises_stays_and_falls() -> None:
+def test_lr_schedule_warms_up_and_decays() -> None:
     full = 1e-3 * 64 / 256
     assert CONFIG.scaled_lr == full
     assert learning_rate(CONFIG, 0) == pytest.approx(full * 64 / 1000)  # the first step is not lost
@@ -58,13 +58,13 @@ def test_the_rate_rises_stays_and_falls() -> None:
     assert learning_rate(CONFIG, 10_000) == learning_rate(CONFIG, 10_640) == 0.0
 
 
-def test_without_warm_up_and_decay_it_is_constant() -> None:
+def test_lr_schedule_without_warmup_is_constant() -> None:
     config = TrainConfig(images=100, batch=256, lr=3e-4)
     assert {learning_rate(config, images) for images in (0, 50, 99)} == {3e-4}
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (8, 32), (32, 8)])
-def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int]) -> None:
+def test_muon_orthogonalizes_matrices(shape: tuple[int, int]) -> None:
     u, s, v = torch.linalg.svd(noise(3, *shape), full_matrices=False)
     made = orthogonalize(u @ torch.diag_embed(s * 1e-3) @ v)
     values = torch.linalg.svdvals(made)
@@ -74,11 +74,11 @@ def test_singular_values_come_near_one_and_vectors_stay(shape: tuple[int, int]) 
     assert (inside - torch.diag_embed(inside.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
 
 
-def test_nothing_comes_of_nothing() -> None:
+def test_muon_zero_gradient_gives_zero_update() -> None:
     assert torch.equal(orthogonalize(torch.zeros(2, 4, 6)), torch.zeros(2, 4, 6))
 
 
-def test_parts_of_a_fused_matrix_are_updated_as_matrices_of_their_own() -> None:
+def test_muon_splits_fused_matrices() -> None:
     fused = nn.Parameter(noise(12, 4))
     apart = [nn.Parameter(part.clone()) for part in fused.detach().chunk(3)]
     gradient = noise(12, 4, seed=1) * torch.tensor([1.0, 100.0, 1e-3]).repeat_interleave(4)[:, None]
@@ -90,7 +90,7 @@ def test_parts_of_a_fused_matrix_are_updated_as_matrices_of_their_own() -> None:
     assert torch.allclose(fused.detach(), torch.cat([p.detach() for p in apart]), atol=1e-6)
 
 
-def test_an_update_has_the_size_of_adamws_whatever_the_gradients() -> None:
+def test_muon_update_size_matches_adamw() -> None:
     for scale in (1e-6, 1e3):
         p = nn.Parameter(torch.zeros(64, 64))
         p.grad = noise(64, 64) * scale
@@ -98,14 +98,14 @@ def test_an_update_has_the_size_of_adamws_whatever_the_gradients() -> None:
         assert float(p.detach().square().mean().sqrt()) == pytest.approx(0.2 * 0.03, rel=0.2)
 
 
-def test_decay_pulls_towards_zero_by_the_rate() -> None:
+def test_muon_weight_decay_follows_the_rate() -> None:
     p = nn.Parameter(torch.ones(4, 4))
     p.grad = torch.zeros(4, 4)
     Muon([{"params": [p]}], 0.1, factor=2.0, weight_decay=0.5).step()
     assert torch.allclose(p.detach(), torch.full((4, 4), 1 - 0.2 * 0.5))
 
 
-def test_it_goes_downhill_and_remembers() -> None:
+def test_muon_minimizes_and_restores_its_state() -> None:
     target, p = noise(6, 6), nn.Parameter(torch.zeros(6, 6))
     optimizer = Muon([{"params": [p]}], 0.05)
     before = float(target.square().sum())
@@ -116,7 +116,7 @@ def test_it_goes_downhill_and_remembers() -> None:
     assert optimizer.state[p]["momentum"].abs().max() > 0
 
 
-def test_every_parameter_is_in_one_group_and_blocks_are_muons() -> None:
+def test_muon_takes_the_matrices_of_blocks() -> None:
     of = tiny_model()
     adamw, muon = make_optimizers(of, MUON)
     names = {id(p): name for name, p in of.named_parameters()}
@@ -132,7 +132,7 @@ def test_every_parameter_is_in_one_group_and_blocks_are_muons() -> None:
     assert still == {name for name in held["muon"] if name.startswith("head.")}
 
 
-def test_what_cannot_be() -> None:
+def test_muon_invalid_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match=r"shape \(4, 3\), expected 3 matrices"):
         Muon([{"params": [nn.Parameter(torch.zeros(4, 3))], "parts": 3}], 0.1)
     with pytest.raises(ConfigError, match="muon_factor is 0"):

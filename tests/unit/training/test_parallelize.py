@@ -29,7 +29,7 @@ def gradients(recompute: ActivationCheckpointing) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("onednn", [False, True])
-def test_recomputing_is_the_same_step(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_activation_checkpointing_gives_the_same_step(onednn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if onednn and not has_onednn():
         pytest.skip("this PyTorch has no oneDNN")
     monkeypatch.setattr(mar_linear, "onednn_is_faster", lambda: onednn)
@@ -43,7 +43,7 @@ def test_recomputing_is_the_same_step(onednn: bool, monkeypatch: pytest.MonkeyPa
         assert [name for name in kept if not torch.equal(again[name], kept[name])] == []
 
 
-def test_how_older_runs_noted_it() -> None:
+def test_activation_checkpointing_of_older_runs_is_read() -> None:
     settings = {k: v for k, v in to_dict(TrainConfig()).items() if k != "activation_checkpointing"}
     for noted, meant in ((True, "full"), (False, "none"), ("selective", "selective")):
         assert from_dict(TrainConfig, {**settings, "recompute": noted}).activation_checkpointing == meant

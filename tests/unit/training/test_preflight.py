@@ -68,36 +68,34 @@ def most(config: ModelConfig, images: int, recompute: ActivationCheckpointing) -
 
 @pytest.mark.parametrize("recompute", get_args(ActivationCheckpointing))
 @pytest.mark.parametrize("name", CONFIGS)
-def test_activations_are_told_to_within_a_third(name: str, recompute: ActivationCheckpointing) -> None:
+def test_estimate_of_activations_is_within_a_third(name: str, recompute: ActivationCheckpointing) -> None:
     said = 4 * activation_floats(CONFIGS[name], 4, recompute)
     assert said == pytest.approx(most(CONFIGS[name], 4, recompute), rel=1 / 3)
 
 
-def test_parts_of_a_batch_need_less() -> None:
+def test_estimate_with_accumulation_is_smaller() -> None:
     whole, parts = (estimate(replace(FASHION, accumulate=count)).activations for count in (1, 4))
     assert parts == pytest.approx(whole / 4, rel=0.01)
 
 
-def test_the_state_of_mar_base() -> None:
+def test_estimate_of_mar_base_state() -> None:
     needs = estimate(TrainConfig(model=MODELS["mar-base"], batch=8))
     assert needs.parameters == pytest.approx(208e6, rel=0.01)
     assert needs.weights == 20 * needs.parameters
     assert "208" in needs.text() or "207" in needs.text()
 
 
-def test_more_processes_need_less_each() -> None:
+def test_estimate_with_fsdp_is_smaller_per_process() -> None:
     assert estimate(FASHION, processes=2).activations == pytest.approx(estimate(FASHION).activations / 2, rel=0.01)
 
 
-def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mar.checkpoint.files.shutil.disk_usage", lambda path: SimpleNamespace(free=1))
     with pytest.raises(CheckpointError, match="make room"):
         estimate(FASHION).check_disk(tmp_path / "run")
 
 
-def test_a_run_that_goes_on_needs_room_for_what_is_not_there_yet(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_run_needs_less_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs, disk = estimate(replace(FASHION, keep=2)), SimpleNamespace(free=0)
     weights = 4 * needs.parameters
     monkeypatch.setattr("mar.checkpoint.files.shutil.disk_usage", lambda path: disk)
@@ -131,7 +129,7 @@ def test_a_run_that_goes_on_needs_room_for_what_is_not_there_yet(
     assert exactly(needs.state + weights)  # the next of each, beside those
 
 
-def test_further_averages_take_memory_and_disk() -> None:
+def test_more_emas_need_memory_and_disk() -> None:
     one, three = (estimate(TrainConfig(ema_others=others)) for others in ((), (0.9, 0.99)))
     assert three.weights - one.weights == 2 * 4 * one.parameters
     assert three.state - one.state == 2 * 4 * one.parameters
@@ -152,7 +150,7 @@ def test_further_averages_take_memory_and_disk() -> None:
         ({"batch": 4}, r"rate is 0.000188 for 4 pictures a step .*, 8 times below the 0.0015 .*; --lr 0.096 "),
     ],
 )
-def test_a_rate_far_off_the_recipes_is_warned_of(changes: dict[str, float], words: str | None) -> None:
+def test_unusual_learning_rate_warns(changes: dict[str, float], words: str | None) -> None:
     warning = learning_rate_warning(replace(FASHION, **changes), FASHION, "fashion")  # type: ignore[arg-type]
     if words is None:
         assert warning is None
@@ -163,7 +161,7 @@ def test_a_rate_far_off_the_recipes_is_warned_of(changes: dict[str, float], word
     assert re.search(words, warning)
 
 
-def test_a_small_batch_of_an_official_recipe_is_warned_of() -> None:
+def test_small_batch_of_an_official_recipe_warns() -> None:
     usual = recipe("imagenet-base")
     warning = learning_rate_warning(replace(usual, batch=64), usual, "imagenet-base")
     assert warning is not None
@@ -171,9 +169,7 @@ def test_a_small_batch_of_an_official_recipe_is_warned_of() -> None:
 
 
 @pytest.mark.parametrize("has_it", [False, True])
-def test_a_run_in_float32_hears_of_bfloat16_where_the_processor_has_it(
-    has_it: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_float32_run_on_a_bfloat16_cpu_is_advised(has_it: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "multiplies_bf16", lambda: has_it)
     said = precision_hint(FASHION, torch.device("cpu"))
     assert (said is not None) == has_it
@@ -182,7 +178,7 @@ def test_a_run_in_float32_hears_of_bfloat16_where_the_processor_has_it(
     assert precision_hint(FASHION, torch.device("cuda")) is None
 
 
-def test_few_pictures_that_are_seen_often_are_warned_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_images_seen_often_warn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(write_images(tmp_path, 20))
     config = tiny_train_config(tmp_path, images=2_000)
     warning = memorization_warning(config, source)
@@ -200,6 +196,6 @@ def test_few_pictures_that_are_seen_often_are_warned_of(tmp_path: Path, monkeypa
     assert memorization_warning(config, source) is None
 
 
-def test_a_stream_is_not_counted(tmp_path: Path) -> None:
+def test_stream_length_is_not_checked(tmp_path: Path) -> None:
     stream = open_data(f"stream:{write_tar_shards(tmp_path, (2, 2))}", classes=3)
     assert memorization_warning(FASHION, stream) is None

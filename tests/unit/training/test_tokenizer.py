@@ -120,7 +120,7 @@ ALL = {"perceptual": 0.5, "adversarial": 0.7, "adversarial_start": 0.25}
 @pytest.mark.parametrize(
     ("losses", "at", "number"), [({}, 4, signal.SIGTERM), (ALL, 16, signal.SIGINT)], ids=["plain", "all"]
 )
-def test_resume_is_bitwise(
+def test_tokenizer_run_resume_is_bitwise(
     data: Path, tmp_path: Path, losses: dict[str, float], at: int, number: signal.Signals
 ) -> None:
     config = settings(data, **losses)
@@ -159,7 +159,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     return folder, before.psnr, after.psnr
 
 
-def test_it_learns(trained: tuple[Path, float, float]) -> None:
+def test_tokenizer_run_learns(trained: tuple[Path, float, float]) -> None:
     folder, before, after = trained
     assert after > before + 6
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -172,7 +172,7 @@ def test_it_learns(trained: tuple[Path, float, float]) -> None:
         assert sheet.size == (2 * 8, 2 * 8)  # two of forty pictures are held out; originals above what came back
 
 
-def test_what_is_left_is_a_tokenizer_of_normalized_latents(trained: tuple[Path, float, float], data: Path) -> None:
+def test_tokenizer_run_exports_normalized_latents(trained: tuple[Path, float, float], data: Path) -> None:
     folder, _, after = trained
     tokenizer = load_tokenizer(folder)
     assert isinstance(tokenizer, KLTokenizer)
@@ -202,7 +202,7 @@ def latent_run(config: TrainConfig, folder: Path) -> Run:
     return open_run(config, folder, device=CPU, load_tokenizer=load_tokenizer, load_model=nothing)
 
 
-def test_a_model_trains_on_it(trained: tuple[Path, float, float], data: Path, tmp_path: Path) -> None:
+def test_model_trains_on_an_exported_tokenizer(trained: tuple[Path, float, float], data: Path, tmp_path: Path) -> None:
     folder, _, _ = trained
     run = latent_run(latents_config(data, folder), tmp_path)
     assert torch.equal(run.tokenizer.std, load_tokenizer(folder).std)  # not measured anew
@@ -217,7 +217,7 @@ def test_a_model_trains_on_it(trained: tuple[Path, float, float], data: Path, tm
     assert again.notes == []
 
 
-def test_a_run_of_another_tokenizers_latents_is_refused(
+def test_run_on_another_tokenizers_latents_is_refused(
     trained: tuple[Path, float, float], data: Path, tmp_path: Path
 ) -> None:
     tokenizer, folder = load_tokenizer(trained[0]), tmp_path / "vae"
@@ -244,7 +244,7 @@ def test_a_run_of_another_tokenizers_latents_is_refused(
     assert latent_run(config, tmp_path / "run").progress.images == 4
 
 
-def test_a_poor_tokenizer_and_wide_tokens_are_warned_of(data: Path, tmp_path: Path) -> None:
+def test_poor_tokenizer_and_wide_tokens_warn(data: Path, tmp_path: Path) -> None:
     poor = opened(settings(data, images=4), tmp_path / "poor")
     assert train(poor, Log())
     export_tokenizer(poor, Log())
@@ -263,7 +263,7 @@ def test_a_poor_tokenizer_and_wide_tokens_are_warned_of(data: Path, tmp_path: Pa
     assert ["a token has 64 values" in note for note in silent.notes] == [True]
 
 
-def test_with_cached_latents_the_pictures_are_looked_for(trained: tuple[Path, float, float], tmp_path: Path) -> None:
+def test_run_on_a_cache_finds_its_images(trained: tuple[Path, float, float], tmp_path: Path) -> None:
     own, cache = write_images(tmp_path / "own", 6), tmp_path / "cache"
     made = ["cache", str(own), "--tokenizer", str(trained[0]), "--image-size", "8", "--out", str(cache)]
     assert main([*made, "--device", "cpu"]) == 0
@@ -280,19 +280,19 @@ def test_with_cached_latents_the_pictures_are_looked_for(trained: tuple[Path, fl
 @pytest.mark.parametrize(("channels", "patch", "width", "warned"), [
     (16, 1, 256, False), (32, 1, 256, False), (33, 1, 1023, True), (16, 2, 1024, False), (4, 4, 512, True),
 ])  # fmt: skip
-def test_which_tokens_are_wide(channels: int, patch: int, width: int, warned: bool) -> None:
+def test_wide_tokens_are_recognized(channels: int, patch: int, width: int, warned: bool) -> None:
     config = model_config(channels=channels, patch_size=patch, head=replace(HEAD, width=width))
     assert (token_width_warning(config) is not None) == warned
 
 
-def test_psnr_is_of_pixels_from_minus_one_to_one() -> None:
+def test_psnr_is_for_values_in_minus_one_to_one() -> None:
     images = noise(3, 1, 4, 4).clamp(-1, 1)
     others = torch.stack([images[0] + 0.2, images[1] - 0.02, images[2]])
     torch.testing.assert_close(psnr(images, others), torch.tensor([20.0, 40.0, 100.0]), atol=1e-3, rtol=0)
     assert math.isnan(round_trip(PixelTokenizer(1, 0.0, 1.0), []).psnr)
 
 
-def test_held_out_pictures_are_never_learned_from(data: Path, tmp_path: Path) -> None:
+def test_tokenizer_run_holds_out_images(data: Path, tmp_path: Path) -> None:
     source, kept = hold_out(str(data))
     names = [{part[i].name for i in range(len(part))} for part in (source, kept)]
     assert (len(source), len(kept)) == (38, 2)
@@ -317,7 +317,7 @@ def test_held_out_pictures_are_never_learned_from(data: Path, tmp_path: Path) ->
         hold_out(tmp_path / "single")
 
 
-def test_held_out_rows_of_one_table(tmp_path: Path) -> None:
+def test_tokenizer_run_holds_out_rows_of_a_table(tmp_path: Path) -> None:
     import io
 
     import pyarrow
@@ -334,7 +334,7 @@ def test_held_out_rows_of_one_table(tmp_path: Path) -> None:
     assert int(np.asarray(kept[0].image)[0, 0]) == 200
 
 
-def test_a_step_without_finite_gradient_changes_nothing(data: Path, tmp_path: Path) -> None:
+def test_tokenizer_step_with_nonfinite_gradient_is_skipped(data: Path, tmp_path: Path) -> None:
     run = opened(settings(data, **ALL | {"adversarial_start": 0.0}), tmp_path)
     before = {name: tensor.clone() for name, tensor in run_state.flatten(run.state_dict())[1].items()}
     batch = next(run.batches())
@@ -347,7 +347,7 @@ def test_a_step_without_finite_gradient_changes_nothing(data: Path, tmp_path: Pa
     assert not torch.equal(before["model/decoder.conv_out.weight"], after["model/decoder.conv_out.weight"])
 
 
-def test_a_discriminator_that_has_begun_stays_where_the_run_is_made_longer(data: Path, tmp_path: Path) -> None:
+def test_discriminator_start_is_kept_in_a_longer_run(data: Path, tmp_path: Path) -> None:
     losses = {"adversarial": 0.7, "adversarial_start": 0.5}  # from 12 of 24 pictures on
     assert not train(opened(settings(data, **losses), tmp_path / "early"), Stopping(12))
     assert not train(opened(settings(data, **losses), tmp_path / "begun"), Stopping(16))
@@ -360,7 +360,7 @@ def test_a_discriminator_that_has_begun_stays_where_the_run_is_made_longer(data:
     assert "critic" in parts["begun"]
 
 
-def test_the_average_lags_and_is_what_is_exported(data: Path, tmp_path: Path) -> None:
+def test_tokenizer_run_exports_the_ema(data: Path, tmp_path: Path) -> None:
     run = opened(settings(data), tmp_path)
     train(run, Log())
     raw, ema = run.model.decoder.conv_out.weight, run.ema.model.decoder.conv_out.weight
@@ -368,7 +368,7 @@ def test_the_average_lags_and_is_what_is_exported(data: Path, tmp_path: Path) ->
     assert torch.equal(ema_tokenizer(run).autoencoder.decoder.conv_out.weight, ema)
 
 
-def test_perceptual_distance_by_the_network_in_the_extra() -> None:
+def test_perceptual_loss_uses_the_extras_network() -> None:
     from mar.evaluation.features.efficientnet import efficientnet_lite0
 
     distance = PerceptualDistance(efficientnet_lite0().module.network)
@@ -381,7 +381,7 @@ def test_perceptual_distance_by_the_network_in_the_extra() -> None:
     assert not any(parameter.requires_grad for parameter in distance.parameters())
 
 
-def test_the_discriminator_learns_to_tell_and_its_weight_balances() -> None:
+def test_discriminator_learns_and_its_weight_balances() -> None:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         critic = PatchDiscriminator(1, 8)
@@ -409,12 +409,12 @@ def test_the_discriminator_learns_to_tell_and_its_weight_balances() -> None:
         ({"channels": 0}, "channels is 0"),
     ],
 )
-def test_settings_that_can_not_be(changes: dict[str, Any], words: str) -> None:
+def test_tokenizer_config_invalid_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         settings(Path("x"), **changes)
 
 
-def test_settings_to_json_and_back() -> None:
+def test_tokenizer_config_json_round_trip_is_equal() -> None:
     config = settings(Path("x"), image_size=(8, 16))
     assert from_dict(TokenizerTrainConfig, json.loads(json.dumps(to_dict(config)))) == config
     assert TokenizerTrainConfig("fashion").channels_in == 1
@@ -422,7 +422,9 @@ def test_settings_to_json_and_back() -> None:
     assert config.size == (8, 16)
 
 
-def test_a_folder_of_another_run_is_refused(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizer_run_in_another_runs_folder_is_refused(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     opened(settings(data), tmp_path / "tokenizer")
     with pytest.raises(ConfigError, match=r"holds another run \(channels 3 -> 4\)"):
         opened(settings(data, channels=4), tmp_path / "tokenizer")

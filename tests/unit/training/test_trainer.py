@@ -62,7 +62,7 @@ def weights(run: Run) -> list[Tensor]:
     return [t.detach().clone() for t in [*both, *moments]]
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(
+def test_step_with_nonfinite_loss_is_skipped_and_counted(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = open_tiny_run(tiny_train_config(data, images=24), tmp_path)
@@ -92,18 +92,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
     assert [line["loss"] is None for line in lines(run)] == [False, False, True, True, False, False]
 
 
-def test_the_share_of_skipped_steps_is_of_those_since_the_last_line(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_skipped_share_is_since_the_last_log_line(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = open_tiny_run(tiny_train_config(data, images=24, log_every=4), tmp_path)
     breaking(run, lambda step: step in (1, 2, 5), monkeypatch)
     assert go(run)
     assert [line["skipped_share"] for line in lines(run)] == [2 / 4, 1 / 2]
 
 
-def test_a_gradient_that_is_not_finite_is_skipped_too(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_step_with_nonfinite_gradient_is_skipped(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = open_tiny_run(tiny_train_config(data, images=4), tmp_path)
     run.model.mask_token.register_hook(lambda gradient: gradient * torch.inf)
     before = weights(run)
@@ -113,7 +109,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_too(
     assert lines(run)[0]["loss"] > 0
 
 
-def test_a_run_that_only_skips_stops(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_that_only_skips_steps_stops(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "MAX_NONFINITE_STEPS", 3)
     run = open_tiny_run(tiny_train_config(data, save_every=4), tmp_path)
     breaking(run, lambda step: step >= 2, monkeypatch)
@@ -122,7 +118,7 @@ def test_a_run_that_only_skips_stops(data: Path, tmp_path: Path, monkeypatch: py
     assert [state.name for state in run.store.states()][-1] == "state-000000000016"  # and none of the end
 
 
-def test_losses_are_averaged_between_lines(data: Path, tmp_path: Path) -> None:
+def test_log_line_averages_losses(data: Path, tmp_path: Path) -> None:
     each = open_tiny_run(tiny_train_config(data, images=24), tmp_path / "each")
     some = open_tiny_run(tiny_train_config(data, images=24, log_every=4), tmp_path / "some")
     assert go(each)
@@ -132,7 +128,7 @@ def test_losses_are_averaged_between_lines(data: Path, tmp_path: Path) -> None:
     assert [line["loss"] for line in lines(some)] == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 2])
 
 
-def test_every_step_has_dropout_of_its_own(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_is_keyed_by_step(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, seeds, real = open_tiny_run(tiny_train_config(data, images=24), tmp_path), [], Run.encode
 
     def watched(run: Run, batch: Any) -> Tensor:
@@ -160,7 +156,7 @@ def test_training_makes_the_loss_fall(data: Path, tmp_path: Path) -> None:
         {"batch": 7, "images": 14},
     ],
 )
-def test_any_model_trains_and_draws(data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_run_of_any_model_trains_and_draws(data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     run = open_tiny_run(tiny_train_config(data, **{"images": 8, **changes}), tmp_path)
     assert go(run)
     assert run.progress.skipped_steps == 0
@@ -171,7 +167,7 @@ def test_any_model_trains_and_draws(data: Path, tmp_path: Path, changes: dict[st
     assert (image.height, image.width) == run.config.model.grid
 
 
-def test_bf16_trains_to_about_the_same(data: Path, tmp_path: Path) -> None:
+def test_run_in_bf16_trains_to_nearly_the_same(data: Path, tmp_path: Path) -> None:
     both = [open_tiny_run(tiny_train_config(data, images=24, precision=p), tmp_path / p) for p in ("fp32", "bf16")]
     for run in both:
         assert go(run)
@@ -180,7 +176,7 @@ def test_bf16_trains_to_about_the_same(data: Path, tmp_path: Path) -> None:
     assert one == pytest.approx(other, rel=0.02)
 
 
-def test_an_export_is_the_run_as_it_stands(data: Path, tmp_path: Path) -> None:
+def test_export_holds_the_runs_weights(data: Path, tmp_path: Path) -> None:
     run = open_tiny_run(tiny_train_config(data, images=12, sampling=SamplingConfig(3, 5, x0_bound=2.0)), tmp_path)
     assert go(run)
     assert [path.name for path in export(run)] == ["model.safetensors", "model-raw.safetensors"]
@@ -195,7 +191,7 @@ def test_an_export_is_the_run_as_it_stands(data: Path, tmp_path: Path) -> None:
         assert all(name == other and torch.equal(a, b) for (name, a), (other, b) in pairs)
 
 
-def test_averages_of_several_lengths_are_kept_and_exported(data: Path, tmp_path: Path) -> None:
+def test_several_emas_are_kept_and_exported(data: Path, tmp_path: Path) -> None:
     config = tiny_train_config(data, images=24, ema=0.2, ema_others=(0.1, 0.3))
     whole, first = (
         open_tiny_run(config, tmp_path / "whole"),
@@ -220,7 +216,7 @@ def test_averages_of_several_lengths_are_kept_and_exported(data: Path, tmp_path:
     assert short.norm() < usual.norm() < long.norm()  # the longer, the farther behind
 
 
-def test_statistics_are_those_of_the_pictures(data: Path, tmp_path: Path) -> None:
+def test_run_measures_statistics_of_its_images(data: Path, tmp_path: Path) -> None:
     run = open_tiny_run(tiny_train_config(data), tmp_path)
     every = torch.stack([torch.from_numpy(np.array(run.source[i].image)) for i in range(len(run.source))])
     pixels = every.double() / 127.5 - 1
@@ -231,14 +227,14 @@ def test_statistics_are_those_of_the_pictures(data: Path, tmp_path: Path) -> Non
     torch.testing.assert_close(latents * run.tokenizer.std + run.tokenizer.mean, batch.images)
 
 
-def test_data_of_another_class_count_is_refused(data: Path, tmp_path: Path) -> None:
+def test_run_with_another_class_count_is_refused(data: Path, tmp_path: Path) -> None:
     ten = tiny_config(channels=1, grid=(8, 8), patch_size=2, classes=10)
     with pytest.raises(ConfigError, match=r"model has 10 classes, but .* has 2; set --model.classes 2, or 0"):
         open_tiny_run(tiny_train_config(data, model=ten), tmp_path)
     assert not (tmp_path / "run.json").exists()
 
 
-def test_a_tokenizer_of_other_channels_is_refused(data: Path, tmp_path: Path) -> None:
+def test_run_with_a_tokenizer_of_other_channels_is_refused(data: Path, tmp_path: Path) -> None:
     settings = tiny_train_config(data, tokenizer="some-vae")
     with pytest.raises(ConfigError, match="latents have 3 channels, the model's 1"):
         loop_open(settings, tmp_path)
@@ -253,7 +249,7 @@ def loop_open(settings: Any, folder: Path) -> Run:
     return open_run(settings, folder, device=torch.device("cpu"), load_tokenizer=rgb, load_model=rgb)  # type: ignore[arg-type]
 
 
-def test_weights_of_other_classes_start_with_new_ones() -> None:
+def test_init_weights_of_other_classes_get_new_embeddings() -> None:
     own, theirs = tiny_model(seed=1, classes=5), tiny_model(seed=2, classes=3, label_drop=0.0)
     embedding = own.class_embed.weight.detach().clone()  # type: ignore[union-attr]
     assert init_from(own, theirs) == ["class_embed.weight"]
@@ -276,7 +272,7 @@ def test_weights_of_other_classes_start_with_new_ones() -> None:
         ({"encoder": replace(tiny_config().encoder, num_heads=4)}, "'num_heads': 4"),
     ],
 )
-def test_weights_of_another_model_are_refused(changes: dict[str, Any], words: str) -> None:
+def test_init_weights_of_another_model_are_refused(changes: dict[str, Any], words: str) -> None:
     own = tiny_model(seed=1)
     before = {name: tensor.clone() for name, tensor in own.state_dict().items()}
     with pytest.raises(ConfigError, match=words):
@@ -284,7 +280,7 @@ def test_weights_of_another_model_are_refused(changes: dict[str, Any], words: st
     assert all(torch.equal(tensor, before[name]) for name, tensor in own.state_dict().items())
 
 
-def test_pictures_are_moved_as_the_run_says(data: Path, tmp_path: Path) -> None:
+def test_run_shifts_images_as_configured(data: Path, tmp_path: Path) -> None:
     plain, moved = (
         open_tiny_run(tiny_train_config(data, shift=shift, flip=False), tmp_path / str(shift)) for shift in (0, 2)
     )

@@ -103,7 +103,7 @@ def resumed(settings: TrainConfig, folder: Path, at: list[int], number: signal.S
 
 
 @pytest.mark.parametrize(("number", "at", "workers"), [(signal.SIGINT, [16], 2), (signal.SIGTERM, [4, 28], 0)])
-def test_resume_is_bitwise(
+def test_run_resume_is_bitwise(
     uninterrupted: Run, data: Path, tmp_path: Path, number: signal.Signals, at: list[int], workers: int
 ) -> None:
     model = uninterrupted.config.model
@@ -119,7 +119,7 @@ def test_resume_is_bitwise(
 
 
 @pytest.mark.parametrize("modern", [False, True])
-def test_muon_resumes_bitwise_too(modern: bool, data: Path, tmp_path: Path) -> None:
+def test_run_with_muon_resume_is_bitwise(modern: bool, data: Path, tmp_path: Path) -> None:
     settings = tiny_train_config(data, optimizer="muon", lr=0.05)
     if modern:
         trunk = TrunkConfig(16, 1, 2, rotary=True)
@@ -131,20 +131,20 @@ def test_muon_resumes_bitwise_too(modern: bool, data: Path, tmp_path: Path) -> N
     assert differing(again, whole) == []
 
 
-def test_the_run_has_learned_something(uninterrupted: Run, data: Path, tmp_path: Path) -> None:
+def test_resume_test_run_has_learned(uninterrupted: Run, data: Path, tmp_path: Path) -> None:
     fresh = open_tiny_run(tiny_train_config(data), tmp_path)
     assert {name.split("/")[0] for name in differing(uninterrupted, fresh)} == {"model", "ema", "optimizer"}
     whole = lines(uninterrupted.folder)
     assert sum(line["loss"] for line in whole[-3:]) < sum(line["loss"] for line in whole[:3])
 
 
-def test_other_seeds_are_other_runs(uninterrupted: Run, data: Path, tmp_path: Path) -> None:
+def test_run_with_another_seed_differs(uninterrupted: Run, data: Path, tmp_path: Path) -> None:
     other = open_tiny_run(tiny_train_config(data, seed=6, images=4), tmp_path)
     assert go(other)
     assert lines(tmp_path)[0]["loss"] != lines(uninterrupted.folder)[0]["loss"]
 
 
-def test_what_happens_between_steps_changes_nothing(uninterrupted: Run, data: Path, tmp_path: Path) -> None:
+def test_callbacks_between_steps_change_nothing(uninterrupted: Run, data: Path, tmp_path: Path) -> None:
     run = open_tiny_run(tiny_train_config(data, sample_every=4, save_every=12), tmp_path)
     called: list[int] = []
 
@@ -163,7 +163,7 @@ class Killed(Exception):
     pass
 
 
-def test_a_killed_run_forgets_what_it_did_not_save(uninterrupted: Run, data: Path, tmp_path: Path) -> None:
+def test_killed_run_drops_unsaved_log_lines(uninterrupted: Run, data: Path, tmp_path: Path) -> None:
     settings = tiny_train_config(data, save_every=16, keep=1, sample_every=4)
     run = open_tiny_run(settings, tmp_path)
 
@@ -184,7 +184,7 @@ def test_a_killed_run_forgets_what_it_did_not_save(uninterrupted: Run, data: Pat
     assert [state.name for state in run.store.states()] == ["state-000000000040"]
 
 
-def test_a_run_that_is_done_stays_as_it_is(uninterrupted: Run, data: Path, tmp_path: Path) -> None:
+def test_finished_run_stays_unchanged(uninterrupted: Run, data: Path, tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(uninterrupted.folder, folder)
     run = open_tiny_run(tiny_train_config(data), folder)
@@ -193,7 +193,7 @@ def test_a_run_that_is_done_stays_as_it_is(uninterrupted: Run, data: Path, tmp_p
     assert lines(folder) == lines(uninterrupted.folder)
 
 
-def test_a_longer_run_goes_on_from_a_shorter_one(data: Path, tmp_path: Path) -> None:
+def test_longer_run_continues_a_shorter_one(data: Path, tmp_path: Path) -> None:
     assert go(open_tiny_run(tiny_train_config(data, images=8), tmp_path))
     run = open_tiny_run(tiny_train_config(data, images=12), tmp_path)
     assert (run.progress.images, run.progress.step) == (8, 2)
@@ -205,7 +205,7 @@ def names(part: Any) -> list[str]:
     return [part[i].name for i in range(len(part))]
 
 
-def test_held_out_pictures_stay_so_where_the_folder_grows(tmp_path: Path) -> None:
+def test_resumed_run_keeps_its_held_out_images(tmp_path: Path) -> None:
     data, folder = write_images(tmp_path / "pictures"), tmp_path / "run"
     settings = tiny_train_config(data, hold_out=4)
     run = open_tiny_run(settings, folder)
@@ -219,7 +219,7 @@ def test_held_out_pictures_stay_so_where_the_folder_grows(tmp_path: Path) -> Non
     assert grown.data_note.startswith("warning: the data holds 35 pictures, but 15 when the run was saved")
 
 
-def test_a_run_that_did_not_note_what_it_holds_out(tmp_path: Path) -> None:
+def test_resumed_run_without_recorded_split(tmp_path: Path) -> None:
     data, folder = write_images(tmp_path / "pictures"), tmp_path / "run"
     settings = tiny_train_config(data, hold_out=4)
     run = open_tiny_run(settings, folder)
@@ -246,9 +246,7 @@ def test_a_run_that_did_not_note_what_it_holds_out(tmp_path: Path) -> None:
         ({"model": tiny_config(channels=1, grid=(8, 8), patch_size=4, classes=2)}, r"model\.patch_size 2 -> 4"),
     ],
 )
-def test_another_config_in_the_same_folder_is_refused(
-    data: Path, tmp_path: Path, change: dict[str, Any], words: str
-) -> None:
+def test_resume_with_another_config_is_refused(data: Path, tmp_path: Path, change: dict[str, Any], words: str) -> None:
     open_tiny_run(tiny_train_config(data), tmp_path)
     before = (tmp_path / "run.json").read_bytes()
     with pytest.raises(ConfigError, match=words):
@@ -256,7 +254,7 @@ def test_another_config_in_the_same_folder_is_refused(
     assert (tmp_path / "run.json").read_bytes() == before
 
 
-def test_a_run_that_never_saved_begins_anew_with_its_init(data: Path, tmp_path: Path) -> None:
+def test_run_without_state_starts_from_init(data: Path, tmp_path: Path) -> None:
     start = tiny_model(seed=4, channels=1, grid=(8, 8), patch_size=2, classes=2)
     settings, loaded = tiny_train_config(data, init="some-weights"), []
 
@@ -275,7 +273,7 @@ def test_a_run_that_never_saved_begins_anew_with_its_init(data: Path, tmp_path: 
     assert again.tokenizer.has_stats
 
 
-def test_a_run_of_broken_steps_can_be_resumed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_of_skipped_steps_can_be_resumed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = open_tiny_run(tiny_train_config(data), tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(run.model.head, "loss", lambda *_: run.model.mask_token.sum() * torch.full((3,), torch.nan))

@@ -43,7 +43,7 @@ def go(config: TrainConfig, folder: Path, images: int | None = None) -> Run:
     return run
 
 
-def test_a_stopped_run_is_the_same_run(data: Path, tmp_path: Path) -> None:
+def test_stream_run_resume_is_bitwise(data: Path, tmp_path: Path) -> None:
     whole = go(settings(data), tmp_path / "whole")
     go(settings(data), tmp_path / "parts", 12)
     run = go(settings(data, workers=2), tmp_path / "parts")
@@ -60,7 +60,7 @@ def test_a_stopped_run_is_the_same_run(data: Path, tmp_path: Path) -> None:
     assert len(losses[0]) == 8
 
 
-def test_statistics_of_a_stream_are_measured_on_some_of_it(data: Path, tmp_path: Path) -> None:
+def test_stream_run_measures_statistics_on_a_subset(data: Path, tmp_path: Path) -> None:
     run = open_tiny_run(settings(data), tmp_path)
     every = torch.stack([torch.full((1, 8, 8), 5 * i / 127.5 - 1) for i in range(23)])
     expected = measure_latents(type(run.tokenizer)(1), [every])
@@ -81,7 +81,7 @@ def official(run: Run, folder: Path) -> None:
         resume_official(run, folder / "checkpoint-last.pth")
 
 
-def test_a_folder_that_has_grown_is_told_of(tmp_path: Path) -> None:
+def test_stream_run_of_a_grown_folder_warns(tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
     for number in range(5):
@@ -100,7 +100,7 @@ def test_a_folder_that_has_grown_is_told_of(tmp_path: Path) -> None:
     assert open_tiny_run(TrainConfig(**{**vars(config), "images": 16}), tmp_path / "run").data_note is None
 
 
-def test_the_command_line_tells_what_is_repeated(
+def test_stream_run_reports_repeated_images(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "run"
