@@ -211,6 +211,7 @@ RECIPES: dict[str, TrainConfig] = {
 }
 """Training recipes by name. `folder` is another: `mar.autoconfig.plan` chooses it from the images."""
 RECIPE_NAMES = (*RECIPES, "folder")
+"""Names that `mar train` takes."""
 
 
 def recipe(name: str) -> TrainConfig:

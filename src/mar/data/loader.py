@@ -110,6 +110,7 @@ class Augmentation:
 
 
 NO_AUGMENTATION = Augmentation()
+"""Images as they are."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,7 @@ def _batch_fields(samples: Sequence[LoadedSample]) -> dict[str, Any]:
 
 
 Collate = Callable[[Sequence[LoadedSample]], Batch]
+"""Function from loaded samples to a batch."""
 
 
 def collate_or_error(collate: Collate, samples: Sequence[LoadedSample | ValueError]) -> Batch | ValueError:

@@ -29,8 +29,11 @@ from mar.diffusion.solvers import SOLVERS, num_noises
 from mar.nn import Linear, to_float32
 
 NUM_FREQUENCIES = 256
+"""Sines and cosines of the timestep embedding."""
 MAX_PERIOD = 10000
+"""Longest period of the timestep embedding."""
 NORM_EPS = 1e-6
+"""Epsilon of the layer norms."""
 MODULATION_BYTES = 128 * 2**20
 """Memory for shift, scale and gate of one chunk of diffusion steps."""
 

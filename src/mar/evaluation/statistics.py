@@ -26,6 +26,7 @@ BLOCK = 512
 FORMAT = 1
 """The version of our statistics files; ADM's have none."""
 REMAKE = "make it again with `mar stats`"
+"""Advice at the end of error messages."""
 
 
 # ---- Accumulation
