@@ -30,6 +30,12 @@ def home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("MAR_HOME", str(tmp_path_factory.getbasetemp() / "mar-home"))
 
 
+@pytest.fixture(autouse=True)
+def nothing_renamed_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test is told the new names of old options, as in a process of its own."""
+    monkeypatch.setattr("mar.config.fields._noted", set())
+
+
 @pytest.fixture
 def untyped() -> Iterator[None]:
     """Calls as users make them, of whom nobody asks the types."""

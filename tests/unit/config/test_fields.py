@@ -28,7 +28,6 @@ from mar.config import (
     to_dict,
     to_dict_for_hash,
 )
-from mar.config import fields as config_fields
 from mar.config.tokenizer import TokenizerTrainConfig
 from mar.evaluation.sweep import Table, fixed_settings, points
 
@@ -51,11 +50,6 @@ NEW_SAMPLING = SamplingConfig(
     uncond_interval=2,
     mask_schedule="exponential",
 )
-
-
-@pytest.fixture(autouse=True)
-def nothing_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(config_fields, "_noted", set())
 
 
 def test_old_keys_in_files_are_read_silently(caplog: pytest.LogCaptureFixture) -> None:
