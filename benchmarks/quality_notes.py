@@ -36,8 +36,7 @@ def require_same(folder: Path, recorded: Mapping[str, Any], current: Mapping[str
     """Raise ValueError if `folder` was begun with settings other than the current ones.
 
     Settings that an older version did not record are not compared. Neither is the name of the data if a fingerprint of
-    the
-    images is recorded: the data may be moved.
+    the images is recorded: the data may be moved.
     """
     ignored = {"data"} if "pictures" in recorded else set()
     different = [

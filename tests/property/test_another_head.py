@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from mar.config import ConfigError, HeadConfig, ModelConfig, SamplingConfig, fro
 from mar.diffusion.head import HEADS, DiffusionHead, Head
 from mar.model.mar import MAR
 from mar.nn import Linear
+from mar.training.callbacks import Validation, take_snapshot
 from mar.training.log import Log
 from mar.training.trainer import train
 
@@ -53,9 +55,10 @@ class NormalHead(nn.Module):
         return mean, log_std.clamp(-4, self.config.max_log_std)
 
     def loss(self, x0: Tensor, z: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """Return the negative log-likelihood of every token; timesteps and noise are not used."""
+        """Return the negative log-likelihood of every token, the same for each of its k timesteps."""
         mean, log_std = self(z)
-        return (0.5 * ((x0 - mean) / log_std.exp()).square() + log_std).mean(-1).flatten()
+        loss = (0.5 * ((x0 - mean) / log_std.exp()).square() + log_std).mean(-1)
+        return loss.expand(timestep.shape).flatten()
 
     def num_noises(self, steps: int, sampling: SamplingConfig) -> int:
         """Return 1: a normal is drawn from one noise."""
@@ -118,6 +121,15 @@ def test_another_head_trains_and_resumes(optimizer: Any, tmp_path: Path) -> None
     again = open_tiny_run(settings, tmp_path / "run")
     assert again.progress.images == 16
     assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), again.model.parameters(), strict=True))
+
+
+def test_another_head_is_validated(tmp_path: Path) -> None:
+    small = tiny_train_config(write_images(tmp_path / "data", 24), hold_out=3)
+    run = open_tiny_run(replace(small, model=replace(small.model, head=NORMAL)), tmp_path / "run")
+    found = Validation(run, Log())(take_snapshot(run))
+    assert math.isfinite(found["val_loss"])
+    # the loss does not depend on the timestep
+    assert found["val_loss_00"] == pytest.approx(found["val_loss"], rel=0.5)
 
 
 @torch.no_grad()

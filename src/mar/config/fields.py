@@ -49,7 +49,7 @@ def fraction(record: Any, *names: str) -> None:
 
 Config = TypeVar("Config")
 _GONE = (("norm", "layer"), ("mlp", "gelu"), ("timesteps", "uniform"), ("qk_norm", False))
-"""Fields of older versions with the one value that this version still has."""
+"""Fields removed before version 0.1, with the one value that is read: an older file with another is refused."""
 RENAMED: dict[str, dict[str, str]] = {
     "SamplingConfig": {
         "guidance": "guidance_scale",

@@ -77,7 +77,9 @@ class Head(TokenSampler, Protocol):
         ...
 
     def loss(self, x0: Tensor, z: Tensor, timestep: Tensor, noise: Tensor) -> Tensor:
-        """Return the loss of every (timestep, noise) of every token.
+        """Return the loss of every (timestep, noise) of every token: k n m values, flattened.
+
+        A head without timesteps repeats its loss k times.
 
         Args:
             x0, z, timestep, noise: as in `DiffusionHead.loss`.
@@ -284,6 +286,7 @@ class DiffusionHead(nn.Module):
             steps: number of diffusion steps.
             sampling: solver, spacing of the timesteps, temperature and bound of x_0.
         """
+        # `self` may be a backend's head, which has these layers but not this class
         schedule = DiffusionHead.schedule(self, steps, sampling, z.device)
         return SOLVERS[sampling.solver](
             CFGDenoiser(self, z, schedule.timesteps, scale),

@@ -49,9 +49,8 @@ def step_settings(sampling: SamplingConfig, schedule: tuple[int, ...], tokens: i
 def guidance_scale(sampling: SamplingConfig, masked: int, tokens: int) -> float:
     """Return the guidance scale of a step that leaves `masked` tokens masked.
 
-    `linear` rises with the share of known tokens (paper, appendix B); `constant` is the same at every step. If the
-    share
-    lies outside the guidance interval, the scale is 1: no guidance. The last step counts as leaving one masked token.
+    `linear` rises with the share of known tokens (paper, appendix B); `constant` is the same at every step. Outside
+    the guidance interval of that share the scale is 1: no guidance. The last step counts as leaving one masked token.
     """
     known = tokens - max(masked, 1)
     start, end = sampling.guidance_interval

@@ -49,7 +49,9 @@ _MAY_CHANGE_ON_RESUME = {
     "validate_every", "validate_on", "validate_count", "patience",
 }  # fmt: skip
 """Settings that leave the steps so far as they were."""
-_MAY_DIFFER_FROM_INIT = {"classes", "label_drop", "attention_dropout", "projection_dropout", "mask_ratio_min"}
+_MAY_DIFFER_FROM_INIT = {
+    "classes", "label_drop", "attention_dropout", "projection_dropout", "mask_ratio_min", "head.batch_mul",
+}  # fmt: skip
 """Settings of a model that may differ from those of the weights it starts from."""
 
 
@@ -312,8 +314,8 @@ def init_from(model: MAR, other: MAR) -> list[str]:
 def _architecture(config: ModelConfig) -> dict[str, Any]:
     """Return the settings that have to agree for weights to be of use."""
     settings = to_dict(config)
-    head = {f"head.{name}": value for name, value in settings.pop("head").items() if name != "batch_mul"}
-    return {name: value for name, value in settings.items() if name not in _MAY_DIFFER_FROM_INIT} | head
+    settings |= {f"head.{name}": value for name, value in settings.pop("head").items()}
+    return {name: value for name, value in settings.items() if name not in _MAY_DIFFER_FROM_INIT}
 
 
 def resume_official(run: Run, path: Path) -> None:
