@@ -57,10 +57,12 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives each worker of pytest-xdist one thread, before it starts: more would fight for the same cores."""
-    if config.getoption("numprocesses", None):
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-    else:
+    """Give each process one thread, before torch is imported.
+
+    Workers of pytest-xdist would fight for the same cores, and with another number of threads sums round differently.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if not config.getoption("numprocesses", None):
         gc.disable()  # until all is imported: half of that time otherwise
         import_before_mar()
 
