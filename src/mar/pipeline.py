@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, SupportsIndex, overload
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -24,7 +25,8 @@ from mar.data.labels import resolve_labels
 from mar.model.mar import MAR
 from mar.nn import init_empty_weights, set_matrix_dtype
 from mar.presets import apply_preset
-from mar.sampling.generate import Images, Mask, Request, as_images, as_mask, as_seeds, generate
+from mar.sampling.generate import Images, LatentStep, Mask, Request, as_images, as_mask, as_seeds, generate
+from mar.sampling.inpainting import Paste, read_masks, tokens_to_generate
 from mar.sampling.progress import bar
 from mar.tokenizer import Tokenizer, build
 
@@ -57,8 +59,19 @@ class RevealStep:
     step: int
     """Number of reveal steps done, from 1."""
     steps: int
-    images: list[Image.Image]
-    """Images with their masked tokens mid-grey."""
+    known: Bool[Tensor, "n rows columns"]
+    """True at known tokens (CPU)."""
+    decode: Callable[[], Float[Tensor, "n c H W"]]
+    """Decodes the images, in [-1, 1]; masked tokens are decoded from zeros."""
+
+    @cached_property
+    def images(self) -> list[Image.Image]:
+        """Images with their masked tokens mid-gray, decoded when they are asked for."""
+        images = self.decode()
+        rows, columns = self.known.shape[1:]
+        side = (images.shape[2] // rows, images.shape[3] // columns)
+        known = self.known.repeat_interleave(side[0], 1).repeat_interleave(side[1], 2)
+        return to_pil(images * known.unsqueeze(1))
 
 
 class Pipeline(
@@ -188,7 +201,9 @@ class Pipeline(
             output: "pil" for PIL images, "tensor" for a float32 tensor (n, channels, height, width) in [-1, 1].
             batch: number of images at a time.
             known: images to keep where `mask` is false.
-            mask: one flag per token (n, rows, columns), true: generate.
+            mask: one flag per token (n, rows, columns) or pixel (n, height, width), true: generate; or PIL images of
+                the size of `known`, white: generate. Painted pixels become tokens, grown by one around the edge.
+                Outside the painted pixels the original stays, bit by bit, with a soft seam inside.
             progress: show a progress bar.
             allow_broken: return noise instead of raising BrokenLatents.
             settings: a preset, and fields of SamplingConfig that differ from the model's own (guidance_scale, ...).
@@ -228,7 +243,8 @@ class Pipeline(
             for state in self._generate(part, allow_broken):
                 advance(first + len(part.labels) * state.step / max(state.steps, 1))
                 latents = state.latents
-            yield self._decode(latents)
+            images = self._decode(latents)
+            yield images if part.paste is None else part.paste(images)
 
     def reveal(
         self,
@@ -247,8 +263,12 @@ class Pipeline(
         """
         request = self._request(labels, seeds, known, mask, settings)
         for state in self._generate(request, allow_broken):
-            images = self._decode(state.latents) * self._pixel_mask(state.known)
-            yield RevealStep(state.step, state.steps, to_pil(images))
+
+            def decode(latents: Tensor = state.latents) -> Tensor:
+                images = self._decode(latents)
+                return images if request.paste is None else request.paste(images)
+
+            yield RevealStep(state.step, state.steps, state.known, decode)
 
     def _request(
         self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None, known: Images | None, mask: Mask | None,
@@ -260,14 +280,32 @@ class Pipeline(
         class_numbers = resolve_labels(labels, self.classes, self.model.config.classes)
         seed_list = list(range(len(class_numbers))) if seeds is None else as_seeds(seeds)
         known_images = None if known is None else as_images(known)
-        mask_tensor = None if mask is None else as_mask(mask)
-        for name, values in (("seeds", seed_list), ("known", known_images), ("mask", mask_tensor)):
+        flags = None if mask is None else self._flags(mask, known_images)
+        for name, values in (("seeds", seed_list), ("known", known_images), ("mask", flags)):
             if values is not None and len(values) != len(class_numbers):
                 raise ValueError(f"{name}: got {len(values)} for {len(class_numbers)} labels, expected one per image")
-        latents = None if known_images is None or not class_numbers else self._encode(known_images, batch)
-        return Request(class_numbers, seed_list, sampling, latents, mask_tensor)
+        if known_images is None or not class_numbers:
+            return Request(class_numbers, seed_list, sampling, None, flags)
+        latents = self._encode(known_images, batch)
+        if flags is None or not self._flags_pixels(flags):
+            return Request(class_numbers, seed_list, sampling, latents, flags)
+        token_mask = tokens_to_generate(flags, self.model.config.token_grid)
+        paste = Paste.around(self._pixels(known_images), flags, self.image_size[0] // token_mask.shape[1])
+        return Request(class_numbers, seed_list, sampling, latents, token_mask, paste)
 
-    def _generate(self, request: Request, allow_broken: bool) -> Iterator[Any]:
+    def _flags_pixels(self, flags: Tensor) -> bool:
+        """Tell a mask of pixels from one of tokens, which `generate` checks."""
+        shape = flags.shape[1:]
+        return flags.dtype == torch.bool and shape == self.image_size and shape != self.model.config.token_grid
+
+    def _flags(self, mask: Mask, known: Sequence[Image.Image] | Tensor | None) -> Tensor:
+        """Convert a mask to one flag per token or pixel."""
+        if isinstance(mask, Sequence) and len(mask) and all(isinstance(each, Image.Image) for each in mask):
+            sizes = None if known is None or isinstance(known, Tensor) else [image.size for image in known]
+            return read_masks(mask, self.image_size, sizes)
+        return as_mask(mask)
+
+    def _generate(self, request: Request, allow_broken: bool) -> Iterator[LatentStep]:
         return generate(
             self.model, request.labels, request.seeds, request.sampling,
             known=request.known, mask=request.mask, allow_broken=allow_broken, first=request.first,
@@ -275,21 +313,18 @@ class Pipeline(
 
     @torch.no_grad()
     def _encode(self, images: Sequence[Image.Image] | Tensor, batch: int) -> Tensor:
+        parts = (self._pixels(images[first : first + batch]) for first in range(0, len(images), batch))
+        return torch.cat([self.tokenizer.encode(pixels.to(self.device)).mean for pixels in parts])
+
+    def _pixels(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
+        if isinstance(images, Tensor):
+            return images
         transform = Transform(self.image_size, self.tokenizer.image_channels)
-        latents = []
-        for first in range(0, len(images), batch):
-            part = images[first : first + batch]
-            pixels = part if isinstance(part, Tensor) else torch.stack([transform(image) for image in part])
-            latents.append(self.tokenizer.encode(pixels.to(self.device)).mean)
-        return torch.cat(latents)
+        return torch.stack([transform(image) for image in images])
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> Tensor:
         return self.tokenizer.decode(latents.nan_to_num(0.0, 0.0, 0.0)).cpu()
-
-    def _pixel_mask(self, token_mask: Tensor) -> Tensor:
-        side = self.model.config.patch_size * self.tokenizer.stride
-        return token_mask.repeat_interleave(side, 1).repeat_interleave(side, 2).unsqueeze(1)
 
     # ---- saving and loading
 

@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 
 from mar.cli import VERBS, main
-from mar.cli.options import _field_docs, parse
+from mar.cli.options import parse
 from mar.cli.sample import SampleOptions
 from mar.config import HeadConfig, ModelConfig, SamplingConfig, TrunkConfig, to_dict
+from mar.config.fields import field_docs
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
 from mar.presets import apply_preset
@@ -83,6 +84,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         (["--guidance-interval", "0.7", "0.2"], ["0.7", "0.2"]),
         (["--uncond-interval", "0"], ["uncond_interval", "at least 1"]),
         (["--device", "tpu"], ["tpu", "cpu"]),
+        (["--known", "missing.png"], ["--known", "--mask", "both"]),
+        (["--known", "missing.png", "--mask", "missing.png"], ["missing.png", "No such file"]),
         (["--bogus", "1"], ["--bogus", "mar sample --help"]),
     ],
 )
@@ -120,11 +123,11 @@ def test_sample_has_every_sampling_option_with_help(verb: str, capsys: pytest.Ca
     with pytest.raises(SystemExit, match="0"):
         main([verb, "--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    for name, help in _field_docs(SamplingConfig).items():
+    for name, help in field_docs(SamplingConfig).items():
         assert f"--{name.replace('_', '-')} " in shown
         assert help in shown
     assert "--guidance-from" not in shown
-    assert {*_field_docs(SamplingConfig)} == {*to_dict(SamplingConfig())}
+    assert {*field_docs(SamplingConfig)} == {*to_dict(SamplingConfig())}
 
 
 def test_sample_guidance_without_label_drop_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,6 +239,21 @@ def test_sample_writes_pictures_with_their_settings(model: Path, tmp_path: Path)
         assert picture.size == (8, 8)
         assert '"seed": 7' in picture.text["mar"]
         assert '"steps": 4' in picture.text["mar"]
+
+
+def test_sample_known_and_mask_keep_the_rest_of_the_picture(model: Path, tmp_path: Path) -> None:
+    known, mask = Image.new("L", (8, 8), 200), Image.new("L", (8, 8))
+    mask.paste(255, (0, 0, 8, 3))
+    known.save(tmp_path / "known.png")
+    mask.save(tmp_path / "mask.png")
+    edit = ["--known", str(tmp_path / "known.png"), "--mask", str(tmp_path / "mask.png")]
+    assert main(["sample", str(model), "--labels", "dog", *edit, "--out", str(tmp_path / "out")]) == 0
+    with Image.open(tmp_path / "out" / "dog-00000.png") as picture:
+        values = picture.convert("L").tobytes()
+        facts = json.loads(picture.text["mar"])  # type: ignore[attr-defined]
+    assert values[24:] == bytes([200]) * 40
+    assert values[:24] != bytes([200]) * 24
+    assert (facts["known"], facts["mask"]) == (edit[1], edit[3])
 
 
 def test_train_evaluates_and_validates_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import inspect
 import io
-import itertools
 import json
 import os
 import signal
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 import tyro
 
 from mar.config import Preset, SamplingConfig
-from mar.config.fields import RENAMED, new_names, renamed_fields
+from mar.config.fields import RENAMED, field_docs, new_names, renamed_fields
 
 if TYPE_CHECKING:
     import torch
@@ -160,16 +158,6 @@ def _or_off(number: type[float]) -> tyro.constructors.PrimitiveConstructorSpec[A
     )
 
 
-def _field_docs(kind: type) -> dict[str, str]:
-    """Returns the docstrings of a dataclass's fields, each in one line."""
-    [body] = [node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef)]
-    docs = {}
-    for field, below in itertools.pairwise(body):
-        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-            docs[ast.unparse(field.target)] = " ".join(str(below.value.value).split())
-    return docs
-
-
 def _optional(hint: Any, doc: str) -> Any:
     """Returns the type of an option that may be left out, with its help.
 
@@ -188,7 +176,7 @@ def _optional(hint: Any, doc: str) -> Any:
 
 def _sampling_options() -> list[tuple[str, Any, None]]:
     """Lists name, type and default of the sampling options."""
-    hints, docs = get_type_hints(SamplingConfig), _field_docs(SamplingConfig)
+    hints, docs = get_type_hints(SamplingConfig), field_docs(SamplingConfig)
     preset = _optional(Preset, "exact: the model's own settings; balanced, fast: fewer steps of all kinds.")
     suppressed: Any = Annotated[float | None, tyro.conf.Suppress]
     ends = [old for old, new in renamed_fields(SamplingConfig).items() if new.endswith("]")]

@@ -14,6 +14,8 @@ from mar.cli.options import SamplingFlags, parse, save_png
 from mar.config import to_dict
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from mar.pipeline import Pipeline
 
 
@@ -31,8 +33,23 @@ class SampleOptions(SamplingFlags):
     """Seed of the first picture; the others count up from it."""
     out: Path = Path("out")
     """Folder for the PNGs."""
+    known: Path | None = None
+    """Picture to change; `--mask` says where. The rest of it stays as it is."""
+    mask: Path | None = None
+    """Picture of the size of `--known`, white where to draw, black elsewhere."""
     batch: int = 16
     """Pictures drawn at once; changes memory and speed, and pictures with int8 weights only."""
+
+    def known_and_mask(self, count: int) -> tuple[list[Image.Image] | None, list[Image.Image] | None]:
+        """Returns the pictures of --known and --mask for each of `count` images; None: neither was given."""
+        from mar.data.images import decode_image
+
+        if (self.known is None) != (self.mask is None):
+            raise ValueError("got only one of --known and --mask, expected both: a picture, and where to draw in it")
+        if self.known is None or self.mask is None:
+            return None, None
+        known, mask = (decode_image(path, str(path)) for path in (self.known, self.mask))
+        return [known] * count, [mask] * count
 
 
 def sample(arguments: Sequence[str]) -> int:
@@ -49,14 +66,17 @@ def sample(arguments: Sequence[str]) -> int:
     given: list[str | int | None] = [None if label.lower() == "none" else label for label in options.labels]
     labels = [label for label in given or _default_labels(model) for _ in range(options.count)]
     seeds = [options.seed + i for i in range(len(labels))]
+    known, mask = options.known_and_mask(len(labels))
     started = time.perf_counter()
     images = model.sample(
-        labels, seeds, batch=options.batch, progress=True, allow_broken=options.allow_broken, **settings
-    )
+        labels, seeds, batch=options.batch, known=known, mask=mask, progress=True, allow_broken=options.allow_broken,
+        **settings,
+    )  # fmt: skip
     seconds = time.perf_counter() - started
     facts = {
         "model": options.model, "weights": model.fingerprint(), "dtype": options.dtype,
         **to_dict(model.sampling_with(**settings)),
+        **({"known": str(options.known), "mask": str(options.mask)} if known else {}),
     }  # fmt: skip
     numbers = resolve_labels(labels, model.classes, model.model.config.classes)
     for label, number, seed, image in zip(labels, numbers, seeds, images, strict=True):

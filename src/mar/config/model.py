@@ -117,9 +117,15 @@ class ModelConfig:
         )
 
     @property
+    def token_grid(self) -> tuple[int, int]:
+        """Rows and columns of an image's tokens."""
+        return self.grid[0] // self.patch_size, self.grid[1] // self.patch_size
+
+    @property
     def tokens(self) -> int:
         """L: the number of tokens of an image."""
-        return (self.grid[0] // self.patch_size) * (self.grid[1] // self.patch_size)
+        rows, columns = self.token_grid
+        return rows * columns
 
     @property
     def token_width(self) -> int:

@@ -51,8 +51,7 @@ class MAR(nn.Module):
         self.diffusion_position = nn.Parameter(torch.empty(length, f))
 
         for name, trunk in (("encoder_rope", config.encoder), ("decoder_rope", config.decoder)):
-            patches = (config.grid[0] // config.patch_size, config.grid[1] // config.patch_size)
-            cache = rope_cache(config.buffer_size, patches, trunk.head_width) if trunk.rotary else None
+            cache = rope_cache(config.buffer_size, config.token_grid, trunk.head_width) if trunk.rotary else None
             self.register_buffer(name, cache, persistent=False)
 
         self.head = build_head(config.token_width, f, config.head)

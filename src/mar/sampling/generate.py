@@ -18,11 +18,12 @@ from mar.config import SamplingConfig
 from mar.model.mar import MAR
 from mar.model.tokens import patchify, unpatchify
 from mar.sampling.decode import DecodeState, NoiseSource, SeededNoise, all_masked, as_labels, init_state, sample_tokens
+from mar.sampling.inpainting import Paste
 
 Images = Sequence[Image.Image] | Float[Tensor, "n c H W"] | Float[np.ndarray, "n c H W"]
 """PIL images, or arrays in [-1, 1]."""
 Mask = Bool[Tensor, "n rows columns"] | Bool[np.ndarray, "n rows columns"] | Sequence[Any]
-"""True at tokens to generate, false at known ones."""
+"""True at tokens or pixels to generate, false at known ones; or PIL images, white where to generate."""
 
 # ---- requests
 
@@ -36,6 +37,8 @@ class Request:
     sampling: SamplingConfig
     known: Tensor | None
     mask: Tensor | None
+    paste: Paste | None = None
+    """Originals to paste results into, for masks of pixels."""
     first: int = 0
     """Index of its first image in the whole request."""
 
@@ -43,7 +46,8 @@ class Request:
         """Return the images from `first` up to `end`."""
         known = None if self.known is None else self.known[first:end]
         mask = None if self.mask is None else self.mask[first:end]
-        return Request(self.labels[first:end], self.seeds[first:end], self.sampling, known, mask, first)
+        paste = None if self.paste is None else self.paste.part(first, end)
+        return Request(self.labels[first:end], self.seeds[first:end], self.sampling, known, mask, paste, first)
 
 
 def as_seeds(seeds: Iterable[SupportsIndex]) -> list[int]:
@@ -71,13 +75,16 @@ def as_images(known: Images) -> Sequence[Image.Image] | Tensor:
 
 
 def as_mask(mask: Mask) -> Tensor:
-    """Convert a mask to a tensor; `generate` checks shape and type. Raises ValueError for no mask."""
+    """Convert an array to a tensor; `generate` checks shape and type. Raises ValueError for no mask."""
     try:
         flags = torch.as_tensor(mask)
     except (TypeError, ValueError, RuntimeError):
         flags = torch.empty(())
     if not flags.ndim:
-        raise ValueError(f"mask: got {reprlib.repr(mask)}, expected bools (n, rows, columns), one per token")
+        raise ValueError(
+            f"mask: got {reprlib.repr(mask)}, expected bools (n, rows, columns), one per token or "
+            "pixel, or PIL pictures"
+        )
     return flags
 
 
@@ -136,7 +143,7 @@ def generate(
     if len(labels) != len(seeds) or not len(labels):
         raise ValueError(f"labels and seeds: got {len(labels)} and {len(seeds)}, expected one of each per image")
     device = model.mask_token.device
-    grid = (config.grid[0] // config.patch_size, config.grid[1] // config.patch_size)
+    grid = config.token_grid
     tokens, unknown = _known_tokens(model, len(labels), known, mask)
     source = noise_source if noise_source is not None else SeededNoise(seeds)
     start = init_state(
@@ -172,10 +179,10 @@ def _known_tokens(model: MAR, count: int, known: Tensor | None, mask: Tensor | N
         raise ValueError(f"known latents: got shape {tuple(known.shape)}, expected {expected}")
     if not known.isfinite().all():
         raise ValueError("known latents: got values that are not finite, expected numbers")
-    grid = (config.grid[0] // config.patch_size, config.grid[1] // config.patch_size)
-    if mask.shape != (count, *grid) or mask.dtype != torch.bool:
+    if mask.shape != (count, *config.token_grid) or mask.dtype != torch.bool:
         raise ValueError(
-            f"mask: got {tuple(mask.shape)} of {mask.dtype}, expected {(count, *grid)} of bool, one per token"
+            f"mask: got {tuple(mask.shape)} of {mask.dtype}, expected {(count, *config.token_grid)} of bool, "
+            "one per token; or one per pixel of the image"
         )
     return patchify(known.float(), config.patch_size), mask.flatten(1).cpu()
 

@@ -1,0 +1,99 @@
+"""Edit part of an image: pixel mask -> token mask, and the result pasted into the original.
+
+A model generates whole tokens, and a person paints pixels. All painted tokens and their neighbors are generated, since
+seams show where only painted ones are. Outside the painted pixels the original is pasted back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from PIL import Image
+from torch import Tensor
+
+from mar.data.images import Transform
+
+GROWTH = 1
+"""Tokens around painted ones that are generated too, diagonal neighbors included."""
+
+
+def read_masks(
+    masks: Sequence[Image.Image], image_size: tuple[int, int], sizes: Sequence[tuple[int, int]] | None
+) -> Bool[Tensor, "n H W"]:
+    """Convert masks, white where to generate, to flags of pixels.
+
+    They are cropped as their images are. Raises ValueError for a mask of another size, and for a transparent one.
+
+    Args:
+        masks: PIL images.
+        image_size: height and width of the result.
+        sizes: (width, height) of the image of each mask; None: images have `image_size`.
+    """
+    expected = sizes or [(image_size[1], image_size[0])] * len(masks)
+    for mask, (width, height) in zip(masks, expected, strict=False):
+        if mask.size != (width, height):
+            raise ValueError(
+                f"mask: got {mask.width}x{mask.height} pixels, expected {width}x{height}, the size of its picture"
+            )
+        if mask.convert("RGBA").getchannel("A").getextrema() != (255, 255):
+            raise ValueError("mask: got a transparent picture, expected white where to generate, and black elsewhere")
+    transform = Transform(image_size, channels=1)
+    return torch.stack([transform(mask).squeeze(0) > 0 for mask in masks])
+
+
+def tokens_to_generate(pixels: Bool[Tensor, "n H W"], grid: tuple[int, int]) -> Bool[Tensor, "n rows columns"]:
+    """Mark painted tokens and their neighbors.
+
+    Args:
+        pixels: true at painted pixels; height and width are multiples of the grid's.
+        grid: rows and columns of tokens.
+    """
+    side = (pixels.shape[1] // grid[0], pixels.shape[2] // grid[1])
+    painted = F.max_pool2d(pixels.unsqueeze(1).float(), side)
+    return F.max_pool2d(painted, 2 * GROWTH + 1, stride=1, padding=GROWTH).squeeze(1).bool()
+
+
+def soft_seam(pixels: Bool[Tensor, "n H W"], width: int) -> Float[Tensor, "n 1 H W"]:
+    """Return the opacity of generated pixels: 0 outside the painted ones.
+
+    It rises to 1 over `width` pixels inside. The borders of the image are no seam.
+    """
+    opacity = inside = pixels.unsqueeze(1).float()
+    for _ in range(width):
+        inside = -F.max_pool2d(-inside, 3, stride=1, padding=1)  # erosion by one pixel
+        opacity = opacity + inside
+    return opacity / (width + 1)
+
+
+@dataclass(frozen=True)
+class Paste:
+    """Originals, and where generated pixels replace theirs."""
+
+    originals: Float[Tensor, "n c H W"]
+    """Images in [-1, 1]."""
+    opacity: Float[Tensor, "n 1 H W"]
+    """Opacity of generated pixels."""
+
+    @classmethod
+    def around(cls, originals: Float[Tensor, "n c H W"], pixels: Bool[Tensor, "n H W"], token_side: int) -> Paste:
+        """Return a paste with a seam of half a token.
+
+        Args:
+            originals: images in [-1, 1].
+            pixels: true at painted pixels.
+            token_side: height and width of a token, in pixels.
+        """
+        return cls(originals, soft_seam(pixels, token_side // 2))
+
+    def part(self, first: int, end: int) -> Paste:
+        """Return the images from `first` up to `end`."""
+        return Paste(self.originals[first:end], self.opacity[first:end])
+
+    def __call__(self, images: Float[Tensor, "n c H W"]) -> Float[Tensor, "n c H W"]:
+        """Replace the painted pixels of the originals, with a soft seam."""
+        blended = torch.lerp(self.originals, images, self.opacity)
+        return torch.where(self.opacity == 0, self.originals, blended)
