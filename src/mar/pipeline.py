@@ -61,6 +61,8 @@ class RevealStep:
     steps: int
     known: Bool[Tensor, "n rows columns"]
     """True at known tokens (CPU)."""
+    latents: Float[Tensor, "n c h w"]
+    """Normalized latents; zeros at masked tokens."""
     decode: Callable[[], Float[Tensor, "n c H W"]]
     """Decodes the images, in [-1, 1]; masked tokens are decoded from zeros."""
 
@@ -268,7 +270,7 @@ class Pipeline(
                 images = self._decode(latents)
                 return images if request.paste is None else request.paste(images)
 
-            yield RevealStep(state.step, state.steps, state.known, decode)
+            yield RevealStep(state.step, state.steps, state.known, state.latents, decode)
 
     def _request(
         self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None, known: Images | None, mask: Mask | None,

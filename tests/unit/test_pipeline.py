@@ -230,6 +230,14 @@ def test_pipeline_stream_ends_with_the_sample() -> None:
         assert np.array_equal(pixels(before.images)[shown], pixels(after.images)[shown])
 
 
+def test_pipeline_reveal_step_has_zero_latents_at_masked_tokens() -> None:
+    for state in TINY.reveal([0, "cat"], seeds=[8, 9], steps=5):
+        known = state.known.unsqueeze(1)  # a token is one cell here
+        assert (state.latents[~known] == 0).all()
+        assert (state.latents[known] != 0).all()
+    assert torch.equal(TINY.tokenizer.decode(state.latents), TINY.sample([0, 2], [8, 9], steps=5, output="tensor"))
+
+
 def test_pipeline_stream_shows_known_pixels_first() -> None:
     first = next(TINY.reveal([0, 1], known=to_pil(gray(2)), mask=LEFT))
     assert np.array_equal(pixels(first.images)[:, :, 2:], pixels(to_pil(gray(2)))[:, :, 2:])
