@@ -12,7 +12,7 @@ from typing import Any, Literal, SupportsIndex, overload
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData, ModelHubMixin, hf_hub_download
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
@@ -26,7 +26,7 @@ from mar.model.mar import MAR
 from mar.nn import init_empty_weights, set_matrix_dtype
 from mar.presets import apply_preset
 from mar.sampling.generate import Images, LatentStep, Mask, Request, as_images, as_mask, as_seeds, generate
-from mar.sampling.inpainting import Paste, read_masks, tokens_to_generate
+from mar.sampling.inpainting import Paste, read_masks, soft_seam, tokens_to_generate
 from mar.sampling.progress import bar
 from mar.tokenizer import Tokenizer, build
 
@@ -61,6 +61,8 @@ class RevealStep:
     steps: int
     known: Bool[Tensor, "n rows columns"]
     """True at known tokens (CPU)."""
+    revealed_at: Int[Tensor, "n rows columns"]
+    """Reveal step of each token, from 1; 0: known before (CPU)."""
     latents: Float[Tensor, "n c h w"]
     """Normalized latents; zeros at masked tokens."""
     decode: Callable[[], Float[Tensor, "n c H W"]]
@@ -188,6 +190,7 @@ class Pipeline(
         batch: int = 64,
         known: Images | None = None,
         mask: Mask | None = None,
+        grow: int = 1,
         progress: bool = False,
         allow_broken: bool = False,
         **settings: Any,
@@ -204,13 +207,14 @@ class Pipeline(
             batch: number of images at a time.
             known: images to keep where `mask` is false.
             mask: one flag per token (n, rows, columns) or pixel (n, height, width), true: generate; or PIL images of
-                the size of `known`, white: generate. Painted pixels become tokens, grown by one around the edge.
-                Outside the painted pixels the original stays, bit by bit, with a soft seam inside.
+                the size of `known`, white: generate. Painted pixels become tokens. Outside them the original stays, bit
+                by bit.
+            grow: tokens around painted pixels to generate as well, with a soft seam of half a token; 0: no seam.
             progress: show a progress bar.
             allow_broken: return noise instead of raising BrokenLatents.
             settings: a preset, and fields of SamplingConfig that differ from the model's own (guidance_scale, ...).
         """
-        request = self._request(labels, seeds, known, mask, settings, batch)
+        request = self._request(labels, seeds, settings, batch, known, mask, grow)
         with bar(progress, len(request.labels)) as advance:
             parts = list(self._batches(request, batch, allow_broken, advance))
         images = torch.cat(parts) if parts else torch.empty(0, self.tokenizer.image_channels, *self.image_size)
@@ -234,7 +238,7 @@ class Pipeline(
             labels, seeds, batch, allow_broken, settings: as in `sample`.
             advance: called after each reveal step with the number of images done, in fractions.
         """
-        request = self._request(labels, seeds, None, None, settings, batch)
+        request = self._request(labels, seeds, settings, batch)
         return map(to_uint8, self._batches(request, batch, allow_broken, advance or (lambda done: None)))
 
     def _batches(
@@ -255,26 +259,27 @@ class Pipeline(
         *,
         known: Images | None = None,
         mask: Mask | None = None,
+        grow: int = 1,
         allow_broken: bool = False,
         **settings: Any,
     ) -> Iterator[RevealStep]:
         """Generate images as `sample` does, and yield them after every reveal step.
 
         Args:
-            labels, seeds, known, mask, allow_broken, settings: as in `sample`.
+            labels, seeds, known, mask, grow, allow_broken, settings: as in `sample`.
         """
-        request = self._request(labels, seeds, known, mask, settings)
+        request = self._request(labels, seeds, settings, 64, known, mask, grow)
         for state in self._generate(request, allow_broken):
 
             def decode(latents: Tensor = state.latents) -> Tensor:
                 images = self._decode(latents)
                 return images if request.paste is None else request.paste(images)
 
-            yield RevealStep(state.step, state.steps, state.known, state.latents, decode)
+            yield RevealStep(state.step, state.steps, state.known, state.revealed_at, state.latents, decode)
 
     def _request(
-        self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None, known: Images | None, mask: Mask | None,
-        settings: dict[str, Any], batch: int = 64,
+        self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None, settings: dict[str, Any], batch: int,
+        known: Images | None = None, mask: Mask | None = None, grow: int = 1,
     ) -> Request:  # fmt: skip
         if batch < 1:
             raise ValueError(f"batch: got {batch}, expected at least 1")
@@ -291,8 +296,11 @@ class Pipeline(
         latents = self._encode(known_images, batch)
         if flags is None or not self._flags_pixels(flags):
             return Request(class_numbers, seed_list, sampling, latents, flags)
-        token_mask = tokens_to_generate(flags, self.model.config.token_grid)
-        paste = Paste.around(self._pixels(known_images), flags, self.image_size[0] // token_mask.shape[1])
+        if grow < 0:
+            raise ValueError(f"grow: got {grow}, expected 0 or more tokens")
+        token_mask = tokens_to_generate(flags, self.model.config.token_grid, grow)
+        seam = self.image_size[0] // token_mask.shape[1] // 2 if grow else 0
+        paste = Paste(self._pixels(known_images), soft_seam(flags, seam))
         return Request(class_numbers, seed_list, sampling, latents, token_mask, paste)
 
     def _flags_pixels(self, flags: Tensor) -> bool:

@@ -37,6 +37,8 @@ class SampleOptions(SamplingFlags):
     """Picture to change; `--mask` says where. The rest of it stays as it is."""
     mask: Path | None = None
     """Picture of the size of `--known`, white where to draw, black elsewhere."""
+    grow: int = 1
+    """Tokens around the white parts that are drawn too, with a soft seam; 0: these parts alone."""
     batch: int = 16
     """Pictures drawn at once; changes memory and speed, and pictures with int8 weights only."""
 
@@ -69,14 +71,14 @@ def sample(arguments: Sequence[str]) -> int:
     known, mask = options.known_and_mask(len(labels))
     started = time.perf_counter()
     images = model.sample(
-        labels, seeds, batch=options.batch, known=known, mask=mask, progress=True, allow_broken=options.allow_broken,
-        **settings,
+        labels, seeds, batch=options.batch, known=known, mask=mask, grow=options.grow, progress=True,
+        allow_broken=options.allow_broken, **settings,
     )  # fmt: skip
     seconds = time.perf_counter() - started
     facts = {
         "model": options.model, "weights": model.fingerprint(), "dtype": options.dtype,
         **to_dict(model.sampling_with(**settings)),
-        **({"known": str(options.known), "mask": str(options.mask)} if known else {}),
+        **({"known": str(options.known), "mask": str(options.mask), "grow": options.grow} if known else {}),
     }  # fmt: skip
     numbers = resolve_labels(labels, model.classes, model.model.config.classes)
     for label, number, seed, image in zip(labels, numbers, seeds, images, strict=True):

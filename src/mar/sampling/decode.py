@@ -101,6 +101,16 @@ class DecodeState:
         masked_before = schedule[self.step - 1] if self.step else len(self.orders[image])
         return self.orders[image][schedule[self.step] : masked_before].sort().values
 
+    def revealed_at(self) -> Int[Tensor, "n L"]:
+        """Return the step that reveals each token, from 1; 0 for the known ones."""
+        steps = torch.zeros(self.unknown.shape, dtype=torch.long)
+        for image, (order, schedule) in enumerate(zip(self.orders, self.schedules, strict=True)):
+            masked_before = len(order)
+            for step, masked in enumerate(schedule, start=1):
+                steps[image, order[masked:masked_before]] = step
+                masked_before = masked
+        return steps
+
 
 def init_state(
     tokens: Float[Tensor, "n L d"],

@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
@@ -109,6 +109,8 @@ class LatentStep:
     """Normalized latents; zeros where a token is still masked."""
     known: Bool[Tensor, "n rows columns"]
     """True at known tokens (CPU)."""
+    revealed_at: Int[Tensor, "n rows columns"]
+    """Reveal step of each token, from 1; 0: known before (CPU)."""
 
 
 def generate(
@@ -155,17 +157,18 @@ def generate(
         order=sampling.order,
         grid=grid,
     )
+    revealed_at = start.revealed_at().view(-1, *grid)
     if not start.steps:
-        yield _latent_step(model, start, grid)
+        yield _latent_step(model, start, revealed_at)
     for state in sample_tokens(model, as_labels(labels, device), start, sampling, source):
         if not allow_broken:
             check_latents(state, unknown, sampling, model, first)
-        yield _latent_step(model, state, grid)
+        yield _latent_step(model, state, revealed_at)
 
 
-def _latent_step(model: MAR, state: DecodeState, grid: tuple[int, int]) -> LatentStep:
+def _latent_step(model: MAR, state: DecodeState, revealed_at: Tensor) -> LatentStep:
     latents = unpatchify(state.tokens, model.config.patch_size, model.config.grid)
-    return LatentStep(state.step, state.steps, latents, ~state.unknown.view(-1, *grid))
+    return LatentStep(state.step, state.steps, latents, ~state.unknown.view_as(revealed_at), revealed_at)
 
 
 def _known_tokens(model: MAR, count: int, known: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:

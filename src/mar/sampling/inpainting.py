@@ -17,9 +17,6 @@ from torch import Tensor
 
 from mar.data.images import Transform
 
-GROWTH = 1
-"""Tokens around painted ones that are generated too, diagonal neighbors included."""
-
 
 def read_masks(
     masks: Sequence[Image.Image], image_size: tuple[int, int], sizes: Sequence[tuple[int, int]] | None
@@ -45,16 +42,21 @@ def read_masks(
     return torch.stack([transform(mask).squeeze(0) > 0 for mask in masks])
 
 
-def tokens_to_generate(pixels: Bool[Tensor, "n H W"], grid: tuple[int, int]) -> Bool[Tensor, "n rows columns"]:
+def tokens_to_generate(
+    pixels: Bool[Tensor, "n H W"], grid: tuple[int, int], grow: int = 1
+) -> Bool[Tensor, "n rows columns"]:
     """Mark painted tokens and their neighbors.
 
     Args:
         pixels: true at painted pixels; height and width are multiples of the grid's.
         grid: rows and columns of tokens.
+        grow: how many tokens far neighbors are, diagonal ones included.
     """
     side = (pixels.shape[1] // grid[0], pixels.shape[2] // grid[1])
-    painted = F.max_pool2d(pixels.unsqueeze(1).float(), side)
-    return F.max_pool2d(painted, 2 * GROWTH + 1, stride=1, padding=GROWTH).squeeze(1).bool()
+    tokens = F.max_pool2d(pixels.unsqueeze(1).float(), side)
+    for _ in range(min(grow, max(grid))):
+        tokens = F.max_pool2d(tokens, 3, stride=1, padding=1)
+    return tokens.squeeze(1).bool()
 
 
 def soft_seam(pixels: Bool[Tensor, "n H W"], width: int) -> Float[Tensor, "n 1 H W"]:
@@ -77,17 +79,6 @@ class Paste:
     """Images in [-1, 1]."""
     opacity: Float[Tensor, "n 1 H W"]
     """Opacity of generated pixels."""
-
-    @classmethod
-    def around(cls, originals: Float[Tensor, "n c H W"], pixels: Bool[Tensor, "n H W"], token_side: int) -> Paste:
-        """Return a paste with a seam of half a token.
-
-        Args:
-            originals: images in [-1, 1].
-            pixels: true at painted pixels.
-            token_side: height and width of a token, in pixels.
-        """
-        return cls(originals, soft_seam(pixels, token_side // 2))
 
     def part(self, first: int, end: int) -> Paste:
         """Return the images from `first` up to `end`."""

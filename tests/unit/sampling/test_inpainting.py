@@ -75,7 +75,7 @@ def test_paste_outside_the_mask_is_the_original_to_the_bit() -> None:
     originals, images = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     pixels = torch.zeros(2, 8, 8, dtype=torch.bool)
     pixels[0, 2:6, 2:6] = True
-    pasted = Paste.around(originals, pixels, token_side=2)(images)
+    pasted = Paste(originals, soft_seam(pixels, 1))(images)
     outside = ~pixels.unsqueeze(1).expand_as(pasted)
     assert torch.equal(pasted[outside], originals[outside])
     assert torch.equal(pasted[0, :, 3:5, 3:5], images[0, :, 3:5, 3:5])
@@ -99,7 +99,7 @@ def test_sample_pixel_mask_generates_the_tokens_of_the_grown_mask(pipeline: Pipe
     assert tokens.sum() == 9
     whole = pipeline.sample(["ant"], [3], known=[known], mask=tokens, output="tensor")
     pasted = pipeline.sample(["ant"], [3], known=[known], mask=[mask], output="tensor")
-    assert torch.equal(pasted, Paste.around(to_tensor(known, 1)[None], flags, SIDE)(whole))
+    assert torch.equal(pasted, Paste(to_tensor(known, 1)[None], soft_seam(flags, SIDE // 2))(whole))
 
 
 def test_sample_mask_of_pixels_as_array_and_as_picture_agree(pipeline: Pipeline) -> None:
@@ -141,6 +141,22 @@ def test_sample_mask_of_a_large_picture_is_cropped_with_it(pipeline: Pipeline) -
 def test_sample_empty_mask_returns_the_picture(pipeline: Pipeline) -> None:
     [image] = pipeline.sample(["ant"], known=[picture(1)], mask=[painted()])
     assert image.tobytes() == picture(1).tobytes()
+
+
+def test_sample_pixel_mask_without_growth_generates_painted_tokens_alone(pipeline: Pipeline) -> None:
+    known, tokens = picture(1), torch.zeros(1, 4, 4, dtype=torch.bool)
+    tokens[0, 1, 2] = tokens[0, 3, 0] = True
+    by_tokens = pipeline.sample(["ant"], [3], known=[known], mask=tokens)
+    by_pixels = pipeline.sample(["ant"], [3], known=[known], mask=[painted((8, 4, 12, 8), (0, 12, 4, 16))], grow=0)
+    assert by_pixels[0].tobytes() == by_tokens[0].tobytes()
+
+
+def test_reveal_tokens_become_known_at_their_steps(pipeline: Pipeline) -> None:
+    mask = torch.ones(2, 4, 4, dtype=torch.bool)
+    mask[0, 0] = False
+    for step in pipeline.reveal(["ant", "bee"], known=[picture(1), picture(2)], mask=mask):
+        assert torch.equal(step.known, step.revealed_at <= step.step)
+    assert torch.equal(step.revealed_at == 0, ~mask)
 
 
 def test_sample_mask_of_tokens_is_not_grown(pipeline: Pipeline) -> None:
