@@ -30,6 +30,14 @@ def choose_device(name: str | None = None) -> torch.device:
     return device
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """Return torch's dtype of a precision: fp32, bf16 or int8. Raises ConfigError for another."""
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+    if name not in dtypes:
+        raise ConfigError(f"dtype: got {name!r}, expected {', '.join(dtypes)}")
+    return dtypes[name]
+
+
 def multiplies_bf16() -> bool:
     """Return whether this processor has bfloat16 products; others emulate them, slowly."""
     names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not in every PyTorch

@@ -25,6 +25,7 @@ from mar.data.labels import resolve_labels
 from mar.model.mar import MAR
 from mar.nn import init_empty_weights, set_matrix_dtype
 from mar.presets import apply_preset
+from mar.sampling.confidence import token_losses
 from mar.sampling.generate import Images, LatentStep, Mask, Request, as_images, as_mask, as_seeds, generate
 from mar.sampling.inpainting import Paste, read_masks, soft_seam, tokens_to_generate
 from mar.sampling.progress import bar
@@ -276,6 +277,19 @@ class Pipeline(
                 return images if request.paste is None else request.paste(images)
 
             yield RevealStep(state.step, state.steps, state.known, state.revealed_at, state.latents, decode)
+
+    def token_losses(self, labels: Iterable[Label], images: Images) -> Float[Tensor, "n rows columns"]:
+        """Return the diffusion loss of every token, given the others: low where the model is sure.
+
+        Args:
+            labels: as in `sample`, one per image.
+            images: PIL images or arrays in [-1, 1].
+        """
+        known = as_images(images)
+        numbers = resolve_labels(labels, self.classes, self.model.config.classes)
+        if len(numbers) != len(known):
+            raise ValueError(f"labels: got {len(numbers)} for {len(known)} images, expected one per image")
+        return token_losses(self.model, self._encode(known, 64), torch.tensor(numbers, device=self.device))
 
     def _request(
         self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None, settings: dict[str, Any], batch: int,

@@ -15,6 +15,7 @@ from mar import __version__
 
 VERBS = {
     "demo": ("mar.cli.demo", "pictures from the bundled model, and one being revealed"),
+    "app": ("mar.cli.app", "the studio: a web page to watch pictures grow, and to paint over them"),
     "sample": ("mar.cli.sample", "draw pictures from a model"),
     "generate": ("mar.cli.generate", "thousands of pictures: PNGs, .npz, WebDataset; any number of processes"),
     "evaluate": ("mar.cli.evaluate", "FID and other metrics, of a model or of pictures; sweeps over settings"),

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mar.cli.options import Dtype, parse, torch_dtype
+from mar.cli.options import Dtype, parse
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def convert(arguments: Sequence[str]) -> int:
         _check_options(options, (), "the official format, which holds raw and EMA weights in float32")
         return _export(source, target)
     from mar import zoo
+    from mar.devices import torch_dtype
     from mar.pipeline import WEIGHTS_FILE
 
     if ours:

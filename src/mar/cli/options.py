@@ -223,17 +223,10 @@ class SamplingFlags(_SamplingOptions):
 
         if self.tf32:
             devices.allow_tf32()
-        return load(model, device=device or self.device, dtype=torch_dtype(self.dtype))
+        return load(model, device=device or self.device, dtype=devices.torch_dtype(self.dtype))
 
 
 RENAMED["SamplingFlags"] = RENAMED["SamplingConfig"]
-
-
-def torch_dtype(name: DrawnDtype) -> torch.dtype:
-    """Returns torch's dtype of a precision."""
-    import torch
-
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[name]
 
 
 # ---- signals and files

@@ -92,11 +92,24 @@ def source_digest(source: Source) -> str:
     return digest.hexdigest()
 
 
-def decode_image(file: Path | BytesIO, name: str) -> Image.Image:
-    """Decode an image file, all its pixels. Raises UnreadableImage with this `name`."""
+def decode_image(
+    file: Path | BytesIO, name: str, formats: tuple[str, ...] | None = None, max_pixels: int | None = None
+) -> Image.Image:
+    """Decode an image file, all its pixels.
+
+    Args:
+        file: is told by its contents, not by its name.
+        name: for UnreadableImage, which is raised for a file that can't be decoded.
+        formats: Pillow's names of the formats to accept (None: all).
+        max_pixels: refuse larger images before they are decoded.
+    """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=formats) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise UnreadableImage(name, f"got {image.width}x{image.height}, expected at most {max_pixels:,} pixels")
             image.load()
+    except UnreadableImage:
+        raise
     except _PILLOW_ERRORS as error:
         raise UnreadableImage(name, str(error) or type(error).__name__) from error
     if image.mode == "LAB":

@@ -62,7 +62,7 @@ def resolve_labels(labels: Iterable[SupportsIndex | str | None], classes: Sequen
     """
     if isinstance(labels, str) or not isinstance(labels, Iterable):
         raise ValueError(f"labels: got {labels!r}, expected a list of them, as [{labels!r}]")
-    names = _all_names(classes)
+    names = all_names(classes)
     return [_resolve(label, names, classes, count) for label in labels]
 
 
@@ -120,7 +120,7 @@ def _suggestion(name: str, names: list[tuple[str, ...]], classes: Sequence[str])
     return f"; the {len(classes)} classes are {', '.join(classes[:10])}" + (", ..." if len(classes) > 10 else "")
 
 
-def _all_names(classes: Sequence[str]) -> list[tuple[str, ...]]:
+def all_names(classes: Sequence[str]) -> list[tuple[str, ...]]:
     """Return all names of every class, its own first, in lower case."""
     known = {key: entry for entry in imagenet() for key in (entry.name, entry.wnid)}
     others: dict[str, tuple[str, ...]] = {}

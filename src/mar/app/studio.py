@@ -1,0 +1,505 @@
+"""The studio without the web: loads models, draws pictures step by step, one request after the other.
+
+All of it happens on one worker thread, so that requests never compete for the processor, and torch keeps one pool of
+threads. Nothing of a request is kept after it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
+
+from mar.app import settings as words
+from mar.app.pictures import facts_of, png_url, preview_url, read_picture
+from mar.app.timings import Timings
+from mar.config import Preset, SamplingConfig, rename_old_keys, to_dict
+from mar.config.fields import renamed_fields
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mar.pipeline import Pipeline, RevealStep
+
+MAX_IMAGES = 16
+"""Most pictures of a request."""
+MAX_LABEL = 200
+"""Longest label, in characters."""
+MAX_GROW = 64
+MAX_LOADED = 2
+"""Models that stay in memory."""
+MAX_STOPS = 1000
+"""Requests to stop that are remembered, of requests not begun yet."""
+PREVIEW_SHARE = 0.08
+"""Largest share of the time that previews may take."""
+PREVIEW_INTERVAL_S = 0.03
+MEASURE_S = 3.0
+"""Longest measurement of a preset; its time is then estimated from the steps done."""
+PRESETS: tuple[str, ...] = get_args(Preset)
+
+Emit = Callable[[dict[str, Any]], None]
+"""Takes the events of a request, as they happen."""
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class DrawRequest:
+    """A checked request for pictures, made by `read_request`."""
+
+    model: str
+    labels: list[int | str | None]
+    seeds: list[int]
+    preset: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    known: Image.Image | None = None
+    mask: Image.Image | None = None
+    grow: int = 1
+
+
+def read_request(
+    model: Any, labels: Any, seeds: Any, preset: Any = None, settings: Any = None, known: Any = None, mask: Any = None,
+    grow: Any = 1,
+) -> DrawRequest:  # fmt: skip
+    """Check a request from outside. Raises ValueError, which says what is wrong.
+
+    Args:
+        model: one of the catalog.
+        labels: class names, numbers or None.
+        seeds: one per label.
+        preset: of `mar.presets`, or None.
+        settings: fields of SamplingConfig (None: none).
+        known, mask: data URLs of a picture, and of white where to draw in it; or both None.
+        grow: tokens around the white parts to draw as well.
+    """
+    if not isinstance(model, str):
+        raise ValueError(f"model: got {type(model).__name__}, expected a name")
+    if not isinstance(labels, list) or not 1 <= len(labels) <= MAX_IMAGES:
+        raise ValueError(f"labels: got {_count(labels)}, expected a list of 1 to {MAX_IMAGES}, one per picture")
+    for label in labels:
+        if isinstance(label, bool) or not isinstance(label, int | str | None) or len(str(label)) > MAX_LABEL:
+            raise ValueError(f"label {str(label)[:40]!r}: expected a class name, a number, or nothing")
+    if not isinstance(seeds, list) or len(seeds) != len(labels):
+        raise ValueError(f"seeds: got {_count(seeds)}, expected one per label, {len(labels)}")
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+            raise ValueError(f"seed {str(seed)[:40]}: expected a whole number, 0 or more, of 63 bits")
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"preset: got {str(preset)[:40]!r}, expected one of {', '.join(PRESETS)}")
+    if (known is None) != (mask is None):
+        raise ValueError("known and mask: got only one of them, expected both")
+    if isinstance(grow, bool) or not isinstance(grow, int) or not 0 <= grow <= MAX_GROW:
+        raise ValueError(f"grow: got {str(grow)[:40]}, expected a whole number from 0 to {MAX_GROW}")
+    return DrawRequest(
+        model, labels, seeds, preset, words.read_settings({} if settings is None else settings),
+        None if known is None else read_picture(known, "known"), None if mask is None else read_picture(mask, "mask"),
+        grow,
+    )  # fmt: skip
+
+
+def _count(value: Any) -> str:
+    return f"{len(value)}" if isinstance(value, list) else type(value).__name__
+
+
+@dataclass(frozen=True)
+class Work:
+    """A request in the worker's queue."""
+
+    future: Future[None]
+    stop: threading.Event
+    """Stops it within a reveal step, or before it begins."""
+
+
+@dataclass
+class Model:
+    """A model of the catalog."""
+
+    name: str
+    state: str = "waiting"
+    """waiting: not loaded yet; loading; ready; absent: not downloaded; failed."""
+    error: str = ""
+    """Reason why it failed, in one line."""
+    mebibytes: float = 0.0
+    """Size of its download, if it is absent."""
+    received: float | None = None
+    """MiB of the download that is under way."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Sizes, classes and defaults, once it was loaded."""
+    fingerprint: str = ""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what the page shows of it."""
+        return {
+            "name": self.name, "state": self.state, "error": self.error, "mebibytes": self.mebibytes,
+            "received": self.received, **self.facts,
+        }  # fmt: skip
+
+
+class Studio:
+    """Draws pictures with several models, one request after the other.
+
+    Args:
+        models: names that `mar.load` takes. Official ones that are not here are offered for download.
+        device, dtype: of all models, as the command line names them.
+        downloads: whether `download` may be called.
+        timings: where seconds per picture are kept.
+    """
+
+    def __init__(
+        self, models: Sequence[str], *, device: str = "auto", dtype: str = "fp32", downloads: bool = True,
+        timings: Timings | None = None,
+    ) -> None:  # fmt: skip
+        from mar.checkpoint.download import OFFICIAL
+
+        official = [name for name in OFFICIAL if name != "kl16"]
+        self.models = {name: Model(name) for name in dict.fromkeys([*models, *official])}
+        self.device, self.dtype, self.downloads = device, dtype, downloads
+        self.timings = timings or Timings()
+        self._pipelines: OrderedDict[str, Pipeline] = OrderedDict()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="mar-studio")
+        self._waiting = 0
+        self._stops: OrderedDict[str, threading.Event] = OrderedDict()
+        self._lock = threading.Lock()
+        for name in official:
+            self._check_download(self.models[name])
+
+    # ---- models
+
+    def catalog(self) -> list[dict[str, Any]]:
+        """List the models, with the seconds of their presets."""
+        return [
+            {**model.describe(), "seconds": {each: self._seconds(model, each) for each in PRESETS}}
+            for model in self.models.values()
+        ]
+
+    def prepare(self, name: str) -> None:
+        """Load a model, and measure its presets between requests."""
+        self._worker.submit(self._prepare, name)
+
+    def model(self, name: str) -> Model:
+        """Return a model of the catalog. Raises ValueError for another name."""
+        if name not in self.models:
+            raise ValueError(f"model: got {name[:80]!r}, expected one of {', '.join(self.models)}")
+        return self.models[name]
+
+    def download(self, name: str) -> None:
+        """Start the download of an official model and its tokenizer."""
+        model = self.model(name)
+        if not self.downloads:
+            raise ValueError(f"this server does not download; on its machine: mar download kl16 {name}")
+        with self._lock:
+            if model.state not in ("absent", "failed") or not model.mebibytes or model.received is not None:
+                raise ValueError(f"{name} is here already, or on its way")
+            model.received, model.error = 0.0, ""
+        threading.Thread(target=self._download, args=(model,), daemon=True).start()
+
+    def _download(self, model: Model) -> None:
+        from mar.checkpoint.download import MIB, OFFICIAL, fetch
+
+        done = 0.0
+        try:
+            for name in _missing(model.name):
+
+                def progress(received: int, total: int | None, before: float = done) -> None:
+                    model.received = before + received / MIB
+
+                fetch(OFFICIAL[name], progress=progress)
+                done += OFFICIAL[name].mebibytes or 0.0
+        except (ValueError, OSError) as error:
+            model.error = _one_line(error)
+        model.received = None
+        self._check_download(model)
+
+    def _check_download(self, model: Model) -> None:
+        from mar.checkpoint.download import OFFICIAL
+
+        missing = _missing(model.name)
+        model.mebibytes = sum(OFFICIAL[name].mebibytes or 0.0 for name in missing)
+        model.state = "absent" if missing else "waiting"
+
+    def _prepare(self, name: str) -> None:
+        try:
+            pipeline = self._load(name)
+        except ValueError:
+            return
+        for preset in ("fast", "balanced", "exact"):
+            if self._seconds(self.models[name], preset) is None and not self._measure(pipeline, name, preset):
+                return
+
+    def _load(self, name: str) -> Pipeline:
+        model = self.model(name)
+        if name in self._pipelines:
+            self._pipelines.move_to_end(name)
+            return self._pipelines[name]
+        if model.state == "absent":
+            raise ValueError(f"{name} is not downloaded: mar download kl16 {name}")
+        from mar import zoo
+        from mar.devices import torch_dtype
+
+        model.state = "loading"
+        while len(self._pipelines) >= MAX_LOADED:
+            dropped, _ = self._pipelines.popitem(last=False)
+            self.models[dropped].state = "waiting"
+        try:
+            pipeline = zoo.load(name, device=self.device, dtype=torch_dtype(self.dtype))
+        except (ValueError, OSError, RuntimeError) as error:
+            model.state, model.error = "failed", _one_line(error)
+            raise ValueError(f"{name} can't be loaded: {model.error}") from error
+        model.facts, model.fingerprint = _describe(pipeline), pipeline.fingerprint()
+        model.state, model.error = "ready", ""
+        self._pipelines[name] = pipeline
+        return pipeline
+
+    def _seconds(self, model: Model, preset: str) -> float | None:
+        return self.timings.get(self._machine(model), preset) if model.fingerprint else None
+
+    def _machine(self, model: Model) -> str:
+        return f"{model.fingerprint[:16]} {self.device} {self.dtype}"
+
+    def _measure(self, pipeline: Pipeline, name: str, preset: str) -> bool:
+        """Measure a preset, unless a request comes in between."""
+        started = time.perf_counter()
+        share, seconds = 0.0, 0.0
+        for step in pipeline.reveal([0 if pipeline.model.config.classes else None], preset=preset, allow_broken=True):
+            if self._waiting:
+                return False
+            share, seconds = step.step / step.steps, time.perf_counter() - started
+            if seconds > MEASURE_S:
+                break
+        self.timings.put(self._machine(self.models[name]), preset, seconds / share)
+        return True
+
+    # ---- requests
+
+    def submit(self, request: DrawRequest, emit: Emit, ticket: str = "") -> Work:
+        """Add a request to the worker's queue; its last event has the kind `done`.
+
+        Args:
+            request: what to draw.
+            emit: takes the events, on the worker's thread.
+            ticket: by which `stop` knows the request.
+        """
+        stop = self._stop_event(ticket)
+        return Work(self._queue(self._draw, request, emit, stop), stop)
+
+    def open(self, name: str, url: Any) -> dict[str, Any]:
+        """Crop a picture to a model's size; read the settings inside it.
+
+        Args:
+            name: of the model.
+            url: data URL of the picture.
+        """
+        from mar.data.images import Transform
+        from mar.pipeline import to_pil
+
+        self.model(name)
+        picture = read_picture(url)
+        pipeline = self._pipelines.get(name) or self._queue(self._load, name).result()
+        pixels = Transform(pipeline.image_size, pipeline.tokenizer.image_channels)(picture)
+        [image] = to_pil(pixels.unsqueeze(0))
+        facts = facts_of(picture)
+        restored = None if facts is None else _restored(pipeline, facts)
+        return {"image": png_url(image, facts if restored else None), "restored": restored}
+
+    def confidence(self, name: str, label: Any, url: Any) -> list[list[float]]:
+        """Return the diffusion loss of each token of a picture.
+
+        Args:
+            name: of the model.
+            label: class of the picture, or None.
+            url: data URL of the picture.
+        """
+        request = read_request(name, [label], [0])
+        picture = read_picture(url)
+
+        def measure() -> list[list[float]]:
+            losses = self._load(name).token_losses(request.labels, [picture])
+            rows: list[list[float]] = losses[0].tolist()
+            return rows
+
+        return self._queue(measure).result()
+
+    def stop(self, ticket: str) -> None:
+        """Stop a request within a reveal step, or before it begins."""
+        self._stop_event(ticket).set()
+
+    def close(self) -> None:
+        """Stop all requests and the worker."""
+        with self._lock:
+            for event in self._stops.values():
+                event.set()
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+    def _stop_event(self, ticket: str) -> threading.Event:
+        with self._lock:
+            if not ticket:
+                return threading.Event()
+            event = self._stops.setdefault(ticket[:100], threading.Event())
+            while len(self._stops) > MAX_STOPS:
+                self._stops.popitem(last=False)
+            return event
+
+    def _queue(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """Run work on the worker's thread; measurements make way for it."""
+        with self._lock:
+            self._waiting += 1
+
+        def run() -> Result:
+            with self._lock:
+                self._waiting -= 1
+            return work(*arguments)
+
+        return self._worker.submit(run)
+
+    def _draw(self, request: DrawRequest, emit: Emit, stop: threading.Event) -> None:
+        pipeline = self._load(request.model)
+        sampling = pipeline.sampling_with(request.preset, **request.settings)
+        count = len(request.labels)
+        kept: dict[str, Any] = {}
+        if request.known is not None and request.mask is not None:
+            kept = {"known": [request.known] * count, "mask": [request.mask] * count, "grow": request.grow}
+        started, preview = time.perf_counter(), Previews()
+        step: RevealStep | None = None
+        if not stop.is_set():
+            for step in pipeline.reveal(request.labels, request.seeds, **kept, **_settings_of(sampling)):
+                seconds = time.perf_counter() - started
+                progress = {"kind": "step", "step": step.step, "steps": step.steps, "seconds": round(seconds, 3)}
+                if step.step <= 1:
+                    emit({"kind": "begin", "step": 0, "steps": step.steps, "revealed_at": step.revealed_at.tolist()})
+                if step.step < step.steps:
+                    previews = preview.of(step)
+                    emit(progress if previews is None else {**progress, "images": previews})
+                if stop.is_set():
+                    break
+        seconds = time.perf_counter() - started
+        if step is None:
+            emit({"kind": "done", "images": [], "seconds": 0.0, "step": 0, "steps": 0, "stopped": True})
+            return
+        stopped = step.step < step.steps
+        images = [self._picture(request, pipeline, i, image, stopped) for i, image in enumerate(step.images)]
+        emit(
+            {
+                "kind": "done", "step": step.step, "steps": step.steps, "seconds": round(seconds, 3),
+                "stopped": stopped, "images": images,
+            }
+        )  # fmt: skip
+        if not stopped and request.known is None and count == 1 and not request.settings:
+            self.timings.put(self._machine(self.models[request.model]), request.preset or "exact", seconds)
+
+    def _picture(
+        self, request: DrawRequest, pipeline: Pipeline, index: int, image: Image.Image, stopped: bool
+    ) -> dict[str, Any]:
+        """Return a drawn picture, with its settings inside it and in words."""
+        from mar.data.labels import resolve_labels
+
+        sampling = pipeline.sampling_with(request.preset, **request.settings)
+        [number] = resolve_labels([request.labels[index]], pipeline.classes, pipeline.model.config.classes)
+        label = None if number < 0 else pipeline.classes[number] if pipeline.classes else str(number)
+        seed = request.seeds[index]
+        facts = {
+            "label": None if number < 0 else number, "seed": seed, "model": request.model,
+            "weights": self.models[request.model].fingerprint, "dtype": self.dtype, **to_dict(sampling),
+        }  # fmt: skip
+        options: dict[str, Any] = {} if self.dtype == "fp32" else {"dtype": self.dtype}
+        if request.known is not None:
+            facts["edited"] = True
+            options |= {"known": "known.png", "mask": "mask.png", "grow": request.grow}
+        if stopped:
+            facts["stopped"] = True
+        changed = words.changed_settings(pipeline, request.preset, sampling)
+        return {
+            "image": png_url(image, facts),
+            "label": label,
+            "seed": seed,
+            "command": words.command_line(request.model, label, seed, request.preset, changed, options),
+            "python": words.python_code(
+                request.model, label, seed, request.preset, changed, dtype=self.dtype,
+                grow=None if request.known is None else request.grow,
+            ),
+        }  # fmt: skip
+
+
+class Previews:
+    """Decodes pictures of the reveal, within a share of the time."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.spent = 0.0
+        self.last = float("-inf")
+
+    def of(self, step: RevealStep) -> list[str] | None:
+        """Return data URLs of the pictures after a step; None: not now."""
+        from mar.pipeline import to_pil
+
+        now = time.perf_counter()
+        if step.step > 1 and (
+            now - self.last < PREVIEW_INTERVAL_S or self.spent > PREVIEW_SHARE * (now - self.started)
+        ):
+            return None
+        urls = [preview_url(image) for image in to_pil(step.decode())]
+        self.last = time.perf_counter()
+        self.spent += self.last - now
+        return urls
+
+
+def _settings_of(sampling: Any) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in to_dict(sampling).items()}
+
+
+def _describe(pipeline: Pipeline) -> dict[str, Any]:
+    """Return what the page needs of a model."""
+    from mar.data.labels import all_names
+
+    config = pipeline.model.config
+    height, width = pipeline.image_size
+    rows, columns = config.token_grid
+    names = all_names(pipeline.classes) or [(str(number),) for number in range(config.classes)]
+    return {
+        "asks": {  # what may be asked for: a class, by any of its names
+            "kind": "class" if config.classes else "none",
+            "names": list(pipeline.classes or map(str, range(config.classes))),
+            "aliases": [" ".join(each[1:]) for each in names],
+        },
+        "width": width, "height": height, "rows": rows, "columns": columns,
+        "guidable": config.guidable,
+        "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),
+        "device": str(pipeline.device),
+        "defaults": {each: to_dict(pipeline.sampling_with(each)) for each in PRESETS},
+    }  # fmt: skip
+
+
+def _restored(pipeline: Pipeline, facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what a PNG was drawn with; None: its settings do not fit this model."""
+    names = {*renamed_fields(SamplingConfig), *(setting["name"] for setting in words.describe_settings())}
+    try:
+        settings = rename_old_keys(SamplingConfig, {name: facts[name] for name in names & facts.keys()})
+        sampling = pipeline.sampling_with(None, **words.read_settings(settings))
+    except ValueError:
+        return None
+    matches = [each for each in PRESETS if not words.changed_settings(pipeline, each, sampling)]
+    preset = matches[0] if matches else "exact"
+    label, seed = facts.get("label"), facts.get("seed")
+    classes = pipeline.model.config.classes
+    return {
+        "model": str(facts.get("model", ""))[:200],
+        "label": label if isinstance(label, int) and 0 <= label < classes else None,
+        "seed": seed if isinstance(seed, int) and 0 <= seed < 2**63 else 0,
+        "preset": preset,
+        "settings": words.changed_settings(pipeline, preset, sampling),
+    }
+
+
+def _missing(name: str) -> list[str]:
+    """List the files that an official model needs and that are not here."""
+    from mar.checkpoint.download import OFFICIAL, home
+
+    if (home() / f"{name}.safetensors").is_file():
+        return []
+    return [each for each in ("kl16", name) if not (home() / OFFICIAL[each].name).is_file()]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
