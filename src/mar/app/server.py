@@ -189,7 +189,7 @@ class Functions:
         }
 
     def _all(self) -> list[Callable[..., Any]]:
-        return [self.draw, self.stop, self.models, self.open, self.confidence, self.download]
+        return [self.draw, self.stop, self.models, self.load, self.open, self.confidence, self.download]
 
     async def draw(
         self, model: str, labels: list[Any], seeds: list[int], preset: str | None = None,
@@ -234,6 +234,7 @@ class Functions:
                 work.future.result()
         finally:
             work.stop.set()
+            self.studio.forget(str(ticket))
 
     def stop(self, ticket: str) -> bool:
         """Stop the request of this ticket within a reveal step."""
@@ -246,6 +247,12 @@ class Functions:
             "models": self.studio.catalog(), "settings": words.describe_settings(), "presets": list(PRESETS),
             "downloads": self.studio.downloads, "max_images": MAX_IMAGES, "max_bytes": MAX_BYTES,
         }  # fmt: skip
+
+    def load(self, model: str) -> bool:
+        """Load a model, behind the requests that wait; `models` shows when it is ready."""
+        with _told():
+            self.studio.prepare(str(model))
+        return True
 
     def open(self, model: str, picture: str) -> dict[str, Any]:
         """Crop a picture to a model's size; read the settings inside it."""

@@ -36,7 +36,7 @@ MAX_STOPS = 1000
 """Requests to stop that are remembered, of requests not begun yet."""
 PREVIEW_SHARE = 0.08
 """Largest share of the time that previews may take."""
-PREVIEW_INTERVAL_S = 0.03
+PREVIEW_INTERVAL_S = 0.01
 MEASURE_S = 3.0
 """Longest measurement of a preset; its time is then estimated from the steps done."""
 PRESETS: tuple[str, ...] = get_args(Preset)
@@ -177,6 +177,7 @@ class Studio:
 
     def prepare(self, name: str) -> None:
         """Load a model, and measure its presets between requests."""
+        self.model(name)
         self._worker.submit(self._prepare, name)
 
     def model(self, name: str) -> Model:
@@ -225,8 +226,11 @@ class Studio:
             pipeline = self._load(name)
         except ValueError:
             return
-        for preset in ("fast", "balanced", "exact"):
-            if self._seconds(self.models[name], preset) is None and not self._measure(pipeline, name, preset):
+        missing = [each for each in reversed(PRESETS) if self._seconds(self.models[name], each) is None]
+        if missing:
+            self._measure(pipeline, name, missing[0], keep=False)  # the first picture is slower than the others
+        for preset in missing:
+            if not self._measure(pipeline, name, preset):
                 return
 
     def _load(self, name: str) -> Pipeline:
@@ -259,7 +263,7 @@ class Studio:
     def _machine(self, model: Model) -> str:
         return f"{model.fingerprint[:16]} {self.device} {self.dtype}"
 
-    def _measure(self, pipeline: Pipeline, name: str, preset: str) -> bool:
+    def _measure(self, pipeline: Pipeline, name: str, preset: str, keep: bool = True) -> bool:
         """Measure a preset, unless a request comes in between."""
         started = time.perf_counter()
         share, seconds = 0.0, 0.0
@@ -269,7 +273,8 @@ class Studio:
             share, seconds = step.step / step.steps, time.perf_counter() - started
             if seconds > MEASURE_S:
                 break
-        self.timings.put(self._machine(self.models[name]), preset, seconds / share)
+        if keep:
+            self.timings.put(self._machine(self.models[name]), preset, seconds / share)
         return True
 
     # ---- requests
@@ -325,6 +330,11 @@ class Studio:
     def stop(self, ticket: str) -> None:
         """Stop a request within a reveal step, or before it begins."""
         self._stop_event(ticket).set()
+
+    def forget(self, ticket: str) -> None:
+        """Drop the ticket of a request that has ended."""
+        with self._lock:
+            self._stops.pop(ticket[:100], None)
 
     def close(self) -> None:
         """Stop all requests and the worker."""
@@ -388,6 +398,7 @@ class Studio:
         )  # fmt: skip
         if not stopped and request.known is None and count == 1 and not request.settings:
             self.timings.put(self._machine(self.models[request.model]), request.preset or "exact", seconds)
+        self._worker.submit(self._prepare, request.model)  # goes on with measurements that made way
 
     def _picture(
         self, request: DrawRequest, pipeline: Pipeline, index: int, image: Image.Image, stopped: bool
@@ -397,7 +408,7 @@ class Studio:
 
         sampling = pipeline.sampling_with(request.preset, **request.settings)
         [number] = resolve_labels([request.labels[index]], pipeline.classes, pipeline.model.config.classes)
-        label = None if number < 0 else pipeline.classes[number] if pipeline.classes else str(number)
+        label = _label(pipeline, number)
         seed = request.seeds[index]
         facts = {
             "label": None if number < 0 else number, "seed": seed, "model": request.model,
@@ -409,14 +420,15 @@ class Studio:
             options |= {"known": "known.png", "mask": "mask.png", "grow": request.grow}
         if stopped:
             facts["stopped"] = True
-        changed = words.changed_settings(pipeline, request.preset, sampling)
+        preset = None if request.preset == "exact" else request.preset  # exact: the model's own settings
+        changed = words.changed_settings(pipeline, preset, sampling)
         return {
             "image": png_url(image, facts),
             "label": label,
             "seed": seed,
-            "command": words.command_line(request.model, label, seed, request.preset, changed, options),
+            "command": words.command_line(request.model, label, seed, preset, changed, options),
             "python": words.python_code(
-                request.model, label, seed, request.preset, changed, dtype=self.dtype,
+                request.model, label, seed, preset, changed, dtype=self.dtype,
                 grow=None if request.known is None else request.grow,
             ),
         }  # fmt: skip
@@ -443,6 +455,14 @@ class Previews:
         self.last = time.perf_counter()
         self.spent += self.last - now
         return urls
+
+
+def _label(pipeline: Pipeline, number: int) -> str | None:
+    """Return the name of a class, or its number if the name is not its own; None: no class."""
+    if number < 0:
+        return None
+    names = pipeline.classes
+    return names[number] if names and names.count(names[number]) == 1 else str(number)
 
 
 def _settings_of(sampling: Any) -> dict[str, Any]:

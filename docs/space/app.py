@@ -1,0 +1,5 @@
+"""The studio as a Hugging Face Space."""
+
+from mar.app import launch
+
+launch(["fashion"], host="0.0.0.0", port=7860)
