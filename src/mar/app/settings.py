@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields
@@ -13,6 +12,9 @@ from mar.config.fields import field_docs
 
 if TYPE_CHECKING:
     from mar.pipeline import Pipeline
+
+MAX_NUMBER = 10**9
+"""Largest number of a setting; SamplingConfig has narrower bounds."""
 
 
 def describe_settings() -> list[dict[str, Any]]:
@@ -73,7 +75,7 @@ def _read(name: str, value: Any, setting: Mapping[str, Any]) -> Any:
 
 
 def _number(name: str, value: Any) -> int | float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or abs(value) > 1e9:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_NUMBER:
         raise ValueError(f"{name}: got {_short(value)}, expected a number")
     return value
 

@@ -499,8 +499,8 @@ def _restored(pipeline: Pipeline, facts: Mapping[str, Any]) -> dict[str, Any] | 
         sampling = pipeline.sampling_with(None, **words.read_settings(settings))
     except ValueError:
         return None
-    matches = [each for each in PRESETS if not words.changed_settings(pipeline, each, sampling)]
-    preset = matches[0] if matches else "exact"
+    changed = {each: words.changed_settings(pipeline, each, sampling) for each in PRESETS}
+    preset = min(PRESETS, key=lambda each: len(changed[each]))
     label, seed = facts.get("label"), facts.get("seed")
     classes = pipeline.model.config.classes
     return {
@@ -508,7 +508,7 @@ def _restored(pipeline: Pipeline, facts: Mapping[str, Any]) -> dict[str, Any] | 
         "label": label if isinstance(label, int) and 0 <= label < classes else None,
         "seed": seed if isinstance(seed, int) and 0 <= seed < 2**63 else 0,
         "preset": preset,
-        "settings": words.changed_settings(pipeline, preset, sampling),
+        "settings": changed[preset],
     }
 
 
