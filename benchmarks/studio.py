@@ -2,9 +2,9 @@
 
     python benchmarks/studio.py
 
-Three claims, each a median over rounds: seconds from `mar app` to a page that answers, and to a loaded model; seconds
-from a request to its first intermediate picture; and the time of a watched drawing, over HTTP with all its previews,
-against `model.sample` of the same pictures, in turn in one process.
+Prints three claims, each a median over rounds. First, seconds from `mar app` to a page that answers, and to a loaded
+model. Second, seconds from a request to its first intermediate picture. Third, the time of a watched drawing, over HTTP
+with all its previews, against `model.sample` of the same pictures. Both are taken in turn in one process.
 """
 
 from __future__ import annotations
