@@ -162,6 +162,7 @@ class MARPipeline(DiffusionPipeline):  # type: ignore[misc]
         num_images_per_prompt: int = 1,
         image: KnownImages | None = None,
         mask_image: MaskImages | None = None,
+        grow: int = 1,
         output_type: OutputType = "pil",
         return_dict: bool = True,
         callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
@@ -185,6 +186,7 @@ class MARPipeline(DiffusionPipeline):  # type: ignore[misc]
             image: images to keep where `mask_image` is black: PIL images, or arrays as `output_type` has them; one, one
                 per label, or one per image.
             mask_image: PIL images, white where to generate; or bools (n, rows, columns), one per token or pixel.
+            grow: tokens around painted pixels to generate as well, as for `mar.Pipeline.sample`.
             output_type: kind of `images`.
             return_dict: return an ImagePipelineOutput instead of a tuple.
             callback_on_step_end: called after every reveal step. It may stop the call by `pipe._interrupt = True`;
@@ -209,7 +211,9 @@ class MARPipeline(DiffusionPipeline):  # type: ignore[misc]
         self._seeds = seeds_of(len(labels), generator, seeds)
         self._interrupt = False
 
-        steps = model.reveal(labels, self._seeds, known=known, mask=mask, allow_broken=allow_broken, **settings)
+        steps = model.reveal(
+            labels, self._seeds, known=known, mask=mask, grow=grow, allow_broken=allow_broken, **settings
+        )
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for step in steps:
                 # known parts leave fewer tokens, so that there may be fewer steps

@@ -337,6 +337,23 @@ def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert kept.tobytes() == other.tobytes()
 
 
+def test_python_of_the_diffusers_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for snippet in blocks((ROOT / "docs/diffusers.md").read_text(encoding="utf-8"), "python"):
+        exec(compile(snippet, "diffusers.md", "exec"), names)
+    images = [image.tobytes() for image in names["images"]]
+    assert [image.tobytes() for image in names["same"]] == images
+    assert names["pipe"].num_timesteps == 20
+    again = names["same_pipe"](["dress", 3, None], 12, 4, seeds=[0, 1, 2]).images
+    assert [image.tobytes() for image in again] == images
+    others = [image.crop((0, 0, 28, 16)).tobytes() for image in names["others"]]
+    assert others == [names["images"][0].crop((0, 0, 28, 16)).tobytes()] * 4
+    assert len({image.tobytes() for image in names["others"]}) == 4
+    whole = names["pipe"]("sneaker", 12, seeds=[3]).images
+    assert names["unfinished"][0].tobytes() != whole[0].tobytes()
+
+
 def messages() -> Iterator[str]:
     """The fixed parts of every string in the code."""
     for path in (ROOT / "src/mar").rglob("*.py"):

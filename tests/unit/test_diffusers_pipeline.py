@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from huggingface_hub import ModelCard, RepoUrl
 from PIL import Image
 from tiny import tiny_pipeline
 from torch import Tensor
@@ -39,6 +41,12 @@ def fresh(*seeds: int) -> list[torch.Generator]:
 def expected(labels: list[Any], seeds: list[int], **options: Any) -> Tensor:
     """Images of `mar.Pipeline.sample` in [0, 1]."""
     return (TINY.sample(labels, seeds, output="tensor", **options) / 2 + 0.5).clamp(0, 1)
+
+
+def test_import_of_mar_leaves_diffusers_out() -> None:
+    code = "import sys, mar, mar.cli; mar.load('fashion'); print('diffusers' in sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
 
 
 # ---- images
@@ -258,6 +266,17 @@ def test_mask_image_of_one_serves_all(mask: Any) -> None:
     assert np.array_equal(pixels(drawn)[:, :, 2:], pixels([image] * 4)[:, :, 2:])
 
 
+@pytest.mark.parametrize("grow", [0, 1])
+def test_grow_is_that_of_sample(grow: int) -> None:
+    pipeline = tiny_pipeline(patch_size=2)
+    (image,) = to_pil(GRAY[:1] * 2 - 1)
+    drawn = MARPipeline(pipeline)("ant", seeds=3, image=image, mask_image=LEFT, grow=grow, x0_bound=2.0).images
+    ours = pipeline.sample([0], [3], known=[image], mask=LEFT[None], grow=grow, x0_bound=2.0)
+    other = pipeline.sample([0], [3], known=[image], mask=LEFT[None], grow=1 - grow, x0_bound=2.0)
+    assert np.array_equal(pixels(drawn), pixels(ours))
+    assert not np.array_equal(pixels(drawn), pixels(other))
+
+
 def test_image_of_each_label_is_repeated_like_it() -> None:
     images = to_pil(GRAY * 2 - 1)
     drawn = PIPE([0, 1], seeds=range(4), num_images_per_prompt=2, image=images, mask_image=LEFT).images
@@ -438,14 +457,22 @@ def test_save_pretrained_options_without_meaning_are_refused(tmp_path: Path, opt
         PIPE.save_pretrained(tmp_path, **options)
 
 
-def test_save_pretrained_pushes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pushed: list[Any] = []
-    monkeypatch.setattr(
-        PIPE, "push_to_hub", lambda repo_id, **options: pushed.append((repo_id, options)), raising=False
-    )
-    PIPE.save_pretrained(tmp_path / "name", push_to_hub=True)
-    PIPE.save_pretrained(tmp_path / "name", push_to_hub=True, repo_id="owner/name", private=True)
-    assert pushed == [("name", {}), ("owner/name", {"private": True})]
+def test_save_pretrained_uploads_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads: list[Any] = []
+
+    def create_repo(name: str, **options: Any) -> RepoUrl:
+        return RepoUrl(f"https://huggingface.co/{name if '/' in name else 'me/' + name}")
+
+    def upload(repo_id: str, folder_path: str, **options: Any) -> None:
+        uploads.append((repo_id, sorted(path.name for path in Path(folder_path).iterdir()), options["token"]))
+
+    monkeypatch.setattr("diffusers.utils.hub_utils.create_repo", create_repo)
+    monkeypatch.setattr("diffusers.utils.hub_utils.upload_folder", upload)
+    monkeypatch.setattr("diffusers.utils.hub_utils.load_or_create_model_card", lambda *_, **__: ModelCard("---\n---\n"))
+    PIPE.save_pretrained(tmp_path / "saved", push_to_hub=True)
+    PIPE.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="owner/name", token="t")
+    files = sorted(path.name for path in (tmp_path / "saved").iterdir())
+    assert uploads == [("me/saved", files, None), ("owner/name", files, "t")]
 
 
 def test_pipeline_moves_and_casts_the_model() -> None:
