@@ -40,6 +40,8 @@ PREVIEW_INTERVAL_S = 0.01
 MEASURE_S = 3.0
 """Longest measurement of a preset; its time is then estimated from the steps done."""
 PRESETS: tuple[str, ...] = get_args(Preset)
+_UNREPEATABLE = {"edited", "stopped"}
+"""Marks in a picture's settings: they alone do not make it again."""
 
 Emit = Callable[[dict[str, Any]], None]
 """Takes the events of a request, as they happen."""
@@ -277,6 +279,12 @@ class Studio:
             self.timings.put(self._machine(self.models[name]), preset, seconds / share)
         return True
 
+    def _learn(self, model: Model, preset: str, seconds: float, count: int) -> None:
+        """Keep the seconds of drawn pictures; one alone takes no longer than several at once."""
+        known = self._seconds(model, preset)
+        if count == 1 or known is None or seconds < known:
+            self.timings.put(self._machine(model), preset, seconds)
+
     # ---- requests
 
     def submit(self, request: DrawRequest, emit: Emit, ticket: str = "") -> Work:
@@ -306,8 +314,15 @@ class Studio:
         pixels = Transform(pipeline.image_size, pipeline.tokenizer.image_channels)(picture)
         [image] = to_pil(pixels.unsqueeze(0))
         facts = facts_of(picture)
-        restored = None if facts is None else _restored(pipeline, facts)
-        return {"image": png_url(image, facts if restored else None), "restored": restored}
+        restored, note = None, ""
+        if facts is not None:
+            try:
+                restored = _restored(pipeline, facts)
+            except ValueError as error:
+                note = f"its settings do not fit this model: {_one_line(error)}"
+            else:
+                note = "it was painted over or stopped, which Draw can't repeat" if _UNREPEATABLE & facts.keys() else ""
+        return {"image": png_url(image, facts if restored else None), "restored": restored, "note": note}
 
     def confidence(self, name: str, label: Any, url: Any) -> list[list[float]]:
         """Return the diffusion loss of each token of a picture.
@@ -396,8 +411,8 @@ class Studio:
                 "stopped": stopped, "images": images,
             }
         )  # fmt: skip
-        if not stopped and request.known is None and count == 1 and not request.settings:
-            self.timings.put(self._machine(self.models[request.model]), request.preset or "exact", seconds)
+        if not stopped and request.known is None and not request.settings:
+            self._learn(self.models[request.model], request.preset or "exact", seconds, count)
         self._worker.submit(self._prepare, request.model)  # goes on with measurements that made way
 
     def _picture(
@@ -491,14 +506,11 @@ def _describe(pipeline: Pipeline) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _restored(pipeline: Pipeline, facts: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what a PNG was drawn with; None: its settings do not fit this model."""
+def _restored(pipeline: Pipeline, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a PNG was drawn with. Raises ValueError if its settings do not fit this model."""
     names = {*renamed_fields(SamplingConfig), *(setting["name"] for setting in words.describe_settings())}
-    try:
-        settings = rename_old_keys(SamplingConfig, {name: facts[name] for name in names & facts.keys()})
-        sampling = pipeline.sampling_with(None, **words.read_settings(settings))
-    except ValueError:
-        return None
+    settings = rename_old_keys(SamplingConfig, {name: facts[name] for name in names & facts.keys()})
+    sampling = pipeline.sampling_with(None, **words.read_settings(settings))
     changed = {each: words.changed_settings(pipeline, each, sampling) for each in PRESETS}
     preset = min(PRESETS, key=lambda each: len(changed[each]))
     label, seed = facts.get("label"), facts.get("seed")

@@ -69,6 +69,7 @@ def test_draw_picture_restores_its_settings(studio: Studio, models: list[str]) -
         "model": models[0], "label": 1, "seed": 3, "preset": "fast",
         "settings": {"steps": 3, "guidance_interval": [0.5, 1.0]},
     }  # fmt: skip
+    assert opened["note"] == ""
     assert read_picture(opened["image"]).tobytes() == read_picture(picture["image"]).tobytes()
     facts = facts_of(read_picture(picture["image"]))
     assert facts is not None
@@ -80,7 +81,12 @@ def test_open_picture_of_old_names_and_of_strangers(studio: Studio, models: list
     old = studio.open(models[0], png_url(blank, {"seed": 1, "label": 0, "guidance": 2.0, "guidance_from": 0.25}))
     assert old["restored"]["settings"] == {"guidance_scale": 2.0, "guidance_interval": [0.25, 1.0]}
     for facts in ({"steps": "many"}, {"steps": -1}, {"guidance": 1, "guidance_scale": 2}, {"order": ["x"]}):
-        assert studio.open(models[0], png_url(blank, facts))["restored"] is None
+        strange = studio.open(models[0], png_url(blank, facts))
+        assert strange["restored"] is None
+        assert strange["note"].startswith("its settings do not fit this model: ")
+    edited = studio.open(models[0], png_url(blank, {"seed": 1, "label": 0, "edited": True}))
+    assert edited["restored"]["seed"] == 1
+    assert "can't repeat" in edited["note"]
     wide = studio.open(models[0], png_url(Image.new("RGB", (40, 20), "white")))
     assert read_picture(wide["image"]).size == (4, 4)
     assert wide["restored"] is None
@@ -244,3 +250,15 @@ def test_studio_import_does_without_torch_and_gradio() -> None:
     code = "import sys, mar.app.studio, mar.app.server; print({'torch', 'gradio', 'PIL'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_draw_of_a_slow_measurement_corrects_it(studio: Studio, models: list[str], count: int) -> None:
+    draw(studio, read_request(models[0], ["bee"], [1], settings={"steps": 2}))
+    machine = studio._machine(studio.models[models[0]])
+    studio.timings.put(machine, "fast", 1e6)
+    events = draw(studio, read_request(models[0], ["bee"] * count, list(range(count)), "fast"))
+    assert studio.timings.get(machine, "fast") == pytest.approx(events[-1]["seconds"], abs=0.001)
+    studio.timings.put(machine, "fast", 1e-6)
+    draw(studio, read_request(models[0], ["bee"] * 2, [0, 1], "fast"))
+    assert studio.timings.get(machine, "fast") == pytest.approx(1e-6, abs=1e-4)

@@ -11,7 +11,7 @@ const MATCHES = 60;
 
 // The field for what is asked for. A model's `asks.kind` chooses it: `class` (chips of names) or `none`.
 export class Asks {
-  constructor(container, { multiple = true, title = "What" } = {}) {
+  constructor(container, { multiple = true, title = "What to draw" } = {}) {
     Object.assign(this, { container, multiple, title, asks: { kind: "none", names: [], aliases: [] }, chosen: [] });
   }
 
@@ -21,7 +21,7 @@ export class Asks {
     if (!kept) this.chosen = asks.kind === "class" ? this.suggestion() : [null];
     this.container.replaceChildren();
     if (asks.kind !== "class") {
-      this.container.append(make("p", { className: "hint", textContent: "This model draws without being told what." }));
+      this.container.append(make("p", { className: "hint", textContent: "This model has no classes to choose from." }));
       return;
     }
     const id = `${this.container.id}-input`;
@@ -49,18 +49,34 @@ export class Asks {
 
   set(labels) {
     this.chosen = this.multiple ? [...labels] : labels.slice(0, 1);
-    if (this.chips) this.show();
+    if (this.chips) this.change();
   }
 
-  name(label) { return label === null ? "no class" : this.asks.names[label]; }
+  // The name of a class; with its number, if another one is called the same.
+  name(label) {
+    if (label === null) return "no class";
+    const { names } = this.asks;
+    return names[label] + (names.indexOf(names[label]) === names.lastIndexOf(names[label]) ? "" : ` (${label})`);
+  }
+
+  // The class that a drawn picture names; null: none of this model's.
+  number(name) {
+    const found = this.asks.names.indexOf(name);
+    return found >= 0 ? found : /^\d+$/.test(name) && name < this.asks.names.length ? Number(name) : null;
+  }
 
   show() {
     this.chips.replaceChildren(...this.chosen.map((label, index) => {
       const remove = make("button", { type: "button", textContent: "×" });
       remove.setAttribute("aria-label", `Remove ${this.name(label)}`);
-      remove.addEventListener("click", () => { this.chosen.splice(index, 1); this.show(); });
+      remove.addEventListener("click", () => { this.chosen.splice(index, 1); this.change(); });
       return make("span", { className: "chip" }, this.name(label), remove);
     }));
+  }
+
+  change() {
+    this.show();
+    this.onchange?.();
   }
 
   matches() {
@@ -100,7 +116,7 @@ export class Asks {
     else if (!this.chosen.includes(label)) this.chosen.push(label);
     this.input.value = "";
     this.close();
-    this.show();
+    this.change();
   }
 
   close() {
@@ -123,7 +139,7 @@ export class Asks {
       event.stopPropagation();
     } else if (event.key === "Backspace" && !this.input.value && this.chosen.length) {
       this.chosen.pop();
-      this.show();
+      this.change();
     }
   }
 }

@@ -11,17 +11,18 @@ export const canvasOf = (width, height) => Object.assign(document.createElement(
 
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-// Whole pixels of the screen for each pixel of a picture.
+// Pixels of the screen for each pixel of a picture: a whole number, so that none is wider than another.
 export function scaleFor(size, side) {
-  const wanted = (side * Math.min(devicePixelRatio || 1, 2)) / Math.max(size.width, size.height);
-  return wanted >= 1 ? Math.max(1, Math.round(wanted)) : wanted;
+  const wanted = (side * (devicePixelRatio || 1)) / Math.max(size.width, size.height);
+  return wanted < 1 ? wanted : wanted < 2 ? Math.round(wanted) : Math.floor(wanted + 0.05);
 }
 
-// Draws an image over all of a canvas.
+// Draws an image over all of a canvas, which gets about this side on the page.
 export function paint(canvas, image, size, side) {
   const scale = scaleFor(size, side);
   const [width, height] = [Math.round(size.width * scale), Math.round(size.height * scale)];
   if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+  canvas.style.width = `${width / (devicePixelRatio || 1)}px`;
   const context = canvas.getContext("2d");
   context.imageSmoothingEnabled = scale < 1;
   if (image) context.drawImage(image, 0, 0, width, height);
@@ -29,11 +30,14 @@ export function paint(canvas, image, size, side) {
   return context;
 }
 
-// Calls back with each token's rectangle on a canvas.
+// Calls back with each token's rectangle on a canvas, in whole pixels.
 export function eachToken(canvas, grid, visit) {
-  const [w, h] = [canvas.width / grid.columns, canvas.height / grid.rows];
+  const edges = (length, count) => Array.from({ length: count + 1 }, (_, i) => Math.round((i * length) / count));
+  const [xs, ys] = [edges(canvas.width, grid.columns), edges(canvas.height, grid.rows)];
   for (let row = 0; row < grid.rows; row++) {
-    for (let column = 0; column < grid.columns; column++) visit(row, column, column * w, row * h, w, h);
+    for (let column = 0; column < grid.columns; column++) {
+      visit(row, column, xs[column], ys[row], xs[column + 1] - xs[column], ys[row + 1] - ys[row]);
+    }
   }
 }
 

@@ -6,8 +6,11 @@ import { canvasOf, decode, eachToken, paint, paintReveal } from "./picture.js";
 
 const $ = (selector, within = document) => within.querySelector(selector);
 const $$ = (selector, within = document) => [...within.querySelectorAll(selector)];
-const randomSeed = () => Math.floor(Math.random() * 2 ** 31);
+const randomSeed = () => Math.floor(Math.random() * 1e6);
 const HISTORY = 80;
+const MAX_IMAGES = 16;  // of a request
+const MAX_COMPARED = 4;  // classes
+const narrow = () => innerWidth <= 900;
 
 const state = { models: [], model: null, running: null, reveals: [], selected: 0, step: 0 };
 const asks = {
@@ -26,7 +29,7 @@ function say(text, kind = "error") {
   const notice = $("#notice");
   notice.hidden = !text;
   notice.className = kind;
-  notice.textContent = text || "";
+  $("span", notice).textContent = text || "";
 }
 
 // Runs something that the user asked for; whatever goes wrong is one line on the page.
@@ -48,9 +51,9 @@ async function refresh() {
   if (!state.model) state.model = models[0].name;
   const select = $("#model");
   const size = (mebibytes) => (mebibytes >= 1024 ? `${(mebibytes / 1024).toFixed(1)} GiB` : `${Math.round(mebibytes)} MiB`);
-  const text = (each) => each.name + (each.state === "absent" ? ` (not here: ${size(each.mebibytes)})` : "");
+  const text = (each) => shortName(each.name) + (each.state === "absent" ? ` (not here: ${size(each.mebibytes)})` : "");
   if ($$("option", select).map((option) => option.textContent).join() !== models.map(text).join()) {
-    select.replaceChildren(...models.map((each) => make("option", { value: each.name, textContent: text(each) })));
+    select.replaceChildren(...models.map((each) => make("option", { value: each.name, title: each.name, textContent: text(each) })));
   }
   select.value = state.model;
   const current = model();
@@ -65,8 +68,18 @@ async function refresh() {
   }
   if (current.state === "failed") say(`${current.name} can't be loaded: ${current.error}`);
   if (current.asks) adopt(current);
-  document.body.classList.toggle("loading", !current.asks && offer.hidden && current.state !== "failed");
+  document.body.classList.toggle("loading", !current.asks);
+  const line = offer.hidden && current.state !== "failed" ? `Loading ${shortName(current.name)} …` : "";
+  document.body.classList.toggle("away", !current.asks && !line);
+  $$(".stage").forEach((stage) => { stage.dataset.loading = line; });
+  $$("main form").forEach((form) => { form.inert = !current.asks; });
   return current;
+}
+
+// The name of a model; of a file, its last folder and its name.
+function shortName(name) {
+  const parts = name.replace(/\.safetensors$/, "").split(/[\\/]/);
+  return parts.slice(-2).join("/");
 }
 
 let adopted = "";
@@ -76,9 +89,11 @@ function adopt(current) {
   adopted = current.name;
   Object.values(asks).forEach((field) => field.setModel(current.asks));
   settings.setDefaults(current.defaults[presets.value]);
-  if (!state.reveals.length) blank();
+  $("#count-title").textContent = current.asks.kind === "class" ? "Pictures of each" : "Pictures";
   easel.clear();
   buildColumns();
+  blank();
+  blankTable();
 }
 
 // Asks for the models until this one is loaded and measured.
@@ -91,9 +106,10 @@ async function watch() {
 }
 
 async function choose(name) {
-  state.model = name;
+  Object.assign(state, { model: name, reveals: [], compared: false });
   adopted = "";
   say("");
+  $$(".progress").forEach((bar) => { bar.hidden = true; });
   const current = await attempt(refresh);
   if (current && ["waiting", "failed"].includes(current.state)) await attempt(() => ask("load", name));
   watch();
@@ -103,12 +119,18 @@ async function choose(name) {
 
 // Runs work with a tab's progress bar and stop button; one thing at a time.
 async function run(tab, work) {
-  if (state.running || !model()?.asks) return;
+  if (state.running) return;
+  if (!model()?.asks) { say("the model is not loaded yet", "info"); return; }
   say("");
-  const [go, stop, bar] = [$(".primary", tab), $(".stop", tab), $(".progress", tab)];
+  const bar = $(".progress", tab);
+  const busy = (value) => {
+    $$(".go .primary, #model").forEach((each) => { each.disabled = value; });
+    $$(".stop").forEach((each) => { each.hidden = !value; });
+  };
   state.running = {};
-  go.disabled = true;
-  [stop.hidden, bar.hidden] = [false, false];
+  busy(true);
+  bar.hidden = false;
+  if (narrow()) bar.scrollIntoView({ block: "nearest" });
   const progress = (event, share = [0, 1]) => {
     const done = event?.steps ? event.step / event.steps : 0;
     $("progress", bar).value = share[0] + done * share[1];
@@ -119,9 +141,8 @@ async function run(tab, work) {
   progress(null);
   await attempt(() => work(progress));
   state.running = null;
-  go.disabled = false;
-  stop.hidden = true;
-  if ($("output", bar).textContent === "waiting for its turn") bar.hidden = true;
+  busy(false);
+  bar.hidden = !$("output", bar).textContent.includes(" in ");
   watch();
 }
 
@@ -160,49 +181,55 @@ async function draw(request, progress, show) {
 }
 
 const common = () => ({ preset: presets.value, settings: settings.values() });
-const caption = (label, seed) => `${label ?? "no class"} · ${seed}`;
+const caption = (label, seed) => (label === null && model().asks.kind === "none" ? `seed ${seed}` : `${label ?? "no class"} · ${seed}`);
 
-// A row of pictures that can be selected.
-function cards(container, reveals, select, wide = reveals.length === 4 ? 2 : 4) {
-  const columns = Math.min(innerWidth <= 900 ? 2 : wide, reveals.length);
+// Lays out so many pictures, still to be drawn, that can be selected.
+function cards(container, count, select, { wide = count === 4 ? 2 : 4, side = sideFor(count) } = {}) {
+  const room = container.parentElement.clientWidth || innerWidth - 28;
+  const columns = Math.max(1, Math.min(wide, count, Math.floor((room + 6) / (side + (narrow() ? 14 : 26)))));
   container.style.setProperty("--columns", columns);
-  container.replaceChildren(...reveals.map((reveal, i) => {
+  container.replaceChildren(...Array.from({ length: count }, (_, i) => {
     const card = make("button", { type: "button", className: "card" }, make("canvas"), make("span"));
+    paintReveal($("canvas", card), undrawn(), 0, { side });
     card.addEventListener("click", () => select(i));
     return card;
   }));
   return $$(".card", container);
 }
 
-const sideFor = (count) => (matchMedia("(max-width: 700px)").matches ? (count === 1 ? 330 : 165) : count === 1 ? 440 : count <= 4 ? 260 : 190);
+// About how wide each of so many pictures is on the page.
+const sideFor = (count) => {
+  if (innerWidth <= 700) return count === 1 ? Math.min(340, innerWidth - 50) : Math.min(168, innerWidth / 2 - 27);
+  return count === 1 ? 440 : count <= 4 ? 260 : 196;
+};
 
 // ---- the tab Draw
 
-function blank() {
-  const labels = expanded();
+// A reveal of which nothing is drawn.
+function undrawn() {
   const { size, grid } = sizes();
-  const revealedAt = Array.from({ length: grid.rows }, () => Array(grid.columns).fill(1));
-  cards($("#draw-pictures"), labels, () => {}).forEach((card) => {
-    paintReveal($("canvas", card), { size, grid, frames: [], revealedAt, steps: 1 }, 0, { side: sideFor(labels.length) });
-    fit($("canvas", card), labels.length);
-  });
+  return { size, grid, frames: [], revealedAt: Array.from({ length: grid.rows }, () => Array(grid.columns).fill(1)), steps: 1 };
+}
+
+function blank() {
+  cards($("#draw-pictures"), expanded().length, () => {});
   $("#scrubber").hidden = $("#draw-details").hidden = true;
 }
 
-const fit = (canvas, count) => { canvas.style.width = `${sideFor(count)}px`; };
-const expanded = () => asks.draw.labels().flatMap((label) => Array(Math.max(1, Math.min(16, Number($("#count").value) || 1))).fill(label)).slice(0, 16);
+const perClass = () => Math.max(1, Math.min(MAX_IMAGES, Math.round(Number($("#count").value)) || 1));
+const expanded = () => asks.draw.labels().flatMap((label) => Array(perClass()).fill(label)).slice(0, MAX_IMAGES);
 
 function showReveal(i, step, live = false) {
   const reveal = state.reveals[i];
   const card = $$("#draw-pictures .card")[i];
   if (!card) return;
-  paintReveal($("canvas", card), reveal, step, { side: sideFor(state.reveals.length), order: $("#order").checked, live });
-  fit($("canvas", card), state.reveals.length);
+  paintReveal($("canvas", card), reveal, step, { side: sideFor($$("#draw-pictures .card").length), order: $("#order").checked, live });
 }
 
 async function drawTab() {
   await run($("#draw"), async (progress) => {
     const labels = expanded();
+    if (asks.draw.labels().length * perClass() > MAX_IMAGES) say(`a request has at most ${MAX_IMAGES} pictures: the first ${MAX_IMAGES} are drawn`, "info");
     if ($("#die").getAttribute("aria-pressed") === "true" && state.drawn) $("#seed").value = randomSeed();
     state.drawn = true;
     const first = Number($("#seed").value) || 0;
@@ -215,8 +242,8 @@ async function drawTab() {
 async function drawInto(request, progress) {
   Object.assign(state, { reveals: [], selected: 0 });
   $("#scrubber").hidden = $("#draw-details").hidden = true;
-  cards($("#draw-pictures"), request.labels, select).forEach((card, i) => {
-    $("span", card).textContent = caption(request.labels[i] === null ? null : model().asks.names[request.labels[i]], request.seeds[i]);
+  cards($("#draw-pictures"), request.labels.length, select).forEach((card, i) => {
+    $("span", card).textContent = caption(request.labels[i] === null ? null : asks.draw.name(request.labels[i]), request.seeds[i]);
   });
   const drawn = await draw(request, progress, (reveal, i, step) => { state.reveals[i] = reveal; showReveal(i, step, true); });
   if (!drawn) { blank(); return; }
@@ -263,16 +290,15 @@ function play() {
 async function drawAgain() {
   const reveal = state.reveals[state.selected];
   const step = state.step;
-  const label = asks.draw.asks.names.indexOf(reveal.result.label);
   const mask = maskUrl(reveal.size, reveal.grid, (row, column) => reveal.revealedAt[row][column] > step);
   await run($("#draw"), (progress) => drawInto({
-    labels: [label < 0 ? null : label], seeds: [randomSeed()], ...common(), known: reveal.result.image, mask, grow: 0,
+    labels: [asks.draw.number(reveal.result.label)], seeds: [randomSeed()], ...common(), known: reveal.result.image, mask, grow: 0,
   }, progress));
 }
 
 // ---- a picture's details and history
 
-function details(container, reveal) {
+function details(container, reveal, { editable = true } = {}) {
   const { result } = reveal;
   container.hidden = false;
   const save = (url, name, text) => make("a", { href: url, download: name, textContent: text, className: "button" });
@@ -280,6 +306,7 @@ function details(container, reveal) {
   const edit = make("button", { type: "button", textContent: "Edit" });
   edit.addEventListener("click", () => editPicture(result));
   const extra = result.known ? [save(result.known, "known.png", "known.png"), save(result.mask, "mask.png", "mask.png")] : [];
+  extra.forEach((link) => { link.title = "The command below reads this file"; });
   const code = make("pre", { tabIndex: 0 });
   const copy = make("button", { type: "button", className: "copy", textContent: "Copy" });
   const tabs = [["Command line", result.command], ["Python", result.python]].map(([title, text]) => {
@@ -291,13 +318,23 @@ function details(container, reveal) {
     return tab;
   });
   copy.addEventListener("click", async () => {
-    await navigator.clipboard?.writeText(code.textContent);
-    copy.textContent = "Copied";
+    copy.textContent = (await copied(code)) ? "Copied" : "Selected";
     setTimeout(() => { copy.textContent = "Copy"; }, 1200);
   });
-  const head = make("div", { className: "buttons" }, make("b", { textContent: caption(result.label, result.seed) }), edit, save(result.image, file, "Save PNG"), ...extra);
+  const head = make("div", { className: "buttons" }, make("b", { textContent: caption(result.label, result.seed) }), ...(editable ? [edit] : []), save(result.image, file, "Save PNG"), ...extra);
   container.replaceChildren(head, make("div", { className: "code" }, make("div", { className: "buttons" }, ...tabs, copy), code));
   tabs[0].click();
+}
+
+// Copies an element's text; where the browser forbids that, as under http from another machine, it is selected.
+async function copied(element) {
+  try {
+    await navigator.clipboard.writeText(element.textContent);
+    return true;
+  } catch {
+    getSelection().selectAllChildren(element);
+    return document.execCommand("copy");
+  }
 }
 
 function remember(reveal) {
@@ -322,22 +359,29 @@ const maskUrl = (size, grid, test) => {
 };
 
 const easel = {
-  canvas: $("#easel"), url: null, image: null, mask: [], keep: false, past: [], future: [], label: null,
+  canvas: $("#easel"), url: null, image: null, mask: [], keep: false, past: [], future: [], soft: true,
 
   clear() {
     const { grid } = sizes();
     Object.assign(this, { url: null, image: null, past: [], future: [], keep: false });
     this.mask = Array.from({ length: grid.rows }, () => Array(grid.columns).fill(false));
-    $("#variants").replaceChildren();
-    $("#slider").hidden = $("#edit-details").hidden = true;
     this.show();
+    clearVariants();
   },
 
-  async open(url, { remember: keepPast = true } = {}) {
-    if (this.url && keepPast) this.save();
-    this.image = await decode(url);
-    this.url = url;
+  // Opens another picture, with nothing painted.
+  async open(url) {
+    const image = await decode(url);
+    if (this.url) this.save();
+    Object.assign(this, { url, image, keep: false });
+    this.unpaint();
     this.show();
+    clearVariants();
+  },
+
+  unpaint() {
+    this.mask = this.mask.map((cells) => cells.map(() => false));
+    $("#soft").checked = this.soft;
   },
 
   snapshot() { return { url: this.url, image: this.image, mask: this.mask.map((row) => [...row]), keep: this.keep }; },
@@ -357,8 +401,8 @@ const easel = {
     if (!model()?.asks) return;
     const { size, grid } = sizes();
     const context = paint(this.canvas, this.image, size, this.side());
-    this.canvas.style.width = `${this.side()}px`;
-    this.canvas.classList.toggle("empty", !this.image);
+    $("#easel-empty").hidden = Boolean(this.image);
+    $$("#edit fieldset").forEach((tools) => { tools.disabled = !this.image; });
     const style = getComputedStyle(document.documentElement);
     let painted = 0;
     eachToken(this.canvas, grid, (row, column, x, y, w, h) => {
@@ -367,11 +411,12 @@ const easel = {
         context.fillStyle = style.getPropertyValue("--paint");
         context.fillRect(x, y, w, h);
       }
+      if (!this.image) return;
       context.strokeStyle = style.getPropertyValue("--grid");
       context.lineWidth = 1;
       context.strokeRect(Math.round(x) + 0.5, Math.round(y) + 0.5, w, h);
     });
-    $("#painted").textContent = this.image ? `${painted} of ${grid.rows * grid.columns} tokens` : "Draw a picture first, or drop one here";
+    $("#painted").textContent = this.image ? `${painted} of ${grid.rows * grid.columns} tokens` : "";
     $("#undo").disabled = !this.past.length;
     $("#redo").disabled = !this.future.length;
     $("#mask-keep").setAttribute("aria-pressed", String(this.keep));
@@ -422,17 +467,28 @@ const easel = {
     this.save();
     const outside = (i, j) => i < 0 || j < 0 || i >= grid.rows || j >= grid.columns;
     this.mask = this.mask.map((cells, i) => cells.map((_, j) => (outside(i - rows, j - columns) ? !this.keep : this.mask[i - rows][j - columns])));
-    await this.open(canvas.toDataURL("image/png"), { remember: false });
+    this.url = canvas.toDataURL("image/png");
+    this.image = await decode(this.url);
+    this.show();
+    clearVariants();
   },
 };
 
-async function editPicture(result) {
-  go("edit");
-  const label = asks.edit.asks.names.indexOf(result.label);
-  if (label >= 0) asks.edit.set([label]);
-  await easel.open(result.image);
+function clearVariants() {
   $("#variants").replaceChildren();
   $("#slider").hidden = $("#edit-details").hidden = true;
+}
+
+async function editPicture(result) {
+  if (!model()?.asks) return;
+  await attempt(async () => {
+    const url = result.model === state.model ? result.image : (await ask("open", state.model, result.image)).image;
+    go("edit");
+    const label = asks.edit.number(result.label);
+    if (label !== null) asks.edit.set([label]);
+    await easel.open(url);
+    if (!narrow()) details($("#edit-details"), { result }, { editable: false });  // on a phone it would hide the tools
+  });
 }
 
 async function editTab() {
@@ -445,15 +501,17 @@ async function editTab() {
     const mask = maskUrl(size, grid, (row, column) => easel.drawn(row, column));
     const request = { labels: Array(4).fill(label), seeds: [0, 1, 2, 3].map((i) => first + i), ...common(), known: easel.url, mask, grow: $("#soft").checked ? 1 : 0 };
     const before = easel.image;
-    const row = cards($("#variants"), request.labels, (i) => variant(drawn?.reveals[i], row, i, before), 4);
-    const side = innerWidth <= 900 ? sideFor(4) : 190;
+    clearVariants();
+    const side = narrow() ? sideFor(4) : 196;
+    const row = cards($("#variants"), 4, (i) => variant(drawn?.reveals[i], row, i, before), { wide: 4, side });
+    if (narrow()) $("#variants").scrollIntoView({ block: "start" });
     const drawn = await draw(request, progress, (reveal, i, step, done) => {
       paintReveal($("canvas", row[i]), reveal, step, { side, live: !done });
-      $("canvas", row[i]).style.width = `${side}px`;
     });
     if (!drawn || drawn.event.stopped) return;
     drawn.reveals.forEach(remember);
     variant(drawn.reveals[0], row, 0, before);
+    if (narrow()) $("#variants").scrollIntoView({ block: "start" });
   });
 }
 
@@ -466,18 +524,10 @@ function variant(reveal, row, i, before) {
   const [under, over] = $$("canvas", slider);
   paint(under, before, reveal.size, easel.side());
   paint(over, reveal.frames.at(-1).image, reveal.size, easel.side());
-  [under, over].forEach((canvas) => { canvas.style.width = `${easel.side()}px`; });
   wipe();
-  details($("#edit-details"), reveal);
+  details($("#edit-details"), reveal, { editable: false });
   const take = make("button", { type: "button", className: "primary", textContent: "Take this one on" });
-  take.addEventListener("click", async () => {
-    await easel.open(reveal.result.image);
-    easel.keep = false;
-    easel.mask = easel.mask.map((cells) => cells.map(() => false));
-    easel.show();
-    $("#variants").replaceChildren();
-    slider.hidden = $("#edit-details").hidden = true;
-  });
+  take.addEventListener("click", () => easel.open(reveal.result.image));
   $("#edit-details .buttons").prepend(take);
 }
 
@@ -488,7 +538,7 @@ const wipe = () => {
 };
 
 async function vary(kind) {
-  if (!easel.image) { say("there is no picture to vary: draw one, or drop one here", "info"); return; }
+  if (!easel.image) return;
   const { grid } = sizes();
   const count = Math.max(1, Math.round((grid.rows * grid.columns * $("#share").value) / 100));
   const rank = kind === "random" ? easel.mask.map((row) => row.map(Math.random))
@@ -515,38 +565,66 @@ function addColumn({ preset = "exact" } = {}) {
   const remove = make("button", { type: "button", className: "icon", textContent: "×", title: "Remove these settings" });
   const box = make("fieldset", { className: "column" }, make("legend", { textContent: "Settings" }), make("label", {}, "Preset ", choice), number("steps", "Steps"), number("guidance_scale", "Guidance"), remove);
   choice.addEventListener("change", () => { $$("input", box).forEach((input) => { input.placeholder = String(model().defaults[choice.value][input.name]); }); });
-  remove.addEventListener("click", () => { if (columns.children.length > 1) { box.remove(); $("#add-column").hidden = false; } });
+  box.addEventListener("input", blankTable);
+  remove.addEventListener("click", () => { if (columns.children.length > 1) { box.remove(); $("#add-column").hidden = false; blankTable(); } });
   columns.append(box);
   $("#add-column").hidden = columns.children.length >= 3;
+  blankTable();
+}
+
+const readColumns = () => $$("#columns .column").map((box) => ({
+  preset: $("select", box).value,
+  own: Object.fromEntries($$("input", box).filter((input) => input.value.trim()).map((input) => {
+    const value = Number(input.value);
+    return [input.name, Number.isFinite(value) ? value : input.value];
+  })),
+}));
+
+const compared = () => asks.compare.labels().slice(0, MAX_COMPARED);
+
+// Builds the table of pictures, still to be drawn; returns how to show them, and each column's cards and time.
+function buildTable(labels, columns) {
+  const table = $("#table");
+  table.style.setProperty("--columns", columns.length);
+  table.replaceChildren();
+  $("#compare-details").hidden = true;
+  const inHeight = Math.max(120, (innerHeight - 270) / labels.length);
+  const side = narrow() ? (Math.min(innerWidth, 700) - 28) / columns.length - 8 : Math.min(inHeight, labels.length > 2 ? 196 : 280, 800 / columns.length);
+  const show = (card, reveal, step, live) => paintReveal($("canvas", card), reveal, step, { side, live });
+  const cells = columns.map(({ preset, own }) => {
+    const changes = Object.entries(own).map(([name, value]) => `${name.replace("_scale", "").replaceAll("_", " ")} ${value}`);
+    const time = make("small", { textContent: "\u00a0" });
+    const row = labels.map(() => make("button", { type: "button", className: "card" }, make("canvas")));
+    row.forEach((card) => show(card, undrawn(), 0, false));
+    table.append(make("div", { className: "compared" }, make("h3", { textContent: [preset, ...changes].join(", ") }), ...row, time));
+    return { row, time };
+  });
+  return { cells, show };
+}
+
+function blankTable() {
+  if (!state.compared && !state.running && model()?.asks) buildTable(compared(), readColumns());
 }
 
 async function compareTab() {
   await run($("#compare"), async (progress) => {
-    const labels = asks.compare.labels().slice(0, 4);
+    if (asks.compare.labels().length > MAX_COMPARED) say(`the first ${MAX_COMPARED} classes are compared`, "info");
+    const labels = compared();
     const first = Number($("#compare-seed").value) || 0;
-    const columns = $$("#columns .column").map((box) => {
-      const own = Object.fromEntries($$("input", box).filter((input) => input.value.trim()).map((input) => [input.name, Number(input.value)]));
-      return { preset: $("select", box).value, settings: { ...settings.values(), ...own }, own };
-    });
-    const table = $("#table");
-    table.style.setProperty("--columns", columns.length);
-    table.replaceChildren();
-    const cells = columns.map(({ preset, own }) => {
-      const changes = Object.entries(own).map(([name, value]) => `${name.replace("_scale", "").replaceAll("_", " ")} ${value}`);
-      const time = make("small", { textContent: "…" });
-      const box = make("div", { className: "compared" }, make("h3", { textContent: [preset, ...changes].join(", ") }), time);
-      const row = labels.map(() => { const canvas = make("canvas"); box.insertBefore(canvas, time); return canvas; });
-      table.append(box);
-      return { row, time };
-    });
-    const side = matchMedia("(max-width: 700px)").matches ? 340 / columns.length - 8 : Math.min(labels.length > 2 ? 190 : 280, 880 / columns.length);
-    for (const [i, { preset, settings: own }] of columns.entries()) {
+    const columns = readColumns().map((column) => ({ ...column, settings: { ...settings.values(), ...column.own } }));
+    const { cells, show } = buildTable(labels, columns);
+    state.compared = true;
+    for (const [i, { preset, settings: all }] of columns.entries()) {
       if (state.running.stopped) break;
-      const drawn = await draw({ labels, seeds: labels.map((_, j) => first + j), preset, settings: own }, (event) => progress(event, [i / columns.length, 1 / columns.length]), (reveal, j, step, done) => {
-        paintReveal(cells[i].row[j], reveal, step, { side, live: !done });
-        cells[i].row[j].style.width = `${side}px`;
-      });
-      if (drawn) cells[i].time.textContent = `${seconds(drawn.event.seconds)}${labels.length > 1 ? ` · ${seconds(drawn.event.seconds / labels.length)} a picture` : ""}`;
+      const { row, time } = cells[i];
+      const drawn = await draw({ labels, seeds: labels.map((_, j) => first + j), preset, settings: all },
+        (event) => progress(event, [i / columns.length, 1 / columns.length]), (reveal, j, step, done) => show(row[j], reveal, step, !done));
+      if (!drawn) continue;
+      time.textContent = `${seconds(drawn.event.seconds)}${labels.length > 1 ? ` · ${seconds(drawn.event.seconds / labels.length)} a picture` : ""}`;
+      row.forEach((card, j) => card.addEventListener("click", () => {
+        $$("#table .card").forEach((other) => other.classList.toggle("selected", other === card));
+        details($("#compare-details"), drawn.reveals[j]);
+      }));
     }
   });
 }
@@ -555,6 +633,7 @@ async function compareTab() {
 
 async function openFile(file) {
   if (!model()?.asks) return;
+  if (state.running) { say("pictures are being drawn: wait, or stop them", "info"); return; }
   await attempt(async () => {
     if (file.size > 10 * 2 ** 20) throw new Error(`${file.name} has more than 10 MiB; make it smaller`);
     const url = await new Promise((resolve, reject) => {
@@ -563,7 +642,7 @@ async function openFile(file) {
       reader.onerror = () => reject(new Error(`${file.name} can't be read`));
       reader.readAsDataURL(file);
     });
-    const { image, restored } = await ask("open", state.model, url);
+    const { image, restored, note } = await ask("open", state.model, url);
     if (restored) {
       asks.draw.set([restored.label]);
       presets.set(restored.preset);
@@ -572,11 +651,13 @@ async function openFile(file) {
       $("#count").value = 1;
       $("#die").setAttribute("aria-pressed", "false");
       const other = restored.model && restored.model !== state.model ? ` (it was drawn by ${restored.model})` : "";
-      say(`settings restored from ${file.name}${other}: Draw makes it again`, "info");
-      if (!$("#edit").hidden) await easel.open(image);
+      say(`settings restored from ${file.name}${other}: ${note || "Draw makes it again"}`, "info");
+      if (current() === "edit") await easel.open(image);
+      else go("draw");
     } else {
       go("edit");
       await easel.open(image);
+      say(note ? `${file.name}: ${note}` : "", "info");
     }
   });
 }
@@ -599,6 +680,7 @@ function redraw() {
   if (!model()?.asks) return;
   if (state.reveals.length) state.reveals.forEach((_, i) => showReveal(i, state.step));
   else blank();
+  blankTable();
   easel.show();
 }
 
@@ -609,7 +691,7 @@ for (const name of Object.keys(tabs)) {
 }
 document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") stop();
-  const field = event.target.closest("input, select, textarea, button, a, summary");
+  const field = event.target.closest("form input, select, textarea, button, a, summary");
   if (event.key === "Enter" && !field && !event.isComposing) tabs[current()]();
   if ((event.ctrlKey || event.metaKey) && event.key === "z" && current() === "edit" && !event.target.closest("input[type=text]")) {
     event.preventDefault();
@@ -618,7 +700,10 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
-$("#model").addEventListener("change", (event) => { state.reveals = []; choose(event.target.value); });
+$("#model").addEventListener("change", (event) => choose(event.target.value));
+$("#notice button").addEventListener("click", () => say(""));
+$("#empty-draw").addEventListener("click", () => go("draw"));
+$("#empty-file").addEventListener("click", () => $("#file").click());
 $("#download").addEventListener("click", async () => { await attempt(() => ask("download", state.model)); watch(); });
 $("#die").addEventListener("click", (event) => {
   const pressed = event.currentTarget.getAttribute("aria-pressed") !== "true";
@@ -626,6 +711,9 @@ $("#die").addEventListener("click", (event) => {
   if (pressed) $("#seed").value = randomSeed();
 });
 $("#seed").addEventListener("input", () => $("#die").setAttribute("aria-pressed", "false"));
+asks.draw.onchange = () => { if (!state.reveals.length) blank(); };
+$("#count").addEventListener("input", () => asks.draw.onchange());
+asks.compare.onchange = blankTable;
 presets.onchange = () => { if (model()?.defaults) settings.setDefaults(model().defaults[presets.value]); };
 $("#scrub").addEventListener("input", (event) => { clearInterval(playing); scrubTo(Number(event.target.value)); });
 $("#order").addEventListener("change", () => scrubTo(state.step));
@@ -643,7 +731,8 @@ canvas.addEventListener("pointerdown", (event) => {
 canvas.addEventListener("pointermove", (event) => { if (easel.painting) easel.stroke(event); });
 for (const end of ["pointerup", "pointercancel"]) canvas.addEventListener(end, () => { easel.painting = false; });
 $("#mask-all").addEventListener("click", () => easel.fill(() => !easel.keep));
-$("#mask-clear").addEventListener("click", () => easel.fill(() => easel.keep));
+$("#mask-clear").addEventListener("click", () => { easel.fill(() => easel.keep); $("#soft").checked = easel.soft; });
+$("#soft").addEventListener("change", (event) => { easel.soft = event.target.checked; });
 $("#mask-invert").addEventListener("click", () => easel.fill((row, column, value) => !value));
 $("#mask-keep").addEventListener("click", () => { easel.save(); easel.keep = !easel.keep; easel.show(); });
 $("#undo").addEventListener("click", () => easel.restore(easel.past, easel.future));
