@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import re
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 MAX_BODY = 32 * 2**20
 """Most bytes of a request: two pictures, as base64, and their settings."""
+MAX_BEGUN = 10_000
+"""Streams that may be read, of calls whose events were not read yet."""
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 Scope = MutableMapping[str, Any]
@@ -29,6 +32,8 @@ _DOORS = {
     ),
     "POST": re.compile(r"/gradio_api/(call/\w+|queue/join|cancel|reset)/?"),
 }
+_STREAM = re.compile(r"/gradio_api/(?:call/\w+/(\w+)|queue/data)/?")
+_SESSION = re.compile(r"[\w-]{1,64}")
 _CALL = re.compile(r"/gradio_api/call/(\w+)/?")
 _HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; base-uri 'none'; "
@@ -50,6 +55,9 @@ class Refused(Exception):
 class Guard:
     """ASGI middleware that refuses what the studio does not serve.
 
+    gradio answers an event stream that nobody asked for, or that was read before, with a traceback in its log. So the
+    guard lets in each stream that a call began once.
+
     Args:
         app: behind it.
         defaults: name of each function of the API -> defaults of its parameters, in order; `...` if it has none.
@@ -58,6 +66,8 @@ class Guard:
 
     def __init__(self, app: App, defaults: Mapping[str, list[Any]], hosted: bool = False) -> None:
         self.app, self.defaults, self.hosted = app, defaults, hosted
+        self.begun: OrderedDict[str, None] = OrderedDict()
+        """Events and sessions whose streams may be read."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or refuse it."""
@@ -65,10 +75,16 @@ class Guard:
             if scope["type"] == "lifespan":
                 await self.app(scope, receive, send)
             return
+        session = ""
         try:
             self._check(scope)
             if scope["method"] == "POST":
-                receive = _replay(self._body(scope, await _read(receive)), receive)
+                body = self._body(scope, await _read(receive))
+                session = body.get("session_hash", "")
+                receive = _replay(json.dumps(body).encode(), receive)
+            stream = _STREAM.fullmatch(scope["path"])
+            if stream and self.begun.pop(stream[1] or _session(scope), self) is self:
+                raise Refused(404, "there are no such events, or they were read before")
         except Refused as refused:
             await _answer(send, refused.status, str(refused))
             return
@@ -77,9 +93,20 @@ class Guard:
             if message["type"] == "http.response.start":
                 own = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
                 message["headers"] = [*message.get("headers", ()), *own]
+            elif scope["method"] == "POST":
+                self._note_stream(message.get("body", b""), session)
             await send(message)
 
         await self.app(scope, receive, send_with_headers)
+
+    def _note_stream(self, answer: bytes, session: str) -> None:
+        """Let in the stream of an event, or of its session."""
+        match = re.search(rb'"event_id":\s*"([0-9a-f]+)"', answer)
+        if match is not None:
+            for name in (match[1].decode(), session):
+                self.begun[name] = None
+            while len(self.begun) > MAX_BEGUN:
+                self.begun.popitem(last=False)
 
     def _check(self, scope: Scope) -> None:
         """Raise Refused for a wrong host, origin, path or length."""
@@ -97,26 +124,42 @@ class Guard:
         if not length.isdecimal() or int(length) > MAX_BODY:
             raise Refused(413, f"got more than {MAX_BODY // 2**20} MiB; send smaller pictures")
 
-    def _body(self, scope: Scope, body: bytes) -> bytes:
+    def _body(self, scope: Scope, body: bytes) -> dict[str, Any]:
         """Complete the arguments of a call with the defaults; refuse what is no call."""
-        call = _CALL.fullmatch(scope["path"])
         try:
             content = json.loads(body or b"{}")
         except (ValueError, RecursionError):
             raise Refused(400, "got a body that is not JSON") from None
         if not isinstance(content, dict):
             raise Refused(400, "got JSON that is no object")
-        if call is None:
-            return body
-        defaults = self.defaults.get(call[1])
+        session = content.get("session_hash")
+        if session is not None and not (isinstance(session, str) and _SESSION.fullmatch(session)):
+            raise Refused(400, "session_hash: expected at most 64 letters, digits and dashes")
+        if call := _CALL.fullmatch(scope["path"]):
+            data = self._arguments(call[1], content.get("data"))
+            return {"data": data} | ({"session_hash": session} if session else {})
+        if scope["path"].rstrip("/").endswith("join"):
+            number, names = content.get("fn_index"), list(self.defaults)
+            if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(names):
+                raise Refused(404, f"fn_index: got {str(number)[:40]}, expected 0 to {len(names) - 1}")
+            if not session:
+                raise Refused(400, "session_hash: got none")
+            data = self._arguments(names[number], content.get("data"))
+            return {"data": data, "fn_index": number, "session_hash": session}
+        return content
+
+    def _arguments(self, name: str, data: Any) -> list[Any]:
+        defaults = self.defaults.get(name)
         if defaults is None:
-            raise Refused(404, f"there is no {call[1][:40]}; there are {', '.join(self.defaults)}")
-        data = content.get("data")
+            raise Refused(404, f"there is no {name[:40]}; there are {', '.join(self.defaults)}")
         if not isinstance(data, list) or len(data) > len(defaults) or ... in defaults[len(data) :]:
             raise Refused(400, f"data: expected a list of {len(defaults)} arguments, the last ones with defaults")
-        session = content.get("session_hash")
-        arguments = {"data": [*data, *defaults[len(data) :]]}
-        return json.dumps(arguments | ({"session_hash": session[:64]} if isinstance(session, str) else {})).encode()
+        return [*data, *defaults[len(data) :]]
+
+
+def _session(scope: Scope) -> str:
+    """Return the session of a stream's query."""
+    return parse_qs(scope.get("query_string", b"").decode("latin-1")).get("session_hash", [""])[0]
 
 
 def _hostname(host: str) -> str | None:
