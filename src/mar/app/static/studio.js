@@ -130,7 +130,7 @@ async function run(tab, work) {
   state.running = {};
   busy(true);
   bar.hidden = false;
-  if (narrow()) bar.scrollIntoView({ block: "nearest" });
+  if (narrow()) scrollTo(0, 0);  // to the pictures
   const progress = (event, share = [0, 1]) => {
     const done = event?.steps ? event.step / event.steps : 0;
     $("progress", bar).value = share[0] + done * share[1];
@@ -153,6 +153,9 @@ async function stop() {
   await attempt(() => ask("stop", state.running.ticket));
 }
 
+// Waits until the browser has painted what was drawn; a tab in the background is not waited for.
+const shown = () => new Promise((done) => { requestAnimationFrame(done); if (document.hidden) done(); else setTimeout(done, 100); });
+
 // Draws one request; `show(reveal, index, step, done)` is called for every preview of every picture.
 async function draw(request, progress, show) {
   const { size, grid } = sizes();
@@ -167,7 +170,7 @@ async function draw(request, progress, show) {
     for (const preview of event.previews) {
       const images = await Promise.all(preview.images.map(decode));
       images.forEach((image, i) => { reveals[i].frames.push({ step: preview.step, image }); show(reveals[i], i, preview.step); });
-      await new Promise(requestAnimationFrame);
+      await shown();
     }
     last = event;
   }
