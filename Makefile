@@ -20,7 +20,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/mar demo
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal -rs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check
