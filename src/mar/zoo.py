@@ -43,6 +43,31 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: t
     return _open(str(name)).to(chosen, dtype)
 
 
+def check_name(name: str) -> None:
+    """Raise ValueError for a name that `load` can't find, without loading anything.
+
+    An official model may be absent, and a repository of the Hub may not exist.
+    """
+    path = Path(name)
+    if name in BUNDLED or name in MODELS or path.exists() or _is_repository(name):
+        return
+    raise _unknown(name)
+
+
+def _is_repository(name: str) -> bool:
+    path = Path(name)
+    return (
+        _REPOSITORY.fullmatch(name) is not None
+        and path.suffix not in (*_TORCH_FILES, ".safetensors")
+        and not path.parent.is_dir()
+    )
+
+
+def _unknown(name: str) -> CheckpointError:
+    known = ", ".join((*BUNDLED, *MODELS))
+    return CheckpointError(f"model: got {name!r}, expected {known}, a file, a folder, or a Hub repository owner/name")
+
+
 def _open(name: str) -> Pipeline:
     if name in BUNDLED:
         return Pipeline.open(asset(f"{name}.safetensors"))
@@ -57,10 +82,9 @@ def _open(name: str) -> Pipeline:
         return import_official(path, kl16_path(path.parent))
     if path.suffix == ".safetensors" or path.is_file():
         return Pipeline.open(path)
-    if _REPOSITORY.fullmatch(name) and path.suffix not in _TORCH_FILES and not path.parent.is_dir():
+    if _is_repository(name):
         return _from_hub(name)
-    known = ", ".join((*BUNDLED, *MODELS))
-    raise CheckpointError(f"model: got {name!r}, expected {known}, a file, a folder, or a Hub repository owner/name")
+    raise _unknown(name)
 
 
 def _official(name: str) -> Pipeline:

@@ -6,17 +6,23 @@ It stands before gradio's server. Its doors are `call/NAME` (one POST, then a st
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from mar.app.queueing import Streams
+
 MAX_BODY = 32 * 2**20
 """Most bytes of a request: two pictures, as base64, and their settings."""
-MAX_BEGUN = 10_000
-"""Streams that may be read, of calls whose events were not read yet."""
+MAX_BODIES = 128 * 2**20
+"""Most bytes of all requests that are being received."""
+BODY_S = 120.0
+"""Longest time that a body may take to arrive."""
+MAX_VALUES = 5000
+"""Most commas and brackets of a body: JSON of short values takes much more memory than its text."""
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 Scope = MutableMapping[str, Any]
@@ -60,53 +66,64 @@ class Guard:
 
     Args:
         app: behind it.
+        streams: of the calls.
         defaults: name of each function of the API -> defaults of its parameters, in order; `...` if it has none.
         hosted: whether the server is meant for other machines, under any name.
     """
 
-    def __init__(self, app: App, defaults: Mapping[str, list[Any]], hosted: bool = False) -> None:
-        self.app, self.defaults, self.hosted = app, defaults, hosted
-        self.begun: OrderedDict[str, None] = OrderedDict()
-        """Events and sessions whose streams may be read."""
+    def __init__(
+        self, app: App, streams: Streams, defaults: Mapping[str, list[Any]], hosted: bool = False
+    ) -> None:  # fmt: skip
+        self.app, self.streams, self.defaults, self.hosted = app, streams, defaults, hosted
+        self._received = 0
+        """Bytes of the bodies that are being received."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve a request, or refuse it."""
-        if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                await self.app(scope, receive, send)
-            return
-        session = ""
-        try:
-            self._check(scope)
-            if scope["method"] == "POST":
-                body = self._body(scope, await _read(receive))
-                session = body.get("session_hash", "")
-                receive = _replay(json.dumps(body).encode(), receive)
-            stream = _STREAM.fullmatch(scope["path"])
-            if stream and self.begun.pop(stream[1] or _session(scope), self) is self:
-                raise Refused(404, "there are no such events, or they were read before")
-        except Refused as refused:
-            await _answer(send, refused.status, str(refused))
-            return
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        elif scope["type"] == "http":
+            try:
+                self._check(scope)
+                if scope["method"] == "POST":
+                    await self._serve_call(scope, receive, _with_headers(send))
+                elif stream := _STREAM.fullmatch(scope["path"]):
+                    await self._serve_stream(stream[1] or _session(scope), scope, receive, _with_headers(send))
+                else:
+                    await self.app(scope, receive, _with_headers(send))
+            except Refused as refused:
+                await _answer(send, refused.status, str(refused))
 
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                own = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
-                message["headers"] = [*message.get("headers", ()), *own]
-            elif scope["method"] == "POST":
-                self._note_stream(message.get("body", b""), session)
+    async def _serve_call(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self.streams.bound:
+            raise Refused(503, "the studio is starting; try again in a moment")
+        body = self._body(scope, await self._read(receive))
+
+        async def note(message: Message) -> None:
+            event = re.search(rb'"event_id":\s*"([0-9a-f]+)"', message.get("body", b""))
+            if event is not None:
+                self.streams.begin(body.get("session_hash") or event[1].decode())
             await send(message)
 
-        await self.app(scope, receive, send_with_headers)
+        await self.app(scope, _replay(json.dumps(body).encode(), receive), note)
 
-    def _note_stream(self, answer: bytes, session: str) -> None:
-        """Let in the stream of an event, or of its session."""
-        match = re.search(rb'"event_id":\s*"([0-9a-f]+)"', answer)
-        if match is not None:
-            for name in (match[1].decode(), session):
-                self.begun[name] = None
-            while len(self.begun) > MAX_BEGUN:
-                self.begun.popitem(last=False)
+    async def _serve_stream(self, name: str, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self.streams.open(name):
+            raise Refused(404, "there are no such events, or they were read before")
+        gone = False
+
+        async def watch() -> Message:
+            nonlocal gone
+            message = await receive()
+            gone = gone or message["type"] == "http.disconnect"
+            return message
+
+        try:
+            await self.app(scope, watch, send)
+        finally:
+            await self.streams.close(name, gone)
 
     def _check(self, scope: Scope) -> None:
         """Raise Refused for a wrong host, origin, path or length."""
@@ -115,20 +132,23 @@ class Guard:
         if not self.hosted and _hostname(host) not in LOCAL_HOSTS:
             raise Refused(403, f"this page is served for {LOCAL_HOSTS[0]} only; start it with --host to change that")
         origin = headers.get("origin")
-        if origin is not None and not self.hosted and urlsplit(origin).netloc != host:
+        if origin is not None and not self.hosted and origin.lower() not in (f"http://{host}", f"https://{host}"):
             raise Refused(403, "another site's page may not use this one")
         door = _DOORS.get("GET" if scope["method"] == "HEAD" else scope["method"])
         if door is None or not door.fullmatch(scope["path"]):
             raise Refused(404, "there is nothing here")
         length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > MAX_BODY:
+        if not re.fullmatch(r"[0-9]{1,15}", length) or int(length) > MAX_BODY:
             raise Refused(413, f"got more than {MAX_BODY // 2**20} MiB; send smaller pictures")
 
     def _body(self, scope: Scope, body: bytes) -> dict[str, Any]:
         """Complete the arguments of a call with the defaults; refuse what is no call."""
+        if sum(map(body.count, (b",", b"[", b"{"))) > MAX_VALUES:
+            raise Refused(400, "got too many values in one request")
         try:
             content = json.loads(body or b"{}")
-        except (ValueError, RecursionError):
+            json.dumps(content, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):  # UnicodeEncodeError of half a surrogate pair, too
             raise Refused(400, "got a body that is not JSON") from None
         if not isinstance(content, dict):
             raise Refused(400, "got JSON that is no object")
@@ -136,8 +156,7 @@ class Guard:
         if session is not None and not (isinstance(session, str) and _SESSION.fullmatch(session)):
             raise Refused(400, "session_hash: expected at most 64 letters, digits and dashes")
         if call := _CALL.fullmatch(scope["path"]):
-            data = self._arguments(call[1], content.get("data"))
-            return {"data": data} | ({"session_hash": session} if session else {})
+            return {"data": self._arguments(call[1], content.get("data"))}
         if scope["path"].rstrip("/").endswith("join"):
             number, names = content.get("fn_index"), list(self.defaults)
             if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(names):
@@ -154,7 +173,51 @@ class Guard:
             raise Refused(404, f"there is no {name[:40]}; there are {', '.join(self.defaults)}")
         if not isinstance(data, list) or len(data) > len(defaults) or ... in defaults[len(data) :]:
             raise Refused(400, f"data: expected a list of {len(defaults)} arguments, the last ones with defaults")
+        if not all(map(_is_plain, data)):  # gradio would take some objects for files, and fetch or copy them
+            raise Refused(400, "data: expected texts, numbers, lists and settings, none inside another")
         return [*data, *defaults[len(data) :]]
+
+    async def _read(self, receive: Receive) -> bytes:
+        """Read the body of a request. Raises Refused if it is too large or too slow."""
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_S):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise Refused(400, "the request broke off")
+                    part = message.get("body", b"")
+                    self._received += len(part)
+                    body += part
+                    if len(body) > MAX_BODY:
+                        raise Refused(413, f"got more than {MAX_BODY // 2**20} MiB; send smaller pictures")
+                    if self._received > MAX_BODIES:
+                        raise Refused(503, "busy: too many requests arrive at once; try again in a moment")
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise Refused(408, f"the request took more than {BODY_S:.0f} s to arrive") from None
+        finally:
+            self._received -= len(body)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether an argument is a scalar, a list of scalars, or an object of those."""
+    if isinstance(value, dict):
+        return not any(isinstance(each, dict) for each in value.values()) and all(map(_is_plain, value.values()))
+    return not isinstance(value, list) or not any(isinstance(each, list | dict) for each in value)
+
+
+def _with_headers(send: Send) -> Send:
+    """Return a `send` that adds the headers of `_HEADERS`."""
+
+    async def send_with_headers(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            own = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
+            message["headers"] = [*message.get("headers", ()), *own]
+        await send(message)
+
+    return send_with_headers
 
 
 def _session(scope: Scope) -> str:
@@ -167,20 +230,6 @@ def _hostname(host: str) -> str | None:
         return urlsplit(f"//{host}").hostname
     except ValueError:
         return None
-
-
-async def _read(receive: Receive) -> bytes:
-    """Read the body of a request. Raises Refused if it is too large."""
-    body = bytearray()
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise Refused(400, "the request broke off")
-        body += message.get("body", b"")
-        if len(body) > MAX_BODY:
-            raise Refused(413, f"got more than {MAX_BODY // 2**20} MiB; send smaller pictures")
-        if not message.get("more_body", False):
-            return bytes(body)
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

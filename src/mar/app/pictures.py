@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+from contextlib import suppress
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,8 @@ MAX_BYTES = 10 * 2**20
 """Largest file that is accepted."""
 MAX_PIXELS = 40_000_000
 """Most pixels of a picture that is accepted."""
+MAX_ASPECT = 50
+"""Longest side of a picture that is accepted, in shorter sides: it is scaled by the shorter one."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 """Formats that are accepted, as Pillow calls them; a file is told by its contents."""
 LOSSLESS_SIDE = 96
@@ -33,7 +36,7 @@ def read_picture(data: Any, name: str = "picture") -> Image.Image:
     """
     from PIL import ImageOps
 
-    from mar.data.images import decode_image
+    from mar.data.images import PILLOW_ERRORS, decode_image
 
     if not isinstance(data, str):
         raise ValueError(f"{name}: got {type(data).__name__}, expected a picture as a data URL")
@@ -47,8 +50,11 @@ def read_picture(data: Any, name: str = "picture") -> Image.Image:
     except (binascii.Error, ValueError):
         raise ValueError(f"{name}: got text that is not base64, expected a picture as a data URL") from None
     image = decode_image(BytesIO(content), name, FORMATS, MAX_PIXELS)
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        raise ValueError(f"{name}: got {image.width}x{image.height}, expected sides of at most {MAX_ASPECT}:1")
     facts = image.info.get("mar")
-    image = ImageOps.exif_transpose(image)
+    with suppress(*PILLOW_ERRORS):  # damaged EXIF: then it stays as it is
+        image = ImageOps.exif_transpose(image)
     if facts is not None:
         image.info["mar"] = facts
     return image
@@ -58,6 +64,7 @@ def facts_of(image: Image.Image) -> dict[str, Any] | None:
     """Return the settings that mar wrote into a PNG; None: no settings."""
     try:
         facts = json.loads(image.info.get("mar", ""))
+        json.dumps(facts, ensure_ascii=False).encode()  # half a surrogate pair can't be sent back
     except (TypeError, ValueError, RecursionError):
         return None
     return facts if isinstance(facts, dict) else None

@@ -6,15 +6,19 @@ gradio has the queue, the stream of events and the API's description; the page i
 from __future__ import annotations
 
 import asyncio
+import errno
 import inspect
 import logging
 import os
 import socket
+import struct
 import sys
 import threading
+import warnings
 import webbrowser
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import CancelledError
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from mar.app import settings as words
 from mar.app.guard import Guard
 from mar.app.pictures import MAX_BYTES
+from mar.app.queueing import Streams
 from mar.app.studio import MAX_IMAGES, PRESETS, Studio, read_request
 
 if TYPE_CHECKING:
@@ -29,8 +34,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_QUEUE = 32
-"""Requests that may wait; the next one is told to come again."""
 EVENT_INTERVAL_S = 0.06
 """Least time between events of a request: what happens in between travels together."""
 STATIC = Path(__file__).parent / "static"
@@ -46,10 +49,21 @@ class Server:
     url: str
     share_url: str | None = None
 
-    def close(self) -> None:
-        """Stop drawing and serving."""
-        self.studio.close()
-        self.app.get_blocks().close(verbose=False)
+    def wait(self) -> None:
+        """Print the address, then wait for Ctrl-C."""
+        print(f"the studio is at {self.url} (Ctrl-C stops it)", flush=True)
+        if self.share_url:
+            print(f"and, for everybody who has the address, at {self.share_url}", flush=True)
+        threading.Event().wait()
+
+    def close(self) -> bool:
+        """Stop serving and drawing; returns whether the studio's thread has ended."""
+        ended = self.studio.close()
+        blocks = self.app.get_blocks()
+        blocks.server.force_exit = True  # or it waits for open streams; that these break off then is no news
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        blocks.close(verbose=False)
+        return ended
 
 
 def launch(
@@ -74,41 +88,39 @@ def launch(
         device, dtype: of the models, as `mar sample` takes them.
         block: whether to wait until it is stopped; if not, `Server.close` stops it.
     """
-    gradio = _import_gradio()
     hosted = host is not None or share
+    host = host or "127.0.0.1"
+    port = _free_port(host, PORTS if port is None else range(port, port + 1))
+    _check_models(models)
+    gradio = _import_gradio()
     studio = Studio(models or _bundled(), device=device, dtype=dtype, downloads=not hosted)
     functions = Functions(studio)
+    streams = functions.streams
     app = gradio.Server(docs_url=None, redoc_url=None, openapi_url=None)
     _add_page(app)
     functions.add_to(app)
-    app.add_middleware(Guard, defaults=functions.defaults(), hosted=hosted)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # it warns of oddities in the files of others
+    app.add_middleware(Guard, streams=streams, defaults=functions.defaults(), hosted=hosted)
     try:
         _, url, share_url = app.launch(
-            server_name=host or "127.0.0.1", server_port=port or _free_port(host or "127.0.0.1"), share=share,
+            server_name=host, server_port=port, share=share,
             inbrowser=False, prevent_thread_lock=True, quiet=True, ssr_mode=False, pwa=False, mcp_server=False,
-            enable_monitoring=False, run_history=False, show_error=False, max_file_size=1,
+            enable_monitoring=False, run_history=False, show_error=False, max_file_size=1, state_session_capacity=100,
         )  # fmt: skip
     except OSError as error:
         studio.close()
-        raise ValueError(f"can't serve on {host or '127.0.0.1'}:{port}: {' '.join(str(error).split())}") from error
-    app.get_blocks()._queue.max_size = MAX_QUEUE  # gradio.Server has no option for it
+        raise ValueError(f"can't serve on {host}, port {port}: {' '.join(str(error).split())}") from error
+    streams.bind(app.get_blocks()._queue)
     server = Server(studio, app, url.rstrip("/"), share_url)
     studio.prepare(next(iter(studio.models)))
     if browser:
         threading.Thread(target=webbrowser.open, args=(server.url,), daemon=True).start()
     if block:
-        _wait(server)
+        try:
+            server.wait()
+        finally:
+            server.close()
     return server
-
-
-def _wait(server: Server) -> None:
-    print(f"the studio is at {server.url} (Ctrl-C stops it)", flush=True)
-    if server.share_url:
-        print(f"and, for everybody who has the address, at {server.share_url}", flush=True)
-    try:
-        threading.Event().wait()
-    finally:
-        server.close()
 
 
 def _import_gradio() -> Any:
@@ -128,17 +140,31 @@ def _bundled() -> Sequence[str]:
     return BUNDLED
 
 
-def _free_port(host: str) -> int:
-    for port in PORTS:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            if sys.platform != "win32":
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError:
+def _check_models(names: Sequence[str]) -> None:
+    if names:
+        from mar.zoo import check_name
+
+        for name in names:
+            check_name(name)
+
+
+def _free_port(host: str, ports: range) -> int:
+    """Return the first port that is free. Raises ValueError, which says why there is none."""
+    for port in ports:
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as probe:
+                if sys.platform != "win32":
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(address)
+        except (OSError, UnicodeError) as error:  # UnicodeError: a label of more than 63 characters
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
                 continue
-            return port
-    raise ValueError(f"ports {PORTS.start} to {PORTS.stop - 1} of {host} are taken; choose another with --port")
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"host: can't serve on {host}, port {port}: {reason}") from error
+        return port
+    taken = f"port {ports[0]} of {host} is" if len(ports) == 1 else f"ports {ports[0]} to {ports[-1]} of {host} are"
+    raise ValueError(f"{taken} taken; choose another with --port")
 
 
 def _add_page(app: gradio.Server) -> None:
@@ -170,11 +196,12 @@ class Functions:
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
+        self.streams = Streams(drawing=[function.__name__ for function in (self.draw, self.confidence, self.open)])
 
     def add_to(self, app: gradio.Server) -> None:
         """Register them: drawing is queued, the rest answers at once."""
         for function in self._all():
-            drawing = function in (self.draw, self.confidence, self.open)
+            drawing = function.__name__ in self.streams.drawing
             options = {"concurrency_id": "draw" if function == self.draw else "look", "concurrency_limit": 1}
             app.api(function, name=function.__name__, queue=drawing, **(options if drawing else {}))
 
@@ -209,15 +236,23 @@ class Functions:
             grow: tokens around the white parts that are drawn too.
             ticket: a name for this request, for `stop`.
         """
+        from gradio.context import LocalContext
+
+        event_id = LocalContext.event_id.get(None)
         with _told():
-            request = read_request(model, labels, seeds, preset, settings, known, mask, grow)
-            self.studio.model(request.model)
+            if not isinstance(ticket, str):
+                raise ValueError(f"ticket: got {type(ticket).__name__}, expected a text")
+            self.studio.model(model)
+            request = await asyncio.to_thread(
+                read_request, model, labels, seeds, preset, settings, known, mask, grow
+            )  # fmt: skip
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
         def emit(event: Any) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, event)
+            with suppress(RuntimeError):  # the loop is closed: the server ends
+                loop.call_soon_threadsafe(events.put_nowait, event)
 
-        work = self.studio.submit(request, emit, str(ticket))
+        work = self.studio.submit(request, emit, ticket)
         work.future.add_done_callback(emit)
         try:
             while True:
@@ -226,7 +261,7 @@ class Functions:
                     batch.append(events.get_nowait())
                 happened = [event for event in batch if event is not work.future]
                 if happened:
-                    yield _joined(happened)
+                    yield _joined(happened, previews=not self.streams.behind(event_id))
                 if work.future in batch:
                     break
                 await asyncio.sleep(EVENT_INTERVAL_S)
@@ -234,11 +269,13 @@ class Functions:
                 work.future.result()
         finally:
             work.stop.set()
-            self.studio.forget(str(ticket))
 
     def stop(self, ticket: str) -> bool:
         """Stop the request of this ticket within a reveal step."""
-        self.studio.stop(str(ticket))
+        with _told():
+            if not isinstance(ticket, str):
+                raise ValueError(f"ticket: got {type(ticket).__name__}, expected a text")
+            self.studio.stop(ticket)
         return True
 
     def models(self) -> dict[str, Any]:
@@ -251,32 +288,38 @@ class Functions:
     def load(self, model: str) -> bool:
         """Load a model, behind the requests that wait; `models` shows when it is ready."""
         with _told():
-            self.studio.prepare(str(model))
+            self.studio.prepare(model)
         return True
 
     def open(self, model: str, picture: str) -> dict[str, Any]:
         """Crop a picture to a model's size; read the settings inside it."""
         with _told():
-            return self.studio.open(str(model), picture)
+            return self.studio.open(model, picture)
 
     def confidence(self, model: str, label: Any, picture: str) -> list[list[float]]:
         """Return the diffusion loss of each token of a picture."""
         with _told():
-            return self.studio.confidence(str(model), label, picture)
+            return self.studio.confidence(model, label, picture)
 
     def download(self, model: str) -> bool:
         """Start the download of an official model; `models` shows its progress."""
         with _told():
-            self.studio.download(str(model))
+            self.studio.download(model)
         return True
 
 
-def _joined(events: list[dict[str, Any]]) -> dict[str, Any]:
+def _joined(events: list[dict[str, Any]], previews: bool) -> dict[str, Any]:
     """Return the last event, with the previews of all of them."""
-    previews = [{"step": e["step"], "images": e["images"]} for e in events if e["kind"] == "step" and "images" in e]
+    drawn = [{"step": e["step"], "images": e["images"]} for e in events if e["kind"] == "step" and "images" in e]
     begin = next(({"revealed_at": e["revealed_at"]} for e in events if e["kind"] == "begin"), {})
     last = {name: value for name, value in events[-1].items() if name != "images" or events[-1]["kind"] == "done"}
-    return {**begin, **last, "previews": previews}
+    return {**begin, **last, "previews": drawn if previews else []}
+
+
+_OURS = (
+    RuntimeError, MemoryError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError, SyntaxError,
+    struct.error,
+)  # fmt: skip
 
 
 @contextmanager
@@ -287,8 +330,11 @@ def _told() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        raise gradio.Error(" ".join(str(error).split())[:600], print_exception=False) from error
-    except (RuntimeError, MemoryError, TypeError, KeyError, IndexError) as error:
+        line = " ".join(str(error).split())[:600]
+        raise gradio.Error(line, print_exception=False) from error
+    except CancelledError:
+        raise gradio.Error("the studio is closing", print_exception=False) from None
+    except _OURS as error:
         log.exception("a request failed")
         line = f"this failed in the studio ({type(error).__name__}); its log says more"
         raise gradio.Error(line, print_exception=False) from error

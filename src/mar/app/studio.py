@@ -32,6 +32,8 @@ MAX_LABEL = 200
 MAX_GROW = 64
 MAX_LOADED = 2
 """Models that stay in memory."""
+MAX_TICKET = 100
+"""Longest ticket, in characters."""
 MAX_STOPS = 1000
 """Requests to stop that are remembered, of requests not begun yet."""
 PREVIEW_SHARE = 0.08
@@ -110,9 +112,10 @@ def _count(value: Any) -> str:
 class Work:
     """A request in the worker's queue."""
 
-    future: Future[None]
+    ticket: str
     stop: threading.Event
     """Stops it within a reveal step, or before it begins."""
+    future: Future[None]
 
 
 @dataclass
@@ -163,7 +166,12 @@ class Studio:
         self._pipelines: OrderedDict[str, Pipeline] = OrderedDict()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="mar-studio")
         self._waiting = 0
-        self._stops: OrderedDict[str, threading.Event] = OrderedDict()
+        self._works: set[Work] = set()
+        self._early_stops: OrderedDict[str, None] = OrderedDict()
+        """Tickets that were stopped before their request came."""
+        self._closing = threading.Event()
+        self._idle = threading.Event()
+        self._idle.set()
         self._lock = threading.Lock()
         for name in official:
             self._check_download(self.models[name])
@@ -180,12 +188,13 @@ class Studio:
     def prepare(self, name: str) -> None:
         """Load a model, and measure its presets between requests."""
         self.model(name)
-        self._worker.submit(self._prepare, name)
+        self._submit(self._prepare, name)
 
-    def model(self, name: str) -> Model:
+    def model(self, name: Any) -> Model:
         """Return a model of the catalog. Raises ValueError for another name."""
-        if name not in self.models:
-            raise ValueError(f"model: got {name[:80]!r}, expected one of {', '.join(self.models)}")
+        if not isinstance(name, str) or name not in self.models:
+            got = repr(name[:80]) if isinstance(name, str) else type(name).__name__
+            raise ValueError(f"model: got {got}, expected one of {', '.join(self.models)}")
         return self.models[name]
 
     def download(self, name: str) -> None:
@@ -270,7 +279,7 @@ class Studio:
         started = time.perf_counter()
         share, seconds = 0.0, 0.0
         for step in pipeline.reveal([0 if pipeline.model.config.classes else None], preset=preset, allow_broken=True):
-            if self._waiting:
+            if self._waiting or self._closing.is_set():
                 return False
             share, seconds = step.step / step.steps, time.perf_counter() - started
             if seconds > MEASURE_S:
@@ -295,8 +304,16 @@ class Studio:
             emit: takes the events, on the worker's thread.
             ticket: by which `stop` knows the request.
         """
-        stop = self._stop_event(ticket)
-        return Work(self._queue(self._draw, request, emit, stop), stop)
+        stop = threading.Event()
+        with self._lock:
+            if ticket and ticket in self._early_stops:
+                del self._early_stops[ticket]
+                stop.set()
+        work = Work(ticket, stop, self._queue(self._draw, request, emit, stop))
+        with self._lock:
+            self._works.add(work)
+        work.future.add_done_callback(lambda _: self._forget(work))
+        return work
 
     def open(self, name: str, url: Any) -> dict[str, Any]:
         """Crop a picture to a model's size; read the settings inside it.
@@ -344,28 +361,50 @@ class Studio:
 
     def stop(self, ticket: str) -> None:
         """Stop a request within a reveal step, or before it begins."""
-        self._stop_event(ticket).set()
-
-    def forget(self, ticket: str) -> None:
-        """Drop the ticket of a request that has ended."""
+        if not 0 < len(ticket) <= MAX_TICKET:
+            raise ValueError(f"ticket: got {len(ticket)} characters, expected 1 to {MAX_TICKET}")
         with self._lock:
-            self._stops.pop(ticket[:100], None)
+            works = [work for work in self._works if work.ticket == ticket]
+            if not works:
+                self._early_stops[ticket] = None
+                while len(self._early_stops) > MAX_STOPS:
+                    self._early_stops.popitem(last=False)
+        for work in works:
+            work.stop.set()
 
-    def close(self) -> None:
-        """Stop all requests and the worker."""
-        with self._lock:
-            for event in self._stops.values():
-                event.set()
-        self._worker.shutdown(wait=True, cancel_futures=True)
+    def close(self, timeout: float = 2.0) -> bool:
+        """Stop all requests; returns whether the worker has ended.
 
-    def _stop_event(self, ticket: str) -> threading.Event:
+        Args:
+            timeout: seconds to wait for it: a step of a large model, or its loading, can't be stopped.
+        """
+        self._closing.set()
         with self._lock:
-            if not ticket:
-                return threading.Event()
-            event = self._stops.setdefault(ticket[:100], threading.Event())
-            while len(self._stops) > MAX_STOPS:
-                self._stops.popitem(last=False)
-            return event
+            for work in self._works:
+                work.stop.set()
+        self._worker.shutdown(wait=False, cancel_futures=True)
+        return self._idle.wait(timeout)
+
+    def _forget(self, work: Work) -> None:
+        with self._lock:
+            self._works.discard(work)
+
+    def _submit(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """Run work on the worker's thread."""
+
+        def run() -> Result:
+            self._idle.clear()
+            try:
+                return work(*arguments)
+            finally:
+                self._idle.set()
+
+        try:
+            return self._worker.submit(run)
+        except RuntimeError:  # it was shut down
+            future: Future[Result] = Future()
+            future.set_exception(ValueError("the studio is closing"))
+            return future
 
     def _queue(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
         """Run work on the worker's thread; measurements make way for it."""
@@ -377,7 +416,7 @@ class Studio:
                 self._waiting -= 1
             return work(*arguments)
 
-        return self._worker.submit(run)
+        return self._submit(run)
 
     def _draw(self, request: DrawRequest, emit: Emit, stop: threading.Event) -> None:
         pipeline = self._load(request.model)
@@ -397,7 +436,7 @@ class Studio:
                 if step.step < step.steps:
                     previews = preview.of(step)
                     emit(progress if previews is None else {**progress, "images": previews})
-                if stop.is_set():
+                if stop.is_set() or self._closing.is_set():
                     break
         seconds = time.perf_counter() - started
         if step is None:
@@ -413,7 +452,7 @@ class Studio:
         )  # fmt: skip
         if not stopped and request.known is None and not request.settings:
             self._learn(self.models[request.model], request.preset or "exact", seconds, count)
-        self._worker.submit(self._prepare, request.model)  # goes on with measurements that made way
+        self._submit(self._prepare, request.model)  # goes on with measurements that made way
 
     def _picture(
         self, request: DrawRequest, pipeline: Pipeline, index: int, image: Image.Image, stopped: bool
@@ -517,8 +556,8 @@ def _restored(pipeline: Pipeline, facts: Mapping[str, Any]) -> dict[str, Any]:
     classes = pipeline.model.config.classes
     return {
         "model": str(facts.get("model", ""))[:200],
-        "label": label if isinstance(label, int) and 0 <= label < classes else None,
-        "seed": seed if isinstance(seed, int) and 0 <= seed < 2**63 else 0,
+        "label": label if type(label) is int and 0 <= label < classes else None,
+        "seed": seed if type(seed) is int and 0 <= seed < 2**63 else 0,
         "preset": preset,
         "settings": changed[preset],
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
@@ -9,6 +12,9 @@ from typing import Annotated
 import tyro
 
 from mar.cli.options import DrawnDtype, interruptible, parse
+
+STOPPED = 130
+"""Exit code after Ctrl-C and SIGTERM."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +47,28 @@ def app(arguments: Sequence[str]) -> int:
     def run(check: object) -> int:
         from mar.app.server import launch
 
-        launch(
+        server = launch(
             options.models, host=options.host, port=options.port, share=options.share, browser=options.browser,
-            device=options.device, dtype=options.dtype,
+            device=options.device, dtype=options.dtype, block=False,
         )  # fmt: skip
+        try:
+            server.wait()
+        finally:
+            server.close()
         return 0
 
-    return interruptible("nothing is kept", run)
+    code = interruptible("nothing is kept", run)
+    if code == STOPPED:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> None:
+    """End the process without taking down the interpreter.
+
+    Python would wait for the studio's thread, which may be loading a model, and then free torch's modules one by one.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 # Pillow raises these over damaged files, by format.
-_PILLOW_ERRORS = (
+PILLOW_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -110,7 +110,7 @@ def decode_image(
             image.load()
     except UnreadableImage:
         raise
-    except _PILLOW_ERRORS as error:
+    except PILLOW_ERRORS as error:
         raise UnreadableImage(name, str(error) or type(error).__name__) from error
     if image.mode == "LAB":
         raise UnreadableImage(name, "Pillow can't convert its colours, CIELAB, to RGB")

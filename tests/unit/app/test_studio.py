@@ -125,7 +125,6 @@ def test_stop_before_a_request_begins_draws_nothing(studio: Studio, models: list
     studio.stop("mine")
     events = draw(studio, read_request(models[0], ["bee"], [1]), "mine")
     assert [(event["kind"], event["images"], event["stopped"]) for event in events] == [("done", [], True)]
-    studio.forget("mine")
     assert not draw(studio, read_request(models[0], ["bee"], [1]), "mine")[-1]["stopped"]
 
 
