@@ -103,9 +103,13 @@ class PCATokenizer(Tokenizer):
 
     def decode(self, latents: Float[Tensor, "n k h w"]) -> Float[Tensor, "n c H W"]:
         """Compute squares from latents; images are clipped to [-1, 1]."""
+        return self.decode_raw(latents).clamp(-1, 1)
+
+    def decode_raw(self, latents: Float[Tensor, "n k h w"]) -> Float[Tensor, "n c H W"]:
+        """Compute squares from normalized latents, not clipped."""
         size = latents.shape[2] * self.stride, latents.shape[3] * self.stride
         squares = self.basis.T @ self.denormalize(latents.float()).flatten(2) + self.centre.unsqueeze(-1)
-        return functional.fold(squares, size, self.stride, stride=self.stride).clamp(-1, 1)
+        return functional.fold(squares, size, self.stride, stride=self.stride)
 
     def config(self) -> dict[str, Any]:
         """Return kind and sizes."""
