@@ -292,7 +292,13 @@ def test_train_missing_tracker_fails_first(
     assert not (tmp_path / "run").exists()
 
 
-def test_tokenizer_train_then_model_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "file", "changed"),
+    [("residual", "tokenizer.safetensors", "--noise"), ("kl", "mar_statistics.json", "--kl")],
+)
+def test_tokenizer_train_then_model_train(
+    kind: str, file: str, changed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for i in range(16):
         path = tmp_path / "pictures" / f"{i % 2}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -300,14 +306,14 @@ def test_tokenizer_train_then_model_train(tmp_path: Path, capsys: pytest.Capture
     data, vae = str(tmp_path / "pictures"), str(tmp_path / "vae")
     command = ["tokenizer", "train", data, "--out", vae, "--image-size", "16", "--stride", "8", "--channels", "5"]
     command += ["--width", "8", "--batch", "2", "--sample-every", "4", "--device", "cpu"]
-    assert main([*command, "--images", "4"]) == 0
-    assert main([*command, "--images", "8"]) == 0
+    assert main([*command, "--kind", kind, "--images", "4"]) == 0
+    assert main([*command, "--images", "8"]) == 0  # goes on with its kind
     said = capsys.readouterr()
     assert "768 values in, 20 out: 38.4 times fewer\n4 tokens of 5 values with --model.patch-size 1\n" in said.out
     assert "PSNR " in said.out
     assert "on 1 held-out pictures" in said.out
     names = {path.name for path in Path(vae).iterdir()}
-    assert {"config.json", "mar_statistics.json", "run.json", "log.jsonl", "latest", "state-000000000008"} <= names
+    assert {"config.json", file, "run.json", "log.jsonl", "latest", "state-000000000008"} <= names
     assert (Path(vae) / "samples" / "000000000008.png").is_file()
     printed = said.out.splitlines()[-1]
     assert printed == f"train on it: mar train folder --data {data} --tokenizer {vae}"
@@ -319,7 +325,7 @@ def test_tokenizer_train_then_model_train(tmp_path: Path, capsys: pytest.Capture
     assert "no validation loss: " in told
     assert "--hold-out 20 keeps one of twenty from learning" in told
     assert "tokenizer_psnr" in (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()[0]
-    assert "another run" in refused_after(capsys, [*command, "--images", "8", "--kl", "1"])
+    assert "another run" in refused_after(capsys, [*command, "--images", "8", changed, "1"])
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ sys.stdout = sys.stderr
 for module, _ in cli.VERBS.values():
     importlib.import_module(module).parse = parse
 plan.zoo.load_tokenizer = lambda name: types.SimpleNamespace(
-    stride=16, channels=16, config=dict, lossless=False, learns_basis=False
+    stride=16, channels=16, config=dict, lossless=False, learns_basis=False, deterministic=False
 )
 for line in json.load(sys.stdin):
     try:

@@ -6,6 +6,7 @@ done: a tokenizer of the run's own, a latent cache, the model.
 
 from __future__ import annotations
 
+import json
 import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,19 +16,19 @@ from mar.autoconfig.sizes import (
     SIDES,
     DatasetSummary,
     LatentShape,
-    autoencoder_shape,
     crop_side,
     default_latent_shape,
     largest_multiple,
     max_side,
     next_larger_count,
+    own_shape,
     pca_shape,
     tokenizer_config_for,
     train_config_for,
 )
 from mar.autoconfig.summary import load_summary, summarize_cache
-from mar.config import ConfigError, TrainConfig, resolve_image_channels
-from mar.config.tokenizer import TokenizerTrainConfig
+from mar.config import ConfigError, TrainConfig, from_dict, resolve_image_channels
+from mar.config.tokenizer import TokenizerKind, TokenizerTrainConfig
 from mar.data.latent_cache import LatentSource
 from mar.data.sources import open_data
 from mar.data.stream import StreamSource
@@ -58,6 +59,8 @@ class Overrides:
     label_drop: float | None = None
     own_tokenizer: bool = False
     """Options of a tokenizer of the run's own were given."""
+    kind: TokenizerKind | None = None
+    """Kind of that tokenizer."""
     stride: int | None = None
     """Stride of that tokenizer."""
     channels: int | None = None
@@ -82,7 +85,7 @@ class TokenLayout:
     @property
     def needs_cache(self) -> bool:
         """True where latents are cached before the model is trained."""
-        return self.shape is not None and not self.shape.is_pca
+        return self.shape is not None and not self.shape.by_pca_alone
 
 
 @dataclass(frozen=True)
@@ -196,15 +199,18 @@ def _layout(overrides: Overrides, summary: DatasetSummary) -> TokenLayout:
         return TokenLayout(_crop(overrides, summary, largest, shape), name, shape)
     largest = max_side(summary.count)
     size = _crop(overrides, summary, largest)
-    shape = autoencoder_shape(size) if name == OWN else default_latent_shape(summary, size)
+    kind = overrides.kind or _begun_kind(overrides.out) or "residual"
+    shape = own_shape(size, kind) if name == OWN else default_latent_shape(summary, size, kind)
     if shape is None:
         assert PixelTokenizer.name is not None
         name = PixelTokenizer.name
-    elif shape.is_pca:
+    elif shape.by_pca_alone:
         name = f"pca{shape.stride}"
     else:
         name = OWN
-        shape = LatentShape(overrides.stride or shape.stride, overrides.channels or shape.channels)
+        shape = replace(shape, stride=overrides.stride or shape.stride)
+        most = summary.image_channels * shape.stride**2 if shape.is_pca else shape.channels
+        shape = replace(shape, channels=overrides.channels or min(shape.channels, most))
     larger = next_larger_count(summary) if overrides.image_size is None else None
     return TokenLayout(_crop(overrides, summary, largest, shape), name, shape, larger)
 
@@ -217,12 +223,23 @@ def _shape_of(name: str) -> tuple[LatentShape | None, int]:
     if tokenizer.learns_basis:
         default = pca_shape(tokenizer.stride)
         return default if is_name(name) else replace(default, channels=tokenizer.channels), SIDES[1]
-    return LatentShape(tokenizer.stride, tokenizer.channels), _trained_side(tokenizer)
+    shape = LatentShape(tokenizer.stride, tokenizer.channels, is_pca=tokenizer.deterministic)
+    return shape, _trained_side(tokenizer)
+
+
+def _begun_kind(out: Path) -> TokenizerKind | None:
+    """Return the kind of the tokenizer whose training began in a run's folder; None: none did."""
+    path = out / "tokenizer" / "run.json"
+    try:
+        return from_dict(TokenizerTrainConfig, json.loads(path.read_text(encoding="utf-8"))).kind
+    except (OSError, AttributeError, TypeError, ValueError):
+        return None  # what is wrong with a damaged one, its training says
 
 
 def _trained_side(tokenizer: Tokenizer) -> int:
     """Return the side of the images that a tokenizer was trained on, at most the largest side."""
-    side = tokenizer.config().get("config", {}).get("sample_size")
+    config = tokenizer.config()
+    side = config.get("sample_size", config.get("config", {}).get("sample_size"))
     is_known = isinstance(side, int) and side >= 8 * tokenizer.stride  # else diffusers' default, which says nothing
     return min(side, SIDES[0]) if is_known else SIDES[0]
 
@@ -309,7 +326,7 @@ def _describe(choice: Choice, config: TrainConfig) -> tuple[str, str]:
     by = {PixelTokenizer.name: "raw pixels", OWN: "by a tokenizer of their own"}.get(
         layout.tokenizer, f"by {layout.tokenizer}"
     )
-    if layout.shape is not None and layout.shape.is_pca:
+    if layout.shape is not None and layout.shape.by_pca_alone:
         by = "as principal components"
     stride = layout.shape.stride if layout.shape else 1
     height, width = model.grid[0] * stride, model.grid[1] * stride

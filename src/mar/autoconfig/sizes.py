@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mar.config import ConfigError, HeadConfig, ModelConfig, Optimizer, SamplingConfig, TrainConfig, TrunkConfig
 from mar.config.fields import positive, require
-from mar.config.tokenizer import TokenizerTrainConfig
+from mar.config.tokenizer import TokenizerKind, TokenizerTrainConfig
 from mar.presets import X0_SAMPLING
 
 
@@ -45,7 +45,14 @@ class LatentShape:
     """Side of a latent cell, in pixels."""
     channels: int
     is_pca: bool = False
-    """Principal components, which are computed in training, rather than an autoencoder's latents, which are cached."""
+    """Principal components, alone or with a learned residual, rather than an autoencoder's latents."""
+    learned: bool = True
+    """By a network, so that latents are cached; principal components alone are computed in training."""
+
+    @property
+    def by_pca_alone(self) -> bool:
+        """True for principal components without a residual."""
+        return self.is_pca and not self.learned
 
 
 @dataclass(frozen=True)
@@ -90,8 +97,8 @@ MAX_SIDE_BY_COUNT = ((5_000, 64), (50_000, 128), (10**18, 256))
 """Number of images and side: crops of fewer images are no larger."""
 MIN_SIDE = 8
 """Smaller images are refused."""
-MAX_SIDE_WITHOUT_AUTOENCODER = 32
-"""Larger crops get an autoencoder of their own."""
+MAX_SIDE_WITHOUT_TOKENIZER = 32
+"""Larger crops get a tokenizer of their own."""
 MIN_SIDE_FOR_PCA = 16
 """Smaller crops are learned as pixels: they have too few squares of 4 x 4 pixels for principal components."""
 MAX_TOKENS_PER_SIDE = 16
@@ -148,14 +155,15 @@ def largest_multiple(side: int, latents: LatentShape | None) -> int:
 # ---- tokens
 
 
-def autoencoder_shape(size: tuple[int, int]) -> LatentShape:
-    """Returns the latents of an autoencoder for crops of `size`.
+def own_shape(size: tuple[int, int], kind: TokenizerKind = "residual") -> LatentShape:
+    """Returns the latents of a run's own tokenizer.
 
-    `size` is height and width. Squares of 32 to 256 pixels get 64 to 256 cells, narrow enough for a narrow head.
+    `size` is height and width of crops. Squares of 32 to 256 pixels get 64 to 256 cells, few enough values for a narrow
+    head.
     """
-    if max(size) <= MAX_SIDE_WITHOUT_AUTOENCODER:
-        return LatentShape(stride=4, channels=4)
-    return LatentShape(stride=8 if max(size) < 256 else 16, channels=16)
+    if max(size) <= MAX_SIDE_WITHOUT_TOKENIZER:
+        return LatentShape(stride=4, channels=4 if kind == "kl" else 16, is_pca=kind == "residual")
+    return LatentShape(stride=8 if max(size) < 256 else 16, channels=16, is_pca=kind == "residual")
 
 
 def pca_shape(stride: int = 4) -> LatentShape:
@@ -164,17 +172,19 @@ def pca_shape(stride: int = 4) -> LatentShape:
     They are a third of the values of a color image; the others hold 0.3% of CIFAR-10's variance. Of a
     gray image they are all values: a third of them brings Fashion-MNIST back at 22 dB only.
     """
-    return LatentShape(stride, stride**2, is_pca=True)
+    return LatentShape(stride, stride**2, is_pca=True, learned=False)
 
 
-def default_latent_shape(summary: DatasetSummary, size: tuple[int, int]) -> LatentShape | None:
+def default_latent_shape(
+    summary: DatasetSummary, size: tuple[int, int], kind: TokenizerKind = "residual"
+) -> LatentShape | None:
     """Returns the latents for crops of `size`; None: pixels.
 
-    `size` is height and width. Large crops get an autoencoder, small ones principal components. The smallest and gray
-    ones stay pixels.
+    `size` is height and width. Large crops get a tokenizer of their own, small ones principal components. The smallest
+    and gray ones stay pixels.
     """
-    if max(size) > MAX_SIDE_WITHOUT_AUTOENCODER:
-        return autoencoder_shape(size)
+    if max(size) > MAX_SIDE_WITHOUT_TOKENIZER:
+        return own_shape(size, kind)
     return None if summary.image_channels == 1 or min(size) < MIN_SIDE_FOR_PCA else pca_shape()
 
 
@@ -223,7 +233,7 @@ def train_config_for(
     encoder, decoder = chosen.trunks
     total = images or max(EPOCHS * summary.count, MIN_IMAGES)
     tenth = max(total // 10, 1)
-    is_shifted = (latents is None or is_pca) and summary.count < MAX_COUNT_FOR_SHIFT
+    is_shifted = (latents is None or latents.by_pca_alone) and summary.count < MAX_COUNT_FOR_SHIFT
     return TrainConfig(
         model=ModelConfig(
             channels=channels,
@@ -265,12 +275,12 @@ def train_config_for(
 def tokenizer_config_for(
     summary: DatasetSummary, size: tuple[int, int], latents: LatentShape, images: int | None = None
 ) -> TokenizerTrainConfig:
-    """Returns the training of an autoencoder, without its `data`.
+    """Returns the training of a tokenizer, without its `data`.
 
     Args:
         summary: Properties of the data set.
         size: Height and width of crops.
-        latents: Latents of the autoencoder.
+        latents: Latents of the tokenizer.
         images: Length of the run; by default 10 times each image, and 60,000 at least.
     """
     total = images or max(TOKENIZER_EPOCHS * summary.count, TOKENIZER_MIN_IMAGES)
@@ -279,7 +289,8 @@ def tokenizer_config_for(
         image_channels=summary.image_channels,
         stride=latents.stride,  # type: ignore[arg-type]  # checked there
         channels=latents.channels,
-        width=16 if max(size) <= 64 else 32 if max(size) <= 128 else 64,
+        kind="residual" if latents.is_pca else "kl",
+        width=None if latents.is_pca else 16 if max(size) <= 64 else 32 if max(size) <= 128 else 64,
         images=total,
         decay=total // 4,
         save_every=min(5_000, max(total // 10, 1)),

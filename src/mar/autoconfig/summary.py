@@ -61,7 +61,7 @@ def summarize_cache(source: LatentSource) -> tuple[DatasetSummary, LatentShape |
     if channels in (1, 3) and manifest.fingerprint == fingerprint(PixelTokenizer(channels)):
         pixels = _read_sample(len(source), str(source.folder), lambda index: source.read(index, flip=False)[0].numpy())
         return replace(summary, image_channels=channels, max_abs_z=_max_abs_z(pixels)), None
-    # An autoencoder's cache has two parts, mean and variance.
+    # a cache of an autoencoder has two parts, mean and variance; one of components has one
     return summary, LatentShape(manifest.size[0] // height, channels, is_pca=manifest.parts == 1)
 
 

@@ -1,4 +1,7 @@
-"""Autoencoders in diffusers' format, with our statistics of their latents beside them."""
+"""Save and load tokenizers as folders.
+
+A folder of ours has a config.json with a `kind` of `mar.tokenizer.TOKENIZERS`, and tokenizer.safetensors.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,31 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mar.checkpoint.files import write_text
-from mar.tokenizer import TOKENIZERS, Tokenizer
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
+from mar.checkpoint.files import write_atomically, write_text
+from mar.tokenizer import TOKENIZERS, Tokenizer, build
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "tokenizer.safetensors"
+"""Names of the files of a tokenizer of ours."""
 STATISTICS_FILE = "mar_statistics.json"
 """Name of the file with a tokenizer's mean and standard deviation."""
 
 
 def load_tokenizer(path: str | Path, subfolder: str | None = None, *, local_files_only: bool = False) -> Tokenizer:
-    """Load an autoencoder in diffusers' format, from a folder or the Hub.
+    """Load a tokenizer of ours, or an autoencoder in diffusers' format.
 
-    Statistics are those that `save_tokenizer` left in a folder. Without them the tokenizer has none: the scaling_factor
-    of diffusers is not read, since its default is another model's. `subfolder` is "vae" by default for a pipeline.
-    Raises ValueError if there is no AutoencoderKL.
+    Ours are folders, autoencoders folders or repositories of the Hub. Their statistics are those that `save_tokenizer`
+    left in a folder. Without them the tokenizer has none: the scaling_factor of diffusers is not read, since its
+    default is another model's. `subfolder` is "vae" by default for a pipeline. Raises ValueError if there is neither.
     """
     folder = Path(path)
     if subfolder is None and not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
         subfolder = "vae"
+    own = _load_own(folder)
+    if own is not None:
+        return own
     tokenizer = _load_autoencoder(path, subfolder, local_files_only)
     statistics = folder / (subfolder or "") / STATISTICS_FILE
     if statistics.is_file():
@@ -31,21 +42,59 @@ def load_tokenizer(path: str | Path, subfolder: str | None = None, *, local_file
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write a tokenizer in diffusers' format, with its statistics, if any."""
+    """Write a tokenizer to a folder; autoencoders in diffusers' format."""
     autoencoder: Any = getattr(tokenizer, "autoencoder", None)
     if autoencoder is None:
-        raise ValueError(f"tokenizer: got a {type(tokenizer).__name__}, which wraps no autoencoder of diffusers")
+        _save_own(tokenizer, Path(folder))
+        return
     autoencoder.save_pretrained(folder)
     if tokenizer.has_stats:
         save_statistics(tokenizer, folder)
 
 
 def save_statistics(tokenizer: Tokenizer, folder: str | Path) -> Path:
-    """Write the statistics beside an autoencoder's files, for `load_tokenizer`."""
+    """Write the statistics with a tokenizer's files, for `load_tokenizer`. Returns the file."""
+    if getattr(tokenizer, "autoencoder", None) is None:
+        _save_own(tokenizer, Path(folder))
+        return Path(folder, WEIGHTS_FILE)
     path = Path(folder, STATISTICS_FILE)
     text = json.dumps({"mean": tokenizer.mean.tolist(), "std": tokenizer.std.tolist()}, indent=1)
     write_text(path, text + "\n")
     return path
+
+
+def _save_own(tokenizer: Tokenizer, folder: Path) -> None:
+    tensors = {name: tensor.contiguous() for name, tensor in tokenizer.state_dict().items()}
+    write_atomically(folder / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary))
+    write_text(folder / CONFIG_FILE, json.dumps(tokenizer.config(), indent=1) + "\n")
+
+
+def is_saved(folder: Path) -> bool:
+    """Return whether a folder holds a whole tokenizer that was trained here."""
+    return _own_config(folder) is not None or (folder / STATISTICS_FILE).is_file()
+
+
+def _own_config(folder: Path) -> dict[str, Any] | None:
+    """Read the config of a tokenizer of ours, which is written last; None: there is none."""
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # for diffusers to judge
+    return config if isinstance(config, dict) and "kind" in config else None
+
+
+def _load_own(folder: Path) -> Tokenizer | None:
+    """Load a folder that `_save_own` wrote; None: it is none."""
+    config = _own_config(folder)
+    if config is None:
+        return None
+    tokenizer = build(config)
+    try:
+        tokenizer.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"tokenizer: can't load the weights of {folder}: {reason}") from error
+    return tokenizer.eval()
 
 
 def _load_autoencoder(path: str | Path, subfolder: str | None, local_files_only: bool) -> Tokenizer:

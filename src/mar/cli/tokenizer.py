@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,10 +13,10 @@ import tyro
 
 from mar.cli.options import parse
 from mar.config import resolve_image_channels
-from mar.config.tokenizer import TokenizerTrainConfig
+from mar.config.tokenizer import TokenizerKind, TokenizerTrainConfig
 
 if TYPE_CHECKING:
-    from mar.tokenizer import KLTokenizer
+    from mar.tokenizer import Tokenizer
     from mar.tokenizer.base import RoundTrip
     from mar.training.tokenizer import TokenizerRun
 
@@ -40,7 +40,7 @@ class TokenizerOptions:
 
 @dataclass(frozen=True)
 class TokenizerTrainOptions:
-    """Trains an autoencoder on pictures, for `mar train --tokenizer OUT`. The same command resumes."""
+    """Trains a tokenizer on pictures, for `mar train --tokenizer OUT`. The same command resumes."""
 
     out: Path = Path("runs/tokenizer")
     """Folder of the run; at its end, of the tokenizer."""
@@ -49,8 +49,13 @@ class TokenizerTrainOptions:
     """auto, cpu, cuda, cuda:N or mps."""
 
 
+@dataclass(frozen=True)
+class _Out:
+    out: Path = Path("runs/tokenizer")
+
+
 USAGE = """\
-usage: mar tokenizer train DATA --out FOLDER [OPTIONS]      an autoencoder of your own, from your pictures
+usage: mar tokenizer train DATA --out FOLDER [OPTIONS]      a tokenizer of your own, from your pictures
        mar tokenizer stats TOKENIZER --data DATA ...        mean and standard deviation of a tokenizer's latents
 
 mar tokenizer train --help and mar tokenizer stats --help list all options
@@ -96,8 +101,9 @@ def _stats(arguments: Sequence[str]) -> int:
 
 def _train(arguments: Sequence[str]) -> int:
     named = bool(arguments) and not arguments[0].startswith("-")
-    default = TokenizerTrainOptions(config=TokenizerTrainConfig(arguments[0]) if named else TokenizerTrainConfig())
     rest = arguments[1:] if named else arguments
+    config = TokenizerTrainConfig(arguments[0]) if named else TokenizerTrainConfig()
+    default = TokenizerTrainOptions(config=replace(config, kind=_begun_kind(rest) or config.kind))
     if "-h" in rest or "--help" in rest:
         print("mar tokenizer train DATA --out FOLDER ...\n")
     options = parse(TokenizerTrainOptions, "tokenizer train", rest, default)
@@ -108,6 +114,14 @@ def _train(arguments: Sequence[str]) -> int:
         oblong = [] if height == width else ["--image-size", str(height), str(width)]
         print(f"train on it: {shlex.join([*command, *oblong])}")
     return code
+
+
+def _begun_kind(arguments: Sequence[str]) -> TokenizerKind | None:
+    """Returns the kind of the run that the command goes on with; None: it begins one."""
+    from mar.training.run import load_config
+
+    begun = load_config(TokenizerTrainConfig, parse(_Out, "tokenizer train", arguments, partly=True).out)
+    return None if begun is None else begun.kind
 
 
 def train_tokenizer(options: TokenizerTrainOptions) -> int:
@@ -146,7 +160,7 @@ def _network() -> Any:
     return efficientnet_lite0().module.network
 
 
-def _print_summary(run: TokenizerRun, tokenizer: KLTokenizer, round_trip: RoundTrip) -> None:
+def _print_summary(run: TokenizerRun, tokenizer: Tokenizer, round_trip: RoundTrip) -> None:
     """Prints PSNR, compression and tokens."""
     height, width = run.config.size
     cells = height // tokenizer.stride, width // tokenizer.stride

@@ -12,7 +12,7 @@ import tyro
 
 from mar.cli.options import parse
 from mar.config import ConfigError, TrainConfig
-from mar.config.tokenizer import Stride, TokenizerTrainConfig
+from mar.config.tokenizer import Stride, TokenizerKind, TokenizerTrainConfig
 from mar.presets import RECIPE_NAMES, recipe
 
 if TYPE_CHECKING:
@@ -235,6 +235,7 @@ class _ModelOverrides:
 
 @dataclass(frozen=True)
 class _TokenizerOverrides:
+    kind: TokenizerKind | None = None
     stride: Stride | None = None
     channels: int | None = None
     images: int | None = None
@@ -278,6 +279,7 @@ def plan_folder(arguments: Sequence[str]) -> tuple[FolderPlan, FolderOptions]:
             classes=given.model.classes,
             label_drop=given.model.label_drop,
             own_tokenizer=any(word.startswith("--vae.") for word in arguments),
+            kind=given.vae.kind,
             stride=given.vae.stride,
             channels=given.vae.channels,
             tokenizer_images=given.vae.images,
@@ -341,12 +343,12 @@ def _run_first_steps(plan: FolderPlan, options: TrainOptions) -> int:
 
 def _is_trained(step: TokenizerStep) -> bool:
     """Return whether a tokenizer is finished. Raises ConfigError where another one is."""
-    from mar.checkpoint.tokenizers import STATISTICS_FILE
+    from mar.checkpoint.tokenizers import is_saved
     from mar.training.run import check_same_run, load_config
 
-    if not (step.out / STATISTICS_FILE).is_file():
+    if not is_saved(step.out):
         return False
-    check_same_run(step.config, step.out)
+    check_same_run(step.config.resolved(), step.out)
     saved = load_config(TokenizerTrainConfig, step.out)
     if saved is not None and saved.images != step.config.images:
         raise ConfigError(

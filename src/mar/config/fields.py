@@ -53,6 +53,8 @@ def fraction(record: Any, *names: str) -> None:
 Config = TypeVar("Config")
 _GONE = (("norm", "layer"), ("mlp", "gelu"), ("timesteps", "uniform"), ("qk_norm", False))
 """Fields removed before version 0.1, with the one value that is read: an older file with another is refused."""
+_BEFORE: dict[str, dict[str, Any]] = {"TokenizerTrainConfig": {"kind": "kl"}}
+"""Values of fields that older files lack, where they are not today's defaults."""
 RENAMED: dict[str, dict[str, str]] = {
     "SamplingConfig": {
         "guidance": "guidance_scale",
@@ -158,7 +160,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 def _kind_of_subclass(config: Any) -> dict[str, str]:
     """Returns the `kind` of a config whose base class is a config with a `kind`; nothing for others."""
     base = type(config).__mro__[1]
-    return {"kind": config.kind} if dataclasses.is_dataclass(base) and hasattr(base, "kind") else {}
+    is_kind_of_class = dataclasses.is_dataclass(base) and hasattr(base, "kind") and not _is_field(base, "kind")
+    return {"kind": config.kind} if is_kind_of_class else {}
+
+
+def _is_field(kind: Any, name: str) -> bool:
+    return name in {field.name for field in dataclasses.fields(kind)}
 
 
 def _class_of_kind(base: type[Config], name: str) -> type[Config]:
@@ -197,12 +204,12 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
 
     Old field names are read as the new ones (`RENAMED`). ConfigError for a field that `kind` never had.
     """
-    if hasattr(kind, "kind") and "kind" in values:
+    if hasattr(kind, "kind") and "kind" in values and not _is_field(kind, "kind"):
         kind = _class_of_kind(kind, values["kind"])
         values = {name: value for name, value in values.items() if name != "kind"}
     every_hint = typing.get_type_hints(kind)
     hints = {field.name: every_hint[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    values = rename_old_keys(kind, values)
+    values = {**_BEFORE.get(kind.__name__, {}), **rename_old_keys(kind, values)}
     values = {name: value for name, value in values.items() if name in hints or (name, value) not in _GONE}
     unknown = sorted(set(values) - set(hints))
     require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(hints))}")

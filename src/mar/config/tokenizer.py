@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from mar.config import LogTo, Precision, resolve_image_channels
 from mar.config.fields import accept_old_names, fraction, positive, require
 
 Stride = Literal[2, 4, 8, 16]
+TokenizerKind = Literal["residual", "kl"]
+"""Name a kind of tokenizer to train."""
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "residual": {"width": 96, "depth": 2, "lr": 1.6e-2},
+    "kl": {"width": 16, "depth": 1, "lr": 8e-3},
+}
 
 
 @accept_old_names
 @dataclass(frozen=True)
 class TokenizerTrainConfig:
-    """Training of an autoencoder (diffusers' AutoencoderKL). Lengths are counted in images."""
+    """Training of a tokenizer on images. Lengths are counted in images."""
 
     data: str = "fashion"
     """fashion, a folder of pictures, Parquet or .tar (WebDataset) files, or OWNER/NAME on the Hub."""
@@ -23,20 +30,24 @@ class TokenizerTrainConfig:
     """Pictures are cut to squares of so many pixels, or to HEIGHT WIDTH."""
     image_channels: int | None = None
     """Channels of the pictures: 1 (gray) or 3; by default 1 for fashion and 3 for all else."""
+    kind: TokenizerKind = "residual"
+    """`residual`: principal components with a learned residual; `kl`: a variational autoencoder (AutoencoderKL)."""
     stride: Stride = 4
     """Pixels of a latent cell's side."""
     channels: int = 4
     """Channels of the latents."""
-    width: int = 16
-    """Features of the first stage, a multiple of 8; the second has twice, all others four times as many."""
-    depth: int = 1
-    """Residual blocks of a stage."""
+    width: int | None = None
+    """Features of the first stage, a multiple of 8; by default 96, for `kl` 16."""
+    depth: int | None = None
+    """Residual blocks of a stage; by default 2, for `kl` 1."""
+    noise: float = 0.6
+    """Noise on the latents that `residual` decodes in training: up to so many standard deviations, as images differ."""
     images: int = 200_000
     """Length of the run, in images seen."""
     batch: int = 32
     """Images per step."""
-    lr: float = 8e-3
-    """Learning rate for 256 images a step; the rate used is lr * batch / 256."""
+    lr: float | None = None
+    """Learning rate for 256 images a step, used times batch / 256; by default 0.016, for `kl` 0.008."""
     warmup: int = 3_000
     """Images over which the learning rate rises linearly from 0."""
     decay: int = 50_000
@@ -48,7 +59,7 @@ class TokenizerTrainConfig:
     ema: float = 0.999
     """Decay of the running average of the weights; the average is exported."""
     kl: float = 1e-6
-    """Weight of the posterior's divergence from a standard normal, summed over a picture's latents."""
+    """Weight of `kl`'s divergence of the posterior from a standard normal, summed over a picture's latents."""
     perceptual: float = 0.0
     """Weight of distances between features of EfficientNet-Lite0 (extra `eval`); 0.1 to 1 are sensible. 0: none."""
     adversarial: float = 0.0
@@ -74,11 +85,14 @@ class TokenizerTrainConfig:
     """Loggers beside log.jsonl: tensorboard, wandb, trackio, or several of them."""
 
     def __post_init__(self) -> None:
-        positive(self, "channels", "depth", "images", "batch", "save_every", "keep", "log_every")
-        for name in ("warmup", "decay", "sample_every", "workers", "kl", "perceptual", "adversarial"):
+        depth = () if self.depth is None else ("depth",)
+        positive(self, "channels", *depth, "images", "batch", "save_every", "keep", "log_every")
+        require(self.kind in typing.get_args(TokenizerKind), f"kind is {self.kind!r}, but it must be residual or kl")
+        for name in ("warmup", "decay", "sample_every", "workers", "kl", "noise", "perceptual", "adversarial"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, but it must not be negative")
         for name in ("lr", "clip"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but it must be positive")
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} is {value}, but it must be positive")
         fraction(self, "ema", "beta1", "beta2", "adversarial_start")
         require(
             self.precision in typing.get_args(Precision),
@@ -89,7 +103,14 @@ class TokenizerTrainConfig:
             self.image_channels in (None, 1, 3),
             f"image_channels is {self.image_channels}, but it must be 1 (gray) or 3",
         )
-        require(self.width >= 8 and self.width % 8 == 0, f"width is {self.width}, but it must be a multiple of 8")
+        width = self.width
+        require(width is None or (width >= 8 and width % 8 == 0), f"width is {width}, but it must be a multiple of 8")
+        values = self.channels_in * self.stride**2
+        require(
+            self.kind == "kl" or self.channels <= values,
+            f"channels is {self.channels}, but squares of {self.stride}x{self.stride} pixels have {values} values; "
+            "take fewer channels, a larger stride, or kind kl",
+        )
         height, width = self.size
         require(
             min(height, width) >= self.stride and height % self.stride == 0 and width % self.stride == 0,
@@ -106,10 +127,16 @@ class TokenizerTrainConfig:
         """Channels of the pictures: `image_channels`, or the default for `data`."""
         return resolve_image_channels(self.data, self.image_channels)
 
+    def resolved(self) -> TokenizerTrainConfig:
+        """Return the config with its kind's defaults in place of None."""
+        defaults = {name: value for name, value in _DEFAULTS[self.kind].items() if getattr(self, name) is None}
+        return replace(self, **defaults)
+
     @property
     def scaled_lr(self) -> float:
         """The learning rate after warm-up and before decay."""
-        return self.lr * self.batch / 256
+        lr: float = _DEFAULTS[self.kind]["lr"] if self.lr is None else self.lr
+        return lr * self.batch / 256
 
     @property
     def adversarial_from(self) -> int:

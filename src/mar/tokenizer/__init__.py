@@ -50,6 +50,7 @@ class Entry(NamedTuple):
 
 TOKENIZERS: dict[str, Entry] = {
     "pixels": Entry("mar.tokenizer.pixels", "PixelTokenizer", "pixels"),
+    "residual": Entry("mar.tokenizer.residual", "ResidualTokenizer"),
     "pca": Entry("mar.tokenizer.pca", "PCATokenizer", r"pca[1-9]\d?"),
     "kl": Entry("mar.tokenizer.kl", "KLTokenizer", diffusers_class="AutoencoderKL"),
 }

@@ -62,6 +62,7 @@ class ResidualTokenizer(Tokenizer):
         width: features of the first stage; the second, at the latents' size, has more.
         depth: blocks of a stage.
         mean, std: statistics of the raw latents, per channel.
+        sample_size: side of the images that it was trained on, as diffusers calls it; a note.
     """
 
     deterministic = True
@@ -75,13 +76,15 @@ class ResidualTokenizer(Tokenizer):
         depth: int = 2,
         mean: Statistic | None = None,
         std: Statistic | None = None,
+        *,
+        sample_size: int | None = None,
     ) -> None:
         if stride < 2 or stride & (stride - 1):
             raise ValueError(f"stride: got {stride}, expected a power of two from 2 on")
         if width < GROUPS or width % GROUPS:
             raise ValueError(f"width: got {width}, expected a multiple of {GROUPS}")
         super().__init__(image_channels, channels, stride, mean, std)
-        self.width, self.depth = width, depth
+        self.width, self.depth, self.sample_size = width, depth, sample_size
         self.linear = PCATokenizer(image_channels, stride, channels)
         # pixels -> squares at half the latents' stride -> latent cells
         self.inner = inner = max(stride // 2, 1)
@@ -106,6 +109,13 @@ class ResidualTokenizer(Tokenizer):
         )
         self.prepare({"per_channel": True, "measured": False})
 
+    @property
+    def last_layer(self) -> nn.Conv2d:
+        """Last convolution of the decoder."""
+        layer = self.decoder[-2]
+        assert isinstance(layer, nn.Conv2d)
+        return layer
+
     def fit_linear(self, batches: Iterable[Tensor]) -> None:
         """Fit the principal components to images (n, c, H, W) in [-1, 1], before training."""
         self.linear.fit(batches)
@@ -127,18 +137,33 @@ class ResidualTokenizer(Tokenizer):
         return self.linear.encode(images).mean + self.encoder(images)
 
     def decode_raw(self, latents: Float[Tensor, "n k h w"]) -> Float[Tensor, "n c H W"]:
-        """Return the image of the principal components plus the decoder's residual, not clipped."""
+        """Return the components' image plus the decoder's residual, not clipped."""
         return self.linear.decode_raw(latents) + self.decoder(latents)
 
     def config(self) -> dict[str, Any]:
         """Return kind and sizes."""
         return {
             "kind": "residual", "image_channels": self.image_channels, "stride": self.stride,
-            "channels": self.channels, "width": self.width, "depth": self.depth, **super().config(),
+            "channels": self.channels, "width": self.width, "depth": self.depth, "sample_size": self.sample_size,
+            **super().config(),
         }  # fmt: skip
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ResidualTokenizer:
         """Create the tokenizer of `config()`."""
-        sizes = {name: config[name] for name in ("image_channels", "stride", "channels", "width", "depth") if name in config}
-        return cls(**sizes)
+        names = ("image_channels", "stride", "channels", "width", "depth", "sample_size")
+        return cls(**{name: config[name] for name in names if name in config})
+
+    def set_statistics(self, mean: Statistic, std: Statistic) -> None:
+        """Set the statistics of raw latents, one each or per channel; they are kept per channel."""
+        stats = (torch.as_tensor(value, dtype=torch.float32).reshape(-1) for value in (mean, std))
+        super().set_statistics(*(value.expand(self.channels) if len(value) == 1 else value for value in stats))
+
+    def prepare(self, config: Mapping[str, Any]) -> None:
+        """Give the buffers the shapes of `config`, for `load_state_dict` to fill."""
+        super().prepare(config)
+        self.linear.has_stats = self.has_stats
+
+    def arithmetic(self) -> dict[str, Any]:
+        """Return the sizes without the note."""
+        return {name: value for name, value in super().arithmetic().items() if name != "sample_size"}

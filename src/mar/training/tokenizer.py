@@ -1,6 +1,8 @@
-"""Train a tokenizer: diffusers' AutoencoderKL, by the loop that trains models (`mar.training.trainer`).
+"""Train a tokenizer by the loop that trains models (`mar.training.trainer`).
 
-The loss of an image and its reconstruction is L1 + KL, and optionally a perceptual distance and a patch discriminator.
+The loss of an image and its reconstruction is L1, and optionally a perceptual distance and a patch discriminator. A
+residual tokenizer decodes latents with noise. An autoencoder decodes samples of a posterior, and has its KL divergence
+in the loss.
 A run's folder is that of a model's run, with two differences. samples/ has held-out images above their reconstructions.
 At the end come config.json, EMA weights and their statistics: the folder is then a tokenizer (`load_tokenizer`).
 """
@@ -12,7 +14,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
@@ -22,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.nn import functional
 
 from mar import distributed
+from mar.checkpoint.run_state import RunState
 from mar.checkpoint.tokenizers import save_tokenizer
 from mar.config import ConfigError
 from mar.config.tokenizer import TokenizerTrainConfig
@@ -30,13 +33,14 @@ from mar.data.loader import Batch, ImageBatch, batches, in_order
 from mar.data.splits import hold_out, load_held_out, save_held_out, subset
 from mar.pipeline import to_pil
 from mar.random import make_generator
+from mar.tokenizer import Tokenizer
 from mar.tokenizer.base import Posterior, RoundTrip, measure_latents, reconstruct, round_trip
-from mar.tokenizer.kl import KLTokenizer, from_config
+from mar.tokenizer.residual import ResidualTokenizer
 from mar.training.ema import EMA
 from mar.training.log import Log
 from mar.training.optim import make_adamw
 from mar.training.run import check_same_run, save_config
-from mar.training.trainer import StepResult, TrainingRun, autocast, posterior_noise
+from mar.training.trainer import StepResult, TrainingRun, autocast, latent_noise_level, posterior_noise
 
 EVAL_IMAGES = 1000
 """Held-out images, at most, for the PSNR."""
@@ -48,6 +52,7 @@ TAPS = (0, 2, 4, 10)
 """Blocks of EfficientNet-Lite0 whose features are compared: the last of each resolution, from 1/2 to 1/16."""
 MIN_SIDE = 64
 """Smaller images are enlarged to this short side before features are computed."""
+DISCRIMINATOR_WIDTH = 32
 _EPSILON = 1e-10
 
 
@@ -119,11 +124,151 @@ def adversarial_weight(
     return (gradient.norm() / (adversarial_gradient.norm() + 1e-4)).clamp(max=1e4).detach()
 
 
+# ---- objectives: what is trained, and how images come back in training
+
+
+class Objective(Protocol):
+    """The training of one kind of tokenizer."""
+
+    def make(self, config: TokenizerTrainConfig) -> nn.Module:
+        """Create the module that is trained, with random weights."""
+        ...
+
+    def fit(self, module: nn.Module, batches: Iterator[Tensor]) -> None:
+        """Fit the parts without gradients to images, before the first step."""
+        ...
+
+    def reconstruct(
+        self, module: Any, images: Tensor, positions: Tensor, config: TokenizerTrainConfig
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return reconstructions, float32, and further terms of the loss.
+
+        Args:
+            module: of `make`.
+            images: in [-1, 1].
+            positions: of the images in the run, for their noise.
+            config: settings of the run.
+        """
+        ...
+
+    def last_layer(self, module: Any) -> Tensor:
+        """Return the weight of the decoder's last layer."""
+        ...
+
+    def tokenizer(self, module: Any) -> Tokenizer:
+        """Return a tokenizer without statistics around a trained module."""
+        ...
+
+    def set_statistics(self, tokenizer: Any, batches: Iterator[Tensor]) -> None:
+        """Measure the statistics of latents."""
+        ...
+
+
+class ResidualObjective:
+    """Decodes latents with noise, since drawn ones are never exact.
+
+    Source: l-DeTok, arXiv 2507.15856.
+    The standard deviation of the noise is uniform between 0 and `noise`, different for each image.
+    """
+
+    def make(self, config: TokenizerTrainConfig) -> ResidualTokenizer:
+        """Create a tokenizer without components."""
+        config = config.resolved()
+        assert config.width is not None
+        assert config.depth is not None
+        return ResidualTokenizer(
+            config.channels_in, config.stride, config.channels, config.width, config.depth, sample_size=max(config.size)
+        )
+
+    def fit(self, module: ResidualTokenizer, batches: Iterator[Tensor]) -> None:
+        """Fit the principal components."""
+        module.fit_linear(batches)
+
+    def reconstruct(
+        self, module: ResidualTokenizer, images: Tensor, positions: Tensor, config: TokenizerTrainConfig
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Decode the latents with noise.
+
+        Args:
+            module, images, positions, config: as in `Objective.reconstruct`.
+        """
+        latents = module.encode_raw(images).float()
+        noise = posterior_noise(latents, config.seed, positions)
+        level = config.noise * latent_noise_level(config.seed, positions).to(latents.device)
+        return module.decode_raw(latents + level.view(-1, 1, 1, 1) * noise).float(), {}
+
+    def last_layer(self, module: ResidualTokenizer) -> Tensor:
+        """Return the weight of the decoder's last convolution."""
+        return module.last_layer.weight
+
+    def tokenizer(self, module: ResidualTokenizer) -> ResidualTokenizer:
+        """Return the module: it is the tokenizer."""
+        return module
+
+    def set_statistics(self, tokenizer: ResidualTokenizer, batches: Iterator[Tensor]) -> None:
+        """Measure the mean of each channel, and one standard deviation for all.
+
+        So channels keep the proportions of their principal components, as `PCATokenizer` has them.
+        """
+        stats = measure_latents(tokenizer, batches, per_channel=True)
+        std = math.sqrt(sum(value**2 for value in stats.std) / len(stats.std))
+        tokenizer.set_statistics(stats.mean, [std] * len(stats.std))
+
+
+class KLObjective:
+    """Decodes samples of the posterior, and returns its KL divergence."""
+
+    def make(self, config: TokenizerTrainConfig) -> nn.Module:
+        """Create an AutoencoderKL of diffusers."""
+        from mar.tokenizer.kl import from_config
+
+        return from_config(autoencoder_config(config)).autoencoder
+
+    def fit(self, module: nn.Module, batches: Iterator[Tensor]) -> None:
+        """Do nothing: all is learned."""
+
+    def reconstruct(
+        self, module: Any, images: Tensor, positions: Tensor, config: TokenizerTrainConfig
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Decode a sample of the posterior. Source of the divergence: arXiv 1312.6114, appendix B.
+
+        Args:
+            module, images, positions, config: as in `Objective.reconstruct`.
+        """
+        posterior = module.encode(images).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+        latents = Posterior(mean, torch.exp(0.5 * logvar)).sample(posterior_noise(mean, config.seed, positions))
+        return module.decode(latents).sample.float(), {"kl": kl}
+
+    def last_layer(self, module: Any) -> Tensor:
+        """Return the weight of the decoder's last convolution."""
+        weight: Tensor = module.decoder.conv_out.weight
+        return weight
+
+    def tokenizer(self, module: Any) -> Tokenizer:
+        """Wrap an autoencoder."""
+        from mar.tokenizer.kl import KLTokenizer
+
+        return KLTokenizer(module)
+
+    def set_statistics(self, tokenizer: Tokenizer, batches: Iterator[Tensor]) -> None:
+        """Measure mean and standard deviation of each channel."""
+        stats = measure_latents(tokenizer, batches, per_channel=True)
+        tokenizer.set_statistics(stats.mean, stats.std)
+
+
+OBJECTIVES: dict[str, Any] = {"residual": ResidualObjective(), "kl": KLObjective()}
+"""Objectives (`Objective`) by the `kind` of a run's config."""
+
+
 # ---- the run
 
 
 def autoencoder_config(config: TokenizerTrainConfig) -> dict[str, Any]:
     """Return the arguments of diffusers' AutoencoderKL."""
+    config = config.resolved()
+    assert config.width is not None
     stages = int(math.log2(config.stride)) + 1
     return {
         "in_channels": config.channels_in,
@@ -146,14 +291,14 @@ class TokenizerRun(TrainingRun):
         folder: where the run keeps its files.
         source: what it learns from.
         held_out: what it is evaluated on.
-        tokenizer: trained in place.
+        module: trained in place; of the objective's `make`.
         device: where to train.
         efficientnet: EfficientNet-Lite0 for the perceptual loss; None: no such loss.
     """
 
     config: TokenizerTrainConfig
     model: Any
-    """A diffusers AutoencoderKL."""
+    """The module of the objective: a ResidualTokenizer, or a diffusers AutoencoderKL."""
 
     def __init__(
         self,
@@ -161,13 +306,14 @@ class TokenizerRun(TrainingRun):
         folder: Path,
         source: Source,
         held_out: Source,
-        tokenizer: KLTokenizer,
+        module: nn.Module,
         device: torch.device,
         efficientnet: Any = None,
     ) -> None:
         super().__init__(config, folder, device)
         self.source, self.held_out = source, held_out
-        self.model = tokenizer.to(device).autoencoder.train()
+        self.objective: Objective = OBJECTIVES[config.kind]
+        self.model = module.to(device).train()
         self.ema = EMA(self.model, config.ema)
         self.optimizers = (self._make_optimizer(self.model),)
         self.perceptual = None if efficientnet is None else PerceptualDistance(efficientnet.to(device))
@@ -175,7 +321,9 @@ class TokenizerRun(TrainingRun):
         self.discriminator_start = config.adversarial_from
         """Images after which the discriminator is used."""
         if config.adversarial:
-            self.discriminator = PatchDiscriminator(config.channels_in, config.width).to(device)
+            self.discriminator = PatchDiscriminator(
+                config.channels_in, DISCRIMINATOR_WIDTH if config.width is None else config.width
+            ).to(device)
             self.discriminator_optimizer = self._make_optimizer(self.discriminator)
 
     def _make_optimizer(self, module: nn.Module) -> torch.optim.AdamW:
@@ -201,19 +349,21 @@ class TokenizerRun(TrainingRun):
         images = batch.images.to(self.device)
         discriminator = self.discriminator if self.progress.images >= self.discriminator_start else None
 
-        # autoencoder
+        # tokenizer
         self.model.zero_grad(set_to_none=True)
         with autocast(self.device, self.config.precision):
-            reconstructed, kl = self._reconstruct(images, batch.positions)
-            terms = {"l1": (images - reconstructed).abs().mean(), "kl": kl}
-            loss = terms["l1"] + self.config.kl * kl
+            reconstructed, further = self.objective.reconstruct(self.model, images, batch.positions, self.config)
+            terms = {"l1": (images - reconstructed).abs().mean(), **further}
+            loss = terms["l1"]
+            if "kl" in further:
+                loss = loss + self.config.kl * further["kl"]
             if self.perceptual is not None:
                 terms["perceptual"] = self.perceptual(images, reconstructed)
                 loss = loss + self.config.perceptual * terms["perceptual"]
             total = loss
             if discriminator is not None:
                 terms["adversarial"] = -discriminator(reconstructed).mean()
-                weight = adversarial_weight(loss, terms["adversarial"], self.model.decoder.conv_out.weight)
+                weight = adversarial_weight(loss, terms["adversarial"], self.objective.last_layer(self.model))
                 total = loss + self.config.adversarial * weight * terms["adversarial"]
         total.backward()
         norm = self.optimizer_step()
@@ -223,17 +373,6 @@ class TokenizerRun(TrainingRun):
             terms["critic"] = self._discriminator_step(discriminator, images, reconstructed.detach())
         self.extra_metrics = {name: term.item() for name, term in terms.items()}
         return StepResult(loss.item(), norm)
-
-    def _reconstruct(self, images: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstruct images from latents sampled from the posterior. Also returns the mean KL divergence of an image.
-
-        The divergence from a standard normal is that of Kingma and Welling (arXiv 1312.6114), appendix B.
-        """
-        posterior = self.model.encode(images).latent_dist
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
-        latents = Posterior(mean, torch.exp(0.5 * logvar)).sample(posterior_noise(mean, self.config.seed, positions))
-        return self.model.decode(latents).sample.float(), kl
 
     def _discriminator_step(
         self, discriminator: PatchDiscriminator, images: Tensor, reconstructed: Tensor
@@ -285,12 +424,17 @@ def open_tokenizer_run(
         raise ConfigError(
             f"got {distributed.world_size()} processes, but a tokenizer is trained by one; start it without torchrun"
         )
+    config = config.resolved()
     check_same_run(config, folder)
     source, held_out = hold_out(config.data, load_held_out(folder))
     efficientnet = load_network() if config.perceptual else None
     torch.manual_seed(make_generator(config.seed).initial_seed())
-    tokenizer = from_config(autoencoder_config(config))
-    run = TokenizerRun(config, folder, source, held_out, tokenizer, device, efficientnet)
+    objective: Objective = OBJECTIVES[config.kind]
+    module = objective.make(config)
+    if not RunState(folder).states():
+        transform = Transform(config.size, config.channels_in)
+        objective.fit(module, in_order(subset(source, STATS_IMAGES), transform))
+    run = TokenizerRun(config, folder, source, held_out, module, device, efficientnet)
     run.resume()
     save_config(config, folder)
     save_held_out(folder, source)
@@ -300,12 +444,12 @@ def open_tokenizer_run(
 # ---- evaluation and export
 
 
-def ema_tokenizer(run: TokenizerRun) -> KLTokenizer:
+def ema_tokenizer(run: TokenizerRun) -> Tokenizer:
     """Copy the current EMA weights to a tokenizer without statistics."""
-    return KLTokenizer(copy.deepcopy(run.ema.model)).to(run.device)
+    return run.objective.tokenizer(copy.deepcopy(run.ema.model)).to(run.device)
 
 
-def evaluate_reconstruction(run: TokenizerRun, log: Log, tokenizer: KLTokenizer | None = None) -> RoundTrip:
+def evaluate_reconstruction(run: TokenizerRun, log: Log, tokenizer: Tokenizer | None = None) -> RoundTrip:
     """Measure the PSNR of held-out images, and save a grid of some.
 
     By default the tokenizer has the EMA weights.
@@ -323,16 +467,15 @@ def evaluate_reconstruction(run: TokenizerRun, log: Log, tokenizer: KLTokenizer 
     return result
 
 
-def reconstruction_grid(tokenizer: KLTokenizer, images: Float[Tensor, "n c h w"]) -> Image.Image:
+def reconstruction_grid(tokenizer: Tokenizer, images: Float[Tensor, "n c h w"]) -> Image.Image:
     """Draw images in the upper row, reconstructions in the lower one."""
     return image_grid([*to_pil(images), *to_pil(reconstruct(tokenizer, images).cpu())], len(images))
 
 
-def export_tokenizer(run: TokenizerRun, log: Log) -> tuple[KLTokenizer, RoundTrip]:
+def export_tokenizer(run: TokenizerRun, log: Log) -> tuple[Tokenizer, RoundTrip]:
     """Measure the EMA tokenizer's statistics, evaluate it, and write it."""
     tokenizer = ema_tokenizer(run)
-    statistics = measure_latents(tokenizer, in_order(subset(run.source, STATS_IMAGES), run.transform), per_channel=True)
-    tokenizer.set_statistics(statistics.mean, statistics.std)
+    run.objective.set_statistics(tokenizer, in_order(subset(run.source, STATS_IMAGES), run.transform))
     result = evaluate_reconstruction(run, log, tokenizer)
     save_tokenizer(tokenizer, run.folder)
     return tokenizer, result

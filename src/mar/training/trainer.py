@@ -55,7 +55,7 @@ MAX_NONFINITE_STEPS = 50
 CALLBACKS_DONE_FILE = "watched"
 """File in a run's folder: images up to which all due callbacks have finished."""
 # Keys of random streams, beside those of the loss (`sample_randomness`).
-_POSTERIOR_STREAM, _DROPOUT_STREAM = 2, 3
+_POSTERIOR_STREAM, _DROPOUT_STREAM, _LEVEL_STREAM = 2, 3, 5
 
 
 class TrainingError(ValueError):
@@ -467,6 +467,12 @@ def posterior_noise(mean: Tensor, seed: int, positions: Tensor) -> Tensor:
     """Draw standard normal noise like `mean`, keyed by (seed, position)."""
     generators = (make_generator(seed, _POSTERIOR_STREAM, position) for position in positions.tolist())
     return torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators]).to(mean.device)
+
+
+def latent_noise_level(seed: int, positions: Tensor) -> Tensor:
+    """Draw a uniform number in [0, 1) for each image, keyed by (seed, position)."""
+    generators = (make_generator(seed, _LEVEL_STREAM, position) for position in positions.tolist())
+    return torch.stack([torch.rand((), generator=generator) for generator in generators])
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from tiny import noise
 
 from mar.checkpoint.tokenizers import load_tokenizer, save_statistics, save_tokenizer
-from mar.tokenizer import KLTokenizer, PixelTokenizer
+from mar.tokenizer import KLTokenizer
+from mar.tokenizer.residual import ResidualTokenizer
 
 
 def autoencoder() -> AutoencoderKL:
@@ -58,8 +60,22 @@ def test_other_model_classes_are_refused(tmp_path: Path) -> None:
     AutoencoderTiny(encoder_block_out_channels=(4,) * 4, decoder_block_out_channels=(4,) * 4).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="holds a diffusers AutoencoderTiny"):
         load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="got a PixelTokenizer"):
-        save_tokenizer(PixelTokenizer(3), tmp_path)
+
+
+def test_own_tokenizer_folder_round_trip_is_bitwise(tmp_path: Path) -> None:
+    tokenizer = ResidualTokenizer(1, 2, 3, width=8, depth=1, sample_size=16)
+    tokenizer.fit_linear([noise(4, 1, 8, 8)])
+    for statistics in ((0.5, 2.0), ([0.1, 0.2, 0.3], [1.0, 2.0, 3.0])):
+        tokenizer.set_statistics(*statistics)
+        save_statistics(tokenizer, tmp_path)  # as `mar tokenizer stats` does
+        save_tokenizer(tokenizer, tmp_path)
+        again = load_tokenizer(tmp_path)
+        images = noise(2, 1, 8, 8)
+        assert torch.equal(again.encode(images).mean, tokenizer.encode(images).mean)
+        assert (again.has_stats, again.config()) == (True, tokenizer.config())
+    (tmp_path / "tokenizer.safetensors").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="can't load the weights of"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["{", '{"mean": [0]}', '{"mean": [0], "std": [-1]}', "[]"])

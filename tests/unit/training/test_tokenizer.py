@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import HEAD, noise, open_tiny_run, tiny_train_config, write_images
+from tiny import FAST, HEAD, noise, open_tiny_run, tiny_model, tiny_train_config, write_images
 from tiny import tiny_config as model_config
 from torch import nn
 
@@ -26,11 +26,13 @@ from mar.config import ConfigError, TrainConfig, from_dict, to_dict
 from mar.config.tokenizer import TokenizerTrainConfig
 from mar.data.loader import ImageBatch, in_order
 from mar.data.splits import hold_out, subset
-from mar.tokenizer import KLTokenizer, PixelTokenizer
+from mar.pipeline import Pipeline
+from mar.tokenizer import KLTokenizer, PCATokenizer, PixelTokenizer
 from mar.tokenizer.base import psnr, round_trip
+from mar.tokenizer.residual import ResidualTokenizer
 from mar.training.log import Log, RunLog
 from mar.training.preflight import check_tokenizer, token_width_warning
-from mar.training.run import open_run
+from mar.training.run import load_config, open_run
 from mar.training.tokenizer import (
     PatchDiscriminator,
     PerceptualDistance,
@@ -64,8 +66,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(data: Path, **changes: Any) -> TokenizerTrainConfig:
     """A run over `pictures` for six steps: 8x8 pixels to 4x4 cells of three values."""
     own: dict[str, Any] = {
-        "data": str(data), "image_size": 8, "image_channels": 1, "stride": 2, "channels": 3, "width": 8, "images": 24,
-        "batch": 4, "lr": 0.3, "warmup": 8, "decay": 8, "ema": 0.9, "log_every": 1, "sample_every": 0, "seed": 3,
+        "data": str(data), "kind": "kl", "image_size": 8, "image_channels": 1, "stride": 2, "channels": 3, "width": 8,
+        "images": 24, "batch": 4, "lr": 0.3, "warmup": 8, "decay": 8, "ema": 0.9, "log_every": 1, "sample_every": 0,
+        "seed": 3,
     }  # fmt: skip
     return TokenizerTrainConfig(**{**own, **changes})
 
@@ -120,10 +123,11 @@ ALL = {"perceptual": 0.5, "adversarial": 0.7, "adversarial_start": 0.25}
 @pytest.mark.parametrize(
     ("losses", "at", "number"), [({}, 4, signal.SIGTERM), (ALL, 16, signal.SIGINT)], ids=["plain", "all"]
 )
+@pytest.mark.parametrize("kind", ["residual", "kl"])
 def test_tokenizer_run_resume_is_bitwise(
-    data: Path, tmp_path: Path, losses: dict[str, float], at: int, number: signal.Signals
+    data: Path, tmp_path: Path, kind: str, losses: dict[str, float], at: int, number: signal.Signals
 ) -> None:
-    config = settings(data, **losses)
+    config = settings(data, kind=kind, lr=0.1, **losses)
     whole = opened(config, tmp_path / "whole")
     undisturbed = Stopping(None)
     assert train(whole, undisturbed)
@@ -141,7 +145,8 @@ def test_tokenizer_run_resume_is_bitwise(
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
     if losses:
         assert {"critic", "critic_optimizer"} <= {name.split("/")[0] for name in ours}
-        assert set(resumed.extra_metrics) == {"l1", "kl", "perceptual", "adversarial", "critic"}
+        kl = {"kl"} if kind == "kl" else set()
+        assert set(resumed.extra_metrics) == {"l1", "perceptual", "adversarial", "critic"} | kl
         assert all(math.isfinite(part) for part in resumed.extra_metrics.values())
 
 
@@ -188,6 +193,71 @@ def test_tokenizer_run_exports_normalized_latents(trained: tuple[Path, float, fl
     spread_of = (mean.square().mean((0, 2, 3)) + posterior.std.double().square().mean((0, 2, 3))).sqrt()
     torch.testing.assert_close(mean.mean((0, 2, 3)), torch.zeros(3).double(), atol=1e-4, rtol=0)
     torch.testing.assert_close(spread_of, torch.ones(3).double(), atol=1e-4, rtol=0)
+
+
+def test_residual_run_begins_at_the_principal_components(data: Path, tmp_path: Path) -> None:
+    run = opened(settings(data, kind="residual"), tmp_path / "run")
+    components = PCATokenizer(1, 2, 3)
+    components.fit(in_order(run.source, run.transform))
+    held_out = list(in_order(run.held_out, run.transform))
+    assert evaluate_reconstruction(run, Log()).psnr == pytest.approx(round_trip(components, held_out).psnr, abs=1e-3)
+    assert torch.equal(run.ema.model.linear.basis, components.basis)
+
+
+def test_residual_run_learns_and_is_a_tokenizer(data: Path, tmp_path: Path) -> None:
+    config = settings(data, kind="residual", images=800, batch=8, ema=0.95, noise=0.1, channels=1, lr=0.3)
+    run = opened(config, tmp_path / "run")
+    before = evaluate_reconstruction(run, Log())
+    assert train(run, Log())
+    exported, after = export_tokenizer(run, Log())
+    assert after.psnr > before.psnr + 1
+    tokenizer = load_tokenizer(tmp_path / "run")
+    assert isinstance(tokenizer, ResidualTokenizer)
+    assert (tokenizer.stride, tokenizer.channels, tokenizer.sample_size, tokenizer.has_stats) == (2, 1, 8, True)
+    images = torch.cat(list(in_order(run.source, run.transform)))
+    with torch.no_grad():
+        latents = tokenizer.encode(images).mean
+        assert torch.equal(latents, exported.encode(images).mean)
+        assert torch.equal(tokenizer.decode(latents), exported.decode(latents))
+    assert float(latents.mean()) == pytest.approx(0, abs=1e-3)
+    assert float(latents.std(correction=0)) == pytest.approx(1, abs=1e-3)
+
+
+def test_residual_run_noise_makes_decoding_robust(data: Path, tmp_path: Path) -> None:
+    psnrs = {}
+    for noise_level in (0.0, 1.0):
+        config = settings(data, kind="residual", images=800, batch=8, ema=0.95, noise=noise_level, channels=2, lr=0.1)
+        run = opened(config, tmp_path / f"{noise_level}")
+        assert train(run, Log())
+        tokenizer, _ = export_tokenizer(run, Log())
+        images = torch.cat(list(in_order(run.held_out, run.transform)))
+        with torch.no_grad():
+            latents = tokenizer.encode(images).mean
+            drawn = latents + 0.5 * noise(*latents.shape)
+            psnrs[noise_level] = float(psnr(images, tokenizer.decode(drawn)).mean())
+    assert psnrs[1.0] > psnrs[0.0] + 1
+
+
+def test_model_with_a_residual_tokenizer_inside_opens_and_samples(data: Path, tmp_path: Path) -> None:
+    run = opened(settings(data, kind="residual"), tmp_path / "tokenizer")
+    assert train(run, Log())
+    export_tokenizer(run, Log())
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    pipeline = Pipeline(tiny_model(channels=3, grid=(4, 4)), tokenizer, sampling=replace(FAST, x0_bound=2.0))
+    pipeline.save(tmp_path / "model.safetensors")
+    again = Pipeline.open(tmp_path / "model.safetensors")
+    assert again.image_size == (8, 8)
+    assert torch.equal(again.sample([0], output="tensor"), pipeline.sample([0], output="tensor"))
+    assert again.fingerprint() == pipeline.fingerprint()
+
+
+def test_tokenizer_run_of_before_is_an_autoencoders(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"data": "photos", "width": 16, "depth": 1, "lr": 0.008}))
+    saved = load_config(TokenizerTrainConfig, tmp_path)
+    assert saved is not None
+    assert (saved.kind, saved) == ("kl", TokenizerTrainConfig("photos", kind="kl").resolved())
+    config = TokenizerTrainConfig("photos", kind="kl").resolved()
+    assert from_dict(TokenizerTrainConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
 def latents_config(data: Path, folder: Path, **changes: Any) -> TrainConfig:
