@@ -194,7 +194,9 @@ class ResidualObjective:
         """
         latents = module.encode_raw(images).float()
         noise = posterior_noise(latents, config.seed, positions)
-        level = config.noise * latent_noise_level(config.seed, positions).to(latents.device)
+        # relative to the latents: the encoder could scale away from any fixed noise
+        scale = latents.detach().square().mean().sqrt()
+        level = config.noise * scale * latent_noise_level(config.seed, positions).to(latents.device)
         return module.decode_raw(latents + level.view(-1, 1, 1, 1) * noise).float(), {}
 
     def last_layer(self, module: ResidualTokenizer) -> Tensor:
