@@ -390,8 +390,8 @@ def test_folder_killed_before_the_model_resumes(place: Path) -> None:
         assert code == -signal.SIGKILL, said.read_text()
     assert processes.run_to_end(WHOLE, said) == 0, said.read_text()
     for name in (
-        "tokenizer/tokenizer.safetensors",
-        "tokenizer/config.json",
+        "tokenizer/diffusion_pytorch_model.safetensors",
+        "tokenizer/mar_statistics.json",
         "latents/index.json",
     ):
         assert (place / "run" / name).read_bytes() == (place / "undisturbed" / name).read_bytes()

@@ -199,7 +199,7 @@ def _layout(overrides: Overrides, summary: DatasetSummary) -> TokenLayout:
         return TokenLayout(_crop(overrides, summary, largest, shape), name, shape)
     largest = max_side(summary.count)
     size = _crop(overrides, summary, largest)
-    kind = overrides.kind or _begun_kind(overrides.out) or "residual"
+    kind = overrides.kind or _begun_kind(overrides.out) or "kl"
     shape = own_shape(size, kind) if name == OWN else default_latent_shape(summary, size, kind)
     if shape is None:
         assert PixelTokenizer.name is not None

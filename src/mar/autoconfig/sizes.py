@@ -155,7 +155,7 @@ def largest_multiple(side: int, latents: LatentShape | None) -> int:
 # ---- tokens
 
 
-def own_shape(size: tuple[int, int], kind: TokenizerKind = "residual") -> LatentShape:
+def own_shape(size: tuple[int, int], kind: TokenizerKind = "kl") -> LatentShape:
     """Returns the latents of a run's own tokenizer.
 
     `size` is height and width of crops. Squares of 32 to 256 pixels get 64 to 256 cells, few enough values for a narrow
@@ -176,7 +176,7 @@ def pca_shape(stride: int = 4) -> LatentShape:
 
 
 def default_latent_shape(
-    summary: DatasetSummary, size: tuple[int, int], kind: TokenizerKind = "residual"
+    summary: DatasetSummary, size: tuple[int, int], kind: TokenizerKind = "kl"
 ) -> LatentShape | None:
     """Returns the latents for crops of `size`; None: pixels.
 

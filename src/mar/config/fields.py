@@ -53,8 +53,6 @@ def fraction(record: Any, *names: str) -> None:
 Config = TypeVar("Config")
 _GONE = (("norm", "layer"), ("mlp", "gelu"), ("timesteps", "uniform"), ("qk_norm", False))
 """Fields removed before version 0.1, with the one value that is read: an older file with another is refused."""
-_BEFORE: dict[str, dict[str, Any]] = {"TokenizerTrainConfig": {"kind": "kl"}}
-"""Values of fields that older files lack, where they are not today's defaults."""
 RENAMED: dict[str, dict[str, str]] = {
     "SamplingConfig": {
         "guidance": "guidance_scale",
@@ -209,7 +207,7 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
         values = {name: value for name, value in values.items() if name != "kind"}
     every_hint = typing.get_type_hints(kind)
     hints = {field.name: every_hint[field.name] for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    values = {**_BEFORE.get(kind.__name__, {}), **rename_old_keys(kind, values)}
+    values = rename_old_keys(kind, values)
     values = {name: value for name, value in values.items() if name in hints or (name, value) not in _GONE}
     unknown = sorted(set(values) - set(hints))
     require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(hints))}")

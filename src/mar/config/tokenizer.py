@@ -10,11 +10,11 @@ from mar.config import LogTo, Precision, resolve_image_channels
 from mar.config.fields import accept_old_names, fraction, positive, require
 
 Stride = Literal[2, 4, 8, 16]
-TokenizerKind = Literal["residual", "kl"]
+TokenizerKind = Literal["kl", "residual"]
 """Name a kind of tokenizer to train."""
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "residual": {"width": 96, "depth": 2, "lr": 1.6e-2},
+    "residual": {"width": 96, "depth": 2, "lr": 8e-3},
     "kl": {"width": 16, "depth": 1, "lr": 8e-3},
 }
 
@@ -30,24 +30,24 @@ class TokenizerTrainConfig:
     """Pictures are cut to squares of so many pixels, or to HEIGHT WIDTH."""
     image_channels: int | None = None
     """Channels of the pictures: 1 (gray) or 3; by default 1 for fashion and 3 for all else."""
-    kind: TokenizerKind = "residual"
-    """`residual`: principal components with a learned residual; `kl`: a variational autoencoder (AutoencoderKL)."""
+    kind: TokenizerKind = "kl"
+    """`kl`: a variational autoencoder (AutoencoderKL); `residual`: principal components with a learned residual."""
     stride: Stride = 4
     """Pixels of a latent cell's side."""
     channels: int = 4
     """Channels of the latents."""
     width: int | None = None
-    """Features of the first stage, a multiple of 8; by default 96, for `kl` 16."""
+    """Features of the first stage, a multiple of 8; by default 16, for `residual` 96."""
     depth: int | None = None
-    """Residual blocks of a stage; by default 2, for `kl` 1."""
-    noise: float = 0.6
+    """Residual blocks of a stage; by default 1, for `residual` 2."""
+    noise: float = 0.3
     """Noise on the latents that `residual` decodes in training: up to so many standard deviations, as images differ."""
     images: int = 200_000
     """Length of the run, in images seen."""
     batch: int = 32
     """Images per step."""
     lr: float | None = None
-    """Learning rate for 256 images a step, used times batch / 256; by default 0.016, for `kl` 0.008."""
+    """Learning rate for 256 images a step, used times batch / 256; by default 0.008."""
     warmup: int = 3_000
     """Images over which the learning rate rises linearly from 0."""
     decay: int = 50_000
@@ -87,7 +87,7 @@ class TokenizerTrainConfig:
     def __post_init__(self) -> None:
         depth = () if self.depth is None else ("depth",)
         positive(self, "channels", *depth, "images", "batch", "save_every", "keep", "log_every")
-        require(self.kind in typing.get_args(TokenizerKind), f"kind is {self.kind!r}, but it must be residual or kl")
+        require(self.kind in typing.get_args(TokenizerKind), f"kind is {self.kind!r}, but it must be kl or residual")
         for name in ("warmup", "decay", "sample_every", "workers", "kl", "noise", "perceptual", "adversarial"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, but it must not be negative")
         for name in ("lr", "clip"):

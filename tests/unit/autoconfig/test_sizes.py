@@ -12,6 +12,7 @@ from mar.autoconfig.sizes import (
     largest_multiple,
     max_side,
     next_larger_count,
+    own_shape,
     pca_shape,
     tokenizer_config_for,
     train_config_for,
@@ -65,9 +66,9 @@ def test_recipe_principal_components_predict_x0_and_keep_rare_values() -> None:
     _, config = chosen(500, 32)
     assert (config.model.channels, config.model.grid, config.model.patch_size) == (16, (8, 8), 1)
     assert (config.model.head.prediction, config.sampling.x0_bound) == ("x0", 10)
-    residual = chosen(500, 64)[1]  # components with a learned residual
+    assert chosen(500, 64)[1].model.head.prediction == chosen(500, 32, image_channels=1)[1].model.head.prediction == "v"
+    residual = train_config_for(DatasetSummary(500, 64, 3, KINDS), (64, 64), own_shape((64, 64), "residual"))
     assert (residual.model.head.prediction, residual.sampling.x0_bound, residual.shift) == ("x0", 10, 0)
-    assert chosen(500, 32, image_channels=1)[1].model.head.prediction == "v"
 
 
 def test_recipe_without_classes_has_no_guidance() -> None:
