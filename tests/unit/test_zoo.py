@@ -114,9 +114,7 @@ def test_zoo_reference_run_is_continued(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("mar.checkpoint.official._HEADS_BY_WIDTH", {16: 2})
     _, expected = official_file(tmp_path / "checkpoint-last.pth")
     config = TrainConfig(model=CONFIG, data=str(tmp_path / "pictures"), batch=256, lr=1e-3)
-    run = open_run(
-        config, tmp_path / "run", device=torch.device("cpu"), load_tokenizer=zoo.load_tokenizer, load_model=zoo.load
-    )
+    run = open_run(config, tmp_path / "run", device=torch.device("cpu"))
     resume_official(run, tmp_path / "checkpoint-last.pth")
     assert run.progress.images == 5 * 2  # five epochs of two pictures
     torch.manual_seed(1)  # the same gradients again, by our names

@@ -140,7 +140,7 @@ def _add_callbacks(options: TrainOptions, run: Run, log: Log) -> None:
 
 def _open(options: TrainOptions, device: torch.device) -> Run:
     """Opens a new or saved run, and prints what it needs."""
-    from mar import distributed, zoo
+    from mar import distributed
     from mar.training.log import require_writers
     from mar.training.preflight import estimate
     from mar.training.run import open_run, resume_official
@@ -150,7 +150,7 @@ def _open(options: TrainOptions, device: torch.device) -> Run:
     assert options.out is not None
     needs = estimate(options.config, distributed.world_size())
     needs.check_disk(options.out)
-    run = open_run(options.config, options.out, device=device, load_tokenizer=zoo.load_tokenizer, load_model=zoo.load)
+    run = open_run(options.config, options.out, device=device)
     if options.resume_official is not None:
         if run.progress.images:
             raise ConfigError(f"{options.out} has gone on already; leave --resume-official out to go on with it")

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from mar import distributed
+from mar import distributed, zoo
 from mar.checkpoint import official
 from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState, changed_settings
@@ -60,8 +60,8 @@ def open_run(
     folder: Path,
     *,
     device: torch.device,
-    load_tokenizer: Callable[[str], Tokenizer],
-    load_model: Callable[[str], Pipeline],
+    load_tokenizer: Callable[[str], Tokenizer] = zoo.load_tokenizer,
+    load_model: Callable[[str], Pipeline] = zoo.load,
 ) -> Run:
     """Open the run in a folder, resumed if there are saved states.
 

@@ -22,6 +22,7 @@ from mar.data.splits import HELD_OUT
 from mar.pipeline import Pipeline
 from mar.tokenizer import PixelTokenizer
 from mar.training.log import RunLog
+from mar.training.run import open_run
 from mar.training.trainer import Callback, Run, train
 
 EVERY_STEP = list(range(4, 41, 4))
@@ -271,6 +272,13 @@ def test_run_without_state_starts_from_init(data: Path, tmp_path: Path) -> None:
     again = open_tiny_run(settings, tmp_path)  # which loads nothing
     assert differing(again, run) == []
     assert again.tokenizer.has_stats
+
+
+def test_open_run_without_loaders_loads_weights_by_name(data: Path, tmp_path: Path) -> None:
+    start, file = tiny_model(seed=4, channels=1, grid=(8, 8), patch_size=2, classes=2), tmp_path / "start.safetensors"
+    Pipeline(start, PixelTokenizer(1, 0.0, 1.0)).save(file)
+    run = open_run(tiny_train_config(data, init=str(file)), tmp_path / "run", device=torch.device("cpu"))
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), start.parameters(), strict=True))
 
 
 def test_run_of_skipped_steps_can_be_resumed(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
