@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import json
 import re
 import sys
 import tomllib
@@ -19,7 +20,7 @@ from prose_text import Comment, Passage, count_words, find_comments, paragraphs,
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("src/mar", "tests", "benchmarks", "tools", "examples")
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/**/*.md", "notebooks/*.ipynb")
 
 RULES = {
     "summary": "a docstring of src starts with a short clause; a function's with a verb",
@@ -213,6 +214,9 @@ def check_file(path: str, source: str) -> list[Finding]:
     """Checks the text of a file; its path, from the repository's root, says which rules are for it."""
     if path.endswith(".md"):
         return [each for text in paragraphs(source, 1) for each in check_sentences(text, MARKDOWN_SENTENCE_WORDS)]
+    if path.endswith(".ipynb"):  # a line of a finding is that of its cell's text
+        texts = ["".join(cell["source"]) for cell in json.loads(source)["cells"] if cell["cell_type"] == "markdown"]
+        return [each for text in texts for each in check_file("text.md", text)]
     tree, comments = ast.parse(source), find_comments(source)
     prose = list(prose_of(tree, comments))
     findings = [each for text in prose for each in check_sentences(text, SENTENCE_WORDS)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +11,7 @@ import pytest
 
 TOOLS = Path(__file__).parents[2] / "tools"
 LONG = "word " * 40
+NOTEBOOK = json.dumps({"cells": [{"cell_type": kind, "source": [LONG]} for kind in ("markdown", "code")]})
 
 
 @pytest.fixture
@@ -38,6 +40,7 @@ FINDINGS = [
     ("src/mar/a.py", f'raise ValueError(f"{{x}} {LONG}")', "sentence-length"),
     ("README.md", LONG, "sentence-length"),
     ("docs/a.md", f"- {LONG}", "sentence-length"),
+    ("notebooks/a.ipynb", NOTEBOOK, "sentence-length"),
     ("docs/a.md", f"{'word ' * 20} which is what it is.", "relative-clauses"),
     ("docs/a.md", "Of what is there, it counts what was said where it stands.", "relative-clauses"),
     ("docs/a.md", "That is what it does where it stands.", "relative-clauses"),
