@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -14,8 +16,12 @@ from typing import Any
 import nbformat
 import pytest
 from PIL import Image
+from tiny import FAST, tiny_model
 
 import mar
+from mar.assets import imagenet_classes
+from mar.pipeline import Pipeline
+from mar.tokenizer import PixelTokenizer
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks/mar.ipynb"
 TEXT = NOTEBOOK.read_text(encoding="utf-8")
@@ -164,3 +170,32 @@ def test_notebook_links_lead_somewhere() -> None:
     links = re.findall(r"\]\((\.\.[^)#]+)\)", text)
     assert len(links) > 3
     assert not [link for link in links if not (NOTEBOOK.parent / link).exists()]
+
+
+def test_notebook_with_mar_base_draws_by_changing_one_line(monkeypatch: pytest.MonkeyPatch, untyped: None) -> None:
+    """An untrained model of ImageNet's classes and colors stands in for the authors'."""
+    model = tiny_model(channels=3, grid=(16, 16), classes=1000)
+    stand_in = Pipeline(
+        model, PixelTokenizer(3, 0.0, 1.0), classes=imagenet_classes(), sampling=replace(FAST, x0_bound=1.0)
+    )
+    monkeypatch.setattr("mar.load", lambda name: {"mar-base": stand_in}[name])
+    monkeypatch.setattr("mar.devices.choose_device", lambda: "cpu")
+    sources = {name: cell.source for name, cell in committed().items()}
+    assert sources["settings"].count('MODEL = "fashion"') == 1
+    sources["settings"] = sources["settings"].replace('MODEL = "fashion"', 'MODEL = "mar-base"')
+    names: dict[str, Any] = {}
+    for name in ("settings", "load", "helpers", "draw", "reveal", "settings-grid", "presets", "edit"):
+        exec(compile(sources[name], name, "exec"), names)
+    rows = [*names["drawn"], names["revealed"], *names["grid"], names["edited"]]
+    assert {(image.mode, image.size) for row in rows for image in row} == {("RGB", (16, 16))}
+    assert names["LABELS"][0] == "golden retriever"
+
+
+def test_run_notebook_clean_keeps_one_format_of_a_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(NOTEBOOK.parents[1] / "tools")
+    notebook = parse(TEXT)
+    notebook.metadata["language_info"]["version"] = "3.11"
+    notebook.cells[-1].metadata["collapsed"] = True
+    next(cell for cell in notebook.cells if cell.id == "draw").outputs[0].data["image/jpeg"] = "AAAA"
+    importlib.import_module("run_notebook").clean(notebook)
+    assert nbformat.writes(notebook) + "\n" == TEXT
