@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sampling import random_model
 
-from mar.cli.options import torch_dtype
+from mar.devices import torch_dtype
 from mar.pipeline import Pipeline
 from mar.presets import MODELS
 from mar.tokenizer.kl import kl16

@@ -35,8 +35,9 @@ from quality_notes import read_lines, require_same, write_lines
 
 import mar
 from mar.checkpoint.files import write_text
-from mar.cli.options import DrawnDtype, torch_dtype
+from mar.cli.options import DrawnDtype
 from mar.data.splits import subset
+from mar.devices import torch_dtype
 from mar.evaluation.evaluate import MetricOptions, collect, compare
 from mar.evaluation.image_sets import GeneratedImages, ImageBatch, SourceImages
 from mar.evaluation.metrics import frechet_distance
