@@ -67,14 +67,16 @@ class Guard:
     Args:
         app: behind it.
         streams: of the calls.
+        queue: returns gradio's queue, which is there once it serves.
         defaults: name of each function of the API -> defaults of its parameters, in order; `...` if it has none.
         hosted: whether the server is meant for other machines, under any name.
     """
 
     def __init__(
-        self, app: App, streams: Streams, defaults: Mapping[str, list[Any]], hosted: bool = False
+        self, app: App, streams: Streams, queue: Callable[[], Any], defaults: Mapping[str, list[Any]],
+        hosted: bool = False,
     ) -> None:  # fmt: skip
-        self.app, self.streams, self.defaults, self.hosted = app, streams, defaults, hosted
+        self.app, self.streams, self.queue, self.defaults, self.hosted = app, streams, queue, defaults, hosted
         self._received = 0
         """Bytes of the bodies that are being received."""
 
@@ -98,7 +100,7 @@ class Guard:
 
     async def _serve_call(self, scope: Scope, receive: Receive, send: Send) -> None:
         if not self.streams.bound:
-            raise Refused(503, "the studio is starting; try again in a moment")
+            self.streams.bind(self.queue())
         body = self._body(scope, await self._read(receive))
 
         async def note(message: Message) -> None:
@@ -137,6 +139,8 @@ class Guard:
         door = _DOORS.get("GET" if scope["method"] == "HEAD" else scope["method"])
         if door is None or not door.fullmatch(scope["path"]):
             raise Refused(404, "there is nothing here")
+        if scope["method"] == "POST" and headers.get("content-type", "").partition(";")[0] != "application/json":
+            raise Refused(415, "expected JSON, with the content type application/json")
         length = headers.get("content-length", "0")
         if not re.fullmatch(r"[0-9]{1,15}", length) or int(length) > MAX_BODY:
             raise Refused(413, f"got more than {MAX_BODY // 2**20} MiB; send smaller pictures")

@@ -34,9 +34,9 @@ def read_picture(data: Any, name: str = "picture") -> Image.Image:
         data: what was sent.
         name: for messages.
     """
-    from PIL import ImageOps
+    from PIL import ImageOps, UnidentifiedImageError
 
-    from mar.data.images import PILLOW_ERRORS, decode_image
+    from mar.data.images import PILLOW_ERRORS, UnreadableImage, decode_image
 
     if not isinstance(data, str):
         raise ValueError(f"{name}: got {type(data).__name__}, expected a picture as a data URL")
@@ -49,7 +49,12 @@ def read_picture(data: Any, name: str = "picture") -> Image.Image:
         content = base64.b64decode(body, validate=True)
     except (binascii.Error, ValueError):
         raise ValueError(f"{name}: got text that is not base64, expected a picture as a data URL") from None
-    image = decode_image(BytesIO(content), name, FORMATS, MAX_PIXELS)
+    try:
+        image = decode_image(BytesIO(content), name, FORMATS, MAX_PIXELS)
+    except UnreadableImage as error:
+        unknown = isinstance(error.__cause__, UnidentifiedImageError)
+        why = f"got another kind of file, expected {', '.join(FORMATS)}" if unknown else error.why
+        raise ValueError(f"{name}: can't read it: {why}") from error
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(f"{name}: got {image.width}x{image.height}, expected sides of at most {MAX_ASPECT}:1")
     facts = image.info.get("mar")

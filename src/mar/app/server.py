@@ -91,16 +91,19 @@ def launch(
     hosted = host is not None or share
     host = host or "127.0.0.1"
     port = _free_port(host, PORTS if port is None else range(port, port + 1))
-    _check_models(models)
+    _check_choices(models, device)
     gradio = _import_gradio()
+    _bypass_proxies(host)
     studio = Studio(models or _bundled(), device=device, dtype=dtype, downloads=not hosted)
     functions = Functions(studio)
-    streams = functions.streams
     app = gradio.Server(docs_url=None, redoc_url=None, openapi_url=None)
     _add_page(app)
     functions.add_to(app)
     warnings.filterwarnings("ignore", module=r"PIL\.")  # it warns of oddities in the files of others
-    app.add_middleware(Guard, streams=streams, defaults=functions.defaults(), hosted=hosted)
+    app.add_middleware(
+        Guard, streams=functions.streams, queue=lambda: app.get_blocks()._queue, defaults=functions.defaults(),
+        hosted=hosted,
+    )  # fmt: skip
     try:
         _, url, share_url = app.launch(
             server_name=host, server_port=port, share=share,
@@ -110,7 +113,6 @@ def launch(
     except OSError as error:
         studio.close()
         raise ValueError(f"can't serve on {host}, port {port}: {' '.join(str(error).split())}") from error
-    streams.bind(app.get_blocks()._queue)
     server = Server(studio, app, url.rstrip("/"), share_url)
     studio.prepare(next(iter(studio.models)))
     if browser:
@@ -124,6 +126,7 @@ def launch(
 
 
 def _import_gradio() -> Any:
+    """Import gradio without its statistics."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before the import: it asks for a newer version, too
     try:
         import gradio
@@ -134,18 +137,29 @@ def _import_gradio() -> Any:
     return gradio
 
 
+def _bypass_proxies(host: str) -> None:
+    """Except this machine from the environment's proxies: gradio asks its own server whether it is there."""
+    names = [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "localhost", "127.0.0.1", host]
+    os.environ["no_proxy"] = ",".join(filter(None, names))
+
+
 def _bundled() -> Sequence[str]:
     from mar.zoo import BUNDLED
 
     return BUNDLED
 
 
-def _check_models(names: Sequence[str]) -> None:
-    if names:
+def _check_choices(models: Sequence[str], device: str) -> None:
+    """Raise ValueError for a model or a device that there is not, before anything is served."""
+    if models:
         from mar.zoo import check_name
 
-        for name in names:
+        for name in models:
             check_name(name)
+    if device != "auto":
+        from mar.devices import choose_device
+
+        choose_device(device)
 
 
 def _free_port(host: str, ports: range) -> int:

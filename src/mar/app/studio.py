@@ -169,6 +169,8 @@ class Studio:
         self._works: set[Work] = set()
         self._early_stops: OrderedDict[str, None] = OrderedDict()
         """Tickets that were stopped before their request came."""
+        self._planned: set[str] = set()
+        """Models that are about to be prepared."""
         self._closing = threading.Event()
         self._idle = threading.Event()
         self._idle.set()
@@ -188,7 +190,7 @@ class Studio:
     def prepare(self, name: str) -> None:
         """Load a model, and measure its presets between requests."""
         self.model(name)
-        self._submit(self._prepare, name)
+        self._plan(name)
 
     def model(self, name: Any) -> Model:
         """Return a model of the catalog. Raises ValueError for another name."""
@@ -232,7 +234,17 @@ class Studio:
         model.mebibytes = sum(OFFICIAL[name].mebibytes or 0.0 for name in missing)
         model.state = "absent" if missing else "waiting"
 
+    def _plan(self, name: str) -> None:
+        """Prepare a model behind the requests that wait."""
+        with self._lock:
+            if name in self._planned:
+                return
+            self._planned.add(name)
+        self._submit(self._prepare, name)
+
     def _prepare(self, name: str) -> None:
+        with self._lock:
+            self._planned.discard(name)
         try:
             pipeline = self._load(name)
         except ValueError:
@@ -242,6 +254,7 @@ class Studio:
             self._measure(pipeline, name, missing[0], keep=False)  # the first picture is slower than the others
         for preset in missing:
             if not self._measure(pipeline, name, preset):
+                self._plan(name)  # it goes on behind the requests that it made way for
                 return
 
     def _load(self, name: str) -> Pipeline:
@@ -349,6 +362,7 @@ class Studio:
             label: class of the picture, or None.
             url: data URL of the picture.
         """
+        self.model(name)
         request = read_request(name, [label], [0])
         picture = read_picture(url)
 
@@ -452,7 +466,7 @@ class Studio:
         )  # fmt: skip
         if not stopped and request.known is None and not request.settings:
             self._learn(self.models[request.model], request.preset or "exact", seconds, count)
-        self._submit(self._prepare, request.model)  # goes on with measurements that made way
+        self._plan(request.model)
 
     def _picture(
         self, request: DrawRequest, pipeline: Pipeline, index: int, image: Image.Image, stopped: bool
