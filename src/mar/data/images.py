@@ -22,7 +22,6 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-# Pillow raises these over damaged files, by format.
 PILLOW_ERRORS = (
     OSError,
     SyntaxError,
@@ -34,6 +33,7 @@ PILLOW_ERRORS = (
     RuntimeError,
     Image.DecompressionBombError,
 )
+"""Errors that Pillow raises over damaged files, by format."""
 
 
 @dataclass(frozen=True)
