@@ -361,7 +361,7 @@ def test_draw_of_a_client_that_goes_away_is_stopped(studio: Served) -> None:
     running.close()  # type: ignore[attr-defined]
     started = time.monotonic()
     studio.draw("fashion", ["bag"], [3], "fast", QUICK)
-    assert time.monotonic() - started < left  # without a stop it would be twice that
+    assert time.monotonic() - started < left / 4
 
 
 def test_calls_whose_streams_nobody_reads_are_dropped_beyond_a_bound(studio: Served) -> None:
