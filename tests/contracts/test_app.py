@@ -553,7 +553,7 @@ def test_files_in_gradio_s_way_are_neither_read_nor_fetched(studio: Served, cana
         pytest.param(lambda: encoded(noise(), "BMP"), noise(), id="BMP"),
         pytest.param(lambda: encoded(noise(), "TIFF"), noise(), id="TIFF"),
         pytest.param(
-            lambda: encoded(noise(), "JPEG", exif=b"Exif\0\0MM\xff*" + b"\xff" * 40), None, id="damaged-EXIF"
+            lambda: encoded(noise(), exif=b"Exif\0\0MM\xff*\0\0\0\x08" + b"\xff" * 40), noise(), id="damaged-EXIF"
         ),
     ],
 )  # fmt: skip
