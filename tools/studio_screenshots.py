@@ -31,10 +31,13 @@ def main() -> None:
         try:
             with sync_playwright() as playwright:
                 browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-                take(browser, server.url, folder, "light", DESKTOP, draw="draw-light", compare="compare-light")
-                take(browser, server.url, folder, "dark", DESKTOP, edit="edit-dark")
-                phone = {"draw": "draw-phone", "edit": "edit-phone", "compare": "compare-phone"}
-                take(browser, server.url, folder, "light", PHONE, **phone)
+                for scheme, size, name in (
+                    ("light", DESKTOP, "light"),
+                    ("dark", DESKTOP, "dark"),
+                    ("light", PHONE, "phone"),
+                ):
+                    names = {tab: f"{tab}-{name}" for tab in ("draw", "edit", "compare")}
+                    take(browser, server.url, folder, scheme, size, **names)
                 browser.close()
         finally:
             server.close()
