@@ -301,14 +301,14 @@ class Pipeline(
         class_numbers = resolve_labels(labels, self.classes, self.model.config.classes)
         seed_list = list(range(len(class_numbers))) if seeds is None else as_seeds(seeds)
         known_images = None if known is None else as_images(known)
-        flags = None if mask is None else self._flags(mask, known_images)
+        flags = None if mask is None else self._read_mask(mask, known_images)
         for name, values in (("seeds", seed_list), ("known", known_images), ("mask", flags)):
             if values is not None and len(values) != len(class_numbers):
                 raise ValueError(f"{name}: got {len(values)} for {len(class_numbers)} labels, expected one per image")
         if known_images is None or not class_numbers:
             return Request(class_numbers, seed_list, sampling, None, flags)
         latents = self._encode(known_images, batch)
-        if flags is None or not self._flags_pixels(flags):
+        if flags is None or not self._marks_pixels(flags):
             return Request(class_numbers, seed_list, sampling, latents, flags)
         if grow < 0:
             raise ValueError(f"grow: got {grow}, expected 0 or more tokens")
@@ -317,12 +317,12 @@ class Pipeline(
         paste = Paste(self._pixels(known_images), soft_seam(flags, seam))
         return Request(class_numbers, seed_list, sampling, latents, token_mask, paste)
 
-    def _flags_pixels(self, flags: Tensor) -> bool:
+    def _marks_pixels(self, flags: Tensor) -> bool:
         """Tell a mask of pixels from one of tokens, which `generate` checks."""
         shape = flags.shape[1:]
         return flags.dtype == torch.bool and shape == self.image_size and shape != self.model.config.token_grid
 
-    def _flags(self, mask: Mask, known: Sequence[Image.Image] | Tensor | None) -> Tensor:
+    def _read_mask(self, mask: Mask, known: Sequence[Image.Image] | Tensor | None) -> Tensor:
         """Convert a mask to one flag per token or pixel."""
         if isinstance(mask, Sequence) and len(mask) and all(isinstance(each, Image.Image) for each in mask):
             sizes = None if known is None or isinstance(known, Tensor) else [image.size for image in known]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields
@@ -17,6 +18,7 @@ MAX_NUMBER = 10**9
 """Largest number of a setting; SamplingConfig has narrower bounds."""
 
 
+@functools.cache
 def describe_settings() -> list[dict[str, Any]]:
     """List all sampling settings, with their kind, choices and help."""
     hints, docs = get_type_hints(SamplingConfig), field_docs(SamplingConfig)

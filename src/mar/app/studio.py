@@ -434,7 +434,6 @@ class Studio:
 
     def _draw(self, request: DrawRequest, emit: Emit, stop: threading.Event) -> None:
         pipeline = self._load(request.model)
-        sampling = pipeline.sampling_with(request.preset, **request.settings)
         count = len(request.labels)
         kept: dict[str, Any] = {}
         if request.known is not None and request.mask is not None:
@@ -442,7 +441,8 @@ class Studio:
         started, preview = time.perf_counter(), Previews()
         step: RevealStep | None = None
         if not stop.is_set():
-            for step in pipeline.reveal(request.labels, request.seeds, **kept, **_settings_of(sampling)):
+            options = {**kept, **request.settings}
+            for step in pipeline.reveal(request.labels, request.seeds, preset=request.preset, **options):
                 seconds = time.perf_counter() - started
                 progress = {"kind": "step", "step": step.step, "steps": step.steps, "seconds": round(seconds, 3)}
                 if step.step <= 1:
@@ -457,7 +457,7 @@ class Studio:
             emit({"kind": "done", "images": [], "seconds": 0.0, "step": 0, "steps": 0, "stopped": True})
             return
         stopped = step.step < step.steps
-        images = [self._picture(request, pipeline, i, image, stopped) for i, image in enumerate(step.images)]
+        images = self._pictures(request, pipeline, step.images, stopped)
         emit(
             {
                 "kind": "done", "step": step.step, "steps": step.steps, "seconds": round(seconds, 3),
@@ -468,19 +468,16 @@ class Studio:
             self._learn(self.models[request.model], request.preset or "exact", seconds, count)
         self._plan(request.model)
 
-    def _picture(
-        self, request: DrawRequest, pipeline: Pipeline, index: int, image: Image.Image, stopped: bool
-    ) -> dict[str, Any]:
-        """Return a drawn picture, with its settings inside it and in words."""
+    def _pictures(
+        self, request: DrawRequest, pipeline: Pipeline, images: Sequence[Image.Image], stopped: bool
+    ) -> list[dict[str, Any]]:
+        """Return the drawn pictures, with their settings inside them and in words."""
         from mar.data.labels import resolve_labels
 
         sampling = pipeline.sampling_with(request.preset, **request.settings)
-        [number] = resolve_labels([request.labels[index]], pipeline.classes, pipeline.model.config.classes)
-        label = _label(pipeline, number)
-        seed = request.seeds[index]
-        facts = {
-            "label": None if number < 0 else number, "seed": seed, "model": request.model,
-            "weights": self.models[request.model].fingerprint, "dtype": self.dtype, **to_dict(sampling),
+        facts: dict[str, Any] = {
+            "model": request.model, "weights": self.models[request.model].fingerprint, "dtype": self.dtype,
+            **to_dict(sampling),
         }  # fmt: skip
         options: dict[str, Any] = {} if self.dtype == "fp32" else {"dtype": self.dtype}
         if request.known is not None:
@@ -490,16 +487,22 @@ class Studio:
             facts["stopped"] = True
         preset = None if request.preset == "exact" else request.preset  # exact: the model's own settings
         changed = words.changed_settings(pipeline, preset, sampling)
-        return {
-            "image": png_url(image, facts),
-            "label": label,
-            "seed": seed,
-            "command": words.command_line(request.model, label, seed, preset, changed, options),
-            "python": words.python_code(
-                request.model, label, seed, preset, changed, dtype=self.dtype,
-                grow=None if request.known is None else request.grow,
-            ),
-        }  # fmt: skip
+        grow = None if request.known is None else request.grow
+        numbers = resolve_labels(request.labels, pipeline.classes, pipeline.model.config.classes)
+        pictures = []
+        for image, number, seed in zip(images, numbers, request.seeds, strict=True):
+            label = _label(pipeline, number)
+            recipe = (request.model, label, seed, preset, changed)
+            pictures.append(
+                {
+                    "image": png_url(image, {"label": None if number < 0 else number, "seed": seed, **facts}),
+                    "label": label,
+                    "seed": seed,
+                    "command": words.command_line(*recipe, options),
+                    "python": words.python_code(*recipe, dtype=self.dtype, grow=grow),
+                }
+            )
+        return pictures
 
 
 class Previews:
@@ -531,10 +534,6 @@ def _label(pipeline: Pipeline, number: int) -> str | None:
         return None
     names = pipeline.classes
     return names[number] if names and names.count(names[number]) == 1 else str(number)
-
-
-def _settings_of(sampling: Any) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in to_dict(sampling).items()}
 
 
 def _describe(pipeline: Pipeline) -> dict[str, Any]:

@@ -47,14 +47,10 @@ def app(arguments: Sequence[str]) -> int:
     def run(check: object) -> int:
         from mar.app.server import launch
 
-        server = launch(
+        launch(
             options.models, host=options.host, port=options.port, share=options.share, browser=options.browser,
-            device=options.device, dtype=options.dtype, block=False,
+            device=options.device, dtype=options.dtype,
         )  # fmt: skip
-        try:
-            server.wait()
-        finally:
-            server.close()
         return 0
 
     code = interruptible("nothing is kept", run)

@@ -231,6 +231,7 @@ def _typed(hint: Any, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+@functools.cache
 def field_docs(kind: type) -> dict[str, str]:
     """Return the docstrings of a dataclass's fields, each in one line."""
     [body] = [node.body for node in ast.parse(inspect.getsource(kind)).body if isinstance(node, ast.ClassDef)]

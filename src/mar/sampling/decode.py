@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -105,10 +105,9 @@ class DecodeState:
         """Return the step that reveals each token, from 1; 0 for the known ones."""
         steps = torch.zeros(self.unknown.shape, dtype=torch.long)
         for image, (order, schedule) in enumerate(zip(self.orders, self.schedules, strict=True)):
-            masked_before = len(order)
-            for step, masked in enumerate(schedule, start=1):
-                steps[image, order[masked:masked_before]] = step
-                masked_before = masked
+            counts = [before - after for before, after in pairwise([len(order), *schedule])]
+            each = torch.arange(1, len(schedule) + 1).repeat_interleave(torch.tensor(counts, dtype=torch.long))
+            steps[image, order] = each.flip(0)  # orders are revealed from the end
         return steps
 
 

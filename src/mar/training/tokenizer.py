@@ -52,7 +52,6 @@ TAPS = (0, 2, 4, 10)
 """Blocks of EfficientNet-Lite0 whose features are compared: the last of each resolution, from 1/2 to 1/16."""
 MIN_SIDE = 64
 """Smaller images are enlarged to this short side before features are computed."""
-DISCRIMINATOR_WIDTH = 32
 _EPSILON = 1e-10
 
 
@@ -323,9 +322,9 @@ class TokenizerRun(TrainingRun):
         self.discriminator_start = config.adversarial_from
         """Images after which the discriminator is used."""
         if config.adversarial:
-            self.discriminator = PatchDiscriminator(
-                config.channels_in, DISCRIMINATOR_WIDTH if config.width is None else config.width
-            ).to(device)
+            width = config.resolved().width
+            assert width is not None
+            self.discriminator = PatchDiscriminator(config.channels_in, width).to(device)
             self.discriminator_optimizer = self._make_optimizer(self.discriminator)
 
     def _make_optimizer(self, module: nn.Module) -> torch.optim.AdamW:
