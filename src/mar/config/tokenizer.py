@@ -6,7 +6,7 @@ import typing
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from mar.config import LogTo, Precision, resolve_image_channels
+from mar.config import LogTo, Optimizer, Precision, resolve_image_channels
 from mar.config.fields import accept_old_names, fraction, positive, require
 
 Stride = Literal[2, 4, 8, 16]
@@ -14,8 +14,8 @@ TokenizerKind = Literal["kl", "residual"]
 """Name a kind of tokenizer to train."""
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "residual": {"width": 96, "depth": 2},
-    "kl": {"width": 16, "depth": 1},
+    "residual": {"width": 96, "depth": 2, "optimizer": "muon", "lr": 1.6e-2},
+    "kl": {"width": 16, "depth": 1, "optimizer": "adamw", "lr": 8e-3},
 }
 
 
@@ -46,8 +46,10 @@ class TokenizerTrainConfig:
     """Length of the run, in images seen."""
     batch: int = 32
     """Images per step."""
-    lr: float = 8e-3
-    """Learning rate for 256 images a step; the rate used is lr * batch / 256."""
+    optimizer: Optimizer | None = None
+    """`adamw`, or `muon` for the hidden convolutions and AdamW for all else; by default adamw, for `residual` muon."""
+    lr: float | None = None
+    """Learning rate for 256 images a step, used times batch / 256; by default 8e-3, for `residual` 1.6e-2."""
     warmup: int = 3_000
     """Images over which the learning rate rises linearly from 0."""
     decay: int = 50_000
@@ -91,7 +93,12 @@ class TokenizerTrainConfig:
         for name in ("warmup", "decay", "sample_every", "workers", "kl", "noise", "perceptual", "adversarial"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, but it must not be negative")
         for name in ("lr", "clip"):
-            require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but it must be positive")
+            value = getattr(self, name)
+            require(value is None or value > 0, f"{name} is {value}, but it must be positive")
+        require(
+            self.optimizer is None or self.optimizer in typing.get_args(Optimizer),
+            f"optimizer is {self.optimizer!r}, but it must be adamw or muon",
+        )
         fraction(self, "ema", "beta1", "beta2", "adversarial_start")
         require(
             self.precision in typing.get_args(Precision),
@@ -134,7 +141,9 @@ class TokenizerTrainConfig:
     @property
     def scaled_lr(self) -> float:
         """The learning rate after warm-up and before decay."""
-        return self.lr * self.batch / 256
+        lr = self.resolved().lr
+        assert lr is not None
+        return lr * self.batch / 256
 
     @property
     def adversarial_from(self) -> int:

@@ -161,9 +161,14 @@ def adm_center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Im
 
 def to_tensor(image: Image.Image, channels: int) -> Float[Tensor, "c h w"]:
     """Convert an image to float32 in [-1, 1], with 1 (gray) or 3 (RGB) channels."""
-    pixels = np.array(convert_channels(image, channels), dtype=np.float32)
-    pixels = pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
-    return torch.from_numpy(np.ascontiguousarray(pixels)) / 127.5 - 1
+    return pixels_to_tensor(np.asarray(convert_channels(image, channels)))
+
+
+def pixels_to_tensor(pixels: np.ndarray) -> Float[Tensor, "c h w"]:
+    """Convert 8-bit pixels, (h, w) or (h, w, c), to float32 in [-1, 1]."""
+    values = pixels.astype(np.float32)
+    values = values[None] if values.ndim == 2 else values.transpose(2, 0, 1)
+    return torch.from_numpy(np.ascontiguousarray(values)) / 127.5 - 1
 
 
 @dataclass(frozen=True)
@@ -181,7 +186,11 @@ class Transform:
 
     def __call__(self, image: Image.Image) -> Float[Tensor, "c h w"]:
         """Return the cropped image as a tensor."""
-        return to_tensor(adm_center_crop(convert_channels(image, self.channels), self.size), self.channels)
+        return pixels_to_tensor(self.crop(image))
+
+    def crop(self, image: Image.Image) -> np.ndarray:
+        """Return the 8-bit pixels of the crop, (h, w) or (h, w, c)."""
+        return np.asarray(adm_center_crop(convert_channels(image, self.channels), self.size))
 
 
 def image_grid(images: Sequence[Image.Image], columns: int, scale: int = 1) -> Image.Image:

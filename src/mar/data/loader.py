@@ -19,13 +19,14 @@ from itertools import count, islice
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from mar.config import ConfigError
-from mar.data.images import Example, Source, Transform, UnreadableImage
+from mar.data.images import Example, Source, Transform, UnreadableImage, pixels_to_tensor
 from mar.data.labels import check_label
 from mar.data.latent_cache import LatentSource, split_moments
 from mar.data.stream import SampleWithFallbacks, ShardCursor, ShardReader, StreamSampler, StreamSource
@@ -285,15 +286,31 @@ ReadFunction = Callable[[int, Augmentation], tuple[Tensor, int]]
 """(index, augmentation) -> an image's pixels or moments, and its class number."""
 
 
-@dataclass(frozen=True)
+MAX_CROPS_BYTES = 2**29
+"""Crops of at most so many bytes are kept by each process that reads images."""
+
+
 class _ImageReader:
-    source: Source
-    transform: Transform
+    """Reads and crops images; keeps crops, since decoding a camera's picture costs more than a step of training."""
+
+    def __init__(self, source: Source, transform: Transform) -> None:
+        self.source, self.transform = source, transform
+        self.crops: dict[int, tuple[np.ndarray, int]] = {}
+        """8-bit crops and labels, by index."""
+        self.room = MAX_CROPS_BYTES
 
     def read(self, index: int, augmentation: Augmentation) -> tuple[Tensor, int]:
-        example = self.source[index]
-        check_label(example.name, example.label, len(self.source.classes))
-        return augmentation(self.transform(example.image)), example.label
+        if index in self.crops:
+            crop, label = self.crops[index]
+        else:
+            example = self.source[index]
+            label = example.label
+            check_label(example.name, label, len(self.source.classes))
+            crop = self.transform.crop(example.image)
+            if crop.nbytes <= self.room:
+                self.room -= crop.nbytes
+                self.crops[index] = crop, label
+        return augmentation(pixels_to_tensor(crop)), label
 
 
 @dataclass(frozen=True)

@@ -116,6 +116,12 @@ class ResidualTokenizer(Tokenizer):
         assert isinstance(layer, nn.Conv2d)
         return layer
 
+    @property
+    def hidden_kernels(self) -> list[Tensor]:
+        """Kernels of all convolutions but the last ones, whose outputs are features."""
+        return [m.weight for net in (self.encoder, self.decoder) for m in net.modules()
+                if isinstance(m, nn.Conv2d) and m is not self.encoder[-1] and m is not self.last_layer]  # fmt: skip
+
     def fit_linear(self, batches: Iterable[Tensor]) -> None:
         """Fit the principal components to images (n, c, H, W) in [-1, 1], before training."""
         self.linear.fit(batches)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 
 from mar.config import TrainConfig
@@ -59,6 +59,20 @@ def make_optimizers(model: MAR, config: TrainConfig) -> tuple[torch.optim.Optimi
     return adamw, _make_muon(model, [(name, p) for name, p in named if id(p) in for_muon], config)
 
 
+def make_tokenizer_optimizers(
+    module: nn.Module, hidden: Sequence[Tensor], config: TokenizerTrainConfig
+) -> tuple[torch.optim.Optimizer, ...]:
+    """Create AdamW for a module; with `muon`, also Muon for its `hidden` kernels. No weight decay."""
+    config = config.resolved()
+    lr, betas = config.scaled_lr, (config.beta1, config.beta2)
+    for_muon = {id(p) for p in hidden} if config.optimizer == "muon" else set()
+    groups = [{"params": [p for p in module.parameters() if id(p) not in for_muon], "weight_decay": 0.0}]
+    adamw = make_adamw(groups, lr, betas)
+    if not for_muon:
+        return (adamw,)
+    return adamw, Muon([{"params": list(hidden)}], lr, dtype=_muon_dtype(config))
+
+
 def make_adamw(groups: Sequence[dict[str, Any]], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     """Create AdamW with its state, which can be saved before a step."""
     on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])
@@ -83,9 +97,12 @@ def _make_muon(model: MAR, named: Sequence[tuple[str, Tensor]], config: TrainCon
         for count in (1, 3)
         for decay in (True, False)
     ]
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
     groups = [group for group in groups if group["params"]]  # the state of an empty group can't be loaded
-    return Muon(groups, config.scaled_lr, factor=config.muon_factor, dtype=dtype)
+    return Muon(groups, config.scaled_lr, factor=config.muon_factor, dtype=_muon_dtype(config))
+
+
+def _muon_dtype(config: TrainConfig | TokenizerTrainConfig) -> torch.dtype:
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
 def learning_rate(config: TrainConfig | TokenizerTrainConfig, images: int) -> float:
@@ -99,7 +116,7 @@ class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalized, for matrices (rows, columns), with decoupled weight decay.
 
     A parameter may be several matrices stacked along rows, `parts` of its group: a fused projection of queries, keys
-    and values is three.
+    and values is three. The weight of a convolution (out, in, height, width) is the matrix (out, in * height * width).
 
     Args:
         groups: parameter groups; each may override the options.
@@ -119,7 +136,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
         for group in self.param_groups:
             for p in group["params"]:
-                if p.ndim != 2 or p.shape[0] % group["parts"]:
+                if p.ndim < 2 or p.shape[0] % group["parts"]:
                     raise ValueError(
                         f"Muon: got a parameter of shape {tuple(p.shape)}, expected {group['parts']} matrices"
                     )
@@ -133,7 +150,7 @@ class Muon(torch.optim.Optimizer):
             rate = group["lr"] * group["factor"]
             parameters = [p for p in group["params"] if p.grad is not None]
             for p, update in zip(parameters, self._updates(parameters, group), strict=True):
-                height, width = p.shape[0] // group["parts"], p.shape[1]
+                height, width = p.shape[0] // group["parts"], p.shape[1:].numel()
                 p.mul_(1 - rate * group["weight_decay"])
                 p.add_(_shard_like(update.to(p.dtype), p), alpha=-rate * _ADAMW_RMS * max(height, width) ** 0.5)
 
@@ -150,8 +167,8 @@ class Muon(torch.optim.Optimizer):
                 assert gradient is not None
                 momentum.lerp_(gradient, 1 - group["momentum"])
                 directions.append(full_tensor(gradient.lerp(momentum, group["momentum"])))
-            matrices = torch.stack(directions).view(-1, shape[0] // group["parts"], shape[1]).to(self.dtype)
-            updates |= dict(zip(indices, orthogonalize(matrices).reshape(-1, *shape), strict=True))
+            stacked = torch.stack(directions).view(-1, shape[0] // group["parts"], shape[1:].numel())
+            updates |= dict(zip(indices, orthogonalize(stacked.to(self.dtype)).reshape(-1, *shape), strict=True))
         return [updates[i] for i in range(len(parameters))]
 
 

@@ -127,6 +127,8 @@ def check_same_run(config: TrainConfig | TokenizerTrainConfig, folder: Path) -> 
     saved = load_config(type(config), folder)
     if saved is None:
         return False
+    if isinstance(saved, TokenizerTrainConfig):
+        saved = saved.resolved()  # files of earlier versions lack settings that a kind has defaults for
     fixed = {name: value for name, value in to_dict(saved).items() if name not in _MAY_CHANGE_ON_RESUME}
     if changes := changed_settings(fixed, to_dict(config)):
         raise ConfigError(

@@ -38,7 +38,7 @@ from mar.tokenizer.base import Posterior, RoundTrip, measure_latents, reconstruc
 from mar.tokenizer.residual import ResidualTokenizer
 from mar.training.ema import EMA
 from mar.training.log import Log
-from mar.training.optim import make_adamw
+from mar.training.optim import make_adamw, make_tokenizer_optimizers
 from mar.training.run import check_same_run, save_config
 from mar.training.trainer import StepResult, TrainingRun, autocast, latent_noise_level, posterior_noise
 
@@ -154,6 +154,10 @@ class Objective(Protocol):
         """Return the weight of the decoder's last layer."""
         ...
 
+    def hidden_kernels(self, module: Any) -> list[Tensor]:
+        """Return the kernels between features, which Muon may train."""
+        ...
+
     def tokenizer(self, module: Any) -> Tokenizer:
         """Return a tokenizer without statistics around a trained module."""
         ...
@@ -202,6 +206,10 @@ class ResidualObjective:
         """Return the weight of the decoder's last convolution."""
         return module.last_layer.weight
 
+    def hidden_kernels(self, module: ResidualTokenizer) -> list[Tensor]:
+        """Return the kernels of all convolutions but the last of encoder and decoder."""
+        return module.hidden_kernels
+
     def tokenizer(self, module: ResidualTokenizer) -> ResidualTokenizer:
         """Return the module: it is the tokenizer."""
         return module
@@ -246,6 +254,12 @@ class KLObjective:
         """Return the weight of the decoder's last convolution."""
         weight: Tensor = module.decoder.conv_out.weight
         return weight
+
+    def hidden_kernels(self, module: Any) -> list[Tensor]:
+        """Return the kernels of all convolutions but those that make latents, moments or pixels."""
+        last = ("conv_out", "quant_conv", "post_quant_conv")
+        convolutions = ((name, part) for name, part in module.named_modules() if isinstance(part, nn.Conv2d))
+        return [part.weight for name, part in convolutions if name.rpartition(".")[2] not in last]
 
     def tokenizer(self, module: Any) -> Tokenizer:
         """Wrap an autoencoder."""
@@ -316,7 +330,7 @@ class TokenizerRun(TrainingRun):
         self.objective: Objective = OBJECTIVES[config.kind]
         self.model = module.to(device).train()
         self.ema = EMA(self.model, config.ema)
-        self.optimizers = (self._make_optimizer(self.model),)
+        self.optimizers = make_tokenizer_optimizers(self.model, self.objective.hidden_kernels(self.model), config)
         self.perceptual = None if efficientnet is None else PerceptualDistance(efficientnet.to(device))
         self.discriminator: PatchDiscriminator | None = None
         self.discriminator_start = config.adversarial_from
@@ -325,11 +339,8 @@ class TokenizerRun(TrainingRun):
             width = config.resolved().width
             assert width is not None
             self.discriminator = PatchDiscriminator(config.channels_in, width).to(device)
-            self.discriminator_optimizer = self._make_optimizer(self.discriminator)
-
-    def _make_optimizer(self, module: nn.Module) -> torch.optim.AdamW:
-        groups = [{"params": list(module.parameters()), "weight_decay": 0.0}]
-        return make_adamw(groups, self.config.scaled_lr, (self.config.beta1, self.config.beta2))
+            groups = [{"params": list(self.discriminator.parameters()), "weight_decay": 0.0}]
+            self.discriminator_optimizer = make_adamw(groups, config.scaled_lr, (config.beta1, config.beta2))
 
     @property
     def transform(self) -> Transform:

@@ -18,8 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from mar.data import loader
 from mar.data.folder import FolderSource
-from mar.data.images import Transform
+from mar.data.images import Example, Transform
 from mar.data.loader import (
     NO_AUGMENTATION,
     Augmentation,
@@ -208,6 +209,29 @@ def test_shifts_follow_position(fashion: FashionSource) -> None:
     unchanged = load_batch(fashion, transform, [0, 5])
     assert unchanged is not None
     assert torch.equal(unchanged.images[1], transform(fashion[5].image))
+
+
+class Counting(FolderSource):
+    """Counts how often each picture is decoded."""
+
+    def __getitem__(self, index: int) -> Example:
+        self.decoded = getattr(self, "decoded", Counter())
+        self.decoded[index] += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(("kept", "decoded"), [(0, 4), (3, 2.5), (6, 1)])
+def test_crops_are_decoded_once_and_kept_within_the_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int, decoded: float
+) -> None:
+    for i in range(6):
+        Image.effect_noise((9, 12), 10 + i).save(tmp_path / f"{i}.png")
+    transform = Transform((8, 8), 3)
+    plain = [next(batches(FolderSource(tmp_path), transform, batch=24, seed=1, flip=True))]
+    monkeypatch.setattr(loader, "MAX_CROPS_BYTES", kept * 8 * 8 * 3 + 7)
+    source = Counting(tmp_path)
+    assert same(next(batches(source, transform, batch=24, seed=1, flip=True)), plain[0])
+    assert source.decoded.total() == 6 * decoded
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import noise, tiny_model
@@ -9,7 +11,16 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from mar.config import ConfigError, TrainConfig
-from mar.training.optim import Muon, decays, learning_rate, make_optimizers, orthogonalize
+from mar.config.tokenizer import TokenizerKind, TokenizerTrainConfig
+from mar.training.optim import (
+    Muon,
+    decays,
+    learning_rate,
+    make_optimizers,
+    make_tokenizer_optimizers,
+    orthogonalize,
+)
+from mar.training.tokenizer import OBJECTIVES
 
 CONFIG = TrainConfig(images=10_000, batch=64, lr=1e-3, warmup=1000, decay=2000)
 MUON = TrainConfig(images=10_000, batch=64, lr=1e-2, optimizer="muon")
@@ -88,6 +99,29 @@ def test_muon_splits_fused_matrices() -> None:
     Muon([{"params": [fused], "parts": 3}], 0.1).step()
     Muon([{"params": apart}], 0.1).step()
     assert torch.allclose(fused.detach(), torch.cat([p.detach() for p in apart]), atol=1e-6)
+
+
+def test_muon_kernel_equals_its_matrix() -> None:
+    kernel = nn.Parameter(torch.randn(6, 4, 3, 3))
+    matrix = nn.Parameter(kernel.detach().flatten(1).clone())
+    kernel.grad = torch.randn_like(kernel)
+    matrix.grad = kernel.grad.flatten(1).clone()
+    for p in (kernel, matrix):
+        Muon([{"params": [p]}], 0.1).step()
+    assert torch.equal(kernel.flatten(1), matrix)
+
+
+@pytest.mark.parametrize(("kind", "rest"), [("residual", 2), ("kl", 4)])
+def test_tokenizer_optimizers_muon_takes_the_hidden_kernels(kind: TokenizerKind, rest: int) -> None:
+    config = TokenizerTrainConfig(kind=kind, width=8, optimizer="muon")
+    module = OBJECTIVES[kind].make(config)
+    adamw, muon = make_tokenizer_optimizers(module, OBJECTIVES[kind].hidden_kernels(module), config)
+    held = [{id(p) for g in o.param_groups for p in g["params"]} for o in (adamw, muon)]
+    assert held[0] | held[1] == {id(p) for p in module.parameters()}
+    assert not held[0] & held[1]
+    kernels = [p for p in module.parameters() if p.ndim == 4]
+    assert len(kernels) - len(held[1]) == rest  # those that make latents, moments or pixels
+    assert len(make_tokenizer_optimizers(module, [], replace(config, optimizer="adamw"))) == 1
 
 
 def test_muon_update_size_matches_adamw() -> None:

@@ -32,7 +32,7 @@ from mar.tokenizer.base import psnr, round_trip
 from mar.tokenizer.residual import ResidualTokenizer
 from mar.training.log import Log, RunLog
 from mar.training.preflight import check_tokenizer, token_width_warning
-from mar.training.run import load_config, open_run
+from mar.training.run import check_same_run, load_config, open_run
 from mar.training.tokenizer import (
     PatchDiscriminator,
     PerceptualDistance,
@@ -255,8 +255,10 @@ def test_tokenizer_run_of_before_is_an_autoencoders(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"data": "photos", "width": 16, "depth": 1, "lr": 0.008}))
     saved = load_config(TokenizerTrainConfig, tmp_path)
     assert saved is not None
-    assert (saved.kind, saved) == ("kl", TokenizerTrainConfig("photos", kind="kl").resolved())
     config = TokenizerTrainConfig("photos", kind="kl").resolved()
+    assert (saved.kind, saved.resolved()) == ("kl", config)
+    assert config.optimizer == "adamw"
+    assert check_same_run(config, tmp_path)
     assert from_dict(TokenizerTrainConfig, json.loads(json.dumps(to_dict(config)))) == config
 
 
