@@ -93,11 +93,9 @@ def export_and_sample(snapshot: Snapshot, log: Log) -> dict[str, float]:
         pipeline = snapshot.pipeline(weights)
         if distributed.rank() == 0:
             pipeline.save(snapshot.folder / weights_file(weights))
-        classes = min(pipeline.model.config.classes, GRID_CLASSES)
-        labels: list[int | None] = [label for _ in range(GRID_ROWS) for label in range(classes)]
-        labels = labels or [None] * GRID_UNCONDITIONAL
+        labels = grid_labels(pipeline.model.config.classes)
         samples = distributed.all_gather_object(
-            _sample_share(pipeline, labels, distributed.rank(), distributed.world_size())
+            sample_share(pipeline, labels, distributed.rank(), distributed.world_size())
         )
         if distributed.rank() != 0:
             continue
@@ -107,18 +105,35 @@ def export_and_sample(snapshot: Snapshot, log: Log) -> dict[str, float]:
         name = "samples" if weights == "ema" else f"samples-{weights}"
         path = snapshot.folder / "samples" / f"{snapshot.images:012d}{name.removeprefix('samples')}.png"
         path.parent.mkdir(exist_ok=True)
-        grid = image_grid([image for share in samples for image in share], classes or GRID_ROWS)
+        columns = min(pipeline.model.config.classes, GRID_CLASSES) or GRID_ROWS
+        grid = image_grid([image for share in samples for image in share], columns)
         grid.save(path)
         log.write_image(snapshot.images, name, grid)
         log.note(f"drew {path}")
     return {}
 
 
-def _sample_share(pipeline: Pipeline, labels: list[int | None], rank: int, world: int) -> list[Image.Image] | str:
-    """Draw this rank's images, perhaps none; returns the message of an error."""
+def grid_labels(classes: int) -> list[int | None]:
+    """Return the classes of a grid's images, row by row."""
+    labels: list[int | None] = [label for _ in range(GRID_ROWS) for label in range(min(classes, GRID_CLASSES))]
+    return labels or [None] * GRID_UNCONDITIONAL
+
+
+def sample_share(
+    pipeline: Pipeline, labels: list[int | None], rank: int, world: int, *, allow_broken: bool = False
+) -> list[Image.Image] | str:
+    """Draw this rank's images of a grid, perhaps none; returns the message of an error.
+
+    Args:
+        pipeline: draws them.
+        labels: of the whole grid.
+        rank: of this process.
+        world: number of processes.
+        allow_broken: draw noise instead of returning the message.
+    """
     indices = range(len(labels) * rank // world, len(labels) * (rank + 1) // world)
     try:
-        return pipeline.sample([labels[i] for i in indices], list(indices))
+        return pipeline.sample([labels[i] for i in indices], list(indices), allow_broken=allow_broken)
     except BrokenLatents as error:
         return str(error)
 

@@ -197,8 +197,8 @@ class ResidualObjective:
         """
         latents = module.encode_raw(images).float()
         noise = posterior_noise(latents, config.seed, positions)
-        # relative to the latents: the encoder could scale away from any fixed noise
-        scale = latents.detach().square().mean().sqrt()
+        # relative to the latents, with its gradient: else the encoder outgrows the noise
+        scale = latents.square().mean().sqrt()
         level = config.noise * scale * latent_noise_level(config.seed, positions).to(latents.device)
         return module.decode_raw(latents + level.view(-1, 1, 1, 1) * noise).float(), {}
 

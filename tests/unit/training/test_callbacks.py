@@ -15,7 +15,7 @@ from tiny import HEAD, open_tiny_run, tiny_config, tiny_pipeline, tiny_train_con
 
 from mar.config import SamplingConfig, TrainConfig
 from mar.pipeline import Pipeline
-from mar.training.callbacks import Snapshot, _sample_share, export_and_sample, on_snapshot, take_snapshot
+from mar.training.callbacks import Snapshot, sample_share, export_and_sample, on_snapshot, take_snapshot
 from mar.training.log import Log, RunLog, open_log
 from mar.training.trainer import Run, train
 
@@ -79,7 +79,7 @@ def test_snapshot_grid_shares_may_be_empty() -> None:
     drawer = tiny_pipeline()
     drawer.sampling = replace(drawer.sampling, x0_bound=1.0)
     whole = drawer.sample([0, 1])
-    shares = [_sample_share(drawer, [0, 1], rank, 5) for rank in range(5)]
+    shares = [sample_share(drawer, [0, 1], rank, 5) for rank in range(5)]
     assert [len(share) for share in shares] == [0, 0, 1, 0, 1]
     drawn = [np.asarray(picture) for share in shares for picture in share]
     assert all(np.array_equal(one, np.asarray(other)) for one, other in zip(drawn, whole, strict=True))

@@ -1,0 +1,115 @@
+"""Measure how fast a run trains on this machine, before it begins.
+
+The steps are real ones, of a run that is thrown away: data and state of the run to come stay as they are.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+
+import torch
+
+from mar import distributed
+from mar.config import TrainConfig
+from mar.config.tokenizer import TokenizerTrainConfig
+from mar.data.images import Example
+from mar.data.loader import Batch, LatentBatch
+from mar.data.splits import hold_out
+from mar.model.mar import MAR
+from mar.tokenizer.base import LatentMoments
+from mar.tokenizer.pca import PCATokenizer
+from mar.training.callbacks import grid_labels, sample_share, take_snapshot
+from mar.training.tokenizer import OBJECTIVES, TokenizerRun
+from mar.training.trainer import Run, TrainingRun
+
+WARM_UP_STEPS = 2
+"""Steps before the clock starts: kernels are chosen and memory is allocated in the first ones."""
+MIN_STEPS = 3
+"""Steps measured, at least."""
+
+
+@dataclass(frozen=True)
+class _NoImages:
+    """An empty source with class names."""
+
+    classes: tuple[str, ...]
+    flips: bool = False
+
+    def __len__(self) -> int:
+        return 0
+
+    def __getitem__(self, index: int) -> Example:
+        raise IndexError(index)
+
+
+class _RandomLatents(Run):
+    """A run on one batch of random latents, again and again."""
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield this rank's share of the batch without end."""
+        model, count = self.config.model, self.config.batch // distributed.world_size()
+        labels = torch.arange(count) % model.classes if model.classes else torch.full((count,), -1)
+        latents = torch.randn(count, model.channels, *model.grid)
+        yield from repeat(LatentBatch(labels, torch.arange(count), (), LatentMoments(latents, None)))
+
+
+def tokenizer_speed(config: TokenizerTrainConfig, device: torch.device, seconds: float) -> float:
+    """Return the images per second of a tokenizer's training, measured for so many seconds."""
+    config = config.resolved()
+    source, held_out = hold_out(config.data, None)
+    module = OBJECTIVES[config.kind].make(config)
+    with tempfile.TemporaryDirectory() as folder:
+        return images_per_second(TokenizerRun(config, Path(folder), source, held_out, module, device), seconds)
+
+
+@dataclass(frozen=True)
+class ModelSpeed:
+    """How fast a model learns and draws."""
+
+    images_per_second: float
+    """In training, of all ranks together."""
+    grid_seconds: float
+    """Time to draw and write the sample grids of a snapshot; 0 if it was not measured."""
+
+
+def model_speed(config: TrainConfig, device: torch.device, seconds: float, *, draw: bool = False) -> ModelSpeed:
+    """Measure a model's training for so many seconds, on random latents; called by all ranks.
+
+    Args:
+        config: of the run.
+        device: where it will train.
+        seconds: to measure.
+        draw: also measure the time of its sample grids.
+    """
+    model = config.model
+    stride = next(stride for stride in range(1, model.channels + 1) if 3 * stride**2 >= model.channels)
+    tokenizer = PCATokenizer(3, stride, model.channels)
+    classes = tuple(map(str, range(model.classes)))
+    with tempfile.TemporaryDirectory() as folder:
+        run = _RandomLatents(config, Path(folder), _NoImages(classes), tokenizer, MAR(model), device)
+        speed, grid_seconds = images_per_second(run, seconds), 0.0
+        if draw:
+            begun = time.monotonic()
+            snapshot = take_snapshot(run)
+            labels, rank, world = grid_labels(model.classes), distributed.rank(), distributed.world_size()
+            for weights in snapshot.weights:
+                sample_share(snapshot.pipeline(weights), labels, rank, world, allow_broken=True)
+            grid_seconds = time.monotonic() - begun
+    return ModelSpeed(*distributed.all_gather_object((speed, grid_seconds))[0])  # rank 0 decides for all
+
+
+def images_per_second(run: TrainingRun, seconds: float) -> float:
+    """Train a run for so many seconds, and return its speed in images of all ranks."""
+    loader = run.batches()
+    for _ in range(WARM_UP_STEPS):
+        run.step(next(loader))
+    steps, begun = 0, time.monotonic()
+    while steps < MIN_STEPS or distributed.any_rank(time.monotonic() - begun < seconds):
+        run.step(next(loader))
+        steps += 1
+    return steps * run.config.batch / (time.monotonic() - begun)
