@@ -28,7 +28,7 @@ _MODULES = [
     "extractors",
     "mar.zoo",
     "mar.cli.generate",
-    "mar.cli.train",
+    "mar.cli.train_folder",
     "mar.cli.evaluate",
     "mar.sampling.sinks",
 ]

@@ -31,7 +31,7 @@ from mar import cli, config, presets
 from mar.assets import FASHION_CLASSES, imagenet_classes
 from mar.autoconfig import sizes
 from mar.checkpoint.download import OFFICIAL
-from mar.cli.train import OwnTokenizer
+from mar.cli.train_folder import OwnTokenizer
 from mar.config.tokenizer import TokenizerTrainConfig
 from mar.data.labels import resolve_labels
 from mar.model.mar import MAR

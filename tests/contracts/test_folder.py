@@ -21,7 +21,7 @@ from mar.autoconfig.plan import FolderPlan
 from mar.autoconfig.summary import save_summary
 from mar.checkpoint.tokenizers import save_tokenizer
 from mar.cli import main
-from mar.cli.train import plan_folder
+from mar.cli.train_folder import plan_folder
 from mar.config.tokenizer import TokenizerTrainConfig
 from mar.pipeline import Pipeline
 from mar.tokenizer import PCATokenizer

@@ -67,6 +67,8 @@ class Overrides:
     """Channels of that tokenizer."""
     tokenizer_images: int | None = None
     """Length of that tokenizer's training, in images seen."""
+    grids: int = 10
+    """Number of sample grids in the model's training."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +258,7 @@ def _crop(
 
 def _recipe(overrides: Overrides, summary: DatasetSummary, layout: TokenLayout) -> TrainConfig:
     labeled = summary if overrides.classes != 0 else replace(summary, classes=())
-    recipe = train_config_for(labeled, layout.size, layout.shape, images=overrides.images)
+    recipe = train_config_for(labeled, layout.size, layout.shape, images=overrides.images, grids=overrides.grids)
     # components are taken of images with the channels that they have
     fitted = is_name(layout.tokenizer) and from_name(layout.tokenizer, image_channels=3).learns_basis
     unusual = fitted and resolve_image_channels(overrides.data) != summary.image_channels

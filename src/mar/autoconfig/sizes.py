@@ -199,7 +199,12 @@ def _patch_size(size: tuple[int, int], latents: LatentShape | None) -> int:
 
 
 def train_config_for(
-    summary: DatasetSummary, size: tuple[int, int], latents: LatentShape | None = None, *, images: int | None = None
+    summary: DatasetSummary,
+    size: tuple[int, int],
+    latents: LatentShape | None = None,
+    *,
+    images: int | None = None,
+    grids: int = 10,
 ) -> TrainConfig:
     """Returns a training run, without its `data` and `tokenizer`.
 
@@ -216,6 +221,7 @@ def train_config_for(
         size: Height and width of crops.
         latents: Latents of the tokenizer; None: pixels.
         images: Length of the run; by default 40 times each image, and 100,000 at least.
+        grids: Number of sample grids.
 
     Raises:
         ConfigError: `size` can't be cut into cells or tokens.
@@ -267,7 +273,7 @@ def train_config_for(
         ema=chosen.ema,
         shift=min(min(size) // 16, MAX_SHIFT) if is_shifted else 0,
         save_every=min(chosen.save_every, tenth),
-        sample_every=tenth,
+        sample_every=max(total // grids, 1),
         validate_every=tenth,
     )
 

@@ -136,7 +136,7 @@ def train_tokenizer(options: TokenizerTrainOptions) -> int:
 
     require_writers(options.config.log_to)
     device = devices.choose_device(options.device)
-    run = open_tokenizer_run(options.config, options.out, device=device, load_network=_network)
+    run = open_tokenizer_run(options.config, options.out, device=device, load_network=load_network)
     log = open_log(run)
     run.callbacks.append(Callback(options.config.sample_every, lambda at: evaluate_reconstruction(at, log)))
     try:
@@ -153,7 +153,7 @@ def train_tokenizer(options: TokenizerTrainOptions) -> int:
     return 0
 
 
-def _network() -> Any:
+def load_network() -> Any:
     """Returns EfficientNet-Lite0, from the package with its weights."""
     from mar.evaluation.features.efficientnet import efficientnet_lite0
 

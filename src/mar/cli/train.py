@@ -1,4 +1,4 @@
-"""Run `mar train`, from a recipe or for a folder."""
+"""Run `mar train`, from a recipe; `mar train folder` plans first (`mar.cli.train_folder`)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,11 @@ import tyro
 
 from mar.cli.options import parse
 from mar.config import ConfigError, TrainConfig
-from mar.config.tokenizer import Stride, TokenizerKind, TokenizerTrainConfig
 from mar.presets import RECIPE_NAMES, recipe
 
 if TYPE_CHECKING:
     import torch
 
-    from mar.autoconfig.plan import FolderPlan, TokenizerStep
     from mar.training.callbacks import Snapshot, SnapshotCallback
     from mar.training.log import Log
     from mar.training.trainer import Run
@@ -55,21 +53,17 @@ def train(arguments: Sequence[str]) -> int:
     """Run `mar train [RECIPE]`."""
     from mar import devices, distributed
 
-    plan: FolderPlan | None = None
+    name = arguments[0] if arguments and not arguments[0].startswith("-") else "fashion"
+    if name == "folder":
+        from mar.cli.train_folder import train_folder
+
+        return train_folder(arguments[1:])
     with distributed.collective_errors():
-        name = arguments[0] if arguments and not arguments[0].startswith("-") else "fashion"
-        options: TrainOptions
-        if name == "folder":
-            plan, options = plan_folder(arguments[1:])
-            chosen = plan.recipe
-        else:
-            chosen = recipe(name)
-            options = _options(name, chosen, arguments)
+        chosen = recipe(name)
+        options = _options(name, chosen, arguments)
         devices.choose_device(options.device)
     with distributed.process_group(options.device) as device:
-        if plan is not None and (code := _run_first_steps(plan, options)):
-            return code
-        return _train(options, device, chosen, name)
+        return train_model(options, device, chosen, name)
 
 
 def _options(name: str, chosen: TrainConfig, arguments: Sequence[str]) -> TrainOptions:
@@ -81,8 +75,15 @@ def _options(name: str, chosen: TrainConfig, arguments: Sequence[str]) -> TrainO
     return replace(options, out=options.out or Path("runs", name))
 
 
-def _train(options: TrainOptions, device: torch.device, chosen: TrainConfig, name: str) -> int:
-    """Trains the model of `options`; `chosen` is the recipe called `name` without them."""
+def train_model(options: TrainOptions, device: torch.device, chosen: TrainConfig, name: str) -> int:
+    """Train a model. Returns the exit code: 130 after a signal.
+
+    Args:
+        options: all settings.
+        device: where to train.
+        chosen: the recipe without the user's options.
+        name: of the recipe.
+    """
     from mar import distributed
     from mar.training.log import open_log
     from mar.training.preflight import check_tokenizer, learning_rate_warning, memorization_warning, precision_hint
@@ -200,159 +201,3 @@ def _make_evaluation(options: TrainOptions, run: Run, log: Log) -> SnapshotCallb
         return metrics
 
     return evaluate
-
-
-# ---- mar train folder
-
-
-@dataclass(frozen=True)
-class OwnTokenizer(TokenizerTrainConfig):
-    """The tokenizer for large pictures; options as for `mar tokenizer train`."""
-
-    data: tyro.conf.Suppress[str] = ""
-    image_size: tyro.conf.Suppress[int | tuple[int, int]] = 64
-    image_channels: tyro.conf.Suppress[int | None] = None
-
-
-@dataclass(frozen=True)
-class FolderOptions(TrainOptions):
-    """Trains a model on your pictures, with sizes chosen for them.
-
-    Large pictures get a tokenizer first; --tokenizer own trains one in any case. Every option replaces a choice.
-    The same command resumes.
-    """
-
-    image_size: int | tuple[int, int] | None = None
-    """Pictures are cut to squares of so many pixels, or to HEIGHT WIDTH; by default as their size and number allow."""
-    vae: OwnTokenizer = field(default_factory=OwnTokenizer)
-
-
-@dataclass(frozen=True)
-class _ModelOverrides:
-    classes: int | None = None
-    label_drop: float | None = None
-
-
-@dataclass(frozen=True)
-class _TokenizerOverrides:
-    kind: TokenizerKind | None = None
-    stride: Stride | None = None
-    channels: int | None = None
-    images: int | None = None
-
-
-@dataclass(frozen=True)
-class _FolderOverrides:
-    """Options that choices follow from."""
-
-    data: str | None = None
-    tokenizer: str | None = None
-    out: Path = Path("runs/folder")
-    image_size: int | tuple[int, int] | None = None
-    images: int | None = None
-    model: _ModelOverrides = field(default_factory=_ModelOverrides)
-    vae: _TokenizerOverrides = field(default_factory=_TokenizerOverrides)
-
-
-def plan_folder(arguments: Sequence[str]) -> tuple[FolderPlan, FolderOptions]:
-    """Plan `mar train folder ARGUMENTS`; nothing is done yet.
-
-    Returns the plan, and the options with the configuration of the model's run.
-    """
-    from mar.autoconfig.plan import FOLDER, Overrides, choose, make_plan
-    from mar.training.run import check_classes, open_run_data
-
-    verb = "train folder"
-    if "-h" in arguments or "--help" in arguments:
-        print("shown: what is chosen for 10,000 color pictures of 32x32 in ten classes\n")
-        parse(FolderOptions, verb, arguments, FolderOptions(_FolderOverrides.out, FOLDER))
-    given = parse(_FolderOverrides, verb, arguments, partly=True)
-    if given.data is None:
-        raise ConfigError("mar train folder needs --data: a folder of pictures, a Parquet file, or a `mar cache`")
-    choice = choose(
-        Overrides(
-            data=given.data,
-            out=given.out,
-            tokenizer=given.tokenizer,
-            image_size=given.image_size,
-            images=given.images,
-            classes=given.model.classes,
-            label_drop=given.model.label_drop,
-            own_tokenizer=any(word.startswith("--vae.") for word in arguments),
-            kind=given.vae.kind,
-            stride=given.vae.stride,
-            channels=given.vae.channels,
-            tokenizer_images=given.vae.images,
-        )
-    )
-    vae = OwnTokenizer() if choice.tokenizer is None else OwnTokenizer(**vars(choice.tokenizer))
-    options = parse(FolderOptions, verb, arguments, FolderOptions(given.out, choice.recipe, vae=vae))
-    if not choice.from_cache:
-        check_classes(options.config, choice.summary.classes)
-        if options.config.patience:  # its held-out pictures have to be there before a tokenizer is trained
-            open_run_data(options.config)
-    plan = make_plan(choice, options.config, options.vae, given.out)
-    reference = options.eval_reference or (options.config.data if plan.cache else None)
-    return plan, replace(options, out=given.out, config=plan.train, eval_reference=reference)
-
-
-def _run_first_steps(plan: FolderPlan, options: TrainOptions) -> int:
-    """Train the tokenizer and cache the latents, where that is left to do. Returns the exit code."""
-    from mar import distributed
-    from mar.autoconfig.summary import save_summary
-    from mar.cli.cache import CacheOptions, make_cache
-    from mar.cli.tokenizer import TokenizerTrainOptions, train_tokenizer
-    from mar.data.latent_cache import INDEX
-    from mar.training.preflight import estimate
-    from mar.training.run import check_same_run
-
-    def note(text: str) -> None:
-        if distributed.rank() == 0:
-            print(text, file=sys.stderr)
-
-    assert options.out is not None
-    with distributed.collective_errors():
-        check_same_run(plan.train, options.out)
-        estimate(plan.train, distributed.world_size()).check_disk(options.out)
-        untrained = None if plan.tokenizer is None or _is_trained(plan.tokenizer) else plan.tokenizer
-        for line in plan.lines:
-            note(line)
-        if plan.summary is not None and distributed.rank() == 0:
-            save_summary(options.out, plan.summary)
-        if untrained is not None and distributed.world_size() > 1:
-            raise ConfigError(
-                f"got {distributed.world_size()} processes, but a tokenizer is trained by one: first run "
-                f"`{untrained.command()}`, then this command again"
-            )
-    if untrained is not None:
-        note(f"first, the tokenizer: {untrained.out}")
-        if code := train_tokenizer(TokenizerTrainOptions(untrained.out, untrained.config, options.device)):
-            return code
-    if (step := plan.cache) is not None:
-        if not (step.out / INDEX).is_file():
-            note(f"then the latents of all pictures: {step.out}")
-            cache = CacheOptions(
-                step.data, out=step.out, tokenizer=step.tokenizer, image_size=step.image_size, flip=step.flip,
-                workers=step.workers, device=options.device,
-            )  # fmt: skip
-            if code := make_cache(cache):
-                return code
-        note(f"then the model: {options.out}")
-    return 0
-
-
-def _is_trained(step: TokenizerStep) -> bool:
-    """Return whether a tokenizer is finished. Raises ConfigError where another one is."""
-    from mar.checkpoint.tokenizers import is_saved
-    from mar.training.run import check_same_run, load_config
-
-    if not is_saved(step.out):
-        return False
-    check_same_run(step.config.resolved(), step.out)
-    saved = load_config(TokenizerTrainConfig, step.out)
-    if saved is not None and saved.images != step.config.images:
-        raise ConfigError(
-            f"{step.out} is finished: it has seen {saved.images:,} pictures, not {step.config.images:,}; "
-            "leave out --vae.images, or take another --out"
-        )
-    return True

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,18 +59,29 @@ class _RandomLatents(Run):
         yield from repeat(LatentBatch(labels, torch.arange(count), (), LatentMoments(latents, None)))
 
 
-def tokenizer_speed(config: TokenizerTrainConfig, device: torch.device, seconds: float) -> float:
-    """Return the images per second of a tokenizer's training, measured for so many seconds."""
+def tokenizer_speed(
+    config: TokenizerTrainConfig, device: torch.device, seconds: float, load_network: Callable[[], Any]
+) -> float:
+    """Return the images per second of a tokenizer's training.
+
+    Args:
+        config: of the run.
+        device: where it will train.
+        seconds: to measure.
+        load_network: loads an EfficientNet-Lite0 for the perceptual loss.
+    """
     config = config.resolved()
     source, held_out = hold_out(config.data, None)
     module = OBJECTIVES[config.kind].make(config)
+    network = load_network() if config.perceptual else None
     with tempfile.TemporaryDirectory() as folder:
-        return images_per_second(TokenizerRun(config, Path(folder), source, held_out, module, device), seconds)
+        run = TokenizerRun(config, Path(folder), source, held_out, module, device, network)
+        return images_per_second(run, seconds)
 
 
 @dataclass(frozen=True)
 class ModelSpeed:
-    """How fast a model learns and draws."""
+    """Speed of a model in training and drawing."""
 
     images_per_second: float
     """In training, of all ranks together."""
@@ -78,7 +90,7 @@ class ModelSpeed:
 
 
 def model_speed(config: TrainConfig, device: torch.device, seconds: float, *, draw: bool = False) -> ModelSpeed:
-    """Measure a model's training for so many seconds, on random latents; called by all ranks.
+    """Measure a model's training on random latents; called by all ranks.
 
     Args:
         config: of the run.
@@ -104,7 +116,7 @@ def model_speed(config: TrainConfig, device: torch.device, seconds: float, *, dr
 
 
 def images_per_second(run: TrainingRun, seconds: float) -> float:
-    """Train a run for so many seconds, and return its speed in images of all ranks."""
+    """Train a run for some seconds; return its images per second."""
     loader = run.batches()
     for _ in range(WARM_UP_STEPS):
         run.step(next(loader))

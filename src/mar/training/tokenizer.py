@@ -207,7 +207,7 @@ class ResidualObjective:
         return module.last_layer.weight
 
     def hidden_kernels(self, module: ResidualTokenizer) -> list[Tensor]:
-        """Return the kernels of all convolutions but the last of encoder and decoder."""
+        """Return all kernels but the last ones."""
         return module.hidden_kernels
 
     def tokenizer(self, module: ResidualTokenizer) -> ResidualTokenizer:
@@ -256,7 +256,7 @@ class KLObjective:
         return weight
 
     def hidden_kernels(self, module: Any) -> list[Tensor]:
-        """Return the kernels of all convolutions but those that make latents, moments or pixels."""
+        """Return all kernels but those that make latents, moments or pixels."""
         last = ("conv_out", "quant_conv", "post_quant_conv")
         convolutions = ((name, part) for name, part in module.named_modules() if isinstance(part, nn.Conv2d))
         return [part.weight for name, part in convolutions if name.rpartition(".")[2] not in last]

@@ -15,7 +15,7 @@ from tiny import HEAD, open_tiny_run, tiny_config, tiny_pipeline, tiny_train_con
 
 from mar.config import SamplingConfig, TrainConfig
 from mar.pipeline import Pipeline
-from mar.training.callbacks import Snapshot, sample_share, export_and_sample, on_snapshot, take_snapshot
+from mar.training.callbacks import Snapshot, export_and_sample, on_snapshot, sample_share, take_snapshot
 from mar.training.log import Log, RunLog, open_log
 from mar.training.trainer import Run, train
 

@@ -1,0 +1,368 @@
+"""Run `mar train folder`: plan for a folder of pictures, train a tokenizer and cache latents, then train the model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from mar.cli.options import parse
+from mar.cli.tokenizer import TokenizerTrainOptions, load_network, train_tokenizer
+from mar.cli.train import TrainOptions, train_model
+from mar.config import ConfigError
+from mar.config.tokenizer import Stride, TokenizerKind, TokenizerTrainConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from mar.autoconfig.plan import CacheStep, FolderPlan, TokenizerStep
+    from mar.autoconfig.timing import TimePlan
+
+MEASURE_SECONDS = 2.0
+"""Time to measure a speed for, so that a message says how long a run takes."""
+MIN_IMAGES_TIMED = 5_000
+"""Shorter trainings begin without such a message."""
+
+VERB = "train folder"
+
+
+# ---- options
+
+
+@dataclass(frozen=True)
+class OwnTokenizer(TokenizerTrainConfig):
+    """The tokenizer for large pictures; options as for `mar tokenizer train`."""
+
+    data: tyro.conf.Suppress[str] = ""
+    image_size: tyro.conf.Suppress[int | tuple[int, int]] = 64
+    image_channels: tyro.conf.Suppress[int | None] = None
+
+
+@dataclass(frozen=True)
+class FolderOptions(TrainOptions):
+    """Trains a model on your pictures, with sizes chosen for them.
+
+    Large pictures get a tokenizer first; --tokenizer own trains one in any case. Every option replaces a choice.
+    The same command resumes.
+    """
+
+    minutes: float | None = None
+    """Time for all of it on this machine; lengths are chosen for it, and kept when the run is continued."""
+    hours: float | None = None
+    """The same in hours."""
+    image_size: int | tuple[int, int] | None = None
+    """Pictures are cut to squares of so many pixels, or to HEIGHT WIDTH; by default as their size and number allow."""
+    vae: OwnTokenizer = field(default_factory=OwnTokenizer)
+
+
+@dataclass(frozen=True)
+class _ModelOverrides:
+    classes: int | None = None
+    label_drop: float | None = None
+
+
+@dataclass(frozen=True)
+class _TokenizerOverrides:
+    kind: TokenizerKind | None = None
+    stride: Stride | None = None
+    channels: int | None = None
+    images: int | None = None
+
+
+@dataclass(frozen=True)
+class _FolderOverrides:
+    """Options that choices follow from."""
+
+    data: str | None = None
+    tokenizer: str | None = None
+    out: Path = Path("runs/folder")
+    minutes: float | None = None
+    hours: float | None = None
+    image_size: int | tuple[int, int] | None = None
+    images: int | None = None
+    model: _ModelOverrides = field(default_factory=_ModelOverrides)
+    vae: _TokenizerOverrides = field(default_factory=_TokenizerOverrides)
+
+
+def plan_folder(arguments: Sequence[str], lengths: TimePlan | None = None) -> tuple[FolderPlan, FolderOptions]:
+    """Plan `mar train folder ARGUMENTS`; nothing is done yet.
+
+    `lengths` are chosen for the user's time; by default those of the run that is continued. Returns the plan, and the
+    options with the configuration of the model's run.
+    """
+    from mar.autoconfig.plan import FOLDER, Overrides, choose, make_plan
+    from mar.training.run import check_classes, open_run_data
+
+    if "-h" in arguments or "--help" in arguments:
+        print("shown: what is chosen for 10,000 color pictures of 32x32 in ten classes\n")
+        parse(FolderOptions, VERB, arguments, FolderOptions(_FolderOverrides.out, FOLDER))
+    given = parse(_FolderOverrides, VERB, arguments, partly=True)
+    if given.data is None:
+        raise ConfigError("mar train folder needs --data: a folder of pictures, a Parquet file, or a `mar cache`")
+    lengths = lengths or _saved_lengths(given)
+    choice = choose(
+        Overrides(
+            data=given.data,
+            out=given.out,
+            tokenizer=given.tokenizer,
+            image_size=given.image_size,
+            images=lengths.model_images or given.images,
+            classes=given.model.classes,
+            label_drop=given.model.label_drop,
+            own_tokenizer=any(word.startswith("--vae.") for word in arguments),
+            kind=given.vae.kind,
+            stride=given.vae.stride,
+            channels=given.vae.channels,
+            tokenizer_images=given.vae.images or lengths.tokenizer_images,
+            grids=lengths.grids or Overrides.grids,
+        )
+    )
+    vae = OwnTokenizer() if choice.tokenizer is None else OwnTokenizer(**vars(choice.tokenizer))
+    options = parse(FolderOptions, VERB, arguments, FolderOptions(given.out, choice.recipe, vae=vae))
+    if not choice.from_cache:
+        check_classes(options.config, choice.summary.classes)
+        if options.config.patience:  # its held-out pictures have to be there before a tokenizer is trained
+            open_run_data(options.config)
+    plan = make_plan(choice, options.config, options.vae, given.out)
+    reference = options.eval_reference or (options.config.data if plan.cache else None)
+    return plan, replace(options, out=given.out, config=plan.train, eval_reference=reference)
+
+
+def _saved_lengths(given: _FolderOverrides) -> TimePlan:
+    """Return the lengths of the run that is continued, or none. ConfigError where they contradict the options."""
+    from mar.autoconfig.timing import TimePlan, duration, load_time_plan, seconds_of
+
+    seconds, saved = seconds_of(given.minutes, given.hours), load_time_plan(given.out)
+    if given.images is not None:
+        if seconds is not None:
+            raise ConfigError(f"got --images {given.images} and a time, which chooses the number; leave one out")
+        return replace(saved or TimePlan(0.0), model_images=None, grids=None)  # it is made longer, or shorter
+    if saved is None or seconds in (None, saved.seconds):
+        return saved or TimePlan(0.0)
+    raise ConfigError(
+        f"{given.out} was planned for {duration(saved.seconds)}, not {duration(seconds)}; give that time, or --images "
+        f"for another length, or take another --out"
+    )
+
+
+def train_folder(arguments: Sequence[str]) -> int:
+    """Run `mar train folder`."""
+    from mar import devices, distributed
+
+    started = time.monotonic()
+    with distributed.collective_errors():
+        plan, options = plan_folder(arguments)
+        devices.choose_device(options.device)
+    with distributed.process_group(options.device) as device:
+        steps = _Steps(arguments, device, started)
+        plan, options, code = steps.run_first(plan, options)
+        return code or train_model(options, device, plan.recipe, "folder")
+
+
+class _Steps:
+    """The steps before the model's training, and the lengths that they choose.
+
+    Args:
+        arguments: of the command, after `folder`.
+        device: where to train.
+        started: `time.monotonic()` when the command began.
+    """
+
+    def __init__(self, arguments: Sequence[str], device: torch.device, started: float) -> None:
+        self.arguments, self.device, self.started = arguments, device, started
+        self.given = parse(_FolderOverrides, VERB, arguments, partly=True)
+
+    def run_first(self, plan: FolderPlan, options: FolderOptions) -> tuple[FolderPlan, FolderOptions, int]:
+        """Train the tokenizer and cache the latents, where that is left to do.
+
+        Returns plan and options with the model's length, and the exit code.
+        """
+        from mar import distributed
+        from mar.autoconfig.summary import save_summary
+        from mar.training.preflight import estimate
+        from mar.training.run import check_same_run
+
+        assert options.out is not None
+        with distributed.collective_errors():
+            check_same_run(plan.train, options.out)
+            estimate(plan.train, distributed.world_size()).check_disk(options.out)
+            untrained = None if plan.tokenizer is None or _is_trained(plan.tokenizer) else plan.tokenizer
+            for line in plan.lines:
+                _note(line)
+            if plan.summary is not None and distributed.rank() == 0:
+                save_summary(options.out, plan.summary)
+            if untrained is not None and distributed.world_size() > 1:
+                raise ConfigError(
+                    f"got {distributed.world_size()} processes, but a tokenizer is trained by one: first run "
+                    f"`{untrained.command()}`, then this command again"
+                )
+
+        earlier = 0.0 if plan.tokenizer is None else _logged_seconds(plan.tokenizer.out)
+        plan, options = self._choose_tokenizer_length(plan, options, untrained)
+        if untrained is not None:
+            assert plan.tokenizer is not None
+            _note(f"first, the tokenizer: {plan.tokenizer.out}")
+            step = TokenizerTrainOptions(plan.tokenizer.out, plan.tokenizer.config, options.device)
+            if code := train_tokenizer(step):
+                return plan, options, code
+        if plan.cache is not None and (code := _cache_latents(plan.cache, options)):
+            return plan, options, code
+        plan, options = self._choose_model_length(plan, options, earlier)
+        if plan.cache is not None:
+            _note(f"then the model: {options.out}")
+        return plan, options, 0
+
+    def _choose_tokenizer_length(
+        self, plan: FolderPlan, options: FolderOptions, untrained: TokenizerStep | None
+    ) -> tuple[FolderPlan, FolderOptions]:
+        """Begin a plan for the user's time. Without one, say how long the trainings take."""
+        from mar.autoconfig.timing import TimePlan, duration, load_time_plan, seconds_of, tokenizer_images
+        from mar.training.speed import tokenizer_speed
+
+        assert options.out is not None
+        seconds = seconds_of(self.given.minutes, self.given.hours)
+        if load_time_plan(options.out) is not None:
+            return plan, options
+        if _has_begun(plan, options.out):
+            if seconds is not None:
+                raise ConfigError(f"{options.out} was begun without a time; leave it out, or take another --out")
+            return plan, options
+        if seconds is None:
+            self._estimate(plan, untrained)
+            return plan, options
+        images = None
+        if untrained is not None and self.given.vae.images is None:
+            assert plan.summary is not None
+            speed = tokenizer_speed(untrained.config, self.device, _measure_seconds(seconds), load_network)
+            images = tokenizer_images(seconds, speed, untrained.config.batch, plan.summary.count)
+            _note(
+                f"{duration(seconds)} in all: about {duration(images / speed)} for the tokenizer ({images:,} pictures, "
+                f"{speed:.0f} a second), then latents, and the model with the rest"
+            )
+        elif untrained is None and plan.tokenizer is not None:
+            images = plan.tokenizer.config.images
+        return self._replan(options, TimePlan(seconds, images))
+
+    def _estimate(self, plan: FolderPlan, untrained: TokenizerStep | None) -> None:
+        """Say how long the trainings take on this machine, if they are long."""
+        from mar.autoconfig.timing import duration
+        from mar.training.speed import model_speed, tokenizer_speed
+
+        config = plan.train
+        if config.images + (untrained.config.images if untrained else 0) < MIN_IMAGES_TIMED:
+            return
+        parts = []
+        if untrained is not None:
+            speed = tokenizer_speed(untrained.config, self.device, MEASURE_SECONDS, load_network)
+            parts.append(("tokenizer", untrained.config.images, speed))
+        parts.append(("model", config.images, model_speed(config, self.device, MEASURE_SECONDS).images_per_second))
+        times = [f"{name} {duration(images / speed)} ({speed:.0f} pictures a second)" for name, images, speed in parts]
+        _note(f"on this machine: {', '.join(times)}; --minutes N fits all into N minutes")
+
+    def _choose_model_length(
+        self, plan: FolderPlan, options: FolderOptions, earlier: float
+    ) -> tuple[FolderPlan, FolderOptions]:
+        """Choose the length of the model's training for the time that is left.
+
+        `earlier` sessions spent so many seconds on the tokenizer.
+        """
+        from mar.autoconfig.timing import duration, load_time_plan, model_length
+        from mar.training.speed import model_speed
+
+        assert options.out is not None
+        lengths = load_time_plan(options.out)
+        if lengths is None or lengths.model_images is not None or self.given.images is not None:
+            return plan, options
+        speed = model_speed(plan.train, self.device, _measure_seconds(lengths.seconds), draw=True)
+        left = max(lengths.seconds - earlier - (time.monotonic() - self.started), 0.0)
+        images, grids = model_length(left, speed.images_per_second, speed.grid_seconds, plan.train.batch)
+        _note(
+            f"{duration(left)} are left: the model sees {images:,} pictures ({speed.images_per_second:.0f} a second), "
+            f"with {grids} sample grids on the way"
+        )
+        return self._replan(options, replace(lengths, model_images=images, grids=grids))
+
+    def _replan(self, options: FolderOptions, lengths: TimePlan) -> tuple[FolderPlan, FolderOptions]:
+        """Keep the lengths that rank 0 has chosen, and plan with them."""
+        from mar import distributed
+        from mar.autoconfig.timing import save_time_plan
+
+        assert options.out is not None
+        with distributed.collective_errors():
+            lengths = distributed.all_gather_object(lengths)[0]
+            if distributed.rank() == 0:
+                save_time_plan(lengths, options.out)
+            return plan_folder(self.arguments, lengths)
+
+
+def _note(text: str) -> None:
+    """Print a line for people, on rank 0."""
+    from mar import distributed
+
+    if distributed.rank() == 0:
+        print(text, file=sys.stderr)
+
+
+def _measure_seconds(seconds: float) -> float:
+    """Return for how long speeds are measured, to plan so many seconds."""
+    return min(MEASURE_SECONDS * 3, seconds / 100)
+
+
+def _cache_latents(step: CacheStep, options: FolderOptions) -> int:
+    from mar.cli.cache import CacheOptions, make_cache
+    from mar.data.latent_cache import INDEX
+
+    if (step.out / INDEX).is_file():
+        return 0
+    _note(f"then the latents of all pictures: {step.out}")
+    return make_cache(
+        CacheOptions(
+            step.data, out=step.out, tokenizer=step.tokenizer, image_size=step.image_size, flip=step.flip,
+            workers=step.workers, device=options.device,
+        )
+    )  # fmt: skip
+
+
+def _has_begun(plan: FolderPlan, out: Path) -> bool:
+    """Return whether the model's training, or its tokenizer's, has saved states."""
+    from mar.checkpoint.run_state import RunState
+
+    folders = [out] if plan.tokenizer is None else [out, plan.tokenizer.out]
+    return any(RunState(folder).states() for folder in folders)
+
+
+def _logged_seconds(folder: Path) -> float:
+    """Return the time in steps of a run, over all sessions; 0 without a log."""
+    try:
+        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0.0
+    seconds = 0.0
+    for line in lines:
+        with contextlib.suppress(ValueError):  # the last line of a killed run
+            seconds = max(seconds, json.loads(line).get("seconds", 0.0))
+    return seconds
+
+
+def _is_trained(step: TokenizerStep) -> bool:
+    """Return whether a tokenizer is finished. Raises ConfigError where another one is."""
+    from mar.checkpoint.tokenizers import is_saved
+    from mar.training.run import check_same_run, load_config
+
+    if not is_saved(step.out):
+        return False
+    check_same_run(step.config.resolved(), step.out)
+    saved = load_config(TokenizerTrainConfig, step.out)
+    if saved is not None and saved.images != step.config.images:
+        raise ConfigError(
+            f"{step.out} is finished: it has seen {saved.images:,} pictures, not {step.config.images:,}; "
+            "leave out --vae.images, or take another --out"
+        )
+    return True
