@@ -73,7 +73,7 @@ def open_trial(config: TrainConfig, folder: Path, parts: tuple[Source, Source]) 
     check_classes(config, parts[0].classes)
     name = config.tokenizer
     tokenizer = from_name(name, image_channels, channels) if is_name(name) else load_tokenizer(name)
-    transform = Transform(tokenizer.image_size(config.model.grid), tokenizer.image_channels)
+    transform = Transform(tokenizer.image_size(config.model.grid), tokenizer.image_channels, config.upright)
     if not tokenizer.has_stats:
         tokenizer.fit(in_order(subset(parts[0], 1000), transform))
     torch.manual_seed(config.seed)

@@ -12,6 +12,7 @@ import processes
 import pytest
 import tiny
 import torch
+from orientations import forget_upright, lay_down
 from PIL import Image
 
 from mar.checkpoint.tokenizers import save_tokenizer
@@ -209,6 +210,56 @@ def test_cache_errors_are_one_line(
     assert words in error
     assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_cache_command_turns_upright_unless_begun_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.write_images(tmp_path / "plain" / "pictures")
+    lay_down(tiny.write_images(tmp_path / "pictures"))
+    made = {}
+    for name, where, more in (
+        ("plain", tmp_path / "plain", []), ("new", tmp_path, []), ("begun", tmp_path, ["--upright", "False"]),
+    ):  # fmt: skip
+        assert main(cached(where, tmp_path / name / "cache", *more, tokenizer="pixels")) == 0
+        made[name] = processes.read_tree(tmp_path / name / "cache")
+    shards = [name for name in made["new"] if name.endswith(".safetensors")]
+    assert len(shards) == 5
+    assert [made["new"][name] for name in shards] == [made["plain"][name] for name in shards]
+    assert all(made["new"][name] != made["begun"][name] for name in shards)
+
+    # begun by a version without the option: it goes on as it is
+    begun = tmp_path / "begun" / "cache"
+    forget_upright(begun / "cache.json")
+    for name in ("00001.safetensors", "index.json"):
+        (begun / name).unlink()
+    capsys.readouterr()
+    assert main(cached(tmp_path, begun, "--upright", "True", tokenizer="pixels")) == 2
+    said = capsys.readouterr().err
+    assert "was begun with upright False, not True; give the same settings, remove it, or take another --out" in said
+    assert said.count("\n") == 1
+    assert main(cached(tmp_path, begun, tokenizer="pixels")) == 0
+    assert {**processes.read_tree(begun), "cache.json": b""} == {**made["begun"], "cache.json": b""}
+
+
+def test_training_on_a_cache_validates_on_pictures_as_cached(tmp_path: Path) -> None:
+    """A test part lies in its files, and is turned as the cached pictures were."""
+    for part, count in (("train", 20), ("test", 12)):
+        tiny.write_images(tmp_path / "plain" / "pictures" / part, count)
+        lay_down(tiny.write_images(tmp_path / "pictures" / part, count))
+    losses = {}
+    for name, where, more in (
+        ("plain", tmp_path / "plain", []), ("new", tmp_path, []), ("lying", tmp_path, ["--upright", "False"]),
+    ):  # fmt: skip
+        assert main(cached(where, tmp_path / name / "cache", *more, tokenizer="pixels")) == 0
+        model = tiny.tiny_config(channels=3, grid=(8, 8), classes=2)
+        config = settings(tmp_path / name, "cache", tokenizer="pixels", model=model)
+        run = open_it(config, tmp_path / name / "run")
+        losses[name] = Validation(run, Log())(take_snapshot(run))["val_loss"]
+    assert losses["new"] == losses["plain"]
+    assert losses["lying"] != pytest.approx(losses["plain"])
+    with pytest.raises(ConfigError, match="as they lie in their files; train with --no-upright, or cache anew with"):
+        open_it(
+            settings(tmp_path / "lying", "cache", tokenizer="pixels", model=model, upright=True), tmp_path / "refused"
+        )
 
 
 def test_cache_verify_names_missing_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from orientations import forget_upright, lay_down
 from PIL import Image
+from tiny import write_images
 
 from mar.cli import VERBS, main
 from mar.cli.options import parse
@@ -328,6 +330,24 @@ def test_tokenizer_train_then_model_train(
     assert "another run" in refused_after(capsys, [*command, "--images", "8", changed, "1"])
 
 
+def test_tokenizer_train_turns_upright_unless_begun_otherwise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = {}
+    for name, lying, more in (("a", False, []), ("b", True, []), ("c", True, ["--no-upright"])):
+        data = write_images(tmp_path / name / "pictures")
+        command = ["tokenizer", "train", str(lay_down(data) if lying else data), "--out", str(tmp_path / name / "vae")]
+        command += ["--image-size", "8", "--width", "8", "--batch", "4", "--decay", "0", "--device", "cpu", "--images"]
+        assert main([*command, "4", *more]) == 0
+        weights[name] = (tmp_path / name / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert weights["a"] == weights["b"] != weights["c"]
+    run = tmp_path / "c" / "vae" / "run.json"
+    forget_upright(run)
+    assert main([*command, "8"]) == 0  # goes on as it began, with a version that did not say it
+    assert json.loads(run.read_text())["upright"] is False
+    assert "another run (upright False -> True)" in refused_after(capsys, [*command, "8", "--upright"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -471,6 +491,13 @@ def test_help_of_every_verb_is_printed(capsys: pytest.CaptureFixture[str]) -> No
             main([verb, "--help"])
         assert not stopped.value.code
         assert "--help" in capsys.readouterr().out
+
+
+def test_help_of_tokenizer_train_lists_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["tokenizer", "train", "--help"])
+    said = capsys.readouterr().out
+    assert all(option in said for option in ("--out", "--image-size", "--no-upright"))
 
 
 def test_help_and_import_do_without_torch() -> None:

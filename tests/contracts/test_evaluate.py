@@ -15,6 +15,7 @@ import extractors
 import numpy as np
 import pytest
 import tiny
+from orientations import lay_down
 from PIL import Image
 
 from mar.checkpoint import files
@@ -85,6 +86,22 @@ def test_stats_of_images_are_written(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert found.provenance.source == "pictures (train)"
     assert found.features is not None
     assert list(tmp_path.iterdir()) == [out]
+
+
+def test_stats_and_evaluate_turn_upright_if_told(tmp_path: Path) -> None:
+    lay_down(tiny.write_images(tmp_path / "pictures", 20))
+    means = []
+    for name, where, more in (("plain", "pictures", []), ("up", tmp_path / "pictures", ["--upright"])):
+        assert main(["stats", str(where), "--out", str(tmp_path / f"{name}.npz"), *more, *JUDGE]) == 0
+        means.append(FeatureStats.load(tmp_path / f"{name}.npz").mean)
+    assert means[0].tolist() == means[1].tolist()
+    distances = []
+    for more in (["--upright"], []):
+        report = tmp_path / "report.json"
+        assert evaluate(tmp_path / "pictures", "--reference", "pictures", "--out", report, *more) == 0
+        distances.append(json.loads(report.read_text())["distance"])
+    assert distances[0] == pytest.approx(0, abs=1e-6)
+    assert distances[1] > 1e-3
 
 
 def test_stats_convert_adms_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

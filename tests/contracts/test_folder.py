@@ -14,6 +14,7 @@ import processes
 import pytest
 import tiny
 import torch
+from orientations import forget_upright, lay_down
 from PIL import Image
 from tiny import write_images as bars
 
@@ -331,6 +332,56 @@ def test_folder_same_command_does_the_rest(place: Path, capsys: pytest.CaptureFi
     assert (place / "run" / "state-000000000020").is_dir()
     assert processes.read_tree(place / "run" / "tokenizer") == before[0]
     assert (place / "run" / "model.safetensors").read_bytes() != before[1]
+
+
+@pytest.mark.parametrize("finished", ["tokenizer", "latents", "state"])
+def test_folder_run_of_an_earlier_version_stays_as_it_began(
+    finished: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Earlier versions did not turn pictures upright, and did not say so in their files."""
+    monkeypatch.chdir(tmp_path)
+    lay_down(bars(tmp_path / "pictures"))
+    whole = [*WHOLE, "--decay", "0"]  # else a shorter run would not be the beginning of a longer one
+    assert main([*whole, "--no-upright"]) == 0
+    (tmp_path / "run").rename("whole")
+    assert main([*whole, "--no-upright", "--images", "8"]) == 0
+    run = tmp_path / "run"
+    for path in ("run.json", "tokenizer/run.json", "latents/cache.json"):
+        forget_upright(run / path)
+    if finished != "state":
+        for path in [*run.glob("state-*"), run / "samples"]:
+            shutil.rmtree(path)
+        for path in [run / "latest", run / "run.json", run / "log.jsonl", *run.glob("*.safetensors")]:
+            path.unlink()
+    if finished == "tokenizer":
+        shutil.rmtree(run / "latents")
+    assert main(whole) == 0
+    ours, theirs = (Pipeline.open(tmp_path / name / "model.safetensors").model for name in ("run", "whole"))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    capsys.readouterr()
+    assert main([*whole, "--upright"]) == 2
+    assert "run holds another run (upright False -> True); use its settings" in capsys.readouterr().err
+
+
+def test_folder_new_run_turns_pictures_upright(tmp_path: Path) -> None:
+    """In the tokenizer's training, the cache and what it is compared with: as pictures that stand in their files."""
+    for name, lying in (("standing", False), ("lying", True)):
+        data = bars(tmp_path / name)
+        assert main(command(str(lay_down(data) if lying else data), str(tmp_path / f"run-{name}"), *TOKENIZER)) == 0
+    for path in ("tokenizer/diffusion_pytorch_model.safetensors", "latents/00000.safetensors"):
+        assert (tmp_path / "run-lying" / path).read_bytes() == (tmp_path / "run-standing" / path).read_bytes()
+    for path in ("run.json", "tokenizer/run.json"):
+        assert json.loads((tmp_path / "run-lying" / path).read_text())["upright"] is True
+    lying, cached = tmp_path / "lying", tmp_path / "run-lying" / "latents"
+    assert planned(cached, "--out", tmp_path / "other").train.upright
+    steps = planned(lying, "--out", tmp_path / "new", "--tokenizer", "own", "--no-upright")
+    assert steps.tokenizer is not None
+    assert steps.cache is not None
+    assert (steps.train.upright, steps.tokenizer.config.upright, steps.cache.upright) == (False, False, False)
+    assert steps.tokenizer.command().endswith("--no-upright")
+    steps = planned(lying, "--out", tmp_path / "new", "--tokenizer", "own")
+    assert steps.tokenizer is not None
+    assert "upright" not in steps.tokenizer.command()
 
 
 def test_folder_of_another_run_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-from contextlib import suppress
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +33,9 @@ def read_picture(data: Any, name: str = "picture") -> Image.Image:
         data: what was sent.
         name: for messages.
     """
-    from PIL import ImageOps, UnidentifiedImageError
+    from PIL import UnidentifiedImageError
 
-    from mar.data.images import PILLOW_ERRORS, UnreadableImage, decode_image
+    from mar.data.images import UnreadableImage, decode_image, upright
 
     if not isinstance(data, str):
         raise ValueError(f"{name}: got {type(data).__name__}, expected a picture as a data URL")
@@ -57,12 +56,7 @@ def read_picture(data: Any, name: str = "picture") -> Image.Image:
         raise ValueError(f"{name}: can't read it: {why}") from error
     if max(image.size) > MAX_ASPECT * min(image.size):
         raise ValueError(f"{name}: got {image.width}x{image.height}, expected sides of at most {MAX_ASPECT}:1")
-    facts = image.info.get("mar")
-    with suppress(*PILLOW_ERRORS):  # damaged EXIF: then it stays as it is
-        image = ImageOps.exif_transpose(image)
-    if facts is not None:
-        image.info["mar"] = facts
-    return image
+    return upright(image)
 
 
 def facts_of(image: Image.Image) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ import json
 import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 from mar import zoo
 from mar.autoconfig.sizes import (
@@ -29,10 +30,12 @@ from mar.autoconfig.sizes import (
 from mar.autoconfig.summary import load_summary, summarize_cache
 from mar.config import ConfigError, TrainConfig, from_dict, resolve_image_channels
 from mar.config.tokenizer import TokenizerKind, TokenizerTrainConfig
-from mar.data.latent_cache import LatentSource
+from mar.data.latent_cache import LatentSource, is_cache, read_manifest
 from mar.data.sources import open_data
 from mar.data.stream import StreamSource
 from mar.tokenizer import PixelTokenizer, Tokenizer, from_name, is_name
+
+Config = TypeVar("Config")
 
 OWN = "own"
 """Name of a tokenizer that is trained first, on the run's own images."""
@@ -114,13 +117,14 @@ class TokenizerStep:
 
     def command(self) -> str:
         """Return the command that makes this step."""
-        default = TokenizerTrainConfig()
+        default = TokenizerTrainConfig(upright=self.config.upright)
         words = ["mar", "tokenizer", "train", self.config.data, "--out", str(self.out)]
         for field in fields(self.config):
             value = getattr(self.config, field.name)
             if field.name != "data" and value != getattr(default, field.name):
                 values = value if isinstance(value, tuple) else (value,)
                 words += [f"--{field.name.replace('_', '-')}", *map(str, values)]
+        words += [] if self.config.upright else ["--no-upright"]
         return shlex.join(words)
 
 
@@ -133,6 +137,7 @@ class CacheStep:
     tokenizer: str
     image_size: tuple[int, int]
     flip: bool | None
+    upright: bool
     workers: int
 
 
@@ -177,7 +182,8 @@ def _choose_for_cache(overrides: Overrides, source: LatentSource) -> Choice:
         raise ConfigError(f"{overrides.data} holds cached latents: leave out --image-size, --vae.* and --tokenizer own")
     summary, shape = summarize_cache(source)
     layout = TokenLayout(source.manifest.size, overrides.tokenizer or source.manifest.tokenizer, shape)
-    recipe = replace(_recipe(overrides, summary, layout), shift=0)  # cached latents, or pixels, can't be shifted
+    # cached latents, or pixels, can't be shifted or turned
+    recipe = replace(_recipe(overrides, summary, layout), shift=0, upright=source.manifest.upright)
     return Choice(recipe, layout, summary, from_cache=True)
 
 
@@ -201,7 +207,7 @@ def _layout(overrides: Overrides, summary: DatasetSummary) -> TokenLayout:
         return TokenLayout(_crop(overrides, summary, largest, shape), name, shape)
     largest = max_side(summary.count)
     size = _crop(overrides, summary, largest)
-    kind = overrides.kind or _begun_kind(overrides.out) or "kl"
+    kind = overrides.kind or _begun_settings(overrides.out).get("kind", "kl")
     shape = own_shape(size, kind) if name == OWN else default_latent_shape(summary, size, kind)
     if shape is None:
         assert PixelTokenizer.name is not None
@@ -229,11 +235,20 @@ def _shape_of(name: str) -> tuple[LatentShape | None, int]:
     return shape, _trained_side(tokenizer)
 
 
-def _begun_kind(out: Path) -> TokenizerKind | None:
-    """Return the kind of the tokenizer whose training began in a run's folder; None: none did."""
-    path = out / "tokenizer" / "run.json"
+def _begun_settings(out: Path) -> dict[str, Any]:
+    """Return the settings that a run begun in `out` keeps by default; a new one has none."""
+    tokenizer = _begun_config(TokenizerTrainConfig, out / "tokenizer")
+    latents = read_manifest(out / "latents") if is_cache(out / "latents") else None
+    train = _begun_config(TrainConfig, out)
+    upright = [begun.upright for begun in (train, latents, tokenizer) if begun is not None]
+    settings: dict[str, Any] = {} if tokenizer is None else {"kind": tokenizer.kind}
+    return {**settings, "upright": upright[0]} if upright else settings
+
+
+def _begun_config(kind: type[Config], folder: Path) -> Config | None:
+    """Return the config of the run that began in a folder; None: none did."""
     try:
-        return from_dict(TokenizerTrainConfig, json.loads(path.read_text(encoding="utf-8"))).kind
+        return from_dict(kind, json.loads((folder / "run.json").read_text(encoding="utf-8")))
     except (OSError, AttributeError, TypeError, ValueError):
         return None  # what is wrong with a damaged one, its training says
 
@@ -267,6 +282,7 @@ def _recipe(overrides: Overrides, summary: DatasetSummary, layout: TokenLayout) 
         data=overrides.data,
         tokenizer=layout.tokenizer,
         image_channels=summary.image_channels if unusual else None,
+        upright=_begun_settings(overrides.out).get("upright", recipe.upright),
     )
     if overrides.label_drop == 0:
         recipe = replace(recipe, sampling=replace(recipe.sampling, guidance_scale=1.0))
@@ -313,10 +329,12 @@ def _with_latents(
                 "choose their number by --vae.channels alone"
             )
         flip = config.flip if tokenizer.flip is None else tokenizer.flip
-        settings = {**vars(tokenizer), "data": config.data, "image_size": size, "flip": flip}
+        settings = {
+            **vars(tokenizer), "data": config.data, "image_size": size, "flip": flip, "upright": config.upright,
+        }  # fmt: skip
         step = TokenizerStep(TokenizerTrainConfig(**settings), out / "tokenizer")
         name = str(step.out)
-    cache = CacheStep(config.data, out / "latents", name, size, config.flip, config.workers)
+    cache = CacheStep(config.data, out / "latents", name, size, config.flip, config.upright, config.workers)
     return replace(plan, train=replace(config, data=str(cache.out), tokenizer=name), tokenizer=step, cache=cache)
 
 

@@ -44,6 +44,9 @@ class CacheOptions:
     """Precision of the stored latents; they are computed in fp32."""
     flip: bool | None = None
     """Cache mirrored pictures too; by default if the data allows it."""
+    upright: bool | None = None
+    """Turn pictures upright by their EXIF orientation; by default as the cache began, a new one True. The reference's
+    way is False."""
     shard: int = 1024
     """Pictures of a shard: a process that is killed loses at most one."""
     batch: int = 32
@@ -142,6 +145,7 @@ def _prepare(options: CacheOptions, out: Path) -> tuple[Source, Tokenizer, Cache
     """
     from mar import distributed
     from mar.data.cache_writer import describe_cache, prepare_cache
+    from mar.data.latent_cache import is_cache, read_manifest
     from mar.data.sources import open_source
     from mar.zoo import load_tokenizer
 
@@ -153,9 +157,11 @@ def _prepare(options: CacheOptions, out: Path) -> tuple[Source, Tokenizer, Cache
         tokenizer = load_tokenizer(options.tokenizer, resolve_image_channels(options.data))
         size = options.image_size
         if distributed.rank() == 0:
+            begun = read_manifest(out).upright if is_cache(out) else True
             manifest = describe_cache(
                 source, tokenizer, data=options.data, tokenizer_name=options.tokenizer, dtype=options.dtype,
                 size=(size, size) if isinstance(size, int) else size, flip=options.flip, shard=options.shard,
+                upright=begun if options.upright is None else options.upright,
             )  # fmt: skip
             prepared = manifest, prepare_cache(out, manifest)
     manifest, shards = distributed.all_gather_object(prepared)[0]

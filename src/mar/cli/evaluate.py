@@ -168,6 +168,7 @@ def _eval_options(options: EvaluateOptions) -> EvalOptions:
         count=options.count,
         seed=options.seed,
         image_size=options.size(),
+        upright=options.upright,
         batch=options.batch,
         sampling=options.settings(),
         allow_broken=options.allow_broken,

@@ -31,6 +31,8 @@ class FeatureFlags:
     """A file of weights for it; by default its own."""
     image_size: int | None = None
     """Bring pictures of a folder or data set to this height and width, by ADM's center crop."""
+    upright: bool = False
+    """Turn pictures of a folder or data set upright by their EXIF orientation, as `mar train folder` does."""
     batch: int = 64
     """Pictures at a time; changes memory and speed, not the numbers."""
 
@@ -100,13 +102,15 @@ def _measure(options: StatsOptions, device: torch.device, check: Callable[[], No
 
     with distributed.collective_errors():
         if is_statistics(options.pictures):
-            for name in ("image_size", "count", "keep_features"):
+            for name in ("image_size", "upright", "count", "keep_features"):
                 if getattr(options, name):
                     name = name.replace("_", "-")
                     raise ConfigError(f"{name} needs pictures, but {options.pictures} has only their statistics")
             return FeatureStats.load(Path(options.pictures))
         extractor, metrics = options.extractor(device), MetricOptions(kid=options.keep_features)
-        images = open_images(options.pictures, split=options.split, size=options.size(), limit=options.count)
+        images = open_images(
+            options.pictures, split=options.split, size=options.size(), limit=options.count, upright=options.upright
+        )
         if options.keep_features:
             print_feature_memory(len(images), extractor)
     first, end = rank_share(len(images), distributed.rank(), distributed.world_size())

@@ -13,7 +13,7 @@ import tyro
 
 from mar.cli.options import parse
 from mar.config import resolve_image_channels
-from mar.config.tokenizer import TokenizerKind, TokenizerTrainConfig
+from mar.config.tokenizer import TokenizerTrainConfig
 
 if TYPE_CHECKING:
     from mar.tokenizer import Tokenizer
@@ -103,7 +103,7 @@ def _train(arguments: Sequence[str]) -> int:
     named = bool(arguments) and not arguments[0].startswith("-")
     rest = arguments[1:] if named else arguments
     config = TokenizerTrainConfig(arguments[0]) if named else TokenizerTrainConfig()
-    default = TokenizerTrainOptions(config=replace(config, kind=_begun_kind(rest) or config.kind))
+    default = TokenizerTrainOptions(config=replace(config, **{"upright": True, **_begun_settings(rest)}))
     if "-h" in rest or "--help" in rest:
         print("mar tokenizer train DATA --out FOLDER ...\n")
     options = parse(TokenizerTrainOptions, "tokenizer train", rest, default)
@@ -116,12 +116,13 @@ def _train(arguments: Sequence[str]) -> int:
     return code
 
 
-def _begun_kind(arguments: Sequence[str]) -> TokenizerKind | None:
-    """Returns the kind of the run that the command goes on with; None: it begins one."""
+def _begun_settings(arguments: Sequence[str]) -> dict[str, Any]:
+    """Returns the settings that a begun run keeps by default; a new one has none."""
     from mar.training.run import load_config
 
-    begun = load_config(TokenizerTrainConfig, parse(_Out, "tokenizer train", arguments, partly=True).out)
-    return None if begun is None else begun.kind
+    words = [word for word in arguments if word not in ("-h", "--help")]  # whose help is that of all options
+    begun = load_config(TokenizerTrainConfig, parse(_Out, "tokenizer train", words, partly=True).out)
+    return {} if begun is None else {"kind": begun.kind, "upright": begun.upright}
 
 
 def train_tokenizer(options: TokenizerTrainOptions) -> int:

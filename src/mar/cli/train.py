@@ -184,7 +184,8 @@ def _make_evaluation(options: TrainOptions, run: Run, log: Log) -> SnapshotCallb
     from mar.training.callbacks import take_snapshot
 
     extractor = open_extractor(options.eval_features, options.eval_weights).to(run.device)
-    evaluator = OnlineEvaluator(extractor, options.eval_reference or options.config.data, options.eval_count)
+    reference = options.eval_reference or options.config.data
+    evaluator = OnlineEvaluator(extractor, reference, options.eval_count, upright=run.transform.upright)
     # A wrong reference fails here, before hours of training.
     evaluator.measure_reference(take_snapshot(run).pipeline("ema").image_size)
 

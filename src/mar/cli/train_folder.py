@@ -43,6 +43,7 @@ class OwnTokenizer(TokenizerTrainConfig):
     data: tyro.conf.Suppress[str] = ""
     image_size: tyro.conf.Suppress[int | tuple[int, int]] = 64
     image_channels: tyro.conf.Suppress[int | None] = None
+    upright: tyro.conf.Suppress[bool] = False
 
 
 @dataclass(frozen=True)
@@ -325,7 +326,7 @@ def _cache_latents(step: CacheStep, options: FolderOptions) -> int:
     return make_cache(
         CacheOptions(
             step.data, out=step.out, tokenizer=step.tokenizer, image_size=step.image_size, flip=step.flip,
-            workers=step.workers, device=options.device,
+            upright=step.upright, workers=step.workers, device=options.device,
         )
     )  # fmt: skip
 

@@ -72,6 +72,8 @@ class TokenizerTrainConfig:
     """`bf16`: matrix products in bfloat16, all else in float32."""
     flip: bool | None = None
     """Mirror pictures at random; by default as the data allows."""
+    upright: bool = False
+    """Turn pictures upright by their EXIF orientation, as cameras write it."""
     seed: int = 0
     workers: int = 0
     """Processes that read pictures ahead."""

@@ -81,6 +81,8 @@ class TrainConfig:
     """Mirror pictures at random; by default as the data allows."""
     shift: int = 0
     """Shift each picture by up to N pixels each way, at random, with repeated edges: for few pictures."""
+    upright: bool = False
+    """Turn pictures upright by their EXIF orientation, as cameras write it; cached latents are as they were cached."""
     seed: int = 0
     workers: int = 0
     """Processes that read pictures ahead."""

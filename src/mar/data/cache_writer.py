@@ -82,6 +82,7 @@ def describe_cache(
     dtype: str = "fp16",
     flip: bool | None = None,
     shard: int = 1024,
+    upright: bool = False,
 ) -> CacheManifest:
     """Describe a cache to be made. Raises ConfigError for a size that is no multiple of the stride.
 
@@ -94,6 +95,7 @@ def describe_cache(
         dtype: fp16, bf16 or fp32.
         flip: cache flipped images too; None: if the source allows it.
         shard: images of a shard.
+        upright: turn images upright by their EXIF orientation.
     """
     height, width = size
     if min(size) < 1 or height % tokenizer.stride or width % tokenizer.stride:
@@ -111,6 +113,7 @@ def describe_cache(
         flips=source.flips if flip is None else flip,
         dtype=dtype,
         shard=shard,
+        upright=upright,
     )
 
 
@@ -215,7 +218,7 @@ def write_shards(
     encode = _Encoder(tokenizer, device, manifest)
     spans = [[*manifest.span(k)] for k in shards]
     batches = [span[i : i + batch] for span in spans for i in range(0, len(span), batch)]
-    images = _Images(source, Transform(manifest.size, tokenizer.image_channels))
+    images = _Images(source, Transform(manifest.size, tokenizer.image_channels, manifest.upright))
     loader: Iterator[list[_Image]] = make_dataloader(images, workers=workers, batches=batches, collate=list)
     done = unreadable = 0
     for shard, span in zip(shards, spans, strict=True):

@@ -1,6 +1,6 @@
-"""Images: the examples of a source, decoded, cropped, as tensors, in grids.
+"""Images: the examples of a source, decoded, turned upright, cropped, as tensors, in grids.
 
-EXIF orientation is not applied: neither does the reference, and its numbers are compared with ours.
+EXIF orientation is applied where `Transform.upright` says so. The reference does not, and its recipes stay comparable.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 PILLOW_ERRORS = (
@@ -34,6 +34,16 @@ PILLOW_ERRORS = (
     Image.DecompressionBombError,
 )
 """Errors that Pillow raises over damaged files, by format."""
+_UPRIGHT_BY_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientations and their opposites; 1 is upright."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,25 @@ def decode_image(
     return image
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """Turn an image upright by its EXIF orientation.
+
+    An image without one, or with damaged EXIF, stays as it is. `ImageOps.exif_transpose` fails over damage in other
+    tags than the orientation, since it writes them all again. Here the result has no EXIF: it is turned once.
+    """
+    image.load()  # Pillow turns TIFFs itself
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except (*PILLOW_ERRORS, TypeError, Warning):
+        return image
+    if orientation not in _UPRIGHT_BY_ORIENTATION:
+        return image
+    result = image.transpose(_UPRIGHT_BY_ORIENTATION[orientation])
+    for name in ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"):
+        result.info.pop(name, None)
+    return result
+
+
 def convert_channels(image: Image.Image, channels: int) -> Image.Image:
     """Convert an image to L (`channels` 1) or RGB (3).
 
@@ -178,6 +207,8 @@ class Transform:
     size: int | tuple[int, int]
     """Side of a square, or (height, width), in pixels."""
     channels: int = 3
+    upright: bool = False
+    """Turn images upright first, by their EXIF orientation."""
 
     def __post_init__(self) -> None:
         sides = (self.size,) if isinstance(self.size, int) else self.size
@@ -190,6 +221,7 @@ class Transform:
 
     def crop(self, image: Image.Image) -> np.ndarray:
         """Return the 8-bit pixels of the crop, (h, w) or (h, w, c)."""
+        image = upright(image) if self.upright else image
         return np.asarray(adm_center_crop(convert_channels(image, self.channels), self.size))
 
 

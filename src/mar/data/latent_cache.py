@@ -74,6 +74,8 @@ class CacheManifest:
     """fp16, bf16 or fp32."""
     shard: int
     """Images of a shard."""
+    upright: bool = False
+    """True: images were turned upright by their EXIF orientation; caches of earlier versions do not say it."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from mar.data.images import Source, adm_center_crop, convert_channels
+from mar.data.images import Source, adm_center_crop, convert_channels, upright
 from mar.data.paths import SHARD_SUFFIXES
 from mar.data.sources import open_source
 from mar.data.splits import stratified_indices, subset
@@ -92,7 +92,12 @@ def is_image_set(spec: str) -> bool:
 
 
 def open_images(
-    spec: str, *, split: str = "train", size: tuple[int, int] | None = None, limit: int | None = None
+    spec: str,
+    *,
+    split: str = "train",
+    size: tuple[int, int] | None = None,
+    limit: int | None = None,
+    upright: bool = False,
 ) -> ImageSet:
     """Opens the images of an `.npz`, or of any data source.
 
@@ -101,6 +106,7 @@ def open_images(
         split: the part of a source that has several.
         size: height and width to crop a source's images to. An `.npz` must have this size already.
         limit: at most so many images, spread evenly over the set.
+        upright: turn a source's images upright by their EXIF orientation.
 
     Raises:
         ValueError: for no images, or those of another size.
@@ -112,7 +118,8 @@ def open_images(
             f"images, or the model of a run that has saved its {WEIGHTS_FILE}"
         )
     if path.suffix != ".npz":
-        return SourceImages(open_source(spec, split), f"{spec} ({split})", size=size, limit=limit)
+        name = f"{spec} ({split})"
+        return SourceImages(open_source(spec, split), name, size=size, limit=limit, upright=upright)
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     images = NpzImages(path, limit=limit)
@@ -142,13 +149,15 @@ class SourceImages:
         name: a description for people.
         size: height and width of ADM's center crop.
         limit: at most so many images, spread evenly over the source (`subset`): it may be sorted by class.
+        upright: turn images upright by their EXIF orientation.
     """
 
     def __init__(
-        self, source: Source, name: str, *, size: tuple[int, int] | None = None, limit: int | None = None
-    ) -> None:
+        self, source: Source, name: str, *, size: tuple[int, int] | None = None, limit: int | None = None,
+        upright: bool = False,
+    ) -> None:  # fmt: skip
         self.source = source if limit is None else subset(source, limit)
-        self.name, self.size = name, size
+        self.name, self.size, self.upright = name, size, upright
         self.classes = tuple(source.classes)
         self._first_size: tuple[int, int] | None = None
 
@@ -166,7 +175,7 @@ class SourceImages:
             yield ImageBatch(torch.stack(images), torch.tensor(indices), labels)
 
     def _pixels(self, image: Any, name: str, channels: int) -> Tensor:
-        image = convert_channels(image, channels)
+        image = convert_channels(upright(image) if self.upright else image, channels)
         if self.size is not None:
             image = adm_center_crop(image, self.size)
         size = (image.height, image.width)

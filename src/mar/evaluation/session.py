@@ -77,6 +77,7 @@ def open_either(
     split: str = "train",
     size: tuple[int, int] | None = None,
     limit: int | None = None,
+    upright: bool = False,
 ) -> FeatureStats | ImageSet:
     """Opens the statistics in a file (`open_statistics`), or the images called `spec` (`open_images`).
 
@@ -87,10 +88,11 @@ def open_either(
         split: the part of a source that has several.
         size: height and width of the images.
         limit: at most so many images.
+        upright: turn a source's images upright by their EXIF orientation.
     """
     if is_statistics(spec):
         return open_statistics(Path(spec), extractor, options, size=size)
-    return open_images(spec, split=split, size=size, limit=limit)
+    return open_images(spec, split=split, size=size, limit=limit, upright=upright)
 
 
 # ---- A session of `mar evaluate`
@@ -115,6 +117,8 @@ class EvalOptions:
     seed: int = 0
     image_size: tuple[int, int] | None = None
     """Height and width to crop a source's images to. None: the model's, or as they are."""
+    upright: bool = False
+    """Turn a source's images upright by their EXIF orientation."""
     batch: int = 64
     sampling: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of `Pipeline.sampling_with`."""
@@ -145,7 +149,9 @@ class EvalSession:
         self.metrics = replace(options.metrics, neighbors=options.metrics.neighbors or options.held_out is not None)
         self.size = options.image_size
         if model is None:
-            self.images = open_either(options.source, extractor, self.metrics, size=self.size, limit=options.count)
+            self.images = open_either(
+                options.source, extractor, self.metrics, size=self.size, limit=options.count, upright=options.upright
+            )
         else:
             self.plan = self._plan(model)
             self.size = model.image_size
@@ -172,7 +178,9 @@ class EvalSession:
         return Plan.total(options.count, classes, options.seed)
 
     def _open(self, spec: str, split: str) -> FeatureStats | ImageSet:
-        return open_either(spec, self.extractor, self.metrics, split=split, size=self.size)
+        return open_either(
+            spec, self.extractor, self.metrics, split=split, size=self.size, upright=self.options.upright
+        )
 
     def _generate(self, point: Mapping[str, Any]) -> GeneratedImages:
         assert self.model is not None
@@ -258,6 +266,8 @@ class OnlineEvaluator:
     """An `.npz` of statistics, or images; of a data source its test part, if there is one."""
     count: int
     batch: int = 64
+    upright: bool = False
+    """Turn the reference's images upright by their EXIF orientation, as the run's are."""
 
     def __post_init__(self) -> None:
         if self.count < 2:
@@ -268,7 +278,9 @@ class OnlineEvaluator:
         """Returns the reference's statistics at `size` (height, width); reads or measures them the first time."""
         if self._stats is None:
             split = "test" if is_statistics(self.reference) or has_test_split(self.reference) else "train"
-            opened = open_either(self.reference, self.extractor, MetricOptions(), split=split, size=size)
+            opened = open_either(
+                self.reference, self.extractor, MetricOptions(), split=split, size=size, upright=self.upright
+            )
             self._stats = (
                 opened
                 if isinstance(opened, FeatureStats)

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mar.config import SamplingConfig
+from mar.data.images import upright
 from mar.model.mar import MAR
 from mar.model.tokens import patchify, unpatchify
 from mar.sampling.decode import DecodeState, NoiseSource, SeededNoise, all_masked, as_labels, init_state, sample_tokens
@@ -59,7 +60,7 @@ def as_seeds(seeds: Iterable[SupportsIndex]) -> list[int]:
 
 
 def as_images(known: Images) -> Sequence[Image.Image] | Tensor:
-    """Check known images; arrays become tensors. Raises ValueError for anything else."""
+    """Check known images, and turn them upright; arrays become tensors. Raises ValueError for anything else."""
     if isinstance(known, Tensor | np.ndarray):
         values = torch.as_tensor(known)
         if values.ndim == 4 and values.is_floating_point():
@@ -68,7 +69,7 @@ def as_images(known: Images) -> Sequence[Image.Image] | Tensor:
             return values.float()
         got = f"{tuple(values.shape)} of {values.dtype}"
     elif isinstance(known, Sequence) and all(isinstance(image, Image.Image) for image in known):
-        return known
+        return [upright(image) for image in known]
     else:
         got = reprlib.repr(known)
     raise ValueError(f"known: got {got}, expected PIL pictures, or floats in [-1, 1], (n, channels, height, width)")

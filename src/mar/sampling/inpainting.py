@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
-from mar.data.images import Transform
+from mar.data.images import Transform, upright
 
 
 def read_masks(
@@ -23,13 +23,15 @@ def read_masks(
 ) -> Bool[Tensor, "n H W"]:
     """Convert masks, white where to generate, to flags of pixels.
 
-    They are cropped as their images are. Raises ValueError for a mask of another size, and for a transparent one.
+    They are turned upright and cropped as their images are. Raises ValueError for a mask of another size, and for a
+    transparent one.
 
     Args:
         masks: PIL images.
         image_size: height and width of the result.
-        sizes: (width, height) of the image of each mask; None: images have `image_size`.
+        sizes: (width, height) of the upright image of each mask; None: images have `image_size`.
     """
+    masks = [upright(mask) for mask in masks]
     expected = sizes or [(image_size[1], image_size[0])] * len(masks)
     for mask, (width, height) in zip(masks, expected, strict=False):
         if mask.size != (width, height):

@@ -247,7 +247,7 @@ def _open_tokenizer(
             statistics = measure_moments(source.in_order())
             tokenizer.set_statistics(statistics.mean, statistics.std)
         else:
-            transform = Transform(tokenizer.image_size(config.model.grid), tokenizer.image_channels)
+            transform = Transform(tokenizer.image_size(config.model.grid), tokenizer.image_channels, config.upright)
             limit = STATS_IMAGES if isinstance(source, StreamSource) else None
             tokenizer.fit(in_order(source, transform, limit=limit))
     return tokenizer
@@ -293,6 +293,11 @@ def _check_cache(config: TrainConfig, source: LatentSource, tokenizer: Tokenizer
     if config.flip and not cache.flips:
         raise ConfigError(
             f"{config.data} holds no flipped pictures; train with --flip False, or cache anew with --flip True"
+        )
+    if config.upright and not cache.upright:
+        raise ConfigError(
+            f"{config.data} holds latents of pictures as they lie in their files; train with --no-upright, or cache "
+            "anew with --upright True"
         )
 
 

@@ -345,7 +345,7 @@ class TokenizerRun(TrainingRun):
     @property
     def transform(self) -> Transform:
         """Crop and channels of the images."""
-        return Transform(self.config.size, self.config.channels_in)
+        return Transform(self.config.size, self.config.channels_in, self.config.upright)
 
     def batches(self) -> Iterator[Batch]:
         """Yield batches without end, from the current position."""
@@ -444,7 +444,7 @@ def open_tokenizer_run(
     objective: Objective = OBJECTIVES[config.kind]
     module = objective.make(config)
     if not RunState(folder).states():
-        transform = Transform(config.size, config.channels_in)
+        transform = Transform(config.size, config.channels_in, config.upright)
         objective.fit(module, in_order(subset(source, STATS_IMAGES), transform))
     run = TokenizerRun(config, folder, source, held_out, module, device, efficientnet)
     run.resume()

@@ -265,8 +265,10 @@ class Run(TrainingRun):
 
     @property
     def transform(self) -> Transform:
-        """Crop and channels of the images the tokenizer gets."""
-        return Transform(self.tokenizer.image_size(self.config.model.grid), self.tokenizer.image_channels)
+        """Crop and channels of the images the tokenizer gets; held-out ones are turned upright if cached ones were."""
+        cached = self.source.manifest if isinstance(self.source, LatentSource) else None
+        upright = self.config.upright if cached is None else cached.upright
+        return Transform(self.tokenizer.image_size(self.config.model.grid), self.tokenizer.image_channels, upright)
 
     @property
     def weights(self) -> dict[str, nn.Module]:

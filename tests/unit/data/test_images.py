@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from io import BytesIO
+
 import numpy as np
 import pytest
+import torch
+from orientations import ORIENTATIONS, exif_of, file_bytes, steps, stored
 from PIL import Image
 
-from mar.data.images import Transform, adm_center_crop, convert_channels, to_tensor
+from mar.data.images import Transform, adm_center_crop, convert_channels, decode_image, to_tensor, upright
 
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
@@ -99,3 +103,73 @@ def test_invalid_arguments_are_refused() -> None:
         Transform((0, 4))
     with pytest.raises(ValueError, match="channels: got 2"):
         convert_channels(noise(4, 4), 2)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_upright_any_orientation_and_format_gives_the_original(orientation: int, kind: str) -> None:
+    image = decode_image(BytesIO(file_bytes(steps(), orientation, kind)), "lying")
+    if kind != "TIFF":  # Pillow turns these itself
+        assert image.size == ((48, 32) if orientation < 5 else (32, 48))
+    result = np.asarray(upright(image).convert("L"), dtype=int)
+    assert result.shape == (32, 48)
+    assert np.abs(result - np.asarray(steps())).max() <= (2 if kind == "JPEG" else 0)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "CMYK", "I;16"])
+def test_upright_keeps_mode_and_turns_once(mode: str, orientation: int) -> None:
+    image = stored(steps(), orientation).convert("L").convert("I" if mode == "I;16" else mode).convert(mode)
+    image.info |= {"exif": exif_of(orientation).tobytes(), "mar": "kept"}
+    result = upright(image)
+    assert (result.mode, result.size, result.info["mar"]) == (mode, (48, 32), "kept")
+    assert np.array_equal(upright(result), result)
+    assert (result is image) == (orientation == 1)
+
+
+def test_upright_orientation_in_xmp_alone_is_followed() -> None:
+    image = stored(steps(), 6)
+    image.info["xmp"] = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    assert np.array_equal(upright(image), steps())
+    assert np.array_equal(upright(upright(image)), steps())
+
+
+def damaged(kind: str) -> bytes:
+    whole = exif_of(6).tobytes()
+    return {
+        "empty": b"",
+        "no TIFF": whole.replace(b"MM\0*", b"MM\xff*"),
+        "cut short": whole[:11],
+        "header alone": whole[:6] + b"II*\0",
+        "far away": whole[:10] + b"\xff\xff\xff\xf0" + whole[14:],
+        "orientation 9": exif_of(9).tobytes(),
+        "orientation 0": exif_of(0).tobytes(),
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["empty", "no TIFF", "cut short", "header alone", "far away", "orientation 9", "orientation 0"]
+)
+def test_upright_damaged_exif_leaves_the_picture(kind: str) -> None:
+    image = steps()
+    image.info["exif"] = damaged(kind)
+    assert upright(image) is image
+
+
+def test_upright_damage_in_other_tags_does_not_matter() -> None:
+    """`ImageOps.exif_transpose` fails here, as it writes all tags again."""
+    exif = exif_of(6)
+    exif[0x011A] = 2.0
+    whole = exif.tobytes()
+    rational = whole.index(b"\x01\x1a\0\x05")
+    image = stored(steps(), 6)
+    image.info["exif"] = whole[: rational + 2] + b"\0\x0c" + whole[rational + 4 :]  # of another type than it is
+    assert np.array_equal(upright(image), steps())
+
+
+def test_transform_turns_upright_only_if_told() -> None:
+    image = decode_image(BytesIO(file_bytes(steps(), 6)), "lying")
+    plain = Transform((32, 48), 1)(steps())
+    assert torch.equal(Transform((32, 48), 1, upright=True)(image), plain)
+    assert torch.equal(Transform((48, 32), 1)(image), plain[0].rot90().unsqueeze(0))
+    assert np.array_equal(image, stored(steps(), 6))

@@ -12,6 +12,7 @@ import processes
 import pytest
 import tiny
 import torch
+from orientations import forget_upright, lay_down
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -120,6 +121,30 @@ def test_cache_deterministic_tokenizer_stores_means_only(data: Path, tmp_path: P
 def test_cache_with_shift_is_refused(cache: Path) -> None:
     with pytest.raises(ConfigError, match="cache holds latents, which can't be moved; train with --shift 0"):
         next(batches(LatentSource(cache), Transform((8, 8), 1), batch=8, seed=0, shift=1))
+
+
+def test_cache_of_lying_pictures_is_that_of_upright_ones(data: Path, tmp_path: Path) -> None:
+    lying = lay_down(tiny.write_images(tmp_path / "lying"))
+    caches = {told: made(lying, tmp_path / str(told), upright=told) for told in (True, False)}
+    expected = made(data, tmp_path / "plain")
+    assert [caches[told].manifest.upright for told in (True, False)] == [True, False]
+    for index in range(20):
+        assert torch.equal(caches[True].read(index, True)[0], expected.read(index, True)[0])
+    (lying_moments, moments) = (torch.cat([m.mean for m in cache.in_order()]) for cache in (caches[False], expected))
+    assert (lying_moments != moments).flatten(1).any(1).sum() > 10
+    with pytest.raises(ConfigError, match=r"was begun with upright False, not True; give the same settings") as said:
+        made(lying, tmp_path / "False", upright=True)
+    assert "\n" not in str(said.value)
+
+
+def test_cache_of_an_earlier_version_is_not_upright(data: Path, cache: Path) -> None:
+    forget_upright(cache / MANIFEST)
+    assert LatentSource(cache).manifest.upright is False
+    assert verify(cache).manifest == LatentSource(cache).manifest
+    before = (cache / MANIFEST).read_bytes()
+    (cache / "00001.safetensors").unlink()
+    assert len(made(data, cache)) == 20
+    assert (cache / MANIFEST).read_bytes() == before
 
 
 def test_cache_is_independent_of_statistics(data: Path, tmp_path: Path) -> None:

@@ -3,13 +3,18 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
+import torch
+from orientations import ORIENTATIONS, file_bytes, steps
 from PIL import Image, features
+from shard_files import write_tar
 
 from mar.data.folder import FolderSource
-from mar.data.images import UnreadableImage
-from mar.data.sources import FashionSource, open_source
+from mar.data.images import Transform, UnreadableImage
+from mar.data.loader import in_order
+from mar.data.sources import FashionSource, open_data, open_source
 
 
 def paint(path: Path, value: int = 0) -> Path:
@@ -110,3 +115,27 @@ def test_damaged_avif_is_an_unreadable_image(tmp_path: Path) -> None:
     (tmp_path / "x.avif").write_bytes(whole[:-24] + b"\xff" * 24)
     with pytest.raises(UnreadableImage, match=r"can't read the picture .*x\.avif: .*[Dd]ecod"):
         FolderSource(tmp_path)[0]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "stream", "parquet"])
+def test_source_of_any_kind_gives_pictures_upright(
+    kind: str, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {f"{orientation}.png": file_bytes(steps(), orientation) for orientation in ORIENTATIONS}
+    if kind == "folder":
+        for name, data in files.items():
+            (tmp_path / name).write_bytes(data)
+    elif kind == "parquet":
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets-cache"))
+        datasets.disable_progress_bars()
+        rows = [{"bytes": data, "path": None} for data in files.values()]
+        types = datasets.Features({"image": datasets.Image()})
+        datasets.Dataset.from_dict({"image": rows}, features=types).to_parquet(tmp_path / "x.parquet")
+    else:
+        write_tar(tmp_path / "x.tar", files.items())
+    where = {"tar": str(tmp_path / "x.tar"), "stream": f"stream:{tmp_path / 'x.tar'}"}
+    source = open_data(where.get(kind, str(tmp_path / "x.parquet" if kind == "parquet" else tmp_path)))
+    [images] = in_order(source, Transform((32, 48), 1, upright=True), limit=8)
+    assert torch.equal(images, Transform((32, 48), 1)(steps()).expand(8, -1, -1, -1))
+    [lying] = in_order(source, Transform((32, 48), 1), limit=8)
+    assert not torch.equal(lying, images)

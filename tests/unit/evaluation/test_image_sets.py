@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from orientations import ORIENTATIONS, file_bytes, steps
 from PIL import Image
 
 from mar.data.sources import open_source
@@ -349,3 +350,13 @@ def test_image_set_test_split_is_used(tmp_path: Path) -> None:
     assert has_test_split("fashion")
     assert has_test_split(str(flat))  # the whole folder serves for both
     assert not has_test_split(str(parted))
+
+
+def test_source_images_are_turned_upright_if_told(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    for orientation in ORIENTATIONS:
+        (tmp_path / "p" / f"{orientation}.png").write_bytes(file_bytes(steps(), orientation))
+    found = walk(open_images(str(tmp_path / "p"), upright=True), 3).images
+    assert torch.equal(found, torch.from_numpy(np.array(steps())).expand(8, 1, -1, -1))
+    with pytest.raises(ValueError, match="is 48x32, expected 32x48 as before it"):
+        walk(open_images(str(tmp_path / "p")), 3)

@@ -10,6 +10,7 @@ import extractors
 import numpy as np
 import pytest
 import torch
+from orientations import lay_down
 from tiny import tiny_pipeline as untamed
 from tiny import write_images
 from torch import nn
@@ -49,6 +50,14 @@ def test_evaluator_measures_the_reference_once(tmp_path: Path) -> None:
     assert measured.provenance.size == pipeline().image_size
     judge(pipeline())
     assert judge.measure_reference(pipeline().image_size) is measured
+
+
+def test_evaluator_sees_the_reference_as_the_run_does(tmp_path: Path) -> None:
+    upright, lying = write_images(tmp_path / "a"), lay_down(write_images(tmp_path / "b"))
+    expected = OnlineEvaluator(extractors.tiny(), str(upright), count=4)(pipeline()).distance
+    found = [OnlineEvaluator(extractors.tiny(), str(lying), 4, upright=told)(pipeline()) for told in (True, False)]
+    assert found[0].distance == expected
+    assert found[1].distance != pytest.approx(expected)
 
 
 def test_evaluator_prefers_the_test_split(tmp_path: Path) -> None:

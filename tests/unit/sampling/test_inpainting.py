@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from io import BytesIO
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from orientations import file_bytes, stored
 from PIL import Image
 from tiny import tiny_pipeline
 from torch import Tensor
@@ -136,6 +138,21 @@ def test_sample_mask_of_a_large_picture_is_cropped_with_it(pipeline: Pipeline) -
     result = to_tensor(image, 1)[0]
     assert torch.equal(result[:, 8:], original[:, 8:])
     assert not torch.equal(result[:, :8], original[:, :8])
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_sample_lying_picture_and_mask_are_turned_upright(pipeline: Pipeline, orientation: int) -> None:
+    """As a camera stores the one, and whatever painted it the other, or not."""
+    known, mask = picture(1, (40, 32)), painted((4, 0, 20, 32), size=(40, 32))
+    [expected] = pipeline.sample(["ant"], [3], known=[known], mask=[mask])
+    lying = [Image.open(BytesIO(file_bytes(image, orientation))) for image in (known, mask)]
+    for pair in ([lying[0], mask], lying):
+        [image] = pipeline.sample(["ant"], [3], known=pair[:1], mask=pair[1:])
+        assert image.tobytes() == expected.tobytes()
+    assert torch.equal(pipeline.token_losses(["ant"], lying[:1]), pipeline.token_losses(["ant"], [known]))
+    if orientation == 6:
+        with pytest.raises(ValueError, match="got 32x40 pixels, expected 40x32, the size of its picture"):
+            pipeline.sample(["ant"], known=lying[:1], mask=[stored(mask, 6)])
 
 
 def test_sample_empty_mask_returns_the_picture(pipeline: Pipeline) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from orientations import lay_down
 from tiny import HEAD, open_tiny_run, tiny_config, tiny_model, tiny_train_config, write_images
 from torch import Tensor
 
@@ -295,3 +296,25 @@ def test_run_shifts_images_as_configured(data: Path, tmp_path: Path) -> None:
         open_tiny_run(tiny_train_config(data, shift=1, flip=False), moved.folder)
     with pytest.raises(ConfigError, match="shift is -1, but it must not be negative"):
         tiny_train_config(data, shift=-1)
+
+
+def test_run_of_lying_pictures_learns_upright_ones_if_told(data: Path, tmp_path: Path) -> None:
+    """The batches, and the principal components fitted to them."""
+    lying = lay_down(write_images(tmp_path / "lying"))
+    model = tiny_config(channels=4, grid=(4, 4), classes=2)
+    settings: dict[str, Any] = {"model": model, "tokenizer": "pca2", "image_channels": 1, "hold_out": 5}
+    runs = [
+        open_tiny_run(tiny_train_config(where, upright=told, **settings), tmp_path / str(number))
+        for number, (where, told) in enumerate([(data, False), (lying, True), (lying, False)])
+    ]
+    plain, told, untold = (next(run.batches()) for run in runs)
+    assert isinstance(plain, ImageBatch)
+    assert isinstance(told, ImageBatch)
+    assert isinstance(untold, ImageBatch)
+    assert torch.equal(plain.images, told.images)
+    assert not torch.equal(plain.images, untold.images)
+    bases = [torch.cat([value.flatten() for value in run.tokenizer.state_dict().values()]) for run in runs]
+    assert torch.equal(bases[0], bases[1])
+    assert not torch.equal(bases[0], bases[2])
+    with pytest.raises(ConfigError, match="upright False -> True"):
+        open_tiny_run(tiny_train_config(lying, upright=True, **settings), runs[2].folder)
