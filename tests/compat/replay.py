@@ -226,7 +226,8 @@ def _resumed(folder: str, *, draw: list[Any]) -> Outcome:
         found[f"notes.{path.stem}"] = model.notes
     for path in sorted(Path(folder, "samples").glob("*.png")):
         found[f"sheet.{path.stem}"] = opened(path)[0]
-    found["files"] = sorted(path.name for path in Path(folder).iterdir() if not path.name.startswith("."))
+    files = {path.name for path in Path(folder).iterdir() if not path.name.startswith(".")}
+    found["files"] = sorted(files - {"index.html"})  # version 0.1 wrote no page
     return found
 
 

@@ -317,6 +317,10 @@ def test_tokenizer_train_then_model_train(
     names = {path.name for path in Path(vae).iterdir()}
     assert {"config.json", file, "run.json", "log.jsonl", "latest", "state-000000000008"} <= names
     assert (Path(vae) / "samples" / "000000000008.png").is_file()
+    page = (Path(vae) / "index.html").read_text(encoding="utf-8")
+    assert 'src="samples/000000000008.png"' in page
+    assert f"<code>mar train folder --data {data} --tokenizer {vae}</code>" in page
+    assert said.err.count(f"watch it: file://{vae}/index.html") == 2
     printed = said.out.splitlines()[-1]
     assert printed == f"train on it: mar train folder --data {data} --tokenizer {vae}"
     options = shlex.split(printed)[4:]

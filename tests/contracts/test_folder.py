@@ -319,6 +319,17 @@ def test_folder_trains_from_images_to_a_model(made: Path) -> None:
     assert (made / "run" / "latents" / "index.json").is_file()
 
 
+def test_folder_page_shows_all_steps(made: Path) -> None:
+    html = (made / "run" / "index.html").read_text(encoding="utf-8")
+    for newest in ("samples/000000000016.png", "tokenizer/samples/000000000008.png"):
+        assert (made / "run" / newest).is_file()
+        assert f'<img class="pixels" src="{newest}"' in html
+    assert html.count("<small>finished</small>") == 3
+    assert "http-equiv" not in html
+    assert "mar sample run" in html
+    assert not (made / "run" / "tokenizer" / "index.html").exists()
+
+
 def test_folder_same_command_does_the_rest(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = processes.read_tree(place / "run" / "tokenizer"), (place / "run" / "model.safetensors").read_bytes()
     Image.new("RGB", (300, 300), "red").save(place / "pictures" / "down" / "more.png")
@@ -327,6 +338,7 @@ def test_folder_same_command_does_the_rest(place: Path, capsys: pytest.CaptureFi
     assert "pictures has 21 pictures now, 20 when the run began" in said
     assert "warning: the learning rate" not in said  # that was said when it began
     assert "then the model" in said
+    assert said.count("watch it: file:///") == 1
     assert "first" not in said
     assert "then the latents" not in said
     assert (place / "run" / "state-000000000020").is_dir()

@@ -40,11 +40,16 @@ def write_error(path: Path, needed: int, error: OSError) -> CheckpointError:
     return CheckpointError(f"can't write {path} ({size_text(needed)} needed): {why}; nothing was left behind")
 
 
-def write_atomically(path: Path, write: Callable[[Path], None], needed: int = 0) -> None:
+def write_atomically(path: Path, write: Callable[[Path], None], needed: int = 0, *, durable: bool = True) -> None:
     """Write a temporary file beside `path`, flush it, and rename it.
 
-    Whatever goes wrong, `path` is unchanged and the temporary file is gone. Raises CheckpointError if the disk refuses;
-    `needed` (bytes) is checked before and named in the message.
+    Whatever goes wrong, `path` is unchanged and the temporary file is gone. Raises CheckpointError if the disk refuses.
+
+    Args:
+        path: the file.
+        write: writes the temporary file.
+        needed: bytes, checked before and named in the message.
+        durable: wait until the file is on the disk; else a power cut may lose it.
     """
     temporary = None
     try:
@@ -54,11 +59,13 @@ def write_atomically(path: Path, write: Callable[[Path], None], needed: int = 0)
         os.close(handle)
         temporary = Path(name)
         write(temporary)
-        flush(temporary)
+        if durable:
+            flush(temporary)
         # mkstemp gives its owner alone the right to read; a new file has the usual rights
         temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
-        flush(path.parent)
+        if durable:
+            flush(path.parent)
     except OSError as error:
         raise write_error(path, needed, error) from error
     finally:
@@ -66,13 +73,13 @@ def write_atomically(path: Path, write: Callable[[Path], None], needed: int = 0)
             temporary.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Write a small text file by `write_atomically`."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
-    write_atomically(path, write)
+    write_atomically(path, write, durable=durable)
 
 
 def flush(path: Path) -> None:

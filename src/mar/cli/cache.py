@@ -72,12 +72,12 @@ def cache(arguments: Sequence[str]) -> int:
     return interruptible("nothing is changed" if "--verify" in arguments else "the same command goes on", run)
 
 
-def make_cache(options: CacheOptions) -> int:
+def make_cache(options: CacheOptions, show: Callable[[int, int], None] | None = None) -> int:
     """Writes a cache with all ranks, or goes on with one.
 
-    Returns the exit code: 130 if a signal stopped it.
+    `show` gets the number of images done, and of all. Returns the exit code: 130 if a signal stopped it.
     """
-    return interruptible("the same command goes on", lambda check: _write_cache(options, check))
+    return interruptible("the same command goes on", lambda check: _write_cache(options, check, show))
 
 
 def _check_options(options: CacheOptions) -> None:
@@ -109,7 +109,9 @@ def _verify(options: CacheOptions, check: Callable[[], None]) -> int:
     return 0
 
 
-def _write_cache(options: CacheOptions, check: Callable[[], None]) -> int:
+def _write_cache(
+    options: CacheOptions, check: Callable[[], None], show: Callable[[int, int], None] | None = None
+) -> int:
     from mar import distributed
     from mar.data.cache_writer import finish_cache, write_shards
     from mar.sampling.progress import rank_meter
@@ -125,10 +127,18 @@ def _write_cache(options: CacheOptions, check: Callable[[], None]) -> int:
         started = time.perf_counter()
         own = shards[distributed.rank() :: distributed.world_size()]
         share, missing = (sum(len(manifest.span(k)) for k in part) for part in (own, shards))
-        with rank_meter(share, manifest.pictures, manifest.pictures - missing, check) as advance:
+        before = manifest.pictures - missing
+        with rank_meter(share, manifest.pictures, before, check) as advance:
+
+            def advance_and_show(done: int) -> None:
+                advance(done)
+                if show is not None:
+                    show(before + done * missing // max(share, 1), manifest.pictures)
+
+            advance_and_show(0)
             write_shards(
                 out, manifest, source, tokenizer, own, device=device, batch=options.batch, workers=options.workers,
-                advance=advance,
+                advance=advance_and_show,
             )  # fmt: skip
         distributed.barrier()
         with distributed.collective_errors():

@@ -18,6 +18,7 @@ from mar.config.tokenizer import TokenizerTrainConfig
 if TYPE_CHECKING:
     from mar.tokenizer import Tokenizer
     from mar.tokenizer.base import RoundTrip
+    from mar.training.page import Page
     from mar.training.tokenizer import TokenizerRun
 
 
@@ -109,10 +110,9 @@ def _train(arguments: Sequence[str]) -> int:
     options = parse(TokenizerTrainOptions, "tokenizer train", rest, default)
     code = train_tokenizer(options)
     if not code:
-        command = ["mar", "train", "folder", "--data", options.config.data, "--tokenizer", str(options.out)]
-        height, width = options.config.size
-        oblong = [] if height == width else ["--image-size", str(height), str(width)]
-        print(f"train on it: {shlex.join([*command, *oblong])}")
+        from mar.training.tokenizer import train_command
+
+        print(f"train on it: {shlex.join(train_command(options.config, options.out))}")
     return code
 
 
@@ -125,9 +125,10 @@ def _begun_settings(arguments: Sequence[str]) -> dict[str, Any]:
     return {} if begun is None else {"kind": begun.kind, "upright": begun.upright}
 
 
-def train_tokenizer(options: TokenizerTrainOptions) -> int:
+def train_tokenizer(options: TokenizerTrainOptions, page: Page | None = None) -> int:
     """Trains or resumes a tokenizer, and prints its summary.
 
+    The page is that of a command with further steps; by default the run has its own.
     Returns the exit code: 130 after a signal.
     """
     from mar import devices
@@ -138,7 +139,7 @@ def train_tokenizer(options: TokenizerTrainOptions) -> int:
     require_writers(options.config.log_to)
     device = devices.choose_device(options.device)
     run = open_tokenizer_run(options.config, options.out, device=device, load_network=load_network)
-    log = open_log(run)
+    log = open_log(run, page)
     run.callbacks.append(Callback(options.config.sample_every, lambda at: evaluate_reconstruction(at, log)))
     try:
         finished = train(run, log)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from mar.training.callbacks import Snapshot, SnapshotCallback
     from mar.training.log import Log
+    from mar.training.page import Page
     from mar.training.trainer import Run
 
 
@@ -75,7 +76,9 @@ def _options(name: str, chosen: TrainConfig, arguments: Sequence[str]) -> TrainO
     return replace(options, out=options.out or Path("runs", name))
 
 
-def train_model(options: TrainOptions, device: torch.device, chosen: TrainConfig, name: str) -> int:
+def train_model(
+    options: TrainOptions, device: torch.device, chosen: TrainConfig, name: str, page: Page | None = None
+) -> int:
     """Train a model. Returns the exit code: 130 after a signal.
 
     Args:
@@ -83,6 +86,7 @@ def train_model(options: TrainOptions, device: torch.device, chosen: TrainConfig
         device: where to train.
         chosen: the recipe without the user's options.
         name: of the recipe.
+        page: shows the run with the steps before it; by default it has a page of its own.
     """
     from mar import distributed
     from mar.training.log import open_log
@@ -94,7 +98,7 @@ def train_model(options: TrainOptions, device: torch.device, chosen: TrainConfig
         assert options.out is not None
         before = saved_length(options.out)
         run = _open(options, device)
-        log = open_log(run)
+        log = open_log(run, page)
     try:
         with distributed.collective_errors():
             _add_callbacks(options, run, log)

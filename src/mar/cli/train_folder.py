@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from mar.autoconfig.plan import CacheStep, FolderPlan, TokenizerStep
     from mar.autoconfig.timing import TimePlan
+    from mar.training.page import Page
 
 MEASURE_SECONDS = 2.0
 """Time to measure a speed for, so that a message says how long a run takes."""
@@ -163,8 +164,12 @@ def train_folder(arguments: Sequence[str]) -> int:
         devices.choose_device(options.device)
     with distributed.process_group(options.device) as device:
         steps = _Steps(arguments, device, started)
-        plan, options, code = steps.run_first(plan, options)
-        return code or train_model(options, device, plan.recipe, "folder")
+        try:
+            plan, options, code = steps.run_first(plan, options)
+            return code or train_model(options, device, plan.recipe, "folder", steps.page)
+        finally:
+            if steps.page is not None:
+                steps.page.close()
 
 
 class _Steps:
@@ -179,6 +184,8 @@ class _Steps:
     def __init__(self, arguments: Sequence[str], device: torch.device, started: float) -> None:
         self.arguments, self.device, self.started = arguments, device, started
         self.given = parse(_FolderOverrides, VERB, arguments, partly=True)
+        self.page: Page | None = None
+        """Shows all steps; rank 0 has it."""
 
     def run_first(self, plan: FolderPlan, options: FolderOptions) -> tuple[FolderPlan, FolderOptions, int]:
         """Train the tokenizer and cache the latents, where that is left to do.
@@ -193,6 +200,7 @@ class _Steps:
         assert options.out is not None
         with distributed.collective_errors():
             check_same_run(plan.train, options.out)
+            self._check_time(plan, options.out)
             estimate(plan.train, distributed.world_size()).check_disk(options.out)
             untrained = None if plan.tokenizer is None or _is_trained(plan.tokenizer) else plan.tokenizer
             for line in plan.lines:
@@ -205,20 +213,49 @@ class _Steps:
                     f"`{untrained.command()}`, then this command again"
                 )
 
+        self._open_page(plan, options, untrained)
         earlier = 0.0 if plan.tokenizer is None else _logged_seconds(plan.tokenizer.out)
         plan, options = self._choose_tokenizer_length(plan, options, untrained)
         if untrained is not None:
             assert plan.tokenizer is not None
             _note(f"first, the tokenizer: {plan.tokenizer.out}")
             step = TokenizerTrainOptions(plan.tokenizer.out, plan.tokenizer.config, options.device)
-            if code := train_tokenizer(step):
+            if code := train_tokenizer(step, self.page):
                 return plan, options, code
-        if plan.cache is not None and (code := _cache_latents(plan.cache, options)):
+        if plan.cache is not None and (code := _cache_latents(plan.cache, options, self.page)):
             return plan, options, code
+        if self.page is not None:
+            self.page.open("model")
         plan, options = self._choose_model_length(plan, options, earlier)
         if plan.cache is not None:
             _note(f"then the model: {options.out}")
         return plan, options, 0
+
+    def _check_time(self, plan: FolderPlan, out: Path) -> None:
+        """Raise ConfigError for a time that a run without one is to be continued with."""
+        from mar.autoconfig.timing import load_time_plan, seconds_of
+
+        timed = seconds_of(self.given.minutes, self.given.hours) is not None
+        if timed and load_time_plan(out) is None and _has_begun(plan, out):
+            raise ConfigError(f"{out} was begun without a time; leave it out, or take another --out")
+
+    def _open_page(self, plan: FolderPlan, options: FolderOptions, untrained: TokenizerStep | None) -> None:
+        """Write the page of all steps, on rank 0, and say where it is."""
+        from mar import distributed
+        from mar.training.page import Page
+        from mar.training.page_html import Stage, draw_commands
+
+        assert options.out is not None
+        if distributed.rank() != 0:
+            return
+        stages = [Stage("model", options.out, plan.train.images, sample_every=plan.train.sample_every)]
+        if plan.cache is not None:
+            stages.insert(0, Stage("latents", plan.cache.out))
+        if plan.tokenizer is not None:
+            stages.insert(0, Stage("tokenizer", plan.tokenizer.out, plan.tokenizer.config.images))
+        self.page = Page(options.out, stages, draw_commands(options.out))
+        _note(f"watch it: {self.page.uri}")
+        self.page.open("model" if plan.cache is None else "latents" if untrained is None else "tokenizer")
 
     def _choose_tokenizer_length(
         self, plan: FolderPlan, options: FolderOptions, untrained: TokenizerStep | None
@@ -229,11 +266,7 @@ class _Steps:
 
         assert options.out is not None
         seconds = seconds_of(self.given.minutes, self.given.hours)
-        if load_time_plan(options.out) is not None:
-            return plan, options
-        if _has_begun(plan, options.out):
-            if seconds is not None:
-                raise ConfigError(f"{options.out} was begun without a time; leave it out, or take another --out")
+        if load_time_plan(options.out) is not None or _has_begun(plan, options.out):
             return plan, options
         if seconds is None:
             self._estimate(plan, untrained)
@@ -247,6 +280,8 @@ class _Steps:
                 f"{duration(seconds)} in all: about {duration(images / speed)} for the tokenizer ({images:,} pictures, "
                 f"{speed:.0f} a second), then latents, and the model with the rest"
             )
+            if self.page is not None:
+                self.page.expect("model", seconds - images / speed)
         elif untrained is None and plan.tokenizer is not None:
             images = plan.tokenizer.config.images
         return self._replan(options, TimePlan(seconds, images))
@@ -265,6 +300,8 @@ class _Steps:
             parts.append(("tokenizer", untrained.config.images, speed))
         parts.append(("model", config.images, model_speed(config, self.device, MEASURE_SECONDS).images_per_second))
         times = [f"{name} {duration(images / speed)} ({speed:.0f} pictures a second)" for name, images, speed in parts]
+        if self.page is not None:
+            self.page.expect("model", parts[-1][1] / parts[-1][2])
         _note(f"on this machine: {', '.join(times)}; --minutes N fits all into N minutes")
 
     def _choose_model_length(
@@ -316,19 +353,20 @@ def _measure_seconds(seconds: float) -> float:
     return min(MEASURE_SECONDS * 3, seconds / 100)
 
 
-def _cache_latents(step: CacheStep, options: FolderOptions) -> int:
+def _cache_latents(step: CacheStep, options: FolderOptions, page: Page | None) -> int:
     from mar.cli.cache import CacheOptions, make_cache
     from mar.data.latent_cache import INDEX
 
     if (step.out / INDEX).is_file():
         return 0
     _note(f"then the latents of all pictures: {step.out}")
-    return make_cache(
-        CacheOptions(
-            step.data, out=step.out, tokenizer=step.tokenizer, image_size=step.image_size, flip=step.flip,
-            upright=step.upright, workers=step.workers, device=options.device,
-        )
+    if page is not None:
+        page.open("latents")
+    cache = CacheOptions(
+        step.data, out=step.out, tokenizer=step.tokenizer, image_size=step.image_size, flip=step.flip,
+        upright=step.upright, workers=step.workers, device=options.device,
     )  # fmt: skip
+    return make_cache(cache, None if page is None else page.show_latents)
 
 
 def _has_begun(plan: FolderPlan, out: Path) -> bool:

@@ -27,7 +27,7 @@ from mar.sampling.generate import BrokenLatents
 from mar.training.log import Log
 from mar.training.loss import DiffusionLoss, sample_randomness
 from mar.training.run import make_pipeline, weights_file
-from mar.training.trainer import Callback, Run, autocast, to_latents
+from mar.training.trainer import GRID_CLASSES, Callback, Run, autocast, to_latents
 
 # ---- snapshots
 
@@ -79,8 +79,8 @@ def on_snapshot(run: Run, log: Log, every: int, callback: SnapshotCallback) -> N
 
 # ---- samples
 
-GRID_CLASSES, GRID_ROWS, GRID_UNCONDITIONAL = 10, 4, 16
-"""A grid has at most so many classes, so many images of each; so many images if there are no classes."""
+GRID_ROWS, GRID_UNCONDITIONAL = 4, 16
+"""A grid has so many images of each class; so many images if there are no classes."""
 
 
 def export_and_sample(snapshot: Snapshot, log: Log) -> dict[str, float]:

@@ -43,6 +43,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from mar import distributed
 from mar.checkpoint.files import write_text
 from mar.config import ConfigError, to_dict
+from mar.training.page import Page
+from mar.training.page_html import Stage
 
 PROJECT = "mar"
 """Project of runs in Weights & Biases and trackio, unless WANDB_PROJECT or TRACKIO_PROJECT names another."""
@@ -53,10 +55,14 @@ TRACKERS_FILE = "trackers.json"
 # ---- the log
 
 
-def open_log(run: Any) -> Log:
+def open_log(run: Any, page: Page | None = None) -> Log:
     """Open the log of a `TrainingRun`, a no-op on ranks > 0.
 
     ConfigError if a service in `log_to` is not installed, or refuses.
+
+    Args:
+        run: with its progress.
+        page: shows the run among others of a command; by default the run has a page of its own.
     """
     if distributed.rank() != 0:
         return Log()
@@ -65,13 +71,23 @@ def open_log(run: Any) -> Log:
         config.log_to, run.folder, config=to_dict(config), images=progress.images,
         callbacks_done=progress.callbacks_done,
     )  # fmt: skip
-    return RunLog(run.folder, config.images, progress.images, writers)
+    own = page is None
+    page = page or Page(run.folder, [Stage(run.stage, run.folder)], run.next_commands())
+    log = RunLog(run.folder, config.images, progress.images, writers, page)
+    page.begin(
+        run.stage, progress.images, config.images, classes=run.grid_classes, sample_every=config.sample_every
+    )  # fmt: skip
+    if own:
+        log.note(f"watch it: {page.uri}")
+    return log
 
 
 class Log:
     """No-op logger for ranks > 0."""
 
     def __init__(self) -> None:
+        self.finished = False
+        """The run has reached its end."""
         self.skipped_images: set[str] = set()
         """Names of images that could not be read."""
 
@@ -99,11 +115,22 @@ class RunLog(Log):
         total_images: length of the run.
         images: images seen so far.
         writers: where numbers go; by default to the run's folder only.
+        page: the page that shows the run.
     """
 
-    def __init__(self, folder: Path, total_images: int, images: int, writers: Sequence[Writer] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        total_images: int,
+        images: int,
+        writers: Sequence[Writer] | None = None,
+        page: Page | None = None,
+    ) -> None:
         super().__init__()
-        self.writers = open_writers(["tensorboard"], folder, config={}, images=images) if writers is None else writers
+        if writers is None:
+            writers = open_writers(["tensorboard"], folder, config={}, images=images)
+        self.writers: list[Writer] = [*writers, *([page] if page else [])]
+        self.page = page
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -117,6 +144,8 @@ class RunLog(Log):
         self.task: TaskID = self.progress.add_task("training", total=total_images, completed=images)
         self.total_images, self.first_image, self.start = total_images, images, time.monotonic()
         self.progress.start()
+        if page is not None:
+            page.note = self.note
 
     def write(self, images: int, **numbers: Any) -> None:
         """Send numbers to every writer; print the loss without a terminal."""
@@ -141,6 +170,8 @@ class RunLog(Log):
     def advance(self, images: int, loss: float) -> None:
         """Move the progress bar."""
         self.progress.update(self.task, completed=images, description=f"loss {loss:.4f}")
+        if self.page is not None:
+            self.page.advance(images)
 
     def note(self, text: str) -> None:
         """Print a message for people, verbatim: brackets in paths are no markup."""
@@ -149,6 +180,8 @@ class RunLog(Log):
     def close(self) -> None:
         """End the progress bar, and flush the writers."""
         self.progress.stop()
+        if self.page is not None:
+            self.page.finished = self.finished
         for writer in self.writers:
             writer.close()
 

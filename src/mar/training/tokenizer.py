@@ -39,6 +39,7 @@ from mar.tokenizer.residual import ResidualTokenizer
 from mar.training.ema import EMA
 from mar.training.log import Log
 from mar.training.optim import make_adamw, make_tokenizer_optimizers
+from mar.training.page_html import Command
 from mar.training.run import check_same_run, save_config
 from mar.training.trainer import StepResult, TrainingRun, autocast, latent_noise_level, posterior_noise
 
@@ -312,6 +313,7 @@ class TokenizerRun(TrainingRun):
     """
 
     config: TokenizerTrainConfig
+    stage = "tokenizer"
     model: Any
     """The module of the objective: a ResidualTokenizer, or a diffusers AutoencoderKL."""
 
@@ -354,6 +356,10 @@ class TokenizerRun(TrainingRun):
             self.source, self.transform, batch=config.batch, seed=config.seed, start=self.progress.images,
             workers=config.workers, flip=config.flip,
         )  # fmt: skip
+
+    def next_commands(self) -> tuple[Command, ...]:
+        """Return the command that uses the tokenizer."""
+        return (Command("Train a model on it", train_command(self.config, self.folder)),)
 
     def step(self, batch: Batch) -> StepResult:
         """Take a step of the autoencoder, and of a discriminator in use."""
@@ -454,6 +460,13 @@ def open_tokenizer_run(
 
 
 # ---- evaluation and export
+
+
+def train_command(config: TokenizerTrainConfig, folder: Path) -> tuple[str, ...]:
+    """Return the command that trains a model on a tokenizer's latents."""
+    height, width = config.size
+    oblong = () if height == width else ("--image-size", str(height), str(width))
+    return ("mar", "train", "folder", "--data", config.data, "--tokenizer", str(folder), *oblong)
 
 
 def ema_tokenizer(run: TokenizerRun) -> Tokenizer:

@@ -10,6 +10,7 @@ A run is a folder:
 - model.safetensors: the EMA weights, and model-raw.safetensors: the weights of the last step;
 - run.json: the configuration;
 - log.jsonl and tensorboard/: the log (`mar.training.log`);
+- index.html: a page to watch the run (`mar.training.page`);
 - samples/: sample grids.
 """
 
@@ -49,9 +50,12 @@ from mar.training.ema import EMA
 from mar.training.log import Log
 from mar.training.loss import DiffusionLoss, sample_randomness
 from mar.training.optim import learning_rate, make_optimizers
+from mar.training.page_html import Command, StageKind, draw_commands
 
 MAX_NONFINITE_STEPS = 50
 """Stop a run after so many non-finite steps in a row."""
+GRID_CLASSES = 10
+"""A sample grid has a column for each of at most so many classes."""
 CALLBACKS_DONE_FILE = "watched"
 """File in a run's folder: images up to which all due callbacks have finished."""
 # Keys of random streams, beside those of the loss (`sample_randomness`).
@@ -126,6 +130,10 @@ class TrainingRun(ABC):
     model: nn.Module
     ema: EMA
     optimizers: tuple[torch.optim.Optimizer, ...]
+    stage: StageKind
+    """The run's name on its page."""
+    grid_classes: tuple[str, ...] = ()
+    """Names of the columns of sample grids."""
 
     def __init__(self, config: TrainConfig | TokenizerTrainConfig, folder: Path, device: torch.device) -> None:
         self.config, self.folder, self.device = config, folder, device
@@ -144,6 +152,10 @@ class TrainingRun(ABC):
     @abstractmethod
     def step(self, batch: Batch) -> StepResult:
         """Take one training step, by `optimizer_step`."""
+
+    @abstractmethod
+    def next_commands(self) -> tuple[Command, ...]:
+        """Return commands that use the run's result."""
 
     @property
     def finished(self) -> bool:
@@ -241,6 +253,7 @@ class Run(TrainingRun):
 
     config: TrainConfig
     model: MAR
+    stage = "model"
 
     def __init__(
         self,
@@ -262,6 +275,7 @@ class Run(TrainingRun):
         self.optimizers = make_optimizers(model, config)
         self.data_note: str | None = None
         """Message for people about how the data was resumed."""
+        self.grid_classes = tuple(source.classes[:GRID_CLASSES]) if config.model.classes else ()
 
     @property
     def transform(self) -> Transform:
@@ -289,6 +303,10 @@ class Run(TrainingRun):
         generator = make_generator(self.config.seed, _DROPOUT_STREAM, self.progress.step, distributed.rank())
         torch.manual_seed(generator.initial_seed())  # dropout
         return StepResult(self.forward_backward(batch), self.optimizer_step())
+
+    def next_commands(self) -> tuple[Command, ...]:
+        """Return commands that draw from the model."""
+        return draw_commands(self.folder)
 
     def forward_backward(self, batch: Batch) -> float:
         """Compute the gradient of the mean loss over the global batch. Returns this rank's loss."""
@@ -389,6 +407,7 @@ def train(run: TrainingRun, log: Log) -> bool:
             if run.run_callbacks():
                 window.restart_clock()
     run.save()
+    log.finished = run.finished
     return run.finished
 
 
