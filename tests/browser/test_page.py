@@ -47,6 +47,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
     page.begin("tokenizer", 0, 800, sample_every=100)
     for images in range(100, 900, 10):
         page.write(images, {"loss": 1 / images, "psnr": 20 + images / 100})
+    page.write_image(800, "reconstructions", Image.new("RGB", (512, 128)))
     page.finished = True
     page.close()
     page.begin("model", 800, 1600, sample_every=100, classes=(LONG, *map(str, range(9))))
