@@ -20,6 +20,7 @@ from tiny import write_images as bars
 
 from mar.autoconfig.plan import FolderPlan
 from mar.autoconfig.summary import save_summary
+from mar.autoconfig.timing import TimePlan, save_time_plan
 from mar.checkpoint.tokenizers import save_tokenizer
 from mar.cli import main
 from mar.cli.train_folder import plan_folder
@@ -460,6 +461,61 @@ def test_folder_killed_before_the_model_resumes(place: Path) -> None:
         assert (place / "run" / name).read_bytes() == (place / "undisturbed" / name).read_bytes()
     ours, theirs = (Pipeline.open(place / name / "model.safetensors").model for name in ("run", "undisturbed"))
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+TIMED = ["train", "folder", "--data", "pictures", "--out", "timed", *SMALL, "--batch", "4", "--log-every", "1"]
+TIMED += ["--save-every", "20", "--vae.width", "8", "--vae.batch", "4", "--vae.save-every", "8", "--vae.stride", "2"]
+TIMED += ["--minutes", "0.02"]
+
+
+def test_folder_with_a_time_killed_anywhere_keeps_its_plan(place: Path) -> None:
+    said = place / "said"
+    for file in ("tokenizer/.saving-state-000000000016", "timed/.saving-state-000000000040"):
+        code = processes.run_to_end(TIMED, said, die=(file, signal.SIGKILL))
+        assert code == -signal.SIGKILL, said.read_text()
+    plan = json.loads((place / "timed" / "time.json").read_text())
+    assert plan["seconds"] == pytest.approx(1.2)
+    assert min(plan["tokenizer_images"], plan["model_images"]) >= 40
+    without = [word for word in TIMED if word not in ("--minutes", "0.02")]
+    assert processes.run_to_end(without, said) == 0, said.read_text()  # the plan is the run's
+    assert json.loads((place / "timed" / "time.json").read_text()) == plan
+    # the same lengths, given by hand and never disturbed
+    model, grids = plan["model_images"], plan["grids"]
+    lengths = ["--images", model, "--vae.images", plan["tokenizer_images"], "--sample-every", model // grids]
+    assert processes.run_to_end([*without, "--out", "whole", *map(str, lengths)], said) == 0, said.read_text()
+    index = [(place / run / "latents" / "index.json").read_bytes() for run in ("timed", "whole")]
+    assert index[0] == index[1]
+    ours, theirs = (Pipeline.open(place / name / "model.safetensors").model for name in ("timed", "whole"))
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+
+
+def test_folder_time_that_contradicts_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ("--data", "pictures", "--out")
+    assert "a time, which chooses the number; leave one out" in refused(
+        capsys, *data, "new", "--minutes", "1", "--images", "8"
+    )
+    assert "got --minutes 1 and --hours 1" in refused(capsys, *data, "new", "--minutes", "1", "--hours", "1")
+    assert "minutes is -1, but it must be positive" in refused(capsys, *data, "new", "--minutes", "-1")
+    at = WHOLE.index("--images")
+    assert main([*WHOLE[:at], *WHOLE[at + 2 :], "--minutes", "1"]) == 2
+    assert "run was begun without a time; leave it out" in capsys.readouterr().err
+    save_time_plan(TimePlan(60.0, 8, 16, 2), place / "run")
+    assert "run was planned for 60 s, not 2 min" in refused(capsys, *data, "run", "--minutes", "2")
+    assert not (place / "new").exists()
+
+
+def test_folder_says_how_long_it_takes(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mar.cli.train_folder.MIN_IMAGES_TIMED", 24)
+    monkeypatch.setattr("mar.cli.train_folder.MEASURE_SECONDS", 0.1)
+    for expected in (True, False):  # not again where it goes on
+        assert main([*WHOLE, "--out", "new", "--sample-every", "0"]) == 0
+        said = capsys.readouterr().err
+        pattern = (
+            r"on this machine: tokenizer \d+ s \([\d,]+ pictures a second\), model \d+ s \(\d+ pictures a second\)"
+        )
+        assert bool(re.search(pattern, said)) == expected, said
 
 
 def test_folder_own_tokenizer_on_several_ranks_is_refused(place: Path) -> None:

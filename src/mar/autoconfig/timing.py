@@ -80,8 +80,8 @@ def model_length(seconds: float, speed: float, grid_seconds: float, batch: int) 
         batch: images of a step.
     """
     seconds = max(seconds - RESERVE_SECONDS, 0.0)
-    grids = math.floor(DRAWING_SHARE * seconds / grid_seconds) if grid_seconds else MAX_GRIDS
-    grids = min(max(grids, MIN_GRIDS), MAX_GRIDS)
+    affordable = DRAWING_SHARE * seconds / grid_seconds if grid_seconds else math.inf
+    grids = math.floor(min(max(affordable, MIN_GRIDS), MAX_GRIDS))
     return _whole_steps((seconds - grids * grid_seconds) * speed, batch), grids
 
 
