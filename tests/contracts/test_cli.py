@@ -343,7 +343,7 @@ def test_tokenizer_train_turns_upright_unless_begun_otherwise(
         command = ["tokenizer", "train", str(lay_down(data) if lying else data), "--out", str(tmp_path / name / "vae")]
         command += ["--image-size", "8", "--width", "8", "--batch", "4", "--decay", "0", "--device", "cpu", "--images"]
         assert main([*command, "4", *more]) == 0
-        weights[name] = (tmp_path / name / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
+        weights[name] = (tmp_path / name / "vae" / "tokenizer.safetensors").read_bytes()
     assert weights["a"] == weights["b"] != weights["c"]
     run = tmp_path / "c" / "vae" / "run.json"
     forget_upright(run)

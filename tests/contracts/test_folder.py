@@ -381,7 +381,7 @@ def test_folder_new_run_turns_pictures_upright(tmp_path: Path) -> None:
     for name, lying in (("standing", False), ("lying", True)):
         data = bars(tmp_path / name)
         assert main(command(str(lay_down(data) if lying else data), str(tmp_path / f"run-{name}"), *TOKENIZER)) == 0
-    for path in ("tokenizer/diffusion_pytorch_model.safetensors", "latents/00000.safetensors"):
+    for path in ("tokenizer/tokenizer.safetensors", "latents/00000.safetensors"):
         assert (tmp_path / "run-lying" / path).read_bytes() == (tmp_path / "run-standing" / path).read_bytes()
     for path in ("run.json", "tokenizer/run.json"):
         assert json.loads((tmp_path / "run-lying" / path).read_text())["upright"] is True
@@ -454,8 +454,8 @@ def test_folder_killed_before_the_model_resumes(place: Path) -> None:
         assert code == -signal.SIGKILL, said.read_text()
     assert processes.run_to_end(WHOLE, said) == 0, said.read_text()
     for name in (
-        "tokenizer/diffusion_pytorch_model.safetensors",
-        "tokenizer/mar_statistics.json",
+        "tokenizer/tokenizer.safetensors",
+        "tokenizer/config.json",
         "latents/index.json",
     ):
         assert (place / "run" / name).read_bytes() == (place / "undisturbed" / name).read_bytes()

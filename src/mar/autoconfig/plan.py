@@ -29,7 +29,7 @@ from mar.autoconfig.sizes import (
 )
 from mar.autoconfig.summary import load_summary, summarize_cache
 from mar.config import ConfigError, TrainConfig, from_dict, resolve_image_channels
-from mar.config.tokenizer import TokenizerKind, TokenizerTrainConfig
+from mar.config.tokenizer import NEW_RUN, TokenizerKind, TokenizerTrainConfig
 from mar.data.latent_cache import LatentSource, is_cache, read_manifest
 from mar.data.sources import open_data
 from mar.data.stream import StreamSource
@@ -117,7 +117,7 @@ class TokenizerStep:
 
     def command(self) -> str:
         """Return the command that makes this step."""
-        default = TokenizerTrainConfig(upright=self.config.upright)
+        default = TokenizerTrainConfig(**{**NEW_RUN, "upright": self.config.upright})
         words = ["mar", "tokenizer", "train", self.config.data, "--out", str(self.out)]
         for field in fields(self.config):
             value = getattr(self.config, field.name)
@@ -207,7 +207,7 @@ def _layout(overrides: Overrides, summary: DatasetSummary) -> TokenLayout:
         return TokenLayout(_crop(overrides, summary, largest, shape), name, shape)
     largest = max_side(summary.count)
     size = _crop(overrides, summary, largest)
-    kind = overrides.kind or _begun_settings(overrides.out).get("kind", "kl")
+    kind = overrides.kind or _begun_settings(overrides.out).get("kind", NEW_RUN["kind"])
     shape = own_shape(size, kind) if name == OWN else default_latent_shape(summary, size, kind)
     if shape is None:
         assert PixelTokenizer.name is not None

@@ -112,6 +112,8 @@ EPOCHS, MIN_IMAGES = 40, 100_000
 """Length of a model's training: so many times each image, and at least so many in all."""
 TOKENIZER_EPOCHS, TOKENIZER_MIN_IMAGES = 10, 60_000
 """Length of a tokenizer's training."""
+TOKENIZER_WARMUP = 3_000
+"""Images over which a tokenizer's learning rate rises; a tenth of a short training."""
 
 
 # ---- crops
@@ -155,7 +157,7 @@ def largest_multiple(side: int, latents: LatentShape | None) -> int:
 # ---- tokens
 
 
-def own_shape(size: tuple[int, int], kind: TokenizerKind = "kl") -> LatentShape:
+def own_shape(size: tuple[int, int], kind: TokenizerKind = "residual") -> LatentShape:
     """Returns the latents of a run's own tokenizer.
 
     `size` is height and width of crops. Squares of 32 to 256 pixels get 64 to 256 cells, few enough values for a narrow
@@ -176,7 +178,7 @@ def pca_shape(stride: int = 4) -> LatentShape:
 
 
 def default_latent_shape(
-    summary: DatasetSummary, size: tuple[int, int], kind: TokenizerKind = "kl"
+    summary: DatasetSummary, size: tuple[int, int], kind: TokenizerKind = "residual"
 ) -> LatentShape | None:
     """Returns the latents for crops of `size`; None: pixels.
 
@@ -267,7 +269,7 @@ def train_config_for(
         images=total,
         batch=chosen.batch,
         lr=chosen.rate * 256 / chosen.batch,
-        warmup=chosen.warmup,  # not a share of the run, which may be made longer later
+        warmup=min(chosen.warmup, tenth),  # not a share of a long run, which may be made longer later
         decay=total // 3,
         optimizer=chosen.optimizer,
         ema=chosen.ema,
@@ -290,17 +292,19 @@ def tokenizer_config_for(
         latents: Latents of the tokenizer.
         images: Length of the run; by default 10 times each image, and 60,000 at least.
     """
+    is_residual = latents.is_pca
     total = images or max(TOKENIZER_EPOCHS * summary.count, TOKENIZER_MIN_IMAGES)
     return TokenizerTrainConfig(
         image_size=size,
         image_channels=summary.image_channels,
         stride=latents.stride,  # type: ignore[arg-type]  # checked there
         channels=latents.channels,
-        kind="residual" if latents.is_pca else "kl",
-        width=None if latents.is_pca else 16 if max(size) <= 64 else 32 if max(size) <= 128 else 64,
+        kind="residual" if is_residual else "kl",
+        width=None if is_residual else 16 if max(size) <= 64 else 32 if max(size) <= 128 else 64,
         upright=True,
         images=total,
-        decay=total // 4,
+        warmup=min(TOKENIZER_WARMUP, total // 10),
+        decay=total if is_residual else total // 4,
         save_every=min(5_000, max(total // 10, 1)),
         sample_every=total // 4 + 1,  # the end is evaluated anyway
     )

@@ -13,7 +13,7 @@ import tyro
 
 from mar.cli.options import parse
 from mar.config import resolve_image_channels
-from mar.config.tokenizer import TokenizerTrainConfig
+from mar.config.tokenizer import NEW_RUN, TokenizerTrainConfig
 
 if TYPE_CHECKING:
     from mar.tokenizer import Tokenizer
@@ -104,7 +104,7 @@ def _train(arguments: Sequence[str]) -> int:
     named = bool(arguments) and not arguments[0].startswith("-")
     rest = arguments[1:] if named else arguments
     config = TokenizerTrainConfig(arguments[0]) if named else TokenizerTrainConfig()
-    default = TokenizerTrainOptions(config=replace(config, **{"upright": True, **_begun_settings(rest)}))
+    default = TokenizerTrainOptions(config=replace(config, **_begun_settings(rest)))
     if "-h" in rest or "--help" in rest:
         print("mar tokenizer train DATA --out FOLDER ...\n")
     options = parse(TokenizerTrainOptions, "tokenizer train", rest, default)
@@ -117,12 +117,12 @@ def _train(arguments: Sequence[str]) -> int:
 
 
 def _begun_settings(arguments: Sequence[str]) -> dict[str, Any]:
-    """Returns the settings that a begun run keeps by default; a new one has none."""
+    """Returns the settings that a begun run keeps by default, or those of a new one."""
     from mar.training.run import load_config
 
     words = [word for word in arguments if word not in ("-h", "--help")]  # whose help is that of all options
     begun = load_config(TokenizerTrainConfig, parse(_Out, "tokenizer train", words, partly=True).out)
-    return {} if begun is None else {"kind": begun.kind, "upright": begun.upright}
+    return NEW_RUN if begun is None else {name: getattr(begun, name) for name in NEW_RUN}
 
 
 def train_tokenizer(options: TokenizerTrainOptions, page: Page | None = None) -> int:

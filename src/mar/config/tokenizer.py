@@ -18,11 +18,17 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "kl": {"width": 16, "depth": 1, "optimizer": "adamw", "lr": 8e-3},
 }
 
+NEW_RUN: dict[str, Any] = {"kind": "residual", "channels": 16, "upright": True}
+"""Settings of new runs by default, where files without these settings mean others."""
+
 
 @accept_old_names
 @dataclass(frozen=True)
 class TokenizerTrainConfig:
-    """Training of a tokenizer on images. Lengths are counted in images."""
+    """Training of a tokenizer on images. Lengths are counted in images.
+
+    Defaults are those of files that lack a setting; the commands begin new runs with `NEW_RUN`.
+    """
 
     data: str = "fashion"
     """fashion, a folder of pictures, Parquet or .tar (WebDataset) files, or OWNER/NAME on the Hub."""
@@ -31,7 +37,7 @@ class TokenizerTrainConfig:
     image_channels: int | None = None
     """Channels of the pictures: 1 (gray) or 3; by default 1 for fashion and 3 for all else."""
     kind: TokenizerKind = "kl"
-    """`kl`: a variational autoencoder (AutoencoderKL); `residual`: principal components with a learned residual."""
+    """`residual`: principal components with a learned residual; `kl`: a variational autoencoder (AutoencoderKL)."""
     stride: Stride = 4
     """Pixels of a latent cell's side."""
     channels: int = 4

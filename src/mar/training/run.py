@@ -44,7 +44,7 @@ RUN_FILE = "run.json"
 STATS_IMAGES = 10_000
 """Images of a stream, at most, to fit a tokenizer to."""
 _MAY_CHANGE_ON_RESUME = {
-    "images", "decay", "workers", "save_every", "sample_every", "log_every", "log_to", "keep", "sampling",
+    "images", "warmup", "decay", "workers", "save_every", "sample_every", "log_every", "log_to", "keep", "sampling",
     "strategy", "accumulate", "activation_checkpointing", "compile",
     "validate_every", "validate_on", "validate_count", "patience",
 }  # fmt: skip

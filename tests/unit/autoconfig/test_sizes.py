@@ -66,8 +66,10 @@ def test_recipe_principal_components_predict_x0_and_keep_rare_values() -> None:
     _, config = chosen(500, 32)
     assert (config.model.channels, config.model.grid, config.model.patch_size) == (16, (8, 8), 1)
     assert (config.model.head.prediction, config.sampling.x0_bound) == ("x0", 10)
-    assert chosen(500, 64)[1].model.head.prediction == chosen(500, 32, image_channels=1)[1].model.head.prediction == "v"
-    residual = train_config_for(DatasetSummary(500, 64, 3, KINDS), (64, 64), own_shape((64, 64), "residual"))
+    assert chosen(500, 32, image_channels=1)[1].model.head.prediction == "v"
+    autoencoder = train_config_for(DatasetSummary(500, 64, 3, KINDS), (64, 64), own_shape((64, 64), "kl"))
+    assert autoencoder.model.head.prediction == "v"
+    _, residual = chosen(500, 64)
     assert (residual.model.head.prediction, residual.sampling.x0_bound, residual.shift) == ("x0", 10, 0)
 
 
@@ -134,11 +136,8 @@ def test_recipe_few_images_get_random_shifts(
 
 def test_recipe_given_length_is_split_into_phases() -> None:
     config = train_config_for(DatasetSummary(500, 32, 3), (32, 32), images=640)
-    assert (config.images, config.decay) == (640, 213)
+    assert (config.images, config.warmup, config.decay) == (640, 64, 213)
     assert (config.save_every, config.sample_every) == (64, 64)
-    assert (
-        config.warmup == train_config_for(DatasetSummary(500, 32, 3), (32, 32)).warmup
-    )  # else a run could not be made longer
     shortest = train_config_for(DatasetSummary(500, 32, 3), (32, 32), images=1)
     assert (shortest.save_every, shortest.sample_every) == (1, 1)
 
@@ -194,4 +193,6 @@ def test_tokenizer_recipe_grows_with_the_images() -> None:
     assert large.width > tokenizer_config_for(pictures, (128, 128), LatentShape(8, 16)).width > small.width
     assert large.images == 1_000_000
     short = tokenizer_config_for(pictures, (64, 64), LatentShape(8, 16), images=8)
-    assert (short.images, short.warmup, short.decay) == (8, small.warmup, 2)
+    assert (short.images, short.warmup, short.decay) == (8, 0, 2)
+    residual = tokenizer_config_for(pictures, (64, 64), own_shape((64, 64)))
+    assert (residual.kind, residual.decay, residual.width) == ("residual", residual.images, None)
