@@ -116,7 +116,7 @@ def test_folder_gray_images_get_gray_components(data: Path, tmp_path: Path) -> N
 
 
 def test_folder_every_choice_can_be_overridden(tmp_path: Path) -> None:
-    data, out = color(tmp_path / "data", 20, (90, 140)), tmp_path / "run"
+    data, out = color(tmp_path / "data", 20, (90, 100)), tmp_path / "run"
     pixels = planned(data, "--out", out, "--tokenizer", "pixels").train
     assert (pixels.model.grid, pixels.model.patch_size, pixels.tokenizer) == ((64, 64), 4, "pixels")
     smaller = planned(data, "--out", out, "--image-size", "32", "24").train
@@ -147,8 +147,59 @@ def test_folder_every_choice_can_be_overridden(tmp_path: Path) -> None:
     assert planned(data, "--out", out, "--model.label-drop", "0").train.sampling.guidance_scale == 1
 
 
+@pytest.mark.parametrize(
+    ("size", "asked", "cut", "grid", "said"),
+    [
+        ((140, 105), "", (56, 72), (7, 9), ", as most are 1.33 times as wide as high;"),
+        ((105, 140), "", (72, 56), (9, 7), ", as most are 1.33 times as high as wide;"),
+        ((105, 140), "--tokenizer pca4", (72, 56), (18, 14), ", as most are 1.33 times as high as wide;"),
+        ((105, 140), "--tokenizer pixels", (72, 56), (72, 56), ", as most are 1.33 times as high as wide;"),
+        ((105, 140), "--vae.stride 16 --tokenizer own", (64, 48), (4, 3), ", as most are 1.33 times as high as wide;"),
+        ((30, 40), "", (32, 24), (8, 6), ", as most are 1.33 times as high as wide;"),
+        ((600, 100), "", (40, 120), (5, 15), ", as most are 3.00 times as wide as high;"),
+        ((105, 140), "--image-size 64", (64, 64), (8, 8), "cut to 64x64; "),
+        ((105, 140), "--model.grid 8 8", (64, 64), (8, 8), "cut to 64x64; "),
+        ((120, 130), "", (64, 64), (8, 8), "cut to 64x64; "),
+    ],
+)
+def test_folder_of_oblong_pictures_keeps_their_shape(
+    size: tuple[int, int], asked: str, cut: tuple[int, int], grid: tuple[int, int], said: str, tmp_path: Path
+) -> None:
+    steps = planned(color(tmp_path / "data", 20, size), "--out", tmp_path / "run", *asked.split())
+    assert steps.train.model.grid == grid
+    assert f"cut to {cut[0]}x{cut[1]}" in steps.lines[0]
+    assert said in steps.lines[0]
+    for step_size in (steps.tokenizer and steps.tokenizer.config.size, steps.cache and steps.cache.image_size):
+        assert step_size in (None, cut)
+
+
+def test_folder_of_mixed_shapes_stays_square(tmp_path: Path) -> None:
+    data = color(tmp_path / "data", 20, (100, 140))
+    for path in sorted(data.rglob("*.png"))[::2]:
+        Image.new("RGB", (140, 100)).save(path)
+    assert planned(data, "--out", tmp_path / "run").train.model.grid == (8, 8)
+
+
+def test_folder_of_portraits_trains_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run begun by a version that cut squares, whose summary has no aspect, stays square."""
+    monkeypatch.chdir(tmp_path)
+    color(tmp_path / "pictures", 20, (18, 24))
+    small = ["--sample-every", "0", *TOKENIZER, "--vae.stride", "4"]
+    assert main(command("pictures", "new", *small)) == 0
+    assert main(command("pictures", "new", *small, "--images", "20")) == 0
+    model = Pipeline.open(tmp_path / "new" / "model.safetensors")
+    assert (model.image_size, model.model.config.grid) == ((16, 12), (4, 3))
+    assert main(command("new/latents", "second", "--sample-every", "0")) == 0
+    assert main(command("pictures", "old", *small, "--image-size", "16")) == 0
+    summary = json.loads((tmp_path / "old" / "pictures.json").read_text())
+    assert summary.pop("aspect") == 4 / 3
+    (tmp_path / "old" / "pictures.json").write_text(json.dumps(summary))
+    assert main(command("pictures", "old", *small, "--images", "20")) == 0
+    assert Pipeline.open(tmp_path / "old" / "model.safetensors").image_size == (16, 16)
+
+
 def test_folder_given_tokenizer_sets_grid_and_size(tmp_path: Path) -> None:
-    data = color(tmp_path / "data", 20, (90, 140))
+    data = color(tmp_path / "data", 20, (90, 100))
     torch.manual_seed(0)
     settings = TokenizerTrainConfig(image_size=32, stride=4, channels=3, width=8)
     save_tokenizer(from_config(autoencoder_config(settings)), tmp_path / "vae")

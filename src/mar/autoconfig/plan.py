@@ -18,6 +18,7 @@ from mar.autoconfig.sizes import (
     DatasetSummary,
     LatentShape,
     crop_side,
+    crop_size,
     default_latent_shape,
     largest_multiple,
     max_side,
@@ -60,6 +61,8 @@ class Overrides:
     images: int | None = None
     classes: int | None = None
     label_drop: float | None = None
+    upright: bool = True
+    """A new run turns pictures upright."""
     own_tokenizer: bool = False
     """Options of a tokenizer of the run's own were given."""
     kind: TokenizerKind | None = None
@@ -86,6 +89,8 @@ class TokenLayout:
     """None: pixels."""
     larger_from: int | None = None
     """From so many images on, crops would be larger; None where that does not follow from their number."""
+    square: int | None = None
+    """Side of the square that an oblong in the images' shape replaces; None: no oblong was chosen."""
 
     @property
     def needs_cache(self) -> bool:
@@ -168,12 +173,12 @@ def choose(overrides: Overrides) -> Choice:
     if isinstance(source, LatentSource):
         return _choose_for_cache(overrides, source)
     _check_out_is_apart(overrides.out, overrides.data)
-    summary, note = load_summary(overrides.out, source, overrides.data)
+    summary, note = load_summary(overrides.out, source, overrides.data, overrides.upright)
     layout = _layout(overrides, summary)
     tokenizer = None
     if layout.tokenizer == OWN:
         assert layout.shape is not None
-        tokenizer = tokenizer_config_for(summary, layout.size, layout.shape, overrides.tokenizer_images)
+        tokenizer = tokenizer_config_for(summary, layout.size, layout.shape, overrides.tokenizer_images, layout.square)
     return Choice(_recipe(overrides, summary, layout), layout, summary, tokenizer, note)
 
 
@@ -204,9 +209,10 @@ def _layout(overrides: Overrides, summary: DatasetSummary) -> TokenLayout:
         raise ConfigError(f"--vae.* is for a tokenizer of the run's own, but --tokenizer is {name}; leave one out")
     if name is not None and name != OWN:
         shape, largest = _shape_of(name)
-        return TokenLayout(_crop(overrides, summary, largest, shape), name, shape)
+        size, square = _crop(overrides, summary, largest, shape)
+        return TokenLayout(size, name, shape, square=square)
     largest = max_side(summary.count)
-    size = _crop(overrides, summary, largest)
+    size = _square_or_given(overrides, summary, largest)
     kind = overrides.kind or _begun_settings(overrides.out).get("kind", NEW_RUN["kind"])
     shape = own_shape(size, kind) if name == OWN else default_latent_shape(summary, size, kind)
     if shape is None:
@@ -220,7 +226,8 @@ def _layout(overrides: Overrides, summary: DatasetSummary) -> TokenLayout:
         most = summary.image_channels * shape.stride**2 if shape.is_pca else shape.channels
         shape = replace(shape, channels=overrides.channels or min(shape.channels, most))
     larger = next_larger_count(summary) if overrides.image_size is None else None
-    return TokenLayout(_crop(overrides, summary, largest, shape), name, shape, larger)
+    size, square = _crop(overrides, summary, largest, shape)
+    return TokenLayout(size, name, shape, larger, square)
 
 
 def _shape_of(name: str) -> tuple[LatentShape | None, int]:
@@ -261,19 +268,31 @@ def _trained_side(tokenizer: Tokenizer) -> int:
     return min(side, SIDES[0]) if is_known else SIDES[0]
 
 
-def _crop(
-    overrides: Overrides, summary: DatasetSummary, largest: int, shape: LatentShape | None = None
-) -> tuple[int, int]:
-    """Return height and width of crops."""
+def _square_or_given(overrides: Overrides, summary: DatasetSummary, largest: int) -> tuple[int, int]:
+    """Return height and width of crops, before the images' shape and tokens are considered."""
     size = overrides.image_size
     if size is None:
-        size = largest_multiple(crop_side(summary, largest), shape)
+        size = crop_side(summary, largest)
     return (size, size) if isinstance(size, int) else size
+
+
+def _crop(
+    overrides: Overrides, summary: DatasetSummary, largest: int, shape: LatentShape | None
+) -> tuple[tuple[int, int], int | None]:
+    """Return height and width of crops, and `TokenLayout.square`."""
+    size = _square_or_given(overrides, summary, largest)
+    if overrides.image_size is not None:
+        return size, None
+    square = largest_multiple(size[0], shape)
+    size = crop_size(summary, square, shape)
+    return size, None if size == (square, square) else square
 
 
 def _recipe(overrides: Overrides, summary: DatasetSummary, layout: TokenLayout) -> TrainConfig:
     labeled = summary if overrides.classes != 0 else replace(summary, classes=())
-    recipe = train_config_for(labeled, layout.size, layout.shape, images=overrides.images, grids=overrides.grids)
+    recipe = train_config_for(
+        labeled, layout.size, layout.shape, images=overrides.images, grids=overrides.grids, square=layout.square
+    )
     # components are taken of images with the channels that they have
     fitted = is_name(layout.tokenizer) and from_name(layout.tokenizer, image_channels=3).learns_basis
     unusual = fitted and resolve_image_channels(overrides.data) != summary.image_channels
@@ -350,8 +369,12 @@ def _describe(choice: Choice, config: TrainConfig) -> tuple[str, str]:
         by = "as principal components"
     stride = layout.shape.stride if layout.shape else 1
     height, width = model.grid[0] * stride, model.grid[1] * stride
-    larger = layout.larger_from if (height, width) == layout.size else None
+    chosen = (height, width) == layout.size
+    larger = layout.larger_from if chosen else None
     more = f" (larger from {larger:,} pictures on, or by --image-size)" if larger else ""
+    if layout.square and chosen:
+        ratio, shape = max(summary.aspect, 1 / summary.aspect), "high as wide" if summary.aspect > 1 else "wide as high"
+        more += f", as most are {ratio:.2f} times as {shape}"
     return (
         f"{config.data}: {summary.count:,} {color} pictures {classes}, typically of {summary.side} pixels, cut to "
         f"{height}x{width}{more}; {by}, {model.tokens} tokens of {model.token_width} values each",

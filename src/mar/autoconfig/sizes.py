@@ -25,6 +25,8 @@ class DatasetSummary:
     """Names of the classes; empty for images without labels."""
     max_abs_z: float = 2.5
     """Distance of black or white from the mean of all pixels, the larger one, in standard deviations."""
+    aspect: float = 1.0
+    """Height by width of most images, upright; 1 where no shape but a square is common."""
 
     def __post_init__(self) -> None:
         positive(self, "count", "side")
@@ -33,8 +35,10 @@ class DatasetSummary:
         )
         names = isinstance(self.classes, tuple) and all(isinstance(name, str) for name in self.classes)
         require(names, f"classes is {self.classes!r}, but it must be their names")
-        finite = isinstance(self.max_abs_z, int | float) and 0 < self.max_abs_z < math.inf
-        require(finite, f"max_abs_z is {self.max_abs_z!r}, but it must be positive and finite")
+        for name in ("max_abs_z", "aspect"):
+            value = getattr(self, name)
+            finite = isinstance(value, int | float) and 0 < value < math.inf
+            require(finite, f"{name} is {value!r}, but it must be positive and finite")
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ MAX_SIDE_WITHOUT_TOKENIZER = 32
 """Larger crops get a tokenizer of their own."""
 MIN_SIDE_FOR_PCA = 16
 """Smaller crops are learned as pixels: they have too few squares of 4 x 4 pixels for principal components."""
+AREA_TOLERANCE = 0.3
+"""Crops of another shape have the area of the square that would be chosen, to this share of it."""
 MAX_TOKENS_PER_SIDE = 16
 MAX_NARROW_TOKEN = 16
 """Tokens of more values get a wide head."""
@@ -150,8 +156,36 @@ def next_larger_count(summary: DatasetSummary) -> int | None:
 
 def largest_multiple(side: int, latents: LatentShape | None) -> int:
     """Returns the largest side up to `side` that tokens divide."""
-    step = (latents.stride if latents else 1) * _patch_size((side, side), latents)
+    step = _token_side(side, latents)
     return max(side // step, 1) * step
+
+
+def crop_size(summary: DatasetSummary, side: int, latents: LatentShape | None) -> tuple[int, int]:
+    """Returns height and width of crops in the images' shape.
+
+    They replace a square of `side` pixels, with about its area. Both are multiples of a token's side, and no larger
+    than the images are. Errors of aspect and area, as logarithms, have the smallest sum; of equal ones, the aspect is
+    the nearest.
+    """
+    if summary.aspect == 1:
+        return side, side
+    step = _token_side(side, latents)
+    heights = range(step, int(summary.side * max(summary.aspect, 1)) + 1, step)
+    widths = range(step, int(summary.side * max(1 / summary.aspect, 1)) + 1, step)
+
+    def error(size: tuple[int, int]) -> tuple[float, float]:
+        height, width = size
+        of_aspect = abs(math.log(height / width / summary.aspect))
+        return round(of_aspect + abs(math.log(height * width / side**2)), 9), of_aspect
+
+    sizes = [(height, width) for height in heights for width in widths]
+    similar = [(h, w) for h, w in sizes if abs(h * w / side**2 - 1) <= AREA_TOLERANCE]
+    return min([(side, side), *similar], key=error)
+
+
+def _token_side(side: int, latents: LatentShape | None) -> int:
+    """Returns the side of a token of square crops, in pixels."""
+    return (latents.stride if latents else 1) * _patch_size((side, side), latents)
 
 
 # ---- tokens
@@ -193,8 +227,14 @@ def default_latent_shape(
 def _patch_size(size: tuple[int, int], latents: LatentShape | None) -> int:
     """Returns the side of a token in cells, or in pixels without latents."""
     smallest = 1 if latents else 2 if min(size) < 16 else 4
-    side = max(size) / (latents.stride if latents else 1)
-    return max(smallest, 2 ** math.ceil(math.log2(side / MAX_TOKENS_PER_SIDE)))
+    stride = latents.stride if latents else 1
+    patch_size = max(smallest, 2 ** math.ceil(math.log2(max(size) / stride / MAX_TOKENS_PER_SIDE)))
+    if size[0] == size[1] or all(side % (stride * patch_size) == 0 for side in size):
+        return patch_size
+    # a latent cache of `crop_size`, such as 14 x 19 cells, has about as many tokens as a square may have
+    half = max(patch_size // 2, smallest)
+    few = math.prod(size) / (stride * half) ** 2 <= MAX_TOKENS_PER_SIDE**2 * (1 + AREA_TOLERANCE)
+    return half if few and all(side % (stride * half) == 0 for side in size) else patch_size
 
 
 # ---- training
@@ -207,6 +247,7 @@ def train_config_for(
     *,
     images: int | None = None,
     grids: int = 10,
+    square: int | None = None,
 ) -> TrainConfig:
     """Returns a training run, without its `data` and `tokenizer`.
 
@@ -224,6 +265,8 @@ def train_config_for(
         latents: Latents of the tokenizer; None: pixels.
         images: Length of the run; by default 40 times each image, and 100,000 at least.
         grids: Number of sample grids.
+        square: Side of the square that `size` replaces (`crop_size`). The side of tokens follows from it, or by default
+            from `size`.
 
     Raises:
         ConfigError: `size` can't be cut into cells or tokens.
@@ -232,7 +275,7 @@ def train_config_for(
         raise ConfigError(f"image-size: got {size[0]}x{size[1]}, expected a height and a width of at least 1 pixel")
     chosen = next(entry for entry in MODEL_SIZES if summary.count < entry.max_count)
     stride, channels = (latents.stride, latents.channels) if latents else (1, summary.image_channels)
-    patch_size = _patch_size(size, latents)
+    patch_size = _patch_size((square, square) if square else size, latents)
     if any(side % (stride * patch_size) for side in size):
         raise ConfigError(f"image-size: got {size[0]}x{size[1]}, expected multiples of {stride * patch_size}")
     is_pca = latents is not None and latents.is_pca
@@ -282,7 +325,11 @@ def train_config_for(
 
 
 def tokenizer_config_for(
-    summary: DatasetSummary, size: tuple[int, int], latents: LatentShape, images: int | None = None
+    summary: DatasetSummary,
+    size: tuple[int, int],
+    latents: LatentShape,
+    images: int | None = None,
+    square: int | None = None,
 ) -> TokenizerTrainConfig:
     """Returns the training of a tokenizer, without its `data`.
 
@@ -291,8 +338,9 @@ def tokenizer_config_for(
         size: Height and width of crops.
         latents: Latents of the tokenizer.
         images: Length of the run; by default 10 times each image, and 60,000 at least.
+        square: Side of the square that `size` replaces. The width follows from it, or by default from `size`.
     """
-    is_residual = latents.is_pca
+    is_residual, side = latents.is_pca, square or max(size)
     total = images or max(TOKENIZER_EPOCHS * summary.count, TOKENIZER_MIN_IMAGES)
     return TokenizerTrainConfig(
         image_size=size,
@@ -300,7 +348,7 @@ def tokenizer_config_for(
         stride=latents.stride,  # type: ignore[arg-type]  # checked there
         channels=latents.channels,
         kind="residual" if is_residual else "kl",
-        width=None if is_residual else 16 if max(size) <= 64 else 32 if max(size) <= 128 else 64,
+        width=None if is_residual else 16 if side <= 64 else 32 if side <= 128 else 64,
         upright=True,
         images=total,
         warmup=min(TOKENIZER_WARMUP, total // 10),

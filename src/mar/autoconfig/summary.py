@@ -6,6 +6,7 @@ A resumed run reads its summary: it stays the same run although its folder of im
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -13,11 +14,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Float64
 
 from mar.autoconfig.sizes import DatasetSummary, LatentShape
 from mar.checkpoint.files import write_text
 from mar.config import ConfigError, from_dict, to_dict
-from mar.data.images import Source, UnreadableImage, convert_channels
+from mar.data.images import Source, UnreadableImage, convert_channels, upright
 from mar.data.latent_cache import LatentSource
 from mar.data.splits import stratified_indices
 from mar.tokenizer import PixelTokenizer
@@ -30,27 +32,45 @@ SAMPLED_IMAGES = 64
 MIN_IMAGES = 16
 """Fewer images are refused."""
 SUMMARY_FILE = "pictures.json"
+COMMON_SHARE, COMMON_TOLERANCE = 0.6, 1.1
+"""Images have a common shape if such a share of them has the median aspect, to this factor."""
+SQUARE_TOLERANCE = 1.15
+"""An aspect up to this, or down to its inverse, counts as a square."""
+MAX_ASPECT = 3.0
+"""Longer images are cropped to this aspect, or to its inverse."""
 
 
-def summarize_dataset(source: Source, name: str) -> DatasetSummary:
+def summarize_dataset(source: Source, name: str, turn_upright: bool = True) -> DatasetSummary:
     """Summarizes the images of `source` from an even sample.
 
-    `name` is for messages. ConfigError for fewer than 16 images, ValueError if no image of the sample can be read.
+    `name` is for messages; `turn_upright` says how images will be learned. ConfigError for fewer than 16 images,
+    ValueError if no image of the sample can be read.
     """
     if len(source) < MIN_IMAGES:
         raise ConfigError(
             f"{name} has {len(source)} pictures: expected at least {MIN_IMAGES}, and hundreds for good ones"
         )
 
-    def side_and_pixels(index: int) -> tuple[int, np.ndarray]:
+    def sizes_and_pixels(index: int) -> tuple[int, float, np.ndarray]:
         image = source[index].image
+        image = upright(image) if turn_upright else image
         step = max(min(image.size) // 128, 1)  # a part of the rows and columns of a large image is enough
-        return min(image.size), np.asarray(convert_channels(image, 3))[::step, ::step]
+        return min(image.size), image.height / image.width, np.asarray(convert_channels(image, 3))[::step, ::step]
 
-    sides, pixels = zip(*_read_sample(len(source), name, side_and_pixels), strict=True)
+    sides, aspects, pixels = zip(*_read_sample(len(source), name, sizes_and_pixels), strict=True)
     channels = 1 if all((values == values[..., :1]).all() for values in pixels) else 3
     max_abs_z = _max_abs_z([values / 127.5 - 1 for values in pixels])
-    return DatasetSummary(len(source), int(np.median(sides)), channels, tuple(source.classes), max_abs_z)
+    aspect = common_aspect(np.array(aspects))
+    return DatasetSummary(len(source), int(np.median(sides)), channels, tuple(source.classes), max_abs_z, aspect)
+
+
+def common_aspect(aspects: Float64[np.ndarray, " n"]) -> float:
+    """Returns the height by width that most images have; 1 if there is none, or nearly a square."""
+    median = float(np.median(aspects))
+    near = np.abs(np.log(aspects / median)) <= math.log(COMMON_TOLERANCE)
+    if near.mean() < COMMON_SHARE or 1 / SQUARE_TOLERANCE <= median <= SQUARE_TOLERANCE:
+        return 1.0
+    return min(max(median, 1 / MAX_ASPECT), MAX_ASPECT)
 
 
 def summarize_cache(source: LatentSource) -> tuple[DatasetSummary, LatentShape | None]:
@@ -90,14 +110,26 @@ def _max_abs_z(images: list[np.ndarray]) -> float:
 # ---- the summary of a run
 
 
-def load_summary(folder: Path, source: Source, name: str) -> tuple[DatasetSummary, str | None]:
+def load_summary(
+    folder: Path, source: Source, name: str, turn_upright: bool = True
+) -> tuple[DatasetSummary, str | None]:
     """Returns the summary of a run, or of a new one.
 
-    The second value is a line on the images added or removed since. ConfigError if the classes have changed.
+    Args:
+        folder: Of the run.
+        source: Its images.
+        name: Of the images, for messages.
+        turn_upright: A new run turns them upright.
+
+    Returns:
+        The summary; and a line on the images added or removed since.
+
+    Raises:
+        ConfigError: The classes have changed.
     """
     path = folder / SUMMARY_FILE
     if not path.is_file():
-        return summarize_dataset(source, name), None
+        return summarize_dataset(source, name, turn_upright), None
     try:
         saved = from_dict(DatasetSummary, json.loads(path.read_text(encoding="utf-8")))
     except (AttributeError, TypeError, ValueError) as error:  # no JSON, or JSON that is no record

@@ -60,7 +60,8 @@ class FolderOptions(TrainOptions):
     hours: float | None = None
     """The same in hours."""
     image_size: int | tuple[int, int] | None = None
-    """Pictures are cut to squares of so many pixels, or to HEIGHT WIDTH; by default as their size and number allow."""
+    """Pictures are cut to squares of so many pixels, or to HEIGHT WIDTH; by default as their size, shape and number
+    allow."""
     vae: OwnTokenizer = field(default_factory=OwnTokenizer)
 
 
@@ -89,6 +90,7 @@ class _FolderOverrides:
     hours: float | None = None
     image_size: int | tuple[int, int] | None = None
     images: int | None = None
+    upright: bool = True
     model: _ModelOverrides = field(default_factory=_ModelOverrides)
     vae: _TokenizerOverrides = field(default_factory=_TokenizerOverrides)
 
@@ -118,6 +120,7 @@ def plan_folder(arguments: Sequence[str], lengths: TimePlan | None = None) -> tu
             images=lengths.model_images or given.images,
             classes=given.model.classes,
             label_drop=given.model.label_drop,
+            upright=given.upright,
             own_tokenizer=any(word.startswith("--vae.") for word in arguments),
             kind=given.vae.kind,
             stride=given.vae.stride,

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from mar.autoconfig.sizes import (
     DatasetSummary,
     LatentShape,
     crop_side,
+    crop_size,
     default_latent_shape,
     largest_multiple,
     max_side,
@@ -196,3 +202,78 @@ def test_tokenizer_recipe_grows_with_the_images() -> None:
     assert (short.images, short.warmup, short.decay) == (8, 0, 2)
     residual = tokenizer_config_for(pictures, (64, 64), own_shape((64, 64)))
     assert (residual.kind, residual.decay, residual.width) == ("residual", residual.images, None)
+
+
+@pytest.mark.parametrize(
+    ("side", "aspect", "latents", "size"),
+    [
+        (64, 4 / 3, LatentShape(8, 16), (72, 56)),
+        (64, 3 / 4, LatentShape(8, 16), (56, 72)),
+        (64, 1.0, LatentShape(8, 16), (64, 64)),
+        (128, 4 / 3, LatentShape(8, 16), (144, 112)),
+        (256, 16 / 9, LatentShape(16, 16), (336, 192)),
+        (32, 1.5, pca_shape(), (40, 28)),
+        (28, 0.75, None, (24, 32)),
+        (8, 3.0, None, (12, 4)),
+        (16, 1.2, LatentShape(16, 16), (16, 16)),  # nothing else is as large
+    ],
+)
+def test_crop_size_of_oblong_pictures_has_their_shape(
+    side: int, aspect: float, latents: LatentShape | None, size: tuple[int, int]
+) -> None:
+    assert crop_size(DatasetSummary(500, 2 * side, 3, aspect=aspect), side, latents) == size
+
+
+@given(
+    count=st.sampled_from([100, 6_000, 60_000]),
+    pixels=st.integers(8, 600),
+    aspect=st.floats(1 / 3, 3),
+    latents=st.sampled_from([None, pca_shape(), pca_shape(3), LatentShape(8, 16), LatentShape(16, 16)]),
+)
+def test_crop_size_is_valid_and_nearest(count: int, pixels: int, aspect: float, latents: LatentShape | None) -> None:
+    pictures = DatasetSummary(count, pixels, 3, aspect=aspect)
+    square = largest_multiple(crop_side(pictures, max_side(count)), latents)
+    size = height, width = crop_size(pictures, square, latents)
+    config = train_config_for(pictures, size, latents, square=square)
+    model, whole = config.model, train_config_for(pictures, (square, square), latents).model
+    stride = latents.stride if latents else 1
+    token = model.patch_size * stride
+    assert model.patch_size == whole.patch_size
+    assert (model.grid[0] * stride, model.grid[1] * stride) == size
+    assert 0.7 <= height * width / square**2 <= 1.3
+    assert 0.7 <= model.tokens / whole.tokens <= 1.3
+    if size != (square, square):
+        assert height <= pixels * max(aspect, 1)
+        assert width <= pixels * max(1 / aspect, 1)
+
+    def errors(height: int, width: int) -> tuple[float, float]:
+        return abs(math.log(height / width / aspect)), abs(math.log(height * width / square**2))
+
+    own = errors(*size)
+    assert own[0] <= errors(square, square)[0] + 1e-9  # never further from the shape than the square
+    for rows in range(height // token - 1, height // token + 2):
+        for columns in range(width // token - 1, width // token + 2):
+            other = rows * token, columns * token
+            fits = other[0] <= pixels * max(aspect, 1) and other[1] <= pixels * max(1 / aspect, 1)
+            if min(other) > 0 and fits and abs(math.prod(other) / square**2 - 1) <= 0.3:
+                aspect_error, area_error = errors(*other)
+                assert aspect_error > own[0] - 1e-8 or area_error > own[1] - 1e-8
+
+
+def test_crop_size_grows_with_the_aspect() -> None:
+    pictures = [DatasetSummary(500, 300, 3, aspect=1 + step / 20) for step in range(41)]
+    sizes = [crop_size(each, 64, LatentShape(8, 16)) for each in pictures]
+    assert all(one[0] / one[1] <= other[0] / other[1] for one, other in pairwise(sizes))
+    assert len({*sizes}) > 6
+
+
+def test_recipes_of_an_oblong_are_those_of_its_square() -> None:
+    pictures, latents = DatasetSummary(6_000, 300, 3, KINDS, aspect=4 / 3), LatentShape(8, 16)
+    size = crop_size(pictures, 128, latents)
+    model = train_config_for(pictures, size, latents, square=128).model
+    assert (size, model.grid, model.patch_size) == ((144, 112), (18, 14), 1)
+    assert tokenizer_config_for(pictures, size, latents, square=128).width == 32
+    # from a cache of it, the square is not known
+    assert train_config_for(pictures, (152, 104), latents).model.patch_size == 1
+    with pytest.raises(ConfigError, match="image-size: got 152x152, expected multiples of 16"):
+        train_config_for(pictures, (152, 152), latents)

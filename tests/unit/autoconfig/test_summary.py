@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from orientations import exif_of
 from PIL import Image
 from tiny import write_images as bars
 
 from mar.autoconfig.sizes import DatasetSummary
-from mar.autoconfig.summary import SUMMARY_FILE, load_summary, save_summary, summarize_dataset
+from mar.autoconfig.summary import SUMMARY_FILE, common_aspect, load_summary, save_summary, summarize_dataset
 from mar.config import ConfigError
 from mar.data.sources import FashionSource, open_source
 from mar.tokenizer import PixelTokenizer
@@ -104,7 +105,9 @@ def test_saved_summary_is_loaded_again(tmp_path: Path) -> None:
 WHOLE = {"count": 20, "side": 8, "image_channels": 1, "classes": ["across", "down"], "max_abs_z": 2.5}
 
 
-@pytest.mark.parametrize("changes", [{"side": 0}, {"image_channels": 2}, {"max_abs_z": -1}, {"other": 1}])
+@pytest.mark.parametrize(
+    "changes", [{"side": 0}, {"image_channels": 2}, {"max_abs_z": -1}, {"aspect": 0}, {"other": 1}]
+)
 def test_damaged_summary_file_is_refused(changes: dict[str, int], tmp_path: Path) -> None:
     source = open_source(bars(tmp_path / "data", 20))
     file = tmp_path / "run" / SUMMARY_FILE
@@ -114,3 +117,48 @@ def test_damaged_summary_file_is_refused(changes: dict[str, int], tmp_path: Path
     file.write_text(json.dumps({**WHOLE, **changes}))
     with pytest.raises(ConfigError, match=r"pictures\.json can't be understood \(.*\); take another --out"):
         load_summary(file.parent, source, "data")
+
+
+@pytest.mark.parametrize(
+    ("aspects", "common"),
+    [
+        ([1.0] * 10, 1.0),
+        ([1.5] * 10, 1.5),
+        ([0.5] * 10, 0.5),
+        ([1.5] * 6 + [0.667] * 4, 1.5),
+        ([1.5] * 5 + [0.667] * 5, 1.0),  # as many landscapes as portraits
+        ([1.36, 1.4, 1.5, 1.6, 1.64], 1.5),  # all within 10%
+        ([1.3, 1.3, 1.5, 1.7, 1.7], 1.0),
+        ([1.14] * 10, 1.0),  # nearly squares
+        ([0.88] * 10, 1.0),
+        ([1.16] * 10, 1.16),
+        ([0.86] * 10, 0.86),
+        ([7.0] * 10, 3.0),
+        ([0.1] * 10, 1 / 3),
+    ],
+)
+def test_common_aspect_is_that_of_most_images(aspects: list[float], common: float) -> None:
+    assert common_aspect(np.array(aspects)) == common
+
+
+def test_summary_of_lying_portraits_is_of_portraits(tmp_path: Path) -> None:
+    """As a phone stores them: the sensor's landscape, and an EXIF orientation."""
+    (tmp_path / "phone").mkdir()
+    for number in range(20):
+        image = Image.new("RGB", (80, 60), (9 * number, 70, 120))
+        image.save(tmp_path / "phone" / f"{number}.jpg", exif=exif_of(8 if number % 2 else 6))
+    source = open_source(tmp_path / "phone")
+    assert summarize_dataset(source, "phone").aspect == 4 / 3
+    assert summarize_dataset(source, "phone", turn_upright=False).aspect == 0.75
+    assert summarize_dataset(source, "phone").side == 60
+
+
+def test_saved_summary_without_aspect_is_square(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "data", Image.new("L", (30, 40)), copies=16)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / SUMMARY_FILE).write_text(json.dumps({**WHOLE, "count": 16, "classes": []}))
+    assert load_summary(tmp_path / "run", open_source(folder), "data")[0].aspect == 1
+    seen, _ = load_summary(tmp_path / "new", open_source(folder), "data")
+    assert seen.aspect == 4 / 3
+    save_summary(tmp_path / "new", seen)
+    assert load_summary(tmp_path / "new", open_source(folder), "data")[0] == seen
