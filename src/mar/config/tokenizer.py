@@ -46,7 +46,7 @@ class TokenizerTrainConfig:
     """Features of the first stage, a multiple of 8; by default 16, for `residual` 96."""
     depth: int | None = None
     """Residual blocks of a stage; by default 1, for `residual` 2."""
-    noise: float = 0.3
+    noise: float = 0.6
     """Noise on the latents that `residual` decodes in training: up to so many standard deviations, as images differ."""
     images: int = 200_000
     """Length of the run, in images seen."""
