@@ -354,5 +354,5 @@ def tokenizer_config_for(
         warmup=min(TOKENIZER_WARMUP, total // 10),
         decay=total if is_residual else total // 4,
         save_every=min(5_000, max(total // 10, 1)),
-        sample_every=total // 4 + 1,  # the end is evaluated anyway
+        sample_every=total // (10 if is_residual else 4) + 1,  # the end is evaluated anyway
     )

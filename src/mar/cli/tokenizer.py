@@ -133,14 +133,14 @@ def train_tokenizer(options: TokenizerTrainOptions, page: Page | None = None) ->
     """
     from mar import devices
     from mar.training.log import open_log, require_writers
-    from mar.training.tokenizer import evaluate_reconstruction, export_tokenizer, open_tokenizer_run
+    from mar.training.tokenizer import Evaluation, export_tokenizer, open_tokenizer_run
     from mar.training.trainer import Callback, train
 
     require_writers(options.config.log_to)
     device = devices.choose_device(options.device)
     run = open_tokenizer_run(options.config, options.out, device=device, load_network=load_network)
     log = open_log(run, page)
-    run.callbacks.append(Callback(options.config.sample_every, lambda at: evaluate_reconstruction(at, log)))
+    run.callbacks.append(Callback(options.config.sample_every, Evaluation(run, log)))
     try:
         finished = train(run, log)
         result = export_tokenizer(run, log) if finished else None

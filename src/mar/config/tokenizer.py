@@ -14,8 +14,8 @@ TokenizerKind = Literal["kl", "residual"]
 """Name a kind of tokenizer to train."""
 
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "residual": {"width": 96, "depth": 2, "optimizer": "muon", "lr": 1.6e-2},
-    "kl": {"width": 16, "depth": 1, "optimizer": "adamw", "lr": 8e-3},
+    "residual": {"width": 96, "depth": 2, "optimizer": "muon", "lr": 1.6e-2, "patience": 3},
+    "kl": {"width": 16, "depth": 1, "optimizer": "adamw", "lr": 8e-3, "patience": 0},
 }
 
 NEW_RUN: dict[str, Any] = {"kind": "residual", "channels": 16, "upright": True}
@@ -89,6 +89,8 @@ class TokenizerTrainConfig:
     """Number of saved states to keep, the newest."""
     sample_every: int = 50_000
     """Images between reconstructions of held-out pictures, with their PSNR; 0 makes none but at the end."""
+    patience: int | None = None
+    """Ends the run after so many such PSNRs that did not rise; 0: never. By default 0, for `residual` 3."""
     log_every: int = 50
     """Steps between lines of the log."""
     log_to: tuple[LogTo, ...] = ("tensorboard",)
@@ -100,6 +102,14 @@ class TokenizerTrainConfig:
         require(self.kind in typing.get_args(TokenizerKind), f"kind is {self.kind!r}, but it must be kl or residual")
         for name in ("warmup", "decay", "sample_every", "workers", "kl", "noise", "perceptual", "adversarial"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, but it must not be negative")
+        require(
+            self.patience is None or self.patience >= 0,
+            f"patience is {self.patience}, but it must not be negative",
+        )
+        require(
+            not (self.patience and self.adversarial),
+            f"patience is {self.patience}, but a discriminator lowers the PSNR; leave out one of them",
+        )
         for name in ("lr", "clip"):
             value = getattr(self, name)
             require(value is None or value > 0, f"{name} is {value}, but it must be positive")
@@ -144,6 +154,8 @@ class TokenizerTrainConfig:
     def resolved(self) -> TokenizerTrainConfig:
         """Return the config with its kind's defaults in place of None."""
         defaults = {name: value for name, value in _DEFAULTS[self.kind].items() if getattr(self, name) is None}
+        if self.adversarial and "patience" in defaults:
+            defaults["patience"] = 0
         return replace(self, **defaults)
 
     @property

@@ -87,7 +87,7 @@ def evals_since_best(losses: Mapping[int, float]) -> int:
 
 
 def read_history(path: Path, held_out: Mapping[str, object]) -> dict[int, float]:
-    """Read the losses by images seen. ValueError for a damaged file.
+    """Read the values by images seen. ValueError for a damaged file.
 
     There are none if there is no file, or if it is about other held-out images.
     """

@@ -36,6 +36,7 @@ from mar.random import make_generator
 from mar.tokenizer import Tokenizer
 from mar.tokenizer.base import Posterior, RoundTrip, measure_latents, reconstruct, round_trip
 from mar.tokenizer.residual import ResidualTokenizer
+from mar.training.early_stopping import HISTORY_FILE, read_history, write_history
 from mar.training.ema import EMA
 from mar.training.log import Log
 from mar.training.optim import make_adamw, make_tokenizer_optimizers
@@ -47,6 +48,10 @@ EVAL_IMAGES = 1000
 """Held-out images, at most, for the PSNR."""
 STATS_IMAGES = 10_000
 """Training images, at most, for the statistics of latents."""
+MIN_RISE = 0.02
+"""A rise of the PSNR by less, in decibels, does not count."""
+_PSNRS = {"psnr": "held-out images"}
+"""Names the values of a tokenizer's history."""
 GRID_IMAGES = 8
 """Held-out images shown with their reconstructions."""
 TAPS = (0, 2, 4, 10)
@@ -490,6 +495,43 @@ def evaluate_reconstruction(run: TokenizerRun, log: Log, tokenizer: Tokenizer | 
     log.write(run.progress.images, psnr=result.psnr)
     log.note(f"PSNR {result.psnr:.2f} dB on {result.images:,} held-out pictures; see {path}")
     return result
+
+
+class Evaluation:
+    """Callback: evaluates a run, and ends it where the PSNR has stopped rising.
+
+    The run ends after `patience` evaluations without a rise. PSNRs after the state that a run resumes from are dropped:
+    they will be measured again.
+
+    Args:
+        run: ended by its `should_stop`.
+        log: gets the PSNR, and a message when the run ends.
+    """
+
+    def __init__(self, run: TokenizerRun, log: Log) -> None:
+        self.run, self.log = run, log
+        self.patience = run.config.resolved().patience
+        saved = read_history(run.folder / HISTORY_FILE, _PSNRS)
+        self.psnrs = {images: psnr for images, psnr in saved.items() if images <= run.progress.images}
+        self._stop_if_due()
+
+    def __call__(self, run: TokenizerRun) -> None:
+        """Evaluate the run."""
+        self.psnrs[run.progress.images] = evaluate_reconstruction(run, self.log).psnr
+        write_history(run.folder / HISTORY_FILE, _PSNRS, self.psnrs)
+        self._stop_if_due()
+
+    def _stop_if_due(self) -> None:
+        psnrs = [self.psnrs[images] for images in sorted(self.psnrs)]
+        if self.run.should_stop or not self.patience or len(psnrs) <= self.patience:
+            return
+        before, last = max(psnrs[: -self.patience]), max(psnrs[-self.patience :])
+        if last < before + MIN_RISE:
+            self.run.should_stop = True
+            self.log.note(
+                f"the PSNR of held-out pictures has not risen from {before:.2f} dB for {self.patience} evaluations, "
+                "and the run ends; a larger --patience goes on"
+            )
 
 
 def reconstruction_grid(tokenizer: Tokenizer, images: Float[Tensor, "n c h w"]) -> Image.Image:

@@ -28,12 +28,13 @@ from mar.data.loader import ImageBatch, in_order
 from mar.data.splits import hold_out, subset
 from mar.pipeline import Pipeline
 from mar.tokenizer import KLTokenizer, PCATokenizer, PixelTokenizer
-from mar.tokenizer.base import psnr, round_trip
+from mar.tokenizer.base import RoundTrip, psnr, round_trip
 from mar.tokenizer.residual import ResidualTokenizer
 from mar.training.log import Log, RunLog
 from mar.training.preflight import check_tokenizer, token_width_warning
 from mar.training.run import check_same_run, load_config, open_run
 from mar.training.tokenizer import (
+    Evaluation,
     PatchDiscriminator,
     PerceptualDistance,
     TokenizerRun,
@@ -260,6 +261,47 @@ def test_tokenizer_run_of_before_is_an_autoencoders(tmp_path: Path) -> None:
     assert config.optimizer == "adamw"
     assert check_same_run(config, tmp_path)
     assert from_dict(TokenizerTrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("psnrs", "patience", "stopped"),
+    [
+        ([20.0, 21.0, 21.01, 20.5, 21.015], 3, 5),
+        ([20.0, 21.0, 21.01, 20.5, 21.03], 3, None),
+        ([20.0, 19.0], 1, 2),
+        ([20.0, 19.0, 18.0], 0, None),
+        ([math.nan, math.nan], 1, None),
+    ],
+)
+def test_tokenizer_run_ends_where_the_psnr_has_stopped_rising(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    psnrs: list[float],
+    patience: int,
+    stopped: int | None,
+) -> None:
+    run = opened(replace(settings(data, kind="residual"), patience=patience), tmp_path / "run")
+    values = iter(psnrs)
+    monkeypatch.setattr("mar.training.tokenizer.evaluate_reconstruction", lambda run, log: RoundTrip(next(values), 4))
+    evaluation = Evaluation(run, Log())
+    for count in range(1, len(psnrs) + 1):
+        run.progress.images = count
+        evaluation(run)
+        assert run.should_stop == (stopped is not None and count >= stopped)
+    # a run that resumes decides alike, and forgets what is after its state
+    for images in (len(psnrs), len(psnrs) - 1):
+        again = opened(replace(settings(data, kind="residual"), patience=patience), tmp_path / "run")
+        again.progress.images = images
+        Evaluation(again, Log())
+        assert again.should_stop == (stopped is not None and images >= stopped)
+
+
+def test_tokenizer_patience_is_off_with_a_discriminator() -> None:
+    assert TokenizerTrainConfig(kind="residual").resolved().patience == 3
+    assert TokenizerTrainConfig(kind="residual", adversarial=0.5).resolved().patience == 0
+    with pytest.raises(ConfigError, match="patience is 2, but a discriminator lowers the PSNR"):
+        TokenizerTrainConfig(adversarial=0.5, patience=2)
 
 
 def latents_config(data: Path, folder: Path, **changes: Any) -> TrainConfig:
