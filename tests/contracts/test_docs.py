@@ -135,7 +135,7 @@ def test_the_papers_models_have_the_sizes_it_is_said() -> None:
 
 
 DRY = """
-import importlib, json, shlex, sys, types
+import importlib, json, pkgutil, shlex, sys, types
 from mar import cli
 from mar.autoconfig import plan
 from mar.cli import options
@@ -151,8 +151,9 @@ def parse(kind, verb, arguments, default=None, partly=False):
 
 real, results = sys.stdout, {}
 sys.stdout = sys.stderr
-for module, _ in cli.VERBS.values():
-    importlib.import_module(module).parse = parse
+for info in pkgutil.iter_modules(cli.__path__, "mar.cli."):
+    if info.name not in ("mar.cli.options", "mar.cli.__main__"):
+        importlib.import_module(info.name).parse = parse
 plan.zoo.load_tokenizer = lambda name: types.SimpleNamespace(
     stride=16, channels=16, config=dict, lossless=False, learns_basis=False, deterministic=False
 )
@@ -262,7 +263,7 @@ def test_flags_are_ours_or_the_references(text: str) -> None:
         f"--{part}" for part in ("nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id")
     }  # torchrun's
     ours |= {"--vae", *flags(OwnTokenizer, "vae.")}
-    for module, _ in cli.VERBS.values():
+    for module in (*(module for module, _ in cli.VERBS.values()), "mar.cli.train_folder"):
         for name, kind in vars(importlib.import_module(module)).items():
             if name.endswith("Options") and dataclasses.is_dataclass(kind):
                 ours |= set(flags(kind))
