@@ -197,6 +197,7 @@ class _Steps:
         """
         from mar import distributed
         from mar.autoconfig.summary import save_summary
+        from mar.autoconfig.timing import load_time_plan
         from mar.training.preflight import estimate
         from mar.training.run import check_same_run
 
@@ -219,6 +220,10 @@ class _Steps:
         self._open_page(plan, options, untrained)
         earlier = 0.0 if plan.tokenizer is None else _logged_seconds(plan.tokenizer.out)
         plan, options = self._choose_tokenizer_length(plan, options, untrained)
+        assert options.out is not None
+        lengths = load_time_plan(options.out)
+        if self.page is not None and lengths is not None:
+            self.page.deadline = self.started + lengths.seconds - earlier
         if untrained is not None:
             assert plan.tokenizer is not None
             _note(f"first, the tokenizer: {plan.tokenizer.out}")
@@ -283,8 +288,6 @@ class _Steps:
                 f"{duration(seconds)} in all: about {duration(images / speed)} for the tokenizer ({images:,} pictures, "
                 f"{speed:.0f} a second), then latents, and the model with the rest"
             )
-            if self.page is not None:
-                self.page.expect("model", seconds - images / speed)
         elif untrained is None and plan.tokenizer is not None:
             images = plan.tokenizer.config.images
         return self._replan(options, TimePlan(seconds, images))

@@ -50,6 +50,8 @@ class Page:
         self.current = 0
         self.finished = False
         """The current stage has reached its end; `close` shows it."""
+        self.deadline: float | None = None
+        """`time.monotonic()` when the last stage is to end, whatever the earlier ones take."""
         self.note: Callable[[str], None] = functools.partial(print, file=sys.stderr)
         """Tells people that the page can't be written."""
         self._can_write = True
@@ -106,6 +108,8 @@ class Page:
             if "loss" not in self.stage.curves:  # the log has it more precisely: without callbacks
                 speed = new / seconds
         self._set(images=images, seconds_left=left, images_per_second=speed)
+        if self.deadline is not None and left is not None and self.stage is not self.stages[-1]:
+            self.expect(self.stages[-1].kind, max(self.deadline - time.monotonic() - left, 0.0))
         if time.monotonic() - self._written >= WRITE_INTERVAL_S:
             self._write()
 

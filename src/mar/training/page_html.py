@@ -155,6 +155,8 @@ def status(stages: Sequence[Stage], now: datetime) -> str:
     seconds, own = stage.seconds_left, ""
     if later and later[-1].seconds_expected is None:
         own = f"{stage.kind.capitalize()}: "
+    elif later:
+        then = f"; now the {stage.kind}, {then.removeprefix('; ')}"
     seconds += sum(other.seconds_expected or 0.0 for other in later)
     until = clock(now + timedelta(seconds=seconds), now)
     return f"<b>{own}{duration(seconds)} left</b> until about {until}{then}"

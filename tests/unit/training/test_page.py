@@ -76,7 +76,9 @@ def test_status_of_an_earlier_stage_names_it_unless_the_model_is_timed() -> None
     stages = [running, waiting, Stage("model", Path("m"))]
     assert text_of(status(stages, NOW)) == ("Tokenizer: 10 min left until about 19:14; then the latents and the model")
     known = [running, waiting, replace(stages[2], seconds_expected=1260.0)]
-    assert text_of(status(known, NOW)) == "31 min left until about 19:35; then the latents and the model"
+    assert text_of(status(known, NOW)) == (
+        "31 min left until about 19:35; now the tokenizer, then the latents and the model"
+    )
 
 
 def test_status_without_a_speed_promises_nothing() -> None:
@@ -278,6 +280,26 @@ def test_page_times_the_session_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "2 min left" in text_of(written(tmp_path))
     page.advance(1010)
     assert page.stage.seconds_left == 0
+
+
+def test_page_with_a_deadline_leaves_the_model_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(page_module.time, "monotonic", lambda: now[0])
+    page = Page(tmp_path, [Stage("tokenizer", tmp_path / "tokenizer"), Stage("model", tmp_path)], ())
+    page.deadline = 1000.0 + 30 * 60
+    page.begin("tokenizer", 0, 1000)
+    for seconds, images in ((60, 100), (60, 150)):  # it gets slower
+        now[0] += seconds
+        page.advance(images)
+    assert page.stage.seconds_left == pytest.approx(680)
+    assert "28 min left until about" in text_of(status(page.stages, NOW))
+    now[0] += 1200
+    page.advance(500)  # its time is more than there is
+    assert "22 min left" in text_of(status(page.stages, NOW))
+    page.deadline = None
+    page.expect("model", 600.0)
+    page.advance(500)
+    assert "32 min left" in text_of(status(page.stages, NOW))
 
 
 def test_page_is_written_now_and_then_and_for_news(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
