@@ -476,12 +476,12 @@ def test_evaluate_stopped_sweep_continues(
     """At the `moment`-th file that is to be put on the disk: three a point, the table, the .csv and the plot."""
     seen, write = 0, files.write_atomically
 
-    def stopping(path: Path, make: Callable[[Path], None], needed: int = 0) -> None:
+    def stopping(path: Path, make: Callable[[Path], None], needed: int = 0, *, durable: bool = True) -> None:
         nonlocal seen
         seen += 1
         if seen == moment:
             raise KeyboardInterrupt
-        write(path, make, needed)
+        write(path, make, needed, durable=durable)
 
     monkeypatch.setattr("mar.evaluation.sweep.plot", lambda table, path: files.write_text(path, "quick"))
     folder, measured = tmp_path / "sw", (moment + 1) // 3
