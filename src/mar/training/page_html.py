@@ -199,8 +199,9 @@ def _sheets(stage: Stage, strip: bool) -> str:
     scale = box / newest.width
     is_small = scale >= 2  # pixels stay squares of one size
     width = math.floor(scale) * newest.width if is_small else box
+    height = THUMBNAIL_HEIGHT if width > SHEET_WIDTH / 2 else 2 * THUMBNAIL_HEIGHT  # below the sheet, or beside it
     labels = "".join(f'<span title="{escape(name)}">{escape(name)}</span>' for name in classes)
-    small = "".join(_thumbnail(sheet, title) for sheet in earlier) if strip else ""
+    small = "".join(_thumbnail(sheet, title, height) for sheet in earlier) if strip else ""
     return f"""<section class="card">
 <h2>{title} <small>after {newest.images:,} images{"; " if about else ""}{about}</small></h2>
 <div class="sheets"><div style="width:{width:.0f}px">
@@ -222,8 +223,8 @@ def _next_sheet(stage: Stage) -> int | None:
     return due
 
 
-def _thumbnail(sheet: Sheet, title: str) -> str:
-    width = THUMBNAIL_HEIGHT * sheet.width / sheet.height
+def _thumbnail(sheet: Sheet, title: str, height: int) -> str:
+    width = height * sheet.width / sheet.height
     return (
         f'<a href="{_url(sheet)}" style="flex-basis:{width:.0f}px"><img src="{_url(sheet)}" width="{sheet.width}" '
         f'height="{sheet.height}" alt="{title} after {sheet.images:,} images"><small>{sheet.images:,}</small></a>\n'
