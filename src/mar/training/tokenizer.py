@@ -48,6 +48,8 @@ EVAL_IMAGES = 1000
 """Held-out images, at most, for the PSNR."""
 STATS_IMAGES = 10_000
 """Training images, at most, for the statistics of latents."""
+NOISE_RISE = 0.25
+"""Share of a residual tokenizer's training in which its noise rises from 0."""
 MIN_RISE = 0.02
 """A rise of the PSNR by less, in decibels, does not count."""
 _PSNRS = {"psnr": "held-out images"}
@@ -177,7 +179,8 @@ class ResidualObjective:
     """Decodes latents with noise, since drawn ones are never exact.
 
     Source: l-DeTok, arXiv 2507.15856.
-    The standard deviation of the noise is uniform between 0 and `noise`, different for each image.
+    The standard deviation of the noise is uniform between 0 and `noise`, different for each image. The upper end rises
+    from 0 at the beginning: a young network would lose more by the noise than it has learned.
     """
 
     def make(self, config: TokenizerTrainConfig) -> ResidualTokenizer:
@@ -205,7 +208,8 @@ class ResidualObjective:
         noise = posterior_noise(latents, config.seed, positions)
         # relative to the latents, with its gradient: else the encoder outgrows the noise
         scale = latents.square().mean().sqrt()
-        level = config.noise * scale * latent_noise_level(config.seed, positions).to(latents.device)
+        rise = (positions / (NOISE_RISE * config.images)).clamp(max=1)
+        level = config.noise * scale * (rise * latent_noise_level(config.seed, positions)).to(latents.device)
         return module.decode_raw(latents + level.view(-1, 1, 1, 1) * noise).float(), {}
 
     def last_layer(self, module: ResidualTokenizer) -> Tensor:
