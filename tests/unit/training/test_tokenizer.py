@@ -239,6 +239,25 @@ def test_residual_run_noise_makes_decoding_robust(data: Path, tmp_path: Path) ->
     assert psnrs[1.0] > psnrs[0.0] + 1
 
 
+def test_residual_run_noise_rises_from_nothing(data: Path, tmp_path: Path) -> None:
+    """Else a young network would lose more by it than it has learned, and fall below its components."""
+    config = settings(data, kind="residual", images=800, noise=1.0).resolved()
+    run = opened(config, tmp_path / "run")
+    images = noise(2, 1, 8, 8).clamp(-1, 1)
+    plain = run.model.decode_raw(run.model.encode_raw(images))
+
+    def distance(position: int) -> float:
+        positions = torch.tensor([position, position])
+        decoded, _ = run.objective.reconstruct(run.model, images, positions, config)
+        return (decoded - plain).abs().mean().item()
+
+    assert distance(0) == 0
+    means = [sum(distance(position) for position in range(first, first + 40)) / 40 for first in (0, 80, 200, 700)]
+    assert means[0] < means[1] / 2
+    assert means[1] < means[2]
+    assert means[2] == pytest.approx(means[3], rel=0.3)  # it has risen after a quarter
+
+
 def test_model_with_a_residual_tokenizer_inside_opens_and_samples(data: Path, tmp_path: Path) -> None:
     run = opened(settings(data, kind="residual"), tmp_path / "tokenizer")
     assert train(run, Log())
