@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import pytest
+from chromium import ARGUMENTS, CHROMIUM
 from PIL import Image
+from playwright.sync_api import Browser, sync_playwright
 
 from mar.training.page import Page
 from mar.training.page_html import Stage, draw_commands
 
-HOW = "tests in a browser need one: apt install chromium, and pip install playwright"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-try:
-    from playwright.sync_api import Browser, sync_playwright
-except ImportError:
-    pytest.skip(HOW, allow_module_level=True)
-if CHROMIUM is None:
-    pytest.skip(HOW, allow_module_level=True)
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
 LONG = "a-very-long-name-of-a-class-or-of-a-folder-that-has-no-place-to-break"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -19,9 +18,11 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+from chromium import ARGUMENTS, CHROMIUM
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 from tiny import FAST, tiny_model
 
 import mar
@@ -31,20 +32,8 @@ from mar.pipeline import Pipeline
 from mar.tokenizer import PixelTokenizer
 
 pytest.importorskip("gradio", reason="the studio needs gradio: pip install '.[app]'")
-HOW = "tests in a browser need one: apt install chromium, and pip install playwright"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-try:
-    from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
-except ImportError:
-    pytest.skip(HOW, allow_module_level=True)
-if CHROMIUM is None:
-    pytest.skip(HOW, allow_module_level=True)
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 120.0
-ARGUMENTS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 Pixels = NDArray[np.uint8]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -385,15 +383,10 @@ def _has_begun(plan: FolderPlan, out: Path) -> bool:
 
 def _logged_seconds(folder: Path) -> float:
     """Return the time in steps of a run, over all sessions; 0 without a log."""
-    try:
-        lines = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return 0.0
-    seconds = 0.0
-    for line in lines:
-        with contextlib.suppress(ValueError):  # the last line of a killed run
-            seconds = max(seconds, json.loads(line).get("seconds", 0.0))
-    return seconds
+    from mar.training.page import is_number, read_log
+
+    lines = read_log(folder / "log.jsonl")
+    return max((float(line["seconds"]) for line in lines if is_number(line.get("seconds"))), default=0.0)
 
 
 def _is_trained(step: TokenizerStep) -> bool:

@@ -504,8 +504,8 @@ def evaluate_reconstruction(run: TokenizerRun, log: Log, tokenizer: Tokenizer | 
 class Evaluation:
     """Callback: evaluates a run, and ends it where the PSNR has stopped rising.
 
-    The run ends after `patience` evaluations without a rise. PSNRs after the state that a run resumes from are dropped:
-    they will be measured again.
+    The run ends after `patience` evaluations without a rise. Those in its first part do not count: there the PSNR may
+    fall, since the noise rises. PSNRs after the state that a run resumes from are dropped: they will be measured again.
 
     Args:
         run: ended by its `should_stop`.
@@ -526,7 +526,7 @@ class Evaluation:
         self._stop_if_due()
 
     def _stop_if_due(self) -> None:
-        psnrs = [self.psnrs[images] for images in sorted(self.psnrs)]
+        psnrs = [self.psnrs[images] for images in sorted(self.psnrs) if images >= NOISE_RISE * self.run.config.images]
         if self.run.should_stop or not self.patience or len(psnrs) <= self.patience:
             return
         before, last = max(psnrs[: -self.patience]), max(psnrs[-self.patience :])

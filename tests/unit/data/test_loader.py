@@ -220,15 +220,15 @@ class Counting(FolderSource):
         return super().__getitem__(index)
 
 
-@pytest.mark.parametrize(("kept", "decoded"), [(0, 4), (3, 2.5), (6, 1)])
-def test_crops_are_decoded_once_and_kept_within_the_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int, decoded: float
+@pytest.mark.parametrize(("room", "decoded"), [(0, 4), (5, 4), (6, 1)])
+def test_crops_are_decoded_once_if_all_find_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, decoded: int
 ) -> None:
     for i in range(6):
         Image.effect_noise((9, 12), 10 + i).save(tmp_path / f"{i}.png")
     transform = Transform((8, 8), 3)
     plain = [next(batches(FolderSource(tmp_path), transform, batch=24, seed=1, flip=True))]
-    monkeypatch.setattr(loader, "MAX_CROPS_BYTES", kept * 8 * 8 * 3 + 7)
+    monkeypatch.setattr(loader, "MAX_CROPS_BYTES", room * 8 * 8 * 3 + 7)
     source = Counting(tmp_path)
     assert same(next(batches(source, transform, batch=24, seed=1, flip=True)), plain[0])
     assert source.decoded.total() == 6 * decoded

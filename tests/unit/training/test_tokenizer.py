@@ -34,6 +34,7 @@ from mar.training.log import Log, RunLog
 from mar.training.preflight import check_tokenizer, token_width_warning
 from mar.training.run import check_same_run, load_config, open_run
 from mar.training.tokenizer import (
+    NOISE_RISE,
     Evaluation,
     PatchDiscriminator,
     PerceptualDistance,
@@ -304,14 +305,16 @@ def test_tokenizer_run_ends_where_the_psnr_has_stopped_rising(
     values = iter(psnrs)
     monkeypatch.setattr("mar.training.tokenizer.evaluate_reconstruction", lambda run, log: RoundTrip(next(values), 4))
     evaluation = Evaluation(run, Log())
+    risen = math.ceil(NOISE_RISE * run.config.images)
+    evaluation.psnrs = {images: 50.0 - images for images in range(risen)}  # while the noise rises
     for count in range(1, len(psnrs) + 1):
-        run.progress.images = count
+        run.progress.images = risen + count
         evaluation(run)
         assert run.should_stop == (stopped is not None and count >= stopped)
     # a run that resumes decides alike, and forgets what is after its state
     for images in (len(psnrs), len(psnrs) - 1):
         again = opened(replace(settings(data, kind="residual"), patience=patience), tmp_path / "run")
-        again.progress.images = images
+        again.progress.images = risen + images
         Evaluation(again, Log())
         assert again.should_stop == (stopped is not None and images >= stopped)
 
