@@ -31,8 +31,9 @@ from torch import Tensor
 from mar.backends.cpu.int8 import is_quantized
 from mar.config import SamplingConfig
 from mar.config.fields import renamed_fields
+from mar.data.conditions import Label
 from mar.nn import Linear
-from mar.pipeline import Label, Pipeline, RevealStep, to_pil
+from mar.pipeline import Pipeline, RevealStep, to_pil
 from mar.sampling.generate import as_seeds
 from mar.zoo import load
 

@@ -20,6 +20,7 @@ from mar.backends.cpu.int8 import is_quantized, quantize_, require_int8
 from mar.checkpoint import store
 from mar.config import ConfigError, SamplingConfig, rename_old_keys, to_dict_for_hash
 from mar.config.fields import log_new_names
+from mar.data.conditions import CaptionReader, ClassReader, ConditionReader, Label, Prompt, reader_from_header
 from mar.data.images import Transform
 from mar.data.labels import resolve_labels
 from mar.model.mar import MAR
@@ -33,8 +34,6 @@ from mar.tokenizer import Tokenizer, build
 
 WEIGHTS_FILE = "model.safetensors"
 """Name of the weights in a saved folder."""
-Label = SupportsIndex | str | None
-"""Class name, class number, or None for no class."""
 CARD = """\
 ---
 {data}
@@ -47,7 +46,7 @@ a diffusion loss, after [Autoregressive Image Generation without Vector Quantiza
 import mar
 
 model = mar.load("OWNER/NAME")  # this repository, or a folder of these files
-images = model.sample(labels={labels})
+images = model.sample({asked})
 ```
 """
 """Model card on the Hub."""
@@ -85,7 +84,7 @@ class Pipeline(
     pipeline_tag="unconditional-image-generation",
     tags=["image-generation", "masked-autoregressive"],
 ):
-    """A model with its tokenizer: labels and seeds in, images out.
+    """A model with its tokenizer: labels or prompts, and seeds in, images out.
 
     `save_pretrained`, `from_pretrained` and `push_to_hub` are huggingface_hub's.
 
@@ -93,6 +92,7 @@ class Pipeline(
         model: is put into eval mode.
         tokenizer: of the model's latents.
         classes: class names by class number (none: the classes have no names).
+        captions: reads prompts, for a model that draws from words.
         sampling: defaults of `sample`.
         weights: kind of weights, as the model's file tells it: ema or raw.
         notes: free facts about the model, saved in its file; JSON-able.
@@ -104,6 +104,7 @@ class Pipeline(
         tokenizer: Tokenizer,
         *,
         classes: Sequence[str] = (),
+        captions: CaptionReader | None = None,
         sampling: SamplingConfig | None = None,
         weights: str = "ema",
         notes: dict[str, Any] | None = None,
@@ -113,12 +114,32 @@ class Pipeline(
                 f"tokenizer: got one with {tokenizer.channels} latent channels, expected {model.config.channels}, "
                 "as the model has"
             )
+        if model.config.takes_captions != (captions is not None):
+            raise ValueError(f"captions: got {captions!r}, but the model's condition is {model.config.condition!r}")
         self.model = model.eval()
         self.tokenizer = tokenizer.eval()
         self.classes = tuple(classes)
+        self.captions = captions
         self.sampling = sampling or SamplingConfig()
         self.weights = weights
         self.notes = notes or {}
+
+    @property
+    def reader(self) -> ConditionReader:
+        """What turns labels or prompts into the model's conditions."""
+        return self.captions or ClassReader(self.classes, self.model.config.classes)
+
+    @property
+    def asked_by(self) -> Literal["labels", "prompts"]:
+        """The argument of `sample` that says what to draw."""
+        return "prompts" if self.captions else "labels"
+
+    def describe_ask(self, ask: Label) -> dict[str, Any]:
+        """Return what the metadata of an image says of a label or prompt: its class number, or the prompt."""
+        if self.captions is not None:
+            return {"prompt": ask or None}
+        [number] = resolve_labels([ask], self.classes, self.model.config.classes)
+        return {"label": None if number < 0 else number}
 
     @property
     def device(self) -> torch.device:
@@ -155,6 +176,8 @@ class Pipeline(
         """Hash (sha256, hex) model and tokenizer, as images depend on them."""
         configs = {"model": to_dict_for_hash(self.model.config), "tokenizer": self.tokenizer.config()}
         digest = hashlib.sha256(json.dumps(configs, sort_keys=True).encode())
+        if self.captions is not None:
+            digest.update(json.dumps(self.captions.header(), sort_keys=True).encode())
         for module in (self.model, self.tokenizer):
             for name, tensor in sorted(module.state_dict().items()):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -175,18 +198,21 @@ class Pipeline(
         return sampling
 
     @overload
-    def sample(self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None = ..., *,
-               output: Literal["pil"] = ..., **options: Any) -> list[Image.Image]: ...  # fmt: skip
+    def sample(self, labels: Iterable[Label] | None = ..., seeds: Iterable[SupportsIndex] | None = ..., *,
+               prompts: Iterable[Prompt] | None = ..., output: Literal["pil"] = ...,
+               **options: Any) -> list[Image.Image]: ...  # fmt: skip
 
     @overload
-    def sample(self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None = ..., *,
-               output: Literal["tensor"], **options: Any) -> Tensor: ...  # fmt: skip
+    def sample(self, labels: Iterable[Label] | None = ..., seeds: Iterable[SupportsIndex] | None = ..., *,
+               prompts: Iterable[Prompt] | None = ..., output: Literal["tensor"],
+               **options: Any) -> Tensor: ...  # fmt: skip
 
     def sample(
         self,
-        labels: Iterable[Label],
+        labels: Iterable[Label] | None = None,
         seeds: Iterable[SupportsIndex] | None = None,
         *,
+        prompts: Iterable[Prompt] | None = None,
         output: Literal["pil", "tensor"] = "pil",
         batch: int = 64,
         known: Images | None = None,
@@ -196,14 +222,15 @@ class Pipeline(
         allow_broken: bool = False,
         **settings: Any,
     ) -> list[Image.Image] | Tensor:
-        """Generate an image for each label and seed.
+        """Generate an image for each label or prompt, and seed.
 
-        An image depends on its label, seed, known part and the settings alone, not on `batch`, unless the weights are
-        int8.
+        An image depends on its label or prompt, seed, known part and the settings alone, not on `batch`, unless the
+        weights are int8.
 
         Args:
             labels: class numbers, class names, or None for no class.
-            seeds: one per label (None: 0, 1, 2, ...).
+            seeds: one per image (None: 0, 1, 2, ...).
+            prompts: instead of labels, for a model that draws from words; None or "" for no condition.
             output: "pil" for PIL images, "tensor" for a float32 tensor (n, channels, height, width) in [-1, 1].
             batch: number of images at a time.
             known: images to keep where `mask` is false.
@@ -215,17 +242,18 @@ class Pipeline(
             allow_broken: return noise instead of raising BrokenLatents.
             settings: a preset, and fields of SamplingConfig that differ from the model's own (guidance_scale, ...).
         """
-        request = self._request(labels, seeds, settings, batch, known, mask, grow)
-        with bar(progress, len(request.labels)) as advance:
+        request = self._request(labels, prompts, seeds, settings, batch, known, mask, grow)
+        with bar(progress, len(request.seeds)) as advance:
             parts = list(self._batches(request, batch, allow_broken, advance))
         images = torch.cat(parts) if parts else torch.empty(0, self.tokenizer.image_channels, *self.image_size)
         return images if output == "tensor" else to_pil(images)
 
     def stream(
         self,
-        labels: Iterable[Label],
+        labels: Iterable[Label] | None = None,
         seeds: Iterable[SupportsIndex] | None = None,
         *,
+        prompts: Iterable[Prompt] | None = None,
         batch: int = 64,
         allow_broken: bool = False,
         advance: Callable[[float], None] | None = None,
@@ -236,28 +264,29 @@ class Pipeline(
         They are 8-bit, on the CPU.
 
         Args:
-            labels, seeds, batch, allow_broken, settings: as in `sample`.
+            labels, seeds, prompts, batch, allow_broken, settings: as in `sample`.
             advance: called after each reveal step with the number of images done, in fractions.
         """
-        request = self._request(labels, seeds, settings, batch)
+        request = self._request(labels, prompts, seeds, settings, batch)
         return map(to_uint8, self._batches(request, batch, allow_broken, advance or (lambda done: None)))
 
     def _batches(
         self, request: Request, batch: int, allow_broken: bool, advance: Callable[[float], None]
     ) -> Iterator[Tensor]:
-        for first in range(0, len(request.labels), batch):
+        for first in range(0, len(request.seeds), batch):
             part = request.part(first, first + batch)
             for state in self._generate(part, allow_broken):
-                advance(first + len(part.labels) * state.step / max(state.steps, 1))
+                advance(first + len(part.seeds) * state.step / max(state.steps, 1))
                 latents = state.latents
             images = self._decode(latents)
             yield images if part.paste is None else part.paste(images)
 
     def reveal(
         self,
-        labels: Iterable[Label],
+        labels: Iterable[Label] | None = None,
         seeds: Iterable[SupportsIndex] | None = None,
         *,
+        prompts: Iterable[Prompt] | None = None,
         known: Images | None = None,
         mask: Mask | None = None,
         grow: int = 1,
@@ -267,9 +296,9 @@ class Pipeline(
         """Generate images as `sample` does, and yield them after every reveal step.
 
         Args:
-            labels, seeds, known, mask, grow, allow_broken, settings: as in `sample`.
+            labels, seeds, prompts, known, mask, grow, allow_broken, settings: as in `sample`.
         """
-        request = self._request(labels, seeds, settings, 64, known, mask, grow)
+        request = self._request(labels, prompts, seeds, settings, 64, known, mask, grow)
         for state in self._generate(request, allow_broken):
 
             def decode(latents: Tensor = state.latents) -> Tensor:
@@ -278,44 +307,55 @@ class Pipeline(
 
             yield RevealStep(state.step, state.steps, state.known, state.revealed_at, state.latents, decode)
 
-    def token_losses(self, labels: Iterable[Label], images: Images) -> Float[Tensor, "n rows columns"]:
+    def token_losses(
+        self, labels: Iterable[Label] | None, images: Images, *, prompts: Iterable[Prompt] | None = None
+    ) -> Float[Tensor, "n rows columns"]:
         """Return the diffusion loss of every token, given the others: low where the model is sure.
 
         Args:
             labels: as in `sample`, one per image.
             images: PIL images or arrays in [-1, 1].
+            prompts: as in `sample`.
         """
         known = as_images(images)
-        numbers = resolve_labels(labels, self.classes, self.model.config.classes)
-        if len(numbers) != len(known):
-            raise ValueError(f"labels: got {len(numbers)} for {len(known)} images, expected one per image")
-        return token_losses(self.model, self._encode(known, 64), torch.tensor(numbers, device=self.device))
+        condition = self._condition(labels, prompts)
+        if len(condition) != len(known):
+            raise ValueError(f"labels: got {len(condition)} for {len(known)} images, expected one per image")
+        return token_losses(self.model, self._encode(known, 64), condition.to(self.device))
+
+    def _condition(self, labels: Iterable[Label] | None, prompts: Iterable[Prompt] | None) -> Tensor:
+        """Read the conditions of images. ValueError where there are neither labels nor prompts."""
+        if labels is None and prompts is None:
+            raise ValueError("got neither labels nor prompts, expected one of them; [None] draws without")
+        return self.reader.read(labels, prompts)
 
     def _request(
-        self, labels: Iterable[Label], seeds: Iterable[SupportsIndex] | None, settings: dict[str, Any], batch: int,
+        self, labels: Iterable[Label] | None, prompts: Iterable[Prompt] | None, seeds: Iterable[SupportsIndex] | None,
+        settings: dict[str, Any], batch: int,
         known: Images | None = None, mask: Mask | None = None, grow: int = 1,
     ) -> Request:  # fmt: skip
         if batch < 1:
             raise ValueError(f"batch: got {batch}, expected at least 1")
         sampling = self.sampling_with(**settings)
-        class_numbers = resolve_labels(labels, self.classes, self.model.config.classes)
-        seed_list = list(range(len(class_numbers))) if seeds is None else as_seeds(seeds)
+        condition = self._condition(labels, prompts)
+        seed_list = list(range(len(condition))) if seeds is None else as_seeds(seeds)
         known_images = None if known is None else as_images(known)
         flags = None if mask is None else self._read_mask(mask, known_images)
         for name, values in (("seeds", seed_list), ("known", known_images), ("mask", flags)):
-            if values is not None and len(values) != len(class_numbers):
-                raise ValueError(f"{name}: got {len(values)} for {len(class_numbers)} labels, expected one per image")
-        if known_images is None or not class_numbers:
-            return Request(class_numbers, seed_list, sampling, None, flags)
+            if values is not None and len(values) != len(condition):
+                asked = "labels" if prompts is None else "prompts"
+                raise ValueError(f"{name}: got {len(values)} for {len(condition)} {asked}, expected one per image")
+        if known_images is None or not len(condition):
+            return Request(condition, seed_list, sampling, None, flags)
         latents = self._encode(known_images, batch)
         if flags is None or not self._marks_pixels(flags):
-            return Request(class_numbers, seed_list, sampling, latents, flags)
+            return Request(condition, seed_list, sampling, latents, flags)
         if grow < 0:
             raise ValueError(f"grow: got {grow}, expected 0 or more tokens")
         token_mask = tokens_to_generate(flags, self.model.config.token_grid, grow)
         seam = self.image_size[0] // token_mask.shape[1] // 2 if grow else 0
         paste = Paste(self._pixels(known_images), soft_seam(flags, seam))
-        return Request(class_numbers, seed_list, sampling, latents, token_mask, paste)
+        return Request(condition, seed_list, sampling, latents, token_mask, paste)
 
     def _marks_pixels(self, flags: Tensor) -> bool:
         """Tell a mask of pixels from one of tokens, which `generate` checks."""
@@ -331,7 +371,7 @@ class Pipeline(
 
     def _generate(self, request: Request, allow_broken: bool) -> Iterator[LatentStep]:
         return generate(
-            self.model, request.labels, request.seeds, request.sampling,
+            self.model, request.condition, request.seeds, request.sampling,
             known=request.known, mask=request.mask, allow_broken=allow_broken, first=request.first,
         )  # fmt: skip
 
@@ -361,8 +401,9 @@ class Pipeline(
         if is_quantized(self.model):
             raise ConfigError("int8 weights can't be saved: save the model as it was loaded")
         header = store.Header(
-            self.model.config, self.sampling, self.tokenizer.config(), self.classes, self.weights, self.notes
-        )
+            self.model.config, self.sampling, self.tokenizer.config(), self.classes, self.weights, self.notes,
+            {} if self.captions is None else self.captions.header(),
+        )  # fmt: skip
         tensors = {f"model.{name}": tensor.to(dtype) for name, tensor in self.model.state_dict().items()}
         tensors |= {f"tokenizer.{name}": tensor for name, tensor in self.tokenizer.state_dict().items()}
         store.save(path, header, tensors)
@@ -378,7 +419,7 @@ class Pipeline(
             module.load_state_dict(state, assign=True)
         return cls(
             model, tokenizer, classes=header.classes, sampling=header.sampling, weights=header.weights,
-            notes=header.notes,
+            captions=reader_from_header(header.condition, header.model.buffer_size), notes=header.notes,
         )  # fmt: skip
 
     def generate_model_card(self, *args: Any, license: str | None = None, **unused: Any) -> ModelCard:
@@ -391,7 +432,7 @@ class Pipeline(
         text = CARD.format(
             data=data.to_yaml(), millions=sum(p.numel() for p in self.model.parameters()) / 1e6,
             size="x".join(map(str, self.image_size)), classes=f", {classes} classes" if classes else "",
-            labels="[0]" if classes else "[None]",
+            asked='prompts=["..."]' if self.captions else "labels=[0]" if classes else "labels=[None]",
         )  # fmt: skip
         return ModelCard(text)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mar.config import ConfigError, HeadConfig, ModelConfig, Optimizer, SamplingConfig, TrainConfig, TrunkConfig
 from mar.config.fields import positive, require
 from mar.config.tokenizer import TokenizerKind, TokenizerTrainConfig
+from mar.data.conditions import WORDS
 from mar.presets import X0_SAMPLING
 
 
@@ -27,6 +28,10 @@ class DatasetSummary:
     """Distance of black or white from the mean of all pixels, the larger one, in standard deviations."""
     aspect: float = 1.0
     """Height by width of most images, upright; 1 where no shape but a square is common."""
+    words: int = 0
+    """Number of different words in the captions; 0: the images have none."""
+    caption_length: int = 0
+    """Words of a long caption: all but one of a hundred are no longer."""
 
     def __post_init__(self) -> None:
         positive(self, "count", "side")
@@ -107,6 +112,8 @@ MIN_SIDE_FOR_PCA = 16
 """Smaller crops are learned as pixels: they have too few squares of 4 x 4 pixels for principal components."""
 AREA_TOLERANCE = 0.3
 """Crops of another shape have the area of the square that would be chosen, to this share of it."""
+MAX_CAPTION_WORDS = 32
+"""Longer captions are cut."""
 MAX_TOKENS_PER_SIDE = 16
 MAX_NARROW_TOKEN = 16
 """Tokens of more values get a wide head."""
@@ -286,6 +293,7 @@ def train_config_for(
     tenth = max(total // 10, 1)
     is_shifted = (latents is None or latents.by_pca_alone) and summary.count < MAX_COUNT_FOR_SHIFT
     return TrainConfig(
+        text=WORDS if summary.words else "",
         model=ModelConfig(
             channels=channels,
             grid=(size[0] // stride, size[1] // stride),
@@ -298,15 +306,16 @@ def train_config_for(
                 prediction="x0" if is_pca else "v",
                 batch_mul=2,
             ),
-            buffer_size=chosen.buffer_size,
-            classes=len(summary.classes),
+            buffer_size=max(chosen.buffer_size, min(summary.caption_length, MAX_CAPTION_WORDS)),
+            classes=0 if summary.words else len(summary.classes),
+            words=summary.words,
             attention_dropout=0.0,
             projection_dropout=0.0,
         ),
         sampling=SamplingConfig(
             **(X0_SAMPLING if is_pca else {"diffusion_steps": 50}),
             steps=32,
-            guidance_scale=3.0 if len(summary.classes) > 1 else 1.0,
+            guidance_scale=1.5 if summary.words else 3.0 if len(summary.classes) > 1 else 1.0,
             x0_bound=x0_bound,
         ),
         images=total,

@@ -19,6 +19,7 @@ from jaxtyping import Float64
 from mar.autoconfig.sizes import DatasetSummary, LatentShape
 from mar.checkpoint.files import write_text
 from mar.config import ConfigError, from_dict, to_dict
+from mar.data.captions import Captions, captions_of, count_words, split_words
 from mar.data.images import Source, UnreadableImage, convert_channels, upright
 from mar.data.latent_cache import LatentSource
 from mar.data.splits import stratified_indices
@@ -36,6 +37,8 @@ COMMON_SHARE, COMMON_TOLERANCE = 0.6, 1.1
 """Images have a common shape if such a share of them has the median aspect, to this factor."""
 SQUARE_TOLERANCE = 1.15
 """An aspect up to this, or down to its inverse, counts as a square."""
+LONG_CAPTION = 0.99
+"""Share of captions that are no longer than a long one."""
 MAX_ASPECT = 3.0
 """Longer images are cropped to this aspect, or to its inverse."""
 
@@ -61,7 +64,19 @@ def summarize_dataset(source: Source, name: str, turn_upright: bool = True) -> D
     channels = 1 if all((values == values[..., :1]).all() for values in pixels) else 3
     max_abs_z = _max_abs_z([values / 127.5 - 1 for values in pixels])
     aspect = common_aspect(np.array(aspects))
-    return DatasetSummary(len(source), int(np.median(sides)), channels, tuple(source.classes), max_abs_z, aspect)
+    return DatasetSummary(
+        len(source), int(np.median(sides)), channels, tuple(source.classes), max_abs_z, aspect,
+        *summarize_captions(captions_of(source)),
+    )  # fmt: skip
+
+
+def summarize_captions(captions: Captions) -> tuple[int, int]:
+    """Returns the number of different words, and the number of words of a long caption; zeros without captions."""
+    texts = [text for each in captions for text in each]
+    if not texts:
+        return 0, 0
+    lengths = [len(split_words(text)) for text in texts]
+    return len(count_words(texts)), math.ceil(np.quantile(lengths, LONG_CAPTION))
 
 
 def common_aspect(aspects: Float64[np.ndarray, " n"]) -> float:
@@ -77,7 +92,10 @@ def summarize_cache(source: LatentSource) -> tuple[DatasetSummary, LatentShape |
     """Returns summary and latent shape of a cache; no shape: pixels."""
     manifest = source.manifest
     channels, height, _ = manifest.shape
-    summary = DatasetSummary(manifest.pictures, min(manifest.size), 3, manifest.classes)
+    words, length = summarize_captions(source.captions)
+    summary = DatasetSummary(
+        manifest.pictures, min(manifest.size), 3, manifest.classes, words=words, caption_length=length
+    )
     if channels in (1, 3) and manifest.fingerprint == fingerprint(PixelTokenizer(channels)):
         pixels = _read_sample(len(source), str(source.folder), lambda index: source.read(index, flip=False)[0].numpy())
         return replace(summary, image_channels=channels, max_abs_z=_max_abs_z(pixels)), None

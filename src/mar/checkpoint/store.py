@@ -44,6 +44,8 @@ class Header:
     """`ema` or `raw`."""
     notes: dict[str, Any] = field(default_factory=dict)
     """Their origin: images seen, recipe, source file and the like."""
+    condition: dict[str, Any] = field(default_factory=dict)
+    """What captions are read by (`mar.data.conditions`); empty for a model without captions."""
 
     def __post_init__(self) -> None:
         if self.weights not in ("ema", "raw"):
@@ -58,7 +60,8 @@ def save(path: str | os.PathLike[str], header: Header, tensors: Mapping[str, Ten
     path = Path(path)
     _check_fit(path, header.model, {name: tensor.shape for name, tensor in tensors.items()})
     # One entry alone: safetensors writes several in an order that changes from call to call.
-    metadata = {_KEY: json.dumps({"format": FORMAT, **to_dict(header)})}
+    values = {name: value for name, value in to_dict(header).items() if value or name != "condition"}
+    metadata = {_KEY: json.dumps({"format": FORMAT, **values})}
     stored = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
     def write(temporary: Path) -> None:

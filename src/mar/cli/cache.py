@@ -114,6 +114,7 @@ def _write_cache(
 ) -> int:
     from mar import distributed
     from mar.data.cache_writer import finish_cache, write_shards
+    from mar.data.captions import captions_of
     from mar.sampling.progress import rank_meter
 
     out = options.out
@@ -143,7 +144,7 @@ def _write_cache(
         distributed.barrier()
         with distributed.collective_errors():
             if distributed.rank() == 0:
-                unreadable = finish_cache(out, manifest)
+                unreadable = finish_cache(out, manifest, captions_of(source))
                 _print_summary(out, manifest, unreadable, missing / (time.perf_counter() - started))
     return 0
 

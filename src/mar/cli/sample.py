@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -27,8 +27,10 @@ class SampleOptions(SamplingFlags):
     """fashion, mar-base, mar-large, mar-huge, a file, a folder, or a Hub repository owner/name."""
     labels: tuple[str, ...] = ()
     """Class numbers or names; `none` for no class. By default every class (at most ten), or none."""
+    prompt: tuple[str, ...] = ()
+    """What to draw, in words, for a model that draws from them; "" for no condition."""
     count: int = 1
-    """Pictures of each label."""
+    """Pictures of each label or prompt."""
     seed: int = 0
     """Seed of the first picture; the others count up from it."""
     out: Path = Path("out")
@@ -53,26 +55,34 @@ class SampleOptions(SamplingFlags):
         known, mask = (decode_image(path, str(path)) for path in (self.known, self.mask))
         return [known] * count, [mask] * count
 
+    def asks(self, model: Pipeline) -> list[str | int | None]:
+        """Returns what to draw: the prompts, the labels, or by default classes of the model."""
+        if self.labels and self.prompt:
+            raise ValueError("got --labels and --prompt, expected one of them")
+        if self.prompt:
+            return list(self.prompt)
+        given: list[str | int | None] = [None if label.lower() == "none" else label for label in self.labels]
+        return given or list(range(min(model.model.config.classes, 10))) or [None]
+
 
 def sample(arguments: Sequence[str]) -> int:
     """Runs `mar sample`."""
     options = parse(SampleOptions, "sample", arguments)
     from mar.data.images import image_grid
-    from mar.data.labels import resolve_labels
     from mar.sampling.sinks.folder import slug
 
     if options.count < 1:
         raise ValueError(f"count: got {options.count}, expected at least 1")
     model = options.load(options.model)
     settings = options.settings()
-    given: list[str | int | None] = [None if label.lower() == "none" else label for label in options.labels]
-    labels = [label for label in given or _default_labels(model) for _ in range(options.count)]
-    seeds = [options.seed + i for i in range(len(labels))]
-    known, mask = options.known_and_mask(len(labels))
+    asks = [ask for ask in options.asks(model) for _ in range(options.count)]
+    asked: dict[str, Any] = {"prompts" if options.prompt else model.asked_by: asks}
+    seeds = [options.seed + i for i in range(len(asks))]
+    known, mask = options.known_and_mask(len(asks))
     started = time.perf_counter()
     images = model.sample(
-        labels, seeds, batch=options.batch, known=known, mask=mask, grow=options.grow, progress=True,
-        allow_broken=options.allow_broken, **settings,
+        seeds=seeds, batch=options.batch, known=known, mask=mask, grow=options.grow, progress=True,
+        allow_broken=options.allow_broken, **asked, **settings,
     )  # fmt: skip
     seconds = time.perf_counter() - started
     facts = {
@@ -80,17 +90,13 @@ def sample(arguments: Sequence[str]) -> int:
         **to_dict(model.sampling_with(**settings)),
         **({"known": str(options.known), "mask": str(options.mask), "grow": options.grow} if known else {}),
     }  # fmt: skip
-    numbers = resolve_labels(labels, model.classes, model.model.config.classes)
-    for label, number, seed, image in zip(labels, numbers, seeds, images, strict=True):
-        name = model.classes[label] if isinstance(label, int) and model.classes else str(label).lower()
-        own = {"label": None if number < 0 else number, "seed": seed}  # as in PNGs of `mar generate`
-        save_png(image, options.out / f"{slug(name)}-{seed:05d}.png", **own, **facts)
+    own = [model.describe_ask(ask) for ask in asks]  # as in PNGs of `mar generate`
+    for ask, what, seed, image in zip(asks, own, seeds, images, strict=True):
+        name = model.classes[ask] if isinstance(ask, int) and model.classes else str(ask or "none").lower()
+        save_png(image, options.out / f"{slug(name)}-{seed:05d}.png", **what, seed=seed, **facts)
     grid = image_grid(images, columns=options.count if options.count > 1 else min(len(images), 10))
-    save_png(grid, options.out / "grid.png", labels=[None if n < 0 else n for n in numbers], seeds=seeds, **facts)
+    every = {f"{key}s": [what[key] for what in own] for key in own[0]}
+    save_png(grid, options.out / "grid.png", **every, seeds=seeds, **facts)
     print(f"{len(images)} pictures and grid.png in {options.out}")
     print(f"{seconds:.1f} s, {seconds / len(images):.2f} s a picture, on {model.device}")
     return 0
-
-
-def _default_labels(model: Pipeline) -> list[str | int | None]:
-    return list(range(min(model.model.config.classes, 10))) or [None]

@@ -75,6 +75,8 @@ RENAMED: dict[str, dict[str, str]] = {
 
 Files, the command line and Python all read old names by this table (`rename_old_keys`, `renamed_fields`).
 """
+_LATER_FIELDS = {"ModelConfig": ("words", "text_width")}
+"""Fields added since digests were first written; digests leave them out where they have their default."""
 _noted: set[tuple[str, str]] = set()
 """Old and new names that this process has told its user of."""
 
@@ -179,12 +181,14 @@ def _class_of_kind(base: type[Config], name: str) -> type[Config]:
 def to_dict_for_hash(config: Any) -> dict[str, Any]:
     """Returns a config as plain values under its first field names.
 
-    Renaming a field changes no digest of them.
+    Renaming a field changes no digest of them, nor does adding one of `_LATER_FIELDS`.
     """
     first = {new: old for old, new in renamed_fields(type(config)).items()}
     values = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
+        if value == field.default and field.name in _LATER_FIELDS.get(type(config).__name__, ()):
+            continue
         values[first.get(field.name, field.name)] = (
             to_dict_for_hash(value) if dataclasses.is_dataclass(value) else _plain(value)
         )

@@ -9,6 +9,8 @@ from mar.config.fields import accept_old_names, fraction, one_of, positive, requ
 
 Prediction = Literal["noise", "v", "x0", "flow"]
 """Predict noise, v, clean tokens or the flow's velocity."""
+Condition = Literal["none", "class", "words", "text"]
+"""Kinds of conditions (`mar.model.conditions`)."""
 NoiseSchedule = Literal["cosine", "linear"]
 """Follow the cosine schedule or the linear path of flow matching."""
 
@@ -91,21 +93,28 @@ class ModelConfig:
     decoder: TrunkConfig = field(default_factory=TrunkConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     buffer_size: int = 64
-    """Tokens in front of the sequence, which carry the class."""
+    """Tokens in front of the sequence, which carry the condition; captions are cut to so many tokens."""
     classes: int = 1000
-    """Number of classes; 0 for an unconditional model."""
+    """Number of classes; 0 for a model without classes."""
     label_drop: float = 0.1
-    """Probability of training an image without its class; 0 makes guidance impossible."""
+    """Probability of training an image without its class or caption; 0 makes guidance impossible."""
     attention_dropout: float = 0.1
     """Dropout of attention weights, in training."""
     projection_dropout: float = 0.1
     """Dropout after the projections of attention and MLP, in training."""
     mask_ratio_min: float = 0.7
     """Lower end of the truncated normal(1, 0.25) of mask ratios."""
+    words: int = 0
+    """Number of words that captions may have, for a model that learns them."""
+    text_width: int = 0
+    """Features of a frozen text encoder's tokens, for a model that reads captions by one."""
 
     def __post_init__(self) -> None:
         positive(self, "channels", "patch_size", "buffer_size")
         require(self.classes >= 0, f"classes is {self.classes}, but it must be 0 (unconditional) or more")
+        require(min(self.words, self.text_width) >= 0, "words and text_width must not be negative")
+        kinds = [name for name in ("classes", "words", "text_width") if getattr(self, name)]
+        require(len(kinds) <= 1, f"a model has one kind of condition, but {' and '.join(kinds)} are set; leave one")
         fraction(self, "label_drop", "attention_dropout", "projection_dropout")
         require(0 < self.mask_ratio_min <= 1, f"mask_ratio_min is {self.mask_ratio_min}, outside (0, 1]")
         height, width = self.grid
@@ -133,6 +142,16 @@ class ModelConfig:
         return self.channels * self.patch_size**2
 
     @property
+    def condition(self) -> Condition:
+        """What the model draws by: nothing, a class, a caption's words, or its encoded text."""
+        return "class" if self.classes else "words" if self.words else "text" if self.text_width else "none"
+
+    @property
+    def takes_captions(self) -> bool:
+        """True for a model that draws from words."""
+        return self.condition in ("words", "text")
+
+    @property
     def guidable(self) -> bool:
-        """True for a model trained with and without classes, as guidance needs."""
-        return self.classes > 0 and self.label_drop > 0
+        """True for a model trained with and without conditions, as guidance needs."""
+        return self.condition != "none" and self.label_drop > 0

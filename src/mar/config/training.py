@@ -39,6 +39,8 @@ class TrainConfig:
     """`fashion`, a folder, Parquet or .tar files, OWNER/NAME on the Hub, a `mar cache`; or stream: and one of them."""
     tokenizer: str = "pixels"
     """`pixels`, `pca4` (principal components of 4 x 4 pixels), `kl16`, or an AutoencoderKL in diffusers' format."""
+    text: str = ""
+    """Draw from captions, read by `words`, which are learned with the model; by default captions are not used."""
     image_channels: int | None = None
     """Channels of pictures for principal components: 1 (gray) or 3; by default 1 for fashion and 3 for all else."""
     images: int = 1_000_000

@@ -21,9 +21,11 @@ from torch.utils.data import Dataset
 from mar.backends.cpu.memory import single_threaded_pool
 from mar.checkpoint.files import require_room
 from mar.config import ConfigError, to_dict
+from mar.data.captions import Captions
 from mar.data.images import Source, Transform, UnreadableImage, source_digest
 from mar.data.labels import check_label
 from mar.data.latent_cache import (
+    CAPTIONS,
     DTYPES,
     INDEX,
     MANIFEST,
@@ -32,6 +34,7 @@ from mar.data.latent_cache import (
     is_cache,
     open_shard,
     read_manifest,
+    write_captions,
     write_index,
     write_manifest,
     write_shard,
@@ -176,7 +179,7 @@ def _check_empty(out: Path, manifest: CacheManifest) -> None:
 
 def _temporary_files(out: Path, manifest: CacheManifest) -> Iterator[Path]:
     """Yield the unfinished files of killed processes."""
-    names = {MANIFEST, INDEX, *(manifest.file(k) for k in range(manifest.shards))}
+    names = {MANIFEST, INDEX, CAPTIONS, *(manifest.file(k) for k in range(manifest.shards))}
     for path in out.iterdir():
         temporary = _TEMPORARY.fullmatch(path.name)
         if temporary and temporary[1] in names:
@@ -283,11 +286,12 @@ class _Encoder:
                 )
 
 
-def finish_cache(out: Path, manifest: CacheManifest) -> dict[int, str]:
-    """Finish a cache once all shards are there. Returns names of unreadable images by index.
+def finish_cache(out: Path, manifest: CacheManifest, captions: Captions = ()) -> dict[int, str]:
+    """Finish a cache once all shards are there, with the images' captions. Returns names of unreadable images by index.
 
     Raises ValueError if all are unreadable, DamagedCache if a shard is missing.
     """
+    write_captions(out, captions)
     skipped = write_index(out, manifest)
     if len(skipped) == manifest.pictures:
         (out / INDEX).unlink()

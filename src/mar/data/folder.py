@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mar.data.captions import read_folder_captions
 from mar.data.images import Example, decode_image
 from mar.data.paths import IMAGE_SUFFIXES, is_image_file, natural_key
 
@@ -22,8 +23,6 @@ class FolderSource:
     ImageNet's folders, the WordNet numbers). A folder with images of its own and no such subfolder has no classes.
     Raises ValueError if there is no image.
     """
-
-    flips = True
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -46,6 +45,8 @@ class FolderSource:
         files = [file for files in by_class.values() for file in files] or flat
         # Arrays, not lists: nothing counts references to their elements, so workers share their memory.
         self._files = np.array([os.fsencode(file.relative_to(self.folder)) for file in files])
+        self.captions = read_folder_captions(self.folder, self.image_names())
+        self.flips = not self.captions  # captions may speak of left and right, and of what is written
         counts = [len(files) for files in by_class.values()]
         self.labels = np.repeat(np.arange(len(counts)), counts) if by_class else np.full(len(flat), -1)
 
@@ -54,7 +55,8 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> Example:
         path = self.folder / os.fsdecode(self._files[index].item())
-        return Example(decode_image(path, str(path)), int(self.labels[index]), str(path))
+        captions = self.captions[index] if self.captions else ()
+        return Example(decode_image(path, str(path)), int(self.labels[index]), str(path), captions)
 
     def image_names(self) -> list[str]:
         """Return the images' paths in the folder, with slashes."""

@@ -55,6 +55,8 @@ class Example:
     """Class number; -1: none."""
     name: str
     """Identifies it in messages: its path, or shard and member."""
+    captions: tuple[str, ...] = ()
+    """What it shows, in words; perhaps several times."""
 
 
 class UnreadableImage(ValueError):

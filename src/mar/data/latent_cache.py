@@ -5,7 +5,7 @@ shards of safetensors, and `index.json` once all shards are there. Shard k holds
 `CacheManifest.shard` on in two tensors: `labels` (n), and `moments` (n, flips, 1 or 2, c, h, w), with axes plain and
 flipped, mean and log-variance. An unreadable image keeps its place, with zeros, so image i is always row i % shard of
 shard i // shard. Every byte is under a sha256: a shard's tensors under one in its metadata, its header under one in the
-index, the JSON files under one of their own.
+index, the JSON files under one of their own. Captions of the images, if they have any, are in `captions.json`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mar.checkpoint.files import size_text, write_atomically, write_text
 from mar.config import ConfigError, to_dict
+from mar.data.captions import Captions, chosen_captions
 from mar.data.images import UnreadableImage
 from mar.tokenizer.base import LatentMoments
 
@@ -38,6 +39,9 @@ INDEX = "index.json"
 """Name of the file that lists the shards."""
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 """Types of stored moments. float16 is for the disk alone: reading makes them float32 again."""
+
+CAPTIONS = "captions.json"
+"""Name of the file with the images' captions, where they have any."""
 
 _SAFETENSORS_TYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int32: "I32"}
 _MAX_HEADER = 100_000_000
@@ -232,6 +236,23 @@ def write_index(folder: Path, manifest: CacheManifest) -> dict[int, str]:
     return skipped
 
 
+def write_captions(folder: Path, captions: Captions) -> None:
+    """Write the captions of the images, in their order; nothing if there are none."""
+    if captions:
+        _write_sealed(folder / CAPTIONS, {"captions": [list(each) for each in captions]})
+
+
+def read_captions(folder: Path, manifest: CacheManifest) -> Captions:
+    """Read the captions of the images; empty if they have none. Raises DamagedCache."""
+    path = folder / CAPTIONS
+    if not path.is_file():
+        return ()
+    captions = tuple(map(tuple, _read_sealed(path, "run the `mar cache` that made the folder again")["captions"]))
+    if len(captions) != manifest.pictures:
+        raise DamagedCache(f"{path} has captions of {len(captions):,} pictures, expected {manifest.pictures:,}")
+    return captions
+
+
 @dataclass(frozen=True)
 class Index:
     """The shards of a finished cache, by number."""
@@ -328,6 +349,7 @@ class LatentSource:
         self.classes = self.manifest.classes
         self.flips = self.manifest.flips
         self.indices = np.arange(self.manifest.pictures)
+        self.captions = read_captions(self.folder, self.manifest)
         self._shards: dict[int, Shard] = {}
         for file, size in zip(self.index.files, self.index.sizes, strict=True):
             path = self.folder / file
@@ -343,6 +365,7 @@ class LatentSource:
         """Return the same cache with the images of `indices` only, numbered anew."""
         chosen = copy.copy(self)
         chosen.indices = self.indices[indices]
+        chosen.captions = chosen_captions(self.captions, indices)
         return chosen
 
     def __len__(self) -> int:

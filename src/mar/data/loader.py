@@ -14,7 +14,7 @@ import functools
 import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count, islice
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from mar.config import ConfigError
+from mar.data.captions import Captions, captions_of, pick_caption
 from mar.data.images import Example, Source, Transform, UnreadableImage, pixels_to_tensor
 from mar.data.labels import check_label
 from mar.data.latent_cache import LatentSource, split_moments
@@ -154,6 +155,8 @@ class Batch:
     """Positions in the endless order, which key everything random about an image."""
     skipped: tuple[str, ...]
     """Names of images that could not be read and were replaced by others."""
+    captions: tuple[str, ...] = field(default=(), kw_only=True)
+    """A caption of each image, "" for none; or none at all."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +182,7 @@ class LoadedSample:
     label: int
     position: int
     skipped: tuple[str, ...]
+    caption: str = ""
 
 
 def collate_images(samples: Sequence[LoadedSample]) -> ImageBatch:
@@ -198,6 +202,7 @@ def _batch_fields(samples: Sequence[LoadedSample]) -> dict[str, Any]:
         "labels": torch.tensor([sample.label for sample in samples]),
         "positions": torch.tensor([sample.position for sample in samples]),
         "skipped": tuple(name for sample in samples for name in sample.skipped),
+        "captions": tuple(sample.caption for sample in samples),
     }
 
 
@@ -332,8 +337,8 @@ def _collate_function(source: Source | LatentSource) -> Collate:
 class _IndexedDataset(Dataset[LoadedSample | ValueError]):
     """Maps (position, index) to a sample, or to the error if there is none; workers have copies of it."""
 
-    def __init__(self, read: ReadFunction, length: int, augmentations: Augmentations) -> None:
-        self.read, self.length, self.augmentations = read, length, augmentations
+    def __init__(self, read: ReadFunction, length: int, augmentations: Augmentations, captions: Captions = ()) -> None:
+        self.read, self.length, self.augmentations, self.captions = read, length, augmentations, captions
 
     def __getitem__(self, key: tuple[int, int]) -> LoadedSample | ValueError:
         try:
@@ -346,11 +351,13 @@ class _IndexedDataset(Dataset[LoadedSample | ValueError]):
         skipped: list[str] = []
         for offset in range(min(self.length, MAX_UNREADABLE)):
             try:
-                content, label = self.read((index + offset) % self.length, augmentation)
+                taken = (index + offset) % self.length
+                content, label = self.read(taken, augmentation)
             except UnreadableImage as error:
                 skipped.append(error.name)
                 continue
-            return LoadedSample(content, label, position, tuple(skipped))
+            caption = pick_caption(self.captions[taken], self.augmentations.seed, position) if self.captions else ""
+            return LoadedSample(content, label, position, tuple(skipped), caption)
         raise ValueError(f"{len(skipped)} pictures in a row can't be read, the last of them {skipped[-1]}")
 
 
@@ -431,7 +438,8 @@ class _StreamDataset(IterableDataset[_WorkerBatch | ValueError]):
                 skipped.append(error.name)
                 continue
             content = self.augmentations.at(position)(self.transform(example.image))
-            return LoadedSample(content, example.label, position, tuple(skipped))
+            caption = pick_caption(example.captions, self.augmentations.seed, position)
+            return LoadedSample(content, example.label, position, tuple(skipped), caption)
         raise ValueError(f"{len(skipped)} pictures in a row can't be read, the last of them {skipped[-1]}")
 
 
@@ -483,12 +491,14 @@ def _join_workers(
 def _merge(parts: list[ImageBatch]) -> ImageBatch:
     """Merge batches, sorted by position."""
     positions = torch.cat([part.positions for part in parts])
+    captions = [caption for part in parts for caption in part.captions]
     order = positions.argsort()
     return replace(
         parts[0],
         labels=torch.cat([part.labels for part in parts])[order],
         positions=positions[order],
         skipped=tuple(sorted(name for part in parts for name in part.skipped)),
+        captions=tuple(captions[i] for i in order.tolist()),
         images=torch.cat([part.images for part in parts])[order],
     )
 
@@ -533,7 +543,7 @@ def batches(
             source, transform, augmentations, batch=batch, start=start, rank=rank, world=world, workers=workers
         )
     order = InfiniteSampler(len(source), seed, batch, rank, world)
-    data = _IndexedDataset(_read_function(source, transform), len(source), augmentations)
+    data = _IndexedDataset(_read_function(source, transform), len(source), augmentations, captions_of(source))
     collate = functools.partial(collate_or_error, _collate_function(source))
     return log_skipped(make_dataloader(data, workers=workers, batches=order.batches(start), collate=collate))
 
@@ -576,10 +586,11 @@ def load_batch(source: Source | LatentSource, transform: Transform, indices: Seq
 
     Its positions are the indices. Unreadable images are left out with a warning; None if all are.
     """
-    read, samples = _read_function(source, transform), []
+    read, samples, captions = _read_function(source, transform), [], captions_of(source)
     for index in indices:
+        caption = captions[index][0] if captions and captions[index] else ""
         try:
-            samples.append(LoadedSample(*read(index, NO_AUGMENTATION), index, ()))
+            samples.append(LoadedSample(*read(index, NO_AUGMENTATION), index, (), caption))
         except UnreadableImage as error:
             logger.warning("skipped a picture that can't be read: %s", error.name)
     return _collate_function(source)(samples) if samples else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,6 +14,7 @@ import torch
 
 from mar.checkpoint.files import write_text
 from mar.config import ConfigError
+from mar.data.captions import Captions, captions_of, chosen_captions
 from mar.data.folder import FolderSource
 from mar.data.images import Example, Source, source_digest
 from mar.data.latent_cache import LatentSource
@@ -46,6 +48,11 @@ class Subset:
     def flips(self) -> bool:
         """True if images of the source may be mirrored."""
         return self.source.flips
+
+    @cached_property
+    def captions(self) -> Captions:
+        """Captions of these images; empty if the source has none."""
+        return chosen_captions(captions_of(self.source), self.indices)
 
     def __len__(self) -> int:
         return len(self.indices)

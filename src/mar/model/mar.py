@@ -8,22 +8,23 @@ b buffer tokens, v visible tokens, r output tokens, s = b + v, e encoder width, 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from mar.config import ModelConfig
 from mar.diffusion.head import build_head
 from mar.model.blocks import NORM_EPS, make_blocks
+from mar.model.conditions import NO_CONDITION, Conditioner, build_conditioner, has_condition
 from mar.model.rotary import rope_cache
 from mar.model.tokens import gather_tokens, scatter_tokens
 from mar.nn import Linear
 
-UNCONDITIONAL = -1
+UNCONDITIONAL = NO_CONDITION
 """The label of an image without a class."""
 
 
 class MAR(nn.Module):
-    """Visible tokens, their positions and labels -> conditions z of all tokens."""
+    """Visible tokens, their positions and the image's condition -> z of all tokens."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -33,9 +34,10 @@ class MAR(nn.Module):
         e, f, length = config.encoder.width, config.decoder.width, config.tokens
         dropouts = (config.attention_dropout, config.projection_dropout)
 
-        # embeddings of classes and tokens, encoder
-        self.class_embed = nn.Embedding(config.classes, e) if config.classes else None
-        self.null_class = nn.Parameter(torch.empty(1, e))
+        # embeddings of conditions and tokens, encoder
+        self._conditioner, conditioner = build_conditioner(config)
+        self.add_module(self._conditioner, conditioner)
+        self.null_class = nn.Parameter(torch.empty(1, e))  # for images without a condition of any kind
         self.token_embed = Linear(config.token_width, e)
         self.encoder_position = nn.Parameter(torch.empty(config.buffer_size + length, e))
         self.embed_norm = nn.LayerNorm(e, eps=NORM_EPS)
@@ -65,11 +67,17 @@ class MAR(nn.Module):
                 nn.init.zeros_(module.bias)
         embeddings: list[Tensor] = [self.null_class, self.mask_token]
         embeddings += [self.encoder_position, self.decoder_position, self.diffusion_position]
-        if self.class_embed is not None:
-            embeddings.append(self.class_embed.weight)
         for embedding in embeddings:
             nn.init.normal_(embedding, std=0.02)
+        if self.conditioner is not None:
+            self.conditioner.init_weights()
         self.head.init_weights()
+
+    @property
+    def conditioner(self) -> Conditioner | None:
+        """The module that embeds conditions; None for an unconditional model."""
+        module: Conditioner | None = getattr(self, self._conditioner)
+        return module
 
     def blocks(self) -> list[nn.Module]:
         """Return all blocks, the units to compile, recompute or quantize."""
@@ -78,7 +86,7 @@ class MAR(nn.Module):
     def forward(
         self,
         tokens: Float[Tensor, "n L d"],
-        labels: Int[Tensor, " n"],
+        condition: Shaped[Tensor, "n ..."],
         visible: Int[Tensor, "n v"],
         *,
         padded: bool = False,
@@ -88,31 +96,31 @@ class MAR(nn.Module):
 
         Args:
             tokens: only those at `visible` positions are read.
-            labels: class numbers, or UNCONDITIONAL.
+            condition: class numbers, or another kind's (`mar.model.conditions`).
             visible: positions of the visible tokens.
             padded: whether rows of `visible` are padded to one length with L.
             query_idx: positions of the output, padded with L (None: all, r = L).
         """
-        encoded = self.encode(tokens, labels, visible, padded=padded)
+        encoded = self.encode(tokens, condition, visible, padded=padded)
         return self.decode(encoded, visible, query_idx)
 
     def encode(
         self,
         tokens: Float[Tensor, "n L d"],
-        labels: Int[Tensor, " n"],
+        condition: Shaped[Tensor, "n ..."],
         visible: Int[Tensor, "n v"],
         *,
         padded: bool = False,
     ) -> Float[Tensor, "n s e"]:
-        """Encode the buffer tokens, which carry the class, and the visible tokens.
+        """Encode the buffer tokens, which carry the condition, and the visible tokens.
 
         Args:
-            tokens, labels, visible, padded: as in `forward`.
+            tokens, condition, visible, padded: as in `forward`.
         """
         b, length, n = self.config.buffer_size, self.config.tokens, len(tokens)
 
         # buffer tokens, then visible tokens, each with its position embedding
-        buffer_tokens = self.embed_labels(labels).unsqueeze(1) + self.encoder_position[:b]
+        buffer_tokens = self.embed_condition(condition) + self.encoder_position[:b]
         positions = self.encoder_position[b:].expand(n, -1, -1)
         visible_tokens = self.token_embed(gather_tokens(tokens, visible)) + gather_tokens(positions, visible)
         x = self.embed_norm(torch.cat([buffer_tokens, visible_tokens], dim=1))
@@ -163,10 +171,9 @@ class MAR(nn.Module):
         z: Tensor = self.decoder_norm(x) + gather_tokens(positions, query_idx)
         return z
 
-    def embed_labels(self, labels: Int[Tensor, " n"]) -> Float[Tensor, "n e"]:
-        """Return class embeddings; the learned null embedding for UNCONDITIONAL."""
-        null = self.null_class.expand(len(labels), -1)
-        if self.class_embed is None:
+    def embed_condition(self, condition: Shaped[Tensor, "n ..."]) -> Float[Tensor, "n 1_or_b e"]:
+        """Return buffer tokens; the learned null embedding for images without a condition."""
+        null = self.null_class.expand(len(condition), 1, -1)
+        if self.conditioner is None:
             return null
-        has_class = (labels != UNCONDITIONAL).unsqueeze(1)
-        return torch.where(has_class, self.class_embed(labels.clamp(min=0)), null)
+        return torch.where(has_condition(condition)[:, None, None], self.conditioner(condition), null)

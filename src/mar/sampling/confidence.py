@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from mar.model.mar import MAR
@@ -18,7 +18,7 @@ TIMESTEPS = (0.1, 0.3, 0.5, 0.7)
 
 @torch.no_grad()
 def token_losses(
-    model: MAR, latents: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], seed: int = 0
+    model: MAR, latents: Float[Tensor, "n c h w"], condition: Shaped[Tensor, "n ..."], seed: int = 0
 ) -> Float[Tensor, "n rows columns"]:
     """Return the diffusion loss of every token, given the others.
 
@@ -27,7 +27,7 @@ def token_losses(
     Args:
         model: in eval mode.
         latents: normalized.
-        labels: class numbers, or UNCONDITIONAL.
+        condition: class numbers, or another kind's (`mar.model.conditions`).
         seed: of the noise and of the parts that are hidden together.
     """
     tokens = patchify(latents, model.config.patch_size)
@@ -42,7 +42,7 @@ def token_losses(
         hidden = order[part::PARTS].sort().values
         visible = torch.cat([order[i::PARTS] for i in range(PARTS) if i != part]).sort().values
         query_idx, visible_idx = (positions.expand(n, -1).to(tokens.device) for positions in (hidden, visible))
-        z = model(tokens, labels, visible_idx, query_idx=query_idx)
+        z = model(tokens, condition, visible_idx, query_idx=query_idx)
         # head: their loss at each noise level
         timestep = torch.tensor(levels, device=tokens.device).view(-1, 1, 1).expand(-1, n, len(hidden))
         part_noise = noise[:, :, hidden.to(tokens.device)].expand(-1, n, -1, -1)

@@ -13,14 +13,15 @@ from itertools import groupby, pairwise
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mar.backends import backend_for
 from mar.config import MaskSchedule, Order, SamplingConfig
 from mar.diffusion.head import TokenSampler
-from mar.model.mar import MAR, UNCONDITIONAL
+from mar.model.conditions import NO_CONDITION, has_condition
+from mar.model.mar import MAR
 from mar.model.masking import apply_order, mask_schedule, random_order, unknown_order
 from mar.model.tokens import gather_tokens
 from mar.random import make_generator
@@ -146,22 +147,26 @@ def init_state(
 
 
 def sample_tokens(
-    model: MAR, labels: Int[Tensor, " n"], state: DecodeState, sampling: SamplingConfig, noise_source: NoiseSource
+    model: MAR,
+    condition: Shaped[Tensor, "n ..."],
+    state: DecodeState,
+    sampling: SamplingConfig,
+    noise_source: NoiseSource,
 ) -> Iterator[DecodeState]:
     """Yield the state after every reveal step, until nothing is masked.
 
     Args:
         model: in eval mode.
-        labels: class numbers, or UNCONDITIONAL.
+        condition: class numbers, or another kind's (`mar.model.conditions`).
         state: of `init_state`.
         sampling: the settings.
-        noise_source: image i depends on its label, its noise and its known tokens alone.
+        noise_source: image i depends on its condition, its noise and its known tokens alone.
     """
     sampling.check(model.config)
     backend = backend_for(state.tokens.device)
     head = backend.sampling_head(model.head)
     while state.step < state.steps:
-        state = decode_step(model, labels, state, sampling, noise_source, head)
+        state = decode_step(model, condition, state, sampling, noise_source, head)
         if state.step == state.steps:
             del head  # frees its copy of the weights: the tokenizer needs memory next
         backend.free_memory(model)
@@ -171,7 +176,7 @@ def sample_tokens(
 @torch.no_grad()
 def decode_step(
     model: MAR,
-    labels: Int[Tensor, " n"],
+    condition: Shaped[Tensor, "n ..."],
     state: DecodeState,
     sampling: SamplingConfig,
     noise_source: NoiseSource,
@@ -180,15 +185,15 @@ def decode_step(
     """Reveal the tokens of one step: trunk -> z -> head -> tokens.
 
     Args:
-        model, labels, state, sampling, noise_source: as in `sample_tokens`.
+        model, condition, state, sampling, noise_source: as in `sample_tokens`.
         head: the model's, prepared by the backend for sampling (None: as it is).
     """
     # plan: tokens and settings of each image
-    guidable = bool((labels != UNCONDITIONAL).any())
+    guidable = bool(has_condition(condition).any())
     steps = plan_step(state, sampling, model.config.tokens, guidable)
 
     # trunk: z of these tokens, conditional and unconditional
-    conditions = compute_conditions(model, labels, state, steps, sampling.uncond_interval)
+    conditions = compute_conditions(model, condition, state, steps, sampling.uncond_interval)
 
     # head: draws the tokens, all images with the same settings together
     tokens, unknown = state.tokens, state.unknown
@@ -221,7 +226,7 @@ def plan_step(state: DecodeState, sampling: SamplingConfig, tokens: int, guidabl
         state: before the step.
         sampling: the settings.
         tokens: number of tokens of an image.
-        guidable: whether any image has a class; without one, guidance has no effect and is left out.
+        guidable: whether any image has a condition; without one, guidance has no effect and is left out.
     """
     steps: list[ImageStep] = []
     for image, schedule in enumerate(state.schedules):
@@ -252,7 +257,7 @@ class Conditions(NamedTuple):
 
 
 def compute_conditions(
-    model: MAR, labels: Int[Tensor, " n"], state: DecodeState, steps: Sequence[ImageStep], uncond_interval: int
+    model: MAR, condition: Shaped[Tensor, "n ..."], state: DecodeState, steps: Sequence[ImageStep], uncond_interval: int
 ) -> Conditions:
     """Compute conditional and unconditional z of the tokens to reveal.
 
@@ -260,7 +265,7 @@ def compute_conditions(
     (LazyMAR, arXiv 2503.12450).
 
     Args:
-        model, labels, state: as in `sample_tokens`.
+        model, condition, state: as in `sample_tokens`.
         steps: of `plan_step`.
         uncond_interval: of `SamplingConfig`.
     """
@@ -277,7 +282,7 @@ def compute_conditions(
     keep_residual = uncond_interval > 1 and len(uncond) > 0
     all_positions = torch.arange(length, device=device).expand(len(steps), -1)
     z = run_trunk(
-        model, state.tokens[images], labels[images], state.unknown[unfinished], uncond_rows,
+        model, state.tokens[images], condition[images], state.unknown[unfinished], uncond_rows,
         all_positions if keep_residual else query_idx,
     )  # fmt: skip
     if uncond_interval == 1:
@@ -298,28 +303,28 @@ def compute_conditions(
 def run_trunk(
     model: MAR,
     tokens: Float[Tensor, "n L d"],
-    labels: Int[Tensor, " n"],
+    condition: Shaped[Tensor, "n ..."],
     unknown: Bool[Tensor, "n L"],
     uncond_rows: Int[Tensor, " u"],
     query_idx: Int[Tensor, "n r"],
 ) -> Float[Tensor, "n_and_u r f"]:
-    """Compute z of all images, then of `uncond_rows` without their class.
+    """Compute z of all images, then of `uncond_rows` without their condition.
 
     Args:
         model: in eval mode.
         tokens: of the unfinished images.
-        labels: class numbers, or UNCONDITIONAL.
+        condition: class numbers, or another kind's (`mar.model.conditions`).
         unknown: true at masked tokens (CPU).
-        uncond_rows: images to run without their class as well.
+        uncond_rows: images to run without their condition as well.
         query_idx: positions of the output, padded with L.
     """
     visible, padded = visible_positions(unknown)
     visible = visible.to(tokens.device)
     if len(uncond_rows):
-        labels = torch.cat([labels, torch.full_like(uncond_rows, UNCONDITIONAL)])
+        condition = torch.cat([condition, torch.full_like(condition[uncond_rows], NO_CONDITION)])
         tokens, visible, query_idx = (torch.cat([each, each[uncond_rows]]) for each in (tokens, visible, query_idx))
     trunk = backend_for(tokens.device).trunk(model)
-    return trunk(tokens, labels, visible, padded=padded, query_idx=query_idx)
+    return trunk(tokens, condition, visible, padded=padded, query_idx=query_idx)
 
 
 def visible_positions(unknown: Bool[Tensor, "n L"]) -> tuple[Int[Tensor, "n v"], bool]:
@@ -375,6 +380,8 @@ def all_masked(count: int, tokens: int) -> Bool[Tensor, "n L"]:
     return torch.ones(count, tokens, dtype=torch.bool)
 
 
-def as_labels(labels: Sequence[int], device: torch.device) -> Int[Tensor, " n"]:
-    """Return class numbers as a tensor; UNCONDITIONAL for none."""
-    return torch.tensor(list(labels), dtype=torch.long, device=device)
+def as_condition(condition: Sequence[int] | Shaped[Tensor, "n ..."], device: torch.device) -> Shaped[Tensor, "n ..."]:
+    """Return conditions on a device; class numbers become a tensor."""
+    if isinstance(condition, Tensor):
+        return condition.to(device)
+    return torch.tensor(list(condition), dtype=torch.long, device=device)

@@ -1,4 +1,4 @@
-"""Labels and seeds -> latents, with checks of request and result."""
+"""Conditions and seeds -> latents, with checks of request and result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from PIL import Image
 from torch import Tensor
 
@@ -18,7 +18,15 @@ from mar.config import SamplingConfig
 from mar.data.images import upright
 from mar.model.mar import MAR
 from mar.model.tokens import patchify, unpatchify
-from mar.sampling.decode import DecodeState, NoiseSource, SeededNoise, all_masked, as_labels, init_state, sample_tokens
+from mar.sampling.decode import (
+    DecodeState,
+    NoiseSource,
+    SeededNoise,
+    all_masked,
+    as_condition,
+    init_state,
+    sample_tokens,
+)
 from mar.sampling.inpainting import Paste
 
 Images = Sequence[Image.Image] | Float[Tensor, "n c H W"] | Float[np.ndarray, "n c H W"]
@@ -33,7 +41,7 @@ Mask = Bool[Tensor, "n rows columns"] | Bool[np.ndarray, "n rows columns"] | Seq
 class Request:
     """Images to generate, after all checks."""
 
-    labels: list[int]
+    condition: Shaped[Tensor, "n ..."]
     seeds: list[int]
     sampling: SamplingConfig
     known: Tensor | None
@@ -48,7 +56,7 @@ class Request:
         known = None if self.known is None else self.known[first:end]
         mask = None if self.mask is None else self.mask[first:end]
         paste = None if self.paste is None else self.paste.part(first, end)
-        return Request(self.labels[first:end], self.seeds[first:end], self.sampling, known, mask, paste, first)
+        return Request(self.condition[first:end], self.seeds[first:end], self.sampling, known, mask, paste, first)
 
 
 def as_seeds(seeds: Iterable[SupportsIndex]) -> list[int]:
@@ -116,7 +124,7 @@ class LatentStep:
 
 def generate(
     model: MAR,
-    labels: Sequence[int],
+    condition: Sequence[int] | Shaped[Tensor, "n ..."],
     seeds: Sequence[int],
     sampling: SamplingConfig,
     *,
@@ -126,15 +134,15 @@ def generate(
     allow_broken: bool = False,
     first: int = 0,
 ) -> Iterator[LatentStep]:
-    """Generate one image per label and seed; yield after every reveal step.
+    """Generate one image per condition and seed; yield after every reveal step.
 
-    The last step has all latents. Image i depends on its own label, seed, known latents and mask, and not on the batch,
-    unless the weights are int8.
+    The last step has all latents. Image i depends on its own condition, seed, known latents and mask, and not on the
+    batch, unless the weights are int8.
 
     Args:
         model: in eval mode.
-        labels: class numbers, -1 for none.
-        seeds: one per label.
+        condition: class numbers, -1 for none, or another kind's (`mar.model.conditions`).
+        seeds: one per condition.
         sampling: the settings.
         known: latents to keep where `mask` is false.
         mask: one flag per token, true: generate. Masks may differ between images.
@@ -143,11 +151,11 @@ def generate(
         first: index of the first image, for messages.
     """
     config = model.config
-    if len(labels) != len(seeds) or not len(labels):
-        raise ValueError(f"labels and seeds: got {len(labels)} and {len(seeds)}, expected one of each per image")
+    if len(condition) != len(seeds) or not len(seeds):
+        raise ValueError(f"conditions and seeds: got {len(condition)} and {len(seeds)}, expected one of each per image")
     device = model.mask_token.device
     grid = config.token_grid
-    tokens, unknown = _known_tokens(model, len(labels), known, mask)
+    tokens, unknown = _known_tokens(model, len(seeds), known, mask)
     source = noise_source if noise_source is not None else SeededNoise(seeds)
     start = init_state(
         tokens.to(device),
@@ -161,7 +169,7 @@ def generate(
     revealed_at = start.revealed_at().view(-1, *grid)
     if not start.steps:
         yield _latent_step(model, start, revealed_at)
-    for state in sample_tokens(model, as_labels(labels, device), start, sampling, source):
+    for state in sample_tokens(model, as_condition(condition, device), start, sampling, source):
         if not allow_broken:
             check_latents(state, unknown, sampling, model, first)
         yield _latent_step(model, state, revealed_at)

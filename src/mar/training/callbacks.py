@@ -12,9 +12,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from PIL import Image
 from torch import Tensor
 
@@ -27,7 +28,7 @@ from mar.sampling.generate import BrokenLatents
 from mar.training.log import Log
 from mar.training.loss import DiffusionLoss, sample_randomness
 from mar.training.run import make_pipeline, weights_file
-from mar.training.trainer import GRID_CLASSES, Callback, Run, autocast, to_latents
+from mar.training.trainer import GRID_CLASSES, GRID_ROWS, Callback, Run, autocast, to_latents
 
 # ---- snapshots
 
@@ -42,6 +43,8 @@ class Snapshot:
     """The run's."""
     weights: tuple[str, ...]
     """Names of weights: ema, raw, and EMAs of other decays such as ema-0.9999."""
+    asks: list[int | str | None]
+    """What the images of a sample grid show: labels or prompts."""
     pipeline: Callable[[str], Pipeline]
     """Copies weights to a pipeline, on every rank: `pipeline("ema")`, `pipeline("raw")`."""
 
@@ -54,7 +57,12 @@ def take_snapshot(run: Run) -> Snapshot:
     """Take a snapshot of the current state."""
     progress = run.progress
     return Snapshot(
-        progress.images, progress.step, run.folder, tuple(run.weights), functools.partial(make_pipeline, run)
+        progress.images,
+        progress.step,
+        run.folder,
+        tuple(run.weights),
+        run.grid_asks,
+        functools.partial(make_pipeline, run),
     )
 
 
@@ -79,9 +87,6 @@ def on_snapshot(run: Run, log: Log, every: int, callback: SnapshotCallback) -> N
 
 # ---- samples
 
-GRID_ROWS, GRID_UNCONDITIONAL = 4, 16
-"""A grid has so many images of each class; so many images if there are no classes."""
-
 
 def export_and_sample(snapshot: Snapshot, log: Log) -> dict[str, float]:
     """Export the weights of a snapshot, and draw samples with each.
@@ -93,9 +98,8 @@ def export_and_sample(snapshot: Snapshot, log: Log) -> dict[str, float]:
         pipeline = snapshot.pipeline(weights)
         if distributed.rank() == 0:
             pipeline.save(snapshot.folder / weights_file(weights))
-        labels = grid_labels(pipeline.model.config.classes)
         samples = distributed.all_gather_object(
-            sample_share(pipeline, labels, distributed.rank(), distributed.world_size())
+            sample_share(pipeline, snapshot.asks, distributed.rank(), distributed.world_size())
         )
         if distributed.rank() != 0:
             continue
@@ -105,7 +109,7 @@ def export_and_sample(snapshot: Snapshot, log: Log) -> dict[str, float]:
         name = "samples" if weights == "ema" else f"samples-{weights}"
         path = snapshot.folder / "samples" / f"{snapshot.images:012d}{name.removeprefix('samples')}.png"
         path.parent.mkdir(exist_ok=True)
-        columns = min(pipeline.model.config.classes, GRID_CLASSES) or GRID_ROWS
+        columns = min(len(snapshot.asks) // GRID_ROWS, GRID_CLASSES)
         grid = image_grid([image for share in samples for image in share], columns)
         grid.save(path)
         log.write_image(snapshot.images, name, grid)
@@ -113,27 +117,22 @@ def export_and_sample(snapshot: Snapshot, log: Log) -> dict[str, float]:
     return {}
 
 
-def grid_labels(classes: int) -> list[int | None]:
-    """Return the classes of a grid's images, row by row."""
-    labels: list[int | None] = [label for _ in range(GRID_ROWS) for label in range(min(classes, GRID_CLASSES))]
-    return labels or [None] * GRID_UNCONDITIONAL
-
-
 def sample_share(
-    pipeline: Pipeline, labels: list[int | None], rank: int, world: int, *, allow_broken: bool = False
+    pipeline: Pipeline, asks: list[int | str | None], rank: int, world: int, *, allow_broken: bool = False
 ) -> list[Image.Image] | str:
     """Draw this rank's images of a grid, perhaps none; returns the message of an error.
 
     Args:
         pipeline: draws them.
-        labels: of the whole grid.
+        asks: labels or prompts of the whole grid.
         rank: of this process.
         world: number of processes.
         allow_broken: draw noise instead of returning the message.
     """
-    indices = range(len(labels) * rank // world, len(labels) * (rank + 1) // world)
+    indices = range(len(asks) * rank // world, len(asks) * (rank + 1) // world)
     try:
-        return pipeline.sample([labels[i] for i in indices], list(indices), allow_broken=allow_broken)
+        asked: dict[str, Any] = {pipeline.asked_by: [asks[i] for i in indices]}
+        return pipeline.sample(seeds=list(indices), allow_broken=allow_broken, **asked)
     except BrokenLatents as error:
         return str(error)
 
@@ -154,7 +153,7 @@ class _Group:
 
     number: int
     latents: Float[Tensor, "n c h w"]
-    labels: Int[Tensor, " n"]
+    condition: Shaped[Tensor, "n ..."]
     positions: Int[Tensor, " n"]
     """Indices in the source, which key random numbers."""
 
@@ -183,7 +182,7 @@ class Validation:
         # sorted by group, so that the total does not depend on the number of ranks
         all_groups = sorted(group for share in distributed.all_gather_object(by_group) for group in share)
         metrics = mean_by_bin([sums for _, sums in all_groups])
-        images = sum(distributed.all_gather_object(sum(len(group.labels) for group in self.groups)))
+        images = sum(distributed.all_gather_object(sum(len(group.latents) for group in self.groups)))
         self.log.note(f"validation loss {metrics['val_loss']:.4f} ({images:,} held-out pictures)")
         return metrics
 
@@ -197,7 +196,7 @@ class Validation:
             )
             if batch is not None:
                 latents = to_latents(self.run.tokenizer, batch, VALIDATION_SEED, self.run.device).cpu()
-                groups.append(_Group(number, latents, batch.labels, batch.positions))
+                groups.append(_Group(number, latents, self.run.read_condition(batch), batch.positions))
         return groups
 
     def _bin_sums(self, loss: DiffusionLoss, group: _Group) -> tuple[list[float], list[int]]:
@@ -205,7 +204,7 @@ class Validation:
         config, device = self.model_config, self.run.device
         draws = sample_randomness(config, VALIDATION_SEED, group.number, group.positions.tolist()).to(device)
         with autocast(device, self.run.config.precision):
-            losses = loss.per_token_loss(group.latents.to(device), group.labels.to(device), draws)
+            losses = loss.per_token_loss(group.latents.to(device), group.condition.to(device), draws)
         bins = (draws.timestep.flatten() * BINS // config.head.diffusion_steps).cpu()
         sums = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, losses.double().cpu())
         return sums.tolist(), bins.bincount(minlength=BINS).tolist()

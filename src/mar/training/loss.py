@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mar.config import ModelConfig
-from mar.model.mar import MAR, UNCONDITIONAL
+from mar.model.conditions import drop_condition
+from mar.model.mar import MAR
 from mar.model.masking import draw_mask_ratio, masked_count, random_order, split_by_mask
 from mar.model.tokens import gather_tokens, patchify
 from mar.random import make_generator
@@ -28,7 +29,7 @@ class StepRandomness:
     """A permutation of the tokens; the first `masked` are masked."""
     masked: int
     drop_label: Bool[Tensor, " n"]
-    """Images trained without their class, for classifier-free guidance."""
+    """Images trained without their condition, for classifier-free guidance."""
     timestep: Int[Tensor, "k n m"]
     noise: Float[Tensor, "k n m d"]
 
@@ -77,17 +78,17 @@ class DiffusionLoss(nn.Module):
         self.model = model
 
     def forward(
-        self, latents: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], draws: StepRandomness
+        self, latents: Float[Tensor, "n c h w"], condition: Shaped[Tensor, "n ..."], draws: StepRandomness
     ) -> Float[Tensor, ""]:
         """Average the loss over timesteps, images and masked tokens."""
-        return self.per_token_loss(latents, labels, draws).mean()
+        return self.per_token_loss(latents, condition, draws).mean()
 
     def per_token_loss(
-        self, latents: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"], draws: StepRandomness
+        self, latents: Float[Tensor, "n c h w"], condition: Shaped[Tensor, "n ..."], draws: StepRandomness
     ) -> Float[Tensor, " rows"]:
         """Compute the loss of each masked token and timestep, ordered like `draws.timestep`."""
         tokens = patchify(latents, self.model.config.patch_size)
-        labels = torch.where(draws.drop_label, UNCONDITIONAL, labels)
+        condition = drop_condition(condition, draws.drop_label)
         masked, visible = split_by_mask(draws.order, draws.masked)
-        z = self.model(tokens, labels, visible, query_idx=masked)
+        z = self.model(tokens, condition, visible, query_idx=masked)
         return self.model.head.loss(gather_tokens(tokens, masked), z, draws.timestep, draws.noise)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,9 +25,12 @@ from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState, changed_settings
 from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, resolve_image_channels, to_dict
 from mar.config.tokenizer import TokenizerTrainConfig
+from mar.data.captions import captions_of, count_words
+from mar.data.conditions import WORDS, CaptionReader, WordReader
 from mar.data.images import Source, Transform
 from mar.data.latent_cache import LatentSource
 from mar.data.loader import in_order
+from mar.data.sources import open_data
 from mar.data.splits import load_held_out, open_train_val, save_held_out
 from mar.data.stream import StreamSource
 from mar.model.mar import MAR
@@ -41,6 +45,8 @@ Config = TypeVar("Config")
 
 RUN_FILE = "run.json"
 """File in a run's folder: its configuration."""
+CAPTIONS_FILE = "captions.json"
+"""File in a run's folder: what captions are read by."""
 STATS_IMAGES = 10_000
 """Images of a stream, at most, to fit a tokenizer to."""
 _MAY_CHANGE_ON_RESUME = {
@@ -50,7 +56,8 @@ _MAY_CHANGE_ON_RESUME = {
 }  # fmt: skip
 """Settings that leave the steps so far as they were."""
 _MAY_DIFFER_FROM_INIT = {
-    "classes", "label_drop", "attention_dropout", "projection_dropout", "mask_ratio_min", "head.batch_mul",
+    "classes", "words", "text_width", "label_drop", "attention_dropout", "projection_dropout", "mask_ratio_min",
+    "head.batch_mul",
 }  # fmt: skip
 """Settings of a model that may differ from those of the weights it starts from."""
 
@@ -81,6 +88,7 @@ def open_run(
     init = load_model(config.init) if config.init is not None and not resumed else None
     init_tokenizer = init.tokenizer if init is not None else None
     tokenizer = _open_tokenizer(config, source, load_tokenizer, init_tokenizer, fitted_in_state=resumed)
+    captions = open_captions(config, folder)
     torch.manual_seed(make_generator(config.seed).initial_seed())
     model = MAR(config.model)
     if init is not None:
@@ -88,9 +96,11 @@ def open_run(
         _check_same_basis(tokenizer, init.tokenizer)
 
     # the run itself
-    run = Run(config, folder, source, tokenizer, model, device, held_out)
+    run = Run(config, folder, source, tokenizer, model, device, held_out, captions)
     run.resume()
     save_config(config, folder)
+    if captions is not None and distributed.rank() == 0:
+        write_text(folder / CAPTIONS_FILE, json.dumps(captions.header(), indent=1, ensure_ascii=False) + "\n")
     if config.hold_out and distributed.rank() == 0:
         save_held_out(folder, source)
     return run
@@ -167,6 +177,44 @@ def open_run_data(
             "the same classes; --hold-out 10 keeps one of ten from learning, --validate-on names others"
         )
     return source, held_out
+
+
+def with_captions(config: TrainConfig) -> TrainConfig:
+    """Return the config with the model's words counted, if it reads captions and none are set. ConfigError."""
+    if not config.text or config.model.words:
+        return config
+    if config.text != WORDS:
+        raise ConfigError(f"text: got {config.text!r}, expected {WORDS}")
+    words = _words_of_data(config.data)
+    return replace(config, model=replace(config.model, classes=0, words=len(words)))
+
+
+def _words_of_data(data: str) -> tuple[str, ...]:
+    """Return the words of the captions of data. ConfigError if there are none."""
+    words = count_words(caption for captions in captions_of(open_data(data)) for caption in captions)
+    if not words:
+        raise ConfigError(
+            f"{data} has no captions: looked for metadata.jsonl or metadata.csv with a column text, and for a .txt "
+            "beside each picture; leave --text out to train without"
+        )
+    return words
+
+
+def open_captions(config: TrainConfig, folder: Path) -> CaptionReader | None:
+    """Open what reads captions: that of the run in a folder, or a new one; None: the model has no captions."""
+    if not config.text:
+        return None
+    path = folder / CAPTIONS_FILE
+    if path.is_file():
+        try:
+            words = json.loads(path.read_text(encoding="utf-8"))["words"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ConfigError(f"{path} is damaged ({error}); put it back, or begin another run") from error
+    else:
+        words = _words_of_data(config.data)
+    if len(words) != config.model.words:
+        raise ConfigError(f"the model has {config.model.words:,} words, but the captions {len(words):,}")
+    return WordReader(words, config.model.buffer_size)
 
 
 def check_classes(config: TrainConfig, classes: Sequence[str]) -> None:
@@ -372,6 +420,7 @@ def make_pipeline(run: Run, weights: str = "ema") -> Pipeline:
         model,
         run.tokenizer,
         classes=run.source.classes if run.config.model.classes else (),
+        captions=run.captions,
         sampling=run.config.sampling,
         weights=kind,
         notes=notes,

@@ -18,13 +18,14 @@ import torch
 from mar import distributed
 from mar.config import TrainConfig
 from mar.config.tokenizer import TokenizerTrainConfig
+from mar.data.conditions import WordReader
 from mar.data.images import Example
 from mar.data.loader import Batch, LatentBatch
 from mar.data.splits import hold_out
 from mar.model.mar import MAR
 from mar.tokenizer.base import LatentMoments
 from mar.tokenizer.pca import PCATokenizer
-from mar.training.callbacks import grid_labels, sample_share, take_snapshot
+from mar.training.callbacks import sample_share, take_snapshot
 from mar.training.tokenizer import OBJECTIVES, TokenizerRun
 from mar.training.trainer import Run, TrainingRun
 
@@ -56,7 +57,8 @@ class _RandomLatents(Run):
         model, count = self.config.model, self.config.batch // distributed.world_size()
         labels = torch.arange(count) % model.classes if model.classes else torch.full((count,), -1)
         latents = torch.randn(count, model.channels, *model.grid)
-        yield from repeat(LatentBatch(labels, torch.arange(count), (), LatentMoments(latents, None)))
+        captions = ("a",) * count if self.captions else ()
+        yield from repeat(LatentBatch(labels, torch.arange(count), (), LatentMoments(latents, None), captions=captions))
 
 
 def tokenizer_speed(
@@ -102,15 +104,16 @@ def model_speed(config: TrainConfig, device: torch.device, seconds: float, *, dr
     stride = next(stride for stride in range(1, model.channels + 1) if 3 * stride**2 >= model.channels)
     tokenizer = PCATokenizer(3, stride, model.channels)
     classes = tuple(map(str, range(model.classes)))
+    reader = WordReader([chr(ord("a") + i) for i in range(model.words)], model.buffer_size) if model.words else None
     with tempfile.TemporaryDirectory() as folder:
-        run = _RandomLatents(config, Path(folder), _NoImages(classes), tokenizer, MAR(model), device)
+        run = _RandomLatents(config, Path(folder), _NoImages(classes), tokenizer, MAR(model), device, captions=reader)
         speed, grid_seconds = images_per_second(run, seconds), 0.0
         if draw:
             begun = time.monotonic()
             snapshot = take_snapshot(run)
-            labels, rank, world = grid_labels(model.classes), distributed.rank(), distributed.world_size()
+            rank, world = distributed.rank(), distributed.world_size()
             for weights in snapshot.weights:
-                sample_share(snapshot.pipeline(weights), labels, rank, world, allow_broken=True)
+                sample_share(snapshot.pipeline(weights), snapshot.asks, rank, world, allow_broken=True)
             grid_seconds = time.monotonic() - begun
     return ModelSpeed(*distributed.all_gather_object((speed, grid_seconds))[0])  # rank 0 decides for all
 

@@ -36,10 +36,12 @@ from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState
 from mar.config import ConfigError, TrainConfig, to_dict
 from mar.config.tokenizer import TokenizerTrainConfig
+from mar.data.captions import captions_of
+from mar.data.conditions import CaptionReader, ClassReader, ConditionReader
 from mar.data.images import Source, Transform
 from mar.data.latent_cache import LatentSource
 from mar.data.loader import Batch, ImageBatch, LatentBatch, batches, data_state, resume_data
-from mar.data.splits import HELD_OUT
+from mar.data.splits import HELD_OUT, stratified_indices
 from mar.data.stream import StreamSource
 from mar.model.mar import MAR
 from mar.random import make_generator
@@ -56,6 +58,8 @@ MAX_NONFINITE_STEPS = 50
 """Stop a run after so many non-finite steps in a row."""
 GRID_CLASSES = 10
 """A sample grid has a column for each of at most so many classes."""
+GRID_ROWS, GRID_UNCONDITIONAL = 4, 16
+"""A grid has so many images of each class; so many images if there are no classes."""
 CALLBACKS_DONE_FILE = "watched"
 """File in a run's folder: images up to which all due callbacks have finished."""
 # Keys of random streams, beside those of the loss (`sample_randomness`).
@@ -249,6 +253,7 @@ class Run(TrainingRun):
         model: trained in place.
         device: where to train.
         held_out: what it is validated on.
+        captions: reads captions, for a model that draws from words.
     """
 
     config: TrainConfig
@@ -264,6 +269,7 @@ class Run(TrainingRun):
         model: MAR,
         device: torch.device,
         held_out: Source | LatentSource | None = None,
+        captions: CaptionReader | None = None,
     ) -> None:
         super().__init__(config, folder, device)
         self.source, self.held_out = source, held_out
@@ -275,6 +281,8 @@ class Run(TrainingRun):
         self.optimizers = make_optimizers(model, config)
         self.data_note: str | None = None
         """Message for people about how the data was resumed."""
+        self.captions = captions
+        self.reader: ConditionReader = captions or ClassReader(source.classes, config.model.classes)
         self.grid_classes = tuple(source.classes[:GRID_CLASSES]) if config.model.classes else ()
 
     @property
@@ -312,8 +320,8 @@ class Run(TrainingRun):
         """Compute the gradient of the mean loss over the global batch. Returns this rank's loss."""
         config, count = self.config, self.config.accumulate
         self.model.zero_grad(set_to_none=True)
-        latents, labels = self.encode(batch), batch.labels.to(self.device)
-        micro_batches = zip(latents.chunk(count), labels.chunk(count), batch.positions.chunk(count), strict=True)
+        latents, condition = self.encode(batch), self.read_condition(batch).to(self.device)
+        micro_batches = zip(latents.chunk(count), condition.chunk(count), batch.positions.chunk(count), strict=True)
         total = latents.new_zeros(())
         for i, (x, y, positions) in enumerate(micro_batches):
             draws = sample_randomness(self.model.config, config.seed, self.progress.step, positions.tolist())
@@ -327,6 +335,20 @@ class Run(TrainingRun):
     def encode(self, batch: Batch) -> Tensor:
         """Encode images, or read their cached moments -> latents."""
         return to_latents(self.tokenizer, batch, self.config.seed, self.device)
+
+    def read_condition(self, batch: Batch) -> Tensor:
+        """Read the class numbers or the captions of a batch."""
+        return self.reader.of_data(batch.labels, batch.captions)
+
+    @cached_property
+    def grid_asks(self) -> list[int | str | None]:
+        """What the images of a sample grid show, row by row: class numbers, prompts, or nothing."""
+        if self.captions is None:
+            shown = range(min(self.config.model.classes, GRID_CLASSES))
+            return [label for _ in range(GRID_ROWS) for label in shown] or [None] * GRID_UNCONDITIONAL
+        known = [each[0] for each in captions_of(self.source) if each]
+        prompts = [known[index] for index in stratified_indices(len(known), GRID_ROWS * GRID_CLASSES)]
+        return prompts or [None] * GRID_UNCONDITIONAL
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the run needs to resume."""

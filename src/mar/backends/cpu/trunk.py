@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn import functional
 
@@ -43,7 +43,7 @@ def bucketed_trunk(model: Any) -> Callable[..., Tensor]:
 
     def run(
         tokens: Float[Tensor, "n L d"],
-        labels: Int[Tensor, " n"],
+        condition: Shaped[Tensor, "n ..."],
         visible: Int[Tensor, "n v"],
         *,
         padded: bool = False,
@@ -59,7 +59,7 @@ def bucketed_trunk(model: Any) -> Callable[..., Tensor]:
                 query_idx = _pad(query_idx, round_up(queries, OUTPUT_MULTIPLE), config.tokens)
         # groups of images
         size = images_per_group(config)
-        groups = zip(*(each.split(size) for each in (tokens, labels, visible, query_idx)), strict=True)
+        groups = zip(*(each.split(size) for each in (tokens, condition, visible, query_idx)), strict=True)
         z = torch.cat([model(*group[:3], padded=padded, query_idx=group[3]) for group in groups])
         return z[:, :queries]
 

@@ -1,0 +1,169 @@
+"""Readers of conditions: what data or a user says -> the tensor that `MAR` takes (`mar.model.conditions`)."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any, SupportsIndex
+
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+from mar.data.captions import nearest_words, split_words
+from mar.data.labels import resolve_labels
+from mar.model.conditions import NO_CONDITION
+
+logger = logging.getLogger("mar.data")
+
+WORDS = "words"
+"""Reader of captions whose words are learned with the model."""
+Label = SupportsIndex | str | None
+"""Class name, class number, or None for no class."""
+Prompt = str | None
+"""What the image is to show, in words; None or "" for no condition."""
+
+
+class ConditionReader(ABC):
+    """Turns labels or captions into conditions."""
+
+    @abstractmethod
+    def read(self, labels: Iterable[Label] | None, prompts: Iterable[Prompt] | None) -> Shaped[Tensor, "n ..."]:
+        """Return the conditions that a user asked for. ValueError for anything that the model can't draw."""
+
+    @abstractmethod
+    def of_data(self, labels: Int[Tensor, " n"], captions: Sequence[str]) -> Shaped[Tensor, "n ..."]:
+        """Return the conditions of a batch.
+
+        Args:
+            labels: class numbers; -1: none.
+            captions: a caption each, "" for none; empty where the data has no captions.
+        """
+
+    def header(self) -> dict[str, Any]:
+        """Return what a model's file keeps of it, JSON-able."""
+        return {}
+
+
+class ClassReader(ConditionReader):
+    """Reads class numbers and names.
+
+    Args:
+        classes: names of the classes; may be empty.
+        count: number of classes.
+    """
+
+    def __init__(self, classes: Sequence[str], count: int) -> None:
+        self.classes, self.count = classes, count
+
+    def read(self, labels: Iterable[Label] | None, prompts: Iterable[Prompt] | None) -> Int[Tensor, " n"]:
+        """Return class numbers."""
+        if prompts is not None:
+            remedy = "give labels: class names or numbers" if self.count else "leave them out"
+            raise ValueError(f"prompts: this model does not read words; {remedy}")
+        return torch.tensor(
+            resolve_labels([] if labels is None else labels, self.classes, self.count), dtype=torch.long
+        )
+
+    def of_data(self, labels: Int[Tensor, " n"], captions: Sequence[str]) -> Int[Tensor, " n"]:
+        """Return the class numbers of a batch."""
+        return labels
+
+
+class CaptionReader(ConditionReader):
+    """Base of readers of captions."""
+
+    def read(self, labels: Iterable[Label] | None, prompts: Iterable[Prompt] | None) -> Shaped[Tensor, "n ..."]:
+        """Return the conditions of prompts; labels may only be None, which is no condition."""
+        if labels is not None and prompts is None:
+            given = list(labels)
+            if any(label is not None for label in given):
+                raise ValueError(f"labels: got {given[0]!r}, but this model draws from words; give prompts")
+            prompts = [None] * len(given)
+        elif labels is not None:
+            raise ValueError("got labels and prompts, expected prompts alone")
+        if isinstance(prompts, str) or prompts is None:
+            raise ValueError(f"prompts: got {prompts!r}, expected a list of them")
+        texts = list(prompts)
+        if wrong := [text for text in texts if not isinstance(text, str | None)]:
+            raise ValueError(f"prompts: got {wrong[0]!r}, expected text")
+        for text in dict.fromkeys(texts):
+            self.check(text or "")
+        return self.embed([text or "" for text in texts])
+
+    def of_data(self, labels: Int[Tensor, " n"], captions: Sequence[str]) -> Shaped[Tensor, "n ..."]:
+        """Return the conditions of a batch's captions."""
+        return self.embed(captions or [""] * len(labels))
+
+    def check(self, prompt: str) -> None:
+        """Warn of what is not read of a prompt. ValueError if nothing of it is."""
+
+    @abstractmethod
+    def embed(self, captions: Sequence[str]) -> Shaped[Tensor, "n ..."]:
+        """Return the conditions of captions; NO_CONDITION for ""."""
+
+
+class WordReader(CaptionReader):
+    """Reads captions by the numbers of their words, for models that learn words.
+
+    Args:
+        words: that it knows; the others are left out.
+        length: the most words of a caption; the rest is cut.
+    """
+
+    def __init__(self, words: Sequence[str], length: int) -> None:
+        self.words, self.length = tuple(words), length
+        self.numbers = {word: number for number, word in enumerate(self.words)}
+
+    def embed(self, captions: Sequence[str]) -> Int[Tensor, "n w"]:
+        """Return the numbers of the known words of each caption."""
+        rows = torch.full((len(captions), self.length), NO_CONDITION)
+        for row, caption in zip(rows, captions, strict=True):
+            numbers = [self.numbers[word] for word in self._known(caption)][: self.length]
+            row[: len(numbers)] = torch.tensor(numbers, dtype=torch.long)
+        return rows
+
+    def check(self, prompt: str) -> None:
+        """Warn of unknown and cut words. ValueError if none is known."""
+        known = self._known(prompt)
+        unknown = [word for word in split_words(prompt) if word not in self.numbers and not self._bound(word)]
+        unknown = [word for word in unknown if not any(word in each.split("-") for each in known)]
+        if unknown:
+            hints = [f"{word} ({', '.join(near)}?)" if (near := nearest_words(word, self.words)) else word
+                     for word in dict.fromkeys(unknown)]  # fmt: skip
+            said = f"prompt {prompt!r}: unknown words: {', '.join(hints)}"
+            if not known:
+                raise ValueError(f"{said}; expected some of the {len(self.words):,} words that this model knows")
+            logger.warning("%s; left out", said)
+        if len(known) > self.length:
+            logger.warning("prompt %r: cut after %d words, at %r", prompt, self.length, known[self.length])
+
+    def header(self) -> dict[str, Any]:
+        """Return the words."""
+        return {"kind": WORDS, "words": list(self.words)}
+
+    def _known(self, caption: str) -> list[str]:
+        """Return the known words; "medium dark" is read as "medium-dark" where that is one, and the other way."""
+        words, known = split_words(caption), list[str]()
+        i = 0
+        while i < len(words):
+            pair = "-".join(words[i : i + 2])
+            if i + 1 < len(words) and pair in self.numbers:
+                known.append(pair)
+                i += 2
+                continue
+            known += [words[i]] if words[i] in self.numbers else self._bound(words[i])
+            i += 1
+        return known
+
+    def _bound(self, word: str) -> list[str]:
+        """Return the known parts of an unknown word with hyphens."""
+        return [part for part in word.split("-") if part in self.numbers] if "-" in word else []
+
+
+def reader_from_header(condition: dict[str, Any], length: int) -> CaptionReader | None:
+    """Return the reader that a model's file describes; None for a model without captions."""
+    if condition.get("kind") == WORDS:
+        return WordReader(condition["words"], length)
+    return None
