@@ -17,6 +17,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mar.random import hash_seed
 
 logger = logging.getLogger("mar.data")
@@ -63,7 +65,7 @@ def captions_of(source: object) -> Captions:
     return captions
 
 
-def chosen_captions(captions: Captions, indices: Iterable[int]) -> Captions:
+def chosen_captions(captions: Captions, indices: Sequence[int] | np.ndarray) -> Captions:
     """Return the captions of some images."""
     return tuple(captions[int(index)] for index in indices) if captions else ()
 

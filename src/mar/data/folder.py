@@ -24,6 +24,8 @@ class FolderSource:
     Raises ValueError if there is no image.
     """
 
+    flips = True
+
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():

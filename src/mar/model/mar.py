@@ -171,7 +171,7 @@ class MAR(nn.Module):
         z: Tensor = self.decoder_norm(x) + gather_tokens(positions, query_idx)
         return z
 
-    def embed_condition(self, condition: Shaped[Tensor, "n ..."]) -> Float[Tensor, "n 1_or_b e"]:
+    def embed_condition(self, condition: Shaped[Tensor, "n ..."]) -> Float[Tensor, "n _ e"]:
         """Return buffer tokens; the learned null embedding for images without a condition."""
         null = self.null_class.expand(len(condition), 1, -1)
         if self.conditioner is None:

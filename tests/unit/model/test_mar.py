@@ -55,12 +55,12 @@ def test_mar_class_reaches_every_condition() -> None:
 
 def test_mar_without_class_uses_the_null_embedding() -> None:
     of = tiny_model()
-    embedded = of.embed_labels(torch.tensor([UNCONDITIONAL, 1]))
+    embedded = of.embed_condition(torch.tensor([UNCONDITIONAL, 1])).squeeze(1)
     assert of.class_embed is not None
     assert torch.equal(embedded, torch.stack([of.null_class[0], of.class_embed.weight[1]]))
     unconditional = tiny_model(classes=0)
     assert unconditional.class_embed is None
-    both = unconditional.embed_labels(torch.tensor([UNCONDITIONAL, 1]))
+    both = unconditional.embed_condition(torch.tensor([UNCONDITIONAL, 1])).squeeze(1)
     assert torch.equal(both, unconditional.null_class.expand(2, -1))
 
 

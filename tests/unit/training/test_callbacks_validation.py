@@ -59,9 +59,9 @@ def test_validation_loss_matches_training_loss_by_timestep(data: Path, tmp_path:
     validator = Validation(run, Log())
     for group in validator._encode_groups():
         draws = sample_randomness(plain, VALIDATION_SEED, group.number, group.positions.tolist())
-        mean = float(loss(group.latents, group.labels, draws))
+        mean = float(loss(group.latents, group.condition, draws))
         total, rows = total + mean * draws.timestep.numel(), rows + draws.timestep.numel()
-        every.append(loss.per_token_loss(group.latents, group.labels, draws)[draws.timestep.flatten() >= 900])
+        every.append(loss.per_token_loss(group.latents, group.condition, draws)[draws.timestep.flatten() >= 900])
     assert found["val_loss"] == pytest.approx(total / rows, rel=1e-6)
     assert found["val_loss_09"] == pytest.approx(float(torch.cat(every).mean()), rel=1e-5)
     assert len(set(found.values())) == len(found)
@@ -89,7 +89,7 @@ def test_validation_leaves_rng_and_run_unchanged(data: Path, tmp_path: Path) -> 
     torch.manual_seed(3)
     expected = torch.rand(3)
     torch.manual_seed(3)
-    Validation(run, Log())(Snapshot(0, 0, tmp_path, ("ema",), lambda weights: made))
+    Validation(run, Log())(Snapshot(0, 0, tmp_path, ("ema",), [], lambda weights: made))
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(tensor, before[name]) for name, tensor in run.state_dict()["ema"].items())
     assert run.model.training
