@@ -209,8 +209,17 @@ RECIPES: dict[str, TrainConfig] = {
     "imagenet-large": _imagenet("mar-large"),
     "imagenet-huge": _imagenet("mar-huge"),
 }
-"""Training recipes by name. `folder` is another: `mar.autoconfig.plan` chooses it from the images."""
-RECIPE_NAMES = (*RECIPES, "folder")
+"""Training recipes by name."""
+PLANNED_RECIPES: dict[str, tuple[str, ...]] = {
+    "folder": (),
+    "emoji": ("--image-size", "64", "--vae.images", "100000", "--images", "1200000", "--sample-every", "60000",
+              "--save-every", "20000"),
+}  # fmt: skip
+"""Recipes that `mar.autoconfig.plan` makes from the images: options beside which all else is chosen.
+
+`folder` is for pictures of one's own. `emoji` made the bundled model that draws from words (docs/text.md).
+"""
+RECIPE_NAMES = (*RECIPES, *PLANNED_RECIPES)
 """Names that `mar train` takes."""
 
 

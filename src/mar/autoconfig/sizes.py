@@ -31,7 +31,7 @@ class DatasetSummary:
     words: int = 0
     """Number of different words in the captions; 0: the images have none."""
     caption_length: int = 0
-    """Words of a long caption: all but one of a hundred are no longer."""
+    """Words of the longest caption."""
 
     def __post_init__(self) -> None:
         positive(self, "count", "side")

@@ -37,8 +37,6 @@ COMMON_SHARE, COMMON_TOLERANCE = 0.6, 1.1
 """Images have a common shape if such a share of them has the median aspect, to this factor."""
 SQUARE_TOLERANCE = 1.15
 """An aspect up to this, or down to its inverse, counts as a square."""
-LONG_CAPTION = 0.99
-"""Share of captions that are no longer than a long one."""
 MAX_ASPECT = 3.0
 """Longer images are cropped to this aspect, or to its inverse."""
 
@@ -71,12 +69,11 @@ def summarize_dataset(source: Source, name: str, turn_upright: bool = True) -> D
 
 
 def summarize_captions(captions: Captions) -> tuple[int, int]:
-    """Returns the number of different words, and the number of words of a long caption; zeros without captions."""
+    """Returns the number of different words, and of the words of the longest caption; zeros without captions."""
     texts = [text for each in captions for text in each]
     if not texts:
         return 0, 0
-    lengths = [len(split_words(text)) for text in texts]
-    return len(count_words(texts)), math.ceil(np.quantile(lengths, LONG_CAPTION))
+    return len(count_words(texts)), max(len(split_words(text)) for text in texts)
 
 
 def common_aspect(aspects: Float64[np.ndarray, " n"]) -> float:

@@ -12,7 +12,7 @@ import tyro
 
 from mar.cli.options import parse
 from mar.config import ConfigError, TrainConfig
-from mar.presets import RECIPE_NAMES, recipe
+from mar.presets import PLANNED_RECIPES, RECIPE_NAMES, recipe
 
 if TYPE_CHECKING:
     import torch
@@ -55,10 +55,10 @@ def train(arguments: Sequence[str]) -> int:
     from mar import devices, distributed
 
     name = arguments[0] if arguments and not arguments[0].startswith("-") else "fashion"
-    if name == "folder":
+    if name in PLANNED_RECIPES:
         from mar.cli.train_folder import train_folder
 
-        return train_folder(arguments[1:])
+        return train_folder(arguments[1:], name)
     with distributed.collective_errors():
         chosen = recipe(name)
         options = _options(name, chosen, arguments)

@@ -16,6 +16,7 @@ from mar.cli.tokenizer import TokenizerTrainOptions, load_network, train_tokeniz
 from mar.cli.train import TrainOptions, train_model
 from mar.config import ConfigError
 from mar.config.tokenizer import Stride, TokenizerKind, TokenizerTrainConfig
+from mar.presets import PLANNED_RECIPES
 
 if TYPE_CHECKING:
     import torch
@@ -155,11 +156,13 @@ def _saved_lengths(given: _FolderOverrides) -> TimePlan:
     )
 
 
-def train_folder(arguments: Sequence[str]) -> int:
-    """Run `mar train folder`."""
+def train_folder(arguments: Sequence[str], name: str = "folder") -> int:
+    """Run `mar train folder`, or another recipe of `PLANNED_RECIPES`."""
     from mar import devices, distributed
 
     started = time.monotonic()
+    out = () if name == "folder" else ("--out", f"runs/{name}")
+    arguments = [*out, *PLANNED_RECIPES[name], *arguments]
     with distributed.collective_errors():
         plan, options = plan_folder(arguments)
         devices.choose_device(options.device)
@@ -167,7 +170,7 @@ def train_folder(arguments: Sequence[str]) -> int:
         steps = _Steps(arguments, device, started)
         try:
             plan, options, code = steps.run_first(plan, options)
-            return code or train_model(options, device, plan.recipe, "folder", steps.page)
+            return code or train_model(options, device, plan.recipe, name, steps.page)
         finally:
             if steps.page is not None:
                 steps.page.close()
