@@ -46,7 +46,7 @@ a diffusion loss, after [Autoregressive Image Generation without Vector Quantiza
 import mar
 
 model = mar.load("OWNER/NAME")  # this repository, or a folder of these files
-images = model.sample({asked})
+images = model.sample({example})
 ```
 """
 """Model card on the Hub."""
@@ -126,7 +126,7 @@ class Pipeline(
 
     @property
     def reader(self) -> ConditionReader:
-        """What turns labels or prompts into the model's conditions."""
+        """The reader of labels or prompts."""
         return self.captions or ClassReader(self.classes, self.model.config.classes)
 
     @property
@@ -135,7 +135,10 @@ class Pipeline(
         return "prompts" if self.captions else "labels"
 
     def describe_ask(self, ask: Label) -> dict[str, Any]:
-        """Return what the metadata of an image says of a label or prompt: its class number, or the prompt."""
+        """Return an image's metadata for a label or prompt.
+
+        It is the class number, or the prompt.
+        """
         if self.captions is not None:
             return {"prompt": ask or None}
         [number] = resolve_labels([ask], self.classes, self.model.config.classes)
@@ -343,8 +346,8 @@ class Pipeline(
         flags = None if mask is None else self._read_mask(mask, known_images)
         for name, values in (("seeds", seed_list), ("known", known_images), ("mask", flags)):
             if values is not None and len(values) != len(condition):
-                asked = "labels" if prompts is None else "prompts"
-                raise ValueError(f"{name}: got {len(values)} for {len(condition)} {asked}, expected one per image")
+                given = "labels" if prompts is None else "prompts"
+                raise ValueError(f"{name}: got {len(values)} for {len(condition)} {given}, expected one per image")
         if known_images is None or not len(condition):
             return Request(condition, seed_list, sampling, None, flags)
         latents = self._encode(known_images, batch)
@@ -395,8 +398,8 @@ class Pipeline(
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write one safetensors file with model, tokenizer and sampling defaults.
 
-        `dtype` bfloat16 halves the file; `open` casts its rounded weights to float32. Raises ConfigError for a model
-        with int8 weights.
+        `dtype` bfloat16 halves the file; int8 rounds the matrices of model and tokenizer to 8 bits, for a quarter of
+        it. `open` makes float32 of rounded weights. Raises ConfigError for a model with int8 weights.
         """
         if is_quantized(self.model):
             raise ConfigError("int8 weights can't be saved: save the model as it was loaded")
@@ -404,9 +407,12 @@ class Pipeline(
             self.model.config, self.sampling, self.tokenizer.config(), self.classes, self.weights, self.notes,
             {} if self.captions is None else self.captions.header(),
         )  # fmt: skip
-        tensors = {f"model.{name}": tensor.to(dtype) for name, tensor in self.model.state_dict().items()}
+        bits8 = dtype is torch.int8
+        tensors = {
+            f"model.{name}": tensor.to(None if bits8 else dtype) for name, tensor in self.model.state_dict().items()
+        }
         tensors |= {f"tokenizer.{name}": tensor for name, tensor in self.tokenizer.state_dict().items()}
-        store.save(path, header, tensors)
+        store.save(path, header, tensors, bits8=bits8)
 
     @classmethod
     def open(cls, path: str | Path) -> Pipeline:
@@ -432,7 +438,7 @@ class Pipeline(
         text = CARD.format(
             data=data.to_yaml(), millions=sum(p.numel() for p in self.model.parameters()) / 1e6,
             size="x".join(map(str, self.image_size)), classes=f", {classes} classes" if classes else "",
-            asked='prompts=["..."]' if self.captions else "labels=[0]" if classes else "labels=[None]",
+            example='prompts=["..."]' if self.captions else "labels=[0]" if classes else "labels=[None]",
         )  # fmt: skip
         return ModelCard(text)
 

@@ -69,7 +69,10 @@ def summarize_dataset(source: Source, name: str, turn_upright: bool = True) -> D
 
 
 def summarize_captions(captions: Captions) -> tuple[int, int]:
-    """Returns the number of different words, and of the words of the longest caption; zeros without captions."""
+    """Returns the number of different words, and the longest caption's length.
+
+    Both are 0 without captions.
+    """
     texts = [text for each in captions for text in each]
     if not texts:
         return 0, 0

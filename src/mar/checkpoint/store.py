@@ -1,7 +1,7 @@
 """Weights to share: one safetensors file with model, tokenizer and settings.
 
 The file's metadata has one entry of ours, `mar`: the header as JSON. Tensors are called `model.<name>` and
-`tokenizer.<name>`.
+`tokenizer.<name>`. A matrix may be stored in 8 bits, each row a multiple of a scale, `<its name>:scale`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float32, Int8
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -27,6 +28,10 @@ __all__ = ["FORMAT", "CheckpointError", "Header", "load", "model_shapes", "read_
 
 FORMAT = "mar/1"
 _KEY = "mar"
+_SCALE = ":scale"
+"""End of the name of the scales of a matrix in 8 bits."""
+_MIN_8_BIT = 4096
+"""Smaller tensors are not stored in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +50,23 @@ class Header:
     notes: dict[str, Any] = field(default_factory=dict)
     """Their origin: images seen, recipe, source file and the like."""
     condition: dict[str, Any] = field(default_factory=dict)
-    """What captions are read by (`mar.data.conditions`); empty for a model without captions."""
+    """The reader of captions (`mar.data.conditions`); empty for a model without captions."""
 
     def __post_init__(self) -> None:
         if self.weights not in ("ema", "raw"):
             raise ValueError(f"weights: got {self.weights!r}, expected ema or raw")
 
 
-def save(path: str | os.PathLike[str], header: Header, tensors: Mapping[str, Tensor]) -> None:
+def save(path: str | os.PathLike[str], header: Header, tensors: Mapping[str, Tensor], *, bits8: bool = False) -> None:
     """Write a file of weights, complete or not at all.
 
     Raises CheckpointError if the disk refuses, or the tensors are not those of the config.
+
+    Args:
+        path: the file.
+        header: its description.
+        tensors: by name.
+        bits8: round matrices and kernels to 8 bits; `load` returns them in float32.
     """
     path = Path(path)
     _check_fit(path, header.model, {name: tensor.shape for name, tensor in tensors.items()})
@@ -63,6 +74,8 @@ def save(path: str | os.PathLike[str], header: Header, tensors: Mapping[str, Ten
     values = {name: value for name, value in to_dict(header).items() if value or name != "condition"}
     metadata = {_KEY: json.dumps({"format": FORMAT, **values})}
     stored = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    if bits8:
+        stored = {key: value for name, tensor in stored.items() for key, value in to_8_bits(name, tensor).items()}
 
     def write(temporary: Path) -> None:
         try:
@@ -84,8 +97,30 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tu
     header = read_header(path)
     with safe_open(path, framework="pt", device=str(device)) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
+    for name in [name for name in tensors if name.endswith(_SCALE)]:
+        of, scale = name.removesuffix(_SCALE), tensors.pop(name)
+        if of not in tensors or scale.shape != tensors[of].shape[:1]:
+            raise CheckpointError(f"{path}: {name} has no matrix of {len(scale)} rows; was it made by mar?")
+        tensors[of] = from_8_bits(tensors[of], scale)
     _check_fit(path, header.model, {name: tensor.shape for name, tensor in tensors.items()})
     return header, tensors
+
+
+def to_8_bits(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    """Round a matrix or kernel to 8 bits, with a scale for each row.
+
+    Returns what is stored, by name: other tensors as they are.
+    """
+    if tensor.ndim < 2 or tensor.numel() < _MIN_8_BIT or not tensor.is_floating_point():
+        return {name: tensor}
+    scale = tensor.float().flatten(1).abs().amax(1) / 127
+    rows = tensor.float() / scale.clamp(min=torch.finfo(torch.float32).tiny).view(-1, *[1] * (tensor.ndim - 1))
+    return {name: rows.round().to(torch.int8), name + _SCALE: scale}
+
+
+def from_8_bits(rounded: Int8[Tensor, "rows ..."], scale: Float32[Tensor, " rows"]) -> Float32[Tensor, "rows ..."]:
+    """Multiply the rows of an 8-bit matrix by their scales."""
+    return rounded.float() * scale.view(-1, *[1] * (rounded.ndim - 1))
 
 
 def read_header(path: str | os.PathLike[str]) -> Header:

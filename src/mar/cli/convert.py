@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mar.cli.options import Dtype, parse
+from mar.cli.options import DrawnDtype, parse
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class ConvertOptions:
     """Attention heads of an official file that does not tell, and is not B, L or H."""
     patch_size: int | None = None
     """Its patch size, if it does not tell."""
-    dtype: Dtype | None = None
-    """Precision of our file, by default fp32; bf16 halves it by rounding its weights."""
+    dtype: DrawnDtype | None = None
+    """Precision of our file, by default fp32; bf16 halves it by rounding its weights, int8 quarters it."""
 
 
 def convert(arguments: Sequence[str]) -> int:

@@ -28,7 +28,7 @@ class SampleOptions(SamplingFlags):
     labels: tuple[str, ...] = ()
     """Class numbers or names; `none` for no class. By default every class (at most ten), or none."""
     prompt: tuple[str, ...] = ()
-    """What to draw, in words, for a model that draws from them; "" for no condition."""
+    """Words to draw by, for a model that knows them; "" for no condition."""
     count: int = 1
     """Pictures of each label or prompt."""
     seed: int = 0
@@ -76,13 +76,13 @@ def sample(arguments: Sequence[str]) -> int:
     model = options.load(options.model)
     settings = options.settings()
     asks = [ask for ask in options.asks(model) for _ in range(options.count)]
-    asked: dict[str, Any] = {"prompts" if options.prompt else model.asked_by: asks}
+    wanted: dict[str, Any] = {"prompts" if options.prompt else model.asked_by: asks}
     seeds = [options.seed + i for i in range(len(asks))]
     known, mask = options.known_and_mask(len(asks))
     started = time.perf_counter()
     images = model.sample(
         seeds=seeds, batch=options.batch, known=known, mask=mask, grow=options.grow, progress=True,
-        allow_broken=options.allow_broken, **asked, **settings,
+        allow_broken=options.allow_broken, **wanted, **settings,
     )  # fmt: skip
     seconds = time.perf_counter() - started
     facts = {

@@ -143,7 +143,7 @@ class ModelConfig:
 
     @property
     def condition(self) -> Condition:
-        """What the model draws by: nothing, a class, a caption's words, or its encoded text."""
+        """Kind of condition: none, a class, a caption's words, or its encoded text."""
         return "class" if self.classes else "words" if self.words else "text" if self.text_width else "none"
 
     @property

@@ -1,7 +1,7 @@
 """Captions of images: files that have them, and the words in them.
 
-A folder's captions are in `metadata.jsonl` or `metadata.csv` (Hugging Face's imagefolder: a row an image, `file_name`
-and `text`), or in a .txt file beside each image, called like it, with a caption a line.
+A folder's captions are in `metadata.jsonl` or `metadata.csv`, as in Hugging Face's imagefolder: a row for each image,
+with `file_name` and `text`. Or they are in a .txt file beside each image, called like it, with a caption a line.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ _WORD = re.compile(r"\w+(?:[-'’]\w+)*|[#*&+@$%]")
 
 
 def split_words(caption: str) -> list[str]:
-    """Return the words of a caption, in lower case; hyphens and apostrophes bind, other punctuation is left out."""
+    """Return the words of a caption, in lower case.
+
+    Hyphens and apostrophes bind; other punctuation is left out.
+    """
     return _WORD.findall(caption.casefold())
 
 

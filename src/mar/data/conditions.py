@@ -22,7 +22,7 @@ WORDS = "words"
 Label = SupportsIndex | str | None
 """Class name, class number, or None for no class."""
 Prompt = str | None
-"""What the image is to show, in words; None or "" for no condition."""
+"""Words to draw by; None or "" for no condition."""
 
 
 class ConditionReader(ABC):
@@ -30,7 +30,10 @@ class ConditionReader(ABC):
 
     @abstractmethod
     def read(self, labels: Iterable[Label] | None, prompts: Iterable[Prompt] | None) -> Shaped[Tensor, "n ..."]:
-        """Return the conditions that a user asked for. ValueError for anything that the model can't draw."""
+        """Return the conditions of what a user typed.
+
+        ValueError for anything that the model can't draw.
+        """
 
     @abstractmethod
     def of_data(self, labels: Int[Tensor, " n"], captions: Sequence[str]) -> Shaped[Tensor, "n ..."]:
@@ -75,7 +78,7 @@ class CaptionReader(ConditionReader):
     """Base of readers of captions."""
 
     def read(self, labels: Iterable[Label] | None, prompts: Iterable[Prompt] | None) -> Shaped[Tensor, "n ..."]:
-        """Return the conditions of prompts; labels may only be None, which is no condition."""
+        """Return the conditions of prompts; labels may only be None."""
         if labels is not None and prompts is None:
             given = list(labels)
             if any(label is not None for label in given):
@@ -97,7 +100,7 @@ class CaptionReader(ConditionReader):
         return self.embed(captions or [""] * len(labels))
 
     def check(self, prompt: str) -> None:
-        """Warn of what is not read of a prompt. ValueError if nothing of it is."""
+        """Log what is not read of a prompt. ValueError if nothing of it is."""
 
     @abstractmethod
     def embed(self, captions: Sequence[str]) -> Shaped[Tensor, "n ..."]:
@@ -125,7 +128,7 @@ class WordReader(CaptionReader):
         return rows
 
     def check(self, prompt: str) -> None:
-        """Warn of unknown and cut words. ValueError if none is known."""
+        """Log unknown and cut words. ValueError if none is known."""
         known = self._known(prompt)
         unknown = [word for word in split_words(prompt) if word not in self.numbers and not self._bound(word)]
         unknown = [word for word in unknown if not any(word in each.split("-") for each in known)]

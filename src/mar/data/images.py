@@ -56,7 +56,7 @@ class Example:
     name: str
     """Identifies it in messages: its path, or shard and member."""
     captions: tuple[str, ...] = ()
-    """What it shows, in words; perhaps several times."""
+    """Descriptions in words, each of the whole image."""
 
 
 class UnreadableImage(ValueError):

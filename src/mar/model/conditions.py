@@ -49,7 +49,10 @@ class _CaptionCondition(nn.Module):
         self.padding = nn.Parameter(torch.empty(config.encoder.width))
 
     def fill(self, embedded: Float[Tensor, "n w e"], there: Bool[Tensor, "n w"]) -> Float[Tensor, "n b e"]:
-        """Put the learned padding where there is no word. ValueError for captions longer than the buffer."""
+        """Put the learned padding where there is no word.
+
+        ValueError for captions longer than the buffer.
+        """
         if embedded.shape[1] > self.length:
             raise ValueError(f"captions: got {embedded.shape[1]} tokens, expected at most {self.length}; cut them")
         tokens = torch.where(there.unsqueeze(2), embedded, self.padding)

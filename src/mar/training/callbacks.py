@@ -44,7 +44,7 @@ class Snapshot:
     weights: tuple[str, ...]
     """Names of weights: ema, raw, and EMAs of other decays such as ema-0.9999."""
     asks: list[int | str | None]
-    """What the images of a sample grid show: labels or prompts."""
+    """Labels or prompts of the images of a sample grid."""
     pipeline: Callable[[str], Pipeline]
     """Copies weights to a pipeline, on every rank: `pipeline("ema")`, `pipeline("raw")`."""
 
@@ -131,8 +131,8 @@ def sample_share(
     """
     indices = range(len(asks) * rank // world, len(asks) * (rank + 1) // world)
     try:
-        asked: dict[str, Any] = {pipeline.asked_by: [asks[i] for i in indices]}
-        return pipeline.sample(seeds=list(indices), allow_broken=allow_broken, **asked)
+        wanted: dict[str, Any] = {pipeline.asked_by: [asks[i] for i in indices]}
+        return pipeline.sample(seeds=list(indices), allow_broken=allow_broken, **wanted)
     except BrokenLatents as error:
         return str(error)
 

@@ -180,7 +180,10 @@ def open_run_data(
 
 
 def with_captions(config: TrainConfig) -> TrainConfig:
-    """Return the config with the model's words counted, if it reads captions and none are set. ConfigError."""
+    """Return the config with the model's words counted, if it reads captions.
+
+    ConfigError for data without captions.
+    """
     if not config.text or config.model.words:
         return config
     if config.text != WORDS:
@@ -201,7 +204,10 @@ def _words_of_data(data: str) -> tuple[str, ...]:
 
 
 def open_captions(config: TrainConfig, folder: Path) -> CaptionReader | None:
-    """Open what reads captions: that of the run in a folder, or a new one; None: the model has no captions."""
+    """Open the reader of captions: that of the run in a folder, or a new one.
+
+    None for a model without captions.
+    """
     if not config.text:
         return None
     path = folder / CAPTIONS_FILE

@@ -342,7 +342,7 @@ class Run(TrainingRun):
 
     @cached_property
     def grid_asks(self) -> list[int | str | None]:
-        """What the images of a sample grid show, row by row: class numbers, prompts, or nothing."""
+        """Class numbers or prompts of a sample grid's images, row by row."""
         if self.captions is None:
             shown = range(min(self.config.model.classes, GRID_CLASSES))
             return [label for _ in range(GRID_ROWS) for label in shown] or [None] * GRID_UNCONDITIONAL

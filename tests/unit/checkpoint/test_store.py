@@ -229,3 +229,14 @@ def test_store_save_to_an_invalid_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"can't write .*: (Not a directory|File exists)"):
         store.save(tmp_path / "file" / "model.safetensors", HEADER, tensors())
+
+
+def test_file_of_8_bits_is_a_quarter_and_rounds_each_row(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    matrix = torch.randn(64, 128, generator=generator) * torch.logspace(-6, 3, 64).unsqueeze(1)
+    matrix[5] = 0
+    stored = store.to_8_bits("x", matrix)
+    assert {name: tensor.dtype for name, tensor in stored.items()} == {"x": torch.int8, "x:scale": torch.float32}
+    back = store.from_8_bits(stored["x"], stored["x:scale"])
+    assert ((back - matrix).abs() <= matrix.abs().amax(1, keepdim=True) / 127 / 2 * 1.001).all()
+    assert store.to_8_bits("bias", matrix[0]).keys() == {"bias"}
