@@ -31,7 +31,7 @@ from torch import Tensor
 from mar.backends.cpu.int8 import is_quantized
 from mar.config import SamplingConfig
 from mar.config.fields import renamed_fields
-from mar.data.conditions import Label
+from mar.data.conditions import Label, Prompt
 from mar.nn import Linear
 from mar.pipeline import Pipeline, RevealStep, to_pil
 from mar.sampling.generate import as_seeds
@@ -115,7 +115,7 @@ class MARModel(ModelMixin):  # type: ignore[misc]
 
 
 class MARPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Generates images of classes, as a `DiffusionPipeline`.
+    """Generates images of classes or prompts, as a `DiffusionPipeline`.
 
     Args:
         model: of `mar.load`; or the component of another MARPipeline.
@@ -168,7 +168,7 @@ class MARPipeline(DiffusionPipeline):  # type: ignore[misc]
         return_dict: bool = True,
         callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        prompt: Any = None,
+        prompt: Prompt | Iterable[Prompt] = None,
         allow_broken: bool = False,
         **settings: Any,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
@@ -177,15 +177,16 @@ class MARPipeline(DiffusionPipeline):  # type: ignore[misc]
         Raises ValueError for arguments that do not fit the model or each other.
 
         Args:
-            class_labels: class names, class numbers, or None for no class; one or several.
+            class_labels: class names, class numbers, or None for no class; one or several. For a model that draws
+                from words, prompts, so that `pipe("...")` draws them.
             num_inference_steps: K, the reveal steps (None: the model's).
             guidance_scale: scale of classifier-free guidance, 1 for none (None: the model's).
             generator: gives the seeds of the images, as `seeds_of` has it; one, or one per image (None: PyTorch's
                 default generator).
             seeds: seeds of the images instead, as for `mar.Pipeline.sample`.
-            num_images_per_prompt: images of each label, one after the other.
+            num_images_per_prompt: images of each label or prompt, one after the other.
             image: images to keep where `mask_image` is black: PIL images, or arrays as `output_type` has them; one, one
-                per label, or one per image.
+                per label or prompt, or one per image.
             mask_image: PIL images, white where to generate; or bools (n, rows, columns), one per token or pixel.
             grow: tokens around painted pixels to generate as well, as for `mar.Pipeline.sample`.
             output_type: kind of `images`.
@@ -193,12 +194,12 @@ class MARPipeline(DiffusionPipeline):  # type: ignore[misc]
             callback_on_step_end: called after every reveal step. It may stop the call by `pipe._interrupt = True`;
                 masked tokens are then decoded from zeros. Other latents than those given are refused.
             callback_on_step_end_tensor_inputs: names of the tensors to give to it: latents, or none.
-            prompt: not for models of classes.
+            prompt: what to draw, in words, for a model that draws from them; one or several, None for no condition.
             allow_broken: return noise instead of raising BrokenLatents.
             settings: a preset, and fields of SamplingConfig that differ from the model's own.
         """
-        if prompt is not None:
-            raise ValueError(f"prompt: got {reprlib.repr(prompt)}, but this model takes classes; use class_labels")
+        model: Pipeline = self.model.pipeline
+        asks = _as_prompts(class_labels, prompt) if model.captions else _as_labels(class_labels, prompt)
         if output_type not in get_args(OutputType):
             raise ValueError(f"output_type: got {output_type!r}, expected one of {', '.join(get_args(OutputType))}")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
@@ -206,14 +207,14 @@ class MARPipeline(DiffusionPipeline):  # type: ignore[misc]
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs: got {', '.join(sorted(unknown))}, expected latents")
         settings = _merge_settings(settings, steps=num_inference_steps, guidance_scale=guidance_scale)
-        labels, known, mask = _expand(_as_labels(class_labels), num_images_per_prompt, image, mask_image)
-        model: Pipeline = self.model.pipeline
+        asks, known, mask = _expand(asks, num_images_per_prompt, image, mask_image)
         self._num_timesteps = model.sampling_with(**settings).steps
-        self._seeds = seeds_of(len(labels), generator, seeds)
+        self._seeds = seeds_of(len(asks), generator, seeds)
         self._interrupt = False
 
+        argument: dict[str, Any] = {model.asked_by: asks}
         steps = model.reveal(
-            labels, self._seeds, known=known, mask=mask, grow=grow, allow_broken=allow_broken, **settings
+            seeds=self._seeds, known=known, mask=mask, grow=grow, allow_broken=allow_broken, **argument, **settings
         )
         with self.progress_bar(total=self._num_timesteps) as progress_bar:
             for step in steps:
@@ -340,7 +341,9 @@ def _merge_settings(settings: dict[str, Any], **named: Any) -> dict[str, Any]:
     return {**settings, **given}
 
 
-def _as_labels(labels: Label | Iterable[Label]) -> list[Label]:
+def _as_labels(labels: Label | Iterable[Label], prompt: Any) -> list[Label]:
+    if prompt is not None:
+        raise ValueError(f"prompt: got {reprlib.repr(prompt)}, but this model takes classes; use class_labels")
     if labels is None or isinstance(labels, str):
         return [labels]
     with contextlib.suppress(TypeError):
@@ -351,20 +354,35 @@ def _as_labels(labels: Label | Iterable[Label]) -> list[Label]:
     raise ValueError(f"class_labels: got {labels!r}, expected class names, class numbers or None, at least one")
 
 
+def _as_prompts(labels: Any, prompt: Any) -> list[Prompt]:
+    """Return the prompts in either argument: the first one of a call is `class_labels`."""
+    if labels is not None and prompt is not None:
+        raise ValueError(f"class_labels: got {reprlib.repr(labels)} and a prompt, expected a prompt alone")
+    name, given = ("prompt", prompt) if labels is None else ("class_labels", labels)
+    if given is None or isinstance(given, str):
+        return [given]
+    several = list(given) if isinstance(given, Iterable) else []
+    if not several or not all(isinstance(each, str | None) for each in several):
+        raise ValueError(
+            f"{name}: got {reprlib.repr(given)}, but this model draws from words; expected prompts, at least one"
+        )
+    return several
+
+
 def _expand(
-    labels: list[Label],
+    asks: list[Any],
     repeats: int,
     image: KnownImages | None,
     mask_image: MaskImages | None,
-) -> tuple[list[Label], Any, Any]:
-    """Repeat labels, images and masks to one per image to generate."""
+) -> tuple[list[Any], Any, Any]:
+    """Repeat labels or prompts, images and masks to one per image to generate."""
     if repeats < 1:
         raise ValueError(f"num_images_per_prompt: got {repeats}, expected at least 1")
     if (image is None) != (mask_image is None):
         raise ValueError("image and mask_image: got only one of them, expected both (mask: white = generate)")
-    known = None if image is None else _repeat(_as_known(image), len(labels), repeats)
-    mask = None if mask_image is None else _repeat(_as_mask(mask_image), len(labels), repeats)
-    return _repeat(labels, len(labels), repeats), known, mask
+    known = None if image is None else _repeat(_as_known(image), len(asks), repeats)
+    mask = None if mask_image is None else _repeat(_as_mask(mask_image), len(asks), repeats)
+    return _repeat(asks, len(asks), repeats), known, mask
 
 
 def _repeat(values: Any, labels: int, repeats: int) -> Any:

@@ -126,7 +126,7 @@ class Pipeline(
 
     @property
     def reader(self) -> ConditionReader:
-        """The reader of labels or prompts."""
+        """Reader of labels or prompts: the model's conditions of them."""
         return self.captions or ClassReader(self.classes, self.model.config.classes)
 
     @property
@@ -134,11 +134,13 @@ class Pipeline(
         """The argument of `sample` that says what to draw."""
         return "prompts" if self.captions else "labels"
 
-    def describe_ask(self, ask: Label) -> dict[str, Any]:
-        """Return an image's metadata for a label or prompt.
+    @property
+    def examples(self) -> tuple[str, ...]:
+        """Prompts to draw where none are given, from the model's notes; () if it has none."""
+        return tuple(map(str, self.notes.get("examples", ()))) if self.captions else ()
 
-        It is the class number, or the prompt.
-        """
+    def describe_ask(self, ask: Label) -> dict[str, Any]:
+        """Return an image's metadata: the class number of its label, or its prompt."""
         if self.captions is not None:
             return {"prompt": ask or None}
         [number] = resolve_labels([ask], self.classes, self.model.config.classes)
@@ -323,7 +325,8 @@ class Pipeline(
         known = as_images(images)
         condition = self._condition(labels, prompts)
         if len(condition) != len(known):
-            raise ValueError(f"labels: got {len(condition)} for {len(known)} images, expected one per image")
+            kind = "labels" if prompts is None else "prompts"
+            raise ValueError(f"{kind}: got {len(condition)} for {len(known)} images, expected one per image")
         return token_losses(self.model, self._encode(known, 64), condition.to(self.device))
 
     def _condition(self, labels: Iterable[Label] | None, prompts: Iterable[Prompt] | None) -> Tensor:
@@ -346,8 +349,8 @@ class Pipeline(
         flags = None if mask is None else self._read_mask(mask, known_images)
         for name, values in (("seeds", seed_list), ("known", known_images), ("mask", flags)):
             if values is not None and len(values) != len(condition):
-                given = "labels" if prompts is None else "prompts"
-                raise ValueError(f"{name}: got {len(values)} for {len(condition)} {given}, expected one per image")
+                kind = "labels" if prompts is None else "prompts"
+                raise ValueError(f"{name}: got {len(values)} for {len(condition)} {kind}, expected one per image")
         if known_images is None or not len(condition):
             return Request(condition, seed_list, sampling, None, flags)
         latents = self._encode(known_images, batch)
@@ -433,12 +436,16 @@ class Pipeline(
 
         It names a license only if `model_card_kwargs` has one.
         """
-        data = ModelCardData(**{**self._hub_mixin_info.model_card_data.to_dict(), "license": license})
+        facts = {**self._hub_mixin_info.model_card_data.to_dict(), "license": license}
+        if self.captions is not None:
+            facts["pipeline_tag"] = "text-to-image"
+        data = ModelCardData(**facts)
         classes = self.model.config.classes
         text = CARD.format(
             data=data.to_yaml(), millions=sum(p.numel() for p in self.model.parameters()) / 1e6,
             size="x".join(map(str, self.image_size)), classes=f", {classes} classes" if classes else "",
-            example='prompts=["..."]' if self.captions else "labels=[0]" if classes else "labels=[None]",
+            example=f"prompts={json.dumps(self.examples[:2] or ['...'])}" if self.captions
+            else "labels=[0]" if classes else "labels=[None]",
         )  # fmt: skip
         return ModelCard(text)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from mar.cli.options import SamplingFlags, interruptible, parse, save_png
+from mar.cli.options import SamplingFlags, given_prompts, interruptible, parse, save_png
 from mar.cli.stats import FeatureFlags, Split, check_count, check_out
 from mar.config import ConfigError
 
@@ -35,8 +35,10 @@ class EvaluateOptions(FeatureFlags, SamplingFlags):
     reference_split: Split = "test"
     """The part of a reference that has several."""
     count: int | None = None
-    """Pictures in all: of a model in turns of its classes, of a set spread over it. By default 50 of each class, or the
-    whole set."""
+    """Pictures in all: of a model in turns of its classes or prompts, of a set spread over it. By default 50 of each
+    class, each prompt once, or the whole set."""
+    prompts: Path | None = None
+    """A text file with a prompt a line, for a model that draws from words. By default the captions of the reference."""
     seed: int = 0
     """Another seed draws other pictures."""
     kid: bool = False
@@ -115,7 +117,7 @@ def _check_source(options: EvaluateOptions) -> None:
         return
     if options.sweep:
         raise ConfigError(f"a sweep compares ways of drawing, but {options.what} is no model")
-    given = [*options.settings(), *(n for n in ("seed", "tf32", "allow_broken") if getattr(options, n))]
+    given = [*options.settings(), *(n for n in ("seed", "prompts", "tf32", "allow_broken") if getattr(options, n))]
     given += ["dtype"] if options.dtype != "fp32" else []
     if given:
         name = given[0].replace("_", "-")
@@ -167,6 +169,7 @@ def _eval_options(options: EvaluateOptions) -> EvalOptions:
         metrics=MetricOptions(options.kid, options.precision, options.splits, neighbors),
         count=options.count,
         seed=options.seed,
+        prompts=given_prompts(file=options.prompts),
         image_size=options.size(),
         upright=options.upright,
         batch=options.batch,

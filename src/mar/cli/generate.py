@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from mar.cli.options import SamplingFlags, interruptible, parse
+from mar.cli.options import SamplingFlags, check_asks, default_prompts, given_prompts, interruptible, parse
 from mar.config import ConfigError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ Format = Literal["png", "npz", "webdataset"]
 class GenerateOptions(SamplingFlags):
     """Draws many pictures from a model. The same command goes on where it was stopped, and ends with the same files.
 
-    Picture i has the seed SEED * 2**32 + i and depends on it and on its label alone. For several processes:
+    Picture i has the seed SEED * 2**32 + i and depends on it and on its label or prompt alone. For several processes:
     torchrun --nproc-per-node 8 -m mar generate MODEL ...
     """
 
@@ -38,15 +38,20 @@ class GenerateOptions(SamplingFlags):
     out: Path
     """Folder for the pictures, or a file OUT.npz."""
     format: Format | None = None
-    """png: folders of classes; npz: for ADM's suite; webdataset: tar shards. By default npz for OUT.npz, else png."""
+    """png: folders of classes, or one with metadata.jsonl for prompts; npz: for ADM's suite; webdataset: tar shards. By
+    default npz for OUT.npz, else png."""
     per_class: int | None = None
     """Pictures of each class; by default 50."""
     count: int | None = None
-    """Pictures in all, instead; the classes take turns."""
+    """Pictures in all, instead; the classes or prompts take turns."""
     labels: tuple[str, ...] = ()
     """Only these classes, by number or name; `none` for no class. By default all."""
     labels_file: Path | None = None
     """Instead of all these: a text file with the label of each picture, one a line."""
+    prompt: tuple[str, ...] = ()
+    """Words for a model that draws from them; `none` for no condition. By default its examples."""
+    prompts: Path | None = None
+    """Instead of --prompt: a text file with a prompt a line. Each is drawn once, or --count pictures in all."""
     seed: int = 0
     """Another seed draws other pictures."""
     batch: int = 64
@@ -60,6 +65,7 @@ def generate(arguments: Sequence[str]) -> int:
 
 def _generate(arguments: Sequence[str], check: Callable[[], None]) -> int:
     from mar import devices, distributed
+    from mar.sampling.plan import as_argument
     from mar.sampling.sinks import SINKS, write_all
 
     with distributed.collective_errors():
@@ -73,10 +79,9 @@ def _generate(arguments: Sequence[str], check: Callable[[], None]) -> int:
             sink = SINKS[kind](_job(options, kind, model))
 
         def draw(unit: WorkUnit, advance: Advance) -> np.ndarray:
-            labels = [None if label < 0 else label for label in unit.labels]
             [images] = model.stream(
-                labels, unit.seeds, batch=len(labels), allow_broken=options.allow_broken, advance=advance,
-                **options.settings(),
+                seeds=unit.seeds, batch=len(unit), allow_broken=options.allow_broken, advance=advance,
+                **as_argument(unit.asks), **options.settings(),
             )  # fmt: skip
             return images.numpy()
 
@@ -97,27 +102,58 @@ def _format(options: GenerateOptions) -> Format:
 
 
 def _check_labels(options: GenerateOptions) -> None:
-    """Raises ConfigError for labels that are given in two ways."""
+    """Raises ConfigError for labels or prompts that are given in two ways."""
     if options.per_class is not None and options.count is not None:
         raise ConfigError("per-class and count: got both, expected one of them")
     if options.labels_file is not None and (options.labels or options.per_class or options.count):
         raise ConfigError("labels-file says the label of each picture; leave labels, per-class and count out")
+    if (options.prompt or options.prompts is not None) and options.per_class is not None:
+        raise ConfigError("per-class is of classes; give --count, the number of pictures in all")
 
 
 def _plan(options: GenerateOptions, model: Pipeline) -> Plan:
-    from mar.data.labels import resolve_labels
-    from mar.sampling.plan import Plan, read_labels
+    """Plans the images. Raises ValueError for labels or prompts that the model can't draw."""
+    from mar.sampling.plan import read_labels
 
-    def class_numbers(labels: Sequence[str | None]) -> list[int]:
-        distinct = list(dict.fromkeys(labels))  # a name is looked up once, not 50,000 times
-        numbers = resolve_labels(distinct, model.classes, model.model.config.classes)
-        by_label = dict(zip(distinct, numbers, strict=True))
-        return [by_label[label] for label in labels]
-
+    labels = [None if label.lower() == "none" else label for label in options.labels] or None
     if options.labels_file is not None:
-        return Plan(tuple(class_numbers(read_labels(options.labels_file))), options.seed)
-    labels = [None if label.lower() == "none" else label for label in options.labels]
-    classes = class_numbers(labels) or list(range(model.model.config.classes)) or [-1]
+        labels = read_labels(options.labels_file)
+    prompts = given_prompts(options.prompt, options.prompts)
+    if prompts is not None or model.captions is not None:
+        check_asks(model, labels, prompts)
+    if model.captions is not None:
+        return _plan_prompts(options, model, prompts, labels)
+    return _plan_classes(options, model, labels)
+
+
+def _plan_prompts(
+    options: GenerateOptions, model: Pipeline, prompts: Sequence[str | None] | None, labels: Sequence[str | None] | None
+) -> Plan:
+    """Plans images of prompts: each once, or --count in turns; without any, 50 of the model's examples."""
+    from mar.sampling.plan import Plan
+
+    if options.per_class is not None:
+        raise ConfigError(f"per-class: {options.model} draws from words and has no classes; give --count")
+    given = labels if prompts is None else prompts  # labels are None: `check_asks` has refused others
+    asks = [prompt or "" for prompt in (default_prompts(model) if given is None else given)]
+    count = options.count
+    if count is None:
+        count = 50 if given is None else len(asks)
+    return Plan.total(count, asks, options.seed)
+
+
+def _plan_classes(options: GenerateOptions, model: Pipeline, labels: Sequence[str | None] | None) -> Plan:
+    """Plans images of classes."""
+    from mar.data.labels import resolve_labels
+    from mar.sampling.plan import Plan
+
+    distinct = list(dict.fromkeys(labels or ()))  # a name is looked up once, not 50,000 times
+    numbers = resolve_labels(distinct, model.classes, model.model.config.classes)
+    by_label = dict(zip(distinct, numbers, strict=True))
+    given = [by_label[label] for label in labels or ()]
+    if options.labels_file is not None:
+        return Plan(tuple(given), options.seed)
+    classes = given or list(range(model.model.config.classes)) or [-1]
     if options.count is not None:
         return Plan.total(options.count, classes, options.seed)
     return Plan.per_class(50 if options.per_class is None else options.per_class, classes, options.seed)
@@ -133,7 +169,8 @@ def _job(options: GenerateOptions, kind: Format, model: Pipeline) -> Job:
     shape = (model.tokenizer.image_channels, *model.image_size)
     settings = {
         "mar": __version__, "model": Path(options.model).name, "weights": model.fingerprint(), "format": kind,
-        "pictures": len(plan), "labels": plan.fingerprint(), "seed": plan.seed, "batch": options.batch,
+        "pictures": len(plan), "prompts" if plan.has_prompts else "labels": plan.fingerprint(), "seed": plan.seed,
+        "batch": options.batch,
         "dtype": options.dtype, "tf32": options.tf32, "allow_broken": options.allow_broken, "shape": shape,
         **to_dict(sampling),
     }  # fmt: skip

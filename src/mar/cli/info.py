@@ -6,7 +6,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -56,3 +56,16 @@ def _print_model(name: str) -> None:
     if header.classes:
         more = ", ..." if len(header.classes) > 10 else ""
         print(f"{len(header.classes)} classes: {', '.join(header.classes[:10])}{more}")
+    if header.condition:
+        print(f"captions: {_describe_captions(header.condition)}")
+
+
+def _describe_captions(condition: dict[str, Any]) -> str:
+    """Formats what a model reads captions by."""
+    from mar.data.conditions import WORDS
+
+    if condition.get("kind") == WORDS:
+        words = condition["words"]  # the most frequent first
+        more = ", ..." if len(words) > 10 else ""
+        return f"{len(words):,} words, learned with the model: {', '.join(words[:10])}{more}"
+    return ", ".join(f"{key}={value}" for key, value in condition.items())

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, ge
 
 import tyro
 
-from mar.config import Preset, SamplingConfig
+from mar.config import ConfigError, Preset, SamplingConfig
 from mar.config.fields import RENAMED, field_docs, new_names, renamed_fields
 
 if TYPE_CHECKING:
@@ -227,6 +227,44 @@ class SamplingFlags(_SamplingOptions):
 
 
 RENAMED["SamplingFlags"] = RENAMED["SamplingConfig"]
+
+
+def given_prompts(prompt: Sequence[str] = (), file: Path | None = None) -> list[str | None] | None:
+    """Returns the prompts of --prompt or --prompts; None: neither was given.
+
+    Raises ConfigError for both, and for a file without prompts.
+    """
+    from mar.sampling.plan import read_prompts
+
+    if prompt and file is not None:
+        raise ConfigError("got --prompt and --prompts, expected one of them")
+    if file is not None:
+        return read_prompts(file)
+    return [None if text.strip().lower() in ("", "none") else text for text in prompt] or None
+
+
+def check_asks(model: Pipeline, labels: Sequence[str | None] | None, prompts: Sequence[str | None] | None) -> None:
+    """Raises ValueError for labels or prompts that a model can't draw.
+
+    Args:
+        model: draws them.
+        labels: given by the user; None: none were.
+        prompts: given by the user; None: none were.
+    """
+    if labels is not None and prompts is not None:
+        raise ConfigError("got labels and prompts, expected one of them")
+    if labels is not None or prompts is not None:
+        model.reader.read(labels, prompts)
+
+
+def default_prompts(model: Pipeline) -> list[str | None]:
+    """Prints and returns the prompts to draw by default."""
+    from mar import distributed
+
+    if distributed.rank() == 0:
+        kind = "the model's examples" if model.examples else "pictures without a condition"
+        print(f"mar: no prompts were given: drawing {kind}; --prompt says what to draw", file=sys.stderr)
+    return list(model.examples) or [None]
 
 
 # ---- signals and files

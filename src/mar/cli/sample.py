@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from mar.cli.options import SamplingFlags, parse, save_png
+from mar.cli.options import SamplingFlags, check_asks, default_prompts, given_prompts, parse, save_png
 from mar.config import to_dict
 
 if TYPE_CHECKING:
@@ -28,7 +28,9 @@ class SampleOptions(SamplingFlags):
     labels: tuple[str, ...] = ()
     """Class numbers or names; `none` for no class. By default every class (at most ten), or none."""
     prompt: tuple[str, ...] = ()
-    """Words to draw by, for a model that knows them; "" for no condition."""
+    """Words for a model that draws from them; `none` for no condition. By default its examples."""
+    prompts: Path | None = None
+    """Instead of --prompt: a text file with a prompt a line."""
     count: int = 1
     """Pictures of each label or prompt."""
     seed: int = 0
@@ -56,33 +58,32 @@ class SampleOptions(SamplingFlags):
         return [known] * count, [mask] * count
 
     def asks(self, model: Pipeline) -> list[str | int | None]:
-        """Returns what to draw: the prompts, the labels, or by default classes of the model."""
-        if self.labels and self.prompt:
-            raise ValueError("got --labels and --prompt, expected one of them")
-        if self.prompt:
-            return list(self.prompt)
-        given: list[str | int | None] = [None if label.lower() == "none" else label for label in self.labels]
-        return given or list(range(min(model.model.config.classes, 10))) or [None]
+        """Returns what to draw: the prompts, the labels, or by default classes or examples of the model."""
+        labels = [None if label.lower() == "none" else label for label in self.labels] or None
+        prompts = given_prompts(self.prompt, self.prompts)
+        check_asks(model, labels, prompts)
+        if labels is None and prompts is None and model.captions is None:
+            return list(range(min(model.model.config.classes, 10))) or [None]
+        return list(labels or prompts or default_prompts(model))
 
 
 def sample(arguments: Sequence[str]) -> int:
     """Runs `mar sample`."""
     options = parse(SampleOptions, "sample", arguments)
     from mar.data.images import image_grid
-    from mar.sampling.sinks.folder import slug
 
     if options.count < 1:
         raise ValueError(f"count: got {options.count}, expected at least 1")
     model = options.load(options.model)
     settings = options.settings()
     asks = [ask for ask in options.asks(model) for _ in range(options.count)]
-    wanted: dict[str, Any] = {"prompts" if options.prompt else model.asked_by: asks}
+    argument: dict[str, Any] = {model.asked_by: asks}
     seeds = [options.seed + i for i in range(len(asks))]
     known, mask = options.known_and_mask(len(asks))
     started = time.perf_counter()
     images = model.sample(
         seeds=seeds, batch=options.batch, known=known, mask=mask, grow=options.grow, progress=True,
-        allow_broken=options.allow_broken, **wanted, **settings,
+        allow_broken=options.allow_broken, **argument, **settings,
     )  # fmt: skip
     seconds = time.perf_counter() - started
     facts = {
@@ -92,11 +93,21 @@ def sample(arguments: Sequence[str]) -> int:
     }  # fmt: skip
     own = [model.describe_ask(ask) for ask in asks]  # as in PNGs of `mar generate`
     for ask, what, seed, image in zip(asks, own, seeds, images, strict=True):
-        name = model.classes[ask] if isinstance(ask, int) and model.classes else str(ask or "none").lower()
-        save_png(image, options.out / f"{slug(name)}-{seed:05d}.png", **what, seed=seed, **facts)
+        save_png(image, options.out / f"{_file_name(model, ask)}-{seed:05d}.png", **what, seed=seed, **facts)
     grid = image_grid(images, columns=options.count if options.count > 1 else min(len(images), 10))
     every = {f"{key}s": [what[key] for what in own] for key in own[0]}
     save_png(grid, options.out / "grid.png", **every, seeds=seeds, **facts)
     print(f"{len(images)} pictures and grid.png in {options.out}")
     print(f"{seconds:.1f} s, {seconds / len(images):.2f} s a picture, on {model.device}")
     return 0
+
+
+def _file_name(model: Pipeline, ask: str | int | None) -> str:
+    """Returns the name of an image's file, without seed: the class, or the prompt, shortened."""
+    from mar.sampling.sinks.folder import prompt_slug, slug
+
+    if model.captions is not None:
+        return prompt_slug(str(ask or "none"))
+    return slug(
+        model.classes[ask] if isinstance(ask, int) and model.classes else str("none" if ask is None else ask).lower()
+    )

@@ -182,6 +182,7 @@ def _make_evaluation(options: TrainOptions, run: Run, log: Log) -> SnapshotCallb
 
     Broken images of a young model are a note, not an error.
     """
+    from mar.data.captions import captions_of
     from mar.evaluation.features import open_extractor
     from mar.evaluation.session import OnlineEvaluator
     from mar.sampling.generate import BrokenLatents
@@ -189,9 +190,12 @@ def _make_evaluation(options: TrainOptions, run: Run, log: Log) -> SnapshotCallb
 
     extractor = open_extractor(options.eval_features, options.eval_weights).to(run.device)
     reference = options.eval_reference or options.config.data
-    evaluator = OnlineEvaluator(extractor, reference, options.eval_count, upright=run.transform.upright)
+    captions = captions_of(run.held_out) or captions_of(run.source)
+    evaluator = OnlineEvaluator(
+        extractor, reference, options.eval_count, upright=run.transform.upright, captions=captions
+    )
     # A wrong reference fails here, before hours of training.
-    evaluator.measure_reference(take_snapshot(run).pipeline("ema").image_size)
+    evaluator.check(take_snapshot(run).pipeline("ema"))
 
     def evaluate(snapshot: Snapshot) -> dict[str, float]:
         metrics: dict[str, float] = {}

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from mar import distributed
 from mar.data.captions import nearest_words, split_words
 from mar.data.labels import resolve_labels
-from mar.model.conditions import NO_CONDITION
+from mar.model.conditions import NO_CONDITION, has_condition
 
 logger = logging.getLogger("mar.data")
 
@@ -22,7 +24,9 @@ WORDS = "words"
 Label = SupportsIndex | str | None
 """Class name, class number, or None for no class."""
 Prompt = str | None
-"""Words to draw by; None or "" for no condition."""
+"""A picture in words; None or "" for no condition."""
+MAX_NOTES = 5
+"""Prompts of one request of which each is told what is not read of it; more are counted."""
 
 
 class ConditionReader(ABC):
@@ -78,7 +82,10 @@ class CaptionReader(ConditionReader):
     """Base of readers of captions."""
 
     def read(self, labels: Iterable[Label] | None, prompts: Iterable[Prompt] | None) -> Shaped[Tensor, "n ..."]:
-        """Return the conditions of prompts; labels may only be None."""
+        """Return the conditions of prompts; labels may only be None, which is no condition.
+
+        What is not read of a prompt is logged, once.
+        """
         if labels is not None and prompts is None:
             given = list(labels)
             if any(label is not None for label in given):
@@ -86,21 +93,44 @@ class CaptionReader(ConditionReader):
             prompts = [None] * len(given)
         elif labels is not None:
             raise ValueError("got labels and prompts, expected prompts alone")
-        if isinstance(prompts, str) or prompts is None:
-            raise ValueError(f"prompts: got {prompts!r}, expected a list of them")
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise ValueError(f"prompts: got {prompts!r}, expected a list of them, as [{prompts!r}]")
         texts = list(prompts)
         if wrong := [text for text in texts if not isinstance(text, str | None)]:
             raise ValueError(f"prompts: got {wrong[0]!r}, expected text")
-        for text in dict.fromkeys(texts):
-            self.check(text or "")
+        self._log_notes([text for text in dict.fromkeys(texts) if text and text.strip()])
         return self.embed([text or "" for text in texts])
 
     def of_data(self, labels: Int[Tensor, " n"], captions: Sequence[str]) -> Shaped[Tensor, "n ..."]:
         """Return the conditions of a batch's captions."""
         return self.embed(captions or [""] * len(labels))
 
-    def check(self, prompt: str) -> None:
-        """Log what is not read of a prompt. ValueError if nothing of it is."""
+    def readable(self, captions: Sequence[str]) -> list[str]:
+        """Return the captions of which something is read."""
+        if not captions:
+            return []
+        flags = has_condition(self.embed(captions)).tolist()
+        return [caption for caption, flag in zip(captions, flags, strict=True) if flag]
+
+    def check(self, prompt: str) -> str | None:
+        """Describe unread parts of a prompt; None: all is read. ValueError if nothing is."""
+        return None
+
+    @cached_property
+    def _checked(self) -> set[str]:
+        """Prompts that have been checked."""
+        return set()
+
+    def _log_notes(self, prompts: Sequence[str]) -> None:
+        new = [prompt for prompt in prompts if prompt not in self._checked]
+        notes = [note for prompt in new if (note := self.check(prompt)) is not None]
+        self._checked.update(new)
+        if distributed.rank() != 0:
+            return
+        for note in notes[:MAX_NOTES]:
+            logger.warning("%s", note)
+        if len(notes) > MAX_NOTES:
+            logger.warning("%s more prompts are read in part", f"{len(notes) - MAX_NOTES:,}")
 
     @abstractmethod
     def embed(self, captions: Sequence[str]) -> Shaped[Tensor, "n ..."]:
@@ -108,7 +138,7 @@ class CaptionReader(ConditionReader):
 
 
 class WordReader(CaptionReader):
-    """Reads captions by the numbers of their words, for models that learn words.
+    """Reads captions by the numbers of their words.
 
     Args:
         words: that it knows; the others are left out.
@@ -127,20 +157,24 @@ class WordReader(CaptionReader):
             row[: len(numbers)] = torch.tensor(numbers, dtype=torch.long)
         return rows
 
-    def check(self, prompt: str) -> None:
-        """Log unknown and cut words. ValueError if none is known."""
+    def check(self, prompt: str) -> str | None:
+        """Describe unknown and cut words. ValueError if none is known."""
         known = self._known(prompt)
         unknown = [word for word in split_words(prompt) if word not in self.numbers and not self._bound(word)]
         unknown = [word for word in unknown if not any(word in each.split("-") for each in known)]
-        if unknown:
+        notes = []
+        if unknown or not known:
             hints = [f"{word} ({', '.join(near)}?)" if (near := nearest_words(word, self.words)) else word
                      for word in dict.fromkeys(unknown)]  # fmt: skip
-            said = f"prompt {prompt!r}: unknown words: {', '.join(hints)}"
+            said = f"unknown words: {', '.join(hints)}" if hints else "it has no words"
             if not known:
-                raise ValueError(f"{said}; expected some of the {len(self.words):,} words that this model knows")
-            logger.warning("%s; left out", said)
+                raise ValueError(
+                    f"prompt {prompt!r}: {said}; expected some of the {len(self.words):,} words that this model knows"
+                )
+            notes.append(f"{said}; left out")
         if len(known) > self.length:
-            logger.warning("prompt %r: cut after %d words, at %r", prompt, self.length, known[self.length])
+            notes.append(f"cut after {self.length} words, before {known[self.length]!r}")
+        return f"prompt {prompt!r}: {'; '.join(notes)}" if notes else None
 
     def header(self) -> dict[str, Any]:
         """Return the words."""

@@ -25,7 +25,7 @@ from mar.data.paths import SHARD_SUFFIXES
 from mar.data.sources import open_source
 from mar.data.splits import stratified_indices, subset
 from mar.pipeline import WEIGHTS_FILE, Pipeline
-from mar.sampling.plan import Plan
+from mar.sampling.plan import Plan, as_argument
 from mar.sampling.progress import Advance
 from mar.zoo import BUNDLED
 
@@ -279,11 +279,11 @@ def _read_header(file: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
 
 
 class GeneratedImages:
-    """Images that a model draws batch by batch: image i depends on (seed, i) and its class alone.
+    """Images that a model draws batch by batch: image i depends on (seed, i) and its class or prompt alone.
 
     Args:
         pipeline: the model.
-        plan: the class and seed of each image.
+        plan: the class or prompt and the seed of each image.
         name: a description for people.
         advance: is called with the number of images drawn so far, in fractions of one.
         allow_broken: draw on where latents are no image.
@@ -303,13 +303,13 @@ class GeneratedImages:
 
     def batches(self, batch: int, first: int, end: int) -> Iterator[ImageBatch]:
         indices = list(range(first, end))
-        labels = [self.plan.labels[i] for i in indices]
+        labels = self.plan.labels[first:end]
         stream = self.pipeline.stream(
-            [None if label < 0 else label for label in labels],
-            self.plan.seeds(first, end),
+            seeds=self.plan.seeds(first, end),
             batch=batch,
             allow_broken=self.allow_broken,
             advance=self.advance,
+            **as_argument(self.plan.asks[first:end]),
             **self.settings,
         )
         for images in stream:

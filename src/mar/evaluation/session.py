@@ -15,12 +15,16 @@ from PIL import Image
 
 from mar import distributed
 from mar.config import ConfigError
+from mar.data.captions import Captions, captions_of, pick_caption
+from mar.data.conditions import CaptionReader
+from mar.data.splits import stratified_indices
 from mar.evaluation.class_accuracy import ClassAccuracy
 from mar.evaluation.evaluate import Collected, MetricOptions, Report, collect, compare, print_feature_memory
 from mar.evaluation.features import Extractor
 from mar.evaluation.image_sets import (
     GeneratedImages,
     ImageSet,
+    SourceImages,
     digest,
     has_test_split,
     is_statistics,
@@ -95,6 +99,28 @@ def open_either(
     return open_images(spec, split=split, size=size, limit=limit, upright=upright)
 
 
+# ---- Prompts of models that draw from words
+
+
+def reference_captions(reference: FeatureStats | ImageSet) -> Captions:
+    """Returns the captions of a reference's images; empty for statistics, and images without."""
+    return captions_of(reference.source) if isinstance(reference, SourceImages) else ()
+
+
+def spread_prompts(captions: Captions, reader: CaptionReader, count: int | None, seed: int = 0) -> list[str]:
+    """Returns captions of `count` images, spread evenly over all.
+
+    Args:
+        captions: of each image; those without are left out.
+        reader: the model's; captions that it can't read are left out.
+        count: number of images (None: all).
+        seed: chooses among the captions of an image.
+    """
+    one_each = [pick_caption(each, seed, position) for position, each in enumerate(captions) if each]
+    chosen = stratified_indices(len(one_each), len(one_each) if count is None else count)
+    return reader.readable([one_each[int(index)] for index in chosen])
+
+
 # ---- A session of `mar evaluate`
 
 
@@ -113,8 +139,10 @@ class EvalOptions:
     held_out_split: str = "test"
     metrics: MetricOptions = field(default_factory=MetricOptions)
     count: int | None = None
-    """Images to evaluate. None: 50 of each class of a model, or the whole set."""
+    """Images to evaluate. None: 50 of each class of a model, one of each prompt, or the whole set."""
     seed: int = 0
+    prompts: Sequence[str | None] | None = None
+    """Prompts of a model that draws from words. None: the captions of the reference."""
     image_size: tuple[int, int] | None = None
     """Height and width to crop a source's images to. None: the model's, or as they are."""
     upright: bool = False
@@ -152,18 +180,20 @@ class EvalSession:
             self.images = open_either(
                 options.source, extractor, self.metrics, size=self.size, limit=options.count, upright=options.upright
             )
+            self.reference_set = self._open(options.reference, options.reference_split)
         else:
-            self.plan = self._plan(model)
+            self._check_model(model)
             self.size = model.image_size
+            self.reference_set = self._open(options.reference, options.reference_split)
+            self.plan = self._plan(model)
             self.images = self._generate({})
         if classifier is not None and not isinstance(self.images, FeatureStats):
             ClassAccuracy(self.images, extractor, classifier)  # raises for a classifier without a shared class
-        self.reference_set = self._open(options.reference, options.reference_split)
         self.held_out_set = None if options.held_out is None else self._open(options.held_out, options.held_out_split)
         self.reference: FeatureStats | None = None
         self.held_out: HeldOut | None = None
 
-    def _plan(self, model: Pipeline) -> Plan:
+    def _check_model(self, model: Pipeline) -> None:
         options = self.options
         model.sampling_with(**options.sampling)  # raises for settings that the model can't follow
         size, expected = options.image_size, model.image_size
@@ -172,6 +202,29 @@ class EvalSession:
                 f"image-size: got {size[0]}x{size[1]}, but {options.source} draws {expected[0]}x{expected[1]}; "
                 "leave it out"
             )
+        if model.captions is not None and self.classifier is not None:
+            raise ConfigError(
+                f"classifier: class accuracy needs a model of classes, but {options.source} draws from words; leave it "
+                "out"
+            )
+
+    def _plan(self, model: Pipeline) -> Plan:
+        """Plans the images. Raises ValueError for prompts that the model can't draw, or if there are none."""
+        options = self.options
+        if options.prompts is not None:
+            model.reader.read(None, options.prompts)
+        if model.captions is not None:
+            if options.prompts is None:
+                captions = reference_captions(self.reference_set)
+                prompts = spread_prompts(captions, model.captions, options.count, options.seed)
+            else:
+                prompts = [prompt or "" for prompt in options.prompts]
+            if not prompts:
+                raise ConfigError(
+                    f"{options.source} draws from words, but {options.reference} has no captions to draw; give "
+                    "--prompts FILE, with a prompt a line"
+                )
+            return Plan.total(len(prompts) if options.count is None else options.count, prompts, options.seed)
         classes = list(range(model.model.config.classes)) or [-1]
         if options.count is None:
             return Plan.per_class(50, classes, options.seed)
@@ -250,6 +303,7 @@ class EvalSession:
             "held_out": None if self.held_out_set is None else held_out,
             "reference_digest": reference_digest, "held_out_digest": held_out_digest,
             "classifier": self.classifier and self.classifier.fingerprint, "swept": ", ".join(sorted(points[0])),
+            **({"prompts": self.plan.fingerprint()} if self.plan.has_prompts else {}),
             **sampling,
         }  # fmt: skip
 
@@ -259,7 +313,7 @@ class EvalSession:
 
 @dataclass
 class OnlineEvaluator:
-    """Compares `count` images of a model with a reference; classes take turns, seeds stay the same."""
+    """Compares `count` images of a model with a reference; classes or prompts take turns, seeds stay the same."""
 
     extractor: Extractor
     reference: str
@@ -268,11 +322,14 @@ class OnlineEvaluator:
     batch: int = 64
     upright: bool = False
     """Turn the reference's images upright by their EXIF orientation, as the run's are."""
+    captions: Captions = ()
+    """Prompts of a model that draws from words, where the reference has no captions."""
 
     def __post_init__(self) -> None:
         if self.count < 2:
             raise ValueError(f"images of an evaluation: got {self.count}, expected at least 2")
         self._stats: FeatureStats | None = None
+        self._prompts: list[str] | None = None
 
     def measure_reference(self, size: tuple[int, int]) -> FeatureStats:
         """Returns the reference's statistics at `size` (height, width); reads or measures them the first time."""
@@ -281,6 +338,7 @@ class OnlineEvaluator:
             opened = open_either(
                 self.reference, self.extractor, MetricOptions(), split=split, size=size, upright=self.upright
             )
+            self.captions = reference_captions(opened) or self.captions
             self._stats = (
                 opened
                 if isinstance(opened, FeatureStats)
@@ -288,9 +346,24 @@ class OnlineEvaluator:
             )
         return self._stats
 
+    def check(self, model: Pipeline) -> None:
+        """Measures the reference at the size of `model`. Raises ValueError if they can't be compared."""
+        self.measure_reference(model.image_size)
+        self._asks(model)
+
     def __call__(self, model: Pipeline) -> Report:
         """Reports on images that `model` draws with its own sampling settings. Raises BrokenLatents for no images."""
         reference = self.measure_reference(model.image_size)
-        plan = Plan.total(self.count, list(range(model.model.config.classes)) or [-1])
+        plan = Plan.total(self.count, self._asks(model))
         images = GeneratedImages(model, plan, name="the run's model")
         return compare(collect(images, self.extractor, batch=self.batch), reference, self.extractor, MetricOptions())
+
+    def _asks(self, model: Pipeline) -> list[int] | list[str]:
+        """Returns the classes or prompts that take turns. ConfigError for a model of words without prompts."""
+        if model.captions is None:
+            return list(range(model.model.config.classes)) or [-1]
+        if self._prompts is None:
+            self._prompts = spread_prompts(self.captions, model.captions, self.count)
+        if not self._prompts:
+            raise ConfigError(f"the model draws from words, but {self.reference} has no captions; give another one")
+        return self._prompts

@@ -1,11 +1,13 @@
-"""Plans of many images: the label and the seed of each, and the units of work."""
+"""Plans of many images: the label or prompt and the seed of each, and the units of work."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +17,27 @@ SEED_STRIDE = 2**32
 """Distance between the image seeds of one base seed and the next; no plan is longer."""
 
 
+Asks = tuple[int | str, ...]
+"""Class numbers of images, -1 for none; or their prompts, "" for none."""
+
+
+def are_prompts(asks: Asks) -> bool:
+    """Tells prompts from class numbers."""
+    return bool(asks) and isinstance(asks[0], str)
+
+
+def class_numbers(asks: Asks) -> tuple[int, ...]:
+    """Returns the class number of each image; a prompt has none: -1."""
+    return tuple(-1 if isinstance(ask, str) else ask for ask in asks)
+
+
+def as_argument(asks: Asks) -> dict[str, Any]:
+    """Returns the argument of `Pipeline.sample` that says what to draw: labels or prompts."""
+    if are_prompts(asks):
+        return {"prompts": [str(ask) for ask in asks]}
+    return {"labels": [None if label < 0 else label for label in class_numbers(asks)]}
+
+
 @dataclass(frozen=True)
 class WorkUnit:
     """Images that are drawn and written together, or not at all."""
@@ -22,26 +45,32 @@ class WorkUnit:
     number: int
     first: int
     """Number of its first image."""
-    labels: tuple[int, ...]
-    """Class numbers; -1 for none."""
+    asks: Asks
     seeds: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.asks)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Returns the class number of each image; -1 for none."""
+        return class_numbers(self.asks)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Images 0, 1, 2, ...: image i has class `labels[i]` and the seed `seed * 2**32 + i`.
+    """Images 0, 1, 2, ...: image i shows `asks[i]` and has the seed `seed * 2**32 + i`.
 
-    An image depends on (seed, i) and its label alone. With seed 0, `mar sample --seed i` draws the same one. Raises
-    ConfigError for no images, or a seed outside 0 to 2**32 - 1.
+    An image depends on (seed, i) and its label or prompt alone. With seed 0, `mar sample --seed i` draws the same one.
+    Raises ConfigError for no images, or a seed outside 0 to 2**32 - 1.
     """
 
-    labels: tuple[int, ...]
-    """Class numbers; -1 for none."""
+    asks: Asks
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.labels) <= SEED_STRIDE:
-            raise ConfigError(f"pictures: got {len(self.labels)}, expected at least 1")
+        if not 1 <= len(self.asks) <= SEED_STRIDE:
+            raise ConfigError(f"pictures: got {len(self.asks)}, expected at least 1")
         if not 0 <= self.seed < SEED_STRIDE:
             raise ConfigError(f"seed: got {self.seed}, expected 0 to {SEED_STRIDE - 1}")
 
@@ -53,31 +82,43 @@ class Plan:
         return cls(tuple(classes) * count, seed)
 
     @classmethod
-    def total(cls, count: int, classes: Sequence[int], seed: int = 0) -> Plan:
-        """Plans `count` images in all: image i has class i % len(classes) of `classes`."""
+    def total(cls, count: int, asks: Sequence[int | str], seed: int = 0) -> Plan:
+        """Plans `count` images: image i shows class or prompt i % len(asks)."""
         if count < 1:
             raise ConfigError(f"count: got {count}, expected at least 1")
-        rounds, rest = divmod(count, len(classes))
-        return cls(tuple(classes) * rounds + tuple(classes[:rest]), seed)
+        rounds, rest = divmod(count, len(asks))
+        return cls(tuple(asks) * rounds + tuple(asks[:rest]), seed)
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.asks)
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Returns the class number of each image; -1 for none."""
+        return class_numbers(self.asks)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Tells a plan of prompts from one of classes."""
+        return are_prompts(self.asks)
 
     def units(self, size: int) -> Iterator[WorkUnit]:
         """Yields the plan in units of `size` images; the last unit may be smaller."""
         if size < 1:
             raise ConfigError(f"batch: got {size}, expected at least 1")
         for number, first in enumerate(range(0, len(self), size)):
-            labels = self.labels[first : first + size]
-            yield WorkUnit(number, first, labels, self.seeds(first, first + len(labels)))
+            asks = self.asks[first : first + size]
+            yield WorkUnit(number, first, asks, self.seeds(first, first + len(asks)))
 
     def seeds(self, first: int, end: int) -> tuple[int, ...]:
         """Returns the seeds of images [first, end)."""
         return tuple(self.seed * SEED_STRIDE + i for i in range(first, end))
 
     def fingerprint(self) -> str:
-        """Returns the sha256, in hex, of the labels in their order."""
-        return hashlib.sha256(np.asarray(self.labels, dtype="<i8").tobytes()).hexdigest()
+        """Returns the sha256, in hex, of labels or prompts in order."""
+        if self.has_prompts:
+            return hashlib.sha256(json.dumps(self.asks).encode()).hexdigest()
+        return hashlib.sha256(np.asarray(self.asks, dtype="<i8").tobytes()).hexdigest()
 
 
 def read_labels(path: Path) -> list[str | None]:
@@ -85,11 +126,23 @@ def read_labels(path: Path) -> list[str | None]:
 
     Raises ConfigError for a file that is not text, or has none.
     """
+    return _read_lines(path, "label", ", class numbers or names")
+
+
+def read_prompts(path: Path) -> list[str | None]:
+    """Reads a file of prompts, one a line (`none`: no condition); empty lines are skipped.
+
+    Raises ConfigError for a file that is not text, or has none.
+    """
+    return _read_lines(path, "prompt", "; a line `none` draws without")
+
+
+def _read_lines(path: Path, kind: str, more: str) -> list[str | None]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError:
-        raise ConfigError(f"{path} is no text, expected a label a line, class numbers or names") from None
-    labels = [None if line.lower() == "none" else line for line in lines if line]
-    if not labels:
-        raise ConfigError(f"{path} has no labels, expected one a line, class numbers or names")
-    return labels
+        raise ConfigError(f"{path} is no text, expected a {kind} a line{more}") from None
+    asks = [None if line.lower() == "none" else line for line in lines if line]
+    if not asks:
+        raise ConfigError(f"{path} has no {kind}s, expected one a line{more}")
+    return asks

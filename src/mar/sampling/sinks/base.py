@@ -54,7 +54,7 @@ class Job:
     settings: dict[str, Any]
     """Everything that the files depend on, for JSON: the manifest."""
     facts: dict[str, Any]
-    """Metadata of each PNG, beside its label and seed."""
+    """Metadata of each PNG, beside its label or prompt, and seed."""
 
     def __post_init__(self) -> None:
         if self.shape[0] not in (1, 3):
@@ -165,11 +165,11 @@ def _write_units(sink: Sink, units: Sequence[WorkUnit], draw: Draw, check: Calla
             except BrokenLatents as error:
                 raise BrokenLatents(f"pictures from {unit.first}: {error}") from error
             sink.write(unit, images)
-            done += len(unit.labels)
+            done += len(unit)
 
 
 def _count(units: Sequence[WorkUnit]) -> int:
-    return sum(len(unit.labels) for unit in units)
+    return sum(len(unit) for unit in units)
 
 
 # ---- Resumption
@@ -293,9 +293,14 @@ def png(image: UInt8[np.ndarray, "c h w"], facts: dict[str, Any]) -> bytes:
 def pngs(job: Job, unit: WorkUnit, images: UInt8[np.ndarray, "n c h w"]) -> list[bytes]:
     """Encodes a unit's images as PNGs.
 
-    Their metadata are settings, label (null for none) and seed.
+    Their metadata are settings, label or prompt (null for none), and seed.
     """
     return [
-        png(image, {**job.facts, "label": None if label < 0 else label, "seed": seed})
-        for image, label, seed in zip(images, unit.labels, unit.seeds, strict=True)
+        png(image, {**job.facts, **describe_ask(ask), "seed": seed})
+        for image, ask, seed in zip(images, unit.asks, unit.seeds, strict=True)
     ]
+
+
+def describe_ask(ask: int | str) -> dict[str, Any]:
+    """Returns what an image's metadata say of its class number or prompt."""
+    return {"prompt": ask or None} if isinstance(ask, str) else {"label": None if ask < 0 else ask}

@@ -19,7 +19,7 @@ WHOLE = "whole.npz"
 
 
 class Npz(Sink):
-    """`arr_0`: uint8 images (n, h, w, 3); `arr_1`: class numbers, int64.
+    """`arr_0`: uint8 images (n, h, w, 3); `arr_1`: class numbers, int64, -1 for none and for images of prompts.
 
     Gray images get three equal channels. Until all are drawn, parts of them are in OUT.npz.parts. The manifest is
     OUT.npz.json.
@@ -44,7 +44,7 @@ class Npz(Sink):
 
     def missing(self, existing: set[str]) -> list[WorkUnit]:
         missing = [unit for unit in self.units if self._part(unit).name not in existing]
-        count = len(self.job.plan) + sum(len(unit.labels) for unit in missing)  # parts to come, and the whole
+        count = len(self.job.plan) + sum(len(unit) for unit in missing)  # parts to come, and the whole
         require_room(self.job.out.parent, count * int(np.prod(self._image_shape)))
         return missing
 
@@ -81,7 +81,7 @@ class Npz(Sink):
                 member.write(np.asarray(self.job.plan.labels, dtype="<i8").data)
 
     def _read(self, unit: WorkUnit) -> np.ndarray:
-        path, expected = self._part(unit), (len(unit.labels), *self._image_shape)
+        path, expected = self._part(unit), (len(unit), *self._image_shape)
         try:
             part: np.ndarray = np.load(path, allow_pickle=False)
         except (ValueError, EOFError) as error:

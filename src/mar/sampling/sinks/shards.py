@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files with a `.png` and a `.cls` for each image."""
+"""WebDataset shards: tar files with a `.png` and a `.cls` or `.txt` for each image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from mar.checkpoint.files import write_atomically
-from mar.sampling.plan import WorkUnit
+from mar.sampling.plan import WorkUnit, are_prompts
 from mar.sampling.sinks.base import Job, Sink, pngs, write_bytes
 
 SHARD = 1000
@@ -21,6 +21,7 @@ PARTS = "parts"
 class Shards(Sink):
     """`000007.tar` holds `000123.png` and `000123.cls` (the class number, -1 for none) for each of its images.
 
+    Images of prompts have `000123.txt`, the prompt, instead of a class number.
     Until a shard is whole, its units are in the folder `parts`, as pieces of tar to be joined.
     """
 
@@ -42,9 +43,10 @@ class Shards(Sink):
 
     def write(self, unit: WorkUnit, images: UInt8[np.ndarray, "n c h w"]) -> None:
         members = []
-        for offset, (label, data) in enumerate(zip(unit.labels, pngs(self.job, unit, images), strict=True)):
+        kind = "txt" if are_prompts(unit.asks) else "cls"
+        for offset, (ask, data) in enumerate(zip(unit.asks, pngs(self.job, unit, images), strict=True)):
             name = self.job.name(unit.first + offset)
-            members += [_tar_member(f"{name}.png", data), _tar_member(f"{name}.cls", str(label).encode())]
+            members += [_tar_member(f"{name}.png", data), _tar_member(f"{name}.{kind}", str(ask).encode())]
         write_bytes(self.folder / self._part(unit), b"".join(members))
 
     def finish(self, rank: int, world: int) -> None:
