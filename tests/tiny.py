@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from mar.config import HeadConfig, ModelConfig, SamplingConfig, TrainConfig, TrunkConfig
+from mar.data.conditions import WordReader
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
 from mar.random import make_generator
@@ -22,6 +24,8 @@ from mar.training.trainer import Run
 TRUNK = TrunkConfig(width=16, depth=1, num_heads=2, mlp_ratio=2.0)
 HEAD = HeadConfig(width=16, depth=1, prediction="v", batch_mul=2)
 FAST = SamplingConfig(steps=4, diffusion_steps=4)
+WORDS = ("cat", "dog", "red", "blue", "a", "skin", "tone", "medium-dark", "dark", "man")
+"""Words of a small model, the most frequent first."""
 
 
 def tiny_config(**changes: Any) -> ModelConfig:
@@ -53,6 +57,20 @@ def tiny_pipeline(seed: int = 0, **changes: Any) -> Pipeline:
     names = ("ant", "bee", "cat")[: changes.get("classes", 3)]
     tokenizer = PixelTokenizer(changes["channels"], mean=-0.4, std=0.5)
     return Pipeline(tiny_model(seed, **changes), tokenizer, classes=names, sampling=FAST, notes={"images": 5})
+
+
+def tiny_words_pipeline(seed: int = 0, notes: dict[str, Any] | None = None, **changes: Any) -> Pipeline:
+    """A pixel-space model of grey pictures of 4x4 pixels, drawn from up to four of WORDS."""
+    model = tiny_model(seed, **{"channels": 1, "classes": 0, "words": len(WORDS), "buffer_size": 4, **changes})
+    reader = WordReader(WORDS, model.config.buffer_size)
+    return Pipeline(model, PixelTokenizer(1, mean=-0.4, std=0.5), captions=reader, sampling=FAST, notes=notes)
+
+
+def write_captions(folder: Path, captions: dict[str, str | list[str]]) -> Path:
+    """A metadata.jsonl for pictures of a folder, by their names."""
+    rows = [json.dumps({"file_name": name, "text": text}) for name, text in captions.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    return folder
 
 
 def write_images(folder: Path, count: int = 20) -> Path:

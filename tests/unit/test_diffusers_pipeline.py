@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from huggingface_hub import ModelCard, RepoUrl
 from PIL import Image
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, tiny_words_pipeline
 from torch import Tensor
 
 import mar
@@ -506,3 +506,50 @@ def test_components_make_another_pipeline() -> None:
     assert isinstance(other.model, MARModel)
     assert other.model is PIPE.model
     assert json.loads(other.to_json_string())["model"] == ["mar.diffusers_pipeline", "MARModel"]
+
+
+# ---- prompts
+
+
+WORDS = tiny_words_pipeline()
+TEXT_PIPE = MARPipeline(WORDS)
+TEXT_PIPE.set_progress_bar_config(disable=True)
+
+
+def drawn_from(prompts: list[str | None], seeds: list[int]) -> Tensor:
+    """Images of `mar.Pipeline.sample` in [0, 1]."""
+    return (WORDS.sample(prompts=prompts, seeds=seeds, output="tensor") / 2 + 0.5).clamp(0, 1)
+
+
+def test_call_prompts_are_those_of_sample() -> None:
+    images = TEXT_PIPE(prompt=["a red cat", None], seeds=SEEDS, output_type="pt").images
+    assert torch.equal(images, drawn_from(["a red cat", None], SEEDS))
+    assert torch.equal(TEXT_PIPE(prompt="dog", seeds=3, output_type="pt").images, drawn_from(["dog"], [3]))
+    assert torch.equal(TEXT_PIPE("dog", seeds=3, output_type="pt").images, drawn_from(["dog"], [3]))  # as others do
+    assert torch.equal(TEXT_PIPE(seeds=3, output_type="pt").images, drawn_from([None], [3]))
+    two = TEXT_PIPE(prompt=["dog", "cat"], seeds=range(4), num_images_per_prompt=2, output_type="pt").images
+    assert torch.equal(two, drawn_from(["dog", "dog", "cat", "cat"], [0, 1, 2, 3]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"class_labels": 2}, "class_labels: got 2, but this model draws from words"),
+        ({"class_labels": "dog", "prompt": "cat"}, "class_labels: got 'dog' and a prompt, expected a prompt alone"),
+        ({"prompt": []}, r"prompt: got \[\], but this model draws from words; expected prompts, at least one"),
+        ({"prompt": "cot"}, r"unknown words: cot \(cat\?\)"),
+    ],
+)
+def test_call_invalid_prompts_are_refused(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        TEXT_PIPE(**arguments)
+
+
+def test_saved_folder_keeps_the_words(tmp_path: Path) -> None:
+    TEXT_PIPE.save_pretrained(tmp_path)
+    again = MARPipeline.from_pretrained(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert torch.equal(again(prompt="dog", seeds=3, output_type="pt").images, drawn_from(["dog"], [3]))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == "text-to-image"
+    assert 'model.sample(prompts=["..."])' in card.text

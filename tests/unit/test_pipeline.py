@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny import FAST, tiny_config, tiny_model, tiny_pipeline
+from tiny import FAST, tiny_config, tiny_model, tiny_pipeline, tiny_words_pipeline
 from torch import Tensor
 
 from mar.checkpoint.files import CheckpointError
@@ -328,3 +328,67 @@ def test_pipeline_hub_folder_is_opened(tmp_path: Path) -> None:
     assert "More Information Needed" not in card
     TINY.save_pretrained(tmp_path / "free", model_card_kwargs={"license": "mit"})
     assert "license: mit\n" in (tmp_path / "free" / "README.md").read_text(encoding="utf-8")
+
+
+# ---- prompts
+
+
+def test_pipeline_prompts_draw_what_their_words_say() -> None:
+    words = tiny_words_pipeline()
+    prompts = ["a red cat", "cat red a", "dog", None]
+    whole = words.sample(prompts=prompts, seeds=[3] * 4, output="tensor", guidance_scale=2.0)
+    assert len({tuple(image.flatten().tolist()) for image in whole}) == 4
+    by_label = words.sample([None], [3], output="tensor", guidance_scale=2.0)
+    assert torch.equal(words.sample(prompts=[""], seeds=[3], output="tensor", guidance_scale=2.0), by_label)
+    torch.testing.assert_close(by_label[0], whole[3])
+    one = words.sample(prompts=prompts, seeds=[3] * 4, output="tensor", guidance_scale=2.0, batch=1)
+    assert float((one - whole).abs().max()) < 1e-4
+    *_, last = words.reveal(prompts=prompts, seeds=[3] * 4, guidance_scale=2.0)
+    assert torch.equal(last.decode(), whole)
+
+
+def test_pipeline_known_part_stays_under_another_prompt() -> None:
+    words = tiny_words_pipeline()
+    options: dict[str, Any] = {"seeds": [0, 0], "known": gray(2), "mask": LEFT, "output": "tensor"}
+    drawn = words.sample(prompts=["dog", "a red cat"], **options)
+    expected = words.tokenizer.decode(words.tokenizer.encode(gray(2)).mean)
+    torch.testing.assert_close(drawn[..., 2:], expected[..., 2:])
+    same = words.sample(prompts=["dog", "dog"], **{**options, "known": gray(1).repeat(2, 1, 1, 1)})
+    other = words.sample(prompts=["dog", "a red cat"], **{**options, "known": gray(1).repeat(2, 1, 1, 1)})
+    assert torch.equal(same[0], same[1])
+    assert not torch.equal(other[0], other[1])
+
+
+def test_pipeline_token_losses_depend_on_the_prompt() -> None:
+    words = tiny_words_pipeline()
+    picture = gray(1).repeat(2, 1, 1, 1)
+    losses = words.token_losses(None, picture, prompts=["dog", "a red cat"])
+    assert losses.shape == (2, 4, 4)
+    assert torch.equal(losses, words.token_losses(None, picture, prompts=["dog", "a red cat"]))
+    assert not torch.equal(losses[0], words.token_losses(None, picture, prompts=["cat", "cat"])[0])
+    with pytest.raises(ValueError, match="prompts: got 1 for 2 images"):
+        words.token_losses(None, picture, prompts=["dog"])
+
+
+def test_pipeline_words_stay_in_its_file(tmp_path: Path) -> None:
+    words = tiny_words_pipeline(notes={"examples": ["a red cat"]})
+    words.save(tmp_path / "words.safetensors")
+    again = Pipeline.open(tmp_path / "words.safetensors")
+    assert again.fingerprint() == words.fingerprint()
+    assert again.examples == ("a red cat",)
+    drawn = [p.sample(prompts=["a red cat"], output="tensor") for p in (words, again)]
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.usefixtures("untyped")
+def test_pipeline_neither_or_both_are_refused() -> None:
+    words = tiny_words_pipeline()
+    for model, arguments, said in (
+        (words, {}, "got neither labels nor prompts"),
+        (words, {"labels": ["cat"]}, "this model draws from words; give prompts"),
+        (words, {"labels": [None], "prompts": ["cat"]}, "got labels and prompts"),
+        (words, {"prompts": "cat"}, "expected a list of them"),
+        (TINY, {"prompts": ["cat"]}, "this model does not read words"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            model.sample(**arguments)

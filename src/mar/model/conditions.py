@@ -78,7 +78,7 @@ class WordsCondition(_CaptionCondition):
 
 
 class TextCondition(_CaptionCondition):
-    """Features of a frozen text encoder -> normalized and projected to the encoder's width."""
+    """Features of a frozen text encoder -> normalized, projected tokens."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -86,7 +86,7 @@ class TextCondition(_CaptionCondition):
         self.project = Linear(config.text_width, config.encoder.width)
 
     def init_weights(self) -> None:
-        """Draw the projection so that tokens are about as large as other embeddings."""
+        """Draw the projection: tokens are as large as other embeddings."""
         nn.init.normal_(self.project.weight, std=0.02 / self.project.in_features**0.5)
         nn.init.zeros_(self.project.bias)
         nn.init.normal_(self.padding, std=0.02)

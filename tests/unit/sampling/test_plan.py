@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mar.config import ConfigError
-from mar.sampling.plan import Plan, read_labels
+from mar.sampling.plan import Plan, as_argument, read_labels, read_prompts
 
 
 def test_plan_classes_take_turns() -> None:
@@ -61,3 +61,32 @@ def test_plan_from_a_file_of_labels(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="is no text"):
         read_labels(path)
+
+
+def test_plan_of_classes_keeps_its_digest() -> None:
+    """Outputs that earlier versions began go on."""
+    assert Plan((0, 1, 2, -1)).fingerprint() == "3085ba666f63c7795d1caa2eaa9cc2de5204d7bf591f7040d58a42a00868ee6a"
+
+
+def test_plan_of_prompts_takes_turns_and_has_no_labels() -> None:
+    plan = Plan.total(5, ["a cat", "dog", ""], seed=1)
+    assert plan.has_prompts
+    assert plan.asks == ("a cat", "dog", "", "a cat", "dog")
+    assert plan.labels == (-1,) * 5
+    assert [unit.asks for unit in plan.units(3)] == [("a cat", "dog", ""), ("a cat", "dog")]
+    prints = {Plan(asks).fingerprint() for asks in [("a b",), ("a", "b"), ("b", "a"), ("",), (-1,), ("0",), (0,)]}
+    assert len(prints) == 7
+
+
+def test_plan_argument_is_labels_or_prompts() -> None:
+    assert as_argument((0, -1)) == {"labels": [0, None]}
+    assert as_argument(("dog", "")) == {"prompts": ["dog", ""]}
+
+
+def test_plan_from_a_file_of_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red cat\r\n \nNone\n  grüne Mamba, 3 \n".encode())
+    assert read_prompts(path) == ["a red cat", None, "grüne Mamba, 3"]
+    path.write_text("\n")
+    with pytest.raises(ConfigError, match="has no prompts, expected one a line"):
+        read_prompts(path)
