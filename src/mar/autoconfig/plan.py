@@ -63,6 +63,8 @@ class Overrides:
     label_drop: float | None = None
     upright: bool = True
     """A new run turns pictures upright."""
+    caption_column: str | None = None
+    """Column of captions in the data."""
     own_tokenizer: bool = False
     """Options of a tokenizer of the run's own were given."""
     kind: TokenizerKind | None = None
@@ -144,6 +146,7 @@ class CacheStep:
     flip: bool | None
     upright: bool
     workers: int
+    caption_column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -167,7 +170,7 @@ def choose(overrides: Overrides) -> Choice:
 
     Raises ConfigError for options that contradict each other, and for data that can't be counted.
     """
-    source = open_data(overrides.data)
+    source = open_data(overrides.data, caption_column=overrides.caption_column)
     if isinstance(source, StreamSource):
         raise ConfigError(f"{overrides.data} can't be counted, as mar train folder has to; name another recipe")
     if isinstance(source, LatentSource):
@@ -300,6 +303,7 @@ def _recipe(overrides: Overrides, summary: DatasetSummary, layout: TokenLayout) 
         recipe,
         data=overrides.data,
         tokenizer=layout.tokenizer,
+        caption_column=overrides.caption_column,
         image_channels=summary.image_channels if unusual else None,
         upright=_begun_settings(overrides.out).get("upright", recipe.upright),
     )
@@ -353,7 +357,9 @@ def _with_latents(
         }  # fmt: skip
         step = TokenizerStep(TokenizerTrainConfig(**settings), out / "tokenizer")
         name = str(step.out)
-    cache = CacheStep(config.data, out / "latents", name, size, config.flip, config.upright, config.workers)
+    cache = CacheStep(
+        config.data, out / "latents", name, size, config.flip, config.upright, config.workers, config.caption_column
+    )
     return replace(plan, train=replace(config, data=str(cache.out), tokenizer=name), tokenizer=step, cache=cache)
 
 

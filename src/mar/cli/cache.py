@@ -43,7 +43,10 @@ class CacheOptions:
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Precision of the stored latents; they are computed in fp32."""
     flip: bool | None = None
-    """Cache mirrored pictures too; by default if the data allows it."""
+    """Cache mirrored pictures too; by default if the data allows it. It does not if it has captions, which may speak
+    of left and right."""
+    caption_column: str | None = None
+    """Column of captions in the data; by default text, caption or prompt. Run again, captions are updated."""
     upright: bool | None = None
     """Turn pictures upright by their EXIF orientation; by default as the cache began, a new one True. The reference's
     way is False."""
@@ -113,7 +116,7 @@ def _write_cache(
     options: CacheOptions, check: Callable[[], None], show: Callable[[int, int], None] | None = None
 ) -> int:
     from mar import distributed
-    from mar.data.cache_writer import finish_cache, write_shards
+    from mar.data.cache_writer import finish_cache, update_captions, write_shards
     from mar.data.captions import captions_of
     from mar.sampling.progress import rank_meter
 
@@ -122,8 +125,11 @@ def _write_cache(
     with distributed.process_group(options.device) as device:
         source, tokenizer, manifest, shards = _prepare(options, out)
         if shards is None:
-            if distributed.rank() == 0:
-                print(f"{out} is finished: {manifest.pictures:,} pictures; nothing to do")
+            with distributed.collective_errors():
+                if distributed.rank() == 0:
+                    changed = update_captions(out, manifest, captions_of(source))
+                    rest = "its captions have changed and are written anew" if changed else "nothing to do"
+                    print(f"{out} is finished: {manifest.pictures:,} pictures; {rest}")
             return 0
         started = time.perf_counter()
         own = shards[distributed.rank() :: distributed.world_size()]
@@ -156,6 +162,7 @@ def _prepare(options: CacheOptions, out: Path) -> tuple[Source, Tokenizer, Cache
     """
     from mar import distributed
     from mar.data.cache_writer import describe_cache, prepare_cache
+    from mar.data.captions import captions_of
     from mar.data.latent_cache import is_cache, read_manifest
     from mar.data.sources import open_source
     from mar.zoo import load_tokenizer
@@ -164,15 +171,20 @@ def _prepare(options: CacheOptions, out: Path) -> tuple[Source, Tokenizer, Cache
     assert options.image_size is not None
     prepared: tuple[CacheManifest, list[int] | None] | None = None
     with distributed.collective_errors():
-        source = open_source(options.data, options.split)
+        source = open_source(options.data, options.split, options.caption_column)
         tokenizer = load_tokenizer(options.tokenizer, resolve_image_channels(options.data))
         size = options.image_size
         if distributed.rank() == 0:
-            begun = read_manifest(out).upright if is_cache(out) else True
+            begun = read_manifest(out) if is_cache(out) else None
+            upright = options.upright
+            if upright is None:
+                upright = True if begun is None else begun.upright
+            flip = options.flip
+            if flip is None and begun is not None and captions_of(source):
+                flip = begun.flips  # the cache may be older than the captions
             manifest = describe_cache(
                 source, tokenizer, data=options.data, tokenizer_name=options.tokenizer, dtype=options.dtype,
-                size=(size, size) if isinstance(size, int) else size, flip=options.flip, shard=options.shard,
-                upright=begun if options.upright is None else options.upright,
+                size=(size, size) if isinstance(size, int) else size, flip=flip, shard=options.shard, upright=upright,
             )  # fmt: skip
             prepared = manifest, prepare_cache(out, manifest)
     manifest, shards = distributed.all_gather_object(prepared)[0]

@@ -90,6 +90,7 @@ class _FolderOverrides:
     image_size: int | tuple[int, int] | None = None
     images: int | None = None
     upright: bool = True
+    caption_column: str | None = None
     model: _ModelOverrides = field(default_factory=_ModelOverrides)
     vae: _TokenizerOverrides = field(default_factory=_TokenizerOverrides)
 
@@ -120,6 +121,7 @@ def plan_folder(arguments: Sequence[str], lengths: TimePlan | None = None) -> tu
             classes=given.model.classes,
             label_drop=given.model.label_drop,
             upright=given.upright,
+            caption_column=given.caption_column,
             own_tokenizer=any(word.startswith("--vae.") for word in arguments),
             kind=given.vae.kind,
             stride=given.vae.stride,
@@ -371,7 +373,7 @@ def _cache_latents(step: CacheStep, options: FolderOptions, page: Page | None) -
         page.open("latents")
     cache = CacheOptions(
         step.data, out=step.out, tokenizer=step.tokenizer, image_size=step.image_size, flip=step.flip,
-        upright=step.upright, workers=step.workers, device=options.device,
+        upright=step.upright, caption_column=step.caption_column, workers=step.workers, device=options.device,
     )  # fmt: skip
     return make_cache(cache, None if page is None else page.show_latents)
 

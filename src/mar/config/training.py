@@ -41,6 +41,8 @@ class TrainConfig:
     """`pixels`, `pca4` (principal components of 4 x 4 pixels), `kl16`, or an AutoencoderKL in diffusers' format."""
     text: str = ""
     """Draw from captions, read by `words`, which are learned with the model; by default captions are not used."""
+    caption_column: str | None = None
+    """Column of captions in the data; by default text, caption or prompt. A cache has those that it was made with."""
     image_channels: int | None = None
     """Channels of pictures for principal components: 1 (gray) or 3; by default 1 for fashion and 3 for all else."""
     images: int = 1_000_000

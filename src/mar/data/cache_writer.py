@@ -30,9 +30,11 @@ from mar.data.latent_cache import (
     INDEX,
     MANIFEST,
     CacheManifest,
+    DamagedCache,
     empty_shard,
     is_cache,
     open_shard,
+    read_captions,
     read_manifest,
     write_captions,
     write_index,
@@ -297,3 +299,20 @@ def finish_cache(out: Path, manifest: CacheManifest, captions: Captions = ()) ->
         (out / INDEX).unlink()
         raise ValueError(f"none of the {manifest.pictures} pictures of {manifest.data} can be read")
     return skipped
+
+
+def update_captions(out: Path, manifest: CacheManifest, captions: Captions) -> bool:
+    """Write the captions of a finished cache anew, if they have changed. Returns whether they have.
+
+    Args:
+        out: the cache's folder.
+        manifest: describes the cache.
+        captions: of its images, now.
+    """
+    try:
+        unchanged = tuple(read_captions(out, manifest)) == tuple(captions)
+    except DamagedCache:
+        unchanged = False
+    if not unchanged:
+        write_captions(out, captions)
+    return not unchanged

@@ -21,12 +21,17 @@ class FolderSource:
 
     Each subfolder with images, at any depth, is a class of its name; numbers follow the natural order of the names (for
     ImageNet's folders, the WordNet numbers). A folder with images of its own and no such subfolder has no classes.
-    Raises ValueError if there is no image.
+    Captions are read by `mar.data.captions.read_folder_captions`. Raises ValueError if there is no image.
     """
 
-    flips = True
+    def __init__(self, folder: str | Path, caption_column: str | None = None, above: Path | None = None) -> None:
+        """List the images and read their captions.
 
-    def __init__(self, folder: str | Path) -> None:
+        Args:
+            folder: of the images.
+            caption_column: column of metadata files with captions; None: text, caption or prompt.
+            above: the folder around one that is called like a split; its metadata file may name the images too.
+        """
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"data: there is no folder {self.folder}")
@@ -47,7 +52,7 @@ class FolderSource:
         files = [file for files in by_class.values() for file in files] or flat
         # Arrays, not lists: nothing counts references to their elements, so workers share their memory.
         self._files = np.array([os.fsencode(file.relative_to(self.folder)) for file in files])
-        self.captions = read_folder_captions(self.folder, self.image_names())
+        self.captions = read_folder_captions(self.folder, self.image_names(), caption_column, above)
         self.flips = not self.captions  # captions may speak of left and right, and of what is written
         counts = [len(files) for files in by_class.values()]
         self.labels = np.repeat(np.arange(len(counts)), counts) if by_class else np.full(len(flat), -1)

@@ -41,10 +41,16 @@ _BUILDERS = {".tar": "webdataset", ".parquet": "parquet"}
 Result = TypeVar("Result")
 
 
-def open_hub(name: str, config: str | None, split: str) -> TableSource:
+def open_hub(name: str, config: str | None, split: str, caption_column: str | None = None) -> TableSource:
     """Download a split of a Hub data set, and open it.
 
     Raises ValueError if there is none, or no network.
+
+    Args:
+        name: of the data set.
+        config: its configuration, if it has several.
+        split: train or test.
+        caption_column: column of captions, as for `Columns.find`.
     """
     full_name = name if config is None else f"{name}@{config}"
 
@@ -52,17 +58,17 @@ def open_hub(name: str, config: str | None, split: str) -> TableSource:
         hub_split = _choose_split(list(datasets.get_dataset_split_names(name, config)), split, full_name)
         return datasets.load_dataset(name, config, split=hub_split)
 
-    return TableSource(_load_or_explain(load, full_name, hub=True), full_name)
+    return TableSource(_load_or_explain(load, full_name, hub=True), full_name, caption_column)
 
 
-def open_stream(spec: str, classes: int = 0) -> StreamSource:
+def open_stream(spec: str, classes: int = 0, caption_column: str | None = None) -> StreamSource:
     """Open the train split that `spec`, which begins with stream:, names:
 
     - a data set of the Hub, OWNER/NAME or hub:OWNER/NAME, with @CONFIG if it has several;
     - .tar or .parquet files: one, a folder of them, or a pattern, on the disk or by URL (https://, hf://, s3://).
 
-    Labels are checked against `classes`, the number of classes, if the data does not tell them. Raises ValueError if
-    nothing is there, or no images are.
+    Labels are checked against `classes`, the number of classes, if the data does not tell them. Captions are in a
+    column as for `Columns.find`. Raises ValueError if nothing is there, or no images are.
     """
     name = spec.removeprefix("stream:")
     hub = None if "://" in name else hub_name(name)
@@ -78,13 +84,21 @@ def open_stream(spec: str, classes: int = 0) -> StreamSource:
         return builder.as_streaming_dataset(split=split), [str(file) for file in files_by_split.get(split, ())]
 
     table, files = _load_or_explain(load, spec, hub=hub is not None)
-    return StreamSource(DatasetShards(table, spec, files, classes), spec)
+    shards = DatasetShards(table, spec, files, classes, caption_column)
+    return StreamSource(shards, spec, flips=shards.columns.caption is None)
 
 
 class DatasetShards:
     """The shards of a `datasets.IterableDataset`."""
 
-    def __init__(self, table: datasets.IterableDataset, name: str, files: Sequence[str], classes: int) -> None:
+    def __init__(
+        self,
+        table: datasets.IterableDataset,
+        name: str,
+        files: Sequence[str],
+        classes: int,
+        caption_column: str | None = None,
+    ) -> None:
         """Find the columns. Raises ValueError without images, and for labels that are names.
 
         Args:
@@ -92,10 +106,11 @@ class DatasetShards:
             name: its name in messages.
             files: its files; shards are called like them if each is one.
             classes: number of classes if the data does not tell it; 0 ignores labels.
+            caption_column: column of captions, as for `Columns.find`.
         """
         if table.features is None:
             raise ValueError(f"data: {name} does not tell its columns, so that it can't be streamed")
-        self.columns = Columns.find(table.features, name)
+        self.columns = Columns.find(table.features, name, caption_column)
         undecoded = datasets.Image(decode=False)
         self.table = table.select_columns(self.columns.names).cast_column(self.columns.image, undecoded)
         one_each = len(files) == table.num_shards
@@ -125,7 +140,8 @@ class DatasetShards:
         cell = row[self.columns.image] or {}
         label = self.columns.label_of(row)
         number = label if isinstance(label, int) and label >= 0 and self.classes else -1
-        return StreamSample(name, cell.get("bytes"), cell.get("path"), number)
+        captions = self.columns.captions_of(row)
+        return StreamSample(name, cell.get("bytes"), cell.get("path"), number, captions=captions)
 
     def fetch(self, sample: StreamSample) -> bytes:
         """Read the file at the path of a sample. Raises UnreadableImage."""

@@ -237,9 +237,11 @@ def write_index(folder: Path, manifest: CacheManifest) -> dict[int, str]:
 
 
 def write_captions(folder: Path, captions: Captions) -> None:
-    """Write the captions of the images, in their order; nothing if there are none."""
+    """Write the captions of the images, in their order; without any, remove those that are there."""
     if captions:
         _write_sealed(folder / CAPTIONS, {"captions": [list(each) for each in captions]})
+    else:
+        (folder / CAPTIONS).unlink(missing_ok=True)
 
 
 def read_captions(folder: Path, manifest: CacheManifest) -> Captions:
@@ -347,9 +349,9 @@ class LatentSource:
         self.manifest = read_manifest(self.folder)
         self.index = read_index(self.folder, self.manifest)
         self.classes = self.manifest.classes
-        self.flips = self.manifest.flips
         self.indices = np.arange(self.manifest.pictures)
         self.captions = read_captions(self.folder, self.manifest)
+        self.flips = self.manifest.flips and not self.captions  # captions may speak of left and right
         self._shards: dict[int, Shard] = {}
         for file, size in zip(self.index.files, self.index.sizes, strict=True):
             path = self.folder / file
@@ -380,7 +382,7 @@ class LatentSource:
         index = int(self.indices[index])
         if index in self.index.skipped:
             raise UnreadableImage(self.index.skipped[index], "it could not be read when the cache was made")
-        if flip and not self.flips:
+        if flip and not self.manifest.flips:
             raise ConfigError(
                 f"{self.folder} holds no flipped pictures; train with --flip False, or cache them anew with --flip True"
             )

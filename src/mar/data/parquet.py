@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import datasets
 import pyarrow
 from pyarrow import compute, parquet
 
+from mar.data.captions import CAPTION_COLUMNS, CaptionError, Captions, as_captions, counted_captions
 from mar.data.images import Example, UnreadableImage, decode_image
 from mar.data.labels import Label, class_names, class_number
 from mar.data.paths import SPLITS
@@ -22,20 +24,30 @@ from mar.data.paths import SPLITS
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a table with images and labels.
+    """The columns of a table with images, labels and captions.
 
     Images: the first column of the type Image of `datasets`, else image or img. Labels: the first column of type
-    ClassLabel, else label, labels or cls, else "label" in a column json.
+    ClassLabel, else label, labels or cls, else "label" in a column json. Captions: the first column of text or of lists
+    of texts called text, caption or prompt, else txt, else the first so called in a column json.
     """
 
     image: str
     label: str | None
     label_type: Any
     """The type of labels in `datasets`."""
+    caption: str | None = None
+    caption_key: str | None = None
+    """Key of captions in the column json; None: they are the column."""
 
     @staticmethod
-    def find(features: datasets.Features, table: str) -> Columns:
-        """Find the columns of a table called `table`. Raises ValueError without images."""
+    def find(features: datasets.Features, table: str, caption_column: str | None = None) -> Columns:
+        """Find the columns of a table. ValueError without images, CaptionError without the named captions.
+
+        Args:
+            features: types of the columns in `datasets`.
+            table: its name in messages.
+            caption_column: column of captions, or key in a column json; None: chosen by name and type.
+        """
         image = _find_column(features, datasets.Image, ("image", "img"))
         if image is None:
             columns = ", ".join(features)
@@ -44,7 +56,7 @@ class Columns:
         label_type = features.get(label)
         if label is None and isinstance(features.get("json"), dict) and "label" in features["json"]:
             label, label_type = "json", features["json"]["label"]
-        return Columns(image, label, label_type)
+        return Columns(image, label, label_type, *_find_captions(features, table, caption_column))
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
@@ -54,12 +66,21 @@ class Columns:
     @property
     def names(self) -> list[str]:
         """Names of the columns to read."""
-        return [self.image] if self.label is None else [self.image, self.label]
+        return list(dict.fromkeys(name for name in (self.image, self.label, self.caption) if name is not None))
 
     def label_of(self, row: Mapping[str, Any]) -> Label:
         """Return the label in a row."""
         value = None if self.label is None else row[self.label]
         return value.get("label") if isinstance(value, dict) else value
+
+    def captions_of(self, row: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return the captions in a row."""
+        value = None if self.caption is None else row[self.caption]
+        if self.caption_key is not None:
+            value = (value or {}).get(self.caption_key)
+        elif self.caption == "txt" and isinstance(value, str):  # a file of shards, with a caption a line
+            value = value.split("\n")
+        return as_captions(value, f"the column {self.caption}")
 
 
 def _find_column(features: datasets.Features, kind: type, names: Sequence[str]) -> str | None:
@@ -67,17 +88,41 @@ def _find_column(features: datasets.Features, kind: type, names: Sequence[str]) 
     return next(iter(typed + [name for name in names if name in features]), None)
 
 
-class TableSource:
-    """A `datasets.Dataset` with images, and labels if they have classes.
+def _find_captions(features: datasets.Features, table: str, name: str | None) -> tuple[str | None, str | None]:
+    """Return the column of captions, and the key in it if it is a column json."""
+    inside = features.get("json")
+    keys: Mapping[str, Any] = inside if isinstance(inside, dict) else {}
+    columns = (*CAPTION_COLUMNS, "txt") if name is None else (name,)
+    places: list[tuple[str, str | None, Any]] = [(each, None, features[each]) for each in columns if each in features]
+    places += [("json", key, keys[key]) for key in columns if key in keys]
+    for column, key, feature in places:
+        if _is_text(feature):
+            return column, key
+    if name is None:
+        return None, None
+    if places:
+        raise CaptionError(f"captions: got the column {name!r} of {table}, expected one of text or of lists of texts")
+    all_columns = ", ".join([*features, *(f"json: {key}" for key in keys)])
+    raise CaptionError(f"captions: {table} has no column {name!r}; it has {all_columns}")
 
-    `Columns` finds both. Raises ValueError without images.
+
+def _is_text(feature: Any) -> bool:
+    """Tell if a column is of text, or of lists of texts."""
+    # versions of `datasets` have different kinds of lists
+    item = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", feature)
+    return isinstance(item, datasets.Value) and item.dtype in ("string", "large_string", "string_view")
+
+
+class TableSource:
+    """A `datasets.Dataset` with images, and labels and captions if it has them.
+
+    `Columns` finds them. Raises ValueError without images.
     """
 
-    flips = True
-
-    def __init__(self, table: datasets.Dataset, name: str) -> None:
+    def __init__(self, table: datasets.Dataset, name: str, caption_column: str | None = None) -> None:
         self.name = name
-        self.columns = Columns.find(table.features, name)
+        self.columns = Columns.find(table.features, name, caption_column)
+        self.flips = self.columns.caption is None  # captions may speak of left and right
         if len(table) == 0:
             raise ValueError(f"data: {name} holds no pictures: it has no rows")
         # `datasets` does not decode: a broken image is an UnreadableImage here.
@@ -93,6 +138,15 @@ class TableSource:
             return class_names(map(self.columns.label_of, self.table.select_columns([self.columns.label])))
         return class_names(self.table.unique(self.columns.label))
 
+    @cached_property
+    def captions(self) -> Captions:
+        """Captions of the images; empty if there are none. They are read when they are asked for."""
+        if self.columns.caption is None:
+            return ()
+        rows = self.table.select_columns([self.columns.caption]).with_format("arrow").iter(batch_size=10_000)
+        captions = (self.columns.captions_of(row) for batch in rows for row in batch.to_pylist())
+        return counted_captions(tuple(captions), self.name)
+
     def __len__(self) -> int:
         return len(self.table)
 
@@ -106,7 +160,8 @@ class TableSource:
             file = Path(cell["path"])
         else:
             raise UnreadableImage(name, "the cell is empty")
-        return Example(decode_image(file, name), self._number(self.columns.label_of(row)), name)
+        label = self._number(self.columns.label_of(row))
+        return Example(decode_image(file, name), label, name, self.columns.captions_of(row))
 
     def _number(self, label: Label) -> int:
         if self.columns.class_names is not None and isinstance(label, int):
@@ -125,10 +180,10 @@ class TableSource:
             yield json.dumps([sizes, names, labels]).encode()
 
 
-def open_parquet(files: Sequence[Path], name: str) -> TableSource:
+def open_parquet(files: Sequence[Path], name: str, caption_column: str | None = None) -> TableSource:
     """Open Parquet files, one after the other.
 
-    `datasets` copies them to its cache and maps that to memory.
+    `datasets` copies them to its cache and maps that to memory. Captions are in a column as for `Columns.find`.
     """
     for file in files:
         try:
@@ -137,15 +192,15 @@ def open_parquet(files: Sequence[Path], name: str) -> TableSource:
             raise ValueError(f"data: {file} can't be read as Parquet: {error}") from error
     # Escaped: `datasets` takes names for patterns.
     table = datasets.load_dataset("parquet", data_files=[glob.escape(str(file)) for file in files], split="train")
-    return TableSource(table, name)
+    return TableSource(table, name, caption_column)
 
 
-def open_saved(folder: Path, split: str) -> TableSource:
+def open_saved(folder: Path, split: str, caption_column: str | None = None) -> TableSource:
     """Open a folder of `save_to_disk`, the given split if it has splits."""
     saved = datasets.load_from_disk(str(folder))
     if isinstance(saved, datasets.DatasetDict):
         for name in SPLITS[split]:
             if name in saved:
-                return TableSource(saved[name], f"{folder}[{name}]")
+                return TableSource(saved[name], f"{folder}[{name}]", caption_column)
         raise ValueError(f"data: {folder} has no split {split!r}; it has {', '.join(saved)}")
-    return TableSource(saved, str(folder))
+    return TableSource(saved, str(folder), caption_column)

@@ -14,7 +14,7 @@ import torch
 
 from mar.checkpoint.files import write_text
 from mar.config import ConfigError
-from mar.data.captions import Captions, captions_of, chosen_captions
+from mar.data.captions import CaptionError, Captions, captions_of, chosen_captions
 from mar.data.folder import FolderSource
 from mar.data.images import Example, Source, source_digest
 from mar.data.latent_cache import LatentSource
@@ -191,6 +191,7 @@ def open_train_val(
     every: int = 0,
     validate_on: str | Path | None = None,
     held_out: Mapping[str, Any] | None = None,
+    caption_column: str | None = None,
 ) -> tuple[Source | LatentSource | StreamSource, Source | LatentSource | None]:
     """Open training and validation data of a run. None: no validation data.
 
@@ -203,30 +204,33 @@ def open_train_val(
         every: hold out one of so many images; 0: none. ValueError for a stream.
         validate_on: other data, its test split if it has one.
         held_out: the note of `load_held_out`, if the run has held out images before.
+        caption_column: column of captions in all of it, as for `open_source`.
     """
-    train = open_data(spec, classes)
+    train = open_data(spec, classes, caption_column)
     val: Source | LatentSource | None = None
     if every:
         if isinstance(train, StreamSource):
             raise ValueError(f"data: {spec} is read in passing, and none of it can be held out; give --validate-on")
         train, val = train_val_split(train, every, held_out)
     if validate_on is not None:
-        test = open_test_split(validate_on)
-        val = open_source(validate_on) if test is None else test
+        test = open_test_split(validate_on, caption_column)
+        val = open_source(validate_on, caption_column=caption_column) if test is None else test
     elif not every:
-        val = open_test_split(train.manifest.data if isinstance(train, LatentSource) else spec)
+        val = open_test_split(train.manifest.data if isinstance(train, LatentSource) else spec, caption_column)
         if val is not None and isinstance(train, LatentSource) and source_digest(val) == train.manifest.source:
             val = None
     return train, val
 
 
-def open_test_split(spec: str | Path) -> Source | None:
-    """Open the test split of data; None: it has none."""
+def open_test_split(spec: str | Path, caption_column: str | None = None) -> Source | None:
+    """Open the test split of data; None: it has none. CaptionError for captions that can't be read."""
     path = Path(spec).expanduser()
     if path.is_file() or (path / "state.json").is_file():  # one table
         return None
     try:
-        source = open_source(spec, "test")
+        source = open_source(spec, "test", caption_column)
+    except CaptionError:
+        raise
     except ValueError:  # it says that there is no such split
         return None
     return None if isinstance(source, FolderSource) and source.folder == path else source

@@ -52,6 +52,8 @@ class StreamSample:
     label: int = -1
     unreadable: tuple[str, ...] = ()
     """Names of the ends of shards before it that could not be read."""
+    captions: tuple[str, ...] = ()
+    """Captions of the image; none, or several."""
 
 
 @runtime_checkable
@@ -91,10 +93,8 @@ class StreamSource:
     `first_epoch`: those at which the order began.
     """
 
-    flips = True
-
-    def __init__(self, shards: Shards, name: str) -> None:
-        self.shards, self.name = shards, name
+    def __init__(self, shards: Shards, name: str, *, flips: bool = True) -> None:
+        self.shards, self.name, self.flips = shards, name, flips
         self.first_position, self.first_epoch = 0, 0
         self.cursors: dict[int, ShardCursor] = {}
 
@@ -109,7 +109,7 @@ class StreamSource:
             raise UnreadableImage(sample.name, "the cell is empty")
         check_label(sample.name, sample.label, len(self.classes))
         data = self.shards.fetch(sample) if sample.data is None else sample.data
-        return Example(decode_image(BytesIO(data), sample.name), sample.label, sample.name)
+        return Example(decode_image(BytesIO(data), sample.name), sample.label, sample.name, sample.captions)
 
     def preview(self) -> Iterator[StreamSample]:
         """Yield images of at most MAX_READERS shards, one of each in turn."""

@@ -168,6 +168,7 @@ def open_run_data(
     source, held_out = open_train_val(
         config.data, classes=config.model.classes, every=config.hold_out, validate_on=config.validate_on,
         held_out=load_held_out(folder) if folder is not None and config.hold_out else None,
+        caption_column=config.caption_column,
     )  # fmt: skip
     check_classes(config, source.classes)
     held_out = _with_same_classes(config, source, held_out)
@@ -188,17 +189,23 @@ def with_captions(config: TrainConfig) -> TrainConfig:
         return config
     if config.text != WORDS:
         raise ConfigError(f"text: got {config.text!r}, expected {WORDS}")
-    words = _words_of_data(config.data)
+    words = _words_of_data(config)
     return replace(config, model=replace(config.model, classes=0, words=len(words)))
 
 
-def _words_of_data(data: str) -> tuple[str, ...]:
-    """Return the words of the captions of data. ConfigError if there are none."""
-    words = count_words(caption for captions in captions_of(open_data(data)) for caption in captions)
+def _words_of_data(config: TrainConfig) -> tuple[str, ...]:
+    """Return the words of the captions of a run's data. ConfigError if there are none."""
+    source = open_data(config.data, config.model.classes, config.caption_column)
+    if isinstance(source, StreamSource):
+        raise ConfigError(
+            f"{config.data} is read in passing, so that its words can't be counted; leave stream: or --text {WORDS} out"
+        )
+    words = count_words(caption for captions in captions_of(source) for caption in captions)
     if not words:
         raise ConfigError(
-            f"{data} has no captions: looked for metadata.jsonl or metadata.csv with a column text, and for a .txt "
-            "beside each picture; leave --text out to train without"
+            f"{config.data} has no captions: looked for columns text, caption and prompt (of metadata.jsonl or "
+            "metadata.csv), and for .txt files beside the pictures; name another by --caption-column, or leave --text "
+            "out"
         )
     return words
 
@@ -217,7 +224,7 @@ def open_captions(config: TrainConfig, folder: Path) -> CaptionReader | None:
         except (ValueError, LookupError, TypeError) as error:
             raise ConfigError(f"{path} is damaged ({error}); put it back, or begin another run") from error
     else:
-        words = _words_of_data(config.data)
+        words = _words_of_data(config)
     if len(words) != config.model.words:
         raise ConfigError(f"the model has {config.model.words:,} words, but the captions {len(words):,}")
     return WordReader(words, config.model.buffer_size)
