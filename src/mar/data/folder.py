@@ -24,6 +24,8 @@ class FolderSource:
     Captions are read by `mar.data.captions.read_folder_captions`. Raises ValueError if there is no image.
     """
 
+    flips = True
+
     def __init__(self, folder: str | Path, caption_column: str | None = None, above: Path | None = None) -> None:
         """List the images and read their captions.
 

@@ -119,6 +119,8 @@ class TableSource:
     `Columns` finds them. Raises ValueError without images.
     """
 
+    flips = True
+
     def __init__(self, table: datasets.Dataset, name: str, caption_column: str | None = None) -> None:
         self.name = name
         self.columns = Columns.find(table.features, name, caption_column)

@@ -93,6 +93,8 @@ class StreamSource:
     `first_epoch`: those at which the order began.
     """
 
+    flips = True
+
     def __init__(self, shards: Shards, name: str, *, flips: bool = True) -> None:
         self.shards, self.name, self.flips = shards, name, flips
         self.first_position, self.first_epoch = 0, 0

@@ -49,6 +49,8 @@ class TarSource:
     Opening reads the headers of all files, once. Raises ValueError without images, and for a damaged tar file.
     """
 
+    flips = True
+
     def __init__(self, files: Sequence[Path], name: str, caption_column: str | None = None) -> None:
         """List the images and read their labels and captions.
 
