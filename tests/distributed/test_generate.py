@@ -63,6 +63,17 @@ def test_generate_two_processes_draw_the_same(model: Path, tmp_path: Path) -> No
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
 
 
+def test_generate_prompts_by_two_processes_are_one_voice(tmp_path: Path) -> None:
+    model = tmp_path / "words.safetensors"
+    tiny.tiny_words_pipeline().save(model)
+    prompts = ["--prompt", "a rod cat", "dog", "none"]
+    assert processes.run_group(2, command(model, tmp_path / "two", *prompts), tmp_path / "said") == [0, 0]
+    assert [path.read_text().count("unknown words: rod") for path in sorted(tmp_path.glob("said.*"))] == [1, 0]
+    assert main(command(model, tmp_path / "one", *prompts)) == 0
+    assert processes.read_tree(tmp_path / "two") == processes.read_tree(tmp_path / "one")
+    assert (tmp_path / "one/metadata.jsonl").read_text().count("a rod cat") == 4
+
+
 def test_generate_more_processes_than_units_and_resume(model: Path, tmp_path: Path) -> None:
     arguments = command(model, tmp_path / "out", "--format", "webdataset", "--batch", "6")
     assert processes.run_group(3, arguments, tmp_path / "said") == [0, 0, 0]  # two units: one has nothing to do
