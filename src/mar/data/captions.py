@@ -59,7 +59,7 @@ def split_words(caption: str) -> list[str]:
 
 
 def count_words(captions: Iterable[str]) -> tuple[str, ...]:
-    """Return the words of captions, the most frequent first, then by the alphabet."""
+    """Return the words of captions, by falling count, then by the alphabet."""
     counts = Counter(word for caption in captions for word in split_words(caption))
     return tuple(sorted(counts, key=lambda word: (-counts[word], word)))
 
