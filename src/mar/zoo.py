@@ -21,7 +21,7 @@ from mar.pipeline import WEIGHTS_FILE, Pipeline
 from mar.presets import MODELS, SAMPLING
 from mar.tokenizer import Tokenizer, from_name, is_name
 
-BUNDLED = ("fashion",)
+BUNDLED = ("emoji", "fashion")
 """Models that come with the package."""
 
 _TORCH_FILES = (".pth", ".ckpt", ".pt")
@@ -32,8 +32,8 @@ def load(name: str | Path, *, device: str | torch.device | None = None, dtype: t
     """Load a model, ready to sample: `load("fashion").sample(labels=["dress"])`.
 
     Args:
-        name: a bundled model (fashion); an official one (mar-base, mar-large, mar-huge, after `mar download`); a folder
-            or a file that mar wrote; an official `checkpoint-last.pth`; a repository of the Hub.
+        name: a bundled model (emoji, fashion); an official one (mar-base, mar-large, mar-huge, after `mar download`); a
+            folder or a file that mar wrote; an official `checkpoint-last.pth`; a repository of the Hub.
         device: by default the best available.
         dtype: of the model's matrices: float32, bfloat16, or int8 on a CPU.
 

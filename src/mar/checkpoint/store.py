@@ -107,7 +107,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tu
 
 
 def to_8_bits(name: str, tensor: Tensor) -> dict[str, Tensor]:
-    """Round a matrix or kernel to 8 bits, with a scale for each row.
+    """Round a matrix or kernel to 8 bits, each row scaled.
 
     Returns what is stored, by name: other tensors as they are.
     """

@@ -1,4 +1,4 @@
-"""`mar demo`: draw images from the bundled model, and one while it is revealed."""
+"""`mar demo`: draw images from words with the bundled model, and one while it is revealed."""
 
 from __future__ import annotations
 
@@ -11,17 +11,27 @@ from typing import Any
 from mar.cli.options import parse, save_png
 from mar.config import to_dict
 
+PROMPTS = (
+    "grinning face", "woman astronaut dark skin tone", "man surfing light skin tone", "thumbs up medium skin tone",
+    "red heart", "pizza", "strawberry", "tropical fish",
+    "fox", "flag of Japan", "racing car", "rainbow",
+)  # fmt: skip
+"""Prompts of the grid, row by row."""
+COLUMNS, SCALE, STRIP = 4, 2, 8
+REVEALED = "woman astronaut dark skin tone"
+"""Prompt of the image that is shown while it is revealed."""
+
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Draws the bundled model's ten classes, and one picture step by step."""
+    """Draws pictures from words with the bundled model, and one step by step."""
 
     out: Path = Path("out")
     """Folder for the two PNGs."""
+    prompt: tuple[str, ...] = ()
+    """Words of your own, a picture each, instead of the usual ones."""
     seed: int = 0
     """Seed of the first picture; the others count up from it."""
-    rows: int = 1
-    """Pictures of each class."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
 
@@ -32,26 +42,25 @@ def demo(arguments: Sequence[str]) -> int:
     from mar.data.images import image_grid
     from mar.zoo import load
 
-    if options.rows < 1:
-        raise ValueError(f"rows: got {options.rows}, expected at least 1")
-    model = load("fashion", device=options.device)
-    labels = list(range(len(model.classes))) * options.rows
-    seeds = [options.seed + i for i in range(len(labels))]
-    facts: dict[str, Any] = {"model": "fashion", **to_dict(model.sampling)}
+    model = load("emoji", device=options.device)
+    prompts = list(options.prompt or PROMPTS)
+    seeds = [options.seed + i for i in range(len(prompts))]
+    facts: dict[str, Any] = {"model": "emoji", **to_dict(model.sampling)}
 
     started = time.perf_counter()
-    images = model.sample(labels=labels, seeds=seeds, progress=True)
+    images = model.sample(prompts=prompts, seeds=seeds, progress=True)
     seconds = time.perf_counter() - started
-    columns = 5 if options.rows == 1 else len(model.classes)
-    save_png(image_grid(images, columns, scale=4), options.out / "demo.png", labels=labels, seeds=seeds, **facts)
+    grid = image_grid(images, min(COLUMNS, len(images)), SCALE)
+    save_png(grid, options.out / "demo.png", prompts=prompts, seeds=seeds, **facts)
 
-    steps = [step.images[0] for step in model.reveal(labels=[9], seeds=[options.seed + 9])]
-    ten_steps = [steps[round(i * (len(steps) - 1) / 9)] for i in range(10)]
-    save_png(
-        image_grid(ten_steps, 10, scale=4), options.out / "reveal.png", labels=[9], seeds=[options.seed + 9], **facts
-    )
+    revealed = options.prompt[0] if options.prompt else REVEALED
+    seed = seeds[prompts.index(revealed)]
+    steps = [step.images[0] for step in model.reveal(prompts=[revealed], seeds=[seed])]
+    shown = [steps[round(i * (len(steps) - 1) / (STRIP - 1))] for i in range(STRIP)]
+    strip = image_grid(shown, STRIP, SCALE)
+    save_png(strip, options.out / "reveal.png", prompts=[revealed], seeds=[seed], **facts)
 
-    print(f"{options.out / 'demo.png'}    {', '.join(model.classes)}")
-    print(f"{options.out / 'reveal.png'}  an ankle boot being revealed in {len(steps)} steps")
+    print(f"{options.out / 'demo.png'}    {', '.join(prompts)}")
+    print(f"{options.out / 'reveal.png'}  {revealed}, revealed in {len(steps)} steps")
     print(f"{len(images)} pictures in {seconds:.1f} s, {seconds / len(images):.2f} s each, on {model.device}")
     return 0

@@ -131,8 +131,8 @@ def sample_share(
     """
     indices = range(len(asks) * rank // world, len(asks) * (rank + 1) // world)
     try:
-        wanted: dict[str, Any] = {pipeline.asked_by: [asks[i] for i in indices]}
-        return pipeline.sample(seeds=list(indices), allow_broken=allow_broken, **wanted)
+        conditions: dict[str, Any] = {pipeline.asked_by: [asks[i] for i in indices]}
+        return pipeline.sample(seeds=list(indices), allow_broken=allow_broken, **conditions)
     except BrokenLatents as error:
         return str(error)
 
