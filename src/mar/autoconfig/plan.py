@@ -65,6 +65,8 @@ class Overrides:
     """A new run turns pictures upright."""
     caption_column: str | None = None
     """Column of captions in the data."""
+    text: str | None = None
+    """The reader of captions; "" leaves captions out."""
     own_tokenizer: bool = False
     """Options of a tokenizer of the run's own were given."""
     kind: TokenizerKind | None = None
@@ -293,6 +295,8 @@ def _crop(
 
 def _recipe(overrides: Overrides, summary: DatasetSummary, layout: TokenLayout) -> TrainConfig:
     labeled = summary if overrides.classes != 0 else replace(summary, classes=())
+    if overrides.text == "":
+        labeled = replace(labeled, words=0, caption_length=0)
     recipe = train_config_for(
         labeled, layout.size, layout.shape, images=overrides.images, grids=overrides.grids, square=layout.square
     )
@@ -367,6 +371,8 @@ def _describe(choice: Choice, config: TrainConfig) -> tuple[str, str]:
     """Say in two lines what the images are like, and which model was chosen for them."""
     summary, layout, model = choice.summary, choice.layout, config.model
     classes = f"in {len(summary.classes)} classes" if summary.classes else "without classes"
+    if model.words:
+        classes = f"with captions of {model.words:,} different words"
     color = "gray" if summary.image_channels == 1 else "color"
     by = {PixelTokenizer.name: "raw pixels", OWN: "by a tokenizer of their own"}.get(
         layout.tokenizer, f"by {layout.tokenizer}"

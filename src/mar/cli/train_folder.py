@@ -91,6 +91,7 @@ class _FolderOverrides:
     images: int | None = None
     upright: bool = True
     caption_column: str | None = None
+    text: str | None = None
     model: _ModelOverrides = field(default_factory=_ModelOverrides)
     vae: _TokenizerOverrides = field(default_factory=_TokenizerOverrides)
 
@@ -122,6 +123,7 @@ def plan_folder(arguments: Sequence[str], lengths: TimePlan | None = None) -> tu
             label_drop=given.model.label_drop,
             upright=given.upright,
             caption_column=given.caption_column,
+            text=given.text,
             own_tokenizer=any(word.startswith("--vae.") for word in arguments),
             kind=given.vae.kind,
             stride=given.vae.stride,

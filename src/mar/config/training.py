@@ -153,7 +153,8 @@ class TrainConfig:
         unknown = ", ".join(sorted({*self.log_to} - {*typing.get_args(LogTo)}))
         require(not unknown, f"log_to has {unknown}, but there are only {', '.join(typing.get_args(LogTo))}")
         one_of(self, "activation_checkpointing", ActivationCheckpointing)
-        self.sampling.check(self.model)
+        if not (self.text and self.model.condition == "none"):  # its words are still to be counted
+            self.sampling.check(self.model)
 
     @property
     def scaled_lr(self) -> float:
