@@ -24,7 +24,7 @@ REVEALED = "woman astronaut dark skin tone"
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """Draws pictures from words with the bundled model, and one step by step."""
+    """Draws pictures from words with the bundled model, one step by step."""
 
     out: Path = Path("out")
     """Folder for the two PNGs."""
