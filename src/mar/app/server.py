@@ -27,7 +27,7 @@ from mar.app import settings as words
 from mar.app.guard import Guard
 from mar.app.pictures import MAX_BYTES
 from mar.app.queueing import Streams
-from mar.app.studio import MAX_IMAGES, PRESETS, Studio, read_request
+from mar.app.studio import MAX_IMAGES, MAX_PROMPT, PRESETS, Studio, read_request
 
 if TYPE_CHECKING:
     import gradio
@@ -38,6 +38,8 @@ EVENT_INTERVAL_S = 0.06
 """Least time between events of a request: what happens in between travels together."""
 STATIC = Path(__file__).parent / "static"
 PORTS = range(7860, 7960)
+FIRST = ("emoji", "fashion")
+"""Bundled models in the page's order; the first one that there is is its default."""
 
 
 @dataclass
@@ -144,9 +146,10 @@ def _bypass_proxies(host: str) -> None:
 
 
 def _bundled() -> Sequence[str]:
+    """List the bundled models; the first one is the page's default."""
     from mar.zoo import BUNDLED
 
-    return BUNDLED
+    return sorted(BUNDLED, key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
 
 
 def _check_choices(models: Sequence[str], device: str) -> None:
@@ -210,7 +213,8 @@ class Functions:
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
-        self.streams = Streams(drawing=[function.__name__ for function in (self.draw, self.confidence, self.open)])
+        queued = (self.draw, self.confidence, self.open, self.check)
+        self.streams = Streams(drawing=[function.__name__ for function in queued])
 
     def add_to(self, app: gradio.Server) -> None:
         """Register them: drawing is queued, the rest answers at once."""
@@ -230,18 +234,18 @@ class Functions:
         }
 
     def _all(self) -> list[Callable[..., Any]]:
-        return [self.draw, self.stop, self.models, self.load, self.open, self.confidence, self.download]
+        return [self.draw, self.stop, self.models, self.load, self.open, self.confidence, self.download, self.check]
 
     async def draw(
-        self, model: str, labels: list[Any], seeds: list[int], preset: str | None = None,
+        self, model: str, labels: list[Any] | None, seeds: list[int], preset: str | None = None,
         settings: dict[str, Any] | None = None, known: str | None = None, mask: str | None = None, grow: int = 1,
-        ticket: str = "",
+        ticket: str = "", prompts: list[Any] | None = None,
     ) -> AsyncIterator[dict[str, Any]]:  # fmt: skip
         """Draw pictures, and yield what happens: previews step by step, then the pictures.
 
         Args:
             model: a name of `models`.
-            labels: class names, class numbers or None, one per picture.
+            labels: class names, class numbers or None, one per picture; None: there are prompts.
             seeds: one per picture.
             preset: exact, balanced, fast, or None for the model's own settings.
             settings: fields of SamplingConfig.
@@ -249,6 +253,7 @@ class Functions:
             mask: data URL of a picture of the same size, white where to draw.
             grow: tokens around the white parts that are drawn too.
             ticket: a name for this request, for `stop`.
+            prompts: what to draw, in words, one per picture, for a model that draws from them.
         """
         from gradio.context import LocalContext
 
@@ -258,7 +263,7 @@ class Functions:
                 raise ValueError(f"ticket: got {type(ticket).__name__}, expected a text")
             self.studio.model(model)
             request = await asyncio.to_thread(
-                read_request, model, labels, seeds, preset, settings, known, mask, grow
+                read_request, model, labels, seeds, preset, settings, known, mask, grow, prompts
             )  # fmt: skip
         loop, events = asyncio.get_running_loop(), asyncio.Queue[Any]()
 
@@ -297,6 +302,7 @@ class Functions:
         return {
             "models": self.studio.catalog(), "settings": words.describe_settings(), "presets": list(PRESETS),
             "downloads": self.studio.downloads, "max_images": MAX_IMAGES, "max_bytes": MAX_BYTES,
+            "max_prompt": MAX_PROMPT,
         }  # fmt: skip
 
     def load(self, model: str) -> bool:
@@ -310,10 +316,15 @@ class Functions:
         with _told():
             return self.studio.open(model, picture)
 
-    def confidence(self, model: str, label: Any, picture: str) -> list[list[float]]:
+    def confidence(self, model: str, label: Any, picture: str, prompt: str | None = None) -> list[list[float]]:
         """Return the diffusion loss of each token of a picture."""
         with _told():
-            return self.studio.confidence(model, label, picture)
+            return self.studio.confidence(model, label, picture, prompt)
+
+    def check(self, model: str, prompts: list[Any]) -> dict[str, Any]:
+        """Tell which words of prompts a model does not know, with the nearest known ones."""
+        with _told():
+            return self.studio.check(model, prompts)
 
     def download(self, model: str) -> bool:
         """Start the download of an official model; `models` shows its progress."""

@@ -97,19 +97,24 @@ def changed_settings(pipeline: Pipeline, preset: str | None, sampling: SamplingC
 
 
 def command_line(
-    model: str, label: str | None, seed: int, preset: str | None, changed: Mapping[str, Any], options: Mapping[str, Any]
-) -> str:
+    model: str, asked: Mapping[str, str | None], seed: int, preset: str | None, changed: Mapping[str, Any],
+    options: Mapping[str, Any],
+) -> str:  # fmt: skip
     """Return the `mar sample` command for a picture.
 
     Args:
         model: name, file or folder.
-        label: class name or number; None: no class.
+        asked: `label` (class name or number; None: no class), or `prompt`.
         seed: of the picture.
         preset: of the settings.
         changed: settings of `changed_settings`.
         options: further options of `mar sample`.
     """
-    words = ["mar", "sample", model, "--labels", "none" if label is None else label, "--seed", str(seed)]
+    if "prompt" in asked:
+        words = ["mar", "sample", model, "--prompt", asked["prompt"] or ""]
+    else:
+        words = ["mar", "sample", model, "--labels", asked["label"] or "none"]
+    words += ["--seed", str(seed)]
     if preset is not None:
         words += ["--preset", preset]
     for name, value in {**changed, **options}.items():
@@ -119,13 +124,13 @@ def command_line(
 
 
 def python_code(
-    model: str, label: str | None, seed: int, preset: str | None, changed: Mapping[str, Any], *,
+    model: str, asked: Mapping[str, str | None], seed: int, preset: str | None, changed: Mapping[str, Any], *,
     dtype: str = "fp32", grow: int | None = None,
 ) -> str:  # fmt: skip
     """Return Python that draws a picture.
 
     Args:
-        model, label, seed, preset, changed: as in `command_line`.
+        model, asked, seed, preset, changed: as in `command_line`.
         dtype: precision of the model.
         grow: tokens around the mask of a changed picture; None: the picture was drawn from nothing.
     """
@@ -137,7 +142,7 @@ def python_code(
         lines.append("from PIL import Image")
     precision = f", dtype=torch.{torch_name}" if torch_name else ""
     lines += ["", f"model = mar.load({model!r}{precision})"]
-    arguments = [f"labels=[{label!r}]", f"seeds=[{seed}]"]
+    arguments = [*(f"{name}s=[{value!r}]" for name, value in asked.items()), f"seeds=[{seed}]"]
     if preset is not None:
         arguments.append(f"preset={preset!r}")
     arguments += [f"{name}={tuple(value) if isinstance(value, list) else value!r}" for name, value in changed.items()]

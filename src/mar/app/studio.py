@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from mar.app import settings as words
 from mar.app.pictures import facts_of, png_url, preview_url, read_picture
+from mar.app.prompts import check_prompts, describe_prompts, readers_heard, sample_prompt
 from mar.app.timings import Timings
 from mar.config import Preset, SamplingConfig, rename_old_keys, to_dict
 from mar.config.fields import renamed_fields
@@ -29,6 +30,8 @@ MAX_IMAGES = 16
 """Most pictures of a request."""
 MAX_LABEL = 200
 """Longest label, in characters."""
+MAX_PROMPT = 300
+"""Longest prompt, in characters."""
 MAX_GROW = 64
 MAX_LOADED = 2
 """Models that stay in memory."""
@@ -52,42 +55,54 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class DrawRequest:
-    """A checked request for pictures, made by `read_request`."""
+    """A checked request for pictures, made by `read_request`; it has labels or prompts."""
 
     model: str
-    labels: list[int | str | None]
+    labels: list[int | str | None] | None
     seeds: list[int]
     preset: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     known: Image.Image | None = None
     mask: Image.Image | None = None
     grow: int = 1
+    prompts: list[str | None] | None = None
+
+    @property
+    def asks(self) -> Sequence[int | str | None]:
+        """The labels or prompts, one per picture."""
+        return (self.labels if self.prompts is None else self.prompts) or []
 
 
 def read_request(
     model: Any, labels: Any, seeds: Any, preset: Any = None, settings: Any = None, known: Any = None, mask: Any = None,
-    grow: Any = 1,
+    grow: Any = 1, prompts: Any = None,
 ) -> DrawRequest:  # fmt: skip
     """Check a request from outside. Raises ValueError, which says what is wrong.
 
     Args:
         model: one of the catalog.
-        labels: class names, numbers or None.
-        seeds: one per label.
+        labels: class names, numbers or None; None instead of a list: there are prompts.
+        seeds: one per label or prompt.
         preset: of `mar.presets`, or None.
         settings: fields of SamplingConfig (None: none).
         known, mask: data URLs of a picture, and of white where to draw in it; or both None.
         grow: tokens around the white parts to draw as well.
+        prompts: what to draw, in words, for a model that draws from them; None: there are labels.
     """
     if not isinstance(model, str):
         raise ValueError(f"model: got {type(model).__name__}, expected a name")
-    if not isinstance(labels, list) or not 1 <= len(labels) <= MAX_IMAGES:
-        raise ValueError(f"labels: got {_count(labels)}, expected a list of 1 to {MAX_IMAGES}, one per picture")
-    for label in labels:
+    if labels is not None and prompts is not None:
+        raise ValueError("got labels and prompts, expected one of them")
+    name, asks = ("labels", labels) if prompts is None else ("prompts", prompts)
+    if not isinstance(asks, list) or not 1 <= len(asks) <= MAX_IMAGES:
+        raise ValueError(f"{name}: got {_count(asks)}, expected a list of 1 to {MAX_IMAGES}, one per picture")
+    for label in asks if prompts is None else []:
         if isinstance(label, bool) or not isinstance(label, int | str | None) or len(str(label)) > MAX_LABEL:
             raise ValueError(f"label {str(label)[:40]!r}: expected a class name, a number, or nothing")
-    if not isinstance(seeds, list) or len(seeds) != len(labels):
-        raise ValueError(f"seeds: got {_count(seeds)}, expected one per label, {len(labels)}")
+    for prompt in asks if prompts is not None else []:
+        _check_prompt(prompt)
+    if not isinstance(seeds, list) or len(seeds) != len(asks):
+        raise ValueError(f"seeds: got {_count(seeds)}, expected one per {name[:-1]}, {len(asks)}")
     for seed in seeds:
         if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
             raise ValueError(f"seed {str(seed)[:40]}: expected a whole number, 0 or more, of 63 bits")
@@ -100,8 +115,16 @@ def read_request(
     return DrawRequest(
         model, labels, seeds, preset, words.read_settings({} if settings is None else settings),
         None if known is None else read_picture(known, "known"), None if mask is None else read_picture(mask, "mask"),
-        grow,
+        grow, prompts,
     )  # fmt: skip
+
+
+def _check_prompt(prompt: Any) -> None:
+    """Raise ValueError for what is no prompt, and for one that is too long."""
+    if not isinstance(prompt, str | None):
+        raise ValueError(f"prompt {str(prompt)[:40]!r}: got {type(prompt).__name__}, expected text")
+    if prompt is not None and len(prompt) > MAX_PROMPT:
+        raise ValueError(f"prompt '{prompt[:40]}...': got {len(prompt)} characters, expected at most {MAX_PROMPT}")
 
 
 def _count(value: Any) -> str:
@@ -291,7 +314,9 @@ class Studio:
         """Measure a preset, unless a request comes in between."""
         started = time.perf_counter()
         share, seconds = 0.0, 0.0
-        for step in pipeline.reveal([0 if pipeline.model.config.classes else None], preset=preset, allow_broken=True):
+        labels = None if pipeline.captions else [0 if pipeline.model.config.classes else None]
+        prompts = [sample_prompt(pipeline)] if pipeline.captions else None
+        for step in pipeline.reveal(labels, prompts=prompts, preset=preset, allow_broken=True):
             if self._waiting or self._closing.is_set():
                 return False
             share, seconds = step.step / step.steps, time.perf_counter() - started
@@ -354,20 +379,34 @@ class Studio:
                 note = "it was painted over or stopped, which Draw can't repeat" if _UNREPEATABLE & facts.keys() else ""
         return {"image": png_url(image, facts if restored else None), "restored": restored, "note": note}
 
-    def confidence(self, name: str, label: Any, url: Any) -> list[list[float]]:
+    def check(self, name: str, prompts: Any) -> dict[str, Any]:
+        """Tell what a model does not read of prompts, as `check_prompts` does.
+
+        Args:
+            name: of the model.
+            prompts: as in `read_request`.
+        """
+        self.model(name)
+        request = read_request(name, None, [0] * len(prompts) if isinstance(prompts, list) else [], prompts=prompts)
+        pipeline = self._pipelines.get(name) or self._queue(self._load, name).result()
+        return check_prompts(pipeline, request.prompts or [])
+
+    def confidence(self, name: str, label: Any, url: Any, prompt: Any = None) -> list[list[float]]:
         """Return the diffusion loss of each token of a picture.
 
         Args:
             name: of the model.
             label: class of the picture, or None.
             url: data URL of the picture.
+            prompt: for a model that draws from words; None: none.
         """
         self.model(name)
-        request = read_request(name, [label], [0])
+        labels, prompts = ([label], None) if prompt is None else (label, [prompt])
+        request = read_request(name, labels, [0], prompts=prompts)
         picture = read_picture(url)
 
         def measure() -> list[list[float]]:
-            losses = self._load(name).token_losses(request.labels, [picture])
+            losses = self._load(name).token_losses(request.labels, [picture], prompts=request.prompts)
             rows: list[list[float]] = losses[0].tolist()
             return rows
 
@@ -434,15 +473,16 @@ class Studio:
 
     def _draw(self, request: DrawRequest, emit: Emit, stop: threading.Event) -> None:
         pipeline = self._load(request.model)
-        count = len(request.labels)
+        count = len(request.asks)
         kept: dict[str, Any] = {}
         if request.known is not None and request.mask is not None:
             kept = {"known": [request.known] * count, "mask": [request.mask] * count, "grow": request.grow}
         started, preview = time.perf_counter(), Previews()
         step: RevealStep | None = None
-        if not stop.is_set():
-            options = {**kept, **request.settings}
-            for step in pipeline.reveal(request.labels, request.seeds, preset=request.preset, **options):
+        options = {"prompts": request.prompts, **kept, **request.settings}
+        reveal = pipeline.reveal(request.labels, request.seeds, preset=request.preset, **options)
+        with readers_heard() as notes:
+            for step in reveal if not stop.is_set() else ():
                 seconds = time.perf_counter() - started
                 progress = {"kind": "step", "step": step.step, "steps": step.steps, "seconds": round(seconds, 3)}
                 if step.step <= 1:
@@ -461,7 +501,7 @@ class Studio:
         emit(
             {
                 "kind": "done", "step": step.step, "steps": step.steps, "seconds": round(seconds, 3),
-                "stopped": stopped, "images": images,
+                "stopped": stopped, "images": images, **({} if request.prompts is None else {"notes": notes}),
             }
         )  # fmt: skip
         if not stopped and request.known is None and not request.settings:
@@ -472,8 +512,6 @@ class Studio:
         self, request: DrawRequest, pipeline: Pipeline, images: Sequence[Image.Image], stopped: bool
     ) -> list[dict[str, Any]]:
         """Return the drawn pictures, with their settings inside them and in words."""
-        from mar.data.labels import resolve_labels
-
         sampling = pipeline.sampling_with(request.preset, **request.settings)
         facts: dict[str, Any] = {
             "model": request.model, "weights": self.models[request.model].fingerprint, "dtype": self.dtype,
@@ -488,15 +526,15 @@ class Studio:
         preset = None if request.preset == "exact" else request.preset  # exact: the model's own settings
         changed = words.changed_settings(pipeline, preset, sampling)
         grow = None if request.known is None else request.grow
-        numbers = resolve_labels(request.labels, pipeline.classes, pipeline.model.config.classes)
         pictures = []
-        for image, number, seed in zip(images, numbers, request.seeds, strict=True):
-            label = _label(pipeline, number)
-            recipe = (request.model, label, seed, preset, changed)
+        for image, ask, seed in zip(images, request.asks, request.seeds, strict=True):
+            said = pipeline.describe_ask(ask)
+            asked = said if pipeline.captions else {"label": _label(pipeline, said["label"])}
+            recipe = (request.model, asked, seed, preset, changed)
             pictures.append(
                 {
-                    "image": png_url(image, {"label": None if number < 0 else number, "seed": seed, **facts}),
-                    "label": label,
+                    "image": png_url(image, {**said, "seed": seed, **facts}),
+                    **asked,
                     "seed": seed,
                     "command": words.command_line(*recipe, options),
                     "python": words.python_code(*recipe, dtype=self.dtype, grow=grow),
@@ -528,9 +566,9 @@ class Previews:
         return urls
 
 
-def _label(pipeline: Pipeline, number: int) -> str | None:
+def _label(pipeline: Pipeline, number: int | None) -> str | None:
     """Return the name of a class, or its number if the name is not its own; None: no class."""
-    if number < 0:
+    if number is None:
         return None
     names = pipeline.classes
     return names[number] if names and names.count(names[number]) == 1 else str(number)
@@ -544,12 +582,13 @@ def _describe(pipeline: Pipeline) -> dict[str, Any]:
     height, width = pipeline.image_size
     rows, columns = config.token_grid
     names = all_names(pipeline.classes) or [(str(number),) for number in range(config.classes)]
+    classes = {  # what may be asked for: a class, by any of its names
+        "kind": "class" if config.classes else "none",
+        "names": list(pipeline.classes or map(str, range(config.classes))),
+        "aliases": [" ".join(each[1:]) for each in names],
+    }
     return {
-        "asks": {  # what may be asked for: a class, by any of its names
-            "kind": "class" if config.classes else "none",
-            "names": list(pipeline.classes or map(str, range(config.classes))),
-            "aliases": [" ".join(each[1:]) for each in names],
-        },
+        "asks": describe_prompts(pipeline) if pipeline.captions else classes,
         "width": width, "height": height, "rows": rows, "columns": columns,
         "guidable": config.guidable,
         "parameters": sum(parameter.numel() for parameter in pipeline.model.parameters()),
@@ -565,11 +604,15 @@ def _restored(pipeline: Pipeline, facts: Mapping[str, Any]) -> dict[str, Any]:
     sampling = pipeline.sampling_with(None, **words.read_settings(settings))
     changed = {each: words.changed_settings(pipeline, each, sampling) for each in PRESETS}
     preset = min(PRESETS, key=lambda each: len(changed[each]))
-    label, seed = facts.get("label"), facts.get("seed")
+    label, prompt, seed = facts.get("label"), facts.get("prompt"), facts.get("seed")
     classes = pipeline.model.config.classes
+    asked = (
+        {"prompt": prompt if isinstance(prompt, str) and len(prompt) <= MAX_PROMPT else None} if pipeline.captions
+        else {"label": label if type(label) is int and 0 <= label < classes else None}
+    )  # fmt: skip
     return {
         "model": str(facts.get("model", ""))[:200],
-        "label": label if type(label) is int and 0 <= label < classes else None,
+        **asked,
         "seed": seed if type(seed) is int and 0 <= seed < 2**63 else 0,
         "preset": preset,
         "settings": changed[preset],

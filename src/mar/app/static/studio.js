@@ -9,14 +9,14 @@ const $$ = (selector, within = document) => [...within.querySelectorAll(selector
 const randomSeed = () => Math.floor(Math.random() * 1e6);
 const HISTORY = 80;
 const MAX_IMAGES = 16;  // of a request
-const MAX_COMPARED = 4;  // classes
+const MAX_COMPARED = 4;  // classes or prompts
 const narrow = () => innerWidth <= 900;
 
 const state = { models: [], model: null, running: null, reveals: [], selected: 0, step: 0 };
 const asks = {
-  draw: new Asks($("#draw-asks")),
-  edit: new Asks($("#edit-asks"), { multiple: false, title: "Draw there" }),
-  compare: new Asks($("#compare-asks")),
+  draw: new Asks($("#draw-asks"), { check }),
+  edit: new Asks($("#edit-asks"), { multiple: false, title: "Draw there", check }),
+  compare: new Asks($("#compare-asks"), { check }),
 };
 const presets = new Presets($("#presets"));
 const settings = new Settings($("#more"));
@@ -30,6 +30,15 @@ function say(text, kind = "error") {
   notice.hidden = !text;
   notice.className = kind;
   $("span", notice).textContent = text || "";
+}
+
+// What the model does not read of prompts. While too many are waiting, nothing is told.
+async function check(prompts) {
+  try {
+    return await ask("check", state.model, prompts.slice(0, MAX_IMAGES));
+  } catch (error) {
+    return { notes: error instanceof Busy ? [] : [error.message], draws: error instanceof Busy };
+  }
 }
 
 // Runs something that the user asked for; whatever goes wrong is one line on the page.
@@ -89,7 +98,10 @@ function adopt(current) {
   adopted = current.name;
   Object.values(asks).forEach((field) => field.setModel(current.asks));
   settings.setDefaults(current.defaults[presets.value]);
-  $("#count-title").textContent = current.asks.kind === "class" ? "Pictures of each" : "Pictures";
+  const { kind } = current.asks;
+  $("#count-title").textContent = kind === "none" ? "Pictures" : "Pictures of each";
+  if (!state.counted) $("#count").value = kind === "prompt" ? 4 : 1;
+  $("#compare .hint").textContent = `The same ${things()} and seed with each of the settings.`;
   easel.clear();
   buildColumns();
   blank();
@@ -159,10 +171,11 @@ const shown = () => new Promise((done) => { requestAnimationFrame(done); if (doc
 // Draws one request; `show(reveal, index, step, done)` is called for every preview of every picture.
 async function draw(request, progress, show) {
   const { size, grid } = sizes();
-  const reveals = request.labels.map(() => ({ size, grid, frames: [], steps: 1, revealedAt: null, result: null }));
+  const reveals = request.asks.map(() => ({ size, grid, frames: [], steps: 1, revealedAt: null, result: null }));
   const name = state.model;
   state.running.ticket = crypto.randomUUID?.() || `${randomSeed()}-${randomSeed()}`;
-  const parts = [name, request.labels, request.seeds, request.preset, request.settings, request.known ?? null, request.mask ?? null, request.grow ?? 1, state.running.ticket];
+  const [labels, prompts] = model().asks.kind === "prompt" ? [null, request.asks] : [request.asks, null];
+  const parts = [name, labels, request.seeds, request.preset, request.settings, request.known ?? null, request.mask ?? null, request.grow ?? 1, state.running.ticket, prompts];
   let last;
   for await (const event of call("draw", parts)) {
     progress(event);
@@ -184,7 +197,9 @@ async function draw(request, progress, show) {
 }
 
 const common = () => ({ preset: presets.value, settings: settings.values() });
-const caption = (label, seed) => (label === null && model().asks.kind === "none" ? `seed ${seed}` : `${label ?? "no class"} · ${seed}`);
+const caption = (title, seed) => (title === null ? `seed ${seed}` : `${title} · ${seed}`);
+const titleOf = ({ label, prompt }) => (label === undefined ? prompt || "no prompt" : label ?? (model().asks.kind === "none" ? null : "no class"));
+const things = () => (model().asks.kind === "prompt" ? "prompts" : "classes");
 
 // Lays out so many pictures, still to be drawn, that can be selected.
 function cards(container, count, select, { wide = count === 4 ? 2 : 4, side = sideFor(count) } = {}) {
@@ -220,7 +235,7 @@ function blank() {
 }
 
 const perClass = () => Math.max(1, Math.min(MAX_IMAGES, Math.round(Number($("#count").value)) || 1));
-const expanded = () => asks.draw.labels().flatMap((label) => Array(perClass()).fill(label)).slice(0, MAX_IMAGES);
+const expanded = () => asks.draw.values().flatMap((value) => Array(perClass()).fill(value)).slice(0, MAX_IMAGES);
 
 function showReveal(i, step, live = false) {
   const reveal = state.reveals[i];
@@ -231,13 +246,13 @@ function showReveal(i, step, live = false) {
 
 async function drawTab() {
   await run($("#draw"), async (progress) => {
-    const labels = expanded();
-    if (asks.draw.labels().length * perClass() > MAX_IMAGES) say(`a request has at most ${MAX_IMAGES} pictures: the first ${MAX_IMAGES} are drawn`, "info");
+    const values = expanded();
+    if (asks.draw.values().length * perClass() > MAX_IMAGES) say(`a request has at most ${MAX_IMAGES} pictures: the first ${MAX_IMAGES} are drawn`, "info");
     if ($("#die").getAttribute("aria-pressed") === "true" && state.drawn) $("#seed").value = randomSeed();
     state.drawn = true;
     const first = Number($("#seed").value) || 0;
-    const seeds = labels.map((_, i) => first + i);
-    const request = { labels, seeds, ...common() };
+    const seeds = values.map((_, i) => first + i);
+    const request = { asks: values, seeds, ...common() };
     await drawInto(request, progress);
   });
 }
@@ -245,8 +260,8 @@ async function drawTab() {
 async function drawInto(request, progress) {
   Object.assign(state, { reveals: [], selected: 0 });
   $("#scrubber").hidden = $("#draw-details").hidden = true;
-  cards($("#draw-pictures"), request.labels.length, select).forEach((card, i) => {
-    $("span", card).textContent = caption(request.labels[i] === null ? null : asks.draw.name(request.labels[i]), request.seeds[i]);
+  cards($("#draw-pictures"), request.asks.length, select).forEach((card, i) => {
+    $("span", card).textContent = caption(asks.draw.name(request.asks[i]), request.seeds[i]);
   });
   const drawn = await draw(request, progress, (reveal, i, step) => { state.reveals[i] = reveal; showReveal(i, step, true); });
   if (!drawn) { blank(); return; }
@@ -295,7 +310,7 @@ async function drawAgain() {
   const step = state.step;
   const mask = maskUrl(reveal.size, reveal.grid, (row, column) => reveal.revealedAt[row][column] > step);
   await run($("#draw"), (progress) => drawInto({
-    labels: [asks.draw.number(reveal.result.label)], seeds: [randomSeed()], ...common(), known: reveal.result.image, mask, grow: 0,
+    asks: [asks.draw.of(reveal.result)], seeds: [randomSeed()], ...common(), known: reveal.result.image, mask, grow: 0,
   }, progress));
 }
 
@@ -305,7 +320,7 @@ function details(container, reveal, { editable = true } = {}) {
   const { result } = reveal;
   container.hidden = false;
   const save = (url, name, text) => make("a", { href: url, download: name, textContent: text, className: "button" });
-  const file = `${(result.label ?? "picture").replace(/[^\w-]+/g, "-").toLowerCase()}-${result.seed}.png`;
+  const file = `${(result.label ?? result.prompt ?? "picture").replace(/[^\w-]+/g, "-").toLowerCase().slice(0, 80)}-${result.seed}.png`;
   const edit = make("button", { type: "button", textContent: "Edit" });
   edit.addEventListener("click", () => editPicture(result));
   const extra = result.known ? [save(result.known, "known.png", "known.png"), save(result.mask, "mask.png", "mask.png")] : [];
@@ -324,7 +339,7 @@ function details(container, reveal, { editable = true } = {}) {
     copy.textContent = (await copied(code)) ? "Copied" : "Selected";
     setTimeout(() => { copy.textContent = "Copy"; }, 1200);
   });
-  const head = make("div", { className: "buttons" }, make("b", { textContent: caption(result.label, result.seed) }), ...(editable ? [edit] : []), save(result.image, file, "Save PNG"), ...extra);
+  const head = make("div", { className: "buttons" }, make("b", { textContent: caption(titleOf(result), result.seed) }), ...(editable ? [edit] : []), save(result.image, file, "Save PNG"), ...extra);
   container.replaceChildren(head, make("div", { className: "code" }, make("div", { className: "buttons" }, ...tabs, copy), code));
   tabs[0].click();
 }
@@ -342,7 +357,8 @@ async function copied(element) {
 
 function remember(reveal) {
   const strip = $("#history div");
-  const thumb = make("button", { type: "button", title: `${caption(reveal.result.label, reveal.result.seed)}: edit` }, make("img", { src: reveal.result.image, alt: caption(reveal.result.label, reveal.result.seed) }));
+  const alt = caption(titleOf(reveal.result), reveal.result.seed);
+  const thumb = make("button", { type: "button", title: `${alt}: edit` }, make("img", { src: reveal.result.image, alt }));
   thumb.addEventListener("click", () => editPicture(reveal.result));
   strip.prepend(thumb);
   while (strip.children.length > HISTORY) strip.lastChild.remove();
@@ -487,8 +503,8 @@ async function editPicture(result) {
   await attempt(async () => {
     const url = result.model === state.model ? result.image : (await ask("open", state.model, result.image)).image;
     go("edit");
-    const label = asks.edit.number(result.label);
-    if (label !== null) asks.edit.set([label]);
+    const value = asks.edit.of(result);
+    if (value !== null) asks.edit.set([value]);
     await easel.open(url);
     if (!narrow()) details($("#edit-details"), { result }, { editable: false });  // on a phone it would hide the tools
   });
@@ -499,10 +515,10 @@ async function editTab() {
   const { size, grid } = sizes();
   if (!easel.mask.some((row, i) => row.some((_, j) => easel.drawn(i, j)))) { say("nothing is painted: paint the part that is to be drawn again", "info"); return; }
   await run($("#edit"), async (progress) => {
-    const [label] = asks.edit.labels();
+    const [value] = asks.edit.values();
     const first = randomSeed();
     const mask = maskUrl(size, grid, (row, column) => easel.drawn(row, column));
-    const request = { labels: Array(4).fill(label), seeds: [0, 1, 2, 3].map((i) => first + i), ...common(), known: easel.url, mask, grow: $("#soft").checked ? 1 : 0 };
+    const request = { asks: Array(4).fill(value), seeds: [0, 1, 2, 3].map((i) => first + i), ...common(), known: easel.url, mask, grow: $("#soft").checked ? 1 : 0 };
     const before = easel.image;
     clearVariants();
     const side = narrow() ? sideFor(4) : 196;
@@ -543,9 +559,11 @@ const wipe = () => {
 async function vary(kind) {
   if (!easel.image) return;
   const { grid } = sizes();
+  const [value] = asks.edit.values();
+  const asked = model().asks.kind === "prompt" ? [null, easel.url, value ?? ""] : [value, easel.url];
   const count = Math.max(1, Math.round((grid.rows * grid.columns * $("#share").value) / 100));
   const rank = kind === "random" ? easel.mask.map((row) => row.map(Math.random))
-    : await attempt(() => ask("confidence", state.model, asks.edit.labels()[0], easel.url));
+    : await attempt(() => ask("confidence", state.model, ...asked));
   if (!rank) return;
   const least = rank.flat().sort((a, b) => b - a)[count - 1];
   easel.keep = false;
@@ -583,21 +601,21 @@ const readColumns = () => $$("#columns .column").map((box) => ({
   })),
 }));
 
-const compared = () => asks.compare.labels().slice(0, MAX_COMPARED);
+const compared = () => asks.compare.values().slice(0, MAX_COMPARED);
 
 // Builds the table of pictures, still to be drawn; returns how to show them, and each column's cards and time.
-function buildTable(labels, columns) {
+function buildTable(values, columns) {
   const table = $("#table");
   table.style.setProperty("--columns", columns.length);
   table.replaceChildren();
   $("#compare-details").hidden = true;
-  const inHeight = Math.max(120, (innerHeight - 270) / labels.length);
-  const side = narrow() ? (Math.min(innerWidth, 700) - 28) / columns.length - 8 : Math.min(inHeight, labels.length > 2 ? 196 : 280, 800 / columns.length);
+  const inHeight = Math.max(120, (innerHeight - 270) / values.length);
+  const side = narrow() ? (Math.min(innerWidth, 700) - 28) / columns.length - 8 : Math.min(inHeight, values.length > 2 ? 196 : 280, 800 / columns.length);
   const show = (card, reveal, step, live) => paintReveal($("canvas", card), reveal, step, { side, live });
   const cells = columns.map(({ preset, own }) => {
     const changes = Object.entries(own).map(([name, value]) => `${name.replace("_scale", "").replaceAll("_", " ")} ${value}`);
     const time = make("small", { textContent: "\u00a0" });
-    const row = labels.map(() => make("button", { type: "button", className: "card" }, make("canvas")));
+    const row = values.map(() => make("button", { type: "button", className: "card" }, make("canvas")));
     row.forEach((card) => show(card, undrawn(), 0, false));
     table.append(make("div", { className: "compared" }, make("h3", { textContent: [preset, ...changes].join(", ") }), ...row, time));
     return { row, time };
@@ -611,19 +629,19 @@ function blankTable() {
 
 async function compareTab() {
   await run($("#compare"), async (progress) => {
-    if (asks.compare.labels().length > MAX_COMPARED) say(`the first ${MAX_COMPARED} classes are compared`, "info");
-    const labels = compared();
+    if (asks.compare.values().length > MAX_COMPARED) say(`the first ${MAX_COMPARED} ${things()} are compared`, "info");
+    const values = compared();
     const first = Number($("#compare-seed").value) || 0;
     const columns = readColumns().map((column) => ({ ...column, settings: { ...settings.values(), ...column.own } }));
-    const { cells, show } = buildTable(labels, columns);
+    const { cells, show } = buildTable(values, columns);
     state.compared = true;
     for (const [i, { preset, settings: all }] of columns.entries()) {
       if (state.running.stopped) break;
       const { row, time } = cells[i];
-      const drawn = await draw({ labels, seeds: labels.map((_, j) => first + j), preset, settings: all },
+      const drawn = await draw({ asks: values, seeds: values.map((_, j) => first + j), preset, settings: all },
         (event) => progress(event, [i / columns.length, 1 / columns.length]), (reveal, j, step, done) => show(row[j], reveal, step, !done));
       if (!drawn) continue;
-      time.textContent = `${seconds(drawn.event.seconds)}${labels.length > 1 ? ` · ${seconds(drawn.event.seconds / labels.length)} a picture` : ""}`;
+      time.textContent = `${seconds(drawn.event.seconds)}${values.length > 1 ? ` · ${seconds(drawn.event.seconds / values.length)} a picture` : ""}`;
       row.forEach((card, j) => card.addEventListener("click", () => {
         $$("#table .card").forEach((other) => other.classList.toggle("selected", other === card));
         details($("#compare-details"), drawn.reveals[j]);
@@ -647,11 +665,12 @@ async function openFile(file) {
     });
     const { image, restored, note } = await ask("open", state.model, url);
     if (restored) {
-      asks.draw.set([restored.label]);
+      asks.draw.set([restored.prompt ?? restored.label ?? null]);
       presets.set(restored.preset);
       settings.set(restored.settings);
       $("#seed").value = restored.seed;
       $("#count").value = 1;
+      state.counted = true;
       $("#die").setAttribute("aria-pressed", "false");
       const other = restored.model && restored.model !== state.model ? ` (it was drawn by ${restored.model})` : "";
       say(`settings restored from ${file.name}${other}: ${note || "Draw makes it again"}`, "info");
@@ -696,7 +715,7 @@ document.addEventListener("keydown", (event) => {
   if (event.key === "Escape") stop();
   const field = event.target.closest("form input, select, textarea, button, a, summary");
   if (event.key === "Enter" && !field && !event.isComposing) tabs[current()]();
-  if ((event.ctrlKey || event.metaKey) && event.key === "z" && current() === "edit" && !event.target.closest("input[type=text]")) {
+  if ((event.ctrlKey || event.metaKey) && event.key === "z" && current() === "edit" && !event.target.closest("input[type=text], textarea")) {
     event.preventDefault();
     if (event.shiftKey) easel.restore(easel.future, easel.past);
     else easel.restore(easel.past, easel.future);
@@ -715,7 +734,7 @@ $("#die").addEventListener("click", (event) => {
 });
 $("#seed").addEventListener("input", () => $("#die").setAttribute("aria-pressed", "false"));
 asks.draw.onchange = () => { if (!state.reveals.length) blank(); };
-$("#count").addEventListener("input", () => asks.draw.onchange());
+$("#count").addEventListener("input", () => { state.counted = true; asks.draw.onchange(); });
 asks.compare.onchange = blankTable;
 presets.onchange = () => { if (model()?.defaults) settings.setDefaults(model().defaults[presets.value]); };
 $("#scrub").addEventListener("input", (event) => { clearInterval(playing); scrubTo(Number(event.target.value)); });

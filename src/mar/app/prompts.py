@@ -1,0 +1,82 @@
+"""Prompts on the page: which words a model knows, and what it does not read of a prompt."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mar.pipeline import Pipeline
+
+MAX_EXAMPLES = 8
+"""Examples of a model that the page shows."""
+_READERS = logging.getLogger("mar.data")
+"""Logger by which readers of captions say what they leave out or cut."""
+
+
+def describe_prompts(pipeline: Pipeline) -> dict[str, Any]:
+    """Return what the page needs of a model that draws from words.
+
+    `words` are those that it knows, the most frequent first; none for a text encoder, which reads all.
+    """
+    return {"kind": "prompt", "words": _known_words(pipeline), "examples": _examples(pipeline)}
+
+
+def sample_prompt(pipeline: Pipeline) -> str:
+    """Return a prompt that the model can draw."""
+    return [*_examples(pipeline), *_known_words(pipeline), "a picture"][0]
+
+
+def check_prompts(pipeline: Pipeline, prompts: Sequence[str | None]) -> dict[str, Any]:
+    """Return `notes`, a line for each prompt with unknown or cut words, and `draws`: whether all can be drawn.
+
+    A line of the only prompt does not repeat it.
+    """
+    texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
+    draws = True
+    with readers_heard() as notes:
+        for text in texts:
+            try:
+                if pipeline.captions is None:
+                    pipeline.reader.read(None, [text])  # says what to give instead
+                else:
+                    pipeline.captions.check(text)
+            except ValueError as error:
+                notes.append(str(error))
+                draws = False
+    head = f"prompt {texts[0]!r}: " if len(texts) == 1 else ""
+    return {"notes": [note.removeprefix(head) for note in dict.fromkeys(notes)], "draws": draws}
+
+
+@contextmanager
+def readers_heard() -> Iterator[list[str]]:
+    """Collect the warnings of this thread's readers of captions, in place of the log."""
+    lines: list[str] = []
+    thread = threading.get_ident()
+
+    def collect(record: logging.LogRecord) -> bool:
+        if record.thread != thread or record.levelno < logging.WARNING:
+            return True
+        lines.append(record.getMessage())
+        return False
+
+    _READERS.addFilter(collect)
+    try:
+        yield lines
+    finally:
+        _READERS.removeFilter(collect)
+
+
+def _known_words(pipeline: Pipeline) -> list[str]:
+    from mar.data.conditions import WordReader
+
+    return list(pipeline.captions.words) if isinstance(pipeline.captions, WordReader) else []
+
+
+def _examples(pipeline: Pipeline) -> list[str]:
+    """Return the examples that the model's file has, without those that are no prompts."""
+    given = pipeline.notes.get("examples")
+    return [each for each in given if isinstance(each, str) and each][:MAX_EXAMPLES] if isinstance(given, list) else []
