@@ -24,6 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 from tiny import FAST, tiny_model
+from words_model import EXAMPLES, words_pipeline
 
 import mar
 from mar.assets import imagenet_classes
@@ -59,7 +60,17 @@ def nameless(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory, thousand: Path, nameless: Path) -> Iterator[str]:
+def worded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 16x16 pixels that draws from words."""
+    path = tmp_path_factory.mktemp("models") / "worded.safetensors"
+    pipeline = words_pipeline(grid=(16, 16), patch_size=4)
+    pipeline.sampling = SamplingConfig(**{**FAST.__dict__, "x0_bound": 3.0})
+    pipeline.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory, thousand: Path, nameless: Path, worded: Path) -> Iterator[str]:
     """The address of a `mar app`."""
     folder = tmp_path_factory.mktemp("app")
     with socket.socket() as probe:
@@ -67,7 +78,8 @@ def url(tmp_path_factory: pytest.TempPathFactory, thousand: Path, nameless: Path
         port = probe.getsockname()[1]
     paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "MAR_HOME": str(folder / "home"), "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", "mar", "app", "fashion", str(thousand), str(nameless), "--no-browser"]
+    models = ["fashion", str(thousand), str(nameless), str(worded)]
+    command = [sys.executable, "-m", "mar", "app", *models, "--no-browser"]
     output = folder / "output"
     with output.open("w") as file:
         process = subprocess.Popen(
@@ -538,6 +550,145 @@ def test_page_on_a_phone_draws_and_edits_without_scrolling_sideways(opener: Open
     finish(page, "compare")
     page.locator("#table .card").first.tap()
     fits()
+
+
+def choose_words(page: Page, worded: Path) -> Locator:
+    """Choose the model that draws from words; returns the field of its prompts."""
+    page.select_option("#model", str(worded))
+    field = page.locator("#draw-asks textarea")
+    expect(field).to_have_value(EXAMPLES[0])
+    return field
+
+
+def test_prompt_is_completed_by_the_keyboard_and_drawn(opener: Opener, worded: Path) -> None:
+    page = opener()
+    field, note = choose_words(page, worded), page.locator("#draw-asks output")
+    options = page.locator("#draw-asks [role=option]")
+    expect(page.locator("#draw-pictures .card")).to_have_count(4)  # of one prompt
+    field.fill("")
+    page.keyboard.type("red be")
+    assert options.all_inner_texts() == ["bee", "beetle"]
+    assert page.locator("#draw-asks [aria-selected=true]").inner_text() == "bee"
+    page.keyboard.press("ArrowDown")
+    assert field.get_attribute("aria-activedescendant") == options.nth(1).get_attribute("id")
+    page.keyboard.press("Enter")
+    expect(field).to_have_value("red beetle")
+    expect(options.first).to_be_hidden()
+    # A whole word is not completed by Enter; Escape closes the list, and the prompt stays.
+    field.fill("")
+    page.keyboard.type("red bee")
+    assert options.all_inner_texts() == ["beetle"]
+    expect(page.locator("#draw-asks [aria-selected=true]")).to_have_count(0)
+    page.keyboard.press("Escape")
+    expect(options.first).to_be_hidden()
+    page.keyboard.type(" an")
+    options.first.click()
+    expect(field).to_have_value("red bee ant")
+    page.fill("#count", "2")
+    field.focus()
+    page.keyboard.press("Enter")
+    finish(page, "draw")
+    expect(page.locator("#draw-pictures .card span")).to_have_text(["red bee ant · 0", "red bee ant · 1"])
+    expected = mar.load(worded, device="cpu").sample(prompts=["red bee ant"] * 2, seeds=[0, 1])
+    for i, image in enumerate(expected):
+        page.locator("#draw-pictures .card").nth(i).click()
+        assert np.array_equal(saved(page, "draw"), np.asarray(image))
+    code = page.locator("#draw-details pre").inner_text()
+    assert code == f"mar sample {worded} --prompt 'red bee ant' --seed 1"
+    expect(note).to_have_text("")
+
+
+def test_prompt_with_unknown_words_is_told_below_the_field(opener: Opener, worded: Path) -> None:
+    page = opener()
+    field, note = choose_words(page, worded), page.locator("#draw-asks output")
+    field.fill("a red antt")
+    expect(note).to_have_text("unknown words: antt (ant?); left out")
+    draw(page)
+    expect(page.locator("#notice")).to_be_hidden()
+    field.fill("xyz")
+    expect(note).to_have_text("unknown words: xyz; expected some of the 7 words that this model knows")
+    expect(note).to_have_class("hint wrong")
+    draw(page)
+    expect(notice(page)).to_contain_text("unknown words: xyz")
+    field.fill("x" * 301)
+    expect(note).to_contain_text("got 301 characters, expected at most 300")
+    page.click("#draw-asks .examples button >> nth=1")
+    expect(field).to_have_value(EXAMPLES[1])
+    expect(note).to_be_hidden()
+    # Nothing at all is asked for, too.
+    field.fill("")
+    draw(page)
+    expect(page.locator("#draw-pictures .card span").first).to_contain_text("no prompt · ")
+    assert "--prompt '' --seed" in page.locator("#draw-details pre").inner_text()
+
+
+def test_prompts_a_line_each_are_drawn_edited_compared_and_restored(opener: Opener, worded: Path) -> None:
+    page = opener()
+    field = choose_words(page, worded)
+    page.click("#draw-asks .examples button >> nth=0")
+    page.keyboard.press("Tab")
+    field.press("End")
+    page.keyboard.press("Shift+Enter")
+    page.click("#draw-asks .examples button >> nth=1")
+    expect(field).to_have_value("\n".join(EXAMPLES))
+    page.fill("#count", "1")
+    draw(page)
+    captions = [f"{prompt} · {seed}" for seed, prompt in enumerate(EXAMPLES)]
+    expect(page.locator("#draw-pictures .card span")).to_have_text(captions)
+    page.locator("#draw-pictures .card").nth(1).click()
+    drawn = saved(page, "draw")
+    with page.expect_download() as download:
+        page.click("#draw-details a:has-text('Save PNG')")
+    assert download.value.suggested_filename == "a-bee-medium-dark-1.png"
+    # Another prompt for what is painted over: all else is the original to the bit.
+    page.click("#draw-details button:has-text('Edit')")
+    edit = page.locator("#edit-asks textarea")
+    expect(edit).to_have_value(EXAMPLES[1])
+    edit.fill("a red ant")
+    paint(page, (0, 0), (3, 0), (3, 1), (0, 1), grid=4)
+    painted(page, 8, of=16)
+    page.uncheck("#soft")
+    draw(page, "edit")
+    inside = np.zeros((16, 16), dtype=bool)
+    inside[:, :8] = True
+    variant = saved(page, "edit")
+    assert np.array_equal(variant[~inside], drawn[~inside])
+    assert not np.array_equal(variant[inside], drawn[inside])
+    code = page.locator("#edit-details pre").inner_text()
+    assert "--prompt 'a red ant'" in code
+    assert "--known known.png --mask mask.png" in code
+    page.click("#vary-unsure")
+    painted(page, 6, of=16)
+    # Compare takes prompts, and a saved picture brings its own back.
+    page.click("#tab-compare")
+    page.fill("#compare-asks textarea", "bee\nant")
+    expect(page.locator("#table .card")).to_have_count(6)
+    draw(page, "compare")
+    page.locator("#table .card").nth(1).click()
+    assert page.locator("#compare-details b").inner_text() == "ant · 1"
+    drop(page, download.value.path(), "bee.png")
+    expect(notice(page)).to_have_text("settings restored from bee.png: Draw makes it again")
+    expect(field).to_have_value(EXAMPLES[1])
+    draw(page)
+    assert np.array_equal(saved(page, "draw"), drawn)
+
+
+def test_prompt_on_a_phone_is_completed_without_covering_the_pictures(opener: Opener, worded: Path) -> None:
+    page = opener(390, 844, has_touch=True, is_mobile=True, device_scale_factor=2)
+    field = choose_words(page, worded)
+    field.fill("")
+    page.keyboard.type("be")
+    listed = page.locator("#draw-asks [role=listbox]").bounding_box()
+    pictures = page.locator("#draw-pictures").bounding_box()
+    assert listed is not None
+    assert pictures is not None
+    assert listed["y"] >= pictures["y"] + pictures["height"]
+    page.locator("#draw-asks [role=option]").nth(1).tap()
+    expect(field).to_have_value("beetle")
+    field.fill("a-word-that-is-longer-than-any-line-on-a-phone-and-has-no-place-to-break bee")
+    page.keyboard.press("Enter")
+    finish(page, "draw")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
 CONTRASTS = """

@@ -638,6 +638,12 @@ def argument(**changes: Any) -> list[Any]:
         {"labels": []},
         {"labels": ["bag"] * 1000, "seeds": [0] * 1000},
         {"labels": ["bag", "bag"]},
+        {"labels": None},
+        {"prompts": ["a bag"]},
+        {"labels": None, "prompts": ["a bag"]},
+        {"labels": None, "prompts": ["x" * 10**6]},
+        {"labels": None, "prompts": ["a bag"] * 1000, "seeds": [0] * 1000},
+        {"labels": None, "prompts": "a bag"},
         *({"seeds": [value]} for value in (2**64, 2**63, -1, "0", 0.5, None, True)),
         *({"seeds": value} for value in (None, 0, "0", [], [0, 1])),
         {"preset": "nosuch"},
@@ -669,11 +675,11 @@ def test_draw_with_a_wrong_argument_says_so_in_one_line(studio: Served, changes:
     assert "\n" not in failed.value.line
 
 
-@pytest.mark.parametrize("function", ["open", "confidence", "load", "download"])
+@pytest.mark.parametrize("function", ["open", "confidence", "load", "download", "check"])
 @pytest.mark.parametrize("name", ["../../etc/passwd", "owner/name", "", 5, None, ["fashion"]])
 def test_functions_with_a_model_beyond_the_catalog_refuse_it(studio: Served, function: str, name: Any) -> None:
     picture = url_of(encoded(noise()))
-    rest = {"open": [picture], "confidence": ["bag", picture]}.get(function, [])
+    rest = {"open": [picture], "confidence": ["bag", picture], "check": [["bag"]]}.get(function, [])
     with pytest.raises(Failed, match=r"^error: model: got .*, expected one of fashion, mar-base"):
         studio.call(function, name, *rest)
 
@@ -772,7 +778,7 @@ def test_http_beyond_the_studio_is_refused(studio: Served, method: str, path: st
         (CALL, b'{"data": [1' + b"0" * 5000 + b"]}", 400),
         (CALL, b"x" * (33 * 2**20), 413),
         ("/gradio_api/call/draw", b'{"data": ["fashion", ["bag"]]}', 400),
-        ("/gradio_api/call/draw", b'{"data": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]}', 400),
+        ("/gradio_api/call/draw", b'{"data": [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]}', 400),
         ("/gradio_api/queue/join", b"{}", 404),
         ("/gradio_api/queue/join", b'{"data": [], "fn_index": 2}', 400),
         ("/gradio_api/queue/join", b'{"data": [], "fn_index": 99, "session_hash": "x"}', 404),

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mar.pipeline import Pipeline
 
-MAX_EXAMPLES = 8
+MAX_EXAMPLES = 6
 """Examples of a model that the page shows."""
+MAX_NOTE = 300
+"""Longest line about a prompt, in characters."""
 _READERS = logging.getLogger("mar.data")
 """Logger by which readers of captions say what they leave out or cut."""
 
@@ -48,7 +50,8 @@ def check_prompts(pipeline: Pipeline, prompts: Sequence[str | None]) -> dict[str
                 notes.append(str(error))
                 draws = False
     head = f"prompt {texts[0]!r}: " if len(texts) == 1 else ""
-    return {"notes": [note.removeprefix(head) for note in dict.fromkeys(notes)], "draws": draws}
+    lines = [note.removeprefix(head) for note in dict.fromkeys(notes)]
+    return {"notes": [line if len(line) <= MAX_NOTE else f"{line[:MAX_NOTE]}..." for line in lines], "draws": draws}
 
 
 @contextmanager

@@ -111,7 +111,8 @@ def command_line(
         options: further options of `mar sample`.
     """
     if "prompt" in asked:
-        words = ["mar", "sample", model, "--prompt", asked["prompt"] or ""]
+        prompt = asked["prompt"] or ""
+        words = ["mar", "sample", model, *([f"--prompt={prompt}"] if prompt[:1] == "-" else ["--prompt", prompt])]
     else:
         words = ["mar", "sample", model, "--labels", asked["label"] or "none"]
     words += ["--seed", str(seed)]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from tiny import tiny_pipeline
+from words_model import words_pipeline
 
 from mar.app import settings as words
 from mar.cli import main
@@ -71,11 +72,29 @@ def test_command_line_draws_the_same_picture(pipeline: Pipeline, preset: str | N
     sampling = pipeline.sampling_with(preset, **words.read_settings(CHANGED))
     changed = words.changed_settings(pipeline, preset, sampling)
     options = {"out": str(tmp_path / "out"), "device": "cpu"}
-    command = words.command_line(str(model), "bee", 5, preset, changed, options)
+    command = words.command_line(str(model), {"label": "bee"}, 5, preset, changed, options)
     assert main(shlex.split(command)[1:]) == 0
     [expected] = pipeline.sample(["bee"], [5], **words.read_settings(to_dict(sampling)))
     with Image.open(tmp_path / "out" / "bee-00005.png") as image:
         assert image.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("prompt", ["a red ant's", "", "--seed"])
+def test_command_line_and_python_code_of_a_prompt_draw_the_same_picture(prompt: str, tmp_path: Path) -> None:
+    model = str(tmp_path / "model.safetensors")
+    pipeline = words_pipeline()
+    pipeline.save(model)
+    [expected] = pipeline.sample(prompts=[prompt], seeds=[5])
+    command = words.command_line(
+        model, {"prompt": prompt}, 5, None, {}, {"out": str(tmp_path / "out"), "device": "cpu"}
+    )
+    assert main(shlex.split(command)[1:]) == 0
+    [path] = [path for path in (tmp_path / "out").iterdir() if path.name != "grid.png"]
+    with Image.open(path) as image:
+        assert image.tobytes() == expected.tobytes()
+    names: dict[str, Any] = {}
+    exec(words.python_code(model, {"prompt": prompt}, 5, None, {}), names)
+    assert names["image"].tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("preset", [None, "fast"])
@@ -83,7 +102,7 @@ def test_python_code_draws_the_same_picture(pipeline: Pipeline, preset: str | No
     pipeline.save(tmp_path / "model.safetensors")
     sampling = pipeline.sampling_with(preset, **words.read_settings(CHANGED))
     changed = words.changed_settings(pipeline, preset, sampling)
-    code = words.python_code(str(tmp_path / "model.safetensors"), None, 5, preset, changed)
+    code = words.python_code(str(tmp_path / "model.safetensors"), {"label": None}, 5, preset, changed)
     names: dict[str, Any] = {}
     exec(code, names)
     [expected] = pipeline.sample([None], [5], **words.read_settings(to_dict(sampling)))
@@ -101,7 +120,7 @@ def test_python_code_of_a_changed_picture_draws_it(
     known.save("known.png")
     mask.save("mask.png")
     names: dict[str, Any] = {}
-    exec(words.python_code("model.safetensors", "ant", 1, None, {}, grow=0), names)
+    exec(words.python_code("model.safetensors", {"label": "ant"}, 1, None, {}, grow=0), names)
     [expected] = pipeline.sample(["ant"], [1], known=[known], mask=[mask], grow=0)
     assert names["image"].tobytes() == expected.tobytes()
 

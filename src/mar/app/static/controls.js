@@ -13,8 +13,8 @@ const COMPLETIONS = 6;
 // The field for what is asked for. A model's `asks.kind` chooses it: `class` (chips of names), `prompt` (words) or `none`.
 // Values are class numbers, prompts, or null for neither.
 export class Asks {
-  constructor(container, { multiple = true, title = "What to draw", check = null } = {}) {
-    Object.assign(this, { container, multiple, title, check, asks: { kind: "none" }, chosen: [null] });
+  constructor(container, { multiple = true, title = "What to draw", check = null, examples = false } = {}) {
+    Object.assign(this, { container, multiple, title, check, examples, asks: { kind: "none" }, chosen: [null] });
   }
 
   setModel(asks) {
@@ -46,7 +46,7 @@ class Nothing {
   suggestion() { return [null]; }
   values() { return [null]; }
   set() {}
-  name() { return "no class"; }
+  name() { return null; }
   of() { return null; }
 }
 
@@ -58,6 +58,7 @@ class Completion {
     input.setAttribute("aria-autocomplete", "list");
     input.setAttribute("aria-controls", this.list.id);
     input.addEventListener("blur", () => this.close());
+    this.expand();
   }
 
   get open() { return !this.list.hidden; }
@@ -200,14 +201,14 @@ class Prompts {
     this.note = make("output", { className: "hint", htmlFor: id });
     this.note.setAttribute("aria-live", "polite");
     owner.container.append(make("label", { htmlFor: id, textContent: owner.title }), make("div", { className: "combo" }, this.input, this.completion.list), this.note);
-    if (owner.multiple && examples.length) owner.container.append(this.examples(examples));
+    if (owner.examples && examples.length) owner.container.append(this.examples(examples));
     this.suggested = examples[0] ?? "";
     this.input.addEventListener("input", () => { this.search(); this.changed(); });
     this.input.addEventListener("blur", () => this.checkSoon());
     this.input.addEventListener("keydown", (event) => this.key(event));
   }
 
-  fits() { return true; }
+  fits() { return this.input.value.trim() !== this.suggested; }
   suggestion() { return [this.suggested]; }
   values() { return this.lines().filter(Boolean); }
   name(prompt) { return prompt || "no prompt"; }

@@ -14,7 +14,7 @@ const narrow = () => innerWidth <= 900;
 
 const state = { models: [], model: null, running: null, reveals: [], selected: 0, step: 0 };
 const asks = {
-  draw: new Asks($("#draw-asks"), { check }),
+  draw: new Asks($("#draw-asks"), { check, examples: true }),
   edit: new Asks($("#edit-asks"), { multiple: false, title: "Draw there", check }),
   compare: new Asks($("#compare-asks"), { check }),
 };
@@ -101,7 +101,7 @@ function adopt(current) {
   const { kind } = current.asks;
   $("#count-title").textContent = kind === "none" ? "Pictures" : "Pictures of each";
   if (!state.counted) $("#count").value = kind === "prompt" ? 4 : 1;
-  $("#compare .hint").textContent = `The same ${things()} and seed with each of the settings.`;
+  $("#compare .go + .hint").textContent = `The same ${things()} and seed with each of the settings.`;
   easel.clear();
   buildColumns();
   blank();
@@ -320,7 +320,7 @@ function details(container, reveal, { editable = true } = {}) {
   const { result } = reveal;
   container.hidden = false;
   const save = (url, name, text) => make("a", { href: url, download: name, textContent: text, className: "button" });
-  const file = `${(result.label ?? result.prompt ?? "picture").replace(/[^\w-]+/g, "-").toLowerCase().slice(0, 80)}-${result.seed}.png`;
+  const file = `${(result.label || result.prompt || "picture").replace(/[^\w-]+/g, "-").toLowerCase().slice(0, 80)}-${result.seed}.png`;
   const edit = make("button", { type: "button", textContent: "Edit" });
   edit.addEventListener("click", () => editPicture(result));
   const extra = result.known ? [save(result.known, "known.png", "known.png"), save(result.mask, "mask.png", "mask.png")] : [];
