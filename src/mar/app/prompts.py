@@ -33,9 +33,10 @@ def sample_prompt(pipeline: Pipeline) -> str:
 
 
 def check_prompts(pipeline: Pipeline, prompts: Sequence[str | None]) -> dict[str, Any]:
-    """Return `notes`, a line for each prompt with unknown or cut words, and `draws`: whether all can be drawn.
+    """Tell the unknown and cut words of prompts.
 
-    A line of the only prompt does not repeat it.
+    Returns `notes`, a line for each prompt that has some, and `draws`: whether all prompts can be drawn. A line of the
+    only prompt does not repeat it.
     """
     texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
     draws = True

@@ -317,12 +317,19 @@ class Functions:
             return self.studio.open(model, picture)
 
     def confidence(self, model: str, label: Any, picture: str, prompt: str | None = None) -> list[list[float]]:
-        """Return the diffusion loss of each token of a picture."""
+        """Return the diffusion loss of each token of a picture.
+
+        Args:
+            model: a name of `models`.
+            label: class name, class number or None.
+            picture: data URL.
+            prompt: instead of a label, for a model that draws from words.
+        """
         with _told():
             return self.studio.confidence(model, label, picture, prompt)
 
     def check(self, model: str, prompts: list[Any]) -> dict[str, Any]:
-        """Tell which words of prompts a model does not know, with the nearest known ones."""
+        """Tell the unknown words of prompts, with the nearest known ones."""
         with _told():
             return self.studio.check(model, prompts)
 

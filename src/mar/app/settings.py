@@ -97,24 +97,24 @@ def changed_settings(pipeline: Pipeline, preset: str | None, sampling: SamplingC
 
 
 def command_line(
-    model: str, asked: Mapping[str, str | None], seed: int, preset: str | None, changed: Mapping[str, Any],
+    model: str, condition: Mapping[str, str | None], seed: int, preset: str | None, changed: Mapping[str, Any],
     options: Mapping[str, Any],
 ) -> str:  # fmt: skip
     """Return the `mar sample` command for a picture.
 
     Args:
         model: name, file or folder.
-        asked: `label` (class name or number; None: no class), or `prompt`.
+        condition: `label` (class name or number; None: no class), or `prompt`.
         seed: of the picture.
         preset: of the settings.
         changed: settings of `changed_settings`.
         options: further options of `mar sample`.
     """
-    if "prompt" in asked:
-        prompt = asked["prompt"] or ""
+    if "prompt" in condition:
+        prompt = condition["prompt"] or ""
         words = ["mar", "sample", model, *([f"--prompt={prompt}"] if prompt[:1] == "-" else ["--prompt", prompt])]
     else:
-        words = ["mar", "sample", model, "--labels", asked["label"] or "none"]
+        words = ["mar", "sample", model, "--labels", condition["label"] or "none"]
     words += ["--seed", str(seed)]
     if preset is not None:
         words += ["--preset", preset]
@@ -125,13 +125,13 @@ def command_line(
 
 
 def python_code(
-    model: str, asked: Mapping[str, str | None], seed: int, preset: str | None, changed: Mapping[str, Any], *,
+    model: str, condition: Mapping[str, str | None], seed: int, preset: str | None, changed: Mapping[str, Any], *,
     dtype: str = "fp32", grow: int | None = None,
 ) -> str:  # fmt: skip
     """Return Python that draws a picture.
 
     Args:
-        model, asked, seed, preset, changed: as in `command_line`.
+        model, condition, seed, preset, changed: as in `command_line`.
         dtype: precision of the model.
         grow: tokens around the mask of a changed picture; None: the picture was drawn from nothing.
     """
@@ -143,7 +143,7 @@ def python_code(
         lines.append("from PIL import Image")
     precision = f", dtype=torch.{torch_name}" if torch_name else ""
     lines += ["", f"model = mar.load({model!r}{precision})"]
-    arguments = [*(f"{name}s=[{value!r}]" for name, value in asked.items()), f"seeds=[{seed}]"]
+    arguments = [*(f"{name}s=[{value!r}]" for name, value in condition.items()), f"seeds=[{seed}]"]
     if preset is not None:
         arguments.append(f"preset={preset!r}")
     arguments += [f"{name}={tuple(value) if isinstance(value, list) else value!r}" for name, value in changed.items()]

@@ -529,12 +529,12 @@ class Studio:
         pictures = []
         for image, ask, seed in zip(images, request.asks, request.seeds, strict=True):
             said = pipeline.describe_ask(ask)
-            asked = said if pipeline.captions else {"label": _label(pipeline, said["label"])}
-            recipe = (request.model, asked, seed, preset, changed)
+            condition = said if pipeline.captions else {"label": _label(pipeline, said["label"])}
+            recipe = (request.model, condition, seed, preset, changed)
             pictures.append(
                 {
                     "image": png_url(image, {**said, "seed": seed, **facts}),
-                    **asked,
+                    **condition,
                     "seed": seed,
                     "command": words.command_line(*recipe, options),
                     "python": words.python_code(*recipe, dtype=self.dtype, grow=grow),
@@ -582,7 +582,7 @@ def _describe(pipeline: Pipeline) -> dict[str, Any]:
     height, width = pipeline.image_size
     rows, columns = config.token_grid
     names = all_names(pipeline.classes) or [(str(number),) for number in range(config.classes)]
-    classes = {  # what may be asked for: a class, by any of its names
+    classes = {  # what may be condition for: a class, by any of its names
         "kind": "class" if config.classes else "none",
         "names": list(pipeline.classes or map(str, range(config.classes))),
         "aliases": [" ".join(each[1:]) for each in names],
@@ -606,13 +606,13 @@ def _restored(pipeline: Pipeline, facts: Mapping[str, Any]) -> dict[str, Any]:
     preset = min(PRESETS, key=lambda each: len(changed[each]))
     label, prompt, seed = facts.get("label"), facts.get("prompt"), facts.get("seed")
     classes = pipeline.model.config.classes
-    asked = (
+    condition = (
         {"prompt": prompt if isinstance(prompt, str) and len(prompt) <= MAX_PROMPT else None} if pipeline.captions
         else {"label": label if type(label) is int and 0 <= label < classes else None}
     )  # fmt: skip
     return {
         "model": str(facts.get("model", ""))[:200],
-        **asked,
+        **condition,
         "seed": seed if type(seed) is int and 0 <= seed < 2**63 else 0,
         "preset": preset,
         "settings": changed[preset],
