@@ -1,13 +1,13 @@
 """Renew the pictures of the studio in docs/images/studio; needs Chromium and playwright.
 
-python tools/studio_screenshots.py [FOLDER]
+python tools/studio_screenshots.py [FOLDER] [--model emoji] [--prompt "a pizza" ...] [--edit "red heart"]
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
-import sys
 import tempfile
 from io import BytesIO
 from pathlib import Path
@@ -21,13 +21,19 @@ DESKTOP, PHONE = (1280, 860), (390, 844)
 
 def main() -> None:
     """Serve a studio, use each of its tabs, and take the pictures."""
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
+    parser = argparse.ArgumentParser()
+    parser.add_argument("folder", type=Path, nargs="?", default=FOLDER)
+    parser.add_argument("--model", help="as `mar app` takes it; by default its own")
+    parser.add_argument("--prompt", nargs="+", help="to draw and compare, for a model that draws from words")
+    parser.add_argument("--edit", help="class or prompt to draw in the painted part")
+    options = parser.parse_args()
+    folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as home:
         os.environ["MAR_HOME"] = home
         from mar.app.server import launch
 
-        server = launch(block=False)
+        server = launch([options.model] if options.model else [], block=False)
         try:
             with sync_playwright() as playwright:
                 browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
@@ -37,15 +43,17 @@ def main() -> None:
                     ("light", PHONE, "phone"),
                 ):
                     names = {tab: f"{tab}-{name}" for tab in ("draw", "edit", "compare")}
-                    take(browser, server.url, folder, scheme, size, **names)
+                    words = {"prompts": options.prompt, "change": options.edit}
+                    take(browser, server.url, folder, scheme, size, **words, **names)
                 browser.close()
         finally:
             server.close()
 
 
 def take(
-    browser: Browser, url: str, folder: Path, scheme: str, size: tuple[int, int], *, draw: str | None = None,
-    edit: str | None = None, compare: str | None = None,
+    browser: Browser, url: str, folder: Path, scheme: str, size: tuple[int, int], *,
+    prompts: list[str] | None = None, change: str | None = None, draw: str | None = None, edit: str | None = None,
+    compare: str | None = None,
 ) -> None:  # fmt: skip
     """Take the pictures that have a name.
 
@@ -54,6 +62,8 @@ def take(
         folder: of the pictures.
         scheme: light or dark.
         size: of the window.
+        prompts: to draw and compare, for a model that draws from words (None: its first example).
+        change: class or prompt to draw in the painted part (None: Pullover, or the same prompt).
         draw, edit, compare: names of the tabs' pictures.
     """
     page = browser.new_page(viewport={"width": size[0], "height": size[1]}, color_scheme=scheme)
@@ -61,17 +71,29 @@ def take(
     expect.set_options(timeout=120_000)
     page.goto(url)
     expect(page.locator(".preset small", has_text="s a picture")).to_have_count(3)  # measured
+    words = page.locator("#draw-asks textarea").is_visible()
+    if words and prompts:
+        page.fill("#draw-asks-input", "\n".join(prompts))
+        page.fill("#compare-asks-input", "\n".join(prompts), force=True)  # its tab is hidden
+        page.fill("#count", str(max(1, 4 // len(prompts))))
     press(page, "draw")
+    steps = int(page.locator("#scrub").get_attribute("max") or 0)
     if draw:
-        page.fill("#scrub", "17")  # a few tokens are missing
+        page.fill("#scrub", str(round(0.85 * steps)))  # a few tokens are missing
         save(page, folder / f"{draw}.png")
-        page.fill("#scrub", "20")
+        page.fill("#scrub", str(steps))
     if edit:
         page.click("#draw-details button:has-text('Edit')")
-        paint(page, (6, 0), (0, 0), (0, 1), (6, 1))
-        paint(page, (6, 6), (0, 6), (0, 5), (6, 5))
-        page.fill("#edit-asks-input", "Pullover")  # sleeves of a T-shirt become long ones
-        page.keyboard.press("Enter")
+        if words:
+            page.click("text=Rectangle")
+            paint(page, (0, 0), (3, 6))  # the upper half
+            if change:
+                page.fill("#edit-asks-input", change)
+        else:
+            paint(page, (6, 0), (0, 0), (0, 1), (6, 1))
+            paint(page, (6, 6), (0, 6), (0, 5), (6, 5))
+            page.fill("#edit-asks-input", change or "Pullover")  # sleeves of a T-shirt become long ones
+            page.keyboard.press("Enter")
         press(page, "edit")
         page.mouse.move(0, 0)
         save(page, folder / f"{edit}.png")
@@ -89,7 +111,7 @@ def press(page: Page, tab: str) -> None:
 
 
 def paint(page: Page, *tokens: tuple[int, int]) -> None:
-    """Drag the mouse over these tokens of the easel."""
+    """Drag the mouse over these sevenths of the easel."""
     box = page.locator("#easel").bounding_box()
     assert box is not None
     for i, (row, column) in enumerate(tokens):

@@ -57,7 +57,7 @@ def check_prompts(pipeline: Pipeline, prompts: Sequence[str | None]) -> dict[str
 
 @contextmanager
 def readers_heard() -> Iterator[list[str]]:
-    """Collect the warnings of this thread's readers of captions, in place of the log."""
+    """Collect the warnings of this thread's caption readers; none is logged."""
     lines: list[str] = []
     thread = threading.get_ident()
 

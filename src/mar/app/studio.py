@@ -582,7 +582,7 @@ def _describe(pipeline: Pipeline) -> dict[str, Any]:
     height, width = pipeline.image_size
     rows, columns = config.token_grid
     names = all_names(pipeline.classes) or [(str(number),) for number in range(config.classes)]
-    classes = {  # what may be condition for: a class, by any of its names
+    classes = {  # the conditions that one chooses from: a class, by any of its names
         "kind": "class" if config.classes else "none",
         "names": list(pipeline.classes or map(str, range(config.classes))),
         "aliases": [" ".join(each[1:]) for each in names],
