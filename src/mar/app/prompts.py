@@ -39,39 +39,35 @@ def check_prompts(pipeline: Pipeline, prompts: Sequence[str | None]) -> dict[str
     only prompt does not repeat it.
     """
     texts = list(dict.fromkeys(prompt or "" for prompt in prompts))
+    notes: list[str] = []
     draws = True
-    with readers_heard() as notes:
-        for text in texts:
-            try:
-                if pipeline.captions is None:
-                    pipeline.reader.read(None, [text])  # says what to give instead
-                else:
-                    pipeline.captions.check(text)
-            except ValueError as error:
-                notes.append(str(error))
-                draws = False
+    for text in filter(str.strip, texts):
+        try:
+            if pipeline.captions is None:
+                pipeline.reader.read(None, [text])  # says what to give instead
+            elif (note := pipeline.captions.check(text)) is not None:
+                notes.append(note)
+        except ValueError as error:
+            notes.append(str(error))
+            draws = False
     head = f"prompt {texts[0]!r}: " if len(texts) == 1 else ""
     lines = [note.removeprefix(head) for note in dict.fromkeys(notes)]
     return {"notes": [line if len(line) <= MAX_NOTE else f"{line[:MAX_NOTE]}..." for line in lines], "draws": draws}
 
 
 @contextmanager
-def readers_heard() -> Iterator[list[str]]:
-    """Collect the warnings of this thread's caption readers; none is logged."""
-    lines: list[str] = []
+def unlogged_prompts() -> Iterator[None]:
+    """Keep warnings of this thread's caption readers out of the log: they repeat prompts."""
     thread = threading.get_ident()
 
-    def collect(record: logging.LogRecord) -> bool:
-        if record.thread != thread or record.levelno < logging.WARNING:
-            return True
-        lines.append(record.getMessage())
-        return False
+    def passes(record: logging.LogRecord) -> bool:
+        return record.thread != thread
 
-    _READERS.addFilter(collect)
+    _READERS.addFilter(passes)
     try:
-        yield lines
+        yield
     finally:
-        _READERS.removeFilter(collect)
+        _READERS.removeFilter(passes)
 
 
 def _known_words(pipeline: Pipeline) -> list[str]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from mar.app import settings as words
 from mar.app.pictures import facts_of, png_url, preview_url, read_picture
-from mar.app.prompts import check_prompts, describe_prompts, readers_heard, sample_prompt
+from mar.app.prompts import check_prompts, describe_prompts, sample_prompt, unlogged_prompts
 from mar.app.timings import Timings
 from mar.config import Preset, SamplingConfig, rename_old_keys, to_dict
 from mar.config.fields import renamed_fields
@@ -481,7 +481,7 @@ class Studio:
         step: RevealStep | None = None
         options = {"prompts": request.prompts, **kept, **request.settings}
         reveal = pipeline.reveal(request.labels, request.seeds, preset=request.preset, **options)
-        with readers_heard() as notes:
+        with unlogged_prompts():
             for step in reveal if not stop.is_set() else ():
                 seconds = time.perf_counter() - started
                 progress = {"kind": "step", "step": step.step, "steps": step.steps, "seconds": round(seconds, 3)}
@@ -496,12 +496,13 @@ class Studio:
         if step is None:
             emit({"kind": "done", "images": [], "seconds": 0.0, "step": 0, "steps": 0, "stopped": True})
             return
+        notes = {} if request.prompts is None else {"notes": check_prompts(pipeline, request.prompts)["notes"]}
         stopped = step.step < step.steps
         images = self._pictures(request, pipeline, step.images, stopped)
         emit(
             {
                 "kind": "done", "step": step.step, "steps": step.steps, "seconds": round(seconds, 3),
-                "stopped": stopped, "images": images, **({} if request.prompts is None else {"notes": notes}),
+                "stopped": stopped, "images": images, **notes,
             }
         )  # fmt: skip
         if not stopped and request.known is None and not request.settings:
