@@ -84,6 +84,16 @@ def write_images(folder: Path, count: int = 20) -> Path:
     return folder
 
 
+def write_captions(folder: Path) -> Path:
+    """Write a caption a picture of `write_images`, but none for the first; the third has two."""
+    rows = []
+    for i, path in enumerate(sorted(folder.rglob("*.png"))):
+        texts = [f"a {'red' if i % 3 else 'blue'} bar {path.parent.name}", "a cat on the mat"][: 2 if i == 2 else 1]
+        rows.append({"file_name": str(path.relative_to(folder)), "text": texts if i else None})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
 def tiny_train_config(data: Path, **changes: Any) -> TrainConfig:
     """A run over `pictures`, 4 a step for ten steps; dropouts on as in the paper."""
     small = tiny_config(channels=1, grid=(8, 8), patch_size=2, classes=2)

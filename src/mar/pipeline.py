@@ -171,6 +171,8 @@ class Pipeline(
         if device is not None:
             self.model.to(device)
             self.tokenizer.to(device)
+            if self.captions is not None:
+                self.captions.to(device)
         if dtype is torch.int8:
             quantize_(self.model.blocks())
         elif dtype is not None:

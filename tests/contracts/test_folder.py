@@ -16,6 +16,8 @@ import tiny
 import torch
 from orientations import forget_upright, lay_down
 from PIL import Image
+from encoders import save_encoder
+from tiny import write_captions
 from tiny import write_images as bars
 
 from mar.autoconfig.plan import FolderPlan
@@ -93,6 +95,31 @@ def test_folder_large_color_images_get_tokenizer_and_cache(tmp_path: Path) -> No
         "cut to 64x64 (larger from 5,000 pictures on, or by --image-size); by a tokenizer of their own"
         in steps.lines[0]
     )
+
+
+@pytest.mark.parametrize("text", [None, "encoder", ""])
+def test_folder_captions_are_read_as_asked(data: Path, tmp_path: Path, text: str | None) -> None:
+    write_captions(data)
+    name = str(save_encoder(tmp_path / "encoder")) if text == "encoder" else text
+    plan = planned(data, "--out", tmp_path / "run", *([] if name is None else ["--text", name]))
+    model = plan.train.model
+    if text == "encoder":
+        assert (model.text_width, model.words, model.classes, model.buffer_size) == (12, 0, 0, 32)
+        assert f"pictures with captions, read by {name}, typically" in plan.lines[0]
+        assert plan.lines[1].endswith("captions of up to 32 tokens")
+    elif text is None:
+        assert (model.text_width, model.words, model.classes, model.buffer_size) == (0, 10, 0, 8)
+    else:
+        assert (model.text_width, model.words, model.classes) == (0, 0, 2)
+        assert not any("captions of up to" in line for line in plan.lines)
+
+
+def test_folder_encoder_for_images_without_captions_is_refused(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, "--data", data, "--out", tmp_path / "run", "--text", "minilm")
+    assert "text is minilm, but" in message
+    assert "has no captions" in message
 
 
 def test_folder_flat_images_are_accepted(tmp_path: Path) -> None:

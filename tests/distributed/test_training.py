@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ import processes
 import pytest
 import torch
 import torch.distributed as dist
+from encoders import save_encoder
 from safetensors.torch import load_file
-from tiny import open_tiny_run, tiny_train_config, write_images
+from tiny import open_tiny_run, tiny_train_config, write_captions, write_images
 from torch.distributed.tensor import DTensor
 
 from mar.config import ConfigError, TrainConfig
 from mar.training.callbacks import export_and_sample, take_snapshot
 from mar.training.log import Log, RunLog
 from mar.training.parallelize import full_state_dict
+from mar.training.run import with_captions
 from mar.training.trainer import Callback, Run, train
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -143,6 +146,17 @@ def test_training_resumes_with_other_ranks_and_strategy(
         changes = {**vars(half), "strategy": strategy, "images": images}
         got = together(tmp_path, TrainConfig(**changes))
     assert furthest(got, alone) < 2e-4
+
+
+@pytest.mark.parametrize("text", ["words", "encoder"])
+def test_training_captions_two_ranks_match_one(tmp_path: Path, text: str) -> None:
+    pictures = write_captions(write_images(tmp_path / "pictures"))
+    if text == "encoder":
+        text = str(save_encoder(tmp_path / "encoder"))
+    config = settings(pictures, text=text)
+    config = with_captions(replace(config, model=replace(config.model, buffer_size=8)))
+    expected = weights(go(config, tmp_path / "alone"))
+    assert furthest(together(tmp_path / "two", config), expected) < 2e-4
 
 
 def test_training_indivisible_batch_is_refused(data: Path, tmp_path: Path) -> None:

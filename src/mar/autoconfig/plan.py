@@ -31,9 +31,11 @@ from mar.autoconfig.sizes import (
 from mar.autoconfig.summary import load_summary, summarize_cache
 from mar.config import ConfigError, TrainConfig, from_dict, resolve_image_channels
 from mar.config.tokenizer import NEW_RUN, TokenizerKind, TokenizerTrainConfig
+from mar.data.conditions import WORDS
 from mar.data.latent_cache import LatentSource, is_cache, read_manifest
 from mar.data.sources import open_data
 from mar.data.stream import StreamSource
+from mar.data.text_encoder import encoder_width
 from mar.tokenizer import PixelTokenizer, Tokenizer, from_name, is_name
 
 Config = TypeVar("Config")
@@ -297,9 +299,13 @@ def _recipe(overrides: Overrides, summary: DatasetSummary, layout: TokenLayout) 
     labeled = summary if overrides.classes != 0 else replace(summary, classes=())
     if overrides.text == "":
         labeled = replace(labeled, words=0, caption_length=0)
+    text = overrides.text
+    if text and not summary.words:
+        raise ConfigError(f"text is {text}, but {overrides.data} has no captions; leave --text out")
     recipe = train_config_for(
-        labeled, layout.size, layout.shape, images=overrides.images, grids=overrides.grids, square=layout.square
-    )
+        labeled, layout.size, layout.shape, images=overrides.images, grids=overrides.grids, square=layout.square,
+        text=text, text_width=0 if text in (None, "", WORDS) else encoder_width(text),
+    )  # fmt: skip
     # components are taken of images with the channels that they have
     fitted = is_name(layout.tokenizer) and from_name(layout.tokenizer, image_channels=3).learns_basis
     unusual = fitted and resolve_image_channels(overrides.data) != summary.image_channels
@@ -373,6 +379,9 @@ def _describe(choice: Choice, config: TrainConfig) -> tuple[str, str]:
     classes = f"in {len(summary.classes)} classes" if summary.classes else "without classes"
     if model.words:
         classes = f"with captions of {model.words:,} different words"
+    elif config.text:
+        classes = f"with captions, read by {config.text}"
+    captions = f"; captions of up to {model.buffer_size} tokens" if config.text else ""
     color = "gray" if summary.image_channels == 1 else "color"
     by = {PixelTokenizer.name: "raw pixels", OWN: "by a tokenizer of their own"}.get(
         layout.tokenizer, f"by {layout.tokenizer}"
@@ -391,5 +400,6 @@ def _describe(choice: Choice, config: TrainConfig) -> tuple[str, str]:
         f"{config.data}: {summary.count:,} {color} pictures {classes}, typically of {summary.side} pixels, cut to "
         f"{height}x{width}{more}; {by}, {model.tokens} tokens of {model.token_width} values each",
         f"for so many pictures: {model.encoder.depth} + {model.decoder.depth} blocks {model.encoder.width} wide, head "
-        f"{model.head.depth} x {model.head.width}; {config.images:,} pictures to be seen in all, {config.batch} a step",
+        f"{model.head.depth} x {model.head.width}; {config.images:,} pictures to be seen in all, {config.batch} a step"
+        f"{captions}",
     )

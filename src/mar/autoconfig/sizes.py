@@ -114,6 +114,8 @@ AREA_TOLERANCE = 0.3
 """Crops of another shape have the area of the square that would be chosen, to this share of it."""
 MAX_CAPTION_WORDS = 32
 """Longer captions are cut."""
+ENCODER_TOKENS = 32
+"""Buffer tokens for a text encoder: it cuts rare words to pieces, and adds one or two tokens of its own."""
 MAX_TOKENS_PER_SIDE = 16
 MAX_NARROW_TOKEN = 16
 """Tokens of more values get a wide head."""
@@ -255,6 +257,8 @@ def train_config_for(
     images: int | None = None,
     grids: int = 10,
     square: int | None = None,
+    text: str | None = None,
+    text_width: int = 0,
 ) -> TrainConfig:
     """Returns a training run, without its `data` and `tokenizer`.
 
@@ -262,6 +266,9 @@ def train_config_for(
     principal components, with rotary positions. Samples are bounded: pixels by black and white, latents by 4 standard
     deviations, principal components by 10, since their rare values are far out. Fewer than 5,000 images are shifted
     by up to a sixteenth of the shorter side and 4 pixels, except cached latents. `flip` is left to the data.
+
+    Captions replace classes. By default their words are learned with the model, with as many buffer tokens as the
+    longest caption has words; a text encoder gets 32 of them. Guidance is 1.5 for captions and 3 for classes.
 
     Results of small color images on one core (docs/quality.md): those of `CIFAR10` for 50,000 images; after 14 minutes
     colors and layouts, and few copies, for 500.
@@ -274,6 +281,8 @@ def train_config_for(
         grids: Number of sample grids.
         square: Side of the square that `size` replaces (`crop_size`). The side of tokens follows from it, or by default
             from `size`.
+        text: Reader of captions; by default `words`, if there are captions. "" leaves them unused.
+        text_width: Features of a text encoder's tokens, if `text` is one.
 
     Raises:
         ConfigError: `size` can't be cut into cells or tokens.
@@ -291,9 +300,11 @@ def train_config_for(
     encoder, decoder = chosen.trunks
     total = images or max(EPOCHS * summary.count, MIN_IMAGES)
     tenth = max(total // 10, 1)
+    text = text if text is not None else WORDS if summary.words else ""
+    length = ENCODER_TOKENS if text_width else min(summary.caption_length, MAX_CAPTION_WORDS) if text else 0
     is_shifted = (latents is None or latents.by_pca_alone) and summary.count < MAX_COUNT_FOR_SHIFT
     return TrainConfig(
-        text=WORDS if summary.words else "",
+        text=text,
         model=ModelConfig(
             channels=channels,
             grid=(size[0] // stride, size[1] // stride),
@@ -306,16 +317,17 @@ def train_config_for(
                 prediction="x0" if is_pca else "v",
                 batch_mul=2,
             ),
-            buffer_size=max(chosen.buffer_size, min(summary.caption_length, MAX_CAPTION_WORDS)),
-            classes=0 if summary.words else len(summary.classes),
-            words=summary.words,
+            buffer_size=max(chosen.buffer_size, length),
+            classes=0 if text else len(summary.classes),
+            words=summary.words if text == WORDS else 0,
+            text_width=text_width,
             attention_dropout=0.0,
             projection_dropout=0.0,
         ),
         sampling=SamplingConfig(
             **(X0_SAMPLING if is_pca else {"diffusion_steps": 50}),
             steps=32,
-            guidance_scale=1.5 if summary.words else 3.0 if len(summary.classes) > 1 else 1.0,
+            guidance_scale=1.5 if text else 3.0 if len(summary.classes) > 1 else 1.0,
             x0_bound=x0_bound,
         ),
         images=total,

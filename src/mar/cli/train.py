@@ -62,6 +62,9 @@ def train(arguments: Sequence[str]) -> int:
     with distributed.collective_errors():
         chosen = recipe(name)
         options = _options(name, chosen, arguments)
+        from mar.training.run import with_captions  # after --help, which needs no torch
+
+        options = replace(options, config=with_captions(options.config))
         devices.choose_device(options.device)
     with distributed.process_group(options.device) as device:
         return train_model(options, device, chosen, name)

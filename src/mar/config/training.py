@@ -40,7 +40,8 @@ class TrainConfig:
     tokenizer: str = "pixels"
     """`pixels`, `pca4` (principal components of 4 x 4 pixels), `kl16`, or an AutoencoderKL in diffusers' format."""
     text: str = ""
-    """Draw from captions, read by `words`, which are learned with the model; by default captions are not used."""
+    """Draw from captions, read by `words`, which are learned with the model, or by a text encoder: `minilm`, a folder,
+    OWNER/NAME on the Hub; by default captions are not used."""
     caption_column: str | None = None
     """Column of captions in the data; by default text, caption or prompt. A cache has those that it was made with."""
     image_channels: int | None = None

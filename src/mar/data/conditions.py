@@ -21,6 +21,8 @@ logger = logging.getLogger("mar.data")
 
 WORDS = "words"
 """Reader of captions whose words are learned with the model."""
+TEXT = "text"
+"""Kind of readers that have a frozen text encoder (`mar.data.text_encoder`)."""
 Label = SupportsIndex | str | None
 """Class name, class number, or None for no class."""
 Prompt = str | None
@@ -132,6 +134,9 @@ class CaptionReader(ConditionReader):
         if len(notes) > MAX_NOTES:
             logger.warning("%s more prompts are read in part", f"{len(notes) - MAX_NOTES:,}")
 
+    def to(self, device: torch.device | str) -> None:
+        """Compute on a device from now on, if there is anything to compute."""
+
     @abstractmethod
     def embed(self, captions: Sequence[str]) -> Shaped[Tensor, "n ..."]:
         """Return the conditions of captions; NO_CONDITION for ""."""
@@ -203,4 +208,8 @@ def reader_from_header(condition: dict[str, Any], length: int) -> CaptionReader 
     """Return the reader that a model's file describes; None for a model without captions."""
     if condition.get("kind") == WORDS:
         return WordReader(condition["words"], length)
+    if condition.get("kind") == TEXT:
+        from mar.data.text_encoder import TextReader
+
+        return TextReader.from_header(condition)
     return None

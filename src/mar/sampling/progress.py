@@ -31,15 +31,22 @@ def bar(visible: bool, total: int) -> Iterator[Advance]:
 
 
 @contextlib.contextmanager
-def meter(visible: bool, total: int, before: int = 0) -> Iterator[Advance]:
+def meter(visible: bool, total: int, before: int = 0, unit: str = "picture") -> Iterator[Advance]:
     """Shows a long run over `total` images: a live bar in a terminal, else a line now and then.
 
-    `before` of them were done by an earlier run. The yielded function takes the number done by now, these included.
+    Args:
+        visible: false shows nothing.
+        total: images of all runs.
+        before: images of earlier runs.
+        unit: what is counted, if not pictures.
+
+    Yields:
+        A function of the number done by now, `before` included.
     """
     started = time.monotonic()
 
     def text(done: float) -> str:
-        return progress_text(done, total, before, time.monotonic() - started)
+        return progress_text(done, total, before, time.monotonic() - started, unit)
 
     if not visible:
         yield lambda done: None
@@ -89,7 +96,7 @@ def _print_lines(text: Callable[[float], str], started: float) -> Advance:
     return advance
 
 
-def progress_text(done: float, total: int, before: int, seconds: float) -> str:
+def progress_text(done: float, total: int, before: int, seconds: float, unit: str = "picture") -> str:
     """Formats `640 of 50,000 pictures, 12.3 a second, 1:06:53 left`.
 
     Args:
@@ -97,13 +104,14 @@ def progress_text(done: float, total: int, before: int, seconds: float) -> str:
         total: images of all runs.
         before: images of earlier runs.
         seconds: time of this run: the rate is its alone.
+        unit: what is counted.
     """
     new = done - before
     if new <= 0 or seconds <= 0:
-        return f"{int(done):,} of {total:,} pictures"
+        return f"{int(done):,} of {total:,} {unit}s"
     rate = new / seconds
-    speed = f"{rate:.1f} a second" if rate >= 1 else f"{1 / rate:.1f} s a picture"
-    return f"{int(done):,} of {total:,} pictures, {speed}, {clock((total - done) / rate)} left"
+    speed = f"{rate:.1f} a second" if rate >= 1 else f"{1 / rate:.1f} s a {unit}"
+    return f"{int(done):,} of {total:,} {unit}s, {speed}, {clock((total - done) / rate)} left"
 
 
 def clock(seconds: float) -> str:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,16 +27,18 @@ from mar.checkpoint.run_state import RunState, changed_settings
 from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, resolve_image_channels, to_dict
 from mar.config.tokenizer import TokenizerTrainConfig
 from mar.data.captions import captions_of, count_words
-from mar.data.conditions import WORDS, CaptionReader, WordReader
+from mar.data.conditions import WORDS, CaptionReader, WordReader, reader_from_header
 from mar.data.images import Source, Transform
 from mar.data.latent_cache import LatentSource
 from mar.data.loader import in_order
 from mar.data.sources import open_data
 from mar.data.splits import load_held_out, open_train_val, save_held_out
 from mar.data.stream import StreamSource
+from mar.data.text_encoder import TextReader, encoder_width
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
 from mar.random import make_generator
+from mar.sampling.progress import meter
 from mar.tokenizer import Tokenizer, from_name, is_name
 from mar.tokenizer.base import fingerprint, measure_moments
 from mar.training.parallelize import full_state_dict
@@ -47,6 +50,8 @@ RUN_FILE = "run.json"
 """File in a run's folder: its configuration."""
 CAPTIONS_FILE = "captions.json"
 """File in a run's folder: what captions are read by."""
+MANY_CAPTIONS = 200
+"""From so many captions on, progress is shown while they are embedded."""
 STATS_IMAGES = 10_000
 """Images of a stream, at most, to fit a tokenizer to."""
 _MAY_CHANGE_ON_RESUME = {
@@ -89,6 +94,9 @@ def open_run(
     init_tokenizer = init.tokenizer if init is not None else None
     tokenizer = _open_tokenizer(config, source, load_tokenizer, init_tokenizer, fitted_in_state=resumed)
     captions = open_captions(config, folder)
+    if isinstance(captions, TextReader):
+        captions.to(device)
+        embed_captions(captions, config, (source, held_out), folder)
     torch.manual_seed(make_generator(config.seed).initial_seed())
     model = MAR(config.model)
     if init is not None:
@@ -181,16 +189,18 @@ def open_run_data(
 
 
 def with_captions(config: TrainConfig) -> TrainConfig:
-    """Return the config with the model's words counted, if it reads captions.
+    """Return the config with its captions set up in the model.
 
-    ConfigError for data without captions.
+    That is the number of words, or of features of a text encoder. ConfigError for data without captions, ValueError
+    for an encoder that is not there.
     """
-    if not config.text or config.model.words:
+    if not config.text or config.model.takes_captions:
         return config
-    if config.text != WORDS:
-        raise ConfigError(f"text: got {config.text!r}, expected {WORDS}")
-    words = _words_of_data(config)
-    return replace(config, model=replace(config.model, classes=0, words=len(words)))
+    if config.text == WORDS:
+        model = replace(config.model, classes=0, words=len(_words_of_data(config)))
+    else:
+        model = replace(config.model, classes=0, text_width=encoder_width(config.text))
+    return replace(config, model=model)
 
 
 def _words_of_data(config: TrainConfig) -> tuple[str, ...]:
@@ -202,12 +212,15 @@ def _words_of_data(config: TrainConfig) -> tuple[str, ...]:
         )
     words = count_words(caption for captions in captions_of(source) for caption in captions)
     if not words:
-        raise ConfigError(
-            f"{config.data} has no captions: looked for columns text, caption and prompt (of metadata.jsonl or "
-            "metadata.csv), and for .txt files beside the pictures; name another by --caption-column, or leave --text "
-            "out"
-        )
+        raise _no_captions(config.data)
     return words
+
+
+def _no_captions(data: str) -> ConfigError:
+    return ConfigError(
+        f"{data} has no captions: looked for columns text, caption and prompt (of metadata.jsonl or metadata.csv), and "
+        "for .txt files beside the pictures; name another by --caption-column, or leave --text out"
+    )
 
 
 def open_captions(config: TrainConfig, folder: Path) -> CaptionReader | None:
@@ -217,17 +230,69 @@ def open_captions(config: TrainConfig, folder: Path) -> CaptionReader | None:
     """
     if not config.text:
         return None
-    path = folder / CAPTIONS_FILE
+    path, model = folder / CAPTIONS_FILE, config.model
+    reader: CaptionReader | None = None
     if path.is_file():
         try:
-            words = json.loads(path.read_text(encoding="utf-8"))["words"]
-        except (ValueError, LookupError, TypeError) as error:
+            reader = reader_from_header(json.loads(path.read_text(encoding="utf-8")), model.buffer_size)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is damaged ({error}); put it back, or begin another run") from error
+    elif config.text == WORDS:
+        reader = WordReader(_words_of_data(config), model.buffer_size)
     else:
-        words = _words_of_data(config)
-    if len(words) != config.model.words:
-        raise ConfigError(f"the model has {config.model.words:,} words, but the captions {len(words):,}")
-    return WordReader(words, config.model.buffer_size)
+        reader = TextReader.of(config.text, model.buffer_size)
+    if isinstance(reader, WordReader) and config.text == WORDS:
+        if len(reader.words) != model.words:
+            raise ConfigError(f"the model has {model.words:,} words, but the captions {len(reader.words):,}")
+    elif isinstance(reader, TextReader) and config.text == reader.info.name:
+        if (reader.info.width, reader.info.length) != (model.text_width, model.buffer_size):
+            raise ConfigError(
+                f"the model takes {model.buffer_size} tokens of {model.text_width} features, but the text encoder "
+                f"{reader.info.name} gives {reader.info.length} of {reader.info.width}; set --model.text-width "
+                f"{reader.info.width}"
+            )
+    else:
+        raise ConfigError(f"{path} is not of captions read by {config.text}; put it back, or begin another run")
+    return reader
+
+
+def embed_captions(
+    reader: TextReader,
+    config: TrainConfig,
+    sources: Sequence[Source | LatentSource | StreamSource | None],
+    folder: Path,
+) -> None:
+    """Compute the features of all captions once, on rank 0.
+
+    They are kept with the latent cache, if the data is one. A stream's captions are embedded in passing. Called by all
+    ranks.
+
+    Args:
+        reader: has the encoder.
+        config: names the data.
+        sources: what is trained on, and what is validated on.
+        folder: of the run.
+    """
+    if isinstance(sources[0], StreamSource):
+        return
+    known = [caption for source in sources for captions in captions_of(source) for caption in captions]
+    if not captions_of(sources[0]):
+        raise _no_captions(config.data)
+    cache = sources[0].folder if isinstance(sources[0], LatentSource) else folder
+    kept_in = cache if os.access(cache, os.W_OK) else folder
+    error = None
+    if distributed.rank() == 0:
+        try:
+            if new := reader.missing(known, kept_in):
+                with meter(len(new) >= MANY_CAPTIONS, len(new), unit="caption") as advance:
+                    reader.add_to_table(new, kept_in, advance)
+        except (ValueError, OSError) as caught:
+            error = str(caught)
+    error = distributed.all_gather_object(error)[0]
+    if error is not None:
+        raise ConfigError(error)
+    reader.missing((), kept_in)
+    reader.release()
 
 
 def check_classes(config: TrainConfig, classes: Sequence[str]) -> None:

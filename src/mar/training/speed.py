@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from mar import distributed
 from mar.config import TrainConfig
 from mar.config.tokenizer import TokenizerTrainConfig
-from mar.data.conditions import WordReader
+from mar.data.conditions import CaptionReader, WordReader
 from mar.data.images import Example
 from mar.data.loader import Batch, LatentBatch
 from mar.data.splits import hold_out
+from mar.model.conditions import NO_CONDITION, drop_condition
 from mar.model.mar import MAR
 from mar.tokenizer.base import LatentMoments
 from mar.tokenizer.pca import PCATokenizer
@@ -59,6 +62,20 @@ class _RandomLatents(Run):
         latents = torch.randn(count, model.channels, *model.grid)
         captions = ("a",) * count if self.captions else ()
         yield from repeat(LatentBatch(labels, torch.arange(count), (), LatentMoments(latents, None), captions=captions))
+
+
+class _RandomText(CaptionReader):
+    """Reads every caption as random features of its own length."""
+
+    def __init__(self, length: int, width: int) -> None:
+        self.length, self.width = length, width
+
+    def embed(self, captions: Sequence[str]) -> Float[Tensor, "n w c_and_1"]:
+        """Return half a buffer of features for each caption; NO_CONDITION for ""."""
+        rows = torch.full((len(captions), self.length, self.width + 1), float(NO_CONDITION))
+        rows[:, : self.length // 2 + 1] = 1
+        rows[:, : self.length // 2 + 1, :-1].normal_()
+        return drop_condition(rows, torch.tensor([not caption for caption in captions]))
 
 
 def tokenizer_speed(
@@ -104,7 +121,11 @@ def model_speed(config: TrainConfig, device: torch.device, seconds: float, *, dr
     stride = next(stride for stride in range(1, model.channels + 1) if 3 * stride**2 >= model.channels)
     tokenizer = PCATokenizer(3, stride, model.channels)
     classes = tuple(map(str, range(model.classes)))
-    reader = WordReader([chr(ord("a") + i) for i in range(model.words)], model.buffer_size) if model.words else None
+    reader: CaptionReader | None = None
+    if model.words:
+        reader = WordReader([chr(ord("a") + i) for i in range(model.words)], model.buffer_size)
+    elif model.text_width:
+        reader = _RandomText(model.buffer_size, model.text_width)
     with tempfile.TemporaryDirectory() as folder:
         run = _RandomLatents(config, Path(folder), _NoImages(classes), tokenizer, MAR(model), device, captions=reader)
         speed, grid_seconds = images_per_second(run, seconds), 0.0

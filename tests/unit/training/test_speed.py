@@ -36,12 +36,14 @@ def test_images_per_second_counts_steps_by_the_clock(tmp_path: Path, monkeypatch
     assert run.progress.step == WARM_UP_STEPS + 10 + WARM_UP_STEPS + MIN_STEPS
 
 
-@pytest.mark.parametrize("classes", [0, 2])
+@pytest.mark.parametrize("kind", [{"classes": 0}, {"classes": 2}, {"classes": 0, "words": 5},
+                                  {"classes": 0, "text_width": 12}])  # fmt: skip
 def test_model_speed_needs_no_images_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, classes: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: dict[str, int]
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    config = tiny_train_config(tmp_path, model=tiny_config(channels=16, classes=classes), batch=4)
+    text = "any" if "text_width" in kind else ""
+    config = tiny_train_config(tmp_path, model=tiny_config(channels=16, **kind), text=text, batch=4)
     measured = model_speed(config, CPU, 0.0, draw=True)
     assert measured.images_per_second > 0
     assert measured.grid_seconds > 0
