@@ -84,7 +84,7 @@ def write_images(folder: Path, count: int = 20) -> Path:
     return folder
 
 
-def write_captions(folder: Path) -> Path:
+def caption_images(folder: Path) -> Path:
     """Write a caption a picture of `write_images`, but none for the first; the third has two."""
     rows = []
     for i, path in enumerate(sorted(folder.rglob("*.png"))):

@@ -14,10 +14,10 @@ import processes
 import pytest
 import tiny
 import torch
+from encoders import save_encoder
 from orientations import forget_upright, lay_down
 from PIL import Image
-from encoders import save_encoder
-from tiny import write_captions
+from tiny import caption_images
 from tiny import write_images as bars
 
 from mar.autoconfig.plan import FolderPlan
@@ -99,7 +99,7 @@ def test_folder_large_color_images_get_tokenizer_and_cache(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("text", [None, "encoder", ""])
 def test_folder_captions_are_read_as_asked(data: Path, tmp_path: Path, text: str | None) -> None:
-    write_captions(data)
+    caption_images(data)
     name = str(save_encoder(tmp_path / "encoder")) if text == "encoder" else text
     plan = planned(data, "--out", tmp_path / "run", *([] if name is None else ["--text", name]))
     model = plan.train.model

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from encoders import save_encoder
 from safetensors.torch import load_file
-from tiny import open_tiny_run, tiny_train_config, write_captions, write_images
+from tiny import caption_images, open_tiny_run, tiny_train_config, write_images
 from torch.distributed.tensor import DTensor
 
 from mar.config import ConfigError, TrainConfig
@@ -150,7 +150,7 @@ def test_training_resumes_with_other_ranks_and_strategy(
 
 @pytest.mark.parametrize("text", ["words", "encoder"])
 def test_training_captions_two_ranks_match_one(tmp_path: Path, text: str) -> None:
-    pictures = write_captions(write_images(tmp_path / "pictures"))
+    pictures = caption_images(write_images(tmp_path / "pictures"))
     if text == "encoder":
         text = str(save_encoder(tmp_path / "encoder"))
     config = settings(pictures, text=text)

@@ -135,7 +135,7 @@ class CaptionReader(ConditionReader):
             logger.warning("%s more prompts are read in part", f"{len(notes) - MAX_NOTES:,}")
 
     def to(self, device: torch.device | str) -> None:
-        """Compute on a device from now on, if there is anything to compute."""
+        """Compute on a device from now on."""
 
     @abstractmethod
     def embed(self, captions: Sequence[str]) -> Shaped[Tensor, "n ..."]:

@@ -373,14 +373,15 @@ class TextReader(CaptionReader):
             self._encoder = encoder
         return self._encoder
 
-    def check(self, prompt: str) -> None:
-        """Log where a prompt is cut."""
+    def check(self, prompt: str) -> str | None:
+        """Describe where a prompt is cut; None: it is not."""
         prompt = _one_line(prompt)
         if not prompt or self._kept(prompt) is not None:
-            return
+            return None
         encoder = self.encoder
-        if (count := encoder.count_tokens(prompt)) > encoder.length:
-            logger.warning("prompt %r: cut after %d of its %d tokens", prompt, encoder.length, count)
+        if (count := encoder.count_tokens(prompt)) <= encoder.length:
+            return None
+        return f"prompt {prompt!r}: cut after {encoder.length} of its {count} tokens"
 
     def embed(self, captions: Sequence[str]) -> Float[Tensor, "n w c_and_1"]:
         """Return features and a 1 for each token; NO_CONDITION after the last."""

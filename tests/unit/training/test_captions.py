@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from encoders import save_encoder
-from tiny import open_tiny_run, randomize, tiny_train_config, write_captions, write_images
+from tiny import caption_images, open_tiny_run, randomize, tiny_train_config, write_images
 from torch import Tensor
 
 from mar.checkpoint.run_state import RunState
@@ -27,7 +27,7 @@ from mar.training.trainer import Callback, Run, train
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_captions(write_images(tmp_path_factory.mktemp("pictures")))
+    return caption_images(write_images(tmp_path_factory.mktemp("pictures")))
 
 
 @pytest.fixture(scope="module")
