@@ -680,7 +680,7 @@ def test_draw_with_a_wrong_argument_says_so_in_one_line(studio: Served, changes:
 def test_functions_with_a_model_beyond_the_catalog_refuse_it(studio: Served, function: str, name: Any) -> None:
     picture = url_of(encoded(noise()))
     rest = {"open": [picture], "confidence": ["bag", picture], "check": [["bag"]]}.get(function, [])
-    with pytest.raises(Failed, match=r"^error: model: got .*, expected one of fashion, mar-base"):
+    with pytest.raises(Failed, match=r"^error: model: got .*, expected one of emoji, fashion, mar-base"):
         studio.call(function, name, *rest)
 
 
