@@ -952,7 +952,7 @@ def mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["nosuch"], "mar: model: got 'nosuch', expected fashion, mar-base"),
+        (["nosuch"], "mar: model: got 'nosuch', expected emoji, fashion, mar-base"),
         (["fashion", "runs/nosuch.safetensors"], "mar: model: got 'runs/nosuch.safetensors', expected"),
         (["--port", "0"], "mar: port: got 0, expected 1 to 65535"),
         (["--port", "99999"], "mar: port: got 99999, expected 1 to 65535"),

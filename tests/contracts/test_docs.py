@@ -33,6 +33,7 @@ from mar.autoconfig import sizes
 from mar.checkpoint.download import OFFICIAL
 from mar.cli.train_folder import OwnTokenizer
 from mar.config.tokenizer import TokenizerTrainConfig
+from mar.data.conditions import WordReader
 from mar.data.labels import resolve_labels
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
@@ -322,16 +323,24 @@ def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path
 
     def load(name: str) -> Pipeline:
         assert name in BUNDLED
+        if name == "emoji":
+            words = WordReader(["woman", "astronaut", "pizza"], 2)
+            drawn = dataclasses.replace(tiny, classes=0, words=3)
+            return Pipeline(MAR(drawn), PixelTokenizer(1, 0.0, 1.0), captions=words, sampling=sampling)
         return Pipeline(MAR(tiny), PixelTokenizer(1, 0.0, 1.0), classes=FASHION_CLASSES, sampling=sampling)
 
     monkeypatch.setattr(mar, "load", load, raising=False)
     monkeypatch.chdir(tmp_path)
     snippets = blocks(README, "python")
     assert snippets[0].count("\n") == 3, "the README starts with three lines of Python"
-    assert blocks(SAMPLING, "python")[0] == snippets[0]
+    assert (snippets[0].count("prompts="), 'mar.load("emoji")' in snippets[0]) == (1, True)
+    of_readme: dict[str, Any] = {}
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), of_readme)
+    assert len(of_readme["images"]) == 2
     names: dict[str, Any] = {}
-    for snippet in [*snippets, *blocks(SAMPLING, "python")[1:]]:
-        exec(compile(snippet, "README.md", "exec"), names)
+    for snippet in blocks(SAMPLING, "python"):
+        exec(compile(snippet, "sampling.md", "exec"), names)
     assert len(names["images"]) == 4
     assert len(list(tmp_path.glob("*-of-2.png"))) == 2
     kept, other = names["images"][0].crop((0, 0, 28, 16)), names["other"].crop((0, 0, 28, 16))

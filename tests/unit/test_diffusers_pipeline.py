@@ -427,7 +427,7 @@ def test_from_pretrained_opens_what_mar_load_opens() -> None:
     [
         ("fashion", {"device_map": "cuda", "variant": "fp16"}, "from_pretrained: got device_map, variant, which mar"),
         ("fashion", {"dtype": torch.float16}, "got torch.float16, expected float32 or bfloat16"),
-        ("nothing-like-it", {}, "model: got 'nothing-like-it', expected fashion"),
+        ("nothing-like-it", {}, "model: got 'nothing-like-it', expected emoji, fashion"),
         ("owner/name", {}, "can't get owner/name from the Hub"),
     ],
 )

@@ -63,7 +63,7 @@ def test_zoo_unknown_name_is_refused(tmp_path: Path) -> None:
         zoo.load("mar-base")
     with pytest.raises(CheckpointError, match="mar download kl16"):
         zoo.load_tokenizer("kl16")
-    with pytest.raises(CheckpointError, match="model: got 'fasion', expected fashion, mar-base"):
+    with pytest.raises(CheckpointError, match="model: got 'fasion', expected emoji, fashion, mar-base"):
         zoo.load("fasion")
     with pytest.raises(CheckpointError, match=r"has no model\.safetensors"):
         zoo.load(tmp_path)
