@@ -180,6 +180,8 @@ def frechet(
 ) -> str:
     """Compare `options.frechet` drawn pictures with the real ones, and one half of the real ones with the other."""
     from mar.evaluation.features.efficientnet import efficientnet_lite0
+    from mar.evaluation.metrics import frechet_distance
+    from mar.evaluation.statistics import FeatureStats
 
     extractor = efficientnet_lite0()
 
@@ -188,17 +190,16 @@ def frechet(
         levels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return torch.cat([extractor(part).values.double() for part in levels.split(100)])
 
-    def distance(a: Tensor, b: Tensor) -> float:
-        products = torch.linalg.eigvals(torch.cov(a.T) @ torch.cov(b.T)).sqrt().real.sum()
-        traces = torch.cov(a.T).trace() + torch.cov(b.T).trace()
-        return float((a.mean(0) - b.mean(0)).square().sum() + traces - 2 * products)
+    def statistics(values: Tensor) -> FeatureStats:
+        return FeatureStats(values.mean(0), torch.cov(values.T), len(values))
 
     chosen = [seen[i % len(seen)] for i in range(options.frechet)]
     drawn = features(draw(model, [rows[i]["text"] for i in chosen], **settings))
     every = features(real)
     order = torch.randperm(len(every), generator=torch.Generator().manual_seed(SEED))
-    halves = distance(every[order[::2]], every[order[1::2]])
-    return f"{distance(drawn, every):.1f} of {len(drawn):,} drawn; real halves {halves:.1f}"
+    halves = frechet_distance(statistics(every[order[::2]]), statistics(every[order[1::2]]))
+    distance = frechet_distance(statistics(drawn), statistics(every))
+    return f"{distance:.1f} of {len(drawn):,} drawn; real halves {halves:.1f}"
 
 
 def main() -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,15 @@ def tiny_pipeline(seed: int = 0, **changes: Any) -> Pipeline:
     return Pipeline(tiny_model(seed, **changes), tokenizer, classes=names, sampling=FAST, notes={"images": 5})
 
 
-def tiny_words_pipeline(seed: int = 0, notes: dict[str, Any] | None = None, **changes: Any) -> Pipeline:
-    """A pixel-space model of grey pictures of 4x4 pixels, drawn from up to four of WORDS."""
-    model = tiny_model(seed, **{"channels": 1, "classes": 0, "words": len(WORDS), "buffer_size": 4, **changes})
-    reader = WordReader(WORDS, model.config.buffer_size)
-    return Pipeline(model, PixelTokenizer(1, mean=-0.4, std=0.5), captions=reader, sampling=FAST, notes=notes)
+def tiny_words_pipeline(
+    seed: int = 0, notes: dict[str, Any] | None = None, words: Sequence[str] = WORDS, **changes: Any
+) -> Pipeline:
+    """A pixel-space model of pictures of 4x4 pixels, grey by default, drawn from up to four of `words`."""
+    model = tiny_model(seed, **{"channels": 1, "classes": 0, "words": len(words), "buffer_size": 4, **changes})
+    reader = WordReader(words, model.config.buffer_size)
+    return Pipeline(
+        model, PixelTokenizer(model.config.channels, mean=-0.4, std=0.5), captions=reader, sampling=FAST, notes=notes
+    )
 
 
 def write_captions(folder: Path, captions: dict[str, str | list[str]]) -> Path:

@@ -212,7 +212,7 @@ class MARPipeline(DiffusionPipeline):  # type: ignore[misc]
         self._seeds = seeds_of(len(asks), generator, seeds)
         self._interrupt = False
 
-        argument: dict[str, Any] = {model.asked_by: asks}
+        argument: dict[str, Any] = {model.condition_argument: asks}
         steps = model.reveal(
             seeds=self._seeds, known=known, mask=mask, grow=grow, allow_broken=allow_broken, **argument, **settings
         )

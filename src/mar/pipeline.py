@@ -130,7 +130,7 @@ class Pipeline(
         return self.captions or ClassReader(self.classes, self.model.config.classes)
 
     @property
-    def asked_by(self) -> Literal["labels", "prompts"]:
+    def condition_argument(self) -> Literal["labels", "prompts"]:
         """The argument of `sample` that says what to draw."""
         return "prompts" if self.captions else "labels"
 
@@ -139,7 +139,7 @@ class Pipeline(
         """Prompts to draw where none are given, from the model's notes; () if it has none."""
         return tuple(map(str, self.notes.get("examples", ()))) if self.captions else ()
 
-    def describe_ask(self, ask: Label) -> dict[str, Any]:
+    def condition_metadata(self, ask: Label) -> dict[str, Any]:
         """Return an image's metadata: the class number of its label, or its prompt."""
         if self.captions is not None:
             return {"prompt": ask or None}

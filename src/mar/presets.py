@@ -212,8 +212,8 @@ RECIPES: dict[str, TrainConfig] = {
 """Training recipes by name."""
 PLANNED_RECIPES: dict[str, tuple[str, ...]] = {
     "folder": (),
-    "emoji": ("--image-size", "64", "--vae.images", "100000", "--images", "1200000", "--sample-every", "60000",
-              "--save-every", "20000"),
+    "emoji": ("--image-size", "64", "--vae.images", "100000", "--images", "250000", "--sample-every", "25000",
+              "--save-every", "10000", "--sampling.steps", "24"),
 }  # fmt: skip
 """Recipes that `mar.autoconfig.plan` makes from the images: options beside which all else is chosen.
 

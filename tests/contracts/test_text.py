@@ -58,6 +58,8 @@ def test_captioned_folder_trains_a_model_of_words(captioned: Path, tmp_path: Pat
     model = Pipeline.open(tmp_path / "run/model.safetensors")
     assert model.captions is not None
     assert model.captions.header()["words"][:3] == ["a", "square", "green"]
+    assert len(model.examples) == 8
+    assert model.examples[0] in {"a green square", "a blue square"}
     red, same, blue = model.sample(prompts=["a red square", "red", None], seeds=[0, 0, 0], output="tensor")
     assert not torch.equal(red, blue)
     assert not torch.equal(red, same)
@@ -74,6 +76,20 @@ def test_captioned_folder_stopped_and_continued_is_bitwise_the_same(captioned: P
     assert parts.keys() == whole.keys()
     assert "words_embed.words.weight" in parts
     assert all(torch.equal(parts[name], whole[name]) for name in parts)
+
+
+def test_captioned_folder_is_mirrored_only_without_its_captions(captioned: Path, tmp_path: Path) -> None:
+    by_default, given, without = (
+        plan_folder(["--data", str(captioned), "--out", str(tmp_path / "run"), *more])[1].config
+        for more in ([], ["--flip", "True"], ["--text", ""])
+    )
+    assert [config.flip_of_data for config in (by_default, given, without)] == [False, True, None]
+    assert open_source(captioned).flips
+    own = ["--data", str(captioned), "--out", str(tmp_path / "run"), "--tokenizer", "own"]
+    plan, _ = plan_folder(own)
+    assert plan.tokenizer is not None
+    assert plan.cache is not None
+    assert (plan.tokenizer.config.flip, plan.cache.flip) == (False, False)
 
 
 def test_captioned_folder_without_text_has_no_condition(captioned: Path, tmp_path: Path) -> None:

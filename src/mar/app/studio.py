@@ -529,7 +529,7 @@ class Studio:
         grow = None if request.known is None else request.grow
         pictures = []
         for image, ask, seed in zip(images, request.asks, request.seeds, strict=True):
-            said = pipeline.describe_ask(ask)
+            said = pipeline.condition_metadata(ask)
             condition = said if pipeline.captions else {"label": _label(pipeline, said["label"])}
             recipe = (request.model, condition, seed, preset, changed)
             pictures.append(

@@ -361,14 +361,21 @@ def _with_latents(
                 f"the model's latents have {config.model.channels} channels, its tokenizer's {tokenizer.channels}; "
                 "choose their number by --vae.channels alone"
             )
-        flip = config.flip if tokenizer.flip is None else tokenizer.flip
+        flip = config.flip_of_data if tokenizer.flip is None else tokenizer.flip
         settings = {
             **vars(tokenizer), "data": config.data, "image_size": size, "flip": flip, "upright": config.upright,
         }  # fmt: skip
         step = TokenizerStep(TokenizerTrainConfig(**settings), out / "tokenizer")
         name = str(step.out)
     cache = CacheStep(
-        config.data, out / "latents", name, size, config.flip, config.upright, config.workers, config.caption_column
+        config.data,
+        out / "latents",
+        name,
+        size,
+        config.flip_of_data,
+        config.upright,
+        config.workers,
+        config.caption_column,
     )
     return replace(plan, train=replace(config, data=str(cache.out), tokenizer=name), tokenizer=step, cache=cache)
 

@@ -43,8 +43,7 @@ class CacheOptions:
     dtype: Literal["fp16", "bf16", "fp32"] = "fp16"
     """Precision of the stored latents; they are computed in fp32."""
     flip: bool | None = None
-    """Cache mirrored pictures too; by default if the data allows it. It does not if it has captions, which may speak
-    of left and right."""
+    """Cache mirrored pictures too; by default if the data allows it."""
     caption_column: str | None = None
     """Column of captions in the data; by default text, caption or prompt. Run again, captions are updated."""
     upright: bool | None = None
@@ -162,7 +161,6 @@ def _prepare(options: CacheOptions, out: Path) -> tuple[Source, Tokenizer, Cache
     """
     from mar import distributed
     from mar.data.cache_writer import describe_cache, prepare_cache
-    from mar.data.captions import captions_of
     from mar.data.latent_cache import is_cache, read_manifest
     from mar.data.sources import open_source
     from mar.zoo import load_tokenizer
@@ -175,16 +173,11 @@ def _prepare(options: CacheOptions, out: Path) -> tuple[Source, Tokenizer, Cache
         tokenizer = load_tokenizer(options.tokenizer, resolve_image_channels(options.data))
         size = options.image_size
         if distributed.rank() == 0:
-            begun = read_manifest(out) if is_cache(out) else None
-            upright = options.upright
-            if upright is None:
-                upright = True if begun is None else begun.upright
-            flip = options.flip
-            if flip is None and begun is not None and captions_of(source):
-                flip = begun.flips  # the cache may be older than the captions
+            begun = read_manifest(out).upright if is_cache(out) else True
             manifest = describe_cache(
                 source, tokenizer, data=options.data, tokenizer_name=options.tokenizer, dtype=options.dtype,
-                size=(size, size) if isinstance(size, int) else size, flip=flip, shard=options.shard, upright=upright,
+                size=(size, size) if isinstance(size, int) else size, flip=options.flip, shard=options.shard,
+                upright=begun if options.upright is None else options.upright,
             )  # fmt: skip
             prepared = manifest, prepare_cache(out, manifest)
     manifest, shards = distributed.all_gather_object(prepared)[0]

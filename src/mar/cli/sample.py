@@ -77,7 +77,7 @@ def sample(arguments: Sequence[str]) -> int:
     model = options.load(options.model)
     settings = options.settings()
     asks = [ask for ask in options.asks(model) for _ in range(options.count)]
-    argument: dict[str, Any] = {model.asked_by: asks}
+    argument: dict[str, Any] = {model.condition_argument: asks}
     seeds = [options.seed + i for i in range(len(asks))]
     known, mask = options.known_and_mask(len(asks))
     started = time.perf_counter()
@@ -91,7 +91,7 @@ def sample(arguments: Sequence[str]) -> int:
         **to_dict(model.sampling_with(**settings)),
         **({"known": str(options.known), "mask": str(options.mask), "grow": options.grow} if known else {}),
     }  # fmt: skip
-    own = [model.describe_ask(ask) for ask in asks]  # as in PNGs of `mar generate`
+    own = [model.condition_metadata(ask) for ask in asks]  # as in PNGs of `mar generate`
     for ask, what, seed, image in zip(asks, own, seeds, images, strict=True):
         save_png(image, options.out / f"{_file_name(model, ask)}-{seed:05d}.png", **what, seed=seed, **facts)
     grid = image_grid(images, columns=options.count if options.count > 1 else min(len(images), 10))

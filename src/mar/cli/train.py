@@ -76,9 +76,7 @@ def _options(name: str, chosen: TrainConfig, arguments: Sequence[str]) -> TrainO
     if "-h" in rest or "--help" in rest:
         print(f"mar train [RECIPE] --out FOLDER ...    recipes: {', '.join(RECIPE_NAMES)}; shown: {name}\n")
     options = parse(TrainOptions, f"train {name}", rest, TrainOptions(Path("runs", name), chosen))
-    from mar.training.run import with_captions
-
-    return replace(options, out=options.out or Path("runs", name), config=with_captions(options.config))
+    return replace(options, out=options.out or Path("runs", name))
 
 
 def train_model(

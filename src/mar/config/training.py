@@ -83,7 +83,8 @@ class TrainConfig:
     compile: bool = False
     """Compile the blocks with torch.compile; needs a compiler on the machine."""
     flip: bool | None = None
-    """Mirror pictures at random; by default as the data allows."""
+    """Mirror pictures at random; by default as the data allows, and not if captions are read: they may speak of left
+    and right."""
     shift: int = 0
     """Shift each picture by up to N pixels each way, at random, with repeated edges: for few pictures."""
     upright: bool = False
@@ -156,6 +157,11 @@ class TrainConfig:
         one_of(self, "activation_checkpointing", ActivationCheckpointing)
         if not (self.text and self.model.condition == "none"):  # its words are still to be counted
             self.sampling.check(self.model)
+
+    @property
+    def flip_of_data(self) -> bool | None:
+        """Whether images are mirrored; None: as the data allows."""
+        return False if self.flip is None and self.text else self.flip
 
     @property
     def scaled_lr(self) -> float:

@@ -31,6 +31,10 @@ MAX_NOTES = 5
 """Prompts of one request of which each is told what is not read of it; more are counted."""
 
 
+MAX_CHECKED = 10_000
+"""Prompts that a reader remembers to have checked; a server gets them without end."""
+
+
 class ConditionReader(ABC):
     """Turns labels or captions into conditions."""
 
@@ -126,6 +130,8 @@ class CaptionReader(ConditionReader):
     def _log_notes(self, prompts: Sequence[str]) -> None:
         new = [prompt for prompt in prompts if prompt not in self._checked]
         notes = [note for prompt in new if (note := self.check(prompt)) is not None]
+        if len(self._checked) > MAX_CHECKED:
+            self._checked.clear()
         self._checked.update(new)
         if distributed.rank() != 0:
             return

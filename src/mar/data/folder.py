@@ -55,7 +55,6 @@ class FolderSource:
         # Arrays, not lists: nothing counts references to their elements, so workers share their memory.
         self._files = np.array([os.fsencode(file.relative_to(self.folder)) for file in files])
         self.captions = read_folder_captions(self.folder, self.image_names(), caption_column, above)
-        self.flips = not self.captions  # captions may speak of left and right, and of what is written
         counts = [len(files) for files in by_class.values()]
         self.labels = np.repeat(np.arange(len(counts)), counts) if by_class else np.full(len(flat), -1)
 

@@ -85,7 +85,7 @@ def open_stream(spec: str, classes: int = 0, caption_column: str | None = None) 
 
     table, files = _load_or_explain(load, spec, hub=hub is not None)
     shards = DatasetShards(table, spec, files, classes, caption_column)
-    return StreamSource(shards, spec, flips=shards.columns.caption is None)
+    return StreamSource(shards, spec)
 
 
 class DatasetShards:

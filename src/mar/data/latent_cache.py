@@ -351,7 +351,7 @@ class LatentSource:
         self.classes = self.manifest.classes
         self.indices = np.arange(self.manifest.pictures)
         self.captions = read_captions(self.folder, self.manifest)
-        self.flips = self.manifest.flips and not self.captions  # captions may speak of left and right
+        self.flips = self.manifest.flips
         self._shards: dict[int, Shard] = {}
         for file, size in zip(self.index.files, self.index.sizes, strict=True):
             path = self.folder / file
@@ -382,7 +382,7 @@ class LatentSource:
         index = int(self.indices[index])
         if index in self.index.skipped:
             raise UnreadableImage(self.index.skipped[index], "it could not be read when the cache was made")
-        if flip and not self.manifest.flips:
+        if flip and not self.flips:
             raise ConfigError(
                 f"{self.folder} holds no flipped pictures; train with --flip False, or cache them anew with --flip True"
             )

@@ -124,7 +124,6 @@ class TableSource:
     def __init__(self, table: datasets.Dataset, name: str, caption_column: str | None = None) -> None:
         self.name = name
         self.columns = Columns.find(table.features, name, caption_column)
-        self.flips = self.columns.caption is None  # captions may speak of left and right
         if len(table) == 0:
             raise ValueError(f"data: {name} holds no pictures: it has no rows")
         # `datasets` does not decode: a broken image is an UnreadableImage here.

@@ -95,8 +95,8 @@ class StreamSource:
 
     flips = True
 
-    def __init__(self, shards: Shards, name: str, *, flips: bool = True) -> None:
-        self.shards, self.name, self.flips = shards, name, flips
+    def __init__(self, shards: Shards, name: str) -> None:
+        self.shards, self.name = shards, name
         self.first_position, self.first_epoch = 0, 0
         self.cursors: dict[int, ShardCursor] = {}
 

@@ -75,7 +75,6 @@ class TarSource:
         self._index = np.array([(number, sample.offset, sample.size) for number, sample in samples], dtype=np.int64)
         self._names = np.array([os.fsencode(sample.image_name) for _, sample in samples])
         self.captions = reader.check(tuple(sample.captions for _, sample in samples), name)
-        self.flips = not self.captions  # captions may speak of left and right
 
     def __len__(self) -> int:
         return len(self._index)

@@ -61,7 +61,7 @@ def take_snapshot(run: Run) -> Snapshot:
         progress.step,
         run.folder,
         tuple(run.weights),
-        run.grid_asks,
+        run.grid_conditions,
         functools.partial(make_pipeline, run),
     )
 
@@ -131,7 +131,7 @@ def sample_share(
     """
     indices = range(len(asks) * rank // world, len(asks) * (rank + 1) // world)
     try:
-        conditions: dict[str, Any] = {pipeline.asked_by: [asks[i] for i in indices]}
+        conditions: dict[str, Any] = {pipeline.condition_argument: [asks[i] for i in indices]}
         return pipeline.sample(seeds=list(indices), allow_broken=allow_broken, **conditions)
     except BrokenLatents as error:
         return str(error)

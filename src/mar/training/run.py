@@ -50,6 +50,8 @@ RUN_FILE = "run.json"
 """File in a run's folder: its configuration."""
 CAPTIONS_FILE = "captions.json"
 """File in a run's folder: what captions are read by."""
+EXAMPLES = 8
+"""Captions of the data that a model's notes name as examples of prompts."""
 MANY_CAPTIONS = 200
 """From so many captions on, progress is shown while they are embedded."""
 STATS_IMAGES = 10_000
@@ -492,6 +494,8 @@ def make_pipeline(run: Run, weights: str = "ema") -> Pipeline:
     model.load_state_dict(full_state_dict(run.weights[weights].state_dict()))
     notes: dict[str, Any] = {"images": run.progress.images, "steps": run.progress.step, "data": run.config.data}
     kind, _, decay = weights.partition("-")
+    if run.captions is not None:
+        notes["examples"] = run.grid_conditions[:EXAMPLES]
     if decay:
         notes["ema"] = float(decay)
     return Pipeline(

@@ -303,7 +303,7 @@ class Run(TrainingRun):
         return batches(
             self.source, self.transform,
             batch=config.batch, seed=config.seed, start=self.progress.images, rank=distributed.rank(),
-            world=distributed.world_size(), workers=config.workers, flip=config.flip, shift=config.shift,
+            world=distributed.world_size(), workers=config.workers, flip=config.flip_of_data, shift=config.shift,
         )  # fmt: skip
 
     def step(self, batch: Batch) -> StepResult:
@@ -341,7 +341,7 @@ class Run(TrainingRun):
         return self.reader.of_data(batch.labels, batch.captions)
 
     @cached_property
-    def grid_asks(self) -> list[int | str | None]:
+    def grid_conditions(self) -> list[int | str | None]:
         """Class numbers or prompts of a sample grid's images, row by row."""
         if self.captions is None:
             shown = range(min(self.config.model.classes, GRID_CLASSES))

@@ -60,7 +60,6 @@ def test_folder_metadata_jsonl_is_read(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert captions_of(source) == (("one",), ("two cats",), ("x", "y"))
     assert [source[i].captions for i in range(3)] == [("one",), ("two cats",), ("x", "y")]
-    assert source.flips is False
 
 
 def test_folder_several_rows_are_several_captions(tmp_path: Path) -> None:
@@ -115,7 +114,6 @@ def test_folder_text_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "x" / "notes.txt").write_bytes(b"\xff not a caption")
     source = open_source(tmp_path)
     assert captions_of(source) == (("a cat", "sitting"), ("b",), (), ())
-    assert source.flips is False
 
 
 def test_folder_text_files_are_not_looked_for_beside_metadata(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,7 +128,7 @@ def test_folder_boxes_in_text_files_are_no_captions(tmp_path: Path, caplog: pyte
     paint(tmp_path, "a.png")
     (tmp_path / "a.txt").write_text("0 0.5 0.5 0.25 0.1\n")
     source = open_source(tmp_path)
-    assert (captions_of(source), source.flips) == ((), True)
+    assert captions_of(source) == ()
     assert "hold no words: not taken as captions" in caplog.text
 
 
@@ -175,7 +173,7 @@ def test_folder_of_empty_captions_has_none(tmp_path: Path, name: str, caplog: py
     paint(tmp_path, "a.png")
     (tmp_path / name).write_text(" \n" if name == "a.txt" else '{"file_name": "a.png", "text": " "}')
     source = open_source(tmp_path)
-    assert (captions_of(source), source.flips) == ((), True)
+    assert captions_of(source) == ()
     assert "all captions of" in caplog.text
 
 
@@ -183,7 +181,7 @@ def test_folder_metadata_without_captions_is_ignored(tmp_path: Path) -> None:
     paint(tmp_path, "a.png")
     jsonl(tmp_path / "metadata.jsonl", {"file_name": "elsewhere.png", "width": 3})
     source = FolderSource(tmp_path)
-    assert (captions_of(source), source.flips) == ((), True)
+    assert captions_of(source) == ()
 
 
 def test_folder_line_ends_in_json_and_half_characters_are_read(tmp_path: Path) -> None:
@@ -227,7 +225,6 @@ def test_parquet_captions_are_read(tmp_path: Path, column: str, caplog: pytest.L
     source = open_source(tmp_path / "x.parquet")
     assert captions_of(source) == (("a cat",), (), ())
     assert [source[i].captions for i in range(3)] == [("a cat",), (), ()]
-    assert source.flips is False
     assert "2 of the 3 pictures of" in caplog.text
 
 
@@ -252,7 +249,7 @@ def test_parquet_numbers_are_no_captions(tmp_path: Path) -> None:
         open_source(tmp_path / "x.parquet", caption_column="text")
     table([5, 6], "text", datasets.Value("int64")).to_parquet(tmp_path / "y.parquet")
     source = open_source(tmp_path / "y.parquet")
-    assert (captions_of(source), source.flips) == ((), True)
+    assert captions_of(source) == ()
 
 
 def test_saved_dataset_and_hub_captions_are_read(tmp_path: Path) -> None:
@@ -280,7 +277,7 @@ def test_webdataset_captions_are_read(tmp_path: Path, caplog: pytest.LogCaptureF
     source = open_source(write_tar(tmp_path / "a.tar", members))
     assert captions_of(source) == (("one", "two"), ("three",), (), (), (), ())
     assert [source[i].captions for i in range(2)] == [("one", "two"), ("three",)]
-    assert (source.flips, source.classes, source[1].label) == (False, ("0", "1"), 1)
+    assert (source.classes, source[1].label) == (("0", "1"), 1)
     assert re.search(r"3 labels or captions of .* are left out: got 5 in c\.json", caplog.text)
     assert "4 of the 6 pictures of" in caplog.text
     assert captions_of(open_source(tmp_path / "a.tar", caption_column="prompt")) == ((), ("p",), (), (), (), ())
@@ -289,9 +286,9 @@ def test_webdataset_captions_are_read(tmp_path: Path, caplog: pytest.LogCaptureF
         open_source(tmp_path / "a.tar", caption_column="no")
 
 
-def test_webdataset_without_captions_is_flipped(tmp_path: Path) -> None:
+def test_webdataset_without_captions_has_none(tmp_path: Path) -> None:
     source = open_source(write_tar(tmp_path / "a.tar", [("a.png", png_bytes(0)), ("a.json", b'{"width": 8}')]))
-    assert (captions_of(source), source.flips, source[0].captions) == ((), True, ())
+    assert (captions_of(source), source[0].captions) == ((), ())
 
 
 def stream_captions(source: StreamSource) -> list[tuple[str, ...]]:
@@ -302,7 +299,7 @@ def test_stream_captions_come_in_passing(tmp_path: Path) -> None:
     table(["a", None], alt=["x", "y"]).to_parquet(tmp_path / "x.parquet")
     source = open_data(f"stream:{tmp_path / 'x.parquet'}")
     assert isinstance(source, StreamSource)
-    assert (stream_captions(source), source.flips) == ([("a",), ()], False)
+    assert stream_captions(source) == [("a",), ()]
     named = open_data(f"stream:{tmp_path / 'x.parquet'}", caption_column="alt")
     assert isinstance(named, StreamSource)
     assert stream_captions(named) == [("x",), ("y",)]
@@ -318,7 +315,6 @@ def test_stream_captions_of_shards_are_those_of_the_source(tmp_path: Path, kind:
     source = open_data(f"stream:{tmp_path / 'a.tar'}")
     assert isinstance(source, StreamSource)
     assert stream_captions(source) == list(captions_of(open_source(tmp_path / "a.tar")))
-    assert source.flips is False
 
 
 def test_stream_words_are_not_counted(tmp_path: Path) -> None:
@@ -384,7 +380,6 @@ def test_captions_of_parts_stay_with_their_images(tmp_path: Path) -> None:
         numbers = [int(Path(part[i].name).stem) for i in range(len(part))]
         assert captions_of(part) == tuple(captions_at(number) for number in numbers)
         assert [part[i].captions for i in range(len(part))] == list(captions_of(part))
-        assert part.flips is False
     assert len(train) + len(val) == 12
 
 
@@ -405,7 +400,6 @@ def test_cache_captions_stay_with_their_images(tmp_path: Path) -> None:
     (data / "02.png").write_bytes(b"no picture")
     latents = make_cache(data, tmp_path / "cache", flip=True)
     assert captions_of(latents) == tuple(captions_at(i) for i in range(12))
-    assert (latents.manifest.flips, latents.flips) == (True, False)
     assert latents.read(1, flip=True)[0].shape == (1, 1, 8, 8)
     part = latents.subset(torch.arange(1, 12, 3).numpy())
     assert captions_of(part) == tuple(captions_at(i) for i in (1, 4, 7, 10))
@@ -450,12 +444,11 @@ def test_cache_command_again_writes_changed_captions(tmp_path: Path, capsys: pyt
         return capsys.readouterr().out
 
     told()
-    assert (LatentSource(out).flips, captions_of(LatentSource(out))) == (True, ())
+    assert captions_of(LatentSource(out)) == ()
     assert "nothing to do" in told()
     jsonl(data / "metadata.jsonl", *({"file_name": f"{i:02}.png", "text": "t", "alt": f"{i}"} for i in range(4)))
     assert "its captions have changed and are written anew" in told()
     assert captions_of(LatentSource(out)) == (("t",),) * 4
-    assert LatentSource(out).flips is False
     told("--caption-column", "alt")
     assert captions_of(LatentSource(out)) == (("0",), ("1",), ("2",), ("3",))
     assert "nothing to do" in told("--caption-column", "alt")

@@ -88,7 +88,7 @@ def test_run_embeds_captions_once(data: Path, encoder: Path, tmp_path: Path, req
     request.getfixturevalue("no_encoder")
     again = open_tiny_run(config, tmp_path)
     train(again, Log())
-    assert set(again.grid_asks) == {"a red bar across", "a blue bar across", "a cat on the mat", "a red bar down",
+    assert set(again.grid_conditions) == {"a red bar across", "a blue bar across", "a cat on the mat", "a red bar down",
                                     "a blue bar down"} - {"a cat on the mat"}  # fmt: skip
     pipeline = make_pipeline(again)
     assert len(pipeline.sample(prompts=["a red bar across", "", None])) == 3

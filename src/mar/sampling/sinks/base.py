@@ -296,11 +296,11 @@ def pngs(job: Job, unit: WorkUnit, images: UInt8[np.ndarray, "n c h w"]) -> list
     Their metadata are settings, label or prompt (null for none), and seed.
     """
     return [
-        png(image, {**job.facts, **describe_ask(ask), "seed": seed})
+        png(image, {**job.facts, **condition_metadata(ask), "seed": seed})
         for image, ask, seed in zip(images, unit.asks, unit.seeds, strict=True)
     ]
 
 
-def describe_ask(ask: int | str) -> dict[str, Any]:
+def condition_metadata(ask: int | str) -> dict[str, Any]:
     """Returns what an image's metadata say of its class number or prompt."""
     return {"prompt": ask or None} if isinstance(ask, str) else {"label": None if ask < 0 else ask}
