@@ -74,7 +74,6 @@ def take(
     words = page.locator("#draw-asks textarea").is_visible()
     if words and prompts:
         page.fill("#draw-asks-input", "\n".join(prompts))
-        page.fill("#compare-asks-input", "\n".join(prompts), force=True)  # its tab is hidden
         page.fill("#count", str(max(1, 4 // len(prompts))))
     press(page, "draw")
     steps = int(page.locator("#scrub").get_attribute("max") or 0)
@@ -99,6 +98,8 @@ def take(
         save(page, folder / f"{edit}.png")
     if compare:
         page.click("#tab-compare")
+        if words and prompts:
+            page.fill("#compare-asks-input", "\n".join(prompts))
         press(page, "compare")
         save(page, folder / f"{compare}.png")
     page.close()

@@ -160,7 +160,7 @@ class TrainConfig:
 
     @property
     def flip_of_data(self) -> bool | None:
-        """Whether images are mirrored; None: as the data allows."""
+        """The choice of mirroring; None: as the data allows."""
         return False if self.flip is None and self.text else self.flip
 
     @property
