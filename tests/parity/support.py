@@ -58,8 +58,8 @@ def drawn_state(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
     return {name: drawn(name, shape) for name, shape in shapes.items()}
 
 
-def config_of(golden_config: Mapping[str, int]) -> ModelConfig:
-    """The config of a golden file's header as ours."""
+def config_of(golden_config: Mapping[str, int], *, tied: bool = False) -> ModelConfig:
+    """The config of a golden file's header as ours; eMIGM's are `tied`."""
     side = golden_config["image_size"] // golden_config["stride"]
     width, heads = golden_config["width"], golden_config["heads"]
     return ModelConfig(
@@ -73,6 +73,8 @@ def config_of(golden_config: Mapping[str, int]) -> ModelConfig:
         ),
         buffer_size=golden_config["buffer"],
         classes=golden_config["classes"],
+        tie_null=tied,
+        mask_schedule="exp" if tied else "normal",
     )
 
 

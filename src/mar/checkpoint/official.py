@@ -27,7 +27,8 @@ from mar.config import HeadConfig, ModelConfig, TrunkConfig
 logger = logging.getLogger(__name__)
 Weights = Literal["ema", "raw"]
 _HEADS_BY_MODEL = {"mar_base": 12, "mar_large": 16, "mar_huge": 16}
-_HEADS_BY_WIDTH = {768: 12, 1024: 16, 1280: 16}
+_HEADS_BY_WIDTH = {448: 8, 512: 8, 768: 12, 1024: 16, 1280: 16}
+"""Heads of the published models: MAR from 768, eMIGM from 448."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ def read_mar(
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     logger.info("%s: took the %s weights", path, weights)
+    if is_tied(chosen) and "fake_latent" in chosen and not torch.equal(chosen["fake_latent"], chosen["mask_token"]):
+        logger.warning(
+            "%s: fake_latent and mask_token are one tensor, stored with two values; took mask_token's, as its authors",
+            path,
+        )
     epoch = holder.get("epoch") if isinstance(holder.get("epoch"), int) else None
     notes: dict[str, Any] = {"source": path.name, "weights": weights}
     notes |= {} if epoch is None else {"epoch": epoch}
@@ -122,7 +128,8 @@ def write_mar(
     for kind, tensors in (("model", state), ("model_ema", ema_state)):
         if different := shape_differences({n: t.shape for n, t in tensors.items()}, model_shapes(config)):
             raise CheckpointError(f"{path}: {kind} does not fit its config: {'; '.join(different[:3])}")
-        holder[kind] = to_official({name: tensor.detach().float().cpu() for name, tensor in tensors.items()})
+        plain = {name: tensor.detach().float().cpu() for name, tensor in tensors.items()}
+        holder[kind] = to_official(plain, tied=config.tie_null)
 
     def write(temporary: Path) -> None:
         try:
@@ -175,6 +182,8 @@ def infer_config(
             _count_blocks(shapes, "diffloss.net.res_blocks."),
             batch_mul=_setting(args, "diffusion_batch_mul", 4),
         ),
+        tie_null=is_tied(official),
+        mask_schedule="exp" if is_tied(official) else "normal",
         buffer_size=positions - tokens,
         classes=classes,
         label_drop=_setting(args, "label_drop_prob", 0.1),
@@ -190,6 +199,8 @@ def convert_optimizer(optimizer: Mapping[str, Any], parameters: Mapping[str, Ten
     `parameters` are the official ones in the reference's order. Its first group has no weight decay: 1-d tensors,
     biases, the whole head. Its second has the others. Raises ValueError if the moments don't fit.
     """
+    if is_tied(parameters):  # one parameter, in the place of its first name
+        parameters = {"mask_token" if n == "fake_latent" else n: p for n, p in parameters.items() if n != "mask_token"}
     undecayed = [n for n, p in parameters.items() if p.dim() == 1 or n.endswith(".bias") or "diffloss" in n]
     names = undecayed + [name for name in parameters if name not in set(undecayed)]
     try:
@@ -326,6 +337,13 @@ _PARAMETERS = [
 ]
 # Ours have no leading axes of length 1; the number says how many the official tensor has.
 _LEADING = {"encoder_position": 1, "decoder_position": 1, "diffusion_position": 1, "mask_token": 2}
+_TIED_AXES = 1
+"""Leading axes of `mask_token` where it is the null class as well (eMIGM)."""
+
+
+def is_tied(official: Mapping[str, Tensor]) -> bool:
+    """Return whether mask token and null class are one tensor: (1, width), where others have (1, 1, width)."""
+    return "mask_token" in official and official["mask_token"].dim() == _TIED_AXES + 1
 
 
 def _pattern(name: str) -> re.Pattern[str]:
@@ -346,24 +364,36 @@ _ORDER = {official: place for place, (official, _) in enumerate(_PARAMETERS)}
 
 
 def from_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename an official state dict to our names. Raises ValueError for other tensors."""
+    """Rename an official state dict to our names. Raises ValueError for other tensors.
+
+    Of a tied vector stored twice, `mask_token` counts: the authors load it last.
+    """
+    tied = is_tied(state)
+    if tied:
+        state = {name: tensor for name, tensor in state.items() if name != "fake_latent"}
     renamed = {name: _rename(name, _TO_OURS) for name in state}
     _check_names([name for name, ours in renamed.items() if ours is None])
     ours = {str(renamed[name]): tensor for name, tensor in state.items()}
     for name, axes in _LEADING.items():
         if name in ours:
+            axes = _TIED_AXES if tied and name == "mask_token" else axes
             ours[name] = ours[name].reshape(ours[name].shape[axes:])
     return ours
 
 
-def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Invert `from_official`; the names come in the reference's order."""
+def to_official(state: Mapping[str, Tensor], *, tied: bool = False) -> dict[str, Tensor]:
+    """Invert `from_official`; the names come in the reference's order.
+
+    If `tied`, the mask token is the null class as well, and is written under both names.
+    """
     renamed = {name: _rename(name, _TO_OFFICIAL) for name in state}
     _check_names([name for name, official in renamed.items() if official is None])
     official = {
         str(renamed[name]): tensor.reshape((1,) * _LEADING.get(name, 0) + tensor.shape)
         for name, tensor in state.items()
     }
+    if tied:
+        official["mask_token"] = official["fake_latent"] = official["mask_token"].squeeze(0)
     return {name: official[name] for name in sorted(official, key=_module_order)}
 
 

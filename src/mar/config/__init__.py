@@ -5,7 +5,7 @@ config to JSON and back.
 """
 
 from mar.config.fields import ConfigError, from_dict, rename_old_keys, to_dict, to_dict_for_hash
-from mar.config.model import HeadConfig, ModelConfig, NoiseSchedule, Prediction, TrunkConfig
+from mar.config.model import HeadConfig, MaskDraw, ModelConfig, NoiseSchedule, Prediction, TrunkConfig
 from mar.config.sampling import GuidanceSchedule, MaskSchedule, Order, Preset, SamplingConfig, Solver, TimestepSpacing
 from mar.config.training import (
     ActivationCheckpointing,
@@ -23,6 +23,7 @@ __all__ = [
     "GuidanceSchedule",
     "HeadConfig",
     "LogTo",
+    "MaskDraw",
     "MaskSchedule",
     "ModelConfig",
     "NoiseSchedule",

@@ -75,7 +75,7 @@ RENAMED: dict[str, dict[str, str]] = {
 
 Files, the command line and Python all read old names by this table (`rename_old_keys`, `renamed_fields`).
 """
-_LATER_FIELDS = {"ModelConfig": ("words", "text_width")}
+_LATER_FIELDS = {"ModelConfig": ("words", "text_width", "mask_schedule", "tie_null")}
 """Fields added since digests were first written; digests leave them out where they have their default."""
 _noted: set[tuple[str, str]] = set()
 """Old and new names that this process has told its user of."""

@@ -13,6 +13,8 @@ Condition = Literal["none", "class", "words", "text"]
 """Kinds of conditions (`mar.model.conditions`)."""
 NoiseSchedule = Literal["cosine", "linear"]
 """Follow the cosine schedule or the linear path of flow matching."""
+MaskDraw = Literal["normal", "exp"]
+"""Draw mask ratios from a truncated normal, or by eMIGM's exponential schedule."""
 
 
 @accept_old_names
@@ -108,6 +110,10 @@ class ModelConfig:
     """Number of words that captions may have, for a model that learns them."""
     text_width: int = 0
     """Features of a frozen text encoder's tokens, for a model that reads captions by one."""
+    mask_schedule: MaskDraw = "normal"
+    """Mask ratios in training: `normal`, truncated at `mask_ratio_min` (the paper), or `exp` (eMIGM)."""
+    tie_null: bool = False
+    """Share one vector between mask token and null class (eMIGM)."""
 
     def __post_init__(self) -> None:
         positive(self, "channels", "patch_size", "buffer_size")
@@ -116,6 +122,12 @@ class ModelConfig:
         kinds = [name for name in ("classes", "words", "text_width") if getattr(self, name)]
         require(len(kinds) <= 1, f"a model has one kind of condition, but {' and '.join(kinds)} are set; leave one")
         fraction(self, "label_drop", "attention_dropout", "projection_dropout")
+        one_of(self, "mask_schedule", MaskDraw)
+        require(
+            not self.tie_null or self.encoder.width == self.decoder.width,
+            f"tie_null shares a vector of encoder and decoder, whose widths are {self.encoder.width} and "
+            f"{self.decoder.width}; make them equal",
+        )
         require(0 < self.mask_ratio_min <= 1, f"mask_ratio_min is {self.mask_ratio_min}, outside (0, 1]")
         height, width = self.grid
         side = self.patch_size

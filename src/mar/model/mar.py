@@ -37,7 +37,8 @@ class MAR(nn.Module):
         # embeddings of conditions and tokens, encoder
         self._conditioner, conditioner = build_conditioner(config)
         self.add_module(self._conditioner, conditioner)
-        self.null_class = nn.Parameter(torch.empty(1, e))  # for images without a condition of any kind
+        if not config.tie_null:
+            self.null_class = nn.Parameter(torch.empty(1, e))
         self.token_embed = Linear(config.token_width, e)
         self.encoder_position = nn.Parameter(torch.empty(config.buffer_size + length, e))
         self.embed_norm = nn.LayerNorm(e, eps=NORM_EPS)
@@ -65,7 +66,7 @@ class MAR(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        embeddings: list[Tensor] = [self.null_class, self.mask_token]
+        embeddings: list[Tensor] = [self.mask_token] if self.config.tie_null else [self.null_class, self.mask_token]
         embeddings += [self.encoder_position, self.decoder_position, self.diffusion_position]
         for embedding in embeddings:
             nn.init.normal_(embedding, std=0.02)
@@ -78,6 +79,11 @@ class MAR(nn.Module):
         """The module that embeds conditions; None for an unconditional model."""
         module: Conditioner | None = getattr(self, self._conditioner)
         return module
+
+    @property
+    def null_embedding(self) -> Float[Tensor, "1 e"]:
+        """Embedding of images without a condition of any kind."""
+        return self.mask_token.unsqueeze(0) if self.config.tie_null else self.null_class
 
     def blocks(self) -> list[nn.Module]:
         """Return all blocks, the units to compile, recompute or quantize."""
@@ -173,7 +179,7 @@ class MAR(nn.Module):
 
     def embed_condition(self, condition: Shaped[Tensor, "n ..."]) -> Float[Tensor, "n _ e"]:
         """Return buffer tokens; the learned null embedding for images without a condition."""
-        null = self.null_class.expand(len(condition), 1, -1)
+        null = self.null_embedding.expand(len(condition), 1, -1)
         if self.conditioner is None:
             return null
         return torch.where(has_condition(condition)[:, None, None], self.conditioner(condition), null)

@@ -6,16 +6,21 @@ Pure functions. Letters: n images, L tokens, K reveal steps, M unknown tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mar.config import MaskSchedule, Order
+from mar.config import MaskDraw, MaskSchedule, ModelConfig, Order
 
 EXPONENT = 5.0
 """Exponent of the exponential mask schedule, from eMIGM (arXiv 2503.07197)."""
+EXP_T_MIN = 0.2
+"""Least time of eMIGM's training."""
+EXP_P_MIN = 0.001
+"""Value of p at time 0 in eMIGM's training."""
 
 
 def random_order(length: int, generator: torch.Generator) -> Int[Tensor, " L"]:
@@ -34,6 +39,38 @@ def draw_mask_ratio(minimum: float, generator: torch.Generator) -> float:
     low, high = normal.cdf(torch.tensor([minimum, 1.0], dtype=torch.float64))
     uniform = torch.rand((), generator=generator, dtype=torch.float64)
     return float(normal.icdf(low + (high - low) * uniform).clamp(minimum, 1.0))
+
+
+def draw_masked_count(config: ModelConfig, generator: torch.Generator) -> int:
+    """Draw how many tokens a training step masks, by the model's schedule."""
+    return MASK_DRAWS[config.mask_schedule](config, generator)
+
+
+def _by_normal_ratio(config: ModelConfig, generator: torch.Generator) -> int:
+    return masked_count(config.tokens, draw_mask_ratio(config.mask_ratio_min, generator))
+
+
+def _by_exp_schedule(config: ModelConfig, generator: torch.Generator) -> int:
+    """Mask each token with the probability of `exp_mask_probability` at a uniform time; redrawn below 2 tokens."""
+    while True:
+        t = torch.rand((), generator=generator)
+        uniforms = torch.rand(config.tokens, generator=generator)
+        masked = int((uniforms < exp_mask_probability(t)).sum())
+        if masked >= min(2, config.tokens):
+            return masked
+
+
+def exp_mask_probability(t: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """Return 1 - e^(-5 p) with p = 0.999 t + 0.001, t at least 0.2 (eMIGM, arXiv 2503.07197)."""
+    p = (1 - EXP_P_MIN) * t.clamp(min=EXP_T_MIN) + EXP_P_MIN
+    return 1 - torch.exp(-EXPONENT * p)
+
+
+MASK_DRAWS: dict[MaskDraw, Callable[[ModelConfig, torch.Generator], int]] = {
+    "normal": _by_normal_ratio,
+    "exp": _by_exp_schedule,
+}
+"""Training's mask schedules by their names in `ModelConfig`."""
 
 
 def masked_count(length: int, ratio: float) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mar.config import ModelConfig
 from mar.model.conditions import drop_condition
 from mar.model.mar import MAR
-from mar.model.masking import draw_mask_ratio, masked_count, random_order, split_by_mask
+from mar.model.masking import draw_masked_count, random_order, split_by_mask
 from mar.model.tokens import gather_tokens, patchify
 from mar.random import make_generator
 
@@ -53,8 +53,7 @@ def sample_randomness(config: ModelConfig, seed: int, step: int, positions: Sequ
         step: keys the mask ratio, the same for all images of a step.
         positions: global sample positions, one an image, which key all else.
     """
-    ratio = draw_mask_ratio(config.mask_ratio_min, make_generator(seed, step))
-    masked, k = masked_count(config.tokens, ratio), config.head.batch_mul
+    masked, k = draw_masked_count(config, make_generator(seed, step)), config.head.batch_mul
     orders, drops, timesteps, noises = [], [], [], []
     for position in positions:
         generator = make_generator(seed, 1, position)

@@ -7,6 +7,7 @@ import logging
 import pathlib
 import pickle
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -312,3 +313,59 @@ def test_official_export_on_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- eMIGM: null class and mask token are one tensor, stored twice
+
+
+def tied_state(seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return to_official(MAR(TIED).state_dict(), tied=True)
+
+
+TIED = replace(TINY, tie_null=True, mask_schedule="exp")
+
+
+def test_tied_file_takes_the_mask_token_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ema = tied_state(1)
+    ema["fake_latent"] = torch.full_like(ema["fake_latent"], 0.1)
+    others = {"epoch": 7, "scaler": {"scale": 65536.0, "growth_tracker": 3}}
+    path = write(tmp_path / "eMIGM.pth", model=tied_state(0), model_ema=ema, args=ARGS, optimizer=None, **others)
+    read = read_mar(path, num_heads=2)
+    assert read.model_config == TIED
+    assert "stored with two values; took mask_token's" in caplog.text
+    assert torch.equal(read.state["mask_token"], ema["mask_token"][0])
+    assert "null_class" not in read.state
+    MAR(read.model_config).load_state_dict(read.state)
+
+    # and back, in the layout it came from
+    assert read.raw is not None
+    write_mar(tmp_path / "back.pth", read.model_config, read.raw, read.state)
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    expected = {**ema, "fake_latent": ema["mask_token"]}
+    assert list(back["model_ema"]) == list(ema)
+    assert all(torch.equal(back["model_ema"][name], expected[name]) for name in expected)
+    assert all(torch.equal(back["model"][name], tensor) for name, tensor in tied_state(0).items())
+
+
+def test_tied_file_with_ema_alone_is_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read = read_mar(write(tmp_path / "c.pth", model_ema=tied_state(1), args=ARGS), num_heads=2)
+    assert "two values" not in caplog.text
+    assert read.raw is None
+
+
+def test_tied_optimizer_has_the_shared_vector_once(tmp_path: Path) -> None:
+    state = tied_state(0)
+    named = {n: nn.Parameter(t) for n, t in state.items() if n != "mask_token"}
+    still = [p for n, p in named.items() if p.ndim == 1 or n.endswith(".bias") or "diffloss" in n]
+    decayed = [p for p in named.values() if not any(p is other for other in still)]
+    optimizer = torch.optim.AdamW([{"params": still, "weight_decay": 0.0}, {"params": decayed}])
+    for parameter in named.values():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    path = write(tmp_path / "c.pth", model=state, model_ema=state, args=ARGS, optimizer=optimizer.state_dict())
+    moments = read_mar(path, num_heads=2).optimizer
+    assert moments is not None
+    assert moments.keys() == dict(MAR(TIED).named_parameters()).keys()
+    expected = optimizer.state[named["fake_latent"]]["exp_avg"][0]
+    assert torch.equal(moments["mask_token"]["exp_avg"], expected)

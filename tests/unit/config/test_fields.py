@@ -172,6 +172,13 @@ def test_config_digest_uses_the_first_names() -> None:
     values = to_dict_for_hash(ModelConfig())
     assert {"patch", "buffer", "channels"} <= {*values}
     assert {"heads", "width"} <= {*values["encoder"]}
-    assert {*to_dict(ModelConfig())} - {*values} == {"patch_size", "buffer_size", "words", "text_width"}
+    assert {*to_dict(ModelConfig())} - {*values} == {
+        "patch_size",
+        "buffer_size",
+        "words",
+        "text_width",
+        "mask_schedule",
+        "tie_null",
+    }
     assert to_dict_for_hash(ModelConfig(classes=0, words=7))["words"] == 7
     assert zoo.load("fashion").fingerprint() == FASHION
