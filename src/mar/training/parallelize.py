@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -75,9 +75,8 @@ def parallelize(loss: DiffusionLoss, averages: Iterable[Any], config: TrainConfi
 
     # blocks: recomputed, compiled
     if config.activation_checkpointing != "none":
-        options = _CHECKPOINT_OPTIONS[config.activation_checkpointing]
         for block in loss.model.blocks():
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **options)
+            block.forward = _checkpointed(block.forward, _CHECKPOINT_OPTIONS[config.activation_checkpointing])
     if config.compile:
         for block in loss.model.blocks():
             block.compile()
@@ -86,7 +85,9 @@ def parallelize(loss: DiffusionLoss, averages: Iterable[Any], config: TrainConfi
     if not dist.is_initialized():
         return loss
     if config.strategy == "ddp":
-        return DistributedDataParallel(loss, device_ids=[device.index] if device.type == "cuda" else None)
+        # buffers are tables of constants, equal on all ranks
+        device_ids = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(loss, device_ids=device_ids, broadcast_buffers=False)
     # the head's output is a view of its last product, and nothing writes into it
     warnings.filterwarnings("ignore", message=".*FSDP2-wrapped module.* returned a view tensor")
     mesh = init_device_mesh(device.type, (world,))
@@ -95,6 +96,16 @@ def parallelize(loss: DiffusionLoss, averages: Iterable[Any], config: TrainConfi
             fully_shard(unit, mesh=mesh)
         fully_shard(module, mesh=mesh)
     return loss
+
+
+def _checkpointed(forward: Callable[..., Tensor], options: Mapping[str, Any]) -> Callable[..., Tensor]:
+    """Wrap the forward pass of a block to recompute it; Dynamo sees a function, but not into a `functools.partial`."""
+
+    def recomputed(*arguments: Any, **keywords: Any) -> Tensor:
+        result: Tensor = checkpoint(forward, *arguments, use_reentrant=False, **options, **keywords)
+        return result
+
+    return recomputed
 
 
 @contextlib.contextmanager

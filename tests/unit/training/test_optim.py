@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny import noise, tiny_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from mar.config import ConfigError, TrainConfig
@@ -16,6 +17,7 @@ from mar.training.optim import (
     Muon,
     decays,
     learning_rate,
+    make_adamw,
     make_optimizers,
     make_tokenizer_optimizers,
     orthogonalize,
@@ -40,6 +42,16 @@ def test_optimizer_groups_match_the_reference() -> None:
     assert {"diffusion_position", "token_embed.weight", "decoder_embed.weight", "encoder.0.fc1.weight"} <= decaying
     assert all(decays(of, name, p) == (name in decaying) for name, p in of.named_parameters())
     assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+
+
+def test_adamw_on_cuda_is_fused_with_its_state_there() -> None:
+    with FakeTensorMode():  # tensors without memory, of any device
+        weight = nn.Parameter(torch.empty(3, 2, device="cuda"))
+        optimizer = make_adamw([{"params": [weight]}], 1e-3, (0.9, 0.95))
+    assert optimizer.param_groups[0]["fused"] is True
+    state = optimizer.state[weight]
+    assert {value.device.type for value in state.values()} == {"cuda"}
+    assert state["step"].dtype is torch.float32
 
 
 def test_optimizer_state_dict_makes_no_step() -> None:

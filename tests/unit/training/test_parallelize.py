@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import compiled_step
 import pytest
 import tiny
 import torch
@@ -41,6 +47,20 @@ def test_activation_checkpointing_gives_the_same_step(onednn: bool, monkeypatch:
         again = gradients(mode)
         assert set(again) == set(kept)
         assert [name for name in kept if not torch.equal(again[name], kept[name])] == []
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compile_with_checkpointing_compiles_few_graphs(recompute: ActivationCheckpointing) -> None:
+    script = Path(compiled_step.__file__)  # shape checks, which pytest adds to every function, can't be compiled
+    done = subprocess.run([sys.executable, script, recompute], capture_output=True, text=True, timeout=300, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["frames"] > 0
+    assert found["frames"] == found["frames_compiled"]
+    assert found["graph_breaks"] == {}
+    assert 0 < found["graphs"] <= 8
+    assert found["plain_losses"] == pytest.approx(found["losses"], rel=1e-5)
+    assert found["largest_gradient"] > 0.01
+    assert found["largest_difference"] < 1e-4 * found["largest_gradient"]
 
 
 def test_activation_checkpointing_of_older_runs_is_read() -> None:
