@@ -140,7 +140,7 @@ class Reference(nn.Module):
         for block in self.encoder:
             x = block(x)
         x = self.embed(self.encoded(x))
-        full = self.mask_token.repeat(n, with_buffer.shape[1], 1).clone()
+        full = self.mask_token.repeat(n, with_buffer.shape[1], 1).to(x.dtype)
         full[visible] = x.reshape(-1, x.shape[-1])
         x = full + self.decoder_position
         for block in self.decoder:
