@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 class CheckpointError(ValueError):
     """A file can't be read or written; says what to do."""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON of a file. ValueError for anything else, however deep or long."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def size_text(size: int) -> str:

@@ -1,6 +1,7 @@
 """The state of a training run: folders of `torch.distributed.checkpoint` (DCP).
 
-    folder/state-000000128000/   after 128,000 images: the tensors (.metadata, *.distcp), state.json, config.json
+    folder/state-000000128000/   after 128,000 images: the tensors (.metadata, *.distcp), state.json, config.json,
+                                 and the sha256 of each in checksums.json
     folder/latest                the name of the state to resume from
 
 A state is written under a temporary name and renamed, so any folder called state-* is complete. Nothing in it is
@@ -10,16 +11,18 @@ classes of DCP's metadata.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import math
 import pickle
+import pickletools
 import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
-from pickle import UnpicklingError
 from typing import Any, TypeVar
 
 import torch
@@ -28,10 +31,11 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
 
 from mar import distributed
-from mar.checkpoint.files import CheckpointError, flush, require_room, write_error, write_text
+from mar.checkpoint import checksums
+from mar.checkpoint.files import CheckpointError, flush, parse_json, require_room, write_error, write_text
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"state-(\d{12,})")
@@ -69,7 +73,8 @@ class RunState:
             _run_on_rank0(lambda: self._prepare(temporary, needed))
             with _unwrap_dcp_errors(), _ignore_single_process_warning():
                 state_dict_saver.save(dict(tensors), storage_writer=FileSystemWriter(temporary))
-            _run_on_rank0(lambda: self._finish(temporary, final, tree, keep))
+            digests = _digests(temporary)
+            _run_on_rank0(lambda: self._finish(temporary, final, tree, digests, keep))
         except OSError as error:
             raise write_error(final, needed, error) from error
         finally:
@@ -80,33 +85,51 @@ class RunState:
     def load(self, state: dict[str, Any]) -> bool:
         """Load the latest state into `state`, built as for `save`.
 
-        Tensors are filled in place, all else is replaced. Returns False, and changes nothing, if no state has been
-        saved. Raises CheckpointError if its tensors are not the saved ones (nothing is changed), or files are damaged.
+        Tensors are filled in place, all else is replaced. A state that can't be read is passed over for an older one,
+        with a warning. Returns False, and changes nothing, if no state has been saved. Raises CheckpointError if its
+        tensors are not the saved ones (nothing is changed), or no state can be read.
         """
-        path = self.latest()
-        if path is None:
-            return False
-        metadata = read_dcp_metadata(path)
+        unreadable: dict[str, str] = {}
+        while True:
+            path = _run_on_rank0(lambda: self._latest(unreadable))
+            if path is None:
+                return False
+            error = self._load_from(path, state)
+            if not distributed.any_rank(error is not None):
+                return True
+            unreadable[path.name] = str(error or "another rank could not read it")
+            logger.warning("%s is damaged: %s; looking for an older state", path, unreadable[path.name])
+
+    def _load_from(self, path: Path, state: dict[str, Any]) -> Exception | None:
+        """Load one state; returns the error if it can't be read. Raises CheckpointError if it is another run's."""
         tensors = flatten(state)[1]
+        metadata, error = None, None
+        try:
+            metadata = read_dcp_metadata(path)
+        except CheckpointError as refusal:
+            error = refusal
+        if distributed.any_rank(error is not None) or metadata is None:
+            return error
         if different := _differences(metadata, tensors):
             raise CheckpointError(self._mismatch_message(path, different))
         try:
             with _unwrap_dcp_errors(), _ignore_single_process_warning():
                 state_dict_loader.load(dict(tensors), storage_reader=SafeReader(path))
-        except (OSError, EOFError, UnpicklingError, AssertionError, LookupError, ValueError, TypeError) as error:
-            why = str(error).split("\n")[0]
-            raise CheckpointError(f"{path} is damaged ({why}); remove it to go on from an older state") from error
-        loaded = unflatten(_read_json(path / "state.json"), tensors)
+            loaded = unflatten(_read_json(path / "state.json"), tensors)
+            if not isinstance(loaded, dict):
+                raise CheckpointError(f"{path / 'state.json'} holds no state")
+        except Exception as failure:  # noqa: BLE001 (a damaged file may lead to anything)
+            return CheckpointError((str(failure) or type(failure).__name__).split("\n")[0])
         state.clear()
         state.update(loaded)
-        return True
+        return None
 
     def latest(self) -> Path | None:
         """Return the state to resume from, or None.
 
         It is the one that the file `latest` names, else the newest complete one.
         """
-        return _run_on_rank0(self._latest)
+        return _run_on_rank0(lambda: self._latest({}))
 
     def states(self) -> list[Path]:
         """List all states, oldest first."""
@@ -122,9 +145,13 @@ class RunState:
         require_room(self.folder, needed)
         temporary.mkdir()
 
-    def _finish(self, temporary: Path, final: Path, tree: Any, keep: int) -> None:
-        for name, values in (("state.json", tree), ("config.json", self.config)):
+    def _finish(self, temporary: Path, final: Path, tree: Any, digests: dict[str, str], keep: int) -> None:
+        texts = {"state.json": tree, "config.json": self.config}
+        for name, values in texts.items():
             write_text(temporary / name, json.dumps(values, indent=1))
+        digests = digests | checksums.file_digests(temporary / name for name in (*texts, ".metadata"))
+        checksums.write_folder(temporary, digests)
+        flush(temporary / checksums.CHECKSUMS)
         flush(temporary)
         _move(temporary, final)
         flush(self.folder)
@@ -134,25 +161,28 @@ class RunState:
             # renamed first, so that a half removed state is never taken for a whole one
             shutil.rmtree(path.rename(self.folder / f"{_TEMPORARY}old-{path.name}"))
 
-    def _latest(self) -> Path | None:
-        states = self.states()
+    def _latest(self, unreadable: Mapping[str, str]) -> Path | None:
+        states = [path for path in self.states() if path.name not in unreadable]
         try:
             name = (self.folder / "latest").read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError):
             name = ""
         chosen = next((path for path in states if path.name == name), None)
-        if chosen is not None and (why := _damage(chosen)):
-            logger.warning("%s: %s; looking for an older state", chosen, why)
-        elif chosen is not None:
-            return chosen
-        elif states:
+        if chosen is None and states and name not in unreadable:
             logger.warning("%s names no state; looking for the newest", self.folder / "latest")
-        newest = next((path for path in reversed(states) if path != chosen and not _damage(path)), None)
-        if states and newest is None:
-            raise CheckpointError(f"no state in {self.folder} is whole; remove state-* there to begin anew")
-        if newest is not None:
-            logger.warning("going on from %s", newest)
-        return newest
+        order = ([chosen] if chosen else []) + [path for path in reversed(states) if path != chosen]
+        why = list(unreadable.values())[-1] if unreadable else None
+        for path in order:
+            damaged = damage(path)
+            if damaged is None:
+                if path != chosen:
+                    logger.warning("going on from %s", path)
+                return path
+            logger.warning("%s: %s; looking for an older state", path, damaged)
+            why = why or damaged
+        if why is not None:
+            raise CheckpointError(f"no state in {self.folder} is whole ({why}); remove state-* there to begin anew")
+        return None
 
     def _mismatch_message(self, path: Path, different: list[str]) -> str:
         try:
@@ -180,9 +210,14 @@ def _differences(metadata: Metadata, tensors: Mapping[str, Tensor]) -> list[str]
     return lines
 
 
-def _damage(path: Path) -> str | None:
-    """Describe damage of a state's files, without reading tensors; None: no damage."""
+def damage(path: Path, *, always: bool = False) -> str | None:
+    """Describe damage of a state's files; None: no damage.
+
+    Files are compared with their checksums; those of earlier versions have none, and their tensors are not looked at.
+    `always`: also where checksums are off, or this process has compared them.
+    """
     try:
+        checksums.check_folder(path, always=always)
         metadata = read_dcp_metadata(path)
         _read_json(path / "state.json")
         for place in metadata.storage_data.values():
@@ -191,7 +226,18 @@ def _damage(path: Path) -> str | None:
                 return f"{shard.name} is truncated or missing"
     except CheckpointError as error:
         return str(error)
+    except OSError as error:
+        return f"it can't be read ({error.strerror or error})"
     return None
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """Return the sha256 of a state's shards; each rank reads a part of them."""
+    shards = sorted(folder.glob("*.distcp"))
+    if not distributed.in_group():
+        return checksums.file_digests(shards)
+    parts = distributed.all_gather_object(checksums.file_digests(shards[dist.get_rank() :: dist.get_world_size()]))
+    return {name: digest for part in parts for name, digest in part.items()}
 
 
 def _move(temporary: Path, final: Path) -> None:
@@ -210,7 +256,7 @@ def _move(temporary: Path, final: Path) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} can't be read ({error})") from error
 
@@ -368,31 +414,62 @@ class _Unpickler(pickle.Unpickler):
         raise CheckpointError(f"it asks for {module}.{name}, which no state of a run needs")
 
 
+_PLACED = ("PUT", "BINPUT", "LONG_BINPUT")
+
+
+def check_pickle(data: bytes) -> None:
+    """Raise ValueError for a truncated pickle, or one with too large a table."""
+    for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
+        place = int(argument or 0) if opcode.name in _PLACED else 0
+        if place > len(data):  # a table of so many places would be made
+            raise ValueError(f"it numbers {place:,} objects in {len(data):,} bytes")
+
+
 def read_dcp_metadata(folder: Path) -> Metadata:
     """Read DCP's metadata of a state. Raises CheckpointError if it is damaged or asks for more than tensors."""
     path = folder / ".metadata"
     try:
-        with path.open("rb") as file:
-            metadata = _Unpickler(file).load()
+        data = path.read_bytes()
+        check_pickle(data)
+        metadata = _Unpickler(io.BytesIO(data)).load()
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError("it is not metadata of torch.distributed.checkpoint")
+        _check_metadata(metadata)
     except CheckpointError as error:
         raise CheckpointError(f"{path} is refused: {error}") from None
-    except (
-        OSError,
-        EOFError,
-        pickle.UnpicklingError,
-        ValueError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        KeyError,
-    ) as e:
-        raise CheckpointError(f"{path} can't be read ({type(e).__name__}: {e})") from e
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointError(f"{path} is not metadata of torch.distributed.checkpoint")
+    except Exception as error:  # a pickle of flipped bits may raise anything, MemoryError and RecursionError too
+        raise CheckpointError(f"{path} can't be read ({type(error).__name__}: {error})") from error
+    return metadata
+
+
+def _check_metadata(metadata: Metadata) -> None:
+    """Raise CheckpointError unless every tensor is there as a whole, in files of the folder."""
+    stored: dict[str, int] = {}
+    for index, place in metadata.storage_data.items():
+        name = place.relative_path
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"it names the file {name!r}, expected one of its folder")
+        if min(place.offset, place.length) < 0:
+            raise CheckpointError(f"it places {index.fqn} at {place.offset}, {place.length} bytes long")
+        stored[index.fqn] = stored.get(index.fqn, 0) + 1
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointError(f"{path} is refused: {name} is not a tensor")
-    return metadata
+            raise CheckpointError(f"{name} is not a tensor")
+        if not isinstance(entry.properties.dtype, torch.dtype) or not isinstance(entry.size, torch.Size):
+            raise CheckpointError(f"{name} has no type or no shape")
+        chunks = [chunk for chunk in entry.chunks if isinstance(chunk, ChunkStorageMetadata)]
+        values = sum(math.prod(chunk.sizes) for chunk in chunks)
+        inside = all(
+            len(chunk.sizes) == len(chunk.offsets) == len(entry.size)
+            and all(
+                o >= 0 and s >= 0 and o + s <= n for o, s, n in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+            )
+            for chunk in chunks
+        )
+        if not chunks or len(chunks) != len(entry.chunks) or not inside or values != math.prod(entry.size):
+            raise CheckpointError(f"{name} of shape {tuple(entry.size)} is there in part: {values:,} values")
+        if stored.get(name, 0) < len(chunks):
+            raise CheckpointError(f"{name} has {len(chunks)} parts, but {stored.get(name, 0)} are stored")
 
 
 class SafeReader(FileSystemReader):

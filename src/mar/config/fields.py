@@ -77,6 +77,8 @@ Files, the command line and Python all read old names by this table (`rename_old
 """
 _LATER_FIELDS = {"ModelConfig": ("words", "text_width", "mask_schedule", "tie_null")}
 """Fields added since digests were first written; digests leave them out where they have their default."""
+_HUGE = 1e300
+"""No number of a config is larger."""
 _noted: set[tuple[str, str]] = set()
 """Old and new names that this process has told its user of."""
 
@@ -206,6 +208,7 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
 
     Old field names are read as the new ones (`RENAMED`). ConfigError for a field that `kind` never had.
     """
+    require(isinstance(values, Mapping), f"{kind.__name__}: got {_shown(values)}, expected its fields")
     if hasattr(kind, "kind") and "kind" in values and not _is_field(kind, "kind"):
         kind = _class_of_kind(kind, values["kind"])
         values = {name: value for name, value in values.items() if name != "kind"}
@@ -215,7 +218,12 @@ def from_dict(kind: type[Config], values: Mapping[str, Any]) -> Config:
     values = {name: value for name, value in values.items() if name in hints or (name, value) not in _GONE}
     unknown = sorted(set(values) - set(hints))
     require(not unknown, f"{kind.__name__} has no field {', '.join(unknown)}; it has {', '.join(sorted(hints))}")
-    return kind(**{name: _typed(hints[name], _respell(name, value)) for name, value in values.items()})
+    return kind(
+        **{
+            name: _typed(hints[name], _respell(name, value), f"{kind.__name__}.{name}")
+            for name, value in values.items()
+        }
+    )
 
 
 def _respell(name: str, value: Any) -> Any:
@@ -225,14 +233,53 @@ def _respell(name: str, value: Any) -> Any:
     return value
 
 
-def _typed(hint: Any, value: Any) -> Any:
+def _typed(hint: Any, value: Any, name: str) -> Any:
+    """Returns a plain value as its field has it. ConfigError for one of another type."""
+    require(_fits(hint, value), f"{name}: got {_shown(value)}, expected {_describe(hint)}")
     if value is None:
         return None
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_dict(hint, value)
+    for each in _alternatives(hint):
+        if dataclasses.is_dataclass(each) and isinstance(each, type) and isinstance(value, Mapping):
+            return from_dict(each, value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Tells if a plain value may be a field of this type; nested configs are looked at by `from_dict`."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(each, value) for each in typing.get_args(hint))
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is None or hint is type(None):
+        return value is None
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, Mapping)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return False
+        items = arguments[:1] * len(value) if arguments[-1:] == (...,) else arguments
+        return len(items) == len(value) and all(map(_fits, items, value))
+    if origin is typing.Literal:
+        return value is None or isinstance(value, tuple({type(each) for each in arguments}))  # which, `one_of` says
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64
+    return not isinstance(hint, type) or isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint) or str(
+        hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else hint
+    )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:60]}..."
 
 
 @functools.cache

@@ -5,7 +5,8 @@ shards of safetensors, and `index.json` once all shards are there. Shard k holds
 `CacheManifest.shard` on in two tensors: `labels` (n), and `moments` (n, flips, 1 or 2, c, h, w), with axes plain and
 flipped, mean and log-variance. An unreadable image keeps its place, with zeros, so image i is always row i % shard of
 shard i // shard. Every byte is under a sha256: a shard's tensors under one in its metadata, its header under one in the
-index, the JSON files under one of their own. Captions of the images, if they have any, are in `captions.json`.
+index, the JSON files under one of their own. Each image has a CRC-32 besides, compared when it is first read; shards of
+earlier versions have none, and are compared as a whole. The images' captions, if any, are in `captions.json`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import copy
 import hashlib
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +27,9 @@ from jaxtyping import Float, Int, Shaped
 from safetensors.torch import save
 from torch import Tensor
 
-from mar.checkpoint.files import size_text, write_atomically, write_text
-from mar.config import ConfigError, to_dict
+from mar.checkpoint import checksums
+from mar.checkpoint.files import parse_json, size_text, write_atomically, write_text
+from mar.config import ConfigError, from_dict, to_dict
 from mar.data.captions import Captions, chosen_captions
 from mar.data.images import UnreadableImage
 from mar.tokenizer.base import LatentMoments
@@ -125,10 +128,26 @@ class Shard:
     """Unreadable images: indices and names."""
     size: int
     """Size of the file in bytes."""
+    crc32: tuple[int, ...] = ()
+    """Checksums of the images; () in a shard of an earlier version."""
+    _compared: set[int] = field(default_factory=set)
+    """Images that have been compared."""
 
     def intact(self) -> bool:
         """Compare the tensors with their sha256; reads all of them."""
         return tensors_digest(self.moments, self.labels) == self.sha256
+
+    def row_intact(self, row: int) -> bool:
+        """Compare an image with its checksum, once; without one, the whole shard."""
+        if row in self._compared:
+            return True
+        if not self.crc32:
+            intact = self.intact()
+            self._compared.update(range(len(self.labels)) if intact else ())
+            return intact
+        intact = row_checksum(self.moments[row], self.labels[row]) == self.crc32[row]
+        self._compared.update([row] if intact else ())
+        return intact
 
 
 def tensors_digest(moments: Shaped[Tensor, "..."], labels: Int[Tensor, " n"]) -> str:
@@ -137,6 +156,12 @@ def tensors_digest(moments: Shaped[Tensor, "..."], labels: Int[Tensor, " n"]) ->
     for tensor in (moments, labels):
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def row_checksum(moments: Shaped[Tensor, "f m c h w"], label: Int[Tensor, ""]) -> int:
+    """Return the CRC-32 of an image's moments and label."""
+    data = moments.contiguous().flatten().view(torch.uint8).numpy().data
+    return zlib.crc32(label.numpy().tobytes(), zlib.crc32(data))
 
 
 def write_shard(
@@ -150,7 +175,8 @@ def write_shard(
         labels: class numbers; -1: none.
         skipped: indices and names of unreadable images.
     """
-    note = {"format": FORMAT, "sha256": tensors_digest(moments, labels), "skipped": {**skipped}}
+    crc32 = [row_checksum(image, label) for image, label in zip(moments, labels, strict=True)]
+    note = {"format": FORMAT, "sha256": tensors_digest(moments, labels), "skipped": {**skipped}, "crc32": crc32}
     data = save({"moments": moments, "labels": labels}, {"mar": json.dumps(note)})
 
     def write(temporary: Path) -> None:
@@ -175,15 +201,18 @@ def open_shard(path: Path, manifest: CacheManifest, shard: int) -> Shard:
     if size < 8 or length != len(header) or size < expected:
         raise DamagedCache(f"{path} is cut short: {size_text(size)} of {size_text(expected)}{_remake_hint(manifest)}")
     try:
-        entries = json.loads(header)
-        note = json.loads(entries["__metadata__"]["mar"])
+        entries = parse_json(header)
+        note = parse_json(entries["__metadata__"]["mar"])
+        crc32 = tuple(int(value) for value in note.get("crc32", ()))
+        if len(crc32) not in (0, count):
+            raise ValueError(f"checksums of {len(crc32)} pictures, not {count}")
         skipped = {int(number): str(name) for number, name in note["skipped"].items()}
         data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)[8 + length :]
         moments = _map_tensor(data, entries["moments"], DTYPES[manifest.dtype], (count, *manifest.image_shape()))
         labels = _map_tensor(data, entries["labels"], torch.int32, (count,))
         digest = hashlib.sha256(length.to_bytes(8, "little") + header).hexdigest()
-        return Shard(moments, labels, str(note["sha256"]), digest, skipped, size)
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        return Shard(moments, labels, str(note["sha256"]), digest, skipped, size, crc32)
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OverflowError) as error:
         raise DamagedCache(
             f"{path} is damaged: its header is not this cache's ({error}){_remake_hint(manifest)}"
         ) from error
@@ -216,9 +245,11 @@ def read_manifest(folder: Path) -> CacheManifest:
     path = folder / MANIFEST
     values = _read_sealed(path, "the cache has to be made anew")
     try:
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return CacheManifest(**values)
-    except (TypeError, ValueError) as error:
+        manifest = from_dict(CacheManifest, values)
+        if min(manifest.size + manifest.shape) < 1 or manifest.parts not in (1, 2):
+            raise ValueError(f"{manifest.parts} parts of {manifest.shape}, of pictures of {manifest.size}")
+        return manifest
+    except (TypeError, ValueError, AttributeError) as error:
         raise DamagedCache(f"{path} can't be understood ({error}); the cache has to be made anew") from error
 
 
@@ -249,7 +280,11 @@ def read_captions(folder: Path, manifest: CacheManifest) -> Captions:
     path = folder / CAPTIONS
     if not path.is_file():
         return ()
-    captions = tuple(map(tuple, _read_sealed(path, "run the `mar cache` that made the folder again")["captions"]))
+    try:
+        listed = _read_sealed(path, "run the `mar cache` that made the folder again")["captions"]
+        captions = tuple(tuple(str(caption) for caption in each) for each in listed)
+    except (LookupError, TypeError) as error:
+        raise DamagedCache(f"{path} can't be understood ({error}){_remake_hint(manifest)}") from error
     if len(captions) != manifest.pictures:
         raise DamagedCache(f"{path} has captions of {len(captions):,} pictures, expected {manifest.pictures:,}")
     return captions
@@ -278,14 +313,27 @@ def read_index(folder: Path, manifest: CacheManifest) -> Index:
     values = _read_sealed(
         path, "delete it and run the `mar cache` that made the folder again: shards that are there stay"
     )
-    shards = values["shards"]
-    return Index(
-        files=tuple(shard["file"] for shard in shards),
-        sizes=tuple(shard["bytes"] for shard in shards),
-        sha256=tuple(shard["sha256"] for shard in shards),
-        headers=tuple(shard["header"] for shard in shards),
-        skipped={int(number): name for number, name in values["skipped"].items()},
-    )
+    try:
+        shards = values["shards"]
+        index = Index(
+            files=tuple(shard["file"] for shard in shards),
+            sizes=tuple(int(shard["bytes"]) for shard in shards),
+            sha256=tuple(str(shard["sha256"]) for shard in shards),
+            headers=tuple(str(shard["header"]) for shard in shards),
+            skipped={int(number): str(name) for number, name in values["skipped"].items()},
+        )
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise DamagedCache(f"{path} can't be understood ({error}){_remake_hint(manifest)}") from error
+    if len(index.files) != manifest.shards:
+        raise DamagedCache(
+            f"{path} lists {len(index.files)} shards, expected {manifest.shards}{_remake_hint(manifest)}"
+        )
+    for number, file in enumerate(index.files):
+        if file != manifest.file(number):
+            raise DamagedCache(f"{path} names {file!r}, expected {manifest.file(number)}{_remake_hint(manifest)}")
+    if outside := [number for number in index.skipped if not 0 <= number < manifest.pictures]:
+        raise DamagedCache(f"{path} leaves out picture {outside[0]} of {manifest.pictures}{_remake_hint(manifest)}")
+    return index
 
 
 def check_shard(folder: Path, manifest: CacheManifest, index: Index, shard: int) -> Shard:
@@ -313,12 +361,14 @@ def _write_sealed(path: Path, content: dict[str, Any]) -> None:
 
 def _read_sealed(path: Path, advice: str) -> dict[str, Any]:
     try:
-        sealed = json.loads(path.read_text(encoding="utf-8"))
+        sealed = parse_json(path.read_text(encoding="utf-8"))
         if sealed["format"] != FORMAT and str(sealed["format"]).startswith("mar-latents/"):
             raise ConfigError(f"{path} is of format {sealed['format']}, but this mar reads {FORMAT}; update mar")
         content: dict[str, Any] = sealed["content"]
-        intact = _json_digest(content) == sealed["sha256"] and sealed["format"] == FORMAT
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError):
+        intact = _json_digest(content) == sealed["sha256"] and sealed["format"] == FORMAT and isinstance(content, dict)
+    except ConfigError:
+        raise
+    except (OSError, KeyError, TypeError, ValueError):
         intact = False
     if not intact:
         raise DamagedCache(f"{path} is damaged; {advice}")
@@ -390,7 +440,15 @@ class LatentSource:
         if shard not in self._shards:
             self._shards[shard] = check_shard(self.folder, self.manifest, self.index, shard)
         opened = self._shards[shard]
+        if checksums.enabled() and not opened.row_intact(row):
+            raise self._damaged(shard, f"picture {index}")
         return opened.moments[row, int(flip)].float(), int(opened.labels[row])
+
+    def _damaged(self, shard: int, what: str) -> DamagedCache:
+        return DamagedCache(
+            f"{self.folder / self.index.files[shard]} is damaged: {what} is not as it was written"
+            f"{_remake_hint(self.manifest)}"
+        )
 
     def in_order(self, limit: int | None = None) -> Iterator[LatentMoments]:
         """Yield the plain moments of readable images, by shards. `limit`: the first so many."""
@@ -402,6 +460,8 @@ class LatentSource:
             rows = np.flatnonzero(chosen[span.start : span.stop]).tolist()
             if rows:
                 shard = check_shard(self.folder, self.manifest, self.index, number)
+                if checksums.enabled() and (bad := [row for row in rows if not shard.row_intact(row)]):
+                    raise self._damaged(number, f"picture {span[bad[0]]}")
                 yield split_moments(shard.moments[rows, 0].float())
 
 

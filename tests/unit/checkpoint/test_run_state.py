@@ -17,6 +17,7 @@ from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from mar.checkpoint import files, run_state
+from mar.checkpoint.checksums import CHECKSUMS
 from mar.checkpoint.files import CheckpointError
 from mar.checkpoint.run_state import RunState
 
@@ -252,7 +253,7 @@ def test_run_state_shard_of_zeros_is_reported(tmp_path: Path) -> None:
     run = RunState(tmp_path)
     shard = run.save(5, {"x": torch.arange(1000.0)}) / "__0_0.distcp"
     shard.write_bytes(bytes(shard.stat().st_size))
-    with pytest.raises(CheckpointError, match=r"is damaged .* remove it to go on from an older state"):
+    with pytest.raises(CheckpointError, match=r"no state .* is whole \(.*__0_0.distcp is damaged: its bytes are not"):
         run.load({"x": torch.zeros(1000)})
 
 
@@ -307,3 +308,106 @@ def test_run_state_pickled_shards_are_not_read(tmp_path: Path) -> None:
         state_dict_saver.save({"x": Malice(tmp_path / "trap")}, checkpoint_id=tmp_path / "state")
     with pytest.raises(CheckpointError, match="refused: x is not a tensor"):
         run_state.read_dcp_metadata(tmp_path / "state")
+
+
+def two_states(folder: Path, *, checksums: bool) -> Path:
+    """A folder of two states, the newer of which is returned; without checksums, as earlier versions wrote them."""
+    run = RunState(folder)
+    older, newer = run.save(1, example(1)), run.save(2, example(2))
+    if not checksums:
+        for state in (older, newer):
+            (state / CHECKSUMS).unlink()
+    return newer
+
+
+def falls_back(folder: Path) -> bool:
+    """Whether the older state is loaded, to the last bit."""
+    state = blank()
+    assert RunState(folder).load(state)
+    return leaves(state) == leaves(example(1))
+
+
+def test_run_state_flipped_bit_anywhere_falls_back(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    newer = two_states(tmp_path, checksums=True)
+    for path in sorted(newer.iterdir()):
+        whole = path.read_bytes()
+        for bit in range(0, 8 * len(whole), 8 * len(whole) // 13):
+            data = bytearray(whole)
+            data[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(data)
+            caplog.clear()
+            assert falls_back(tmp_path), f"{path.name}, bit {bit}"
+            assert "looking for an older state" in caplog.text
+        path.write_bytes(whole)
+    state = blank()
+    assert RunState(tmp_path).load(state)
+    assert leaves(state) == leaves(example(2))
+
+
+def test_run_state_checksums_can_be_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newer = two_states(tmp_path, checksums=True)
+    text = (newer / "state.json").read_text("utf-8")
+    (newer / "state.json").write_text(text.replace("1000000000000002", "7"), "utf-8")
+    assert falls_back(tmp_path)
+    monkeypatch.setenv("MAR_CHECKSUMS", "off")
+    state = blank()
+    assert RunState(tmp_path).load(state)
+    assert state["images"] == 7
+
+
+MEMO = b"\x80\x04N" + b"r\xff\xff\xff\x7f" + b"."
+"""A pickle of None, which would be object 2^31 of a table."""
+DEEP = b"\x80\x04" + b"(" * 100_000 + b"."
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04.", MEMO, DEEP, b"\x80\x04\x96" + b"\xff" * 7 + b"\x00."])
+def test_run_state_broken_metadata_without_checksums_falls_back(tmp_path: Path, content: bytes) -> None:
+    newer = two_states(tmp_path, checksums=False)
+    (newer / ".metadata").write_bytes(content)
+    assert falls_back(tmp_path)
+
+
+@pytest.mark.parametrize("error", [MemoryError, RecursionError, AttributeError("no size"), SystemError, OverflowError])
+def test_run_state_any_error_of_its_metadata_falls_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | type[Exception]
+) -> None:
+    newer = two_states(tmp_path, checksums=False)
+    check = run_state._check_metadata
+    calls: list[Any] = []
+
+    def failing(metadata: Any) -> None:
+        calls.append(metadata)
+        if len(calls) == 1:
+            raise error
+        check(metadata)
+
+    monkeypatch.setattr(run_state, "_check_metadata", failing)
+    assert falls_back(tmp_path), newer
+
+
+def test_run_state_tensor_without_chunks_falls_back(tmp_path: Path) -> None:
+    newer = two_states(tmp_path, checksums=False)
+    metadata = pickle.loads((newer / ".metadata").read_bytes())
+    metadata.state_dict_metadata["model/a.weight"].chunks = []
+    (newer / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert "model/a.weight of shape (5, 3) is there in part: 0 values" in str(run_state.damage(newer))
+    assert falls_back(tmp_path)
+
+
+def test_run_state_metadata_that_leaves_its_folder_is_refused(tmp_path: Path) -> None:
+    newer = two_states(tmp_path, checksums=False)
+    metadata = pickle.loads((newer / ".metadata").read_bytes())
+    for place in metadata.storage_data.values():
+        place.relative_path = "../state-000000000001/__0_0.distcp"
+    (newer / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert "expected one of its folder" in str(run_state.damage(newer))
+    assert falls_back(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "3", "{", "[" * 100_000, '{"model": {"a.weight": {"$tensor": 3}}}', '{"$pairs": 1}']
+)
+def test_run_state_broken_json_falls_back(tmp_path: Path, text: str) -> None:
+    newer = two_states(tmp_path, checksums=False)
+    (newer / "state.json").write_text(text, "utf-8")
+    assert falls_back(tmp_path)

@@ -14,14 +14,25 @@ import tiny
 import torch
 from orientations import forget_upright, lay_down
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from mar.checkpoint import files
 from mar.checkpoint.files import CheckpointError
 from mar.config import ConfigError
+from mar.data import latent_cache
 from mar.data.cache_writer import describe_cache, finish_cache, prepare_cache, write_shards
 from mar.data.images import Source, Transform, UnreadableImage, source_digest
-from mar.data.latent_cache import INDEX, MANIFEST, DamagedCache, LatentSource, read_manifest, verify
+from mar.data.latent_cache import (
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    DamagedCache,
+    LatentSource,
+    open_shard,
+    read_manifest,
+    verify,
+    write_index,
+)
 from mar.data.loader import batches
 from mar.data.sources import open_data, open_source
 from mar.tokenizer import PixelTokenizer
@@ -239,6 +250,60 @@ def test_cache_verify_finds_a_flipped_bit(cache: Path) -> None:
             assert "\n" not in str(said.value)
         path.write_bytes(whole)
     verify(cache)
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["crc32", "sha256"])
+def test_cache_flipped_bit_is_not_learned(
+    cache: Path, earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if earlier:  # as before pictures had checksums of their own
+        manifest = read_manifest(cache)
+        for number in range(manifest.shards):
+            path = cache / manifest.file(number)
+            shard = open_shard(path, manifest, number)
+            note = {"format": FORMAT, "sha256": shard.sha256, "skipped": {}}
+            path.write_bytes(save({"moments": shard.moments, "labels": shard.labels}, {"mar": json.dumps(note)}))
+        write_index(cache, manifest)
+    whole = LatentSource(cache)
+    expected = [whole.read(i, flip) for i in range(len(whole)) for flip in (False, True)]
+    path = cache / "00002.safetensors"
+    data = bytearray(path.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    for place in np.random.default_rng(1).integers(header, len(data), 30).tolist():
+        flipped = bytearray(data)
+        flipped[place] ^= 16
+        path.write_bytes(flipped)
+        damaged = LatentSource(cache)
+        with pytest.raises(DamagedCache, match=r"00002\.safetensors is damaged: picture 1\d is not as it was written"):
+            [damaged.read(i, flip) for i in range(len(damaged)) for flip in (False, True)]
+        with pytest.raises(DamagedCache, match="is not as it was written"):
+            list(LatentSource(cache).in_order())
+    monkeypatch.setenv("MAR_CHECKSUMS", "off")
+    assert len(list(LatentSource(cache).in_order())) == 4
+    monkeypatch.undo()
+    path.write_bytes(data)
+    again = LatentSource(cache)
+    read = [again.read(i, flip) for i in range(len(again)) for flip in (False, True)]
+    assert all(torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(read, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["../00000.safetensors", "/etc/passwd", "00001.safetensors", 3, None])
+def test_cache_index_of_other_files_is_refused(cache: Path, name: Any) -> None:
+    content = json.loads((cache / INDEX).read_text("utf-8"))["content"]
+    content["shards"][0]["file"] = name
+    latent_cache._write_sealed(cache / INDEX, content)
+    with pytest.raises(DamagedCache, match=r"names .*, expected 00000\.safetensors"):
+        LatentSource(cache)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"pictures": "20"}, {"shape": [1, 2]}, {"size": 8}, {"flips": None}, {"shape": [0, 1, 1]}, {"parts": 7}]
+)
+def test_cache_manifest_of_other_types_is_refused(cache: Path, changes: dict[str, Any]) -> None:
+    content = json.loads((cache / "cache.json").read_text("utf-8"))["content"]
+    latent_cache._write_sealed(cache / "cache.json", content | changes)
+    with pytest.raises(DamagedCache, match="can't be understood"):
+        LatentSource(cache)
 
 
 def test_cache_damaged_shards_alone_are_rebuilt(data: Path, cache: Path) -> None:
