@@ -18,6 +18,7 @@ from datasets.exceptions import DatasetsError
 from datasets.utils.file_utils import xopen
 
 from mar.data.images import UnreadableImage
+from mar.data.labels import LabelError
 from mar.data.parquet import Columns, TableSource
 from mar.data.paths import (
     SPLITS,
@@ -138,10 +139,18 @@ class DatasetShards:
 
     def _sample(self, name: str, row: Mapping[str, Any]) -> StreamSample:
         cell = row[self.columns.image] or {}
-        label = self.columns.label_of(row)
-        number = label if isinstance(label, int) and label >= 0 and self.classes else -1
+        number, problem = -1, ""
+        try:
+            label = self.columns.label_of(row, name) if self.classes else None
+            if isinstance(label, str) and label:
+                raise LabelError(
+                    f"data: {name} has the label {label!r}, a name, which has no number in a stream; leave stream: out"
+                )
+            number = -1 if not isinstance(label, int) else max(label, -1)
+        except LabelError as error:  # raised as the image is used: here it would end the shard
+            problem = str(error)
         captions = self.columns.captions_of(row)
-        return StreamSample(name, cell.get("bytes"), cell.get("path"), number, captions=captions)
+        return StreamSample(name, cell.get("bytes"), cell.get("path"), number, captions=captions, problem=problem)
 
     def fetch(self, sample: StreamSample) -> bytes:
         """Read the file at the path of a sample. Raises UnreadableImage."""

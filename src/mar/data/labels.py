@@ -6,40 +6,103 @@ and synonyms.
 
 from __future__ import annotations
 
+import codecs
 import difflib
+import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
+
+import numpy as np
 
 from mar.assets import imagenet
+from mar.data.accounts import shown
 from mar.data.paths import natural_key
 
 Label = int | str | None
 """A label in data: a class number (below 0: none), or a class name."""
 
+MAX_CLASSES = 100_000
+"""Numbers of classes up to here are taken; larger ones only where at least half of them occur."""
 
-def class_names(labels: Iterable[Label]) -> tuple[str, ...]:
-    """Return the classes of labels: all numbers, or sorted names."""
-    values = {
-        label
-        for label in map(_without_bool, labels)
-        if label is not None and not (isinstance(label, int) and label < 0)
-    }
-    numbers = [value for value in values if isinstance(value, int)]
+_WHOLE = re.compile(r"[+-]?[0-9]+(?:\.0*)?(?:[eE]\+?0+)?")
+_FRACTION = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+
+
+class LabelError(ValueError):
+    """A label fits no class; says where, and the label expected."""
+
+
+def as_label(value: Any, where: str) -> Label:
+    """Return a label of any source: a number, text, or None. Raises LabelError for anything else.
+
+    Whole floats are numbers; bytes are text; null, NaN and empty text are no label.
+    """
+    if isinstance(value, bytes | bytearray):
+        value = decode_text(bytes(value), where).strip() or None
+    if value is None or isinstance(value, str):  # JSON may hold halves of characters, which no file can
+        return value if value is None or value.isascii() else value.encode(errors="replace").decode()
+    if isinstance(value, bool | np.bool_ | int | np.integer):
+        return int(value)
+    if isinstance(value, float | np.floating):
+        if math.isnan(value):
+            return None
+        if math.isfinite(value) and value == int(value):
+            return int(value)
+    kind = type(value).__name__
+    raise LabelError(
+        f"data: {where} has the label {shown(repr(value), 60)} ({kind}), expected a whole number or a name; correct it"
+    )
+
+
+def parse_label(data: bytes, where: str) -> Label:
+    """Return the label in a file: a number if it is one, such as 1 or 1.0, else text."""
+    text = decode_text(data, where).strip().strip("\0").strip()
+    if _WHOLE.fullmatch(text) and len(text) < 400:
+        return int(re.split(r"[.eE]", text)[0])
+    if _FRACTION.fullmatch(text):
+        return as_label(float(text), where)
+    return text or None
+
+
+def decode_text(data: bytes, where: str) -> str:
+    """Decode UTF-8, or UTF-16 by its mark. Raises LabelError for other encodings."""
+    encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise LabelError(
+            f"data: {where} is not in UTF-8 ({error.reason} at byte {error.start}); save its label in that encoding"
+        ) from None
+
+
+def class_names(labels: Iterable[Label], name: str = "the data") -> tuple[str, ...]:
+    """Return the classes of labels: all numbers, or sorted names.
+
+    LabelError for numbers far beyond those that occur. `name` is that of the source.
+    """
+    values = {label for label in labels if label is not None and not (isinstance(label, int) and label < 0)}
+    numbers = [int(value) for value in values if isinstance(value, int)]
     if len(numbers) == len(values):
-        return tuple(str(number) for number in range(max(numbers, default=-1) + 1))
-    return tuple(sorted(map(str, values), key=natural_key))
+        last = max(numbers, default=-1)
+        if last >= max(MAX_CLASSES, 2 * len(numbers)):
+            text = str(last) if last < 10**30 else f"{str(last)[:10]}... of {len(str(last))} digits"
+            raise LabelError(
+                f"data: {name} has the label {text}, but only {len(numbers):,} different ones: a model has a class for "
+                "each number from 0 on; number them so, or give names"
+            )
+        return tuple(str(number) for number in range(last + 1))
+    return tuple(sorted(set(map(_as_name, values)), key=natural_key))
 
 
 def class_number(label: Label, numbers: Mapping[str, int]) -> int:
     """Return the class number of a label, by the numbers of `class_names`. -1: none."""
-    label = _without_bool(label)
-    return -1 if label is None or (isinstance(label, int) and label < 0) else numbers[str(label)]
+    return -1 if label is None or (isinstance(label, int) and label < 0) else numbers[_as_name(label)]
 
 
-def _without_bool(label: Label) -> Label:
-    """Convert False and True, which would be written as words, to 0 and 1."""
-    return int(label) if isinstance(label, bool) else label
+def _as_name(label: int | str) -> str:
+    return str(int(label) if isinstance(label, bool) else label)
 
 
 def check_label(name: str, label: int, classes: int) -> None:

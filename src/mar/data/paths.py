@@ -13,6 +13,13 @@ SHARD_SUFFIXES = (".parquet", ".tar")
 """Suffixes of files that hold many images."""
 IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"])
 
+SYSTEM_NAMES = frozenset(
+    ["@eadir", "@recycle", "@recently-snapshot", "@tmp", "@sharebin", "#recycle", "#snapshot", "$recycle.bin",
+     "recycler", "system volume information", "lost+found", "__macosx", "__pycache__", "network trash folder",
+     "temporary items"]
+)  # fmt: skip
+"""Folders that systems and network drives put beside the data, in lower case."""
+
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
@@ -21,6 +28,11 @@ def natural_key(name: str) -> tuple[list[str | int], str]:
     """Return a key to sort names as people do, img2 before img10."""
     parts = re.split(r"(\d+)", name.casefold())
     return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
+
+
+def is_system_name(name: str) -> bool:
+    """Tell if a folder is hidden, or put there by a system."""
+    return (name.startswith(".") and name not in (".", "..")) or name.casefold() in SYSTEM_NAMES
 
 
 def is_image_file(file: Path) -> bool:

@@ -27,7 +27,7 @@ import torch
 
 from mar import distributed
 from mar.data.images import Example, UnreadableImage, decode_image
-from mar.data.labels import check_label
+from mar.data.labels import LabelError, check_label
 from mar.random import make_generator, permutation
 
 logger = logging.getLogger("mar.data")
@@ -54,6 +54,8 @@ class StreamSample:
     """Names of the ends of shards before it that could not be read."""
     captions: tuple[str, ...] = ()
     """Captions of the image; none, or several."""
+    problem: str = ""
+    """Error of its label, raised when the image is used."""
 
 
 @runtime_checkable
@@ -107,6 +109,8 @@ class StreamSource:
 
     def example(self, sample: StreamSample) -> Example:
         """Decode a sample. Raises UnreadableImage, or ValueError for a label out of range."""
+        if sample.problem:
+            raise LabelError(sample.problem)
         if sample.data is None and sample.path is None:
             raise UnreadableImage(sample.name, "the cell is empty")
         check_label(sample.name, sample.label, len(self.classes))

@@ -2,33 +2,52 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from mar.data.captions import CAPTION_COLUMNS, CaptionError, Captions, as_captions, counted_captions, warn_once
+from mar.data.accounts import Account
+from mar.data.captions import CAPTION_COLUMNS, CaptionError, Captions, as_captions, counted_captions
 from mar.data.images import Example, UnreadableImage, decode_image
-from mar.data.labels import Label, class_names, class_number
-from mar.data.paths import IMAGE_SUFFIXES
+from mar.data.labels import Label, LabelError, as_label, class_names, class_number, parse_label
+from mar.data.paths import IMAGE_SUFFIXES, is_system_name
+
+MAX_TEXT_BYTES = 2**24
+"""Labels and captions of one picture take less."""
 
 _TEXT = "txt"
+_READ = frozenset([_TEXT, "cls", "json"])
+
+
+class _Member(NamedTuple):
+    """A regular file of a shard, or of no use."""
+
+    name: str
+    stem: str
+    """Its path without the last extension."""
+    kind: str
+    """Its last extension, in lower case."""
+    offset: int
+    size: int
 
 
 @dataclass
 class _TarSample:
-    """Members of one name in a shard: `a.jpg`, `a.cls`, `a.json`, `a.txt`."""
+    """Members of one key in a row: `a.jpg`, `a.cls`, `a.json`, `a.txt`."""
 
     key: str
-    image_name: str = ""
-    offset: int = -1
-    size: int = 0
+    members: list[_Member] = field(default_factory=list)
+    image: _Member | None = None
     label: Label = None
     text: tuple[str, ...] = ()
     """Captions in `.txt`."""
@@ -43,10 +62,12 @@ class _TarSample:
 class TarSource:
     """The images of tar files, one after the other.
 
-    Members in a row of the same name, up to its first dot, belong together. Labels are in `.cls`, or at "label" in
+    Members in a row of the same name, up to its first dot, belong together. Labels and captions elsewhere in the shard
+    belong to the one picture of their name. The last extension tells the kind. Labels are in `.cls`, or at "label" in
     `.json`: numbers, or names of classes. Captions are in `.txt`, one a line, or in `.json` at "text", "caption" or
-    "prompt"; those that can't be read are left out with a warning.
-    Opening reads the headers of all files, once. Raises ValueError without images, and for a damaged tar file.
+    "prompt". `account` counts what is left out.
+    Opening reads the headers of all files, once. Raises ValueError without images, for a damaged tar file, and for a
+    label that can't be read.
     """
 
     flips = True
@@ -62,19 +83,23 @@ class TarSource:
         self.name, self.files = name, list(files)
         stats = [os.stat(file) for file in self.files]
         self._stats = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-        reader = _SampleReader(caption_column)
+        self.account = Account(name)
+        reader = _SampleReader(caption_column, self.account)
         samples = [(number, sample) for number, file in enumerate(self.files) for sample in reader.samples(file)]
         if not samples:
             suffixes = " ".join(sorted(IMAGE_SUFFIXES))
             raise ValueError(f"data: no pictures in {name} ({len(self.files)} tar files): looked for {suffixes}")
-        self.classes = class_names(sample.label for _, sample in samples)
+        self.classes = class_names((sample.label for _, sample in samples), name)
         numbers = {label: number for number, label in enumerate(self.classes)}
         # Arrays, not lists: nothing counts references to their elements, so workers share their memory.
         self.labels = np.array([class_number(sample.label, numbers) for _, sample in samples])
+        images = [(number, sample.image) for number, sample in samples if sample.image is not None]
         # Of each image: number of its file, offset, size.
-        self._index = np.array([(number, sample.offset, sample.size) for number, sample in samples], dtype=np.int64)
-        self._names = np.array([os.fsencode(sample.image_name) for _, sample in samples])
+        self._index = np.array([(number, image.offset, image.size) for number, image in images], dtype=np.int64)
+        self._names = np.array([os.fsencode(image.name) for _, image in images])
         self.captions = reader.check(tuple(sample.captions for _, sample in samples), name)
+        self.account.take(self.labels, self.classes)
+        self.account.log()
 
     def __len__(self) -> int:
         return len(self._index)
@@ -110,47 +135,40 @@ class TarSource:
 
 
 class _SampleReader:
-    """Reads the samples of shards, and notes members that can't be read.
+    """Reads the samples of shards.
 
     Args:
         caption_column: key of captions in `.json`; "txt": only the `.txt` members; None: both, by the usual names.
+        account: counts the members that are left out.
     """
 
-    def __init__(self, caption_column: str | None) -> None:
-        self.caption_column = caption_column
+    def __init__(self, caption_column: str | None, account: Account) -> None:
+        self.caption_column, self.account = caption_column, account
         self.keys = CAPTION_COLUMNS if caption_column is None else (caption_column,)
-        self.bad: list[str] = []
-        """What is wrong with the members that are left out."""
 
-    def samples(self, file: Path) -> Iterator[_TarSample]:
-        """Yield the samples of a shard that have an image."""
-        sample = _TarSample("")
+    def samples(self, file: Path) -> list[_TarSample]:
+        """Return the samples of a shard that have an image."""
         try:
             with tarfile.open(file, "r:") as shard:
-                for member in shard:
-                    key, extension = _split_name(member.name)
-                    if not member.isreg() or not key:
-                        continue
-                    if key != sample.key:
-                        if sample.image_name:
-                            yield sample
-                        sample = _TarSample(key)
-                    self._add(sample, shard, member, extension)
+                groups = self._groups(shard)
                 _check_end(shard)
         except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"data: {file} is cut short or no plain tar ({error}); fetch it again, or leave it out"
             ) from error
-        if sample.image_name:
-            yield sample
+        samples = self._choose_images(groups)
+        if not samples:
+            self.account.leave_out("shards without pictures", file.name)
+        with file.open("rb") as opened:
+            for sample in samples:
+                self._read(sample, file, opened)
+        return samples
 
     def check(self, captions: Captions, name: str) -> Captions:
-        """Return the captions of `name`, () if there are none; warn of those that are missing or left out.
+        """Return the captions of `name`, () if there are none; warn of those that are missing.
 
         CaptionError if no image has any in the column that was asked for.
         """
-        if self.bad:
-            warn_once(f"{len(self.bad):,} labels or captions of {name} are left out: {self.bad[0]}")
         if any(captions):
             return counted_captions(captions, name)
         if self.caption_column is not None:
@@ -158,60 +176,150 @@ class _SampleReader:
             raise CaptionError(f"captions: no picture of {name} has a caption at {member}")
         return ()
 
-    def _add(self, sample: _TarSample, shard: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> None:
-        if extension == "cls":
-            sample.label = _read_label(shard, member)
-        elif extension == "json":
-            self._add_json(sample, shard, member)
-        elif extension == _TEXT and self.caption_column in (None, _TEXT):
-            with self._left_out(member):
-                sample.text = as_captions(_read_text(shard, member).split("\n"), member.name)
-        elif not sample.image_name and f".{extension.rpartition('.')[2]}" in IMAGE_SUFFIXES:
-            sample.image_name, sample.offset, sample.size = member.name, member.offset_data, member.size
+    def _groups(self, shard: tarfile.TarFile) -> list[_TarSample]:
+        """Return the members of a shard, those of one key in a row together."""
+        groups: list[_TarSample] = []
+        for member in shard:
+            key = _sample_key(member.name)
+            if member.isdir():
+                continue
+            if key is None:
+                self.account.leave_out("hidden or system files", member.name)
+            elif not member.isreg() or member.issparse():
+                self.account.leave_out("links and special files", member.name)
+            else:
+                stem, kind = os.path.splitext(member.name)
+                if not groups or groups[-1].key != key:
+                    groups.append(_TarSample(key))
+                groups[-1].members.append(_Member(member.name, stem, kind[1:].lower(), member.offset_data, member.size))
+        return groups
 
-    def _add_json(self, sample: _TarSample, shard: tarfile.TarFile, member: tarfile.TarInfo) -> None:
-        with self._left_out(member):
-            values = json.loads(_read_text(shard, member))
-            if not isinstance(values, dict):
-                return
-            label = values.get("label")
-            if sample.label is None and isinstance(label, int | str):
-                sample.label = label
-            value = next((values[key] for key in self.keys if values.get(key) is not None), None)
-            sample.json_text = as_captions(value, member.name)
+    def _choose_images(self, groups: list[_TarSample]) -> list[_TarSample]:
+        """Return the groups with an image, and give them the labels and captions that lie elsewhere."""
+        samples: list[_TarSample] = []
+        for group in groups:
+            samples += _split_by_stem(group)
+        by_key: dict[str, list[_TarSample]] = {}
+        for sample in samples:
+            by_key.setdefault(sample.key, []).append(sample)
+        for group in groups:
+            if not any(_is_image(member) for member in group.members):
+                owners = by_key.get(group.key, [])
+                for member in group.members:
+                    own = [each for each in owners if each.image and each.image.stem == member.stem]
+                    owner = own or owners
+                    if len(owner) == 1:
+                        owner[0].members.append(member)
+                    elif owner:
+                        self.account.leave_out("members that may belong to several pictures", member.name)
+                    else:
+                        self.account.leave_out("members without a picture", member.name)
+        return samples
+
+    def _read(self, sample: _TarSample, file: Path, shard: BinaryIO) -> None:
+        """Read label and captions of a sample, and count its members that are not used."""
+        assert sample.image is not None
+        captions = self.caption_column in (None, _TEXT)
+        used = {
+            "cls": _best(sample, "cls"),
+            "json": _best(sample, "json"),
+            _TEXT: _best(sample, _TEXT) if captions else None,
+        }
+        for member in sample.members:
+            if member is sample.image or member is used.get(member.kind):
+                continue
+            reason = "further pictures of a sample" if _is_image(member) else "members of other kinds"
+            reason = "further labels or captions of a sample" if used.get(member.kind) else reason
+            self.account.leave_out(reason, member.name)
+        if (label := used["cls"]) is not None:
+            sample.label = parse_label(_read_member(shard, label, file), f"{file}/{label.name}")
+        if (values := used["json"]) is not None:
+            with self._left_out(values):
+                self._read_json(sample, _read_member(shard, values, file), f"{file}/{values.name}")
+        if (text := used[_TEXT]) is not None:
+            with self._left_out(text):
+                lines = _read_member(shard, text, file).decode("utf-8-sig").split("\n")
+                sample.text = as_captions(lines, text.name)
+
+    def _read_json(self, sample: _TarSample, data: bytes, where: str) -> None:
+        values = json.loads(data.decode("utf-8-sig") if data.startswith(codecs.BOM_UTF8) else data)
+        if not isinstance(values, dict):
+            return
+        if sample.label is None:
+            label = as_label(values.get("label"), where)
+            sample.label = None if label == "" else label
+        value = next((values[key] for key in self.keys if values.get(key) is not None), None)
+        sample.json_text = as_captions(value, os.path.basename(where))
 
     @contextmanager
-    def _left_out(self, member: tarfile.TarInfo) -> Iterator[None]:
+    def _left_out(self, member: _Member) -> Iterator[None]:
         """Leave out a member that can't be read."""
         try:
             yield
+        except LabelError:
+            raise
         except CaptionError as error:
-            self.bad.append(str(error).removeprefix("captions: "))
+            why = str(error).removeprefix("captions: ")
         except UnicodeDecodeError:
-            self.bad.append(f"{member.name} is not in UTF-8")
-        except json.JSONDecodeError as error:
-            self.bad.append(f"{member.name} is no JSON ({error.msg})")
+            why = f"{member.name} is not in UTF-8"
+        except (ValueError, RecursionError) as error:
+            why = f"{member.name} is no JSON ({getattr(error, 'msg', error)})"
+        else:
+            return
+        self.account.leave_out("labels or captions that can't be read", why)
 
 
-def _split_name(path: str) -> tuple[str, str]:
-    """Split a member's path at the first dot of its name; the key of a hidden file is empty."""
-    folder, _, name = path.rpartition("/")
-    stem, _, extension = name.partition(".")
-    return (f"{folder}/{stem}" if stem else ""), extension.lower()
+def _is_image(member: _Member) -> bool:
+    return f".{member.kind}" in IMAGE_SUFFIXES
 
 
-def _read_text(shard: tarfile.TarFile, member: tarfile.TarInfo) -> str:
-    file = shard.extractfile(member)
-    assert file is not None  # it is a regular one
-    return file.read().decode("utf-8-sig")
+def _split_by_stem(group: _TarSample) -> list[_TarSample]:
+    """Return the samples of a group: one, or one for each image where every image has a member of its own stem."""
+    images = [member for member in group.members if _is_image(member)]
+    stems = Counter(member.stem for member in group.members if member.kind in _READ)
+    if len({image.stem for image in images}) == len(images) > 1 and all(stems[image.stem] for image in images):
+        members = {image.stem: [image] for image in images}
+        for member in group.members:
+            if member.stem == group.key and member.kind in _READ:  # of all of them
+                for of_image in members.values():
+                    of_image.append(member)
+            elif not _is_image(member):
+                members.get(member.stem, members[images[0].stem]).append(member)
+        return [_TarSample(group.key, members[image.stem], image) for image in images]
+    if images:
+        group.image = images[0]
+        return [group]
+    return []
 
 
-def _read_label(shard: tarfile.TarFile, member: tarfile.TarInfo) -> Label:
-    text = _read_text(shard, member).strip()
-    try:
-        return int(text)
-    except ValueError:
-        return text or None
+def _best(sample: _TarSample, kind: str) -> _Member | None:
+    """Return the member of a kind: of the picture's stem, else of the key itself, else the last one."""
+    assert sample.image is not None
+    members = [member for member in sample.members if member.kind == kind]
+    stems = (sample.image.stem, sample.key)
+    return next((member for stem in stems for member in reversed(members) if member.stem == stem), None) or next(
+        iter(members[::-1]), None
+    )
+
+
+def _read_member(shard: BinaryIO, member: _Member, file: Path) -> bytes:
+    """Return the bytes of a member. ValueError for a large one: labels and captions are small."""
+    if member.size > MAX_TEXT_BYTES:
+        raise LabelError(
+            f"data: {file}/{member.name} has {member.size:,} bytes, expected a label or captions of at most "
+            f"{MAX_TEXT_BYTES:,}; leave it out of the shard"
+        )
+    shard.seek(member.offset)
+    return shard.read(member.size)
+
+
+def _sample_key(path: str) -> str | None:
+    """Return a member's path up to the first dot of its name; None for hidden and system files."""
+    *folders, name = [part for part in path.split("/") if part not in ("", ".")] or [""]
+    stem = name.partition(".")[0]
+    if not stem or any(is_system_name(folder) for folder in folders):
+        return None
+    return path[: len(path.rstrip("/")) - len(name)] + stem
 
 
 def _check_end(shard: tarfile.TarFile) -> None:

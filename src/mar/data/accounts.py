@@ -1,0 +1,84 @@
+"""Accounts of sources: a line for each opening, with all that was taken and all that was left out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+
+import numpy as np
+
+logger = logging.getLogger("mar.data")
+
+SHOWN_NAME = 100
+"""Characters of a name that a line shows."""
+
+_logged: set[str] = set()
+"""Lines of this process: data is opened several times."""
+
+
+class Account:
+    """Counts what a source leaves out, by reason, with an example each."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+        self.pictures = self.without_label = 0
+        self.classes: tuple[str, ...] = ()
+
+    def leave_out(self, reason: str, example: str, count: int = 1) -> None:
+        """Count items that are left out.
+
+        Args:
+            reason: a plural noun, as in "12 hidden files".
+            example: name of the first of them.
+            count: how many they are.
+        """
+        if count:
+            self.counts[reason] += count
+            self.examples.setdefault(reason, example)
+
+    def take(self, labels: np.ndarray, classes: tuple[str, ...]) -> None:
+        """Count the labels of all pictures; -1: none."""
+        self.pictures, self.classes = len(labels), classes
+        self.without_label = int((labels < 0).sum())
+
+    @property
+    def line(self) -> str:
+        """The whole account, in one line."""
+        noun = "picture" if self.pictures == 1 else "pictures"
+        parts = [f"data: {shown(self.name, 2 * SHOWN_NAME)}: {self.pictures:,} {noun}, {self._labels()}"]
+        if self.counts:
+            parts.append(f"left out: {', '.join(map(self._item, self.counts))}")
+        return "; ".join(parts)
+
+    def _item(self, reason: str) -> str:
+        count = self.counts[reason]
+        return f"{reason}: {count:,} ({'such as ' if count > 1 else ''}{shown(self.examples[reason])})"
+
+    def _labels(self) -> str:
+        if not self.classes:
+            return "no labels"
+        labeled = self.pictures - self.without_label
+        noun = "class" if len(self.classes) == 1 else "classes"
+        text = f"labels of {len(self.classes):,} {noun}"
+        return text if not self.without_label else f"{labeled:,} of them with {text}"
+
+    def log(self) -> None:
+        """Log the line, as a warning if anything is left out."""
+        left_out = bool(self.counts or (self.classes and self.without_label))
+        log_once(logging.WARNING if left_out else logging.INFO, self.line)
+
+
+def log_once(level: int, line: str) -> None:
+    """Log a line, unless this process did already, or is not the first rank."""
+    if line not in _logged and os.environ.get("RANK", "0") == "0":
+        _logged.add(line)
+        logger.log(level, "%s", line)
+
+
+def shown(text: str, most: int = SHOWN_NAME) -> str:
+    """Return text for a message, escaped and shortened."""
+    plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    return plain if len(plain) <= most else f"{plain[: most // 2]}...{plain[-most // 2 + 3 :]}"
