@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,20 +41,31 @@ def tokenizer(official: dict[str, Tensor]) -> KLTokenizer:
     return made.requires_grad_(False)
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, tokenizer: KLTokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The tokenizer on each device, in full float32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    tokenizer.to(request.param)
+    yield request.param
+    tokenizer.cpu()
+
+
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Tensor]:
     return load_file(GOLDEN / "kl16.safetensors")
 
 
-def test_kl16_moments_match_the_reference(tokenizer: KLTokenizer, golden: dict[str, Tensor]) -> None:
+def test_kl16_moments_match_the_reference(tokenizer: KLTokenizer, golden: dict[str, Tensor], device: str) -> None:
     mean, log_variance = golden["moments"].chunk(2, dim=1)
-    posterior = tokenizer.encode(golden["image"])
-    torch.testing.assert_close(posterior.mean / SCALE, mean, atol=1e-4, rtol=0)
-    torch.testing.assert_close(2 * (posterior.std / SCALE).log(), log_variance, atol=1e-4, rtol=0)
+    posterior = tokenizer.encode(golden["image"].to(device))
+    torch.testing.assert_close(posterior.mean.cpu() / SCALE, mean, atol=1e-4, rtol=0)
+    torch.testing.assert_close(2 * (posterior.std.cpu() / SCALE).log(), log_variance, atol=1e-4, rtol=0)
 
 
-def test_kl16_decoded_image_matches_the_reference(tokenizer: KLTokenizer, golden: dict[str, Tensor]) -> None:
-    image = tokenizer.decode(golden["latent"] * SCALE)
+def test_kl16_decoded_image_matches_the_reference(
+    tokenizer: KLTokenizer, golden: dict[str, Tensor], device: str
+) -> None:
+    image = tokenizer.decode(golden["latent"].to(device) * SCALE).cpu()
     torch.testing.assert_close(image, golden["decoded"].clamp(-1, 1), atol=1e-4, rtol=0)
     # Most of the golden picture lies inside the clip, so that the comparison says something.
     assert (golden["decoded"].abs() < 1).float().mean() > 0.5

@@ -105,8 +105,8 @@ class WatchedHead:
         return self.head.num_noises(steps, sampling)
 
     def sample(self, z: Tensor, noise: Tensor, scale: Tensor | None, steps: int, sampling: SamplingConfig) -> Tensor:
-        self.calls.append((z, noise, scale))
-        return self.head.sample(z, noise, scale, steps, sampling) if self.tokens is None else self.tokens
+        self.calls.append((z.cpu(), noise.cpu(), None if scale is None else scale.cpu()))
+        return self.head.sample(z, noise, scale, steps, sampling) if self.tokens is None else self.tokens.to(z.device)
 
 
 @dataclass(frozen=True)
@@ -120,17 +120,20 @@ class Run:
 
 
 def replay(model: MAR, file: str, case: str) -> Run:
-    """Run our sampler along the recorded tokens."""
-    recording = Recording(file, case)
+    """Run our sampler along the recorded tokens, on the model's device."""
+    recording, device = Recording(file, case), model.mask_token.device
     noise = RecordedNoise(recording.tensors["orders"], recording.noise_of_steps())
     n, length, width = recording.tokens.shape
-    state = init_state(torch.zeros(n, length, width), all_masked(n, length), recording.sampling.steps, noise)
+    state = init_state(
+        torch.zeros(n, length, width, device=device), all_masked(n, length), recording.sampling.steps, noise
+    )
+    labels = recording.labels.to(device)
     head, expected = WatchedHead(model.head), []
     while state.step < state.steps:
         head.tokens = torch.cat([recording.tokens[image, state.revealed(image)] for image in range(n)])
         expected.append(head.tokens)
-        state = decode_step(model, recording.labels, state, recording.sampling, noise, head)
-    assert torch.equal(state.tokens, recording.tokens)
+        state = decode_step(model, labels, state, recording.sampling, noise, head)
+    assert torch.equal(state.tokens.cpu(), recording.tokens)
     return Run(recording, head.calls, torch.cat(expected))
 
 
@@ -162,6 +165,12 @@ def sampling_config(settings: dict[str, Any], diffusion_steps: int) -> SamplingC
     return SamplingConfig(
         settings["num_iter"], diffusion_steps, settings["cfg"], settings["cfg_schedule"], settings["temperature"]
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("file", "case"), DETOK_RUNS)
+def test_conditions_of_each_step_match_on_a_gpu(file: str, case: str) -> None:
+    test_conditions_of_each_step_match(replay(trained_tiny().cuda(), file, case))
 
 
 def test_conditions_of_each_step_match(detok_run: Run) -> None:

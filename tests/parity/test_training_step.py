@@ -24,7 +24,8 @@ from tests.parity.support import (
     under,
 )
 
-CASES = ["A", "B", "mar_base"]
+CASES = [("A", "cpu"), ("B", "cpu"), ("mar_base", "cpu")]
+ON_GPU = [pytest.param((name, "cuda"), marks=pytest.mark.gpu) for name, _ in CASES]
 
 
 @dataclass(frozen=True)
@@ -51,27 +52,29 @@ def recorded_draws(config: ModelConfig, theirs: dict[str, Tensor]) -> StepRandom
     return StepRandomness(theirs["orders"], masked, torch.zeros(n, dtype=torch.bool), t, noise)
 
 
-def run(config: ModelConfig, shapes: dict[str, list[int]], theirs: dict[str, Tensor]) -> Step:
-    model = model_with(config, drawn_state(shapes))
-    tokens = patchify(theirs["latents"], config.patch_size)
-    draws = recorded_draws(config, theirs)
+def run(config: ModelConfig, shapes: dict[str, list[int]], theirs: dict[str, Tensor], device: str) -> Step:
+    model = model_with(config, drawn_state(shapes)).to(device)
+    latents, labels = theirs["latents"].to(device), theirs["labels"].to(device)
+    tokens = patchify(latents, config.patch_size)
+    draws = recorded_draws(config, theirs).to(torch.device(device))
     _, visible = split_by_mask(draws.order, draws.masked)
     with torch.no_grad():
-        encoded = model.encode(tokens, theirs["labels"], visible)
+        encoded = model.encode(tokens, labels, visible)
         z = model.decode(encoded, visible)
-    loss = DiffusionLoss(model)(theirs["latents"], theirs["labels"], draws)
+    loss = DiffusionLoss(model)(latents, labels, draws)
     loss.backward()
     official = to_official({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     gradients = {name: float(gradient.norm()) for name, gradient in official.items()}
-    return Step(tokens, encoded, z, loss.detach(), gradients, theirs)
+    return Step(tokens.cpu(), encoded.cpu(), z.cpu(), loss.detach().cpu(), gradients, theirs)
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=[*CASES, *ON_GPU], ids="-".join)
 def step(request: pytest.FixtureRequest) -> Step:
-    if request.param == "mar_base":
-        return run(ModelConfig(), official_shapes("mar_base"), golden("mar_base"))
-    case = meta("mar_tiny")[request.param]
-    return run(config_of(case["config"]), case["keys"], under(golden("mar_tiny"), f"{request.param}/train/"))
+    name, device = request.param
+    if name == "mar_base":
+        return run(ModelConfig(), official_shapes("mar_base"), golden("mar_base"), device)
+    case = meta("mar_tiny")[name]
+    return run(config_of(case["config"]), case["keys"], under(golden("mar_tiny"), f"{name}/train/"), device)
 
 
 def test_training_step_tokens_match(step: Step) -> None:

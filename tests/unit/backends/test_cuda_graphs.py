@@ -57,10 +57,11 @@ def test_graphed_head_draws_what_the_plain_head_draws(guided: bool, solver: Solv
     sampling = SamplingConfig(diffusion_steps=5, solver=solver, x0_bound=2.0)
     recorder = cuda_recorder(torch.device(device)) if device == "cuda" else Recorder()
     graphed = GraphedHead(head, recorder)
+    most = 1e-4 if device == "cuda" else 1e-5  # cuBLAS chooses kernels by the number of rows
     for seed, rows in enumerate((15, 16, 14, 15, 3, 3, 16)):
         z, noises, scale = (each if each is None else each.to(device) for each in inputs(rows, guided, seed, solver))
-        expected = head.sample(z, noises, scale, STEPS, sampling)
-        torch.testing.assert_close(graphed.sample(z, noises, scale, STEPS, sampling), expected, rtol=1e-5, atol=1e-5)
+        expected, drawn = (each.sample(z, noises, scale, STEPS, sampling) for each in (head, graphed))
+        torch.testing.assert_close(drawn, expected, rtol=most, atol=most)
     assert {key[0] for key in graphed.graphs} == {3, 16}  # 15 rows are filled up to 16; 14 came once
 
 
@@ -72,11 +73,13 @@ def test_graph_replay_does_not_synchronize() -> None:
     graphed = GraphedHead(head, cuda_recorder(torch.device("cuda")))
     for _ in range(2):
         graphed.sample(z, noises, scale, STEPS, sampling)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        graphed.sample(z, noises, scale, STEPS, sampling)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode is a prototype feature
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            graphed.sample(z, noises, scale, STEPS, sampling)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @torch.no_grad()
