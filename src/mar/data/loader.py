@@ -14,14 +14,14 @@ import functools
 import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import count, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakSet
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
@@ -157,6 +157,14 @@ class Batch:
     """Names of images that could not be read and were replaced by others."""
     captions: tuple[str, ...] = field(default=(), kw_only=True)
     """A caption of each image, "" for none; or none at all."""
+    draws: Mapping[str, Shaped[Tensor, "n ..."]] = field(default_factory=dict, kw_only=True)
+    """Random numbers of a `DrawFunction`, a row for each image."""
+
+    def pin_memory(self) -> Batch:
+        """Copy all tensors to pinned memory, for asynchronous copies to CUDA."""
+        content = {f.name: getattr(self, f.name) for f in fields(self)}
+        pinned = {name: value.pin_memory() for name, value in content.items() if hasattr(value, "pin_memory")}
+        return replace(self, **pinned, draws={name: rows.pin_memory() for name, rows in self.draws.items()})
 
 
 @dataclass(frozen=True)
@@ -172,6 +180,9 @@ class LatentBatch(Batch):
     """A batch from a latent cache."""
 
     moments: LatentMoments
+
+
+AnyBatch = TypeVar("AnyBatch", bound=Batch)
 
 
 @dataclass(frozen=True)
@@ -208,15 +219,23 @@ def _batch_fields(samples: Sequence[LoadedSample]) -> dict[str, Any]:
 
 Collate = Callable[[Sequence[LoadedSample]], Batch]
 """Function from loaded samples to a batch."""
+DrawFunction = Callable[[Sequence[int]], Mapping[str, Tensor]]
+"""Function from positions of one batch to random numbers, a row for each; called where the batch is made."""
 
 
-def collate_or_error(collate: Collate, samples: Sequence[LoadedSample | ValueError]) -> Batch | ValueError:
+def collate_or_error(
+    collate: Collate, samples: Sequence[LoadedSample | ValueError], draw: DrawFunction | None = None
+) -> Batch | ValueError:
     """Make a batch of samples, or return the first error among them.
 
     Workers hand errors on and do not raise them: PyTorch would make the worker's traceback the message.
     """
     error = next((sample for sample in samples if isinstance(sample, ValueError)), None)
-    return error or collate([sample for sample in samples if isinstance(sample, LoadedSample)])
+    return error or _with_draws(collate([sample for sample in samples if isinstance(sample, LoadedSample)]), draw)
+
+
+def _with_draws(batch: AnyBatch, draw: DrawFunction | None) -> AnyBatch:
+    return batch if draw is None else replace(batch, draws=draw(batch.positions.tolist()))
 
 
 def log_skipped(batches: Iterator[Batch | ValueError]) -> Iterator[Batch]:
@@ -239,7 +258,12 @@ def log_skipped(batches: Iterator[Batch | ValueError]) -> Iterator[Batch]:
 
 
 def make_dataloader(
-    data: Dataset[Any], *, workers: int, batches: Iterable[list[Any]] | None, collate: Callable[[Any], Any]
+    data: Dataset[Any],
+    *,
+    workers: int,
+    batches: Iterable[list[Any]] | None,
+    collate: Callable[[Any], Any],
+    pin: bool = False,
 ) -> Iterator[Any]:
     """Iterate over a data set with worker processes.
 
@@ -250,6 +274,7 @@ def make_dataloader(
         workers: number of processes; 0 reads in this one.
         batches: keys of each batch; None: every item of `data` is a batch.
         collate: makes a batch of the items of its keys.
+        pin: copy batches to pinned memory.
     """
     iterator = iter(
         DataLoader(
@@ -258,6 +283,7 @@ def make_dataloader(
             batch_sampler=batches,
             num_workers=workers,
             collate_fn=collate,
+            pin_memory=pin,
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # else it would draw from the global one
         )
@@ -382,6 +408,7 @@ class _StreamDataset(IterableDataset[_WorkerBatch | ValueError]):
         augmentations: Augmentations,
         share: range,
         start: int,
+        draw: DrawFunction | None = None,
     ) -> None:
         """Keep the settings.
 
@@ -392,7 +419,9 @@ class _StreamDataset(IterableDataset[_WorkerBatch | ValueError]):
             augmentations: the random changes, by position.
             share: indices within a batch that belong to this process.
             start: position of the first batch.
+            draw: draws random numbers of each batch (None: none).
         """
+        self.draw = draw
         self.source, self.order, self.transform, self.augmentations = source, order, transform, augmentations
         self.share, self.start = share, start
 
@@ -422,7 +451,7 @@ class _StreamDataset(IterableDataset[_WorkerBatch | ValueError]):
                     cursors[number] = image.block
                     if i in self.share:
                         samples.append(self._load(image, first + i))
-            yield _WorkerBatch(collate_images(samples), cursors)
+            yield _WorkerBatch(_with_draws(collate_images(samples), self.draw), cursors)
 
     def _open(self, number: int) -> Iterator[SampleWithFallbacks]:
         cursor = self.source.cursors.get(number, ShardCursor(0, number, 0))
@@ -453,6 +482,7 @@ def _stream_batches(
     rank: int,
     world: int,
     workers: int,
+    draw: DrawFunction | None,
 ) -> Iterator[Batch]:
     """Implement `batches` for streams; the cursors of `source` follow the batches that were yielded."""
     if batch % world:
@@ -462,7 +492,7 @@ def _stream_batches(
     )
     per_rank = batch // world
     share = range(rank * per_rank, (rank + 1) * per_rank)
-    data = _StreamDataset(source, order, transform, augmentations, share, start)
+    data = _StreamDataset(source, order, transform, augmentations, share, start, draw)
     source.cursors = {number: cursor for number, cursor in source.cursors.items() if number in data.readers}
     workers = min(workers, len(data.readers))
     parts = make_dataloader(data, workers=workers, batches=None, collate=_identity)
@@ -500,6 +530,7 @@ def _merge(parts: list[ImageBatch]) -> ImageBatch:
         skipped=tuple(sorted(name for part in parts for name in part.skipped)),
         captions=tuple(captions[i] for i in order.tolist()),
         images=torch.cat([part.images for part in parts])[order],
+        draws={name: torch.cat([part.draws[name] for part in parts])[order] for name in parts[0].draws},
     )
 
 
@@ -518,6 +549,8 @@ def batches(
     workers: int = 0,
     flip: bool | None = None,
     shift: int = 0,
+    draw: DrawFunction | None = None,
+    pin: bool = False,
 ) -> Iterator[Batch]:
     """Yield this rank's batches, without end, from position `start` on.
 
@@ -536,16 +569,26 @@ def batches(
         workers: processes that read ahead; 0 reads in this one.
         flip: mirror every other image; None: if the source allows it.
         shift: the most pixels to shift an image by each way; ConfigError for cached latents.
+        draw: draws `Batch.draws` where the batch is made: by a worker, if there are any (None: no draws).
+        pin: copy batches to pinned memory, for CUDA; those of a stream stay where they are.
     """
     augmentations = Augmentations(seed, source.flips if flip is None else flip, shift)
     if isinstance(source, StreamSource):
         return _stream_batches(
-            source, transform, augmentations, batch=batch, start=start, rank=rank, world=world, workers=workers
+            source,
+            transform,
+            augmentations,
+            batch=batch,
+            start=start,
+            rank=rank,
+            world=world,
+            workers=workers,
+            draw=draw,
         )
     order = InfiniteSampler(len(source), seed, batch, rank, world)
     data = _IndexedDataset(_read_function(source, transform), len(source), augmentations, captions_of(source))
-    collate = functools.partial(collate_or_error, _collate_function(source))
-    return log_skipped(make_dataloader(data, workers=workers, batches=order.batches(start), collate=collate))
+    collate = functools.partial(collate_or_error, _collate_function(source), draw=draw)
+    return log_skipped(make_dataloader(data, workers=workers, batches=order.batches(start), collate=collate, pin=pin))
 
 
 def in_order(

@@ -223,8 +223,13 @@ class LatentMoments:
     """None for a deterministic tokenizer."""
 
     def to(self, device: torch.device) -> LatentMoments:
-        """Move the moments to a device."""
-        return LatentMoments(self.mean.to(device), None if self.logvar is None else self.logvar.to(device))
+        """Move the moments to a device; from pinned memory, without waiting for it."""
+        mean, logvar = self.mean.to(device, non_blocking=True), self.logvar
+        return LatentMoments(mean, None if logvar is None else logvar.to(device, non_blocking=True))
+
+    def pin_memory(self) -> LatentMoments:
+        """Copy the moments to pinned memory."""
+        return LatentMoments(self.mean.pin_memory(), None if self.logvar is None else self.logvar.pin_memory())
 
 
 def unscaled_moments(tokenizer: Tokenizer, images: Float[Tensor, "n k H W"]) -> LatentMoments:

@@ -6,7 +6,7 @@ m masked tokens of an image, k timesteps a token (`batch_mul`), d values of a to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,14 +34,25 @@ class StepRandomness:
     noise: Float[Tensor, "k n m d"]
 
     def to(self, device: torch.device) -> StepRandomness:
-        """Copy to a device."""
+        """Copy to a device; from pinned memory, without waiting for it."""
         return StepRandomness(
-            self.order.to(device),
+            self.order.to(device, non_blocking=True),
             self.masked,
-            self.drop_label.to(device),
-            self.timestep.to(device),
-            self.noise.to(device),
+            self.drop_label.to(device, non_blocking=True),
+            self.timestep.to(device, non_blocking=True),
+            self.noise.to(device, non_blocking=True),
         )
+
+    def rows(self) -> dict[str, Tensor]:
+        """Return the tensors by name, a row for each image."""
+        timestep, noise = self.timestep.transpose(0, 1), self.noise.transpose(0, 1)
+        return {"order": self.order, "drop_label": self.drop_label, "timestep": timestep, "noise": noise}
+
+    @classmethod
+    def from_rows(cls, rows: Mapping[str, Tensor]) -> StepRandomness:
+        """Read the tensors of `rows`."""
+        timestep, noise = (rows[name].transpose(0, 1).contiguous() for name in ("timestep", "noise"))
+        return cls(rows["order"], timestep.shape[2], rows["drop_label"], timestep, noise)
 
 
 def sample_randomness(config: ModelConfig, seed: int, step: int, positions: Sequence[int]) -> StepRandomness:

@@ -20,7 +20,7 @@ import math
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from mar import distributed
 from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState
-from mar.config import ConfigError, TrainConfig, to_dict
+from mar.config import ConfigError, ModelConfig, TrainConfig, to_dict
 from mar.config.tokenizer import TokenizerTrainConfig
 from mar.data.captions import captions_of
 from mar.data.conditions import CaptionReader, ClassReader, ConditionReader
@@ -50,7 +50,7 @@ from mar.tokenizer.base import fingerprint, to_posterior
 from mar.training import parallelize
 from mar.training.ema import EMA
 from mar.training.log import Log
-from mar.training.loss import DiffusionLoss, sample_randomness
+from mar.training.loss import DiffusionLoss, StepRandomness, sample_randomness
 from mar.training.optim import learning_rate, make_optimizers
 from mar.training.page_html import Command, StageKind, draw_commands
 
@@ -62,6 +62,8 @@ GRID_ROWS, GRID_UNCONDITIONAL = 4, 16
 """A grid has so many images of each class; so many images if there are no classes."""
 CALLBACKS_DONE_FILE = "watched"
 """File in a run's folder: images up to which all due callbacks have finished."""
+POSTERIOR_NOISE = "posterior_noise"
+"""Name of the posterior's noise among the draws of a batch."""
 # Keys of random streams, beside those of the loss (`sample_randomness`).
 _POSTERIOR_STREAM, _DROPOUT_STREAM, _LEVEL_STREAM = 2, 3, 5
 
@@ -304,7 +306,13 @@ class Run(TrainingRun):
             self.source, self.transform,
             batch=config.batch, seed=config.seed, start=self.progress.images, rank=distributed.rank(),
             world=distributed.world_size(), workers=config.workers, flip=config.flip_of_data, shift=config.shift,
+            draw=self._draw_ahead() if config.workers else None, pin=self.device.type == "cuda",
         )  # fmt: skip
+
+    def _draw_ahead(self) -> DrawAhead:
+        config, progress = self.config, self.progress
+        posterior = not self.tokenizer.deterministic
+        return DrawAhead(config.model, config.seed, config.batch, progress.step, progress.images, posterior)
 
     def step(self, batch: Batch) -> StepResult:
         """Take one training step."""
@@ -320,17 +328,24 @@ class Run(TrainingRun):
         """Compute the gradient of the mean loss over the global batch. Returns this rank's loss."""
         config, count = self.config, self.config.accumulate
         self.model.zero_grad(set_to_none=True)
-        latents, condition = self.encode(batch), self.read_condition(batch).to(self.device)
-        micro_batches = zip(latents.chunk(count), condition.chunk(count), batch.positions.chunk(count), strict=True)
+        latents, condition = self.encode(batch), self.read_condition(batch).to(self.device, non_blocking=True)
+        chunks = [tensor.chunk(count) for tensor in (latents, condition, torch.arange(len(latents)))]
         total = latents.new_zeros(())
-        for i, (x, y, positions) in enumerate(micro_batches):
-            draws = sample_randomness(self.model.config, config.seed, self.progress.step, positions.tolist())
+        for i, (x, y, rows) in enumerate(zip(*chunks, strict=True)):
+            draws = self._draws(batch, slice(int(rows[0]), int(rows[-1]) + 1))
             with parallelize.grad_sync(self.loss, last=i == count - 1):
                 with autocast(self.device, config.precision):
                     loss: Tensor = self.loss(x, y, draws.to(self.device)) / count
                 loss.backward()
             total += loss.detach()
         return total.item()
+
+    def _draws(self, batch: Batch, rows: slice) -> StepRandomness:
+        """Return the random numbers of a micro-batch: those that a worker drew, or the same ones drawn now."""
+        step = self.progress.step
+        if batch.draws and int(batch.draws["step"][0]) == step:
+            return StepRandomness.from_rows({name: values[rows] for name, values in batch.draws.items()})
+        return sample_randomness(self.model.config, self.config.seed, step, batch.positions[rows].tolist())
 
     def encode(self, batch: Batch) -> Tensor:
         """Encode images, or read their cached moments -> latents."""
@@ -500,16 +515,51 @@ def to_latents(tokenizer: Tokenizer, batch: Batch, seed: int, device: torch.devi
         posterior = to_posterior(tokenizer, batch.moments.to(device))
     else:
         assert isinstance(batch, ImageBatch)
-        posterior = tokenizer.encode(batch.images.to(device))
+        posterior = tokenizer.encode(batch.images.to(device, non_blocking=True))
     if tokenizer.deterministic:
         return posterior.mean
+    if POSTERIOR_NOISE in batch.draws:
+        return posterior.sample(batch.draws[POSTERIOR_NOISE].to(device, non_blocking=True))
     return posterior.sample(posterior_noise(posterior.mean, seed, batch.positions))
 
 
 def posterior_noise(mean: Tensor, seed: int, positions: Tensor) -> Tensor:
     """Draw standard normal noise like `mean`, keyed by (seed, position)."""
-    generators = (make_generator(seed, _POSTERIOR_STREAM, position) for position in positions.tolist())
-    return torch.stack([torch.randn(mean.shape[1:], generator=generator) for generator in generators]).to(mean.device)
+    return _posterior_noise(mean.shape[1:], seed, positions.tolist()).to(mean.device)
+
+
+def _posterior_noise(shape: Sequence[int], seed: int, positions: Sequence[int]) -> Tensor:
+    """Draw posterior noise of a shape for each image."""
+    generators = (make_generator(seed, _POSTERIOR_STREAM, position) for position in positions)
+    return torch.stack([torch.randn(*shape, generator=generator) for generator in generators])
+
+
+@dataclass(frozen=True)
+class DrawAhead:
+    """Draws a step's random numbers from their keys, in the loader.
+
+    A function for workers. Without workers, a step draws the same numbers itself.
+    """
+
+    model: ModelConfig
+    seed: int
+    """The run's."""
+    batch: int
+    """Images of a step, over all ranks."""
+    step: int
+    """Number of the step that begins at position `images`."""
+    images: int
+    posterior: bool
+    """Draw noise of the tokenizer's posterior too."""
+
+    def __call__(self, positions: Sequence[int]) -> dict[str, Tensor]:
+        """Draw for the images of one step, a row each."""
+        step = self.step + (positions[0] - self.images) // self.batch
+        rows = sample_randomness(self.model, self.seed, step, positions).rows()
+        if self.posterior:
+            shape = (self.model.channels, *self.model.grid)
+            rows[POSTERIOR_NOISE] = _posterior_noise(shape, self.seed, positions)
+        return {**rows, "step": torch.full((len(positions),), step)}
 
 
 def latent_noise_level(seed: int, positions: Tensor) -> Tensor:
