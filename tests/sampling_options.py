@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from hypothesis import strategies as st
 
-from mar.config import MaskSchedule, Order, Solver, TimestepSpacing
+from mar.config import MaskSchedule, Order, RevealRule, Solver, TimestepSpacing
 
 
 @st.composite
@@ -24,4 +24,6 @@ def sampling_options(draw: st.DrawFn) -> dict[str, Any]:
         "uncond_interval": draw(st.integers(1, 4)),
         "mask_schedule": draw(st.sampled_from(get_args(MaskSchedule))),
         "order": draw(st.sampled_from(get_args(Order))),
+        "reveal": draw(st.sampled_from(get_args(RevealRule))),
+        "guidance_time": draw(st.sampled_from([(0.0, 1.0), (0.1, 0.5)])),
     }

@@ -23,6 +23,7 @@ from mar.config import (
     Order,
     Precision,
     Prediction,
+    RevealRule,
     SamplingConfig,
     Solver,
     Strategy,
@@ -65,7 +66,8 @@ SAMPLINGS = st.builds(
     SamplingConfig, COUNT, COUNT, st.floats(0, 20), st.sampled_from(get_args(GuidanceSchedule)), st.floats(0, 5),
     st.none() | POSITIVE, st.sampled_from(get_args(Solver)), st.sampled_from(get_args(TimestepSpacing)),
     st.none() | COUNT, st.floats(0.01, 1), st.tuples(st.floats(0, 0.5), st.floats(0.5, 1)), COUNT,
-    st.sampled_from(get_args(MaskSchedule)), st.sampled_from(get_args(Order)),
+    st.sampled_from(get_args(MaskSchedule)), st.sampled_from(get_args(Order)), st.sampled_from(get_args(RevealRule)),
+    st.tuples(st.floats(0, 0.5), st.floats(0.5, 1)),
 )  # fmt: skip
 
 

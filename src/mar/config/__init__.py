@@ -6,7 +6,16 @@ config to JSON and back.
 
 from mar.config.fields import ConfigError, from_dict, rename_old_keys, to_dict, to_dict_for_hash
 from mar.config.model import HeadConfig, MaskDraw, ModelConfig, NoiseSchedule, Prediction, TrunkConfig
-from mar.config.sampling import GuidanceSchedule, MaskSchedule, Order, Preset, SamplingConfig, Solver, TimestepSpacing
+from mar.config.sampling import (
+    GuidanceSchedule,
+    MaskSchedule,
+    Order,
+    Preset,
+    RevealRule,
+    SamplingConfig,
+    Solver,
+    TimestepSpacing,
+)
 from mar.config.training import (
     ActivationCheckpointing,
     LogTo,
@@ -32,6 +41,7 @@ __all__ = [
     "Precision",
     "Prediction",
     "Preset",
+    "RevealRule",
     "SamplingConfig",
     "Solver",
     "Strategy",

@@ -11,12 +11,14 @@ from mar.config.model import ModelConfig
 
 GuidanceSchedule = Literal["linear", "constant"]
 """Raise the guidance scale linearly, or keep it constant."""
-Solver = Literal["ancestral", "ddim", "dpm++2m", "dpm++2m-sde", "dpm++2s"]
+Solver = Literal["ancestral", "ddim", "dpm++2m", "dpm++2m-sde", "dpm++2s", "dpm++3s"]
 """Name a solver of `mar.diffusion.solvers`."""
 TimestepSpacing = Literal["time", "log-snr"]
 """Space timesteps evenly in time or in log-SNR."""
 MaskSchedule = Literal["cosine", "exponential"]
 """Choose how the number of masked tokens falls."""
+RevealRule = Literal["counted", "binomial"]
+"""Reveal a number of tokens at each step, or each token with a probability."""
 Order = Literal["random", "checkerboard", "halton"]
 """Choose the order in which tokens are revealed."""
 Preset = Literal["exact", "balanced", "fast"]
@@ -41,7 +43,8 @@ class SamplingConfig:
     x0_bound: float | None = None
     """Clip predicted clean tokens to this many standard deviations, for young models; `off` for official weights."""
     solver: Solver = "ancestral"
-    """`ancestral` (the paper), `dpm++2m-sde` for fewer steps, or without noise `ddim`, `dpm++2m`, `dpm++2s`."""
+    """`ancestral` (the paper), `dpm++2m-sde` for fewer steps, or without noise `ddim`, `dpm++2m`, `dpm++2s`, `dpm++3s`
+    (eMIGM's, evenly in log-SNR)."""
     timestep_spacing: TimestepSpacing = "time"
     """Space diffusion timesteps evenly in `time` (the paper) or in `log-snr`."""
     diffusion_steps_end: int | None = None
@@ -56,6 +59,10 @@ class SamplingConfig:
     """Share of tokens masked after each step: `cosine` (the paper), or `exponential`, slower at first."""
     order: Order = "random"
     """Order of an image's tokens: `random` (the paper), random on a `checkerboard` first, or spread out by `halton`."""
+    reveal: RevealRule = "counted"
+    """Tokens revealed at each step: `counted`, as the mask schedule says, or `binomial`, as many on average (eMIGM)."""
+    guidance_time: tuple[float, float] = (0.0, 1.0)
+    """Guide only at steps that end after the first time and by the second; time falls from 1 to 0 (eMIGM)."""
 
     def __post_init__(self) -> None:
         positive(self, "steps", "diffusion_steps", "uncond_interval")
@@ -75,14 +82,16 @@ class SamplingConfig:
         one_of(self, "timestep_spacing", TimestepSpacing)
         one_of(self, "mask_schedule", MaskSchedule)
         one_of(self, "order", Order)
+        one_of(self, "reveal", RevealRule)
         if self.diffusion_steps_end is not None:
             positive(self, "diffusion_steps_end")
         require(0 < self.start_t <= 1, f"start_t is {self.start_t}, outside (0, 1]")
-        start, end = self.guidance_interval
-        require(
-            0 <= start <= end <= 1,
-            f"guidance_interval is {start} {end}, but it must be two numbers from 0 to 1, the smaller one first",
-        )
+        for name in ("guidance_interval", "guidance_time"):
+            start, end = getattr(self, name)
+            require(
+                0 <= start <= end <= 1,
+                f"{name} is {start} {end}, but it must be two numbers from 0 to 1, the smaller one first",
+            )
 
     def check(self, model: ModelConfig) -> None:
         """Checks that `model` can be sampled like this; ConfigError otherwise."""

@@ -14,18 +14,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 from torch.nn import functional
 
 from mar.config import HeadConfig, SamplingConfig
 from mar.diffusion.gaussian import Coefficients, diffusion_loss, q_sample
 from mar.diffusion.schedule import Schedule, respace, training_schedule
-from mar.diffusion.solvers import SOLVERS, num_noises
+from mar.diffusion.single_step import SingleStepSchedule
+from mar.diffusion.solvers import SCHEDULES, SOLVERS, num_noises
 from mar.nn import Linear, to_float32
 
 NUM_FREQUENCIES = 256
@@ -122,7 +124,7 @@ class TimeEmbedding(nn.Module):
         self.fc1 = Linear(NUM_FREQUENCIES, width)
         self.fc2 = Linear(width, width)
 
-    def forward(self, t: Int[Tensor, "..."]) -> Float[Tensor, "... w"]:
+    def forward(self, t: Real[Tensor, "..."]) -> Float[Tensor, "... w"]:
         """Embed timesteps."""
         half = NUM_FREQUENCIES // 2
         exponents = torch.arange(half, dtype=torch.float32, device=t.device) / half
@@ -193,10 +195,10 @@ class DiffusionHead(nn.Module):
 
     # ---- layers
 
-    def embed_times(self, t: Int[Tensor, "..."]) -> Float[Tensor, "... w"]:
+    def embed_times(self, t: Real[Tensor, "..."]) -> Float[Tensor, "... w"]:
         """Embed timesteps: all of the schedule, where `t` has more values."""
         steps = self.config.diffusion_steps
-        if t.numel() <= steps:
+        if t.numel() <= steps or t.is_floating_point():
             embedded: Tensor = self.time_embed(t)
             return embedded
         table = self.time_embed(torch.arange(steps, device=t.device))
@@ -261,8 +263,10 @@ class DiffusionHead(nn.Module):
         output = self(x.view(*timestep.shape, -1), timestep, z).flatten(0, -2)
         return diffusion_loss(output, x0, x, noise, timestep.flatten() == 0, c, self.config.prediction)
 
-    def schedule(self, steps: int, sampling: SamplingConfig, device: torch.device) -> Schedule:
-        """Return the training schedule respaced to `steps`, its timesteps on `device`."""
+    def schedule(self, steps: int, sampling: SamplingConfig, device: torch.device) -> Schedule | SingleStepSchedule:
+        """Return the solver's own schedule, or the training schedule respaced to `steps`."""
+        if sampling.solver in SCHEDULES:
+            return _own_schedule(self.config, steps, sampling, device)
         return _respaced(self.config, steps, sampling.timestep_spacing, sampling.start_t, device)
 
     def num_noises(self, steps: int, sampling: SamplingConfig) -> int:
@@ -316,7 +320,7 @@ class CFGDenoiser:
         self,
         head: DenoisingLayers,
         z: Float[Tensor, "g f"],
-        timesteps: Int[Tensor, " t"],
+        timesteps: Real[Tensor, " t"],
         scale: Float[Tensor, "r 1"] | None = None,
         budget: int = MODULATION_BYTES,
     ) -> None:
@@ -373,3 +377,9 @@ def _training_coefficients(config: HeadConfig, device: torch.device) -> Float[Te
 def _respaced(config: HeadConfig, steps: int, spacing: str, start_t: float, device: torch.device) -> Schedule:
     schedule = respace(training_schedule(config), steps, spacing, start_t)  # type: ignore[arg-type]
     return Schedule(schedule.betas, schedule.timesteps.to(device))
+
+
+@lru_cache(maxsize=256)
+def _own_schedule(config: HeadConfig, steps: int, sampling: SamplingConfig, device: torch.device) -> SingleStepSchedule:
+    schedule = SCHEDULES[sampling.solver](config, steps, sampling)
+    return replace(schedule, timesteps=schedule.timesteps.to(device))

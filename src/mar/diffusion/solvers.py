@@ -7,7 +7,8 @@ sigma the factors of signal and noise, lambda = log(alpha / sigma) and h the ste
     x_t = sigma_t / sigma_s x_s - alpha_t (e^-h - 1) D,    D: x_0, averaged over the step
 
 and the solvers differ in D. Each evaluates the denoiser once at every timestep of the schedule, the noisiest first, and
-returns the x_0 predicted at the last. Letters of shapes: s noises, r rows (tokens), d values of a token.
+returns the x_0 predicted at the last; `dpm++3s` returns x there. Letters of shapes: s noises, r rows (tokens), d values
+of a token.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
-from mar.config import Prediction, Solver
+from mar.config import HeadConfig, Prediction, SamplingConfig, Solver
 from mar.diffusion.gaussian import Coefficients, p_mean_variance, predict_x0
 from mar.diffusion.schedule import Schedule
+from mar.diffusion.single_step import SingleStepSchedule, SolverStep, single_step_schedule
 
 Denoiser = Callable[[Tensor, int], Tensor]
 """(x (r, d), index of the step) -> output (r, 2d): prediction and variance values."""
@@ -171,6 +173,75 @@ def dpm_2s(
     return integrator.predict_x0(x, 0)
 
 
+def dpm_3s(
+    denoiser: Denoiser,
+    noise: Float[Tensor, "s r d"],
+    schedule: SingleStepSchedule,
+    prediction: Prediction = "noise",
+    *,
+    temperature: float = 1.0,
+    x0_bound: float | None = None,
+) -> Float[Tensor, "r d"]:
+    """Sample by single-step DPM-Solver++ of order 3 (arXiv 2211.01095), as eMIGM does.
+
+    The last x is the sample, without a final denoising.
+
+    Args:
+        denoiser, noise, prediction, temperature, x0_bound: as in `ddim`.
+        schedule: with an order of each step.
+    """
+    x, index = temperature * noise[0], len(schedule) - 1
+    for step in schedule.steps:
+        x = single_step(denoiser, x, index, step, schedule, prediction, x0_bound)
+        index -= step.order
+    return x
+
+
+def single_step(
+    denoiser: Denoiser,
+    x: Float[Tensor, "r d"],
+    start: int,
+    step: SolverStep,
+    schedule: SingleStepSchedule,
+    prediction: Prediction = "noise",
+    x0_bound: float | None = None,
+) -> Float[Tensor, "r d"]:
+    """Return x after one step of `dpm_3s`.
+
+    Args:
+        denoiser, schedule, prediction, x0_bound: as in `dpm_3s`.
+        x: at index `start` of the schedule.
+        start: index of the step's start.
+        step: order and inner points; it ends at index `start - order`.
+    """
+    order, u, v = step
+    end = start - order
+    alpha, sigma = schedule.alpha, schedule.sigma
+    h = schedule.log_snr[end] - schedule.log_snr[start]
+
+    def x0_at(x: Tensor, index: int) -> Tensor:
+        predicted, _ = denoiser(x, index).chunk(2, dim=-1)
+        x0 = predict_x0(predicted, x, schedule.coefficients[index], prediction)
+        return x0 if x0_bound is None else x0.clamp(-x0_bound, x0_bound)
+
+    def base(share: float, index: int) -> Tensor:
+        """Go `share` of the step with x_0 as it is at the start."""
+        return sigma[index] / sigma[start] * x - alpha[index] * math.expm1(-share * h) * x0
+
+    def slope(share: float) -> float:
+        """Integrate a slope of x_0 over `share` of the step."""
+        return math.expm1(-share * h) / (share * h) + 1
+
+    x0 = x0_at(x, start)
+    if order == 1:
+        return base(1, end)
+    second = x0_at(base(u, start - 1), start - 1) - x0
+    if order == 2:
+        return base(1, end) - alpha[end] * math.expm1(-h) / (2 * u) * second
+    third = x0_at(base(v, start - 2) + v / u * alpha[start - 2] * slope(v) * second, start - 2) - x0
+    return base(1, end) + alpha[end] * slope(1) / v * third
+
+
 class _Integrator:
     """Exponential integrator of the probability flow: x_0, and steps between timesteps."""
 
@@ -230,8 +301,13 @@ SOLVERS: dict[Solver, Sampler] = {
     "dpm++2m": dpm_2m,
     "dpm++2m-sde": dpm_2m_sde,
     "dpm++2s": dpm_2s,
+    "dpm++3s": dpm_3s,
 }
 """Solvers by their names in `SamplingConfig`."""
+SCHEDULES: dict[Solver, Callable[[HeadConfig, int, SamplingConfig], SingleStepSchedule]] = {
+    "dpm++3s": single_step_schedule
+}
+"""Schedules of solvers that need their own; the others have the training schedule, respaced."""
 STOCHASTIC: tuple[Solver, ...] = ("ancestral", "dpm++2m-sde")
 """Solvers that add noise at every step."""
 

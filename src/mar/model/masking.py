@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +18,8 @@ from mar.config import MaskDraw, MaskSchedule, ModelConfig, Order
 
 EXPONENT = 5.0
 """Exponent of the exponential mask schedule, from eMIGM (arXiv 2503.07197)."""
+END_TIME = 1e-5
+"""Time after the last reveal step, from eMIGM."""
 EXP_T_MIN = 0.2
 """Least time of eMIGM's training."""
 EXP_P_MIN = 0.001
@@ -149,11 +152,25 @@ def mask_schedule(unknown: int, steps: int, kind: MaskSchedule = "cosine") -> li
     return [*schedule[:-1], 0]
 
 
-def masked_fraction(done: int, steps: int, kind: MaskSchedule) -> float:
+def masked_fraction(done: float, steps: int, kind: MaskSchedule) -> float:
     """Return cos(pi/2 u) or (1 - e^(-5 (1-u))) / (1 - e^-5), with u = done / steps."""
     if kind == "exponential":
         return math.expm1(-EXPONENT * (1 - done / steps)) / math.expm1(-EXPONENT)
     return math.cos(math.pi / 2 * done / steps)
+
+
+@lru_cache(maxsize=256)
+def step_times(steps: int) -> tuple[float, ...]:
+    """Return the times before the first step and after each: from 1 to nearly 0, evenly."""
+    times: list[float] = torch.linspace(1, END_TIME, steps + 1).tolist()
+    return tuple(times)
+
+
+@lru_cache(maxsize=256)
+def reveal_probabilities(steps: int, kind: MaskSchedule) -> tuple[float, ...]:
+    """Return the probability with which each step reveals a masked token: 1 - f(s)/f(t), and 1 in the last step."""
+    fractions = [masked_fraction(1 - time, 1, kind) for time in step_times(steps)[:-1]]
+    return (*(1 - after / before for before, after in pairwise(fractions)), 1.0)
 
 
 def unknown_order(order: Int[Tensor, " L"], unknown: Bool[Tensor, " L"]) -> Int[Tensor, " M"]:

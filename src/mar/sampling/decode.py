@@ -7,7 +7,7 @@ a token, v visible tokens, f width of z, M tokens to generate, r tokens revealed
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from mar.backends import backend_for
-from mar.config import MaskSchedule, Order, SamplingConfig
+from mar.config import MaskSchedule, Order, RevealRule, SamplingConfig
 from mar.diffusion.head import TokenSampler
 from mar.model.conditions import NO_CONDITION, has_condition
 from mar.model.mar import MAR
-from mar.model.masking import apply_order, mask_schedule, random_order, unknown_order
+from mar.model.masking import apply_order, mask_schedule, random_order, reveal_probabilities, unknown_order
 from mar.model.tokens import gather_tokens
 from mar.random import make_generator
 from mar.sampling.guidance import StepSettings, step_settings
@@ -50,6 +50,15 @@ class NoiseSource(Protocol):
         ...
 
 
+@runtime_checkable
+class UniformSource(NoiseSource, Protocol):
+    """Randomness of sampling by a reveal rule that draws."""
+
+    def uniforms(self, image: int, count: int) -> Float[Tensor, " count"]:
+        """Draw a uniform number for each masked token of a step."""
+        ...
+
+
 class SeededNoise:
     """Noise from one CPU generator per image, independent of the batch."""
 
@@ -67,6 +76,29 @@ class SeededNoise:
             image, noises, count, width: as in `NoiseSource.noise`.
         """
         return torch.randn(noises, count, width, generator=self.generators[image])
+
+    def uniforms(self, image: int, count: int) -> Tensor:
+        """Draw a uniform number for each masked token of an image."""
+        return torch.rand(count, generator=self.generators[image])
+
+
+class SharedUniforms(SeededNoise):
+    """Noise per image, with the uniforms of image 0 for all.
+
+    Every image reveals as many tokens, as in the code of eMIGM.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        super().__init__(seeds)
+        self._drawn: list[Tensor] = []
+        self._used = [0] * len(self.generators)
+
+    def uniforms(self, image: int, count: int) -> Tensor:
+        """Return image 0's uniforms of the step, dealt to the masked tokens of an image."""
+        step, self._used[image] = self._used[image], self._used[image] + 1
+        if step == len(self._drawn):
+            self._drawn.append(super().uniforms(0, count))
+        return self._drawn[step]
 
 
 # ---- state
@@ -120,6 +152,7 @@ def init_state(
     *,
     schedule: MaskSchedule = "cosine",
     order: Order = "random",
+    rule: RevealRule = "counted",
     grid: tuple[int, int] | None = None,
 ) -> DecodeState:
     """Create the state before the first step.
@@ -131,6 +164,7 @@ def init_state(
         noise_source: draws the order of each image.
         schedule: kind of mask schedule.
         order: kind of order.
+        rule: how many tokens a step reveals, by the schedule.
         grid: rows and columns of the tokens, for orders that need them (None: one row).
     """
     unknown = unknown.cpu()
@@ -138,9 +172,39 @@ def init_state(
     random_orders = [noise_source.order(image, length) for image in range(len(unknown))]
     full_orders = [apply_order(each, grid or (1, length), order) for each in random_orders]
     orders = tuple(unknown_order(each, mask) for each, mask in zip(full_orders, unknown, strict=True))
-    schedules = tuple(tuple(mask_schedule(len(each), steps, schedule)) for each in orders)
+    reveal = REVEAL_RULES[rule]
+    schedules = tuple(reveal(image, len(each), steps, schedule, noise_source) for image, each in enumerate(orders))
     known = torch.where(unknown.unsqueeze(-1).to(tokens.device), 0.0, tokens)
     return DecodeState(known, unknown, orders, schedules)
+
+
+def _counted(image: int, unknown: int, steps: int, kind: MaskSchedule, noise_source: NoiseSource) -> tuple[int, ...]:
+    """Reveal as many tokens as the mask schedule says."""
+    return tuple(mask_schedule(unknown, steps, kind))
+
+
+def _binomial(image: int, unknown: int, steps: int, kind: MaskSchedule, noise_source: NoiseSource) -> tuple[int, ...]:
+    """Reveal each masked token with a probability, at least one a step, and all in the last (eMIGM).
+
+    As orders are random, only the number of tokens is drawn. Fewer steps are made if all tokens are revealed sooner.
+    """
+    if not isinstance(noise_source, UniformSource):
+        raise TypeError(f"reveal binomial: got {type(noise_source).__name__} as noise, expected one with `uniforms`")
+    masked, schedule = unknown, list[int]()
+    for probability in reveal_probabilities(steps, kind):
+        if not masked:
+            break
+        revealed = int((noise_source.uniforms(image, masked) < probability).sum())
+        masked -= min(masked, max(1, revealed))
+        schedule.append(masked)
+    return tuple(schedule)
+
+
+REVEAL_RULES: dict[RevealRule, Callable[[int, int, int, MaskSchedule, NoiseSource], tuple[int, ...]]] = {
+    "counted": _counted,
+    "binomial": _binomial,
+}
+"""Reveal rules by their names in `SamplingConfig`: tokens still masked after each step of an image."""
 
 
 # ---- sampling

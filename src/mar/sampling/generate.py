@@ -164,6 +164,7 @@ def generate(
         source,
         schedule=sampling.mask_schedule,
         order=sampling.order,
+        rule=sampling.reveal,
         grid=grid,
     )
     revealed_at = start.revealed_at().view(-1, *grid)

@@ -9,6 +9,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from mar.config import SamplingConfig
+from mar.model.masking import step_times
 
 
 class StepSettings(NamedTuple):
@@ -37,22 +38,31 @@ def step_settings(sampling: SamplingConfig, schedule: tuple[int, ...], tokens: i
     first = sampling.diffusion_steps
     last = first if sampling.diffusion_steps_end is None else sampling.diffusion_steps_end
     settings, guided = [], 0
+    times = step_times(total_steps(sampling, schedule))
     for step, masked in enumerate(schedule):
         diffusion_steps = round(first + (last - first) * step / max(len(schedule) - 1, 1))
         scale = guidance_scale(sampling, masked, tokens)
+        if not sampling.guidance_time[0] < times[step + 1] <= sampling.guidance_time[1]:
+            scale = 1.0
         run_uncond = scale != 1.0 and guided % sampling.uncond_interval == 0
         guided += scale != 1.0
         settings.append(StepSettings(diffusion_steps, scale, run_uncond))
     return tuple(settings)
 
 
+def total_steps(sampling: SamplingConfig, schedule: tuple[int, ...]) -> int:
+    """Return K, over which time falls; an image may be done sooner by the binomial rule."""
+    return sampling.steps if sampling.reveal == "binomial" else len(schedule)
+
+
 def guidance_scale(sampling: SamplingConfig, masked: int, tokens: int) -> float:
     """Return the guidance scale of a step that leaves `masked` tokens masked.
 
     `linear` rises with the share of known tokens (paper, appendix B); `constant` is the same at every step. Outside
-    the guidance interval of that share the scale is 1: no guidance. The last step counts as leaving one masked token.
+    the guidance interval of that share the scale is 1: no guidance. The last step counts as leaving one masked token,
+    except by the binomial rule.
     """
-    known = tokens - max(masked, 1)
+    known = tokens - max(masked, sampling.reveal == "counted")
     start, end = sampling.guidance_interval
     if not start <= known / tokens <= end:
         return 1.0

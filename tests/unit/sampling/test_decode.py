@@ -14,6 +14,7 @@ from torch import Tensor
 from mar.config import SamplingConfig
 from mar.diffusion.head import CFGDenoiser
 from mar.model.mar import UNCONDITIONAL
+from mar.model.masking import masked_fraction
 from mar.sampling.decode import (
     DecodeState,
     SeededNoise,
@@ -183,3 +184,45 @@ def test_decode_wide_model_pads_to_few_lengths(monkeypatch: pytest.MonkeyPatch) 
         torch.testing.assert_close(ends(each, unknown).tokens, plain, atol=1e-4, rtol=1e-4)
     assert {visible for visible, only in shapes if not only} == {8, 16}
     assert {only for visible, only in shapes if not visible} <= {1, 2, 3, 4, 8, 12, 16}
+
+
+# ---- the binomial rule
+
+
+def binomial(seeds: list[int], steps: int, length: int = 64, source: type[SeededNoise] = SeededNoise) -> DecodeState:
+    unknown = all_masked(len(seeds), length)
+    tokens = torch.zeros(len(seeds), length, 1)
+    return init_state(tokens, unknown, steps, source(seeds), schedule="exponential", rule="binomial")
+
+
+def test_binomial_reveal_of_an_image_does_not_depend_on_the_batch() -> None:
+    together, alone = binomial([3, 4, 5], 8), binomial([4], 8)
+    assert together.schedules[1] == alone.schedules[0]
+    assert torch.equal(together.orders[1], alone.orders[0])
+    assert len(set(together.schedules)) == 3
+
+
+def test_binomial_reveal_is_as_expected_on_average_and_ends() -> None:
+    schedules = torch.tensor(binomial(list(range(400)), 8).schedules)
+    assert (schedules[:, -1] == 0).all()
+    assert (schedules.diff(dim=1) < 0).all()
+    expected = torch.tensor([64 * masked_fraction(done, 8, "exponential") for done in range(2, 8)])
+    assert float((schedules[:, 1:-1].float().mean(0) - expected).abs().max()) < 1.5
+
+
+def test_binomial_reveal_of_more_steps_than_tokens_ends_sooner() -> None:
+    state = binomial([0, 1], 40, length=16)
+    assert state.steps <= 16
+    assert all(schedule[-1] == 0 for schedule in state.schedules)
+
+
+def test_binomial_reveal_needs_uniforms() -> None:
+    class Orders:
+        def order(self, image: int, length: int) -> torch.Tensor:
+            return torch.arange(length)
+
+        def noise(self, image: int, noises: int, count: int, width: int) -> torch.Tensor:
+            return torch.zeros(noises, count, width)
+
+    with pytest.raises(TypeError, match="reveal binomial: got Orders as noise, expected one with `uniforms`"):
+        init_state(torch.zeros(1, 4, 1), all_masked(1, 4), 2, Orders(), rule="binomial")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Real
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -60,7 +60,7 @@ class PackedHead:
         tokens: Tensor = type(self.head).sample(self, *args)
         return tokens
 
-    def embed_times(self, t: Int[Tensor, "..."]) -> Float[Tensor, "... w"]:
+    def embed_times(self, t: Real[Tensor, "..."]) -> Float[Tensor, "... w"]:
         """Embed timesteps as the head does."""
         embedded: Tensor = self.head.embed_times(t)
         return embedded
