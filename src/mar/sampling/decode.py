@@ -94,7 +94,7 @@ class SharedUniforms(SeededNoise):
         self._used = [0] * len(self.generators)
 
     def uniforms(self, image: int, count: int) -> Tensor:
-        """Return image 0's uniforms of the step, dealt to the masked tokens of an image."""
+        """Return the uniforms of image 0 at this step."""
         step, self._used[image] = self._used[image], self._used[image] + 1
         if step == len(self._drawn):
             self._drawn.append(super().uniforms(0, count))
