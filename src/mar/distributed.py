@@ -70,15 +70,17 @@ _BARRIER_NUMBERS = itertools.count()  # never reset: process groups may share a 
 
 
 @contextlib.contextmanager
-def process_group(device: str | None = None) -> Iterator[torch.device]:
+def process_group(device: str | None = None, *, of_one: bool = False) -> Iterator[torch.device]:
     """Join the ranks' process group inside the block; yield this rank's device.
 
     `device` is an argument of `choose_device`; with several GPUs, each rank gets its own by LOCAL_RANK. CPU tensors are
-    sent by gloo, those on GPUs by NCCL. An existing group is used and left alone; a single process gets none. Raises
-    ConfigError for a device that the ranks can't share.
+    sent by gloo, those on GPUs by NCCL. An existing group is used and left alone; a single process gets none, but
+    `of_one`, which needs torchrun. Raises ConfigError for a device that the ranks can't share.
     """
-    chosen = _own_device(choose_device(device))
-    if world_size() == 1 or in_group():
+    if of_one and "MASTER_ADDR" not in os.environ:
+        raise ConfigError("group-of-one: got no torchrun, expected `torchrun --nproc-per-node 1 -m mar train ...`")
+    chosen = _own_device(choose_device(device), of_one)
+    if (world_size() == 1 and not of_one) or in_group():
         yield chosen
         return
     from torch.distributed.rendezvous import rendezvous  # not in every build of torch
@@ -99,8 +101,8 @@ def process_group(device: str | None = None) -> Iterator[torch.device]:
             dist.destroy_process_group()
 
 
-def _own_device(device: torch.device) -> torch.device:
-    if device.type != "cuda" or world_size() == 1:
+def _own_device(device: torch.device, of_one: bool = False) -> torch.device:
+    if device.type != "cuda" or (world_size() == 1 and not (of_one and device.index is None)):
         return device
     if ":" in str(device):
         raise ConfigError(f"device: got {device} for {world_size()} processes, expected cuda, for a GPU each")

@@ -36,6 +36,8 @@ class TrainOptions:
     config: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=TrainConfig)
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+    group_of_one: bool = False
+    """Run one process of torchrun in a process group too, to try DDP or FSDP on one device."""
     eval_every: int = 0
     """Images between evaluations of the EMA and the raw weights; 0 makes none."""
     eval_count: int = 1000
@@ -66,7 +68,7 @@ def train(arguments: Sequence[str]) -> int:
 
         options = replace(options, config=with_captions(options.config))
         devices.choose_device(options.device)
-    with distributed.process_group(options.device) as device:
+    with distributed.process_group(options.device, of_one=options.group_of_one) as device:
         return train_model(options, device, chosen, name)
 
 
