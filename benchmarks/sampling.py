@@ -35,8 +35,9 @@ from mar.diffusion.schedule import Schedule, cosine, respace
 from mar.model.mar import MAR
 from mar.nn import set_matrix_dtype
 from mar.presets import MODELS, SAMPLING, SAMPLING_PRESETS, apply_preset
-from mar.sampling.decode import DecodeState, SeededNoise, all_masked, decode_step, init_state
+from mar.sampling.decode import DecodeState, all_masked, decode_step, init_state
 from mar.sampling.guidance import guidance_scale
+from mar.sampling.noise import SeededNoise
 
 REFERENCE_LOOP = "reference's loop"
 PARTS = ("encoder", "decoder", "head")

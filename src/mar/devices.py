@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from mar.config import ConfigError
@@ -48,3 +50,31 @@ def allow_tf32() -> None:
     """Let GPUs round inputs of float32 products to TF32 (10 bits of mantissa)."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
+
+
+def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a CPU tensor to a device; to CUDA from pinned memory, without waiting."""
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
+
+
+def read_later(values: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Begin to copy values to the CPU, without waiting; the result waits for the copy, and returns it."""
+    if values.device.type != "cuda":
+        return values.cpu
+    copied = host_buffer(values.shape, values.dtype, values.device)
+    copied.copy_(values, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(values.device))
+
+    def read() -> torch.Tensor:
+        event.synchronize()
+        return copied
+
+    return read
+
+
+def host_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Allocate memory on the CPU to exchange with a device; pinned for CUDA."""
+    return torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type == "cuda")

@@ -19,8 +19,9 @@ from mar.config import MaskSchedule, Order, SamplingConfig
 from mar.model.masking import apply_order, mask_schedule, masked_count, random_order, split_by_mask
 from mar.model.tokens import patchify
 from mar.random import make_generator
-from mar.sampling.decode import SeededNoise, init_state
+from mar.sampling.decode import init_state
 from mar.sampling.generate import generate
+from mar.sampling.noise import SeededNoise
 
 GRIDS = [(1, 1), (4, 4), (2, 6), (6, 4)]
 MODELS = {

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
-from typing import NamedTuple, Protocol, runtime_checkable
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from mar.backends import backend_for
 from mar.config import MaskSchedule, Order, RevealRule, SamplingConfig
 from mar.diffusion.head import TokenSampler
 from mar.model.conditions import NO_CONDITION, has_condition
 from mar.model.mar import MAR
+<<<<<<< HEAD
 from mar.model.masking import apply_order, mask_schedule, random_order, reveal_probabilities, unknown_order
 from mar.model.tokens import gather_tokens
 from mar.random import make_generator
@@ -100,6 +100,12 @@ class SharedUniforms(SeededNoise):
             self._drawn.append(super().uniforms(0, count))
         return self._drawn[step]
 
+=======
+from mar.model.masking import apply_order, mask_schedule, unknown_order
+from mar.model.tokens import gather_tokens
+from mar.sampling.noise import NoiseAhead, NoiseSource, SeededNoise, group_noise
+from mar.sampling.reveal_plan import RevealPlan, StepPlan
+>>>>>>> 2d22593 (Sampling: indices of a batch made and uploaded once, noise ahead in a thread, broken latents read a step late)
 
 # ---- state
 
@@ -124,7 +130,7 @@ class DecodeState:
     @property
     def steps(self) -> int:
         """Number of reveal steps; images with few tokens to generate finish sooner."""
-        return max((len(schedule) for schedule in self.schedules), default=0)
+        return max(map(len, self.schedules), default=0)
 
     def revealed(self, image: int) -> Int[Tensor, " r"]:
         """Return the positions of the next step, ascending; none after the last."""
@@ -172,8 +178,13 @@ def init_state(
     random_orders = [noise_source.order(image, length) for image in range(len(unknown))]
     full_orders = [apply_order(each, grid or (1, length), order) for each in random_orders]
     orders = tuple(unknown_order(each, mask) for each, mask in zip(full_orders, unknown, strict=True))
+<<<<<<< HEAD
     reveal = REVEAL_RULES[rule]
     schedules = tuple(reveal(image, len(each), steps, schedule, noise_source) for image, each in enumerate(orders))
+=======
+    schedule_of = {count: tuple(mask_schedule(count, steps, schedule)) for count in set(map(len, orders))}
+    schedules = tuple(schedule_of[len(each)] for each in orders)
+>>>>>>> 2d22593 (Sampling: indices of a batch made and uploaded once, noise ahead in a thread, broken latents read a step late)
     known = torch.where(unknown.unsqueeze(-1).to(tokens.device), 0.0, tokens)
     return DecodeState(known, unknown, orders, schedules)
 
@@ -229,12 +240,48 @@ def sample_tokens(
     sampling.check(model.config)
     backend = backend_for(state.tokens.device)
     head = backend.sampling_head(model.head)
-    while state.step < state.steps:
-        state = decode_step(model, condition, state, sampling, noise_source, head)
-        if state.step == state.steps:
-            del head  # frees its copy of the weights: the tokenizer needs memory next
-        backend.free_memory(model)
-        yield state
+    plan = plan_steps(head, condition, state, sampling)
+    # a device that works by itself must not wait for the host's random numbers
+    ahead = backend.asynchronous and type(noise_source) is SeededNoise and state.step < state.steps
+    noise = NoiseAhead(noise_source, plan, head.token_width) if ahead else noise_source  # type: ignore[arg-type]
+    try:
+        while state.step < state.steps:
+            state = decode_step(model, condition, state, sampling, noise, head, plan)
+            if state.step == state.steps:
+                del head  # frees its copy of the weights: the tokenizer needs memory next
+            backend.free_memory(model)
+            yield state
+    finally:
+        if isinstance(noise, NoiseAhead):
+            noise.close()
+
+
+def plan_steps(
+    head: TokenSampler,
+    condition: Shaped[Tensor, "n ..."],
+    state: DecodeState,
+    sampling: SamplingConfig,
+    count: int | None = None,
+) -> RevealPlan:
+    """Plan the next `count` reveal steps, or all that are left.
+
+    Args:
+        head: the model's.
+        condition, state, sampling: as in `sample_tokens`.
+        count: number of steps (None: all).
+    """
+    end = state.steps if count is None else min(state.steps, state.step + count)
+    return RevealPlan(
+        state.orders,
+        state.schedules,
+        state.revealed_at(),
+        sampling,
+        guidable=bool(has_condition(condition).any()),
+        steps=range(state.step, end),
+        device=state.tokens.device,
+        num_noises=lambda steps: head.num_noises(steps, sampling),
+        token_width=head.token_width,
+    )
 
 
 @torch.no_grad()
@@ -243,67 +290,36 @@ def decode_step(
     condition: Shaped[Tensor, "n ..."],
     state: DecodeState,
     sampling: SamplingConfig,
-    noise_source: NoiseSource,
+    noise_source: NoiseSource | NoiseAhead,
     head: TokenSampler | None = None,
+    plan: RevealPlan | None = None,
 ) -> DecodeState:
     """Reveal the tokens of one step: trunk -> z -> head -> tokens.
 
     Args:
         model, condition, state, sampling, noise_source: as in `sample_tokens`.
         head: the model's, prepared by the backend for sampling (None: as it is).
+        plan: of the batch (None: this step is planned alone).
     """
-    # plan: tokens and settings of each image
-    guidable = bool(has_condition(condition).any())
-    steps = plan_step(state, sampling, model.config.tokens, guidable)
+    sampler = head or model.head
+    plan = plan or plan_steps(sampler, condition, state, sampling, count=1)
+    step = plan[state.step]
 
     # trunk: z of these tokens, conditional and unconditional
-    conditions = compute_conditions(model, condition, state, steps, sampling.uncond_interval)
+    conditions = compute_conditions(model, condition, state, step, sampling.uncond_interval)
 
     # head: draws the tokens, all images with the same settings together
-    tokens, unknown = state.tokens, state.unknown
-    for _, group in groupby(sorted(steps, key=_group_key), key=_group_key):
-        images = list(group)
-        drawn = denoise_tokens(head or model.head, conditions, images, sampling, noise_source)
-        rows = torch.tensor([step.image for step in images for _ in step.positions])
-        positions = torch.cat([step.positions for step in images])
-        tokens = tokens.index_put((rows.to(tokens.device), positions.to(tokens.device)), drawn)
-        unknown = unknown.index_put((rows, positions), torch.tensor(False))
+    tokens = state.tokens
+    for group in step.groups:
+        # z of each token; with guidance, then its unconditional z
+        z = conditions.z[group.row, group.column]
+        if group.guided:
+            z = torch.cat([z, conditions.z[group.uncond_row, group.column]])
+        noise = group_noise(noise_source, group, plan, sampler.token_width)
+        drawn = sampler.sample(z, noise, group.scale if group.guided else None, group.diffusion_steps, sampling)
+        tokens = tokens.index_put((group.image, group.position), drawn)
+    unknown = state.unknown & (plan.revealed_at_cpu > state.step + 1)
     return replace(state, tokens=tokens, unknown=unknown, step=state.step + 1, residual=conditions.residual)
-
-
-class ImageStep(NamedTuple):
-    """One image's part of a reveal step."""
-
-    row: int
-    """Index among the unfinished images."""
-    image: int
-    """Index in the batch."""
-    positions: Int[Tensor, " r"]
-    """Tokens to reveal, ascending."""
-    settings: StepSettings
-
-
-def plan_step(state: DecodeState, sampling: SamplingConfig, tokens: int, guidable: bool) -> list[ImageStep]:
-    """Plan the next step of each unfinished image.
-
-    Args:
-        state: before the step.
-        sampling: the settings.
-        tokens: number of tokens of an image.
-        guidable: whether any image has a condition; without one, guidance has no effect and is left out.
-    """
-    steps: list[ImageStep] = []
-    for image, schedule in enumerate(state.schedules):
-        if state.step < len(schedule):
-            settings = step_settings(sampling, schedule, tokens)[state.step]
-            if not guidable:
-                settings = StepSettings(settings.diffusion_steps, scale=1.0, run_uncond=False)
-            steps.append(ImageStep(len(steps), image, state.revealed(image), settings))
-    return steps
-
-
-def _group_key(step: ImageStep) -> tuple[int, bool]:
-    return step.settings.diffusion_steps, step.settings.guided
 
 
 # ---- trunk
@@ -312,16 +328,14 @@ def _group_key(step: ImageStep) -> tuple[int, bool]:
 class Conditions(NamedTuple):
     """z of the tokens that a reveal step reveals."""
 
-    z: Float[Tensor, "n_and_g r f"]
-    """Conditional z of each image step, padded; then the unconditional z of each guided one."""
-    uncond_rows: dict[int, int]
-    """Row of a guided image step -> row of its unconditional z."""
+    z: Float[Tensor, "m_and_g r f"]
+    """Conditional z of each unfinished image, padded; then the unconditional z of each guided one."""
     residual: Float[Tensor, "n L f"] | None
     """Residual (uncond - cond) for the next step to reuse, of all images of the batch."""
 
 
 def compute_conditions(
-    model: MAR, condition: Shaped[Tensor, "n ..."], state: DecodeState, steps: Sequence[ImageStep], uncond_interval: int
+    model: MAR, condition: Shaped[Tensor, "n ..."], state: DecodeState, step: StepPlan, uncond_interval: int
 ) -> Conditions:
     """Compute conditional and unconditional z of the tokens to reveal.
 
@@ -330,113 +344,56 @@ def compute_conditions(
 
     Args:
         model, condition, state: as in `sample_tokens`.
-        steps: of `plan_step`.
+        step: its plan.
         uncond_interval: of `SamplingConfig`.
     """
     device, length = state.tokens.device, state.unknown.shape[1]
-    unfinished = [step.image for step in steps]
-    images = torch.tensor(unfinished, device=device)
-    query_idx = pad_sequence([step.positions for step in steps], batch_first=True, padding_value=length).to(device)
-    uncond = [step.row for step in steps if step.settings.run_uncond]
-    uncond_rows = torch.tensor(uncond, dtype=torch.long, device=device)
-    guided = [step.row for step in steps if step.settings.guided]
-    rows_of_guided = {row: len(steps) + index for index, row in enumerate(guided)}
+    images, query_idx, uncond_rows, guided = step.images, step.query_idx, step.uncond_rows, step.guided_rows
+    count = len(images)
+    tokens = state.tokens
+    if count < len(tokens):
+        tokens, condition = tokens[images], condition[images]
 
     # a residual for later steps needs z of all tokens
-    keep_residual = uncond_interval > 1 and len(uncond) > 0
-    all_positions = torch.arange(length, device=device).expand(len(steps), -1)
-    z = run_trunk(
-        model, state.tokens[images], condition[images], state.unknown[unfinished], uncond_rows,
-        all_positions if keep_residual else query_idx,
-    )  # fmt: skip
+    keep_residual = uncond_interval > 1 and len(uncond_rows) > 0
+    outputs = torch.arange(length, device=device).expand(count, -1) if keep_residual else query_idx
+    z = run_trunk(model, tokens, condition, step, outputs)
     if uncond_interval == 1:
-        return Conditions(z, rows_of_guided, None)
+        return Conditions(z, None)
 
     # unconditional z = conditional z + residual
-    cond, residual = z[: len(steps)], state.residual
+    cond, residual = z[:count], state.residual
     if residual is None:
         residual = z.new_zeros(len(state.orders), length, z.shape[-1])
     if keep_residual:
-        residual = residual.index_copy(0, images[uncond_rows], z[len(steps) :] - cond[uncond_rows])
+        residual = residual.index_copy(0, images[uncond_rows], z[count:] - cond[uncond_rows])
         cond = gather_tokens(cond, query_idx)
-    rows = torch.tensor(guided, dtype=torch.long, device=device)
-    uncond_z = cond[rows] + gather_tokens(residual[images[rows]], query_idx[rows])
-    return Conditions(torch.cat([cond, uncond_z]), rows_of_guided, residual)
+    uncond_z = cond[guided] + gather_tokens(residual[images[guided]], query_idx[guided])
+    return Conditions(torch.cat([cond, uncond_z]), residual)
 
 
 def run_trunk(
     model: MAR,
-    tokens: Float[Tensor, "n L d"],
-    condition: Shaped[Tensor, "n ..."],
-    unknown: Bool[Tensor, "n L"],
-    uncond_rows: Int[Tensor, " u"],
-    query_idx: Int[Tensor, "n r"],
-) -> Float[Tensor, "n_and_u r f"]:
-    """Compute z of all images, then of `uncond_rows` without their condition.
+    tokens: Float[Tensor, "m L d"],
+    condition: Shaped[Tensor, "m ..."],
+    step: StepPlan,
+    query_idx: Int[Tensor, "m r"],
+) -> Float[Tensor, "m_and_u r f"]:
+    """Compute z of all unfinished images, then of the step's `uncond_rows` without their condition.
 
     Args:
         model: in eval mode.
         tokens: of the unfinished images.
         condition: class numbers, or another kind's (`mar.model.conditions`).
-        unknown: true at masked tokens (CPU).
-        uncond_rows: images to run without their condition as well.
+        step: its plan.
         query_idx: positions of the output, padded with L.
     """
-    visible, padded = visible_positions(unknown)
-    visible = visible.to(tokens.device)
+    visible, uncond_rows = step.visible, step.uncond_rows
     if len(uncond_rows):
         condition = torch.cat([condition, torch.full_like(condition[uncond_rows], NO_CONDITION)])
         tokens, visible, query_idx = (torch.cat([each, each[uncond_rows]]) for each in (tokens, visible, query_idx))
     trunk = backend_for(tokens.device).trunk(model)
-    return trunk(tokens, condition, visible, padded=padded, query_idx=query_idx)
-
-
-def visible_positions(unknown: Bool[Tensor, "n L"]) -> tuple[Int[Tensor, "n v"], bool]:
-    """Return the positions of known tokens, ascending, and whether any is padded.
-
-    The padding is L.
-    """
-    length = unknown.shape[1]
-    counts = (~unknown).sum(1)
-    longest = int(counts.max())
-    positions = torch.where(unknown, length, torch.arange(length)).sort(dim=1).values
-    return positions[:, :longest], bool((counts != longest).any())
-
-
-# ---- head
-
-
-def denoise_tokens(
-    head: TokenSampler,
-    conditions: Conditions,
-    group: Sequence[ImageStep],
-    sampling: SamplingConfig,
-    noise_source: NoiseSource,
-) -> Float[Tensor, "r d"]:
-    """Draw the tokens that a group of image steps reveals, row-major.
-
-    Args:
-        head: the model's.
-        conditions: of the reveal step.
-        group: image steps with the same number of diffusion steps, all guided or none.
-        sampling: the settings.
-        noise_source: gives each image its noise.
-    """
-    device = conditions.z.device
-    diffusion_steps, guided = _group_key(group[0])
-    # z of each token; with guidance, then its unconditional z
-    columns = torch.cat([torch.arange(len(step.positions)) for step in group]).to(device)
-    rows = torch.tensor([step.row for step in group for _ in step.positions], device=device)
-    z, scale = conditions.z[rows, columns], None
-    if guided:
-        uncond = [conditions.uncond_rows[step.row] for step in group for _ in step.positions]
-        z = torch.cat([z, conditions.z[torch.tensor(uncond, device=device), columns]])
-        scale = torch.tensor([[step.settings.scale] for step in group for _ in step.positions], device=device)
-
-    # noise of each image, on its positions ascending
-    noises, width = head.num_noises(diffusion_steps, sampling), head.token_width
-    noise = torch.cat([noise_source.noise(s.image, noises, len(s.positions), width) for s in group], dim=1)
-    return head.sample(z, noise.to(device), scale, diffusion_steps, sampling)
+    return trunk(tokens, condition, visible, padded=step.padded, query_idx=query_idx)
 
 
 def all_masked(count: int, tokens: int) -> Bool[Tensor, "n L"]:

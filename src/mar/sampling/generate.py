@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import reprlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, SupportsIndex
 
@@ -14,20 +14,21 @@ from jaxtyping import Bool, Float, Int, Shaped
 from PIL import Image
 from torch import Tensor
 
+from mar.backends import backend_for
 from mar.config import SamplingConfig
 from mar.data.images import upright
+from mar.devices import read_later, upload
 from mar.model.mar import MAR
 from mar.model.tokens import patchify, unpatchify
 from mar.sampling.decode import (
     DecodeState,
-    NoiseSource,
-    SeededNoise,
     all_masked,
     as_condition,
     init_state,
     sample_tokens,
 )
 from mar.sampling.inpainting import Paste
+from mar.sampling.noise import NoiseSource, SeededNoise
 
 Images = Sequence[Image.Image] | Float[Tensor, "n c H W"] | Float[np.ndarray, "n c H W"]
 """PIL images, or arrays in [-1, 1]."""
@@ -167,13 +168,15 @@ def generate(
         rule=sampling.reveal,
         grid=grid,
     )
-    revealed_at = start.revealed_at().view(-1, *grid)
+    revealed_at = start.revealed_at()
+    on_grid = revealed_at.view(-1, *grid)
     if not start.steps:
-        yield _latent_step(model, start, revealed_at)
+        yield _latent_step(model, start, on_grid)
+    check = None if allow_broken else LatentCheck(model, sampling, upload(revealed_at, device), first)
     for state in sample_tokens(model, as_condition(condition, device), start, sampling, source):
-        if not allow_broken:
-            check_latents(state, unknown, sampling, model, first)
-        yield _latent_step(model, state, revealed_at)
+        if check is not None:
+            check(state)
+        yield _latent_step(model, state, on_grid)
 
 
 def _latent_step(model: MAR, state: DecodeState, revealed_at: Tensor) -> LatentStep:
@@ -200,34 +203,55 @@ def _known_tokens(model: MAR, count: int, known: Tensor | None, mask: Tensor | N
     return patchify(known.float(), config.patch_size), mask.flatten(1).cpu()
 
 
-def check_latents(
-    state: DecodeState, generated: Bool[Tensor, "n L"], sampling: SamplingConfig, model: MAR, first: int = 0
-) -> None:
-    """Raise BrokenLatents for generated tokens that are noise or not finite.
+class LatentCheck:
+    """Raises BrokenLatents for generated tokens that are noise or not finite.
+
+    An asynchronous device is asked a step late, so that it has work meanwhile; after the last step at once.
 
     Args:
-        state: after a reveal step. An image's standard deviation counts once a quarter of its tokens are generated.
-        generated: true at tokens to generate.
-        sampling: for the remedy.
-        model: for the remedy.
+        model, sampling: for the remedy.
+        revealed_at: step that reveals each token, from 1; 0 for the known ones (on the model's device).
         first: index of the first image, for the message.
     """
-    done = (generated & ~state.unknown).to(state.tokens.device)
-    count = done.sum(1) * state.tokens.shape[-1]
-    values = torch.where(done.unsqueeze(-1), state.tokens, 0.0)
-    finite = values.isfinite().flatten(1).all(1)
-    mean = values.sum((1, 2)) / count.clamp(min=1)
-    std = ((values.square().sum((1, 2)) / count.clamp(min=1)) - mean.square()).clamp(min=0).sqrt()
-    quarter_done = 4 * done.sum(1) >= generated.sum(1).to(done.device)
-    broken = ~finite | (quarter_done & (std > MAX_STD))
-    if not bool(broken.any()):
-        return
-    image = int(broken.nonzero()[0])
-    fault = f"have a standard deviation of {float(std[image]):,.1f}, expected 1" if finite[image] else "are not finite"
-    raise BrokenLatents(
-        f"image {first + image} is broken at reveal step {state.step} of {state.steps}: its latents {fault}. "
-        + _remedy(sampling, model)
-    )
+
+    def __init__(self, model: MAR, sampling: SamplingConfig, revealed_at: Int[Tensor, "n L"], first: int = 0) -> None:
+        self.model, self.sampling, self.revealed_at, self.first = model, sampling, revealed_at, first
+        self.generated = (revealed_at > 0).sum(1)
+        self.late = backend_for(revealed_at.device).asynchronous
+        self.last: Callable[[], None] | None = None
+
+    @torch.no_grad()
+    def __call__(self, state: DecodeState) -> None:
+        """Check a state; an image's standard deviation counts once a quarter of its tokens are generated."""
+        done = (self.revealed_at > 0) & (self.revealed_at <= state.step)
+        count = done.sum(1) * state.tokens.shape[-1]
+        values = torch.where(done.unsqueeze(-1), state.tokens, 0.0)
+        finite = values.isfinite().flatten(1).all(1)
+        mean = values.sum((1, 2)) / count.clamp(min=1)
+        std = ((values.square().sum((1, 2)) / count.clamp(min=1)) - mean.square()).clamp(min=0).sqrt()
+        broken = ~finite | ((4 * done.sum(1) >= self.generated) & (std > MAX_STD))
+        flag = read_later(broken.any())
+
+        def judge() -> None:
+            if bool(flag()):
+                self._fail(broken, finite, std, state.step, state.steps)
+
+        if self.last is not None:
+            self.last()
+        self.last = judge
+        if not self.late or state.step == state.steps:
+            judge()
+            self.last = None
+
+    def _fail(self, broken: Tensor, finite: Tensor, std: Tensor, step: int, steps: int) -> None:
+        image = int(broken.nonzero()[0])
+        fault = (
+            f"have a standard deviation of {float(std[image]):,.1f}, expected 1" if finite[image] else "are not finite"
+        )
+        raise BrokenLatents(
+            f"image {self.first + image} is broken at reveal step {step} of {steps}: its latents {fault}. "
+            + _remedy(self.sampling, self.model)
+        )
 
 
 def _remedy(sampling: SamplingConfig, model: MAR) -> str:

@@ -17,7 +17,8 @@ from mar.backends import backend_for
 from mar.backends.cuda.graphs import GraphedHead, bucket_size, cuda_recorder, graph_head
 from mar.config import SamplingConfig, Solver
 from mar.diffusion.solvers import num_noises
-from mar.sampling.decode import SeededNoise, all_masked, decode_step, init_state, sample_tokens
+from mar.sampling.decode import all_masked, decode_step, init_state, sample_tokens
+from mar.sampling.noise import SeededNoise
 
 OF = tiny_model()
 HEAD = OF.head

@@ -13,7 +13,8 @@ from mar.diffusion.head import CFGDenoiser, DiffusionHead
 from mar.diffusion.schedule import respace, training_schedule
 from mar.nn import set_matrix_dtype
 from mar.random import make_generator
-from mar.sampling.decode import SeededNoise, all_masked, decode_step, init_state, sample_tokens
+from mar.sampling.decode import all_masked, decode_step, init_state, sample_tokens
+from mar.sampling.noise import SeededNoise
 
 STEPS = 7
 

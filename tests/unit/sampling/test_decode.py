@@ -17,14 +17,14 @@ from mar.model.mar import UNCONDITIONAL
 from mar.model.masking import masked_fraction
 from mar.sampling.decode import (
     DecodeState,
-    SeededNoise,
     all_masked,
     compute_conditions,
     decode_step,
     init_state,
-    plan_step,
+    plan_steps,
     sample_tokens,
 )
+from mar.sampling.noise import SeededNoise
 
 TINY = tiny_model(seed=3)
 LABELS = torch.tensor([0, 2])
@@ -94,10 +94,10 @@ def test_decode_residual_is_from_the_last_uncond_run() -> None:
             TINY(first.tokens, labels, nothing) for labels in (LABELS, torch.full_like(LABELS, UNCONDITIONAL))
         )
         torch.testing.assert_close(after_first.residual, without - z)
-        turns = plan_step(after_first, sampling, 16, guidable=True)
-        assert not any(turn.settings.run_uncond for turn in turns)
-        kept = compute_conditions(TINY, LABELS, after_first, turns, 2)
-    drawn = torch.stack([residual[turn.positions] for residual, turn in zip(after_first.residual, turns, strict=True)])
+        step = plan_steps(TINY.head, LABELS, after_first, sampling, count=1)[1]
+        assert not len(step.uncond_rows)
+        kept = compute_conditions(TINY, LABELS, after_first, step, 2)
+    drawn = torch.stack([residual[own] for residual, own in zip(after_first.residual, step.query_idx, strict=True)])
     torch.testing.assert_close(kept.z[2:] - kept.z[:2], drawn)
     assert torch.equal(after_second.residual, after_first.residual)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mar.sampling.decode import SeededNoise
+from mar.sampling.noise import SeededNoise
 
 
 def test_seeded_noise_depends_on_its_seed_only() -> None:
