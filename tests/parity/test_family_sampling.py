@@ -16,8 +16,9 @@ from mar.config import SamplingConfig
 from mar.model.mar import MAR
 from mar.model.masking import reveal_probabilities, step_times
 from mar.model.tokens import patchify
-from mar.sampling.decode import SharedUniforms, all_masked, decode_step, init_state, plan_step
+from mar.sampling.decode import all_masked, decode_step, init_state, plan_steps
 from mar.sampling.guidance import step_settings
+from mar.sampling.noise import SharedUniforms
 from tests.parity.support import config_of, golden, meta, model_with, relative, under
 from tests.parity.test_sampling import WatchedHead
 
@@ -88,8 +89,9 @@ def test_family_run_matches(model: MAR, case: str, packed: bool) -> None:
         for image in range(n):
             assert torch.equal(state.revealed(image), theirs["reveal"][step, image].nonzero().flatten())
         assert relative(state.tokens, theirs["tokens_before"][step]) < 1e-4 if step else not state.tokens.any()
-        [image_settings] = {s.settings.scale for s in plan_step(state, sampling, length, True)}
-        assert image_settings == pytest.approx(float(theirs["scale"][step]), rel=1e-6)
+        groups = plan_steps(model.head, theirs["labels"], state, sampling, count=1)[step].groups
+        [scale] = torch.cat([group.scale for group in groups]).unique().tolist()
+        assert scale == pytest.approx(float(theirs["scale"][step]), rel=1e-6)
         state = decode_step(model, theirs["labels"], state, sampling, noise, head)
         drawn.append(state.tokens[theirs["reveal"][step]])
     rows = [len(z) for z, _, _ in head.calls]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,91 +22,10 @@ from mar.config import MaskSchedule, Order, RevealRule, SamplingConfig
 from mar.diffusion.head import TokenSampler
 from mar.model.conditions import NO_CONDITION, has_condition
 from mar.model.mar import MAR
-<<<<<<< HEAD
-from mar.model.masking import apply_order, mask_schedule, random_order, reveal_probabilities, unknown_order
+from mar.model.masking import apply_order, mask_schedule, reveal_probabilities, unknown_order
 from mar.model.tokens import gather_tokens
-from mar.random import make_generator
-from mar.sampling.guidance import StepSettings, step_settings
-
-# ---- randomness
-
-
-@runtime_checkable
-class NoiseSource(Protocol):
-    """Randomness of sampling: each image's order, then noise for each step."""
-
-    def order(self, image: int, length: int) -> Int[Tensor, " L"]:
-        """Draw the order of an image's tokens, revealed from its end."""
-        ...
-
-    def noise(self, image: int, noises: int, count: int, width: int) -> Float[Tensor, "noises count width"]:
-        """Draw noise for the tokens that an image reveals in a step.
-
-        Args:
-            image: its index in the batch.
-            noises: noises per token, the first and then one for each further diffusion step.
-            count: number of tokens, in ascending order of position.
-            width: values of a token.
-        """
-        ...
-
-
-@runtime_checkable
-class UniformSource(NoiseSource, Protocol):
-    """Randomness of sampling by a reveal rule that draws."""
-
-    def uniforms(self, image: int, count: int) -> Float[Tensor, " count"]:
-        """Draw a uniform number for each masked token of a step."""
-        ...
-
-
-class SeededNoise:
-    """Noise from one CPU generator per image, independent of the batch."""
-
-    def __init__(self, seeds: Sequence[int]) -> None:
-        self.generators = [make_generator(seed) for seed in seeds]
-
-    def order(self, image: int, length: int) -> Tensor:
-        """Draw the order of an image's tokens."""
-        return random_order(length, self.generators[image])
-
-    def noise(self, image: int, noises: int, count: int, width: int) -> Tensor:
-        """Draw noise for the tokens that an image reveals in a step.
-
-        Args:
-            image, noises, count, width: as in `NoiseSource.noise`.
-        """
-        return torch.randn(noises, count, width, generator=self.generators[image])
-
-    def uniforms(self, image: int, count: int) -> Tensor:
-        """Draw a uniform number for each masked token of an image."""
-        return torch.rand(count, generator=self.generators[image])
-
-
-class SharedUniforms(SeededNoise):
-    """Noise per image, with the uniforms of image 0 for all.
-
-    Every image reveals as many tokens, as in the code of eMIGM.
-    """
-
-    def __init__(self, seeds: Sequence[int]) -> None:
-        super().__init__(seeds)
-        self._drawn: list[Tensor] = []
-        self._used = [0] * len(self.generators)
-
-    def uniforms(self, image: int, count: int) -> Tensor:
-        """Return the uniforms of image 0 at this step."""
-        step, self._used[image] = self._used[image], self._used[image] + 1
-        if step == len(self._drawn):
-            self._drawn.append(super().uniforms(0, count))
-        return self._drawn[step]
-
-=======
-from mar.model.masking import apply_order, mask_schedule, unknown_order
-from mar.model.tokens import gather_tokens
-from mar.sampling.noise import NoiseAhead, NoiseSource, SeededNoise, group_noise
+from mar.sampling.noise import NoiseAhead, NoiseSource, SeededNoise, UniformSource, group_noise
 from mar.sampling.reveal_plan import RevealPlan, StepPlan
->>>>>>> 2d22593 (Sampling: indices of a batch made and uploaded once, noise ahead in a thread, broken latents read a step late)
 
 # ---- state
 
@@ -178,19 +98,19 @@ def init_state(
     random_orders = [noise_source.order(image, length) for image in range(len(unknown))]
     full_orders = [apply_order(each, grid or (1, length), order) for each in random_orders]
     orders = tuple(unknown_order(each, mask) for each, mask in zip(full_orders, unknown, strict=True))
-<<<<<<< HEAD
     reveal = REVEAL_RULES[rule]
     schedules = tuple(reveal(image, len(each), steps, schedule, noise_source) for image, each in enumerate(orders))
-=======
-    schedule_of = {count: tuple(mask_schedule(count, steps, schedule)) for count in set(map(len, orders))}
-    schedules = tuple(schedule_of[len(each)] for each in orders)
->>>>>>> 2d22593 (Sampling: indices of a batch made and uploaded once, noise ahead in a thread, broken latents read a step late)
     known = torch.where(unknown.unsqueeze(-1).to(tokens.device), 0.0, tokens)
     return DecodeState(known, unknown, orders, schedules)
 
 
 def _counted(image: int, unknown: int, steps: int, kind: MaskSchedule, noise_source: NoiseSource) -> tuple[int, ...]:
     """Reveal as many tokens as the mask schedule says."""
+    return _mask_schedule(unknown, steps, kind)
+
+
+@lru_cache(maxsize=256)
+def _mask_schedule(unknown: int, steps: int, kind: MaskSchedule) -> tuple[int, ...]:
     return tuple(mask_schedule(unknown, steps, kind))
 
 
@@ -242,7 +162,8 @@ def sample_tokens(
     head = backend.sampling_head(model.head)
     plan = plan_steps(head, condition, state, sampling)
     # a device that works by itself must not wait for the host's random numbers
-    ahead = backend.asynchronous and type(noise_source) is SeededNoise and state.step < state.steps
+    seeded = isinstance(noise_source, SeededNoise) and type(noise_source).noise is SeededNoise.noise
+    ahead = backend.asynchronous and seeded and state.step < state.steps
     noise = NoiseAhead(noise_source, plan, head.token_width) if ahead else noise_source  # type: ignore[arg-type]
     try:
         while state.step < state.steps:

@@ -39,6 +39,15 @@ class NoiseSource(Protocol):
         ...
 
 
+@runtime_checkable
+class UniformSource(NoiseSource, Protocol):
+    """Randomness of sampling by a reveal rule that draws."""
+
+    def uniforms(self, image: int, count: int) -> Float[Tensor, " count"]:
+        """Draw a uniform number for each masked token of a step."""
+        ...
+
+
 class SeededNoise:
     """Noise from one CPU generator per image, independent of the batch."""
 
@@ -57,6 +66,10 @@ class SeededNoise:
         """
         return torch.randn(noises, count, width, generator=self.generators[image])
 
+    def uniforms(self, image: int, count: int) -> Tensor:
+        """Draw a uniform number for each masked token of an image."""
+        return torch.rand(count, generator=self.generators[image])
+
     def fill(self, image: int, chunks: Sequence[tuple[int, int]], width: int, out: Float[Tensor, "s d"]) -> None:
         """Draw the noise of several steps, the same numbers as by `noise` one after the other.
 
@@ -74,6 +87,25 @@ class SeededNoise:
             if end > start:
                 out[start:end] = self.noise(image, noises, count, width).view(-1, width)
             start = end
+
+
+class SharedUniforms(SeededNoise):
+    """Noise per image, with the uniforms of image 0 for all.
+
+    Every image reveals as many tokens, as in the code of eMIGM.
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        super().__init__(seeds)
+        self._drawn: list[Tensor] = []
+        self._used = [0] * len(self.generators)
+
+    def uniforms(self, image: int, count: int) -> Tensor:
+        """Return the uniforms of image 0 at this step."""
+        step, self._used[image] = self._used[image], self._used[image] + 1
+        if step == len(self._drawn):
+            self._drawn.append(super().uniforms(0, count))
+        return self._drawn[step]
 
 
 class NoiseAhead:

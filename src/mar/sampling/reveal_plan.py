@@ -107,12 +107,12 @@ class RevealPlan:
     ) -> None:
         self.length, self.steps, self.device = revealed_at.shape[1], steps, device
         self.revealed_at_cpu = revealed_at
-        # images with the same schedule have the same settings
-        kinds = {schedule: index for index, schedule in enumerate(dict.fromkeys(schedules))}
-        self._kind_of = [kinds[schedule] for schedule in schedules]
-        self._settings = [_settings(sampling, schedule, self.length, guidable) for schedule in kinds]
-        masked = {kinds[schedule]: len(order) for order, schedule in zip(orders, schedules, strict=True)}
-        self._counts = [[a - b for a, b in pairwise([masked[kind], *schedule])] for schedule, kind in kinds.items()]
+        # images with the same number of masked tokens before and after each step have the same settings
+        masked = [(len(order), *schedule) for order, schedule in zip(orders, schedules, strict=True)]
+        kinds = {each: index for index, each in enumerate(dict.fromkeys(masked))}
+        self._kind_of = [kinds[each] for each in masked]
+        self._settings = [_settings(sampling, each[1:], self.length, guidable) for each in kinds]
+        self._counts = [[before - after for before, after in pairwise(each)] for each in kinds]
         self.noises = {each.diffusion_steps: num_noises(each.diffusion_steps) for row in self._settings for each in row}
         self._keys = sorted({(each.diffusion_steps, each.guided) for row in self._settings for each in row})
         self._build(self._tables(), 4 * token_width)
@@ -159,20 +159,25 @@ class RevealPlan:
     def _tables(self) -> _Tables:
         """Return the settings of every image and planned step, zeros for finished ones."""
         number = {key: index for index, key in enumerate(self._keys)}
-        integers = torch.zeros(6, len(self._settings), len(self.steps), dtype=torch.long)
-        scales = torch.ones(len(self._settings), len(self.steps), dtype=torch.float64)
-        for kind, (settings, counts) in enumerate(zip(self._settings, self._counts, strict=True)):
-            for index, step in enumerate(self.steps):
-                if step < len(settings):
-                    each = settings[step]
-                    group = number[each.diffusion_steps, each.guided]
-                    noises = self.noises[each.diffusion_steps] * counts[step]
-                    row = (1, group, counts[step], noises, each.guided, each.run_uncond)
-                    integers[:, kind, index] = torch.tensor(row)
-                    scales[kind, index] = each.scale
+        finished = (0, 0, 0, 0, 0, 0)
+        facts: list[list[tuple[int, ...]]] = []
+        scales: list[list[float]] = []
+        for settings, counts in zip(self._settings, self._counts, strict=True):
+            own = [(each, counts[k]) for k, each in enumerate(settings) if k in self.steps]
+            rest = len(self.steps) - len(own)
+            rows = [
+                (1, number[each.diffusion_steps, each.guided], count, self.noises[each.diffusion_steps] * count,
+                 each.guided, each.run_uncond)
+                for each, count in own
+            ]  # fmt: skip
+            facts.append([*rows, *[finished] * rest])
+            scales.append([*(each.scale for each, _ in own), *[1.0] * rest])
+        shape = (len(facts), len(self.steps), len(finished))
+        integers = torch.tensor(facts, dtype=torch.long).view(shape).movedim(-1, 0)
+        scale_of = torch.tensor(scales, dtype=torch.float64).view(shape[:2])
         kind_of = torch.tensor(self._kind_of, dtype=torch.long)
         unfinished, group, count, noise, guided, run_uncond = integers[:, kind_of]
-        return _Tables(unfinished, group, count, noise, guided, run_uncond, scales[kind_of])
+        return _Tables(unfinished, group, count, noise, guided, run_uncond, scale_of[kind_of])
 
     def _noise_windows(self, longest: Sequence[int], noise_bytes: int) -> Iterator[NoiseWindow]:
         """Divide the steps into windows of about `WINDOW_BYTES`, given the most noises of an image at each step."""

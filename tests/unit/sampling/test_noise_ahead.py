@@ -49,6 +49,8 @@ def run(channels: int, sampling: SamplingConfig, **options: Any) -> Tensor:
         {"uncond_interval": 2, "guidance_interval": (0.3, 0.9), "diffusion_steps_end": 2},
         {"solver": "dpm++2m-sde", "diffusion_steps_end": 3},
         {"solver": "ddim", "guidance_scale": 1.0},
+        {"steps": 2},
+        {"reveal": "binomial", "mask_schedule": "exponential", "order": "random"},
     ],
 )
 def test_generate_noise_ahead_draws_the_same_numbers(
@@ -59,6 +61,7 @@ def test_generate_noise_ahead_draws_the_same_numbers(
     sampling = replace(GUIDED, **changes)
     with monkeypatch.context() as plain:
         plain.setattr("mar.sampling.decode.backend_for", lambda device: Backend())
+        plain.setattr("mar.sampling.generate.backend_for", lambda device: Backend())
         expected = run(channels, sampling, **options)
     for module in ("decode", "generate"):
         monkeypatch.setattr(f"mar.sampling.{module}.backend_for", lambda device: Backend(asynchronous=True))
@@ -75,6 +78,28 @@ def test_fill_draws_the_numbers_of_noise(width: int) -> None:
     expected = torch.cat([apart.noise(0, noises, count, width).view(-1, width) for noises, count in chunks])
     assert torch.equal(out[:26], expected)
     assert torch.equal(together.noise(0, 1, 2, width), apart.noise(0, 1, 2, width))  # the streams are at one place
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_plan_of_a_batch_has_each_image_as_alone(steps: int) -> None:
+    """Images with the same schedule may have different numbers of tokens to generate."""
+    source = SeededNoise(range(5))
+    state = init_state(noise(5, 16, 2), MASK.flatten(1), steps, source, grid=(4, 4))
+    assert len(set(map(len, state.orders))) == 5
+    model, condition = tiny_model(), torch.tensor(CONDITIONS)
+    plan = plan_steps(model.head, condition, state, GUIDED)
+    for k in range(state.steps):
+        step, at = plan[k], replace(state, step=k)
+        known = MASK.flatten(1).logical_not() | ((state.revealed_at() > 0) & (state.revealed_at() <= k))
+        assert step.images.tolist() == [i for i, own in enumerate(state.schedules) if k < len(own)]
+        for row, image in enumerate(step.images.tolist()):
+            expected = at.revealed(image).tolist()
+            assert [p for p in step.query_idx[row].tolist() if p < 16] == expected
+            assert [p for p in step.visible[row].tolist() if p < 16] == known[image].nonzero().flatten().tolist()
+            groups = [(i, p) for g in step.groups for i, p in zip(g.image.tolist(), g.position.tolist(), strict=True)]
+            assert [p for i, p in groups if i == image] == expected
+        alone = plan_steps(model.head, condition, at, GUIDED, count=1)[k]
+        assert all(torch.equal(a, b) for a, b in zip(step.groups[0][3:8], alone.groups[0][3:8], strict=True))
 
 
 def test_windows_of_noise_have_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
