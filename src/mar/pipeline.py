@@ -423,15 +423,19 @@ class Pipeline(
     def open(cls, path: str | Path) -> Pipeline:
         """Load a file that `save` wrote. Raises CheckpointError for any other."""
         header, tensors = store.load(path)
+        store.check_values(Path(path), tensors)
         with init_empty_weights():
             model, tokenizer = MAR(header.model), build(header.tokenizer)
         for prefix, module in (("model.", model), ("tokenizer.", tokenizer)):
             state = {key.removeprefix(prefix): t.float() for key, t in tensors.items() if key.startswith(prefix)}
             module.load_state_dict(state, assign=True)
-        return cls(
-            model, tokenizer, classes=header.classes, sampling=header.sampling, weights=header.weights,
-            captions=reader_from_header(header.condition, header.model.buffer_size), notes=header.notes,
-        )  # fmt: skip
+        try:
+            return cls(
+                model, tokenizer, classes=header.classes, sampling=header.sampling, weights=header.weights,
+                captions=reader_from_header(header.condition, header.model.buffer_size), notes=header.notes,
+            )  # fmt: skip
+        except (LookupError, TypeError, AttributeError) as error:
+            raise store.CheckpointError(f"{path}: its header describes no model ({error})") from error
 
     def generate_model_card(self, *args: Any, license: str | None = None, **unused: Any) -> ModelCard:
         """Generate the model card of `save_pretrained` and `push_to_hub`.

@@ -72,7 +72,7 @@ def was_compared(path: Path) -> bool:
 
 
 def note_compared(path: Path) -> None:
-    """Note that a file has been compared."""
+    """Record that a file has been compared."""
     if time.time() - path.stat().st_mtime > _SETTLED_S:
         _compared.add(_identity(path))
 

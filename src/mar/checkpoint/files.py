@@ -23,6 +23,11 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def printable(text: str) -> str:
+    """Return text with its control characters escaped, which a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def size_text(size: int) -> str:
     """Format bytes for people: `12.3 MiB`."""
     value = float(size)

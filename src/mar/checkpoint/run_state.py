@@ -418,7 +418,7 @@ _PLACED = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
 def check_pickle(data: bytes) -> None:
-    """Raise ValueError for a truncated pickle, or one with too large a table."""
+    """Raise ValueError for a truncated pickle, or too large a table."""
     for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
         place = int(argument or 0) if opcode.name in _PLACED else 0
         if place > len(data):  # a table of so many places would be made

@@ -1,14 +1,16 @@
 """Weights to share: one safetensors file with model, tokenizer and settings.
 
 The file's metadata has one entry of ours, `mar`: the header as JSON. Tensors are called `model.<name>` and
-`tokenizer.<name>`. A matrix may be stored in 8 bits, each row a multiple of a scale, `<its name>:scale`.
+`tokenizer.<name>`. A matrix may be stored in 8 bits, each row a multiple of a scale, `<its name>:scale`. The header
+holds the sha256 of the tensors and its own; files of earlier versions have none.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,12 +21,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mar.checkpoint.files import CheckpointError, size_text, write_atomically
+from mar.checkpoint import checksums
+from mar.checkpoint.files import CheckpointError, parse_json, size_text, write_atomically
 from mar.config import ModelConfig, SamplingConfig, from_dict, to_dict
 from mar.model.mar import MAR
 from mar.nn import init_empty_weights
+from mar.tokenizer import build
 
-__all__ = ["FORMAT", "CheckpointError", "Header", "load", "model_shapes", "read_header", "save"]
+__all__ = ["FORMAT", "CheckpointError", "Header", "load", "model_shapes", "read_header", "save", "verify"]
 
 FORMAT = "mar/1"
 _KEY = "mar"
@@ -32,6 +36,14 @@ _SCALE = ":scale"
 """End of the name of the scales of a matrix in 8 bits."""
 _MIN_8_BIT = 4096
 """Smaller tensors are not stored in 8 bits."""
+_CHECKSUMS = "sha256"
+"""Key of the header's checksums."""
+_DTYPES = ("F64", "F32", "F16", "BF16")
+"""Types of tensors, as safetensors calls them; I8 beside a scale."""
+_MAX_HEADER = 100_000_000
+_MIN_BOUND = 1_000_000
+"""Whole numbers of a header may be so large in any file; larger ones need as many bytes of tensors."""
+_MAX_NESTING = 50
 
 
 @dataclass(frozen=True)
@@ -72,10 +84,12 @@ def save(path: str | os.PathLike[str], header: Header, tensors: Mapping[str, Ten
     _check_fit(path, header.model, {name: tensor.shape for name, tensor in tensors.items()})
     # One entry alone: safetensors writes several in an order that changes from call to call.
     values = {name: value for name, value in to_dict(header).items() if value or name != "condition"}
-    metadata = {_KEY: json.dumps({"format": FORMAT, **values})}
     stored = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     if bits8:
         stored = {key: value for name, tensor in stored.items() for key, value in to_8_bits(name, tensor).items()}
+    content = {"format": FORMAT, **values, _CHECKSUMS: {"tensors": checksums.tensors_digest(stored)}}
+    content[_CHECKSUMS]["header"] = _header_digest(json.loads(json.dumps(content)))
+    metadata = {_KEY: json.dumps(content)}
 
     def write(temporary: Path) -> None:
         try:
@@ -94,16 +108,64 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> tu
     that are not those of its config.
     """
     path = Path(path)
-    header = read_header(path)
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
+    return _load(path, str(device), checksums.enabled() and not checksums.was_compared(_existing(path)))[:2]
+
+
+def verify(path: str | os.PathLike[str]) -> bool:
+    """Compare a file with its checksums. Returns False for one of an earlier version, without checksums.
+
+    Raises CheckpointError as `load` does.
+    """
+    _, tensors, has_checksums = _load(Path(path), "cpu", True)
+    check_values(Path(path), tensors)
+    return has_checksums
+
+
+def _load(path: Path, device: str, compare: bool) -> tuple[Header, dict[str, Tensor], bool]:
+    """Load header and tensors; returns, too, whether there are checksums."""
+    header, digest = _read(path)
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} can't be read ({_first_line(error)}); copy or download it again") from error
+    if compare and digest is not None:
+        if checksums.tensors_digest(tensors) != digest:
+            raise CheckpointError(f"{path} is damaged: its tensors are not those that were written; get it again")
+        checksums.note_compared(path)
     for name in [name for name in tensors if name.endswith(_SCALE)]:
         of, scale = name.removesuffix(_SCALE), tensors.pop(name)
-        if of not in tensors or scale.shape != tensors[of].shape[:1]:
-            raise CheckpointError(f"{path}: {name} has no matrix of {len(scale)} rows; was it made by mar?")
         tensors[of] = from_8_bits(tensors[of], scale)
-    _check_fit(path, header.model, {name: tensor.shape for name, tensor in tensors.items()})
-    return header, tensors
+    return header, tensors, digest is not None
+
+
+def check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for weights that are not finite, by name."""
+    broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise CheckpointError(f"{path}: {', '.join(broken[:3])}{more} have values that are not finite; get it again")
+    std = tensors.get("tokenizer.std")
+    if std is not None and not bool((std > 0).all()):
+        raise CheckpointError(f"{path}: tokenizer.std has values that are not positive, so no latents can be scaled")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Tell if all values are finite, in one pass without a copy."""
+    if not tensor.numel():
+        return True
+    low, high = torch.aminmax(tensor)  # NaN, if there is one
+    return math.isfinite(low) and math.isfinite(high)
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such file")
+    return path
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:160] or type(error).__name__
 
 
 def to_8_bits(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -125,20 +187,115 @@ def from_8_bits(rounded: Int8[Tensor, "rows ..."], scale: Float32[Tensor, " rows
 
 def read_header(path: str | os.PathLike[str]) -> Header:
     """Read the header alone. Raises CheckpointError as `load` does."""
-    path = Path(path)
-    _check_kind(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata, names = file.metadata() or {}, list(file.keys())
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
-    if _KEY not in metadata:
-        shown = ", ".join(names[:3])
+    return _read(Path(path))[0]
+
+
+def _read(path: Path) -> tuple[Header, str | None]:
+    """Read the header, and compare it with the tensors' names, types and shapes.
+
+    Returns, too, the sha256 of the tensors; None in a file of an earlier version.
+    """
+    table = _read_table(path)
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or _KEY not in metadata:
+        shown = ", ".join(list(table)[:3])
         raise CheckpointError(
             f"{path} is a safetensors file, but says nothing of mar's format (it holds {shown}, ...); "
             "weights of other programs have to be imported with `mar convert`"
         )
-    return _parse(path, metadata[_KEY])
+    header, digest, intact = _parse(path, metadata[_KEY])
+    try:
+        _check_bounds(header, table, path.stat().st_size)
+        shapes = _stored_shapes(table)
+        expected = {f"model.{name}": shape for name, shape in model_shapes(header.model).items()}
+        expected |= {f"tokenizer.{name}": shape for name, shape in _tokenizer_shapes(header).items()}
+        different = shape_differences(shapes, expected)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except (ValueError, TypeError, RuntimeError, OverflowError, LookupError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its header describes no model ({_first_line(error)})") from error
+    if different:
+        raise CheckpointError(_mismatch_message(path, different))
+    try:
+        _check_conditions(header)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    if not intact:
+        raise CheckpointError(f"{path} is damaged: its header is not as it was written; get it again")
+    return header, digest
+
+
+def _check_bounds(header: Header, table: Mapping[str, Any], size: int) -> None:
+    """Raise CheckpointError for what can't be the description of these tensors, before anything is built."""
+    depths = {
+        "model.encoder.depth": header.model.encoder.depth,
+        "model.decoder.depth": header.model.decoder.depth,
+        "model.head.depth": header.model.head.depth,
+        "tokenizer.depth": header.tokenizer.get("depth", 0),
+    }
+    config = header.tokenizer.get("config")
+    if isinstance(config, dict):
+        depths["tokenizer.config.layers_per_block"] = config.get("layers_per_block", 0)
+    for name, depth in depths.items():
+        if not isinstance(depth, int) or depth > len(table):
+            raise CheckpointError(f"{name} is {depth!r}, but the file has {len(table):,} tensors")
+    for name, value in _numbers({"model": to_dict(header.model), "tokenizer": header.tokenizer}):
+        if not math.isfinite(value) or abs(value) > max(size, _MIN_BOUND):
+            raise CheckpointError(f"{name} is {value:.6g}, too large for a file of {size_text(size)}")
+    model = header.model
+    if math.prod(model.grid) * model.channels > max(size, _MIN_BOUND):
+        raise CheckpointError(f"model.grid is {model.grid}, too large for a file of {size_text(size)}")
+
+
+def _check_conditions(header: Header) -> None:
+    """Raise CheckpointError unless classes and words are as many as the model has."""
+    model = header.model
+    if len(header.classes) not in (0, model.classes):
+        raise CheckpointError(f"it names {len(header.classes)} classes, but the model has {model.classes}")
+    words = header.condition.get("words", [])
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or len(words) != model.words:
+        raise CheckpointError(f"its captions have no list of {model.words} words, as the model does")
+
+
+def _numbers(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, int | float]]:
+    """Yield the numbers in plain values, by name."""
+    if depth > _MAX_NESTING:
+        raise CheckpointError(f"{name[:60]} is nested too deeply")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _numbers(item, f"{name}.{key}".lstrip("."), depth + 1)
+    elif isinstance(value, list | tuple):
+        if len(value) > 1000:
+            raise CheckpointError(f"{name} has {len(value):,} values, too many for a model")
+        for item in value:
+            yield from _numbers(item, name, depth + 1)
+    elif isinstance(value, int | float):
+        yield name, value
+
+
+def _stored_shapes(table: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Return name and shape of every tensor of a file. Raises CheckpointError for types that hold no weights."""
+    for name, entry in table.items():
+        of = name.removesuffix(_SCALE)
+        if of != name:
+            if of not in table or entry["dtype"] != "F32" or entry["shape"] != table[of]["shape"][:1]:
+                raise CheckpointError(f"{name} is no scale of the rows of a matrix; was it made by mar?")
+        elif entry["dtype"] not in _DTYPES and not (entry["dtype"] == "I8" and name + _SCALE in table):
+            raise CheckpointError(f"{name} is stored as {entry['dtype']}, expected {', '.join(_DTYPES)}")
+    return {name: torch.Size(entry["shape"]) for name, entry in table.items() if not name.endswith(_SCALE)}
+
+
+def _tokenizer_shapes(header: Header) -> dict[str, torch.Size]:
+    """Return name and shape of the tokenizer's tensors, without creating them."""
+    try:
+        with init_empty_weights():
+            return {name: tensor.shape for name, tensor in build(header.tokenizer).state_dict().items()}
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"its tokenizer can't be built ({type(error).__name__}: {_first_line(error)}); was it made by mar?"
+        ) from error
 
 
 def model_shapes(config: ModelConfig) -> dict[str, torch.Size]:
@@ -158,53 +315,86 @@ def shape_differences(shapes: Mapping[str, torch.Size], expected: Mapping[str, t
     return lines + [f"{name} is not expected" for name in sorted(set(shapes) - set(expected))]
 
 
-def _parse(path: Path, text: str) -> Header:
+def _parse(path: Path, text: Any) -> tuple[Header, str | None, bool]:
+    """Return the header, the tensors' sha256 if it has one, and whether the header is as it was written."""
     try:
-        values = json.loads(text)
-        written = values.pop("format")
+        values = parse_json(text)
+        written = values["format"]
         family, _, version = written.partition("/")
         newer = family == "mar" and version.isdigit() and int(version) > int(FORMAT.partition("/")[2])
         if not newer and written == FORMAT:
-            return _header(values)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its header can't be understood ({error}); was it made by mar?") from error
+            digest, intact = None, True
+            if _CHECKSUMS in values:
+                digest, own = (str(values[_CHECKSUMS][name]) for name in ("tensors", "header"))
+                intact = not checksums.enabled() or _header_digest(values) == own
+            kept = {name: value for name, value in values.items() if name not in ("format", _CHECKSUMS)}
+            return from_dict(Header, kept), digest, intact
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise CheckpointError(
+            f"{path}: its header can't be understood ({_first_line(error)}); was it made by mar?"
+        ) from error
     if newer:
         raise CheckpointError(f"{path} is of format {written}, newer than this mar reads ({FORMAT}); update mar")
     raise CheckpointError(f"{path} is of format {written!r}, which this mar does not know (it reads {FORMAT})")
 
 
-def _header(values: dict[str, Any]) -> Header:
-    values["model"] = from_dict(ModelConfig, values["model"])
-    values["sampling"] = from_dict(SamplingConfig, values["sampling"])
-    values["classes"] = tuple(values["classes"])
-    return Header(**values)
+def _header_digest(values: dict[str, Any]) -> str:
+    """Return the sha256 of a header, but for this very value."""
+    kept = {name: digest for name, digest in values[_CHECKSUMS].items() if name != "header"}
+    return checksums.json_digest({**values, _CHECKSUMS: kept})
 
 
 def _check_fit(path: Path, config: ModelConfig, shapes: Mapping[str, torch.Size]) -> None:
     prefix = "model."
     model = {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
     if different := shape_differences(model, model_shapes(config)):
-        more = f"; {len(different)} differences in all" if len(different) > 3 else ""
-        raise CheckpointError(f"{path}: the tensors are not those of its config: {'; '.join(different[:3])}{more}")
+        raise CheckpointError(_mismatch_message(path, different))
 
 
-def _check_kind(path: Path) -> None:
-    """Raise CheckpointError for a file of another kind: safetensors would say less."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: there is no such file")
-    size = path.stat().st_size
+def _mismatch_message(path: Path, different: list[str]) -> str:
+    more = f"; {len(different)} differences in all" if len(different) > 3 else ""
+    return f"{path}: the tensors are not those of its config: {'; '.join(different[:3])}{more}"
+
+
+def _read_table(path: Path) -> dict[str, Any]:
+    """Read what a safetensors file says of its tensors, and its metadata. CheckpointError for a file of another kind.
+
+    safetensors would say less.
+    """
+    size = _existing(path).stat().st_size
     with path.open("rb") as file:
         start, first = file.read(8), file.read(1)
         length = int.from_bytes(start, "little")
-        if size < 8 or length > 100_000_000 or first not in (b"{", b""):
+        if size < 8 or length > _MAX_HEADER or first not in (b"{", b""):
             raise CheckpointError(_other_kind(path, start))
-        expected = 8 + length
-        if first and size >= expected:
-            expected += _data_length(path, first + file.read(length - 1))
-    if size < expected:
-        raise CheckpointError(
-            f"{path} is truncated: {size_text(size)} of at least {size_text(expected)}; copy or download it again"
-        )
+        if size < 8 + length:
+            raise _truncated(path, size, 8 + length)
+        header = first + file.read(length - 1)
+    try:
+        table = parse_json(header)
+        ends = []
+        for name, entry in table.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            if not all(type(value) is int and value >= 0 for value in (begin, end, *entry["shape"])):
+                raise ValueError(f"{name} has shape {entry['shape']}")
+            ends.append(end)
+    except (ValueError, KeyError, TypeError, AttributeError, LookupError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: its header can't be read") from error
+    if size < (expected := 8 + length + max(ends, default=0)):
+        raise _truncated(path, size, expected)
+    try:
+        with safe_open(path, framework="pt"):  # looks at the offsets
+            return dict(table)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is not a safetensors file: {_first_line(error)}") from error
+
+
+def _truncated(path: Path, size: int, expected: int) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is truncated: {size_text(size)} of at least {size_text(expected)}; copy or download it again"
+    )
 
 
 def _other_kind(path: Path, start: bytes) -> str:
@@ -215,11 +405,3 @@ def _other_kind(path: Path, start: bytes) -> str:
     if start.lstrip().startswith(b"<"):
         return f"{path} is a web page, not weights: the download of it failed; get it again"
     return f"{path} is not a safetensors file"
-
-
-def _data_length(path: Path, header: bytes) -> int:
-    try:
-        entries = json.loads(header)
-        return max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, LookupError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file: its header can't be read") from error

@@ -25,6 +25,7 @@ VERBS = {
     "convert": ("mar.cli.convert", "official weights -> ours, and back"),
     "download": ("mar.cli.download", "fetch the official weights and tokenizer"),
     "tokenizer": ("mar.cli.tokenizer", "train a tokenizer on your pictures, or measure one"),
+    "verify": ("mar.cli.verify", "compare every byte of a run, cache, model or statistics with its checksums"),
     "info": ("mar.cli.info", "this machine, and what a checkpoint holds"),
 }
 

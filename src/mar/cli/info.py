@@ -40,6 +40,7 @@ def info(arguments: Sequence[str]) -> int:
 def _print_model(name: str) -> None:
     from mar import zoo
     from mar.assets import asset
+    from mar.checkpoint.files import printable
     from mar.checkpoint.store import model_shapes
     from mar.config import to_dict
 
@@ -52,12 +53,12 @@ def _print_model(name: str) -> None:
         ("tokenizer", {key: value for key, value in header.tokenizer.items() if key != "config"}),
         ("notes", header.notes),
     ):
-        print(f"{title}: {', '.join(f'{key}={value}' for key, value in values.items())}")
+        print(printable(f"{title}: {', '.join(f'{key}={value}' for key, value in values.items())}"))
     if header.classes:
         more = ", ..." if len(header.classes) > 10 else ""
-        print(f"{len(header.classes)} classes: {', '.join(header.classes[:10])}{more}")
+        print(printable(f"{len(header.classes)} classes: {', '.join(header.classes[:10])}{more}"))
     if header.condition:
-        print(f"captions: {_describe_captions(header.condition)}")
+        print(printable(f"captions: {_describe_captions(header.condition)}"))
 
 
 def _describe_captions(condition: dict[str, Any]) -> str:

@@ -268,6 +268,8 @@ def _fits(hint: Any, value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**64
+    if origin is dict:
+        return isinstance(value, dict)
     return not isinstance(hint, type) or isinstance(value, hint)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +22,9 @@ Order = Literal["random", "checkerboard", "halton"]
 """Choose the order in which tokens are revealed."""
 Preset = Literal["exact", "balanced", "fast"]
 """Name a preset of `mar.presets`."""
+
+MAX_SCALE = 1_000_000
+"""Factors of sampling are at most this: far beyond it, float32 ends."""
 
 
 @accept_old_names
@@ -67,16 +69,14 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         positive(self, "steps", "diffusion_steps", "uncond_interval")
         require(
-            math.isfinite(self.guidance_scale) and self.guidance_scale >= 0,
-            f"guidance_scale is {self.guidance_scale}, but it must be 0 or more",
+            0 <= self.guidance_scale <= MAX_SCALE,
+            f"guidance_scale is {self.guidance_scale}, but it must be 0 or more, at most {MAX_SCALE:,}",
         )
         one_of(self, "guidance_schedule", GuidanceSchedule)
+        require(0 <= self.temperature <= MAX_SCALE, f"temperature is {self.temperature}, outside [0, {MAX_SCALE:,}]")
         require(
-            math.isfinite(self.temperature) and self.temperature >= 0, f"temperature is {self.temperature}, not >= 0"
-        )
-        require(
-            self.x0_bound is None or (math.isfinite(self.x0_bound) and self.x0_bound > 0),
-            f"x0_bound is {self.x0_bound}, but it must be positive and finite",
+            self.x0_bound is None or 0 < self.x0_bound <= MAX_SCALE,
+            f"x0_bound is {self.x0_bound}, but it must be positive, at most {MAX_SCALE:,}",
         )
         one_of(self, "solver", Solver)
         one_of(self, "timestep_spacing", TimestepSpacing)

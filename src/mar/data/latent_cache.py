@@ -316,7 +316,7 @@ def read_index(folder: Path, manifest: CacheManifest) -> Index:
     try:
         shards = values["shards"]
         index = Index(
-            files=tuple(shard["file"] for shard in shards),
+            files=tuple(str(shard["file"]) for shard in shards),
             sizes=tuple(int(shard["bytes"]) for shard in shards),
             sha256=tuple(str(shard["sha256"]) for shard in shards),
             headers=tuple(str(shard["header"]) for shard in shards),

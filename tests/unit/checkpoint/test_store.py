@@ -134,7 +134,7 @@ def test_store_header_mismatch_names_the_tensor(saved: Path, tmp_path: Path) -> 
     wider = store.to_dict(replace(TINY, classes=4))
     path = with_header(saved, tmp_path / "other", {"model": wider})
     with pytest.raises(
-        CheckpointError, match=r"not those of its config: class_embed.weight is \(3, 8\), expected \(4, 8\)"
+        CheckpointError, match=r"not those of its config: model.class_embed.weight is \(3, 8\), expected \(4, 8\)"
     ):
         store.load(path)
 
@@ -240,3 +240,115 @@ def test_file_of_8_bits_is_a_quarter_and_rounds_each_row(tmp_path: Path) -> None
     back = store.from_8_bits(stored["x"], stored["x:scale"])
     assert ((back - matrix).abs() <= matrix.abs().amax(1, keepdim=True) / 127 / 2 * 1.001).all()
     assert store.to_8_bits("bias", matrix[0]).keys() == {"bias"}
+
+
+HUGE = 10**9
+MODEL = store.to_dict(TINY)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": MODEL | {"encoder": MODEL["encoder"] | {"depth": HUGE}}}, "model.encoder.depth is 1000000000, but"),
+        ({"model": MODEL | {"head": MODEL["head"] | {"depth": HUGE}}}, "model.head.depth is 1000000000, but the file"),
+        ({"model": MODEL | {"head": MODEL["head"] | {"diffusion_steps": HUGE}}}, "diffusion_steps is 1e.09, too large"),
+        ({"model": MODEL | {"classes": HUGE}}, r"model.classes is 1e\+09, too large for a file"),
+        ({"model": MODEL | {"classes": 3.0}}, "ModelConfig.classes: got 3.0, expected a whole number"),
+        ({"model": MODEL | {"classes": True}}, "ModelConfig.classes: got True, expected a whole number"),
+        ({"model": MODEL | {"grid": [4]}}, r"ModelConfig.grid: got \[4\]"),
+        ({"model": MODEL | {"grid": [HUGE, HUGE]}}, "model.grid is 1e"),
+        ({"model": MODEL | {"encoder": [1]}}, r"ModelConfig.encoder: got \[1\]"),
+        ({"sampling": {"temperature": 1e30}}, "temperature is 1e.30, outside"),
+        ({"sampling": {"guidance_scale": float("nan")}}, "guidance_scale: got nan"),
+        ({"sampling": {"steps": "8"}}, "steps: got '8', expected a whole number"),
+        ({"classes": "abc"}, "Header.classes: got 'abc'"),
+        ({"classes": ["a", "b"]}, "it names 2 classes, but the model has 3"),
+        ({"classes": [1, 2, 3]}, "Header.classes: got"),
+        ({"notes": [1]}, "Header.notes: got"),
+        ({"condition": {"kind": "words", "words": ["a"]}}, "its captions have no list of 0 words"),
+        ({"tokenizer": None}, "Header.tokenizer: got None"),
+        ({"tokenizer": {"kind": ["pixels"]}}, "its tokenizer can't be built"),
+        ({"tokenizer": {"kind": "pixels", "image_channels": "1"}}, "its tokenizer can't be built"),
+        ({"tokenizer": {"kind": "residual", "depth": HUGE}}, "tokenizer.depth is 1000000000, but the file has"),
+        ({"tokenizer": {"kind": "residual", "width": HUGE * 8}}, "tokenizer.width is 8e.09, too large"),
+        ({"tokenizer": {"kind": "kl", "config": {"block_out_channels": [HUGE]}}}, "block_out_channels is 1e.09"),
+        ({"tokenizer": {"kind": "pca"}}, "the tensors are not those of its config: tokenizer.mean is .*, expected"),
+        ({"notes": {"images": 7}}, "is damaged: its header is not as it was written"),
+        ({"sha256": 3}, "its header can't be understood"),
+    ],
+)
+def test_store_header_out_of_bounds_is_refused_at_once(
+    saved: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    path = with_header(saved, tmp_path / "other", change)
+    for read in (store.load, store.read_header):
+        with pytest.raises(CheckpointError, match=message) as said:
+            read(path)
+        assert "\n" not in str(said.value)
+
+
+def test_store_deep_json_is_refused(saved: Path, tmp_path: Path) -> None:
+    deep = "[" * 100_000 + "]" * 100_000
+    save_file(load_file(saved), tmp_path / "metadata", metadata={"mar": deep})
+    header = b'{"a":' + deep.encode() + b"}"
+    (tmp_path / "table").write_bytes(len(header).to_bytes(8, "little") + header)
+    for name in ("metadata", "table"):
+        with pytest.raises(CheckpointError, match="header can't be"):
+            store.load(tmp_path / name)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool, torch.int8])
+def test_store_whole_numbers_are_no_weights(saved: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    with store.safe_open(saved, framework="pt") as file:
+        metadata = file.metadata()
+    stored = load_file(saved)
+    stored["model.mask_token"] = stored["model.mask_token"].to(dtype)
+    save_file(stored, tmp_path / "m", metadata=metadata)
+    with pytest.raises(CheckpointError, match=r"model\.mask_token is stored as"):
+        store.read_header(tmp_path / "m")
+
+
+@pytest.mark.parametrize("name", ["model.mask_token", "tokenizer.mean"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_store_values_not_finite_are_named(name: str, value: float) -> None:
+    stored = tensors() | {"tokenizer.std": torch.ones(1)}
+    store.check_values(Path("m"), stored)
+    stored[name] = stored[name].clone()
+    stored[name].view(-1)[-1] = value
+    with pytest.raises(CheckpointError, match=f"m: {name} have values that are not finite"):
+        store.check_values(Path("m"), stored)
+    with pytest.raises(CheckpointError, match=r"tokenizer\.std has values that are not positive"):
+        store.check_values(Path("m"), {"tokenizer.std": torch.zeros(1)})
+
+
+def test_store_flipped_bit_is_refused_or_means_nothing(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, path = saved.read_bytes(), tmp_path / "m"
+    expected = bits(tensors())
+    generator = torch.Generator().manual_seed(0)
+    refused = 0
+    for place in torch.randint(len(whole), (120,), generator=generator).tolist():
+        data = bytearray(whole)
+        data[place] ^= 1 << place % 8
+        path.write_bytes(data)
+        try:
+            header, loaded = store.load(path)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert (header, bits(loaded)) == (HEADER, expected), place
+    assert refused > 110
+    store.save(tmp_path / "finite", HEADER, tensors() | {"tokenizer.std": torch.ones(1)})
+    assert store.verify(tmp_path / "finite")
+    monkeypatch.setenv("MAR_CHECKSUMS", "off")
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert bits(store.load(path)[1]) != expected
+
+
+def test_store_file_of_an_earlier_version_opens(saved: Path, tmp_path: Path) -> None:
+    with store.safe_open(saved, framework="pt") as file:
+        header = json.loads(file.metadata()["mar"])
+    del header["sha256"]
+    save_file(load_file(saved), tmp_path / "m", metadata={"mar": json.dumps(header)})
+    assert store.load(tmp_path / "m")[0] == HEADER
