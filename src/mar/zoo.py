@@ -18,12 +18,18 @@ from mar.config import SamplingConfig
 from mar.model.mar import MAR
 from mar.nn import init_empty_weights
 from mar.pipeline import WEIGHTS_FILE, Pipeline
-from mar.presets import MODELS, SAMPLING
+from mar.presets import MODELS, PUBLISHED, SAMPLING, Family, published
 from mar.tokenizer import Tokenizer, from_name, is_name
 
 BUNDLED = ("emoji", "fashion")
 """Models that come with the package."""
 
+_TOKENIZERS = {
+    "kl16": "the KL-16 tokenizer beside it; get it with `mar download kl16`",
+    "dc-ae": "the DC-AE tokenizer of 32 channels; give its folder or Hub id (--tokenizer)",
+    "detok": "the tokenizer of l-DeTok; give its file (--tokenizer)",
+}
+"""Each tokenizer as errors name it, and how to get it."""
 _TORCH_FILES = (".pth", ".ckpt", ".pt")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -78,7 +84,7 @@ def _open(name: str) -> Pipeline:
         if not (path / WEIGHTS_FILE).is_file():
             raise CheckpointError(f"{path} has no {WEIGHTS_FILE}: expected a folder of `mar train` or save_pretrained")
         return Pipeline.open(path / WEIGHTS_FILE)
-    if path.suffix in _TORCH_FILES and path.is_file():
+    if path.is_file() and (path.suffix in _TORCH_FILES or official.is_flat_official(path)):
         return import_official(path, kl16_path(path.parent))
     if path.suffix == ".safetensors" or path.is_file():
         return Pipeline.open(path)
@@ -111,35 +117,43 @@ def import_official(
     path: Path,
     tokenizer: Path | None,
     *,
-    weights: official.Weights = "ema",
+    weights: official.Weights | None = None,
     sampling: SamplingConfig | None = None,
     num_heads: int | None = None,
     patch_size: int | None = None,
+    family: Family | None = None,
 ) -> Pipeline:
-    """Load an official `checkpoint-last.pth` with the KL-16 tokenizer.
+    """Load a checkpoint of MAR, eMIGM or l-DeTok with its tokenizer.
 
     Args:
         path: the checkpoint.
-        tokenizer: kl16.ckpt.
-        weights: EMA or raw weights.
+        tokenizer: kl16.ckpt, or a name for `load_tokenizer`.
+        weights: EMA or raw weights; None: EMA, or the only set of a flat file.
         sampling: defaults of the pipeline.
         num_heads: attention heads, for models other than B, L and H: the file lacks them.
         patch_size: patch size, if the file lacks it.
+        family: the project that trained it, if the file does not tell.
     """
+    read = official.read_mar(path, weights, num_heads=num_heads, patch_size=patch_size, family=family)
+    known = published(read.model_config, read.family)
+    of_family = next(p for p in PUBLISHED.values() if p.family == read.family)
+    kind = known.tokenizer if known else of_family.tokenizer
+    if kind != "kl16" and tokenizer is not None and tokenizer.name == OFFICIAL["kl16"].name:
+        tokenizer = None  # found beside the file, but not its own
     if tokenizer is None:
-        raise CheckpointError(f"{path} needs the KL-16 tokenizer beside it; get it with `mar download kl16`")
-    read = official.read_mar(path, weights, num_heads=num_heads, patch_size=patch_size)
+        raise CheckpointError(f"{path} needs {_TOKENIZERS[kind]}")
     with init_empty_weights():
         model = MAR(read.model_config)
     model.load_state_dict(read.state, assign=True)
-    name = next((name for name, config in MODELS.items() if config == read.model_config), None)
+    if known is None:
+        sampling = sampling or (of_family.sampling if read.family == "emigm" else None)
     return Pipeline(
         model,
-        load_kl16(tokenizer),
+        load_kl16(tokenizer) if kind == "kl16" else load_tokenizer(str(tokenizer)),
         classes=imagenet_classes() if read.model_config.classes == 1000 else (),
-        sampling=sampling or SAMPLING.get(name or "", SamplingConfig()),
+        sampling=sampling or (known.sampling if known else SamplingConfig()),
         weights=read.weights,
-        notes=read.notes,
+        notes=read.notes | {"family": read.family},
     )
 
 

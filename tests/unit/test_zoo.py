@@ -99,7 +99,7 @@ def test_zoo_official_file_needs_a_tokenizer(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "mine.pth"
     model, _ = official_file(path)
     with pytest.raises(CheckpointError, match="mar download kl16"):
-        zoo.load(path)
+        zoo.import_official(path, None, num_heads=2)
     monkeypatch.setattr(zoo, "load_kl16", lambda path: PixelTokenizer(3, 0.0, 1.0))
     loaded = zoo.import_official(path, tmp_path / "kl16.ckpt", num_heads=2)
     assert loaded.weights == "ema"

@@ -18,14 +18,21 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mar.checkpoint.files import CheckpointError, write_atomically
 from mar.checkpoint.store import model_shapes, shape_differences
 from mar.config import HeadConfig, ModelConfig, TrunkConfig
+from mar.presets import Family
 
 logger = logging.getLogger(__name__)
 Weights = Literal["ema", "raw"]
+_ADAMW_FAMILIES = ("mar", "emigm")
+"""Families whose optimizer has the parameter groups of the reference."""
+_DETOK_KEYS = {"loss_scaler", "last_elapsed_time"}
+"""Entries that files of l-DeTok's training have, and others have not."""
 _HEADS_BY_MODEL = {"mar_base": 12, "mar_large": 16, "mar_huge": 16}
 _HEADS_BY_WIDTH = {448: 8, 512: 8, 768: 12, 1024: 16, 1280: 16}
 """Heads of the published models: MAR from 768, eMIGM from 448."""
@@ -41,8 +48,8 @@ class OfficialMAR:
     model_config: ModelConfig
     state: dict[str, Tensor]
     """The requested weights."""
-    weights: Weights
-    """The kind of `state`."""
+    weights: str
+    """The kind of `state`: ema, raw, or unknown for a file of one set of weights."""
     raw: dict[str, Tensor] | None
     ema: dict[str, Tensor] | None
     notes: dict[str, Any] = field(default_factory=dict)
@@ -53,42 +60,63 @@ class OfficialMAR:
     """The last finished epoch, counted from 0."""
     args: dict[str, Any] | None = None
     """The settings of the reference's command line."""
+    family: Family = "mar"
+    """The project that trained it."""
 
 
 def read_mar(
     path: str | os.PathLike[str],
-    weights: Weights = "ema",
+    weights: Weights | None = None,
     *,
     num_heads: int | None = None,
     patch_size: int | None = None,
+    family: Family | None = None,
 ) -> OfficialMAR:
-    """Read the reference's `checkpoint-last.pth`.
+    """Read the reference's `checkpoint-last.pth`, or one of eMIGM or l-DeTok.
 
     Raises CheckpointError for a file that asks to run code, is damaged, lacks the requested weights, or holds another
     model.
 
     Args:
         path: the file.
-        weights: ema or raw.
+        weights: ema or raw; None: ema, or the only set of a flat file.
         num_heads: number of attention heads; None: from the file's settings, or known for the widths of B, L and H.
         patch_size: side of a patch in latent cells; None: from the file's settings, or 1.
+        family: the project that trained it; None: as tensors and entries of the file tell, or MAR.
     """
-    if weights not in get_args(Weights):
+    if weights not in (None, *get_args(Weights)):
         raise ValueError(f"weights: got {weights!r}, expected ema or raw")
     path = Path(path)
-    holder = read_torch(path)
+    holder: dict[str, Any] = load_file(path) if path.suffix == ".safetensors" else read_torch(path)
     args = vars(holder["args"]) if isinstance(holder.get("args"), argparse.Namespace) else None
-    official = {"raw": _state_dict(holder, "model"), "ema": _state_dict(holder, "model_ema")}
+    official: dict[str, dict[str, Tensor] | None] = {
+        "raw": _state_dict(holder, "model"),
+        "ema": _state_dict(holder, "model_ema"),
+    }
     if all(isinstance(value, Tensor) for value in holder.values()):
         official["raw"] = holder  # a bare state dict
+        if weights is None:
+            logger.warning(
+                "%s holds one set of weights, of unknown kind; those of jadechoghari/mar are the raw ones "
+                "and draw worse pictures (FID 5.56, EMA 2.31)",
+                path,
+            )
+            official["unknown"], weights = official.pop("raw"), "unknown"  # type: ignore[assignment]
+    weights = weights or "ema"
     chosen = official[weights]
     if chosen is None:
         raise CheckpointError(_missing_weights(path, weights, list(holder)))
+    given, family = family, family or _family_of(holder, chosen)
+    if (family == "emigm") != is_tied(chosen):
+        has = "eMIGM's one vector as mask token and null class" if is_tied(chosen) else "MAR's tensors, not eMIGM's"
+        raise CheckpointError(f"{path}: family: got {given}, but the file has {has}; leave it out")
     try:
         config = infer_config(chosen, args or {}, num_heads=num_heads, patch_size=patch_size)
         states = {kind: _convert(state, config) for kind, state in official.items() if state is not None}
-        optimizer = holder.get("optimizer")
-        moments = convert_optimizer(optimizer, official["raw"] or chosen) if isinstance(optimizer, Mapping) else None
+        optimizer = holder.get("optimizer") if family in _ADAMW_FAMILIES else None
+        moments = (
+            convert_optimizer(optimizer, official.get("raw") or chosen) if isinstance(optimizer, Mapping) else None
+        )
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     logger.info("%s: took the %s weights", path, weights)
@@ -101,8 +129,25 @@ def read_mar(
     notes: dict[str, Any] = {"source": path.name, "weights": weights}
     notes |= {} if epoch is None else {"epoch": epoch}
     return OfficialMAR(
-        config, states[weights], weights, states.get("raw"), states.get("ema"), notes, moments, epoch, args
-    )
+        config, states[weights], weights, states.get("raw"), states.get("ema"), notes, moments, epoch, args,
+        family,
+    )  # fmt: skip
+
+
+def _family_of(holder: Mapping[str, Any], state: Mapping[str, Tensor]) -> Family:
+    """Tell a file's family by its tensors and entries; MAR, too, for one of l-DeTok without them."""
+    if is_tied(state):
+        return "emigm"
+    return "detok" if _DETOK_KEYS & set(holder) else "mar"
+
+
+def is_flat_official(path: Path) -> bool:
+    """Return whether a safetensors file holds a MAR under the official names."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "encoder_pos_embed_learned" in file.keys()  # noqa: SIM118
+    except (SafetensorError, OSError):
+        return False
 
 
 def write_mar(

@@ -65,8 +65,8 @@ class Header:
     """The reader of captions (`mar.data.conditions`); empty for a model without captions."""
 
     def __post_init__(self) -> None:
-        if self.weights not in ("ema", "raw"):
-            raise ValueError(f"weights: got {self.weights!r}, expected ema or raw")
+        if self.weights not in ("ema", "raw", "unknown"):
+            raise ValueError(f"weights: got {self.weights!r}, expected ema, raw or unknown")
 
 
 def save(path: str | os.PathLike[str], header: Header, tensors: Mapping[str, Tensor], *, bits8: bool = False) -> None:

@@ -22,8 +22,10 @@ class ConvertOptions:
     """The file to write: .safetensors, or .pth for the official format."""
     weights: Literal["ema", "raw"] | None = None
     """Weights of an official file or a run to take: by default ema; raw ones draw worse pictures."""
+    family: Literal["mar", "emigm", "detok"] | None = None
+    """Project that trained an official file, if it does not tell: l-DeTok's MAR has the tensors of MAR."""
     tokenizer: Path | None = None
-    """kl16.ckpt; by default the one beside the source, or of `mar download`."""
+    """kl16.ckpt, by default the one beside the source or of `mar download`; of others the file, folder or Hub id."""
     num_heads: int | None = None
     """Attention heads of an official file that does not tell, and is not B, L or H."""
     patch_size: int | None = None
@@ -35,6 +37,8 @@ class ConvertOptions:
 def convert(arguments: Sequence[str]) -> int:
     """Runs `mar convert`."""
     options = parse(ConvertOptions, "convert", arguments)
+    from mar.checkpoint.official import is_flat_official
+
     source, target = options.source, options.target
     if not source.exists():
         raise ValueError(f"{source}: there is no such file")
@@ -42,7 +46,7 @@ def convert(arguments: Sequence[str]) -> int:
         raise ValueError(f"target: got {target}, expected a file .safetensors (ours) or .pth (official)")
     if target.resolve() == source.resolve():
         raise ValueError(f"target {target} is the source, which would be lost; take another name")
-    ours = source.is_dir() or source.suffix == ".safetensors"
+    ours = source.is_dir() or (source.suffix == ".safetensors" and not is_flat_official(source))
     if target.suffix == ".pth":
         if not ours:
             raise ValueError(f"{source} -> {target}: only files and run folders of ours become official ones")
@@ -59,11 +63,15 @@ def convert(arguments: Sequence[str]) -> int:
         pipeline = zoo.import_official(
             source,
             options.tokenizer or zoo.kl16_path(source.parent),
-            weights=options.weights or "ema",
+            weights=options.weights,
+            family=options.family,
             num_heads=options.num_heads,
             patch_size=options.patch_size,
         )
     pipeline.save(target, torch_dtype(options.dtype or "fp32"))
+    if not ours and options.family is None:
+        same = ", whose tensors l-DeTok's MAR has as well (--family detok)" if pipeline.notes["family"] == "mar" else ""
+        print(f"{source}: recognized as {pipeline.notes['family']}{same}")
     count = sum(p.numel() for p in pipeline.model.parameters())
     print(f"{target}: {count / 1e6:.1f} million parameters, the {pipeline.weights.upper()} weights")
     return 0
@@ -71,7 +79,7 @@ def convert(arguments: Sequence[str]) -> int:
 
 def _check_options(options: ConvertOptions, valid: tuple[str, ...], direction: str) -> None:
     """Raises ValueError for an option that is not among the `valid` ones of this direction."""
-    for name in ("weights", "tokenizer", "num_heads", "patch_size", "dtype"):
+    for name in ("weights", "family", "tokenizer", "num_heads", "patch_size", "dtype"):
         if name not in valid and getattr(options, name) is not None:
             raise ValueError(f"--{name.replace('_', '-')} says nothing of {direction}; leave it out")
 
@@ -89,7 +97,9 @@ def _export(source: Path, target: Path) -> int:
     path = source / WEIGHTS_FILE if source.is_dir() else source
     pipeline, raw_file = Pipeline.open(path), _raw_path(path)
     if pipeline.weights != "ema":
-        raise ValueError(f"{path} holds raw weights, but an official file needs the EMA's; give the run's folder")
+        raise ValueError(
+            f"{path} holds {pipeline.weights} weights, but an official file needs the EMA's; give the run's folder"
+        )
     ema = pipeline.model
     raw = Pipeline.open(raw_file).model if raw_file.is_file() else ema
     write_mar(target, ema.config, raw.state_dict(), ema.state_dict())

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mar.checkpoint.files import CheckpointError
@@ -20,6 +21,7 @@ from mar.checkpoint.official import (
     convert_optimizer,
     from_official,
     infer_config,
+    is_flat_official,
     read_mar,
     to_official,
     write_mar,
@@ -105,7 +107,32 @@ def test_official_bare_state_dict_is_raw(tmp_path: Path) -> None:
     path = write(tmp_path / "c.pth", **RAW)
     assert same(read_mar(path, "raw", num_heads=2, patch_size=2).state, RAW)
     with pytest.raises(CheckpointError, match="has no EMA weights"):
-        read_mar(path, num_heads=2, patch_size=2)
+        read_mar(path, "ema", num_heads=2, patch_size=2)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_official_flat_file_is_of_unknown_kind(tmp_path: Path, caplog: pytest.LogCaptureFixture, suffix: str) -> None:
+    path = tmp_path / f"mar-base{suffix}"
+    save_file(RAW, path) if suffix == ".safetensors" else write(path, **RAW)
+    assert is_flat_official(path) == (suffix == ".safetensors")
+    read = read_mar(path, num_heads=2, patch_size=2)
+    assert (read.weights, read.raw, read.ema, read.family) == ("unknown", None, None, "mar")
+    assert same(read.state, RAW)
+    assert "one set of weights, of unknown kind; those of jadechoghari/mar are the raw ones" in caplog.text
+
+
+def test_official_family_is_told_by_tensors_and_entries(tmp_path: Path) -> None:
+    plain = {"model": RAW, "model_ema": EMA, "args": ARGS}
+    assert read_mar(write(tmp_path / "a.pth", **plain), num_heads=2).family == "mar"
+    assert read_mar(tmp_path / "a.pth", num_heads=2, family="detok").family == "detok"
+    detok = write(tmp_path / "b.pth", **plain, loss_scaler={}, last_elapsed_time=3.5, epoch=799)
+    assert read_mar(detok, num_heads=2).family == "detok"
+    emigm = write(tmp_path / "c.pth", model_ema=tied_state(0), args=ARGS)
+    assert read_mar(emigm, num_heads=2).family == "emigm"
+    with pytest.raises(CheckpointError, match=r"family: got mar, but the file has eMIGM's one vector as mask token"):
+        read_mar(emigm, num_heads=2, family="mar")
+    with pytest.raises(CheckpointError, match="family: got emigm, but the file has MAR's tensors"):
+        read_mar(detok, num_heads=2, family="emigm")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -119,7 +119,7 @@ def with_header(saved: Path, path: Path, change: dict[str, Any] | None) -> Path:
         ({"model": {"flavour": "sweet"}}, "ModelConfig has no field flavour"),
         ({"model": "large"}, "its header can't be understood"),
         ({"sampling": None}, "its header can't be understood"),
-        ({"weights": "average"}, "weights: got 'average', expected ema or raw"),
+        ({"weights": "average"}, "weights: got 'average', expected ema, raw or unknown"),
         ({"surprise": 1}, "its header can't be understood"),
     ],
 )
