@@ -251,9 +251,11 @@ class Pipeline(
         """
         request = self._request(labels, prompts, seeds, settings, batch, known, mask, grow)
         with bar(progress, len(request.seeds)) as advance:
-            parts = list(self._batches(request, batch, allow_broken, advance))
-        images = torch.cat(parts) if parts else torch.empty(0, self.tokenizer.image_channels, *self.image_size)
-        return images if output == "tensor" else to_pil(images)
+            batches = self._batches(request, batch, allow_broken, advance)
+            parts = [images.cpu() if output == "tensor" else to_uint8(images) for images in batches]
+        if output == "pil":
+            return [image for part in parts for image in _as_pil(part)]
+        return torch.cat(parts) if parts else torch.empty(0, self.tokenizer.image_channels, *self.image_size)
 
     def stream(
         self,
@@ -286,7 +288,7 @@ class Pipeline(
                 advance(first + len(part.seeds) * state.step / max(state.steps, 1))
                 latents = state.latents
             images = self._decode(latents)
-            yield images if part.paste is None else part.paste(images)
+            yield images if part.paste is None else part.paste(images.cpu())
 
     def reveal(
         self,
@@ -309,7 +311,7 @@ class Pipeline(
         for state in self._generate(request, allow_broken):
 
             def decode(latents: Tensor = state.latents) -> Tensor:
-                images = self._decode(latents)
+                images = self._decode(latents).cpu()
                 return images if request.paste is None else request.paste(images)
 
             yield RevealStep(state.step, state.steps, state.known, state.revealed_at, state.latents, decode)
@@ -396,7 +398,7 @@ class Pipeline(
 
     @torch.no_grad()
     def _decode(self, latents: Tensor) -> Tensor:
-        return self.tokenizer.decode(latents.nan_to_num(0.0, 0.0, 0.0)).cpu()
+        return self.tokenizer.decode(latents.nan_to_num(0.0, 0.0, 0.0))
 
     # ---- saving and loading
 
@@ -473,11 +475,15 @@ class Pipeline(
 
 
 def to_uint8(images: Float[Tensor, "n c H W"]) -> UInt8[Tensor, "n c H W"]:
-    """Round images in [-1, 1] to 8-bit values, on the CPU."""
+    """Round images in [-1, 1] to 8-bit values on their device, and copy these to the CPU."""
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 
 def to_pil(images: Float[Tensor, "n c H W"]) -> list[Image.Image]:
     """Convert images in [-1, 1] to 8-bit PIL images, grey or RGB."""
-    arrays = to_uint8(images).permute(0, 2, 3, 1).numpy()
+    return _as_pil(to_uint8(images))
+
+
+def _as_pil(images: UInt8[Tensor, "n c H W"]) -> list[Image.Image]:
+    arrays = images.permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a) for a in arrays]

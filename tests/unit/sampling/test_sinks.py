@@ -18,6 +18,7 @@ from mar.config import ConfigError
 from mar.sampling.plan import Plan, WorkUnit
 from mar.sampling.progress import progress_text
 from mar.sampling.sinks import SINKS, Job, Npz, PngFolder, Shards, Sink, prepare, shards
+from mar.sampling.sinks.base import png, pngs
 from mar.sampling.sinks.folder import class_folders
 
 CLASSES = ("ant", "bee", "cat")
@@ -42,6 +43,18 @@ def fill(sink: Sink, channels: int = 3) -> None:
     for rank in (1, 0):
         sink.finish(rank, 2)
     sink.tidy()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pngs_from_threads_are_those_of_one(channels: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mar.sampling.sinks.base.os.cpu_count", lambda: 5)
+    drawn = np.random.default_rng(0).integers(256, size=(7, channels, 2, 4), dtype=np.uint8)
+    [unit] = Plan((0, 1, 2, -1, 0, 1, 2), seed=3).units(7)
+    own = [{"guidance_scale": 1.0, "label": None if ask < 0 else ask} for ask in unit.labels]
+    alone = [
+        png(image, {**facts, "seed": 3 * 2**32 + i}) for i, (image, facts) in enumerate(zip(drawn, own, strict=True))
+    ]
+    assert pngs(job(tmp_path, channels), unit, drawn) == alone
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -119,3 +120,24 @@ def test_kl_invalid_input_is_refused(tiny: KLTokenizer) -> None:
         tiny.encode(torch.zeros(1, 3, 10, 8))
     with pytest.raises(ValueError, match="got a diffusers AutoencoderTiny, expected an AutoencoderKL"):
         from_config({"_class_name": "AutoencoderTiny"})
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", [70]), ("meta", [32, 32, 6])])
+def test_kl_decodes_few_images_at_a_time_but_on_a_cpu(
+    tiny: KLTokenizer, device: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU a batch stays whole: convolutions of other batches differ in last bits."""
+    sizes: list[int] = []
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # knows no meta device
+    tiny = tiny.to(device)
+    decode = tiny.autoencoder.decode
+
+    def counted(raw: torch.Tensor) -> object:
+        sizes.append(len(raw))
+        return decode(raw)
+
+    monkeypatch.setattr(tiny.autoencoder, "decode", counted)
+    with torch.no_grad():
+        images = tiny.decode(torch.zeros(70, tiny.channels, 2, 2, device=device))
+    assert sizes == expected
+    assert len(images) == 70

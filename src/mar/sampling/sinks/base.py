@@ -13,6 +13,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ from mar.sampling.progress import Advance, rank_meter
 MANIFEST = "generate.json"
 IGNORED_SETTINGS = ("mar",)
 """Settings of a manifest that are only for people: another version may go on with a run."""
+
+MAX_PNG_THREADS = 16
+"""Threads that encode PNGs, at most; a process of a cluster may see many more processors than are its own."""
 
 Draw = Callable[[WorkUnit, Advance], UInt8[np.ndarray, "n c h w"]]
 """Draws a unit's images. It calls its second argument with the number of images drawn so far."""
@@ -291,14 +295,16 @@ def png(image: UInt8[np.ndarray, "c h w"], facts: dict[str, Any]) -> bytes:
 
 
 def pngs(job: Job, unit: WorkUnit, images: UInt8[np.ndarray, "n c h w"]) -> list[bytes]:
-    """Encodes a unit's images as PNGs.
+    """Encodes a unit's images as PNGs, in threads: zlib lets them run side by side.
 
     Their metadata are settings, label or prompt (null for none), and seed.
     """
-    return [
-        png(image, {**job.facts, **condition_metadata(ask), "seed": seed})
-        for image, ask, seed in zip(images, unit.asks, unit.seeds, strict=True)
+    facts = [
+        {**job.facts, **condition_metadata(ask), "seed": seed} for ask, seed in zip(unit.asks, unit.seeds, strict=True)
     ]
+    assert len(images) == len(facts)
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MAX_PNG_THREADS), thread_name_prefix="mar-png") as pool:
+        return list(pool.map(png, images, facts))
 
 
 def condition_metadata(ask: int | str) -> dict[str, Any]:
