@@ -13,6 +13,7 @@ from mar.checkpoint import official, store
 from mar.checkpoint.download import OFFICIAL, home
 from mar.checkpoint.files import CheckpointError
 from mar.checkpoint.official_kl16 import read_kl16, to_diffusers
+from mar.checkpoint.official_vit import is_vit, load_vit
 from mar.checkpoint.tokenizers import load_tokenizer as load_diffusers
 from mar.config import SamplingConfig
 from mar.model.mar import MAR
@@ -161,8 +162,8 @@ def load_tokenizer(name: str, image_channels: int = 3) -> Tokenizer:
     """Load the tokenizer called `name`.
 
     Args:
-        name: pixels; kl16 (after `mar download kl16`); a file kl16.ckpt; a folder or repository in diffusers' format;
-            one of our files of weights, which has its tokenizer inside.
+        name: pixels; kl16 (after `mar download kl16`); a file kl16.ckpt, or of l-DeTok's tokenizer; a folder or
+            repository in diffusers' format; one of our files of weights, which has its tokenizer inside.
         image_channels: channels of the images, for pixels.
     """
     if is_name(name):
@@ -180,10 +181,20 @@ def load_tokenizer(name: str, image_channels: int = 3) -> Tokenizer:
             raise CheckpointError(f"kl16 is not in {home()}; get it with `mar download kl16`")
         return load_kl16(path)
     if Path(name).suffix in _TORCH_FILES:
-        return load_kl16(Path(name))
+        return load_official_tokenizer(Path(name))
     if Path(name).suffix == ".safetensors" or name in BUNDLED:
         return _open(name).tokenizer
     return load_diffusers(name)
+
+
+def load_official_tokenizer(path: Path) -> Tokenizer:
+    """Load an official tokenizer, told by its tensors: KL-16, or l-DeTok's.
+
+    l-DeTok's has the statistics of the stats.pkl beside it.
+    """
+    if is_vit(official.read_torch(path)):
+        return load_vit(path)
+    return load_kl16(path)
 
 
 def load_kl16(path: Path) -> Tokenizer:

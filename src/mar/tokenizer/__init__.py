@@ -53,6 +53,7 @@ TOKENIZERS: dict[str, Entry] = {
     "residual": Entry("mar.tokenizer.residual", "ResidualTokenizer"),
     "pca": Entry("mar.tokenizer.pca", "PCATokenizer", r"pca[1-9]\d?"),
     "kl": Entry("mar.tokenizer.kl", "KLTokenizer", diffusers_class="AutoencoderKL"),
+    "vit": Entry("mar.tokenizer.vit", "ViTTokenizer"),
 }
 """All kinds of tokenizers, by the `kind` in their config."""
 
