@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickletools
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -21,6 +23,17 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+_PLACED = ("PUT", "BINPUT", "LONG_BINPUT")
+
+
+def check_pickle(data: bytes) -> None:
+    """Raise ValueError for a truncated pickle, or too large a table."""
+    for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
+        place = int(argument or 0) if opcode.name in _PLACED else 0
+        if place > len(data):  # a table of so many places would be made
+            raise ValueError(f"it numbers {place:,} objects in {len(data):,} bytes")
 
 
 def printable(text: str) -> str:

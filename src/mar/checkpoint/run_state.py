@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import pickle
-import pickletools
 import re
 import shutil
 import warnings
@@ -35,7 +34,15 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from mar import distributed
 from mar.checkpoint import checksums
-from mar.checkpoint.files import CheckpointError, flush, parse_json, require_room, write_error, write_text
+from mar.checkpoint.files import (
+    CheckpointError,
+    check_pickle,
+    flush,
+    parse_json,
+    require_room,
+    write_error,
+    write_text,
+)
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"state-(\d{12,})")
@@ -412,17 +419,6 @@ class _Unpickler(pickle.Unpickler):
         if is_dtype or (module, name) in _ALLOWED:
             return super().find_class(module, name)
         raise CheckpointError(f"it asks for {module}.{name}, which no state of a run needs")
-
-
-_PLACED = ("PUT", "BINPUT", "LONG_BINPUT")
-
-
-def check_pickle(data: bytes) -> None:
-    """Raise ValueError for a truncated pickle, or too large a table."""
-    for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
-        place = int(argument or 0) if opcode.name in _PLACED else 0
-        if place > len(data):  # a table of so many places would be made
-            raise ValueError(f"it numbers {place:,} objects in {len(data):,} bytes")
 
 
 def read_dcp_metadata(folder: Path) -> Metadata:

@@ -19,7 +19,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from mar import distributed
-from mar.checkpoint.files import write_atomically
+from mar.checkpoint import checksums
+from mar.checkpoint.files import parse_json, write_atomically
 
 BLOCK = 512
 """Rows that are summed at a time. Blocks do not depend on the batches that the rows came in."""
@@ -207,6 +208,7 @@ class FeatureStats:
             arrays["features"] = self.features.cpu().numpy()
         if self.provenance is not None:
             arrays["about"] = np.array(json.dumps(asdict(self.provenance)))
+        arrays["sha256"] = np.array(json.dumps({name: _array_digest(array) for name, array in arrays.items()}))
 
         def write(temporary: Path) -> None:
             with temporary.open("wb") as file:
@@ -261,6 +263,7 @@ def _read_arrays(path: Path, features: bool) -> dict[str, np.ndarray]:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path}: damaged, or no npz file of statistics; {REMAKE}")
     try:
+        _check_expansion(path, features)
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:  # np.load leaves damaged ones open
             names = set(file.files)
             if missing := sorted({"mu", "sigma"} - names):
@@ -269,10 +272,45 @@ def _read_arrays(path: Path, features: bool) -> dict[str, np.ndarray]:
             if "format" in names and int(file["format"]) > FORMAT:
                 raise ValueError(f"got format {int(file['format'])}, expected at most {FORMAT}: take a newer mar")
             known = {"mu", "sigma", "count", "about"} | ({"features"} if features else set())
-            return {name: file[name] for name in names & known}
-    except (OSError, EOFError, TypeError, ValueError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: can't be read as statistics ({reason}); {REMAKE}") from None
+            arrays = {name: file[name] for name in names & known}
+            ours = {"format", "count", "about", "features", "sha256", "mu", "sigma"}
+            if "format" in names and (strange := sorted(names - ours)):
+                raise ValueError(f"it holds {strange[0]}, which mar does not write")
+            if "sha256" in names and checksums.enabled():
+                digests = parse_json(str(file["sha256"]))
+                if set(digests) != names - {"sha256"}:
+                    raise ValueError("its parts are not those that were written")
+                for name, array in {**arrays, "format": file["format"]}.items():
+                    if _array_digest(array) != digests[name]:
+                        raise ValueError(f"{name} is not as it was written")
+            return arrays
+    except (
+        OSError, EOFError, LookupError, TypeError, ValueError, AttributeError, OverflowError, NotImplementedError,
+        MemoryError, SyntaxError, RecursionError, RuntimeError, zipfile.BadZipFile, zlib.error,
+    ) as error:  # fmt: skip
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{path}: can't be read as statistics ({reason[:200]}); {REMAKE}") from None
+
+
+_MAX_EXPANSION = 4
+_SMALL = 2**20
+
+
+def _check_expansion(path: Path, features: bool) -> None:
+    """Raise ValueError for arrays that would unpack to far more than the file."""
+    with zipfile.ZipFile(path) as archive:
+        sizes = {record.filename.removesuffix(".npy"): record.file_size for record in archive.infolist()}
+    read = {"format", "mu", "sigma", "count", "about", "sha256"} | ({"features"} if features else set())
+    needed, size = sum(sizes.get(name, 0) for name in read), path.stat().st_size
+    if needed > max(_MAX_EXPANSION * size, _SMALL):
+        raise ValueError(f"its arrays unpack to {needed:,} bytes, more than {_MAX_EXPANSION} times the file")
+
+
+def _array_digest(array: np.ndarray) -> str:
+    """Return the sha256, in hex, of an array's type, shape and values."""
+    digest = hashlib.sha256(f"{array.dtype.str} {array.shape}".encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _to_tensor(array: np.ndarray) -> Tensor:
@@ -282,7 +320,7 @@ def _to_tensor(array: np.ndarray) -> Tensor:
 
 
 def _parse_provenance(text: str) -> StatsProvenance:
-    fields = json.loads(text)
+    fields = parse_json(text)
     if not isinstance(fields, Mapping) or set(fields) != {"extractor", "fingerprint", "size", "source"}:
         raise ValueError(f"statistics: got about = {text[:80]}, expected extractor, fingerprint, size, source")
     height, width = fields["size"]

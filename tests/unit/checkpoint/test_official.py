@@ -6,6 +6,7 @@ import argparse
 import logging
 import pathlib
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from mar.checkpoint.official import (
     infer_config,
     is_flat_official,
     read_mar,
+    read_torch,
     to_official,
     write_mar,
 )
@@ -396,3 +398,72 @@ def test_tied_optimizer_has_the_shared_vector_once(tmp_path: Path) -> None:
     assert moments.keys() == dict(MAR(TIED).named_parameters()).keys()
     expected = optimizer.state[named["fake_latent"]]["exp_avg"][0]
     assert torch.equal(moments["mask_token"]["exp_avg"], expected)
+
+
+def flat(path: Path) -> dict[str, bytes]:
+    """The tensors of a file of torch.save, as bytes."""
+    return {name: tensor.numpy().tobytes() for name, tensor in read_torch(path).items()}
+
+
+def test_official_flipped_bit_is_refused_or_means_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.pth"
+    torch.save({name: torch.randn(40, 5) for name in "abc"}, path)
+    whole, expected = path.read_bytes(), flat(path)
+    generator = torch.Generator().manual_seed(0)
+    refused = 0
+    for place in torch.randint(8 * len(whole), (200,), generator=generator).tolist():
+        data = bytearray(whole)
+        data[place // 8] ^= 1 << place % 8
+        path.write_bytes(data)
+        try:
+            read = flat(path)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert read == expected, place
+    assert refused > 120
+    data = bytearray(whole)
+    data[whole.index(expected["b"]) + 3] ^= 64
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"m\.pth is damaged \(Bad CRC-32 for file 'm/data/1'\); copy"):
+        read_torch(path)
+    monkeypatch.setenv("MAR_CHECKSUMS", "off")
+    assert flat(path) != expected
+
+
+def rewritten(path: Path, change: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> Path:
+    """The same zip with other records."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in records.items():
+            archive.writestr(name, change.get(name.split("/", 1)[1], content))
+    return path
+
+
+def test_official_short_record_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.pth"
+    torch.save({"a": torch.zeros(10_000), "b": torch.ones(3).bfloat16()}, path)
+    with pytest.raises(CheckpointError, match="its record 0 is 4 bytes long, but a tensor of 40,000 bytes is in it"):
+        read_torch(rewritten(path, {"data/0": b"1234"}))
+    torch.save({"a": torch.zeros(10_000)}, path)
+    with pytest.raises(CheckpointError, match="its records are compressed"):
+        read_torch(rewritten(path, {}, zipfile.ZIP_DEFLATED))
+
+
+@pytest.mark.parametrize(
+    ("pickled", "message"),
+    [
+        (b"\x80\x02cbuiltins\nbytearray\n\x8a\x05\x00\xe4\x0bT\x02\x85R.", "wants to run builtins.bytearray"),
+        (b"\x80\x02Nr\xff\xff\xff\x7f.", "it numbers 2,147,483,647 objects in"),
+        (b"\x80\x02}", "damaged"),
+        (b"(" * 100_000 + b".", "damaged"),
+        (b"", "damaged"),
+    ],
+)
+def test_official_pickle_that_takes_all_memory_is_refused(tmp_path: Path, pickled: bytes, message: str) -> None:
+    path = tmp_path / "m.pth"
+    torch.save({"a": torch.zeros(3)}, path)
+    with pytest.raises(CheckpointError, match=message) as said:
+        read_torch(rewritten(path, {"data.pkl": pickled}))
+    assert "\n" not in str(said.value)

@@ -140,7 +140,7 @@ def test_statistics_published_file_is_read(tmp_path: Path, dtype: type) -> None:
     assert loaded.mean.dtype == loaded.covariance.dtype == torch.float64
     loaded.save(tmp_path / "again.npz")
     with np.load(tmp_path / "again.npz") as again:  # as the tools that read ADM's files do
-        assert set(again.files) == {"format", "mu", "sigma"}
+        assert set(again.files) == {"format", "mu", "sigma", "sha256"}
         assert np.array_equal(again["mu"], mean)
         assert np.array_equal(again["sigma"], covariance)
 
@@ -255,3 +255,46 @@ def test_statistics_of_other_extractors_are_not_compared() -> None:
         with pytest.raises(ValueError, match=message) as caught:
             check_comparable(ABOUT, dataclasses.replace(ABOUT, source="b", **change))
         assert str(caught.value).startswith("data/train and b can't be compared")
+
+
+def flips(path: Path) -> tuple[int, int]:
+    """Flip 200 bits of a file of statistics, one at a time; how many were refused, and how many changed a thing."""
+    whole = path.read_bytes()
+    expected = FeatureStats.load(path)
+    refused = silent = 0
+    for place in np.random.default_rng(3).integers(0, 8 * len(whole), 200).tolist():
+        data = bytearray(whole)
+        data[place // 8] ^= 1 << place % 8
+        path.write_bytes(data)
+        try:
+            read = FeatureStats.load(path)
+        except ValueError:
+            refused += 1
+        else:
+            same = torch.equal(read.mean, expected.mean) and torch.equal(read.covariance, expected.covariance)
+            silent += not same or (read.count, read.provenance) != (expected.count, expected.provenance)
+    path.write_bytes(whole)
+    return refused, silent
+
+
+def test_statistics_flipped_bit_is_never_silent(tmp_path: Path) -> None:
+    FeatureStats(torch.zeros(4).double(), torch.eye(4).double(), 5).save(tmp_path / "s.npz")
+    refused, silent = flips(tmp_path / "s.npz")
+    assert silent == 0
+    assert refused > 50
+
+
+def test_statistics_that_unpack_to_gigabytes_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.npz"
+    np.savez_compressed(path, mu=np.zeros(2000), sigma=np.zeros((2000, 2000)))
+    assert path.stat().st_size < 100_000
+    with pytest.raises(ValueError, match=r"unpack to 32,.* bytes, more than 4 times the file"):
+        FeatureStats.load(path)
+
+
+def test_statistics_without_checksums_are_read(tmp_path: Path) -> None:
+    np.savez(tmp_path / "s.npz", format=1, mu=np.zeros(2), sigma=np.eye(2), count=3)
+    assert FeatureStats.load(tmp_path / "s.npz").count == 3
+    np.savez(tmp_path / "s.npz", format=1, mu=np.zeros(2), sigma=np.eye(2), cound=3)
+    with pytest.raises(ValueError, match="it holds cound, which mar does not write"):
+        FeatureStats.load(tmp_path / "s.npz")
