@@ -28,9 +28,11 @@ BUNDLED = ("emoji", "fashion")
 _TOKENIZERS = {
     "kl16": "the KL-16 tokenizer beside it; get it with `mar download kl16`",
     "dc-ae": "the DC-AE tokenizer of 32 channels; give its folder or Hub id (--tokenizer)",
-    "detok": "the tokenizer of l-DeTok; give its file (--tokenizer)",
+    "detok": "the tokenizer of l-DeTok; give its file, with stats.pkl beside it (--tokenizer)",
 }
 """Each tokenizer as errors name it, and how to get it."""
+_KINDS = {"kl16": "kl", "dc-ae": "dc", "detok": "vit"}
+"""Kinds of the published tokenizers, in `mar.tokenizer.TOKENIZERS`."""
 _TORCH_FILES = (".pth", ".ckpt", ".pt")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -143,6 +145,8 @@ def import_official(
         tokenizer = None  # found beside the file, but not its own
     if tokenizer is None:
         raise CheckpointError(f"{path} needs {_TOKENIZERS[kind]}")
+    loaded = load_kl16(tokenizer) if kind == "kl16" else load_tokenizer(str(tokenizer))
+    _check_tokenizer(loaded, kind, path, tokenizer)
     with init_empty_weights():
         model = MAR(read.model_config)
     model.load_state_dict(read.state, assign=True)
@@ -150,12 +154,21 @@ def import_official(
         sampling = sampling or (of_family.sampling if read.family == "emigm" else None)
     return Pipeline(
         model,
-        load_kl16(tokenizer) if kind == "kl16" else load_tokenizer(str(tokenizer)),
+        loaded,
         classes=imagenet_classes() if read.model_config.classes == 1000 else (),
         sampling=sampling or (known.sampling if known else SamplingConfig()),
         weights=read.weights,
         notes=read.notes | {"family": read.family},
     )
+
+
+def _check_tokenizer(loaded: Tokenizer, kind: str, path: Path, tokenizer: Path) -> None:
+    """Refuse another project's tokenizer, whose channels may fit, and one without statistics."""
+    got, expected = loaded.config()["kind"], _KINDS[kind]
+    if got in _KINDS.values() and got != expected:
+        raise CheckpointError(f"{path} got {tokenizer}, a tokenizer of kind {got}; it needs {_TOKENIZERS[kind]}")
+    if not loaded.has_stats:
+        raise CheckpointError(f"{tokenizer} has no statistics of its latents: put l-DeTok's stats.pkl beside the file")
 
 
 def load_tokenizer(name: str, image_channels: int = 3) -> Tokenizer:

@@ -29,6 +29,8 @@ MODELS = {
     )
     for family in ("emigm", "detok")
 }  # fmt: skip
+SMALL = {"width": 16, "depth": 1, "heads": 2}
+"""A transformer of a tokenizer."""
 TRAINING = {
     "emigm": {"epoch": 799, "scaler": {"scale": 65536.0, "_growth_tracker": 2}, "optimizer": None},
     "detok": {
@@ -113,3 +115,20 @@ def test_pipeline_of_unknown_weights_is_saved_but_not_exported(tmp_path: Path) -
     pipeline.save(tmp_path / "m.safetensors")
     assert zoo.load(tmp_path / "m.safetensors", device="cpu").weights == "unknown"
     assert main(["convert", str(tmp_path / "m.safetensors"), str(tmp_path / "m.pth")]) == 2
+
+
+def test_import_with_another_projects_tokenizer_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the channels fit, the numbers would not
+    from mar.tokenizer.vit import ViTConfig, ViTTokenizer
+
+    published_file(tmp_path / "emigm.pth", "emigm")
+    published_file(tmp_path / "detok.pth", "detok")
+    vit = ViTTokenizer(ViTConfig.from_dict({"image_size": 64, "channels": 3, "encoder": SMALL, "decoder": SMALL}))
+    monkeypatch.setattr(zoo, "load_kl16", lambda path: vit)
+    monkeypatch.setattr(zoo, "load_tokenizer", lambda name: vit)
+    with pytest.raises(CheckpointError, match="of kind vit; it needs the KL-16 tokenizer"):
+        zoo.import_official(tmp_path / "emigm.pth", tmp_path / "vit.pth", num_heads=2)
+    with pytest.raises(CheckpointError, match=r"has no statistics of its latents: put l-DeTok's stats\.pkl"):
+        zoo.import_official(tmp_path / "detok.pth", tmp_path / "vit.pth", num_heads=2)
+    vit.set_statistics(0.0, 1.0)
+    assert zoo.import_official(tmp_path / "detok.pth", tmp_path / "vit.pth", num_heads=2).tokenizer is vit

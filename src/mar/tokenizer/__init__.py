@@ -54,6 +54,7 @@ TOKENIZERS: dict[str, Entry] = {
     "pca": Entry("mar.tokenizer.pca", "PCATokenizer", r"pca[1-9]\d?"),
     "kl": Entry("mar.tokenizer.kl", "KLTokenizer", diffusers_class="AutoencoderKL"),
     "vit": Entry("mar.tokenizer.vit", "ViTTokenizer"),
+    "dc": Entry("mar.tokenizer.dc", "DCTokenizer", diffusers_class="AutoencoderDC"),
 }
 """All kinds of tokenizers, by the `kind` in their config."""
 
