@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
@@ -46,12 +47,6 @@ def multiplies_bf16() -> bool:
     return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
-def allow_tf32() -> None:
-    """Let GPUs round inputs of float32 products to TF32 (10 bits of mantissa)."""
-    torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.allow_tf32 = True
-
-
 def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a CPU tensor to a device; to CUDA from pinned memory, without waiting."""
     if device.type == "cuda":
@@ -78,3 +73,13 @@ def read_later(values: torch.Tensor) -> Callable[[], torch.Tensor]:
 def host_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Allocate memory on the CPU to exchange with a device; pinned for CUDA."""
     return torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type == "cuda")
+
+
+def default_precision(device: torch.device) -> Literal["fp32", "bf16"]:
+    """Return the precision of matrix products by default.
+
+    That is bf16 on NVIDIA's GPUs from Ampere on and on AMD's, else fp32.
+    """
+    if device.type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"

@@ -9,6 +9,7 @@ import torch
 
 from mar import devices
 from mar.assets import asset, imagenet_classes
+from mar.backends import configure
 from mar.checkpoint import official, store
 from mar.checkpoint.download import OFFICIAL, home
 from mar.checkpoint.files import CheckpointError
@@ -37,19 +38,28 @@ _TORCH_FILES = (".pth", ".ckpt", ".pt")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def load(name: str | Path, *, device: str | torch.device | None = None, dtype: torch.dtype = torch.float32) -> Pipeline:
+def load(
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    tf32: bool = False,
+) -> Pipeline:
     """Load a model, ready to sample: `load("fashion").sample(labels=["dress"])`.
 
     Args:
         name: a bundled model (emoji, fashion); an official one (mar-base, mar-large, mar-huge, after `mar download`); a
             folder or a file that mar wrote; an official `checkpoint-last.pth`; a repository of the Hub.
         device: by default the best available.
-        dtype: of the model's matrices: float32, bfloat16, or int8 on a CPU.
+        dtype: of the model's matrices: float32, bfloat16, or int8 on a CPU; by default bfloat16 on GPUs that multiply
+            in it, else float32.
+        tf32: on GPUs, round inputs of float32 products to TF32, for the whole process.
 
     Raises ValueError if there is no such model.
     """
     chosen = device if isinstance(device, torch.device) else devices.choose_device(device)
-    return _open(str(name)).to(chosen, dtype)
+    configure(chosen, tf32=tf32)
+    return _open(str(name)).to(chosen, dtype or devices.torch_dtype(devices.default_precision(chosen)))
 
 
 def check_name(name: str) -> None:

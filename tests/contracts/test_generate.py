@@ -178,7 +178,7 @@ def test_generate_resumed_with_other_settings_is_refused(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rounded: list[bool] = []
-    monkeypatch.setattr("mar.devices.allow_tf32", lambda: rounded.append(True))
+    monkeypatch.setattr("mar.zoo.configure", lambda device, tf32: rounded.append(tf32))
     assert main(command(model, tmp_path, "png")) == 0
     before = processes.read_tree(tmp_path)
     capsys.readouterr()
@@ -187,7 +187,7 @@ def test_generate_resumed_with_other_settings_is_refused(
         said = capsys.readouterr().err
         assert said.count("\n") == 1
         assert f"was begun with {more[0].strip('-')}" in said
-    assert rounded == [True]
+    assert rounded == [False] * 5 + [True]
     other = tmp_path.with_name("other") / model.name
     tiny.tiny_pipeline(seed=1).save(other)
     assert main(command(other, tmp_path, "png")) == 2

@@ -11,8 +11,9 @@ import torch
 from mar.backends.base import PLAIN, Backend
 from mar.backends.cpu import CPU
 from mar.backends.cuda import CUDA
+from mar.backends.cuda.settings import choose_attention, set_tf32
 
-__all__ = ["PLAIN", "Backend", "backend_for"]
+__all__ = ["PLAIN", "Backend", "backend_for", "configure"]
 
 _BACKENDS = {"cpu": CPU, "cuda": CUDA}
 
@@ -22,3 +23,17 @@ def backend_for(device: torch.device) -> Backend:
     if torch.compiler.is_compiling():
         return PLAIN
     return _BACKENDS.get(device.type, PLAIN)
+
+
+def configure(device: torch.device, *, tf32: bool = False) -> None:
+    """Set what a process computes by on CUDA; other devices have no such settings.
+
+    They are PyTorch's own and hold for all models of the process.
+
+    Args:
+        device: computes.
+        tf32: round inputs of float32 products to TF32.
+    """
+    if device.type == "cuda":
+        set_tf32(tf32)
+        choose_attention()

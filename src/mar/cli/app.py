@@ -34,8 +34,8 @@ class AppOptions:
     """Open the page in the browser."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
-    dtype: DrawnDtype = "fp32"
-    """Precision of the model's matrices."""
+    dtype: DrawnDtype | None = None
+    """Precision of the model's matrices: by default bf16 on GPUs that multiply in it, else fp32."""
 
 
 def app(arguments: Sequence[str]) -> int:
@@ -46,10 +46,12 @@ def app(arguments: Sequence[str]) -> int:
 
     def run(check: object) -> int:
         from mar.app.server import launch
+        from mar.devices import choose_device, default_precision
 
+        dtype = options.dtype or default_precision(choose_device(options.device))
         launch(
             options.models, host=options.host, port=options.port, share=options.share, browser=options.browser,
-            device=options.device, dtype=options.dtype,
+            device=options.device, dtype=dtype,
         )  # fmt: skip
         return 0
 

@@ -115,6 +115,7 @@ def _write_cache(
     options: CacheOptions, check: Callable[[], None], show: Callable[[int, int], None] | None = None
 ) -> int:
     from mar import distributed
+    from mar.backends import configure
     from mar.data.cache_writer import finish_cache, update_captions, write_shards
     from mar.data.captions import captions_of
     from mar.sampling.progress import rank_meter
@@ -122,6 +123,7 @@ def _write_cache(
     out = options.out
     assert out is not None
     with distributed.process_group(options.device) as device:
+        configure(device)
         source, tokenizer, manifest, shards = _prepare(options, out)
         if shards is None:
             with distributed.collective_errors():

@@ -74,12 +74,14 @@ def evaluate(arguments: Sequence[str]) -> int:
 
 def _evaluate(arguments: Sequence[str], check: Callable[[], None]) -> int:
     from mar import devices, distributed
+    from mar.backends import configure
 
     with distributed.collective_errors():
         options = parse(EvaluateOptions, "evaluate", arguments)
         devices.choose_device(options.device)
         _check(options)
     with distributed.process_group(options.device) as device:
+        configure(device, tf32=options.tf32)
         with distributed.collective_errors():
             session = _open_session(options, device, check)
         return _sweep(options, session) if options.sweep else _report(options, session)
@@ -118,7 +120,7 @@ def _check_source(options: EvaluateOptions) -> None:
     if options.sweep:
         raise ConfigError(f"a sweep compares ways of drawing, but {options.what} is no model")
     given = [*options.settings(), *(n for n in ("seed", "prompts", "tf32", "allow_broken") if getattr(options, n))]
-    given += ["dtype"] if options.dtype != "fp32" else []
+    given += ["dtype"] if options.dtype is not None else []
     if given:
         name = given[0].replace("_", "-")
         raise ConfigError(f"{name} is of drawing, but {options.what} is no model; leave --{name} out")
@@ -218,7 +220,7 @@ def _sweep(options: EvaluateOptions, session: EvalSession) -> int:
         assert session.model is not None
         for point in all_points:
             session.model.sampling_with(**{**options.settings(), **point})
-        loading = {"dtype": options.dtype, "tf32": options.tf32}
+        loading = {"dtype": options.precision(session.model.device), "tf32": options.tf32}
         table = Table(folder, {**session.sweep_settings(all_points), **loading})
         missing = [point for point in all_points if not table.has(point)]
     if missing:

@@ -171,10 +171,11 @@ def _job(options: GenerateOptions, kind: Format, model: Pipeline) -> Job:
         "mar": __version__, "model": Path(options.model).name, "weights": model.fingerprint(), "format": kind,
         "pictures": len(plan), "prompts" if plan.has_prompts else "labels": plan.fingerprint(), "seed": plan.seed,
         "batch": options.batch,
-        "dtype": options.dtype, "tf32": options.tf32, "allow_broken": options.allow_broken, "shape": shape,
-        **to_dict(sampling),
+        "dtype": options.precision(model.device), "tf32": options.tf32,
+        "allow_broken": options.allow_broken, "shape": shape, **to_dict(sampling),
     }  # fmt: skip
-    facts = {**{key: settings[key] for key in ("model", "weights", "dtype")}, **to_dict(sampling)}
+    named = ("model", "weights", "dtype", *(["tf32"] if options.tf32 else []))
+    facts = {**{key: settings[key] for key in named}, **to_dict(sampling)}
     return Job(options.out, plan, options.batch, shape, model.classes, settings, facts)
 
 

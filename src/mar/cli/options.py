@@ -204,8 +204,9 @@ class SamplingFlags(_SamplingOptions):
 
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
-    dtype: DrawnDtype = "fp32"
-    """Precision of the model's matrices. int8, on CPUs, is faster, less exact, and depends on the batch."""
+    dtype: DrawnDtype | None = None
+    """Precision of the model's matrices: by default bf16 on GPUs that multiply in it, else fp32. int8, on CPUs, is
+    faster, less exact, and depends on the batch."""
     tf32: bool = False
     """Round inputs of float32 products to TF32 on GPUs: faster, less exact."""
     allow_broken: bool = False
@@ -221,9 +222,14 @@ class SamplingFlags(_SamplingOptions):
         from mar import devices
         from mar.zoo import load
 
-        if self.tf32:
-            devices.allow_tf32()
-        return load(model, device=device or self.device, dtype=devices.torch_dtype(self.dtype))
+        device = device or devices.choose_device(self.device)
+        return load(model, device=device, dtype=devices.torch_dtype(self.precision(device)), tf32=self.tf32)
+
+    def precision(self, device: torch.device) -> DrawnDtype:
+        """Returns the precision that is drawn in on a device."""
+        from mar.devices import default_precision
+
+        return self.dtype or default_precision(device)
 
 
 RENAMED["SamplingFlags"] = RENAMED["SamplingConfig"]

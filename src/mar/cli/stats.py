@@ -76,6 +76,7 @@ def stats(arguments: Sequence[str]) -> int:
 
 def _stats(arguments: Sequence[str], check: Callable[[], None]) -> int:
     from mar import devices, distributed
+    from mar.backends import configure
 
     with distributed.collective_errors():
         options = parse(StatsOptions, "stats", arguments)
@@ -85,6 +86,7 @@ def _stats(arguments: Sequence[str], check: Callable[[], None]) -> int:
         check_out(options.out, pictures=options.pictures, weights=options.weights)
         check_count(options.count)
     with distributed.process_group(options.device) as device:
+        configure(device)
         measured = _measure(options, device, check)
         with distributed.collective_errors():
             if distributed.rank() == 0:
