@@ -220,7 +220,7 @@ def _sweep(options: EvaluateOptions, session: EvalSession) -> int:
         assert session.model is not None
         for point in all_points:
             session.model.sampling_with(**{**options.settings(), **point})
-        loading = {"dtype": options.precision(session.model.device), "tf32": options.tf32}
+        loading = {"dtype": options.resolved_dtype(session.model.device), "tf32": options.tf32}
         table = Table(folder, {**session.sweep_settings(all_points), **loading})
         missing = [point for point in all_points if not table.has(point)]
     if missing:

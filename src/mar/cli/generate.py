@@ -171,7 +171,7 @@ def _job(options: GenerateOptions, kind: Format, model: Pipeline) -> Job:
         "mar": __version__, "model": Path(options.model).name, "weights": model.fingerprint(), "format": kind,
         "pictures": len(plan), "prompts" if plan.has_prompts else "labels": plan.fingerprint(), "seed": plan.seed,
         "batch": options.batch,
-        "dtype": options.precision(model.device), "tf32": options.tf32,
+        "dtype": options.resolved_dtype(model.device), "tf32": options.tf32,
         "allow_broken": options.allow_broken, "shape": shape, **to_dict(sampling),
     }  # fmt: skip
     named = ("model", "weights", "dtype", *(["tf32"] if options.tf32 else []))

@@ -223,9 +223,9 @@ class SamplingFlags(_SamplingOptions):
         from mar.zoo import load
 
         device = device or devices.choose_device(self.device)
-        return load(model, device=device, dtype=devices.torch_dtype(self.precision(device)), tf32=self.tf32)
+        return load(model, device=device, dtype=devices.torch_dtype(self.resolved_dtype(device)), tf32=self.tf32)
 
-    def precision(self, device: torch.device) -> DrawnDtype:
+    def resolved_dtype(self, device: torch.device) -> DrawnDtype:
         """Returns the precision that is drawn in on a device."""
         from mar.devices import default_precision
 

@@ -87,7 +87,7 @@ def sample(arguments: Sequence[str]) -> int:
     )  # fmt: skip
     seconds = time.perf_counter() - started
     facts = {
-        "model": options.model, "weights": model.fingerprint(), "dtype": options.precision(model.device),
+        "model": options.model, "weights": model.fingerprint(), "dtype": options.resolved_dtype(model.device),
         **({"tf32": True} if options.tf32 else {}), **to_dict(model.sampling_with(**settings)),
         **({"known": str(options.known), "mask": str(options.mask), "grow": options.grow} if known else {}),
     }  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 def set_tf32(allowed: bool) -> None:
     """Round inputs of float32 products and convolutions to TF32, or keep them.
 
-    TF32 has 10 bits of mantissa. PyTorch's default keeps products and rounds convolutions, which KL-16 consists of.
+    TF32 has 10 bits of mantissa. PyTorch's default keeps products, but rounds convolutions: all of KL-16.
     """
     torch.backends.cuda.matmul.allow_tf32 = allowed
     torch.backends.cudnn.allow_tf32 = allowed
