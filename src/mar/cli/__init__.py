@@ -6,6 +6,7 @@ A user's mistake is one line on stderr and exit code 2; MAR_DEBUG=1 shows the tr
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import time
@@ -62,7 +63,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Spinning threads make a busy machine many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _show_accounts()
     return report_errors(lambda: getattr(importlib.import_module(VERBS[verb][0]), verb)(rest))
+
+
+def _show_accounts() -> None:
+    """Print the lines that sources of data end their opening with."""
+    log = logging.getLogger("mar.data")
+    if not log.handlers:
+        log.setLevel(logging.INFO)
+        log.addHandler(logging._StderrHandler(logging.INFO))  # type: ignore[attr-defined]  # follows sys.stderr
 
 
 def report_errors(work: Callable[[], int]) -> int:

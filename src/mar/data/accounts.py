@@ -10,6 +10,8 @@ import numpy as np
 
 logger = logging.getLogger("mar.data")
 
+OTHER_PARTS = "pictures of other parts"
+"""A reason to leave out pictures: they are read when their part is."""
 SHOWN_NAME = 100
 """Characters of a name that a line shows."""
 
@@ -50,8 +52,13 @@ class Account:
         noun = "picture" if self.pictures == 1 else "pictures"
         parts = [f"data: {shown(self.name, 2 * SHOWN_NAME)}: {self.pictures:,} {noun}, {self._labels()}"]
         if self.counts:
-            parts.append(f"left out: {', '.join(map(self._item, self.counts))}")
+            parts.append(self.left_out)
         return "; ".join(parts)
+
+    @property
+    def left_out(self) -> str:
+        """The items left out."""
+        return f"left out: {', '.join(map(self._item, self.counts))}"
 
     def _item(self, reason: str) -> str:
         count = self.counts[reason]
@@ -67,12 +74,12 @@ class Account:
 
     def log(self) -> None:
         """Log the line, as a warning if anything is left out."""
-        left_out = bool(self.counts or (self.classes and self.without_label))
+        left_out = bool(self.counts.keys() - {OTHER_PARTS} or (self.classes and self.without_label))
         log_once(logging.WARNING if left_out else logging.INFO, self.line)
 
 
 def log_once(level: int, line: str) -> None:
-    """Log a line, unless this process did already, or is not the first rank."""
+    """Log a line, once a process, on the first rank."""
     if line not in _logged and os.environ.get("RANK", "0") == "0":
         _logged.add(line)
         logger.log(level, "%s", line)

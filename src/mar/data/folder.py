@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from mar.data.captions import read_folder_captions
+from mar.data.accounts import Account
+from mar.data.captions import METADATA_FILES, TEXT_SUFFIX, read_folder_captions
 from mar.data.images import Example, decode_image
-from mar.data.paths import IMAGE_SUFFIXES, is_image_file, natural_key
+from mar.data.paths import IMAGE_SUFFIXES, natural_key
+from mar.data.walk import FolderWalk, split_images
 
-logger = logging.getLogger("mar.data")
+_CAPTION_FILES = (*METADATA_FILES, TEXT_SUFFIX)
 
 
 class FolderSource:
@@ -26,37 +27,55 @@ class FolderSource:
 
     flips = True
 
-    def __init__(self, folder: str | Path, caption_column: str | None = None, above: Path | None = None) -> None:
-        """List the images and read their captions.
+    def __init__(
+        self,
+        folder: str | Path,
+        caption_column: str | None = None,
+        above: Path | None = None,
+        account: Account | None = None,
+    ) -> None:
+        """List the images, read their captions, and log the account.
 
         Args:
             folder: of the images.
             caption_column: column of metadata files with captions; None: text, caption or prompt.
             above: the folder around one that is called like a split; its metadata file may name the images too.
+            account: of what was left out around the folder.
         """
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise ValueError(f"data: there is no folder {self.folder}")
-        entries = sorted(self.folder.iterdir(), key=lambda entry: natural_key(entry.name))
-        subfolders = [entry for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
-        by_class = {entry.name: list(list_images(entry)) for entry in subfolders}
+        self.account = account or Account(str(self.folder))
+        others = Account(str(self.folder))  # files that are no pictures, some of which may hold captions
+        walk = FolderWalk(self.folder, self.account)
+        top = walk.entries()
+        flat = split_images(top.files, others)
+        by_class = {}
+        for name in sorted(top.folders + top.links, key=natural_key):
+            by_class[name] = split_images(walk.walk(name), others)
         empty = [name for name, files in by_class.items() if not files]
         by_class = {name: files for name, files in by_class.items() if files}
-        flat = [entry for entry in entries if is_image_file(entry)]
         if not by_class and not flat:
             suffixes = " ".join(sorted(IMAGE_SUFFIXES))
-            raise ValueError(f"data: no pictures in {self.folder}: looked for {suffixes} in it and in its subfolders")
-        if by_class and empty:
-            logger.warning("no pictures in %s of %s: not counted as classes", ", ".join(empty), self.folder)
-        if by_class and flat:
-            logger.warning("%d pictures beside the class folders of %s are not used", len(flat), self.folder)
+            more = f"; {others.left_out}" if others.counts else ""
+            raise ValueError(
+                f"data: no pictures in {self.folder}: looked for {suffixes} in it and in its subfolders{more}"
+            )
+        if by_class:
+            self.account.leave_out("folders without pictures", empty[0] if empty else "", len(empty))
+            self.account.leave_out("pictures beside the class folders", flat[0] if flat else "", len(flat))
         self.classes = tuple(by_class)
         files = [file for files in by_class.values() for file in files] or flat
         # Arrays, not lists: nothing counts references to their elements, so workers share their memory.
-        self._files = np.array([os.fsencode(file.relative_to(self.folder)) for file in files])
+        self._files = np.array([os.fsencode(file) for file in files])
         self.captions = read_folder_captions(self.folder, self.image_names(), caption_column, above)
         counts = [len(files) for files in by_class.values()]
         self.labels = np.repeat(np.arange(len(counts)), counts) if by_class else np.full(len(flat), -1)
+        for reason, count in others.counts.items():
+            if not (self.captions and reason == "other files" and others.examples[reason].endswith(_CAPTION_FILES)):
+                self.account.leave_out(reason, others.examples[reason], count)
+        self.account.take(self.labels, self.classes)
+        self.account.log()
 
     def __len__(self) -> int:
         return len(self._files)
@@ -68,7 +87,7 @@ class FolderSource:
 
     def image_names(self) -> list[str]:
         """Return the images' paths in the folder, with slashes."""
-        return [os.fsdecode(file).replace(os.sep, "/") for file in self._files.tolist()]
+        return [os.fsdecode(file) for file in self._files.tolist()]
 
     def listing(self) -> Iterator[bytes]:
         """Yield path in the folder, label and size of every image."""
@@ -77,13 +96,4 @@ class FolderSource:
                 size = os.stat(os.path.join(os.fsencode(self.folder), file)).st_size
             except OSError:  # gone since the folder was listed: reading it will fail
                 size = -1
-            yield b"%b\0%d %d\n" % (file.replace(os.fsencode(os.sep), b"/"), label, size)
-
-
-def list_images(folder: Path) -> Iterator[Path]:
-    """Yield the image files at any depth, in natural order. Hidden files and folders are left out."""
-    for parent, subfolders, files in os.walk(folder):
-        subfolders[:] = sorted((name for name in subfolders if not name.startswith(".")), key=natural_key)
-        for name in sorted(files, key=natural_key):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
-                yield Path(parent, name)
+            yield b"%b\0%d %d\n" % (file, label, size)

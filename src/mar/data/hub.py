@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import sys
 import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ import pyarrow
 from datasets.exceptions import DatasetsError
 from datasets.utils.file_utils import xopen
 
+from mar.data.accounts import Account, log_once
 from mar.data.images import UnreadableImage
 from mar.data.labels import LabelError
 from mar.data.parquet import Columns, TableSource
@@ -31,6 +33,7 @@ from mar.data.paths import (
     is_pattern,
 )
 from mar.data.stream import StreamSample, StreamSource
+from mar.data.walk import FolderWalk
 
 _READ_ERRORS = (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError, ImportError, DatasetsError,
                 tarfile.TarError, pyarrow.ArrowException)  # fmt: skip
@@ -86,6 +89,12 @@ def open_stream(spec: str, classes: int = 0, caption_column: str | None = None) 
 
     table, files = _load_or_explain(load, spec, hub=hub is not None)
     shards = DatasetShards(table, spec, files, classes, caption_column)
+    count = len(shards.classes)
+    log_once(
+        logging.INFO,
+        f"data: {spec}: {len(shards.names):,} shards, read in passing: pictures are not counted; "
+        + (f"labels of {count:,} classes, in {shards.columns.label}" if count else "labels are not used"),
+    )
     return StreamSource(shards, spec)
 
 
@@ -176,7 +185,8 @@ def _find_files(name: str) -> list[str]:
     path = Path(name).expanduser()
     if path.is_dir():
         suffix = find_shard_suffix(path)
-        files = [] if suffix is None else find_split_files(path, suffix, "train")
+        names = [] if suffix is None else FolderWalk(path, Account(name)).walk()
+        files = [] if suffix is None else find_split_files(path, names, suffix, "train")
     elif path.is_file():
         files = [path]
     else:

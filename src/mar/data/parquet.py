@@ -257,12 +257,20 @@ class TableSource:
             yield json.dumps([sizes, names, labels], default=repr).encode()
 
 
-def open_parquet(files: Sequence[Path], name: str, caption_column: str | None = None) -> TableSource:
+def open_parquet(
+    files: Sequence[Path], name: str, caption_column: str | None = None, account: Account | None = None
+) -> TableSource:
     """Open Parquet files, one after the other; those without rows are left out.
 
-    `datasets` copies them to its cache and maps that to memory. Captions are in a column as for `Columns.find`.
+    `datasets` copies them to its cache and maps that to memory.
+
+    Args:
+        files: the tables.
+        name: of all of them, in messages.
+        caption_column: column of captions, as for `Columns.find`.
+        account: of what was left out beside the files.
     """
-    account, filled = Account(name), []
+    account, filled = account or Account(name), []
     for file in files:
         try:
             rows = parquet.read_metadata(file).num_rows

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 SPLITS = {"train": ("train", "training"), "test": ("test", "validation", "val", "valid")}
@@ -11,6 +13,7 @@ SPLITS = {"train": ("train", "training"), "test": ("test", "validation", "val", 
 SPLIT_NAMES = frozenset(name for names in SPLITS.values() for name in names)
 SHARD_SUFFIXES = (".parquet", ".tar")
 """Suffixes of files that hold many images."""
+PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".gz", ".7z", ".rar")
 IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"])
 
 SYSTEM_NAMES = frozenset(
@@ -35,11 +38,6 @@ def is_system_name(name: str) -> bool:
     return (name.startswith(".") and name not in (".", "..")) or name.casefold() in SYSTEM_NAMES
 
 
-def is_image_file(file: Path) -> bool:
-    """Tell by its name if a file is a visible image."""
-    return file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".") and file.is_file()
-
-
 def is_saved_dataset(folder: Path) -> bool:
     """Tell if `folder` was written by `save_to_disk` of `datasets`."""
     return (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file()
@@ -50,17 +48,30 @@ def find_shard_suffix(folder: Path) -> str | None:
 
     Its `data` and subfolders called like splits are searched too.
     """
-    places = ["", "data/", *(f"{name}/" for name in SPLIT_NAMES)]
-    return next((suffix for suffix in SHARD_SUFFIXES if any(any(folder.glob(f"{p}*{suffix}")) for p in places)), None)
+    suffixes: set[str] = set()
+    for path in (folder, *folder.iterdir()):
+        if path == folder or path.name.casefold() in SPLIT_NAMES or path.name == "data":
+            names = os.listdir(path) if path.is_dir() else []
+            suffixes.update(
+                suffix for name in names if not name.startswith(".")
+                if (suffix := os.path.splitext(name)[1].lower()) in SHARD_SUFFIXES and (path / name).is_file()
+            )  # fmt: skip
+    return next((suffix for suffix in SHARD_SUFFIXES if suffix in suffixes), None)
 
 
-def find_split_files(folder: Path, suffix: str, split: str) -> list[Path]:
+def find_split_files(folder: Path, names: Iterable[str], suffix: str, split: str) -> list[Path]:
     """Find the files of a suffix and a split in `folder`.
 
     The words of their paths tell the split. If no path names any split, all are of train. Raises ValueError for
     files of other splits only.
+
+    Args:
+        folder: of all files.
+        names: their paths in it.
+        suffix: .parquet or .tar, in any case.
+        split: train or test.
     """
-    shards = (file for file in folder.rglob(f"*{suffix}") if not file.name.startswith("."))
+    shards = [folder / name for name in names if name.lower().endswith(suffix)]
     files = sorted(shards, key=lambda file: natural_key(str(file)))
     words = {file: set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())) for file in files}
     of_split = [file for file in files if words[file].intersection(SPLITS[split])]
@@ -106,7 +117,7 @@ def expand_pattern(pattern: str) -> list[Path]:
 
 def common_suffix(files: list[Path] | list[str], spec: str) -> str:
     """Return the one shard suffix of all `files`. Raises ValueError if there is none."""
-    suffixes = {Path(file).suffix for file in files}
+    suffixes = {Path(file).suffix.lower() for file in files}
     if len(suffixes) != 1 or not suffixes.issubset(SHARD_SUFFIXES):
         raise ValueError(
             f"data: {spec} stands for {', '.join(sorted(suffixes)) or 'no'} files; expected .tar or .parquet ones"
@@ -120,7 +131,7 @@ def hub_name(spec: str) -> tuple[str, str | None] | None:
     None for anything else, an existing path OWNER/NAME included. Raises ValueError for an empty name.
     """
     path = Path(spec)
-    is_path = not _HUB_NAME.fullmatch(spec) or path.suffix in SHARD_SUFFIXES or path.exists()
+    is_path = not _HUB_NAME.fullmatch(spec) or path.suffix.lower() in SHARD_SUFFIXES or path.exists()
     if is_path and not spec.startswith("hub:"):
         return None
     name, _, config = spec.removeprefix("hub:").partition("@")

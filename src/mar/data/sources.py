@@ -5,7 +5,6 @@ Bundled images, folders, shards, tables, data sets of the Hub, latent caches and
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from mar.assets import FASHION_CLASSES, asset
+from mar.data.accounts import OTHER_PARTS, Account
 from mar.data.captions import CaptionError
-from mar.data.folder import FolderSource, list_images
+from mar.data.folder import FolderSource
 from mar.data.images import Example, Source
 from mar.data.latent_cache import LatentSource, is_cache, read_manifest
 from mar.data.paths import (
@@ -26,14 +26,13 @@ from mar.data.paths import (
     find_shard_suffix,
     find_split_files,
     hub_name,
-    is_image_file,
     is_pattern,
     is_saved_dataset,
+    natural_key,
 )
 from mar.data.stream import StreamSource
+from mar.data.walk import FolderWalk, is_image_name, reason_of, split_images
 from mar.data.webdataset import TarSource
-
-logger = logging.getLogger("mar.data")
 
 
 class FashionSource:
@@ -56,6 +55,9 @@ class FashionSource:
         cells = pixels.reshape(rows, self.side, columns, self.side).transpose(0, 2, 1, 3)
         self.images = np.ascontiguousarray(cells.reshape(-1, self.side, self.side))
         self.labels = np.arange(len(self.images)) % len(self.classes)
+        self.account = Account(f"fashion ({split})")
+        self.account.take(self.labels, self.classes)
+        self.account.log()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -103,8 +105,8 @@ def open_source(spec: str | Path, split: str = "train", caption_column: str | No
         raise ValueError(f"data: {path} holds cached latents, not pictures; those were in {read_manifest(path).data}")
     if path.is_dir():
         return _open_folder(path, split, caption_column)
-    if path.is_file() and path.suffix in SHARD_SUFFIXES:
-        return _open_shards([path], path.suffix, str(path), caption_column)
+    if path.is_file() and path.suffix.lower() in SHARD_SUFFIXES:
+        return _open_shards([path], path.suffix.lower(), str(path), caption_column)
     if not path.exists() and (hub := hub_name(str(spec))) is not None:
         from mar.data.hub import open_hub  # imports `datasets`, which takes seconds
 
@@ -133,7 +135,13 @@ def open_data(
 
         return open_stream(str(spec), classes, caption_column)
     folder = Path(spec).expanduser()
-    return LatentSource(folder) if is_cache(folder) else open_source(spec, caption_column=caption_column)
+    if not is_cache(folder):
+        return open_source(spec, caption_column=caption_column)
+    latents = LatentSource(folder)
+    account = Account(f"{folder}, latents of {latents.manifest.data}")
+    account.take(np.zeros(len(latents)), latents.classes)  # its shards have the labels; they are not read yet
+    account.log()
+    return latents
 
 
 def is_stream(spec: str | Path) -> bool:
@@ -141,36 +149,76 @@ def is_stream(spec: str | Path) -> bool:
     return str(spec).startswith("stream:")
 
 
-def _open_shards(files: list[Path], suffix: str, name: str, caption_column: str | None) -> Source:
+def _open_shards(
+    files: list[Path], suffix: str, name: str, caption_column: str | None, account: Account | None = None
+) -> Source:
     if suffix == ".tar":
-        return TarSource(files, name, caption_column)
+        return TarSource(files, name, caption_column, account)
     from mar.data.parquet import open_parquet
 
-    return open_parquet(files, name, caption_column)
+    return open_parquet(files, name, caption_column, account)
 
 
 def _open_folder(folder: Path, split: str, caption_column: str | None) -> Source:
-    subfolders = [entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     if is_saved_dataset(folder):
         from mar.data.parquet import open_saved
 
         return open_saved(folder, split, caption_column)
+    account = Account(str(folder))
+    walk = FolderWalk(folder, account)
+    top = walk.entries()
+    folders = sorted(top.folders + top.links, key=natural_key)
     suffix = find_shard_suffix(folder)
-    if suffix is not None and not (suffix == ".tar" and _has_class_folders(folder, subfolders)):
-        return _open_shards(find_split_files(folder, suffix, split), suffix, str(folder), caption_column)
-    if subfolders and set(subfolders) <= SPLIT_NAMES:
-        of_split = [name for name in SPLITS[split] if name in subfolders]
-        if not of_split:
-            raise ValueError(f"data: {folder} has no folder for {split!r}; it has {', '.join(sorted(subfolders))}")
-        return FolderSource(folder / of_split[0], caption_column, above=folder)
-    return FolderSource(folder, caption_column)
+    if suffix == ".tar":
+        classes = (name for name in folders if name.casefold() not in SPLIT_NAMES)
+        suffix = None if any(_image_names(folder, name) for name in classes) else suffix
+    if suffix is not None:
+        account = Account(str(folder))
+        names = FolderWalk(folder, account).walk()
+        files = find_split_files(folder, names, suffix, split)
+        chosen = set(files)
+        for name in names:
+            if folder / name not in chosen:
+                account.leave_out(_reason_beside_shards(name, suffix), name)
+        return _open_shards(files, suffix, str(folder), caption_column, account)
+    parts = [name for name in folders if name.casefold() in SPLIT_NAMES]
+    with_images = [name for name in folders if _image_names(folder, name)] if parts else []
+    if not parts or not _are_parts(parts, with_images):
+        return FolderSource(folder, caption_column)
+    of_split = [name for word in SPLITS[split] for name in parts if name.casefold() == word]
+    if not of_split:
+        raise ValueError(f"data: {folder} has no folder for {split!r}; it has {', '.join(folders)}")
+    part = next((name for name in of_split if name in with_images), of_split[0])
+    account.name = str(folder / part)
+    for name in folders:
+        if name != part:
+            reason = OTHER_PARTS if name in parts else "pictures in folders beside the parts"
+            images = split_images(walk.walk(name), account)
+            account.leave_out(reason, images[0] if images else "", len(images))
+    beside = split_images(top.files, account)
+    account.leave_out("pictures beside the parts", beside[0] if beside else "", len(beside))
+    return FolderSource(folder / part, caption_column, above=folder, account=account)
 
 
-def _has_class_folders(folder: Path, subfolders: list[str]) -> bool:
-    """Tell if a folder with .tar files has class folders too, which go first; warns about unused images."""
-    classes = any(next(list_images(folder / name), None) for name in subfolders if name not in SPLIT_NAMES)
-    if classes:
-        logger.warning(".tar files beside the class folders of %s are not used", folder)
-    elif any(is_image_file(entry) for entry in folder.iterdir()):
-        logger.warning("pictures beside the .tar files of %s are not used", folder)
-    return classes
+def _image_names(folder: Path, name: str) -> list[str]:
+    """Return the images below a subfolder; nothing is counted."""
+    files = FolderWalk(folder, Account("")).walk(name)
+    return [file for file in files if is_image_name(file)]
+
+
+def _are_parts(parts: list[str], with_images: list[str]) -> bool:
+    """Tell if folders called like splits are parts of the data, not classes.
+
+    They are if no other folder has images, or if there are both train and test images.
+    """
+    splits = {split for split, words in SPLITS.items() for name in parts if name.casefold() in words
+              if name in with_images}  # fmt: skip
+    return len(splits) == len(SPLITS) or set(with_images) <= set(parts)
+
+
+def _reason_beside_shards(name: str, suffix: str) -> str:
+    if is_image_name(name):
+        return "pictures beside the shards"
+    if name.lower().endswith(suffix):
+        return "shards of other parts"
+    return f"shards that are no {suffix} files" if name.lower().endswith(SHARD_SUFFIXES) else reason_of(name)

@@ -72,18 +72,21 @@ class TarSource:
 
     flips = True
 
-    def __init__(self, files: Sequence[Path], name: str, caption_column: str | None = None) -> None:
-        """List the images and read their labels and captions.
+    def __init__(
+        self, files: Sequence[Path], name: str, caption_column: str | None = None, account: Account | None = None
+    ) -> None:
+        """List the images, read their labels and captions, and log the account.
 
         Args:
             files: the shards.
             name: of all of them, in messages.
             caption_column: key of captions in `.json`; "txt": only the `.txt` members; None: as above.
+            account: of what was left out beside the shards.
         """
         self.name, self.files = name, list(files)
         stats = [os.stat(file) for file in self.files]
         self._stats = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
-        self.account = Account(name)
+        self.account = account or Account(name)
         reader = _SampleReader(caption_column, self.account)
         samples = [(number, sample) for number, file in enumerate(self.files) for sample in reader.samples(file)]
         if not samples:

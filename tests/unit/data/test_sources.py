@@ -52,8 +52,8 @@ def test_folder_ignored_files_are_logged(tmp_path: Path, caplog: pytest.LogCaptu
     (tmp_path / "empty").mkdir()
     with caplog.at_level(logging.WARNING, "mar.data"):
         assert FolderSource(tmp_path).classes == ("cat",)
-    assert "1 pictures beside the class folders" in caplog.text
-    assert "no pictures in empty" in caplog.text
+    assert "pictures beside the class folders: 1 (stray.png)" in caplog.text
+    assert "folders without pictures: 1 (empty)" in caplog.text
 
 
 def test_split_folders_are_not_classes(tmp_path: Path) -> None:
@@ -62,7 +62,9 @@ def test_split_folders_are_not_classes(tmp_path: Path) -> None:
     assert open_source(tmp_path).classes == ("cat",)
     assert open_source(tmp_path, "test")[0].image.getpixel((0, 0)) == 2
     paint(tmp_path / "dog" / "c.png")
-    assert open_source(tmp_path).classes == ("dog", "train", "val")
+    assert open_source(tmp_path).classes == ("cat",), "train and test parts: the rest is beside them"
+    (tmp_path / "val" / "cat" / "b.png").unlink()
+    assert open_source(tmp_path).classes == ("dog", "train"), "a train is a thing, too"
 
 
 def test_folder_without_images_is_an_error(tmp_path: Path) -> None:

@@ -131,11 +131,11 @@ def test_webdataset_images_beside_tar_files_are_refused(tmp_path: Path, caplog: 
     write_tar(tmp_path / "backup.tar", [("a.png", png_bytes(1))])
     (tmp_path / "preview.png").write_bytes(png_bytes(2))
     assert isinstance(open_source(tmp_path), TarSource)
-    assert "pictures beside the .tar files" in caplog.text
+    assert "pictures beside the shards: 1 (preview.png)" in caplog.text
     (tmp_path / "cats").mkdir()
     (tmp_path / "cats" / "a.png").write_bytes(png_bytes(3))
     assert isinstance(open_source(tmp_path), FolderSource)
-    assert ".tar files beside the class folders" in caplog.text
+    assert "shards beside the pictures: 1 (backup.tar)" in caplog.text
 
 
 def test_webdataset_unsuitable_tars_are_refused(tmp_path: Path) -> None:
