@@ -68,9 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show_accounts() -> None:
-    """Print the lines that sources of data end their opening with."""
+    """Print the account of each source at a terminal, if nothing is left out too.
+
+    Programs that read the output get those of left-out items, and errors of one line.
+    """
     log = logging.getLogger("mar.data")
-    if not log.handlers:
+    if not log.handlers and sys.stderr.isatty():
         log.setLevel(logging.INFO)
         log.addHandler(logging._StderrHandler(logging.INFO))  # type: ignore[attr-defined]  # follows sys.stderr
 

@@ -34,6 +34,8 @@ PILLOW_ERRORS = (
     Image.DecompressionBombError,
 )
 """Errors that Pillow raises over damaged files, by format."""
+MAX_COVERING_PIXELS = 2**25
+"""Pixels that a whole image may be enlarged to before it is cropped."""
 _UPRIGHT_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -124,9 +126,20 @@ def decode_image(
         raise
     except PILLOW_ERRORS as error:
         raise UnreadableImage(name, str(error) or type(error).__name__) from error
+    if image.mode in ("F", "I") and (why := _check_range(image)):
+        raise UnreadableImage(name, why)
     if image.mode == "LAB":
         raise UnreadableImage(name, "Pillow can't convert its colours, CIELAB, to RGB")
     return image
+
+
+def _check_range(image: Image.Image) -> str | None:
+    """Return why values of 32 bits have no meaning as grays; None if they have one."""
+    low, high = np.asarray(image).min(), np.asarray(image).max()
+    if image.mode == "I":
+        return None if low >= 0 and high <= 65535 else f"got values from {low} to {high}, expected 0 to 65535"
+    in_range = bool(np.isfinite(low) and np.isfinite(high) and low >= 0 and high <= 255)
+    return None if in_range else f"got values from {low:g} to {high:g}, expected 0 to 1 or 0 to 255"
 
 
 def upright(image: Image.Image) -> Image.Image:
@@ -152,11 +165,14 @@ def convert_channels(image: Image.Image, channels: int) -> Image.Image:
     """Convert an image to L (`channels` 1) or RGB (3).
 
     Transparent images are laid on white; gray ones become RGB by repetition; 16 bits are scaled to 8, not clipped.
+    So are floats, if all of an image are in [0, 1].
     """
     if channels not in (1, 3):
         raise ValueError(f"channels: got {channels}, expected 1 (gray) or 3 (RGB)")
     if image.mode.startswith("I"):
         image = _to_8_bits(image)
+    if image.mode == "F" and np.asarray(image).max() <= 1:
+        image = Image.fromarray(np.rint(np.asarray(image).clip(0, 1) * 255).astype(np.uint8))
     if "transparency" in image.info or image.mode in ("LA", "PA", "La", "RGBA", "RGBa"):
         layer = image.convert("RGBA")
         image = Image.new("RGBA", image.size, "white")
@@ -185,6 +201,10 @@ def adm_center_crop(image: Image.Image, size: int | tuple[int, int]) -> Image.Im
         image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
     scale = max(height / image.height, width / image.width)
     covering = (round(image.width * scale), round(image.height * scale))
+    if covering[0] * covering[1] > MAX_COVERING_PIXELS:  # a thin image: only the middle is enlarged
+        across, down = min(width / scale, image.width), min(height / scale, image.height)
+        left, top = (image.width - across) / 2, (image.height - down) / 2
+        return image.resize((width, height), Image.Resampling.BICUBIC, box=(left, top, left + across, top + down))
     image = image.resize(covering, resample=Image.Resampling.BICUBIC)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))

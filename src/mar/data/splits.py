@@ -16,7 +16,7 @@ from mar.checkpoint.files import write_text
 from mar.config import ConfigError
 from mar.data.captions import CaptionError, Captions, captions_of, chosen_captions
 from mar.data.folder import FolderSource
-from mar.data.images import Example, Source, source_digest
+from mar.data.images import Example, Source, UnreadableImage, source_digest
 from mar.data.latent_cache import LatentSource
 from mar.data.sources import open_data, open_source
 from mar.data.stream import StreamSource
@@ -28,6 +28,9 @@ TOKENIZER_HOLD_OUT = 20
 
 HELD_OUT = "held-out.json"
 """A file in a run's folder with the names or indices of its held-out images: they stay held out, whatever is added."""
+
+MAX_LOOKED_AT = 1000
+"""Held-out images, at most, that are looked at for a readable one."""
 
 _CHOICE = 0x4E1D
 
@@ -179,9 +182,28 @@ def hold_out(spec: str | Path, held_out: Mapping[str, Any] | None = None) -> tup
     ValueError for a single image.
     """
     source = open_source(spec)
-    if (test := open_test_split(spec)) is not None:
-        return source, test
-    return train_val_split(source, TOKENIZER_HOLD_OUT, held_out)
+    train, val = source, open_test_split(spec)
+    if val is None:
+        train, val = train_val_split(source, TOKENIZER_HOLD_OUT, held_out)
+    _check_readable(val, str(spec))
+    return train, val
+
+
+def _check_readable(val: Source, name: str) -> None:
+    """Raise ValueError if no image of a held-out set can be read: nothing could be measured."""
+    error: UnreadableImage | None = None
+    for index in range(min(len(val), MAX_LOOKED_AT)):
+        try:
+            _ = val[index]
+        except UnreadableImage as broken:
+            error = error or broken
+        else:
+            return
+    if error is not None:
+        raise ValueError(
+            f"data: none of {min(len(val), MAX_LOOKED_AT):,} held-out pictures of {name} can be read, such as "
+            f"{error.name} ({error.why}); replace them, or take them out of the data"
+        )
 
 
 def open_train_val(

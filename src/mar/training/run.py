@@ -150,12 +150,32 @@ def check_same_run(config: TrainConfig | TokenizerTrainConfig, folder: Path) -> 
     if isinstance(saved, TokenizerTrainConfig):
         saved = saved.resolved()  # files of earlier versions lack settings that a kind has defaults for
     fixed = {name: value for name, value in to_dict(saved).items() if name not in _MAY_CHANGE_ON_RESUME}
-    if changes := changed_settings(fixed, to_dict(config)):
+    now = to_dict(config)
+    for name in ("data", "tokenizer"):
+        if name in fixed and _is_same_path(fixed[name], now[name], moved=name == "data"):
+            fixed[name] = now[name]
+    if changes := changed_settings(fixed, now):
         raise ConfigError(
             f"{folder} holds another run ({'; '.join(changes)}); "
             "use its settings to go on with it, or another folder for a new one"
         )
     return True
+
+
+def _is_same_path(before: str | None, now: str | None, *, moved: bool) -> bool:
+    """Tell if two spellings name one file or folder: relative or absolute, through links, or `moved` since.
+
+    What was moved is gone from where it was; its classes are compared when the state is loaded.
+    """
+    if before is None or now is None:
+        return before == now
+    kinds = [spec.partition(":")[0] if spec.startswith(("stream:", "hub:")) else "" for spec in (before, now)]
+    if before == now or kinds[0] != kinds[1] or kinds[0] == "hub" or "://" in before + now:
+        return before == now
+    old, new = (Path(spec.removeprefix("stream:")).expanduser() for spec in (before, now))
+    if not new.exists():
+        return False
+    return old.resolve() == new.resolve() or (moved and not old.exists() and before != "fashion")
 
 
 def saved_length(folder: Path) -> int:
