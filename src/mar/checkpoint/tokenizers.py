@@ -9,10 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from mar.checkpoint.files import write_atomically, write_text
+from mar.checkpoint import checksums
+from mar.checkpoint.files import parse_json, write_atomically, write_text
 from mar.tokenizer import TOKENIZERS, Tokenizer, build
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "tokenizer.safetensors"
@@ -65,8 +66,14 @@ def save_statistics(tokenizer: Tokenizer, folder: str | Path) -> Path:
 
 def _save_own(tokenizer: Tokenizer, folder: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in tokenizer.state_dict().items()}
-    write_atomically(folder / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary))
+    metadata = {"sha256": _own_digest(tokenizer.config(), tensors)}
+    write_atomically(folder / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary, metadata=metadata))
     write_text(folder / CONFIG_FILE, json.dumps(tokenizer.config(), indent=1) + "\n")
+
+
+def _own_digest(config: dict[str, Any], tensors: dict[str, Any]) -> str:
+    """Return the sha256 of config and tensors together."""
+    return checksums.json_digest([json.loads(json.dumps(config)), checksums.tensors_digest(tensors)])
 
 
 def is_saved(folder: Path) -> bool:
@@ -77,7 +84,7 @@ def is_saved(folder: Path) -> bool:
 def _own_config(folder: Path) -> dict[str, Any] | None:
     """Read the config of a tokenizer of ours, which is written last; None: there is none."""
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = parse_json((folder / CONFIG_FILE).read_bytes())
     except (OSError, ValueError):
         return None  # for diffusers to judge
     return config if isinstance(config, dict) and "kind" in config else None
@@ -88,10 +95,21 @@ def _load_own(folder: Path) -> Tokenizer | None:
     config = _own_config(folder)
     if config is None:
         return None
-    tokenizer = build(config)
+    weights = folder / WEIGHTS_FILE
     try:
-        tokenizer.load_state_dict(load_file(folder / WEIGHTS_FILE))
-    except (OSError, RuntimeError, SafetensorError) as error:
+        with safe_open(weights, framework="pt") as file:
+            digest = (file.metadata() or {}).get("sha256")
+        tensors = load_file(weights)
+        if digest is not None and checksums.enabled() and digest != _own_digest(config, tensors):
+            raise ValueError("they are not as they were written, or the config is not")
+        if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+            raise ValueError(f"{broken[0]} has values that are not finite")
+        tokenizer = build(config)
+        tokenizer.load_state_dict(tensors)
+        if not bool((tokenizer.std > 0).all()):
+            raise ValueError("std has values that are not positive")
+    except (OSError, RuntimeError, SafetensorError, ValueError, TypeError, LookupError, AttributeError, OverflowError,
+            MemoryError) as error:  # fmt: skip
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"tokenizer: can't load the weights of {folder}: {reason}") from error
     return tokenizer.eval()
@@ -119,7 +137,7 @@ def _load_autoencoder(path: str | Path, subfolder: str | None, local_files_only:
 
 def _read_statistics(path: Path, tokenizer: Tokenizer) -> None:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_bytes())
         tokenizer.set_statistics(values["mean"], values["std"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (OSError, LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"tokenizer: {path} is not what `mar tokenizer stats` writes: {error}") from error

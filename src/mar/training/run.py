@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from mar import distributed, zoo
 from mar.checkpoint import official
-from mar.checkpoint.files import write_text
+from mar.checkpoint.files import parse_json, write_text
 from mar.checkpoint.run_state import RunState, changed_settings
 from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, resolve_image_channels, to_dict
 from mar.config.tokenizer import TokenizerTrainConfig
@@ -128,10 +128,10 @@ def load_config(kind: type[Config], folder: Path) -> Config | None:
     if not path.is_file():
         return None
     try:
-        return from_dict(kind, json.loads(path.read_text(encoding="utf-8")))  # older ones lack some settings
+        return from_dict(kind, parse_json(path.read_text(encoding="utf-8")))  # older ones lack some settings
     except ConfigError as error:
         raise ConfigError(f"{folder} holds a run of another kind or version ({error}); use another folder") from error
-    except (AttributeError, TypeError, ValueError) as error:  # no JSON, or no configuration
+    except (AttributeError, TypeError, ValueError, LookupError, OverflowError) as error:  # no JSON, or no configuration
         raise ConfigError(f"{path} is damaged ({error}); put it back as it was, or use another folder") from error
 
 
