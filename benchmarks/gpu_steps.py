@@ -293,6 +293,55 @@ def graphs(bench: Bench) -> None:
         })  # fmt: skip
 
 
+@step("compiled", 60)
+@torch.no_grad()
+def compiled(bench: Bench) -> None:
+    """A guided diffusion step of the head, compiled by torch.compile against plain: difference, time, kernels."""
+    from torch.profiler import ProfilerActivity, profile
+
+    from mar.config import SamplingConfig
+    from mar.diffusion.head import CFGDenoiser
+
+    model, steps = random_model(bench, "mar-base"), bench.size(100, 5)
+    head = model.head
+    schedule = head.schedule(steps, SamplingConfig(diffusion_steps=steps), bench.device)
+
+    def plain(x: Tensor, scale: Tensor, modulations: list[Tensor]) -> Tensor:
+        embedded = head.embed_tokens(x)
+        output = head.denoise_embedded(torch.cat([embedded, embedded]), modulations)
+        conditional, unconditional = output.chunk(2)
+        cond, variance = conditional.chunk(2, dim=-1)
+        uncond = unconditional[:, : cond.shape[-1]]
+        return torch.cat([uncond + scale * (cond - uncond), variance], dim=-1)
+
+    def kernels(work: Callable[[], object]) -> int:
+        if not bench.cuda:
+            return 0
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            work()
+            bench.sync()
+        return sum(row.count for row in profiler.key_averages() if row.self_device_time_total > 0)
+
+    fast = torch.compile(plain, dynamic=True, backend="eager" if bench.rehearse else "inductor")
+    for rows in bench.size((4, 64, 1024), (4,)):
+        z = torch.randn(2 * rows, model.config.decoder.width, device=bench.device)
+        x = torch.randn(rows, head.token_width, device=bench.device)
+        scale = torch.full((rows, 1), 2.0, device=bench.device)
+        arguments = (x, scale, CFGDenoiser(head, z, schedule.timesteps, scale).modulations(0))
+        first = bench.timed(lambda a=arguments: fast(*a))
+        expected, found = plain(*arguments), fast(*arguments)
+        bench.report({
+            f"{rows} rows": {
+                "most difference": float((found - expected).abs().max()),
+                "plain ms": 1e3 * bench.median(lambda a=arguments: plain(*a), 20),
+                "compiled ms": 1e3 * bench.median(lambda a=arguments: fast(*a), 20),
+                "plain kernels": kernels(lambda a=arguments: plain(*a)),
+                "compiled kernels": kernels(lambda a=arguments: fast(*a)),
+                "first call s": first,
+            }
+        })  # fmt: skip
+
+
 @step("group", 60)
 def group(bench: Bench) -> None:
     """DDP and FSDP in a group of one, by NCCL on a GPU: the losses of a run without a group."""
