@@ -22,6 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mar.backends import configure
+from mar.backends.cuda.settings import set_tf32
+
 ROOT = Path(__file__).resolve().parents[1]
 X0_BOUND = 3.0
 """Bound of x_0. Without it, random weights would give numbers that are not finite."""
@@ -41,6 +44,7 @@ class Bench:
         self.device, self.options, self.rehearse = torch.device(device), options, bool(options.rehearse)
         self.deadline = time.monotonic() + options.seconds
         self.cuda = self.device.type == "cuda"
+        configure(self.device)  # as `mar` does: attention without cuDNN's plans, no TF32
         if self.rehearse:
             torch.set_num_threads(1)
             # what Inductor makes takes longer to compile than a rehearsal may last
@@ -152,11 +156,6 @@ def random_model(bench: Bench, name: str, dtype: torch.dtype = torch.bfloat16) -
     return model
 
 
-def set_tf32(on: bool) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = on
-    torch.backends.cudnn.allow_tf32 = on
-
-
 def training_run(bench: Bench, config: Any) -> tuple[Any, Any]:
     """Return a run that is never saved, and a batch of random cached latents."""
     from steps import NoTokenizer
@@ -252,14 +251,18 @@ def parity(bench: Bench) -> None:
     steps = {"steps": 3} if bench.rehearse else {}
     for name, asks in (("fashion", {"labels": ["Dress", 3, None]}), ("emoji", {"prompts": ["cat", "red heart", None]})):
         with bench.part(name):
-            pipelines = [mar.load(name, device=device) for device in ("cpu", str(bench.device))]
+            pipelines = [mar.load(name, device=device, dtype=torch.float32) for device in ("cpu", str(bench.device))]
+            pipelines.append(mar.load(name, device=str(bench.device), dtype=torch.bfloat16))
             images = [p.sample(seeds=[0, 1, 2], output="tensor", **asks, **steps).cpu() for p in pipelines]
-            difference = (images[0] - images[1]).abs()
+            found = {}
+            for precision, drawn in zip(("fp32", "bf16"), images[1:], strict=True):
+                difference = (images[0] - drawn).abs()
+                found[precision] = {"mean": float(difference.mean()), "most": float(difference.max())}
             single = {word: values[1:2] for word, values in asks.items()}
             alone = pipelines[1].sample(seeds=[1], output="tensor", **single, **steps).cpu()
-            found = {"mean": float(difference.mean()), "most": float(difference.max())}
             bench.report({
-                f"{name}, device against CPU, of [-1, 1]": found,
+                f"{name}, device against CPU, of [-1, 1]": found["fp32"],
+                f"{name}, device in bf16 against CPU, of [-1, 1]": found["bf16"],
                 f"{name}, alone against in a batch, most": float((alone[0] - images[1][1]).abs().max()),
             })  # fmt: skip
     assert errors["fp32"] < FP32_ERROR, f"got a relative error of {errors['fp32']:.2g}, expected less than {FP32_ERROR}"
