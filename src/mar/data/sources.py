@@ -139,7 +139,11 @@ def open_data(
         return open_source(spec, caption_column=caption_column)
     latents = LatentSource(folder)
     account = Account(f"{folder}, latents of {latents.manifest.data}")
-    account.take(np.zeros(len(latents)), latents.classes)  # its shards have the labels; they are not read yet
+    skipped = latents.index.skipped
+    account.leave_out("pictures that could not be read", next(iter(skipped.values()), ""), len(skipped))
+    account.take(
+        np.zeros(len(latents) - len(skipped)), latents.classes
+    )  # its shards have the labels; they are not read yet
     account.log()
     return latents
 
