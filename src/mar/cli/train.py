@@ -206,7 +206,7 @@ def _make_evaluation(options: TrainOptions, run: Run, log: Log) -> SnapshotCallb
         metrics: dict[str, float] = {}
         for weights in snapshot.weights:
             try:
-                report = evaluator(snapshot.pipeline(weights))
+                report = evaluator(snapshot.drawing_pipeline(weights))
             except BrokenLatents as error:
                 log.note(f"no evaluation of {weights} weights yet: {error}")
                 continue

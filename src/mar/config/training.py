@@ -74,6 +74,8 @@ class TrainConfig:
     """Decays of further averages, each exported as model-ema-DECAY.safetensors for comparison."""
     precision: Precision = "fp32"
     """`bf16`: matrix products in bfloat16, all else in float32."""
+    tf32: bool = False
+    """Round inputs of float32 products to TF32 on GPUs: faster, less exact."""
     strategy: Strategy = "ddp"
     """Several processes: `ddp` keeps the model on each, `fsdp` a shard of every tensor."""
     accumulate: int = 1

@@ -47,6 +47,12 @@ class Snapshot:
     """Labels or prompts of the images of a sample grid."""
     pipeline: Callable[[str], Pipeline]
     """Copies weights to a pipeline, on every rank: `pipeline("ema")`, `pipeline("raw")`."""
+    dtype: torch.dtype = torch.float32
+    """Precision of matrices to draw in: the run's on CUDA, else float32."""
+
+    def drawing_pipeline(self, weights: str) -> Pipeline:
+        """Copy weights to a pipeline, in the precision to draw in."""
+        return self.pipeline(weights).to(dtype=self.dtype)
 
 
 SnapshotCallback = Callable[[Snapshot], Mapping[str, float]]
@@ -63,6 +69,7 @@ def take_snapshot(run: Run) -> Snapshot:
         tuple(run.weights),
         run.grid_conditions,
         functools.partial(make_pipeline, run),
+        torch.bfloat16 if run.config.precision == "bf16" and run.device.type == "cuda" else torch.float32,
     )
 
 
@@ -98,6 +105,7 @@ def export_and_sample(snapshot: Snapshot, log: Log) -> dict[str, float]:
         pipeline = snapshot.pipeline(weights)
         if distributed.rank() == 0:
             pipeline.save(snapshot.folder / weights_file(weights))
+        pipeline.to(dtype=snapshot.dtype)  # the file is in float32
         samples = distributed.all_gather_object(
             sample_share(pipeline, snapshot.asks, distributed.rank(), distributed.world_size())
         )

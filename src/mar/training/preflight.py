@@ -28,6 +28,10 @@ _BLOCK_FLOATS = {"none": 18, "selective": 10.5, "full": 1}
 """In a transformer block, per token and width; with `none`, two of them are for dropout."""
 _HEAD_BLOCK_FLOATS = {"none": 10, "selective": 6, "full": 1}
 """In a block of the head, per row and width."""
+_BF16_SHARE = {"none": 42 / 84, "selective": 24 / 58, "full": 1}
+"""Share of a transformer block's bytes that bf16 keeps, counted on CUDA; inputs of blocks stay float32."""
+_HEAD_BF16_SHARE = {"none": 24 / 43, "selective": 14 / 27, "full": 1}
+"""The same of a block of the head."""
 _HEAD_FLOATS = 8
 """In the head outside its blocks, per row and width."""
 _RUN_FILES = ("state-*", ".saving-*", "model*.safetensors")
@@ -74,7 +78,8 @@ def estimate(config: TrainConfig, processes: int = 1) -> Estimate:
     return Estimate(
         parameters=parameters,
         weights=4 * (5 + others) * parameters,
-        activations=4 * activation_floats(config.model, micro_batch, config.activation_checkpointing),
+        activations=4 * activation_floats(config.model, micro_batch, config.activation_checkpointing, config.precision)
+        + (2 * parameters if config.precision == "bf16" else 0),  # copies of the matrices in bfloat16
         state=state,
         disk=(config.keep + 1) * state + exports * 4 * parameters,  # one state more while it is being written
     )
@@ -85,19 +90,34 @@ def _size(path: Path) -> int:
     return sum(file.stat().st_size for file in (path, *path.rglob("*")) if file.is_file())
 
 
-def activation_floats(model: ModelConfig, images: int, checkpointing: ActivationCheckpointing = "none") -> int:
-    """Estimate the floats a step keeps, at the mean mask ratio."""
+def activation_floats(
+    model: ModelConfig, images: int, checkpointing: ActivationCheckpointing = "none", precision: str = "fp32"
+) -> int:
+    """Estimate the floats a step keeps, at the mean mask ratio.
+
+    Args:
+        model: is trained.
+        images: of a micro-batch.
+        checkpointing: of the blocks.
+        precision: of the matrix products; of bf16 fewer floats are kept, counted as they are on CUDA.
+    """
+    half = precision == "bf16"
+    block, head_block = float(_BLOCK_FLOATS[checkpointing]), float(_HEAD_BLOCK_FLOATS[checkpointing])
+    recomputed, recomputed_head = float(_BLOCK_FLOATS["none"]), float(_HEAD_BLOCK_FLOATS["none"])
+    if half:
+        block, head_block = block * _BF16_SHARE[checkpointing], head_block * _HEAD_BF16_SHARE[checkpointing]
+        recomputed, recomputed_head = recomputed * _BF16_SHARE["none"], recomputed_head * _HEAD_BF16_SHARE["none"]
     masked = round(model.tokens * (1 + model.mask_ratio_min) / 2)
     encoder_tokens = model.buffer_size + model.tokens - masked
     trunks = ((model.encoder, encoder_tokens), (model.decoder, model.buffer_size + model.tokens))
     rows = masked * model.head.batch_mul
-    floats = sum(t.depth * tokens * t.width * _BLOCK_FLOATS[checkpointing] for t, tokens in trunks)
-    floats += rows * model.head.width * (_HEAD_BLOCK_FLOATS[checkpointing] * model.head.depth + _HEAD_FLOATS)
-    if checkpointing == "none":  # dropout of attention weights: a byte each, a quarter of a float
+    floats = sum(t.depth * tokens * t.width * block for t, tokens in trunks)
+    floats += rows * model.head.width * (head_block * model.head.depth + _HEAD_FLOATS)
+    if checkpointing == "none" and not half:  # dropout of attention weights: a byte each, a quarter of a float
         floats += sum(t.depth * t.num_heads * tokens**2 / 4 for t, tokens in trunks if model.attention_dropout)
     else:  # one block at a time is recomputed
-        blocks = [tokens * t.width * _BLOCK_FLOATS["none"] for t, tokens in trunks]
-        floats += max(*blocks, rows * model.head.width * _HEAD_BLOCK_FLOATS["none"])
+        blocks = [tokens * t.width * recomputed for t, tokens in trunks]
+        floats += max(*blocks, rows * model.head.width * recomputed_head)
     return round(images * floats)
 
 

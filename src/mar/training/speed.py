@@ -134,7 +134,7 @@ def model_speed(config: TrainConfig, device: torch.device, seconds: float, *, dr
             snapshot = take_snapshot(run)
             rank, world = distributed.rank(), distributed.world_size()
             for weights in snapshot.weights:
-                sample_share(snapshot.pipeline(weights), snapshot.asks, rank, world, allow_broken=True)
+                sample_share(snapshot.drawing_pipeline(weights), snapshot.asks, rank, world, allow_broken=True)
             grid_seconds = time.monotonic() - begun
     return ModelSpeed(*distributed.all_gather_object((speed, grid_seconds))[0])  # rank 0 decides for all
 

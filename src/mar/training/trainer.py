@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from mar import distributed
+from mar.backends import configure
 from mar.checkpoint.files import write_text
 from mar.checkpoint.run_state import RunState
 from mar.config import ConfigError, ModelConfig, TrainConfig, to_dict
@@ -142,6 +143,7 @@ class TrainingRun(ABC):
     """Names of the columns of sample grids."""
 
     def __init__(self, config: TrainConfig | TokenizerTrainConfig, folder: Path, device: torch.device) -> None:
+        configure(device, tf32=isinstance(config, TrainConfig) and config.tf32)
         self.config, self.folder, self.device = config, folder, device
         self.progress = Progress()
         self.callbacks: list[Callback] = []
