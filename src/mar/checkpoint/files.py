@@ -8,6 +8,7 @@ import os
 import pickletools
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,14 @@ def check_pickle(data: bytes) -> None:
 def printable(text: str) -> str:
     """Return text with its control characters escaped, which a terminal would obey."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def is_zip(path: Path) -> bool:
+    """Return whether a file ends like a zip."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # of several disks, as its damaged end says
+        return False
 
 
 def size_text(size: int) -> str:

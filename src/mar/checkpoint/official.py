@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mar.checkpoint import checksums
-from mar.checkpoint.files import CheckpointError, check_pickle, write_atomically
+from mar.checkpoint.files import CheckpointError, check_pickle, is_zip, write_atomically
 from mar.checkpoint.store import model_shapes, shape_differences
 from mar.config import HeadConfig, ModelConfig, TrunkConfig
 from mar.presets import Family
@@ -499,7 +499,7 @@ def _check_is_torch_file(path: Path) -> None:
         raise CheckpointError(f"{path} is a bare pickle (or of PyTorch before 1.6), which is not read")
     if not start.startswith(b"PK"):
         raise CheckpointError(f"{path} is not a file of torch.save")
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         raise CheckpointError(f"{path} is truncated or damaged: its end is missing; copy or download it again")
 
 

@@ -377,7 +377,7 @@ def _read_table(path: Path) -> dict[str, Any]:
             if name == "__metadata__":
                 continue
             begin, end = entry["data_offsets"]
-            if not all(type(value) is int and value >= 0 for value in (begin, end, *entry["shape"])):
+            if not all(type(value) is int and 0 <= value < 2**63 for value in (begin, end, *entry["shape"])):
                 raise ValueError(f"{name} has shape {entry['shape']}")
             ends.append(end)
     except (ValueError, KeyError, TypeError, AttributeError, LookupError) as error:

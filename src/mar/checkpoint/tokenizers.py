@@ -127,7 +127,14 @@ def _load_autoencoder(path: str | Path, subfolder: str | None, local_files_only:
             raise ValueError(f"tokenizer: {path} holds a diffusers {kind}, expected an {' or '.join(wrappers)}")
         # Without low_cpu_mem_usage diffusers does not ask, in five lines, for a library that it would save memory with.
         loaded = getattr(diffusers, kind).from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False, **where)
-    except OSError as error:  # no such folder or repository, files missing, no network
+    except (
+        OSError,
+        RecursionError,
+        AttributeError,
+        TypeError,
+        LookupError,
+        OverflowError,
+    ) as error:  # no such folder or repository, files missing, no network
         reason = " ".join(str(error).split())
         raise ValueError(f"tokenizer: can't load a diffusers autoencoder from {path}: {reason}") from error
     wrapper: Any = wrappers[kind].load()

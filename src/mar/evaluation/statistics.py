@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mar import distributed
 from mar.checkpoint import checksums
-from mar.checkpoint.files import parse_json, write_atomically
+from mar.checkpoint.files import is_zip, parse_json, write_atomically
 
 BLOCK = 512
 """Rows that are summed at a time. Blocks do not depend on the batches that the rows came in."""
@@ -260,7 +260,7 @@ def _read_arrays(path: Path, features: bool) -> dict[str, np.ndarray]:
     """Reads the arrays of a statistics file, without a check of their shapes."""
     if not path.exists():
         raise ValueError(f"{path}: there is no such file; `mar stats` makes one")
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         raise ValueError(f"{path}: damaged, or no npz file of statistics; {REMAKE}")
     try:
         _check_expansion(path, features)
