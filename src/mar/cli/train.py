@@ -64,12 +64,21 @@ def train(arguments: Sequence[str]) -> int:
     with distributed.collective_errors():
         chosen = recipe(name)
         options = _options(name, chosen, arguments)
-        from mar.training.run import with_captions  # after --help, which needs no torch
+        from mar.training.run import precision_by_default, with_captions  # after --help, which needs no torch
 
         options = replace(options, config=with_captions(options.config))
-        devices.choose_device(options.device)
+        device = devices.choose_device(options.device)
+        if not names_precision(arguments):
+            assert options.out is not None
+            precision = precision_by_default(options.config, options.out, device)
+            options = replace(options, config=replace(options.config, precision=precision))
     with distributed.process_group(options.device, of_one=options.group_of_one) as device:
         return train_model(options, device, chosen, name)
+
+
+def names_precision(arguments: Sequence[str]) -> bool:
+    """Returns whether the user has chosen the precision."""
+    return any(argument.partition("=")[0] == "--precision" for argument in arguments)
 
 
 def _options(name: str, chosen: TrainConfig, arguments: Sequence[str]) -> TrainOptions:

@@ -13,7 +13,7 @@ import tyro
 
 from mar.cli.options import parse
 from mar.cli.tokenizer import TokenizerTrainOptions, load_network, train_tokenizer
-from mar.cli.train import TrainOptions, train_model
+from mar.cli.train import TrainOptions, names_precision, train_model
 from mar.config import ConfigError
 from mar.config.tokenizer import Stride, TokenizerKind, TokenizerTrainConfig
 from mar.presets import PLANNED_RECIPES
@@ -169,7 +169,15 @@ def train_folder(arguments: Sequence[str], name: str = "folder") -> int:
     arguments = [*out, *PLANNED_RECIPES[name], *arguments]
     with distributed.collective_errors():
         plan, options = plan_folder(arguments)
-        devices.choose_device(options.device)
+        from mar.training.run import precision_by_default  # after --help, which needs no torch
+
+        device = devices.choose_device(options.device)
+        if not names_precision(arguments):
+            assert options.out is not None
+            precision = precision_by_default(plan.train, options.out, device)
+            if precision != plan.train.precision:
+                arguments = [*arguments, "--precision", precision]
+                plan, options = plan_folder(arguments)
     with distributed.process_group(options.device) as device:
         steps = _Steps(arguments, device, started)
         try:

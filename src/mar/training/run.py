@@ -20,12 +20,13 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from mar import distributed, zoo
+from mar import devices, distributed, zoo
 from mar.checkpoint import official
 from mar.checkpoint.files import parse_json, write_text
 from mar.checkpoint.run_state import RunState, changed_settings
 from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, resolve_image_channels, to_dict
 from mar.config.tokenizer import TokenizerTrainConfig
+from mar.config.training import Precision
 from mar.data.captions import captions_of, count_words
 from mar.data.conditions import WORDS, CaptionReader, WordReader, reader_from_header
 from mar.data.images import Source, Transform
@@ -176,6 +177,17 @@ def _is_same_path(before: str | None, now: str | None, *, moved: bool) -> bool:
     if not new.exists():
         return False
     return old.resolve() == new.resolve() or (moved and not old.exists() and before != "fashion")
+
+
+def precision_by_default(config: TrainConfig, folder: Path, device: torch.device) -> Precision:
+    """Return the precision of a run whose user named none.
+
+    That is the one in the folder's configuration; for a new run bf16 on GPUs that multiply in it, else the recipe's.
+    """
+    saved = load_config(TrainConfig, folder) if device.type == "cuda" else None
+    if saved is not None:
+        return saved.precision
+    return "bf16" if devices.default_precision(device) == "bf16" else config.precision
 
 
 def saved_length(folder: Path) -> int:

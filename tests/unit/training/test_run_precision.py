@@ -10,11 +10,13 @@ import torch
 from safetensors.torch import load_file
 from tiny import open_tiny_run, tiny_train_config, write_images
 
+from mar.cli.train import names_precision
 from mar.nn import Linear
 from mar.pipeline import Pipeline
 from mar.training import callbacks, trainer
 from mar.training.callbacks import export_and_sample, take_snapshot
 from mar.training.log import Log
+from mar.training.run import precision_by_default, save_config
 
 
 @pytest.mark.parametrize("tf32", [False, True])
@@ -48,3 +50,24 @@ def test_snapshot_is_drawn_in_the_precision_of_a_run_on_cuda(
     assert drawn[0] == {expected}
     tensors = load_file(tmp_path / "run" / "model.safetensors")
     assert {t.dtype for name, t in tensors.items() if name.startswith("model.")} == {torch.float32}
+
+
+def test_precision_by_default_is_the_saved_runs_then_the_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    plain, half = (tiny_train_config(tmp_path, precision=name) for name in ("fp32", "bf16"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert precision_by_default(plain, tmp_path / "new", cuda) == "bf16"
+    assert precision_by_default(plain, tmp_path / "new", cpu) == "fp32"
+    assert precision_by_default(half, tmp_path / "new", cpu) == "bf16"  # the recipe's
+    save_config(plain, tmp_path / "begun")  # by a version that had fp32 as the default
+    assert precision_by_default(plain, tmp_path / "begun", cuda) == "fp32"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    assert precision_by_default(plain, tmp_path / "new", cuda) == "fp32"
+
+
+def test_precision_is_named_by_its_option() -> None:
+    assert names_precision(["fashion", "--precision", "fp32"])
+    assert names_precision(["--precision=bf16"])
+    assert not names_precision(["fashion", "--images", "8"])
