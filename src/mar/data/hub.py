@@ -204,6 +204,10 @@ def _load_or_explain(load: Callable[[], Result], name: str, hub: bool) -> Result
     except _read_errors() as error:
         if str(error).startswith("data: "):
             raise
+        if "aiohttp" in str(error):
+            raise ValueError(
+                f"data: {name} is streamed over HTTP, for which aiohttp is missing; install it: pip install 'mar[http]'"
+            ) from error
         where = " on the Hub, and is no path here" if hub else ""
         raise ValueError(f"data: {name} can't be opened{where}: {_reason(error)}") from error
 
