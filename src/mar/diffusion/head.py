@@ -13,6 +13,8 @@ In training: n images, m masked tokens, k timesteps a token.
 from __future__ import annotations
 
 import math
+import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import lru_cache
@@ -27,7 +29,7 @@ from mar.config import HeadConfig, SamplingConfig
 from mar.diffusion.gaussian import Coefficients, diffusion_loss, q_sample
 from mar.diffusion.schedule import Schedule, respace, training_schedule
 from mar.diffusion.single_step import SingleStepSchedule
-from mar.diffusion.solvers import SCHEDULES, SOLVERS, num_noises
+from mar.diffusion.solvers import SCHEDULES, SOLVERS, ancestral_update, num_noises
 from mar.nn import Linear, to_float32
 
 NUM_FREQUENCIES = 256
@@ -164,6 +166,8 @@ class DiffusionHead(nn.Module):
         super().__init__()
         self.config = config
         self.token_width = token_width
+        self.compile_steps = os.environ.get("MAR_COMPILE_HEAD") == "1"
+        """Compile the guided diffusion steps of `sample` (torch.compile; solver `ancestral`)."""
         self.time_embed = TimeEmbedding(config.width)
         self.z_embed = Linear(z_width, config.width)
         self.input = Linear(token_width, config.width)
@@ -292,8 +296,17 @@ class DiffusionHead(nn.Module):
         """
         # `self` may be a backend's head, which has these layers but not this class
         schedule = DiffusionHead.schedule(self, steps, sampling, z.device)
+        denoiser = CFGDenoiser(self, z, schedule.timesteps, scale)
+        if getattr(self, "compile_steps", False) and scale is not None and sampling.solver == "ancestral":
+            try:
+                return compiled_ancestral(denoiser, noise, steps, sampling)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # of Dynamo, Inductor, Triton or a C++ compiler
+                warnings.warn(f"can't compile the head, sampling without: {_first_line(error)}", stacklevel=2)
+                self.compile_steps = False
         return SOLVERS[sampling.solver](
-            CFGDenoiser(self, z, schedule.timesteps, scale),
+            denoiser,
             noise,
             schedule,
             self.config.prediction,
@@ -346,14 +359,93 @@ class CFGDenoiser:
 
     def __call__(self, x: Float[Tensor, "r d"], index: int) -> Float[Tensor, "r two_d"]:
         """Evaluate the head at x: prediction and variance values."""
-        embedded = self.head.embed_tokens(x)
-        if self.scale is None:
-            return self.head.denoise_embedded(embedded, self.modulations(index))
-        output = self.head.denoise_embedded(torch.cat([embedded, embedded]), self.modulations(index))
-        conditional, unconditional = output.chunk(2)
-        cond, variance = conditional.chunk(2, dim=-1)
-        uncond = unconditional[:, : cond.shape[-1]]
-        return torch.cat([uncond + self.scale * (cond - uncond), variance], dim=-1)
+        return denoise_guided(self.head, x, self.modulations(index), self.scale)
+
+
+def denoise_guided(
+    head: DenoisingLayers, x: Float[Tensor, "r d"], modulations: Modulations, scale: Float[Tensor, "r 1"] | None
+) -> Float[Tensor, "r two_d"]:
+    """Evaluate the head at x, guided: prediction and variance values.
+
+    Args:
+        head: the layers.
+        x: noisy tokens.
+        modulations: of this diffusion step.
+        scale: guidance scale of each row (None: no guidance).
+    """
+    embedded = head.embed_tokens(x)
+    if scale is None:
+        return head.denoise_embedded(embedded, modulations)
+    output = head.denoise_embedded(torch.cat([embedded, embedded]), modulations)
+    conditional, unconditional = output.chunk(2)
+    cond, variance = conditional.chunk(2, dim=-1)
+    uncond = unconditional[:, : cond.shape[-1]]
+    return torch.cat([uncond + scale * (cond - uncond), variance], dim=-1)
+
+
+# ---- the guided step, compiled
+
+
+def guided_step(
+    head: DenoisingLayers,
+    x: Float[Tensor, "r d"],
+    modulations: Modulations,
+    scale: Float[Tensor, "r 1"],
+    noise: Float[Tensor, "r d"],
+    coefficients: Float[Tensor, " 8"],
+    temperature: float,
+    x0_bound: float | None,
+) -> Float[Tensor, "r d"]:
+    """Run one guided diffusion step of the solver `ancestral`: network, guidance and update.
+
+    Args:
+        head: the layers.
+        x: before the step.
+        modulations, scale: as in `denoise_guided`.
+        noise: to add.
+        coefficients: of the step, on the device: a number of Python's would be compiled into each step.
+        temperature, x0_bound: as in `ancestral`.
+    """
+    output = denoise_guided(head, x, modulations, scale)
+    c = Coefficients(*coefficients.unbind())
+    return ancestral_update(output, x, c, noise, head.config.prediction, temperature, x0_bound)
+
+
+@lru_cache(maxsize=1)
+def compiled_step() -> Callable[..., Tensor]:
+    """Return `guided_step` compiled for any number of rows."""
+    return torch.compile(guided_step, dynamic=True)
+
+
+def compiled_ancestral(
+    denoiser: CFGDenoiser, noise: Float[Tensor, "s r d"], steps: int, sampling: SamplingConfig
+) -> Float[Tensor, "r d"]:
+    """Sample as the solver `ancestral` does, by compiled steps: equal up to rounding.
+
+    Args:
+        denoiser: of a `DiffusionHead`, with guidance.
+        noise: one for each step.
+        steps: number of diffusion steps.
+        sampling: the settings.
+    """
+    head, step = denoiser.head, compiled_step()
+    table = _sampling_coefficients(head.config, steps, sampling.timestep_spacing, sampling.start_t, noise.device)
+    x = noise[0]
+    import torch.fx.experimental._config as fx  # late: `import mar` stays fast
+
+    with fx.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # equal sizes are a coincidence: no new compilation
+        for j, index in enumerate(reversed(range(1, steps)), start=1):
+            x = step(
+                head, x, denoiser.modulations(index), denoiser.scale, noise[j], table[index], sampling.temperature,
+                sampling.x0_bound,
+            )  # fmt: skip
+    # the last step adds no noise: another function, and not worth another compilation
+    c = Coefficients(*table[0].unbind())
+    return ancestral_update(denoiser(x, 0), x, c, None, head.config.prediction, sampling.temperature, sampling.x0_bound)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 HEADS: dict[type[HeadConfig], Callable[..., nn.Module]] = {HeadConfig: DiffusionHead}
@@ -371,6 +463,14 @@ def build_head(token_width: int, z_width: int, config: HeadConfig) -> Any:
 @lru_cache(maxsize=16)
 def _training_coefficients(config: HeadConfig, device: torch.device) -> Float[Tensor, "8 T"]:
     return Coefficients.table(training_schedule(config)).float().to(device)
+
+
+@lru_cache(maxsize=64)
+def _sampling_coefficients(
+    config: HeadConfig, steps: int, spacing: str, start_t: float, device: torch.device
+) -> Float[Tensor, "T 8"]:
+    schedule = respace(training_schedule(config), steps, spacing, start_t)  # type: ignore[arg-type]
+    return Coefficients.table(schedule).float().T.contiguous().to(device)
 
 
 @lru_cache(maxsize=256)

@@ -51,16 +51,38 @@ def ancestral(
         x0_bound: clips the predicted x_0.
     """
     coefficients = Coefficients.table(schedule).T.tolist()
-    clamp_variance = prediction == "x0"
     x = noise[0]
     for j, index in enumerate(reversed(range(len(schedule))), start=1):
-        output, c = denoiser(x, index), Coefficients(*coefficients[index])
-        p = p_mean_variance(output, x, c, prediction, x0_bound, clamp_variance=clamp_variance)
-        x = p.mean
-        if index > 0:
-            # The reference's order of operations: a rounding error here may grow to a tenth of a standard deviation.
-            x = x + (0.5 * p.log_variance).exp() * noise[j] * temperature
+        c = Coefficients(*coefficients[index])
+        x = ancestral_update(
+            denoiser(x, index), x, c, noise[j] if index > 0 else None, prediction, temperature, x0_bound
+        )
     return x
+
+
+def ancestral_update(
+    output: Float[Tensor, "r two_d"],
+    x: Float[Tensor, "r d"],
+    c: Coefficients,
+    noise: Float[Tensor, "r d"] | None,
+    prediction: Prediction,
+    temperature: float,
+    x0_bound: float | None,
+) -> Float[Tensor, "r d"]:
+    """Return x after one step of `ancestral`.
+
+    Args:
+        output: the network's, for x.
+        x: before the step.
+        c: coefficients of the step.
+        noise: to add (None: the last step adds none).
+        prediction, temperature, x0_bound: as in `ancestral`.
+    """
+    p = p_mean_variance(output, x, c, prediction, x0_bound, clamp_variance=prediction == "x0")
+    if noise is None:
+        return p.mean
+    # The reference's order of operations: a rounding error here may grow to a tenth of a standard deviation.
+    return p.mean + (0.5 * p.log_variance).exp() * noise * temperature
 
 
 def ddim(
