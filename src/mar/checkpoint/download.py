@@ -60,17 +60,23 @@ class RemoteFile:
     mebibytes: float | None = None
     """Its approximate size in MiB."""
     sha256: str | None = None
-    """In hexadecimal, if its authors publish it."""
+    """In hexadecimal, if it is known."""
 
 
 _SHARE = "https://www.dropbox.com/scl/fi"
 # dl=1 asks for the file itself: the dl=0 of the published links gives a web page around it.
 OFFICIAL: dict[str, RemoteFile] = {
     "kl16": RemoteFile(
-        "kl16.ckpt", f"{_SHARE}/hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=1", 254
+        "kl16.ckpt",
+        f"{_SHARE}/hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=1",
+        254,
+        "34ce001bcfffb7af67ec8af1e683a30d7bd45760855ddc7deedc1330f2cfd38f",
     ),
     "mar-base": RemoteFile(
-        "mar-base.pth", f"{_SHARE}/f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb&dl=1", 1587
+        "mar-base.pth",
+        f"{_SHARE}/f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb&dl=1",
+        1587,
+        "7e970a33bc90353e2fabe3498ed1f2d194dd8d17cd387665f80b2984dfca538c",
     ),
     "mar-large": RemoteFile(
         "mar-large.pth",
