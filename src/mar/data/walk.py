@@ -79,8 +79,10 @@ class FolderWalk:
         seen, folders, links = set(self._above), [relative], list[str]()
         if not relative and (identity := _identity(self.root)) is not None:
             seen.discard(identity)
+        followed = False
         while folders or links:
             is_link = not folders
+            followed = followed or is_link
             folder = links.pop(0) if is_link else folders.pop()  # links last: real folders keep their names
             identity = _identity(self.root / folder)
             if identity is None or identity in seen:
@@ -92,7 +94,7 @@ class FolderWalk:
             files += [before + name for name in listed.files]
             folders += [before + name for name in reversed(listed.folders)]
             links += [before + name for name in listed.links]
-        return sorted(files, key=_walk_key)
+        return sorted(files, key=_walk_key) if followed else files  # without links they are in this order
 
 
 def split_images(files: list[str], account: Account) -> list[str]:
