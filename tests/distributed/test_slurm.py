@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -57,14 +58,20 @@ class Cluster:
         """Kill a node's daemon and all that it runs, as a power failure would."""
         self.daemons[node].kill()
         self.daemons[node].wait()
+        tasks = []
         for process in Path("/proc").glob("[0-9]*"):
             try:
-                of_node = f"SLURMD_NODENAME={node}\0".encode() in (process / "environ").read_bytes()
-                of_cluster = str(self.folder).encode() in (process / "environ").read_bytes()
-                if of_node and of_cluster:
-                    os.kill(int(process.name), signal.SIGKILL)
+                env = (process / "environ").read_bytes()
             except OSError:  # it ended meanwhile
                 continue
+            if f"SLURMD_NODENAME={node}\0".encode() in env and str(self.folder).encode() in env:
+                tasks.append(process)
+        steps = {int((task / "stat").read_text().rsplit(")", 1)[1].split()[1]) for task in tasks}
+        steps = {step for step in steps if Path(f"/proc/{step}/comm").read_text().startswith("slurmstepd")}
+        # The step's daemon first: nothing tells the controller that its tasks end.
+        for number in (*steps, *(int(task.name) for task in tasks)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(number, signal.SIGKILL)
 
     def run(self, *command: str) -> str:
         """Return what a command of Slurm prints."""
@@ -159,13 +166,13 @@ def test_slurm_script_time_limit_and_lost_node_training_goes_on_to_its_end(clust
     wait_for(lambda: images_seen(run)[-1] > seen + 320, 300, "going on")
     assert images_seen(run)[len([i for i in images_seen(run) if i <= seen])] - seen <= 32
     cluster.fail("node2")
-    wait_for(lambda: cluster.state(job) == "PENDING", 90, "back in the queue after a node failed")
+    wait_for(lambda: cluster.state(job) == "PENDING", 150, "back in the queue after a node failed")
     cluster.start("node2")
 
     # All turns together are the whole training.
     def ended() -> bool:
         if cluster.state(job) == "PENDING":
-                return cluster.state(job) not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+            return cluster.state(job) not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
 
     wait_for(ended, 500, "the end")
     assert cluster.state(job) == "COMPLETED", log.read_text()[-3000:]
