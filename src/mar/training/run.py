@@ -6,19 +6,22 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.nn import functional
 
 from mar import devices, distributed, zoo
 from mar.checkpoint import official
@@ -47,6 +50,7 @@ from mar.training.trainer import Progress, Run
 
 Config = TypeVar("Config")
 
+logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
 """File in a run's folder: its configuration."""
 CAPTIONS_FILE = "captions.json"
@@ -65,7 +69,7 @@ _MAY_CHANGE_ON_RESUME = {
 """Settings that leave the steps so far as they were."""
 _MAY_DIFFER_FROM_INIT = {
     "classes", "words", "text_width", "label_drop", "attention_dropout", "projection_dropout", "mask_ratio_min",
-    "head.batch_mul",
+    "head.batch_mul", "grid", "mask_schedule", "tie_null",
 }  # fmt: skip
 """Settings of a model that may differ from those of the weights it starts from."""
 
@@ -467,15 +471,37 @@ def _check_cache(config: TrainConfig, source: LatentSource, tokenizer: Tokenizer
 def init_from(model: MAR, other: MAR) -> list[str]:
     """Copy the weights of another model. Returns names of tensors not copied.
 
-    The class embedding is not copied if the number of classes differs. ConfigError for another architecture.
+    The class embedding is not copied if the number of classes differs. Positions are resized to another grid. A tied
+    vector becomes mask token and null class; of two, the mask token becomes the tied one. ConfigError for another
+    architecture.
     """
     own, theirs = _architecture(model.config), _architecture(other.config)
     if changes := [f"{name} {theirs[name]}, here {own[name]}" for name in own if own[name] != theirs[name]]:
         raise ConfigError(f"the weights to start from are of another model: {'; '.join(changes)}")
     state, init = model.state_dict(), other.state_dict()
+    if other.config.tie_null:
+        init["null_class"] = init["mask_token"].unsqueeze(0)
+    if other.config.token_grid != model.config.token_grid:
+        init |= _resized_positions(init, other.config, model.config)
     kept = [name for name, tensor in state.items() if name not in init or init[name].shape != tensor.shape]
     model.load_state_dict({name: state[name] if name in kept else init[name] for name in state})
     return kept
+
+
+def _resized_positions(state: Mapping[str, Tensor], old: ModelConfig, new: ModelConfig) -> dict[str, Tensor]:
+    """Resize the learned positions of tokens to another grid, bicubic; those of buffer tokens stay."""
+    resized = {}
+    for name, buffer in (("encoder", old.buffer_size), ("decoder", old.buffer_size), ("diffusion", 0)):
+        position = state[f"{name}_position"]
+        grid = position[buffer:].T.unflatten(1, old.token_grid).unsqueeze(0)
+        grid = functional.interpolate(grid, new.token_grid, mode="bicubic", align_corners=False)
+        resized[f"{name}_position"] = torch.cat([position[:buffer], grid[0].flatten(1).T])
+    logger.warning(
+        "positions of %d x %d tokens are resized to %d x %d; the model has to learn them again",
+        *old.token_grid,
+        *new.token_grid,
+    )
+    return resized
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:

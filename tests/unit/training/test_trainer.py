@@ -262,6 +262,31 @@ def test_init_weights_of_other_classes_get_new_embeddings() -> None:
     assert torch.equal(same.class_embed.weight, theirs.class_embed.weight)  # type: ignore[union-attr]
 
 
+def test_init_weights_of_another_grid_have_their_positions_resized(caplog: pytest.LogCaptureFixture) -> None:
+    own, theirs = tiny_model(seed=1), tiny_model(seed=2, grid=(2, 8))
+    buffer = own.config.buffer_size
+    with torch.no_grad():  # positions that are their column's number
+        columns = torch.arange(8.0).repeat(2).unsqueeze(1)
+        theirs.decoder_position[buffer:] = columns
+    assert init_from(own, theirs) == []
+    assert "positions of 2 x 8 tokens are resized to 4 x 4" in caplog.text
+    assert torch.equal(own.decoder_position[:buffer], theirs.decoder_position[:buffer])
+    by_row = own.decoder_position[buffer:, 0].unflatten(0, (4, 4))
+    assert torch.allclose(by_row, by_row[:1].expand(4, -1), atol=1e-5)
+    assert torch.allclose(by_row[0, 1:3], torch.tensor([2.5, 4.5]), atol=0.1)
+    assert torch.equal(own.token_embed.weight, theirs.token_embed.weight)
+
+
+def test_init_weights_with_a_tied_vector_become_two_and_back() -> None:
+    tied = tiny_model(seed=2, tie_null=True, mask_schedule="exp")
+    assert init_from(own := tiny_model(seed=1), tied) == []
+    assert torch.equal(own.null_class[0], tied.mask_token)
+    assert torch.equal(own.mask_token, tied.mask_token)
+    again = tiny_model(seed=3, tie_null=True)
+    assert init_from(again, own) == []
+    assert torch.equal(again.mask_token, own.mask_token)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -269,7 +294,6 @@ def test_init_weights_of_other_classes_get_new_embeddings() -> None:
         ({"encoder": replace(tiny_config().encoder, depth=2)}, "encoder .*'depth': 2.*, here .*'depth': 1"),
         ({"head": replace(HEAD, depth=2)}, "head.depth 2, here 1"),
         ({"head": replace(HEAD, prediction="noise")}, "head.prediction noise, here v"),
-        ({"grid": (2, 8)}, r"grid \[2, 8\], here \[4, 4\]"),
         ({"encoder": replace(tiny_config().encoder, num_heads=4)}, "'num_heads': 4"),
     ],
 )
