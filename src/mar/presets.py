@@ -217,6 +217,46 @@ def _imagenet(name: str) -> TrainConfig:
     )
 
 
+_TOKENIZER_NAMES = {"kl16": "kl16", "dc-ae": "mit-han-lab/dc-ae-f32c32-in-1.0", "detok": "detok"}
+"""Names of tokenizers in `TrainConfig.tokenizer`."""
+
+
+def _imagenet_emigm(name: str) -> TrainConfig:
+    """Returns eMIGM's recipe for ImageNet: that of the paper with its masks and tied vector.
+
+    Its authors train 800 epochs in float16, with batches of 1,024 (xs, small) or 2,048. FIDs are those of `PUBLISHED`.
+    None of it was run here.
+    """
+    model = PUBLISHED[name]
+    return replace(
+        _imagenet("mar-base"),
+        model=model.config,
+        sampling=model.sampling,
+        tokenizer=_TOKENIZER_NAMES[model.tokenizer],
+        batch=model.batch,
+    )
+
+
+def _imagenet_detok(name: str) -> TrainConfig:
+    """Returns the recipe of l-DeTok's MAR: a constant rate of 2e-4, no warm-up, weight decay or clipping.
+
+    Its authors train without dropout in the MLP, which here follows the projections'. Its tokenizer is given with
+    `--tokenizer`. FIDs are those of `PUBLISHED`. None of it was run here.
+    """
+    model = PUBLISHED[name]
+    return replace(
+        _imagenet("mar-base"),
+        model=model.config,
+        sampling=replace(model.sampling, steps=64),
+        tokenizer=_TOKENIZER_NAMES[model.tokenizer],
+        batch=model.batch,
+        lr=2e-4 * 256 / model.batch,
+        warmup=0,
+        weight_decay=0.0,
+        clip=1e9,
+    )
+
+
 FASHION = TrainConfig(
     model=ModelConfig(
         channels=1,
@@ -287,6 +327,8 @@ RECIPES: dict[str, TrainConfig] = {
     "imagenet-base": _imagenet("mar-base"),
     "imagenet-large": _imagenet("mar-large"),
     "imagenet-huge": _imagenet("mar-huge"),
+    **{f"imagenet-{name}": _imagenet_emigm(name) for name in PUBLISHED if name.startswith("emigm-")},
+    **{f"imagenet-{name}": _imagenet_detok(name) for name in PUBLISHED if name.startswith("detok-")},
 }
 """Training recipes by name."""
 PLANNED_RECIPES: dict[str, tuple[str, ...]] = {

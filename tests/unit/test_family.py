@@ -18,7 +18,7 @@ from mar.cli import main
 from mar.config import HeadConfig, ModelConfig, TrunkConfig
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
-from mar.presets import PUBLISHED, published
+from mar.presets import PUBLISHED, published, recipe
 from mar.tokenizer.pixels import PixelTokenizer
 
 TRUNK = TrunkConfig(width=16, depth=1, num_heads=2)
@@ -132,3 +132,17 @@ def test_import_with_another_projects_tokenizer_is_refused(tmp_path: Path, monke
         zoo.import_official(tmp_path / "detok.pth", tmp_path / "vit.pth", num_heads=2)
     vit.set_statistics(0.0, 1.0)
     assert zoo.import_official(tmp_path / "detok.pth", tmp_path / "vit.pth", num_heads=2).tokenizer is vit
+
+
+@pytest.mark.parametrize("name", ["emigm-xs", "emigm-large-512", "detok-large"])
+def test_recipe_of_a_published_model_trains_it(name: str) -> None:
+    config = recipe(f"imagenet-{name}")
+    assert config.model == PUBLISHED[name].config
+    assert config.sampling.guidance_scale == PUBLISHED[name].sampling.guidance_scale
+    assert config.batch == PUBLISHED[name].batch
+    if name.startswith("detok"):
+        assert config.scaled_lr == pytest.approx(2e-4)
+        assert (config.weight_decay, config.warmup) == (0.0, 0)
+    else:
+        assert config.lr == 1e-4
+        assert (config.model.mask_schedule, config.model.tie_null) == ("exp", True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -70,7 +71,8 @@ def test_presets_are_ordered_by_cost(name: str) -> None:
     exact, balanced, fast = (apply_preset(own, tokens, preset) for preset in ("exact", "balanced", "fast"))
     assert exact == own
     for sooner, later in ((balanced, own), (fast, balanced)):
-        assert sooner.steps < later.steps
+        few = own.steps <= math.sqrt(tokens)  # as published for eMIGM: no preset has fewer
+        assert sooner.steps == own.steps if few else sooner.steps < later.steps
         assert sooner.diffusion_steps <= later.diffusion_steps
         sooner.check(config.model)
     kept = ("guidance_scale", "guidance_schedule", "temperature", "x0_bound")
