@@ -129,6 +129,7 @@ def test_early_stopping_killed_run_decides_the_same(data: Path, tmp_path: Path, 
     (tmp_path / "latest").write_text(f"state-{left:012d}\n")
     (tmp_path / "watched").write_text(f"{left - 4}\n")
     state = tmp_path / f"state-{left:012d}" / "state.json"
+    (state.parent / "checksums.json").unlink()  # earlier versions wrote none
     state.write_text(state.read_text().replace(f'"watched": {left}', f'"watched": {left - 4}'))
     run, look, again = go(config, tmp_path)
     assert list(look.seen) == list(range(left, 32, 4))
