@@ -5,10 +5,10 @@
 On a GPU this is what Python and the CPU do while trunk and head should run. So that no device's work is counted, tokens
 have one value (their noise has 16), and the noise that was uploaded is not gathered. Two ways are measured in turns.
 "each step" computes indices, draws noise and reads the check of the latents within the step, as version 0.1 did on
-every device. "planned" is today's way on an asynchronous device: the indices of the batch at its start (counted in
-equal parts with the steps), noise ahead in a thread, and the check read a step late. Times are of the main thread, with
-one thread for PyTorch: "CPU" by its own clock, "wall" with what it waits for, so that noise that comes too late shows:
-the stubs take no time in which it could be drawn.
+every device. "planned" is today's way on an asynchronous device: indices are made at the batch's start, noise is
+drawn ahead in a thread, and the check is read a step late. The start counts in equal parts with the steps. Times are of
+the main thread, with one thread for PyTorch. "CPU" is by its own clock; "wall" has its waits too, so late noise shows.
+The stubs take no time in which it could be drawn.
 """
 
 from __future__ import annotations

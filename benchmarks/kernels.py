@@ -2,11 +2,11 @@
 
     python benchmarks/kernels.py [--model mar-base] [--rows 4] [--tiny]
 
-Plain: operations that PyTorch launches, views left out. Compiled: kernels and library calls in the code that Inductor
-writes for the CPU, which fuses as it does for GPUs up to details. The model of one image at batch 1 (`exact`: K = 64,
-100 diffusion steps, bfloat16 matrices) takes 2.2 us for each kernel, or its bytes at 2.9 TB/s (5 TB/s below 40 MB) or
-its products at 650 TFLOP/s, if more: figures assumed for an H100, not measured. Nothing else takes time in it: CUDA
-graphs hide the host's. Each compiled kernel counts 2.2 us: at so few rows none has more to do.
+Plain: operations that PyTorch launches, views left out. Compiled: kernels and library calls in Inductor's code for the
+CPU; it fuses as for GPUs, up to details. The model is of one image at batch 1 (`exact`: K = 64, 100 diffusion steps,
+bfloat16 matrices). A kernel takes 2.2 us, or its bytes at 2.9 TB/s (5 TB/s below 40 MB) or its products at 650 TFLOP/s,
+if more. These figures are assumed for an H100, not measured. Nothing else takes time: CUDA graphs hide the host's. Each
+compiled kernel counts 2.2 us: at so few rows none has more to do.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STEPS, DIFFUSION_STEPS = 64, 100
 
 
 class Cost(TorchDispatchMode):
-    """Counts kernels, and their modelled seconds."""
+    """Counts kernels, and their modeled seconds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ def count(head: DiffusionHead, z_width: int, rows: int) -> dict[str, float]:
 
 
 @torch.no_grad()
-def modelled(name: str, kernels: int) -> dict[str, float]:
+def modeled(name: str, kernels: int) -> dict[str, float]:
     """Model the seconds of one image: trunk, and head by plain and by compiled steps."""
     with torch.device("meta"):
         model = MAR(MODELS[name]).eval().requires_grad_(False)
@@ -145,7 +145,7 @@ def main() -> None:
     z_width = 32 if options.tiny else config.decoder.width
     head_config = HeadConfig(width=width, depth=config.head.depth)
     found = count(randomize(DiffusionHead(config.token_width, z_width, head_config)), z_width, options.rows)
-    print(json.dumps(found if options.tiny else found | modelled(options.model, int(found["compiled"]))))
+    print(json.dumps(found if options.tiny else found | modeled(options.model, int(found["compiled"]))))
 
 
 if __name__ == "__main__":

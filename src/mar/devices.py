@@ -55,7 +55,10 @@ def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def read_later(values: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Begin to copy values to the CPU, without waiting; the result waits for the copy, and returns it."""
+    """Copy values to the CPU without waiting.
+
+    Calling the result waits for the copy, and returns it.
+    """
     if values.device.type != "cuda":
         return values.cpu
     copied = host_buffer(values.shape, values.dtype, values.device)
@@ -71,7 +74,7 @@ def read_later(values: torch.Tensor) -> Callable[[], torch.Tensor]:
 
 
 def host_buffer(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Allocate memory on the CPU to exchange with a device; pinned for CUDA."""
+    """Make memory on the CPU to exchange with a device; pinned for CUDA."""
     return torch.empty(tuple(shape), dtype=dtype, pin_memory=device.type == "cuda")
 
 

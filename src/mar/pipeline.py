@@ -475,7 +475,10 @@ class Pipeline(
 
 
 def to_uint8(images: Float[Tensor, "n c H W"]) -> UInt8[Tensor, "n c H W"]:
-    """Round images in [-1, 1] to 8-bit values on their device, and copy these to the CPU."""
+    """Round images in [-1, 1] to 8-bit values.
+
+    The device rounds; only the 8-bit values are copied to the CPU.
+    """
     return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
 
 

@@ -35,7 +35,7 @@ class Backend:
     sampling_head: Callable[[Any], Any] = _identity
     """Head -> a head with a faster `sample`. Later changes of the weights have no effect on it."""
     asynchronous: bool = False
-    """Whether the device works while the host goes on: noise is drawn ahead, and flags are read a step late."""
+    """The device works while the host goes on: noise is drawn ahead, flags are read a step late."""
     free_memory: Callable[[Any], None] = _do_nothing
     """(model) -> None: returns unused memory to the system. Called after every reveal step."""
 

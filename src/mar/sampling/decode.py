@@ -300,7 +300,9 @@ def run_trunk(
     step: StepPlan,
     query_idx: Int[Tensor, "m r"],
 ) -> Float[Tensor, "m_and_u r f"]:
-    """Compute z of all unfinished images, then of the step's `uncond_rows` without their condition.
+    """Compute z of unfinished images, then of rows without condition.
+
+    The latter are the step's `uncond_rows`.
 
     Args:
         model: in eval mode.

@@ -232,13 +232,13 @@ class LatentCheck:
         broken = ~finite | ((4 * done.sum(1) >= self.generated) & (std > MAX_STD))
         flag = read_later(broken.any())
 
-        def judge() -> None:
+        def fail_if_broken() -> None:
             if bool(flag()):
                 self._fail(broken, finite, std, state.step, state.steps)
 
         if self.last is not None:
             self.last()
-        self.last = judge
+        self.last = fail_if_broken
         if not self.late or state.step == state.steps:
             judge()
             self.last = None

@@ -71,7 +71,9 @@ class SeededNoise:
         return torch.rand(count, generator=self.generators[image])
 
     def fill(self, image: int, chunks: Sequence[tuple[int, int]], width: int, out: Float[Tensor, "s d"]) -> None:
-        """Draw the noise of several steps, the same numbers as by `noise` one after the other.
+        """Draw the noise of several steps at once.
+
+        The numbers are those of `noise`, called for one step after the other.
 
         Args:
             image: its index in the batch.
@@ -109,7 +111,9 @@ class SharedUniforms(SeededNoise):
 
 
 class NoiseAhead:
-    """The noise of a batch, drawn a window of steps ahead by a thread, in two windows of memory.
+    """The noise of a batch, drawn ahead by a thread.
+
+    It draws a window of steps at once, and keeps two windows in memory.
 
     The source's generators run ahead of the steps: another iteration needs a source of its own.
 
@@ -159,7 +163,9 @@ class NoiseAhead:
 def group_noise(
     source: NoiseSource | NoiseAhead, group: GroupPlan, plan: RevealPlan, width: int
 ) -> Float[Tensor, "s t d"]:
-    """Return the noise of a group's tokens on the device, image after image, positions ascending.
+    """Return the noise of a group's tokens on the device.
+
+    Images follow each other, and their positions ascend.
 
     Args:
         source: draws it, or drew it ahead.

@@ -1,9 +1,9 @@
 """The reveal steps of a batch, planned when it starts: tokens, rows and settings of every step.
 
 Schedules and orders are known then, so that all indices are computed and uploaded at once, and no step waits for the
-device. Letters of shapes: n images, L tokens, T tokens to reveal in all planned steps, K steps; in one step, m
-unfinished images, u of them run without their condition, g guided ones, r tokens of an image, v visible ones, and t
-tokens of all images together.
+device. Letters of shapes: n images, L tokens, T tokens to reveal in all planned steps, K steps. In one step, there are
+m unfinished images, u of them also run without their condition, and g guided ones. An image has r tokens to reveal and
+v visible ones; t are the tokens of all images together.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ WINDOW_BYTES = 2**25
 
 
 class GroupPlan(NamedTuple):
-    """Tokens of a step whose images have the same number of diffusion steps, all guided or none."""
+    """Tokens of a step that are denoised together.
+
+    Their images have the same number of diffusion steps, and all are guided or none.
+    """
 
     step: int
     """Number of reveal steps done before."""
@@ -65,7 +68,7 @@ class StepPlan:
     visible: Int[Tensor, "m v"]
     """Positions of known tokens, ascending, padded with L."""
     padded: bool
-    """Whether any row of `visible` is padded."""
+    """Some row of `visible` is padded."""
 
 
 class NoiseWindow(NamedTuple):
@@ -118,7 +121,7 @@ class RevealPlan:
         self._build(self._tables(), 4 * token_width)
 
     def __getitem__(self, step: int) -> StepPlan:
-        """Return the plan of a step, made on the device from the uploaded indices."""
+        """Return the plan of a step, from the uploaded indices."""
         index = step - self.steps.start
         images, uncond, guided = self._rows[index]
         tokens, scales = self._tokens[index]
@@ -145,7 +148,7 @@ class RevealPlan:
         return StepPlan(step, groups, images, uncond, guided, query_idx, visible, fewest != most)
 
     def counts(self, group: GroupPlan) -> list[tuple[int, int]]:
-        """Return index in the batch and number of tokens of each image of a group."""
+        """Return index and number of tokens of a group's images."""
         key = (group.diffusion_steps, group.guided)
         count_of: dict[int, int] = {}
         for kind, (settings, counts) in enumerate(zip(self._settings, self._counts, strict=True)):

@@ -186,7 +186,7 @@ def _is_same_path(before: str | None, now: str | None, *, moved: bool) -> bool:
 def precision_by_default(config: TrainConfig, folder: Path, device: torch.device) -> Precision:
     """Return the precision of a run whose user named none.
 
-    That is the one in the folder's configuration; for a new run bf16 on GPUs that multiply in it, else the recipe's.
+    A run that goes on keeps its own. A new one has bf16 on GPUs with such products, else the recipe's.
     """
     saved = load_config(TrainConfig, folder) if device.type == "cuda" else None
     if saved is not None:
