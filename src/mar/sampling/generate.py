@@ -240,7 +240,7 @@ class LatentCheck:
             self.last()
         self.last = fail_if_broken
         if not self.late or state.step == state.steps:
-            judge()
+            fail_if_broken()
             self.last = None
 
     def _fail(self, broken: Tensor, finite: Tensor, std: Tensor, step: int, steps: int) -> None:
