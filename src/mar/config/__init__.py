@@ -4,7 +4,7 @@ They are validated on construction. A field's docstring is its command-line help
 config to JSON and back.
 """
 
-from mar.config.fields import ConfigError, from_dict, rename_old_keys, to_dict, to_dict_for_hash
+from mar.config.fields import ConfigError, from_dict, later_defaults, rename_old_keys, to_dict, to_dict_for_hash
 from mar.config.model import HeadConfig, MaskDraw, ModelConfig, NoiseSchedule, Prediction, TrunkConfig
 from mar.config.sampling import (
     GuidanceSchedule,
@@ -49,6 +49,7 @@ __all__ = [
     "TrainConfig",
     "TrunkConfig",
     "from_dict",
+    "later_defaults",
     "rename_old_keys",
     "resolve_image_channels",
     "to_dict",

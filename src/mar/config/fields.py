@@ -75,7 +75,10 @@ RENAMED: dict[str, dict[str, str]] = {
 
 Files, the command line and Python all read old names by this table (`rename_old_keys`, `renamed_fields`).
 """
-_LATER_FIELDS = {"ModelConfig": ("words", "text_width", "mask_schedule", "tie_null")}
+_LATER_FIELDS = {
+    "ModelConfig": ("words", "text_width", "mask_schedule", "tie_null"),
+    "SamplingConfig": ("guidance_time", "reveal"),
+}
 """Fields added since digests were first written; digests leave them out where they have their default."""
 _HUGE = 1e300
 """No number of a config is larger."""
@@ -116,6 +119,12 @@ def rename_old_keys(kind: type, values: Mapping[str, Any], base: Any = None) -> 
             value = tuple(whole)
         renamed[new] = value
     return renamed
+
+
+def later_defaults(kind: type) -> dict[str, Any]:
+    """Returns the fields that earlier files lack, with the defaults that those files meant."""
+    later = _LATER_FIELDS.get(kind.__name__, ())
+    return {f.name: _plain(f.default) for f in dataclasses.fields(kind) if f.name in later}
 
 
 def new_names(kind: type, names: Iterable[str]) -> list[tuple[str, str]]:

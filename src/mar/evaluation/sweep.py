@@ -16,7 +16,7 @@ from typing import Any
 
 from mar.checkpoint.files import write_atomically, write_text
 from mar.config import ConfigError, SamplingConfig, to_dict
-from mar.config.fields import log_new_names, renamed_fields
+from mar.config.fields import later_defaults, log_new_names, renamed_fields
 from mar.evaluation.evaluate import Report
 
 ALIASES = {"cfg": "guidance_scale", "K": "steps"}
@@ -156,6 +156,8 @@ class Table:
         raise ConfigError(f"{path} is not the table of a sweep ({reason}); choose another folder")
 
     def _check_same(self, saved: Mapping[str, Any]) -> None:
+        later = later_defaults(SamplingConfig).items()
+        saved = {name: value for name, value in later if name in self.settings} | dict(saved)
         names = [name for name in dict.fromkeys([*saved, *self.settings]) if name in saved or name not in NEW_SETTINGS]
         different = [name for name in names if saved.get(name) != self.settings.get(name)]
         if different:

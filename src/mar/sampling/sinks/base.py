@@ -25,7 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from mar import distributed
 from mar.checkpoint.files import write_atomically, write_text
-from mar.config import ConfigError, SamplingConfig, rename_old_keys
+from mar.config import ConfigError, SamplingConfig, later_defaults, rename_old_keys
 from mar.sampling.generate import BrokenLatents
 from mar.sampling.plan import Plan, WorkUnit
 from mar.sampling.progress import Advance, rank_meter
@@ -242,7 +242,7 @@ def _read_manifest(manifest: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         return None
     settings: dict[str, Any] = json.loads(json.dumps(rename_old_keys(SamplingConfig, content)))
-    return settings
+    return later_defaults(SamplingConfig) | settings
 
 
 def _is_manifest(sink: Sink) -> bool:
