@@ -261,7 +261,8 @@ def test_flags_are_ours_or_the_references(text: str) -> None:
     ours = set(flags(config.TrainConfig)) | set(flags(TokenizerTrainConfig))
     ours |= {f"--{part}" for part in ("out", "init", "help", "device", "resume-official", "sampling")}
     ours |= {
-        f"--{part}" for part in ("nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "rdzv-conf", "local-addr")
+        f"--{part}"
+        for part in ("nproc-per-node", "nnodes", "rdzv-backend", "rdzv-endpoint", "rdzv-id", "rdzv-conf", "local-addr")
     }  # torchrun's
     ours |= {"--vae", *flags(OwnTokenizer, "vae.")}
     for module in (*(module for module, _ in cli.VERBS.values()), "mar.cli.train_folder"):

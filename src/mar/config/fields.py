@@ -122,7 +122,7 @@ def rename_old_keys(kind: type, values: Mapping[str, Any], base: Any = None) -> 
 
 
 def later_defaults(kind: type) -> dict[str, Any]:
-    """Returns the fields that earlier files lack, with the defaults that those files meant."""
+    """Returns fields that earlier files lack, with their defaults."""
     later = _LATER_FIELDS.get(kind.__name__, ())
     return {f.name: _plain(f.default) for f in dataclasses.fields(kind) if f.name in later}
 
