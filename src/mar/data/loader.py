@@ -183,6 +183,7 @@ class LatentBatch(Batch):
 
 
 AnyBatch = TypeVar("AnyBatch", bound=Batch)
+"""A batch, or a kind of it."""
 
 
 @dataclass(frozen=True)
