@@ -170,11 +170,8 @@ def test_slurm_script_time_limit_and_lost_node_training_goes_on_to_its_end(clust
     cluster.start("node2")
 
     # All turns together are the whole training.
-    def ended() -> bool:
-        if cluster.state(job) == "PENDING":
-            return cluster.state(job) not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
-
-    wait_for(ended, 500, "the end")
+    going = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
+    wait_for(lambda: cluster.state(job) not in going, 500, "the end")
     assert cluster.state(job) == "COMPLETED", log.read_text()[-3000:]
     assert images_seen(run)[-1] == images
     assert (run / "model.safetensors").exists()
