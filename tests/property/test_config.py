@@ -90,7 +90,7 @@ def runs(draw: st.DrawFn) -> TrainConfig:
         precision=draw(st.sampled_from(get_args(Precision))), strategy=draw(st.sampled_from(get_args(Strategy))),
         accumulate=draw(COUNT), activation_checkpointing=draw(st.sampled_from(get_args(ActivationCheckpointing))),
         compile=draw(st.booleans()), flip=draw(st.none() | st.booleans()), shift=draw(NOT_NEGATIVE),
-        seed=draw(st.integers()), workers=draw(NOT_NEGATIVE),
+        seed=draw(st.integers(1 - 2**64, 2**64 - 1)), workers=draw(NOT_NEGATIVE),
         save_every=draw(COUNT), keep=draw(COUNT), sample_every=draw(NOT_NEGATIVE), log_every=draw(COUNT),
         log_to=tuple(draw(st.lists(st.sampled_from(get_args(LogTo))))), validate_every=validate_every,
         patience=draw(NOT_NEGATIVE) if validate_every else 0, validate_on=draw(st.none() | st.text()),

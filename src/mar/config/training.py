@@ -118,6 +118,7 @@ class TrainConfig:
     """Weights to start from: a name, a file, a folder; classes that differ start anew."""
 
     def __post_init__(self) -> None:
+        require(abs(self.seed) < 2**64, f"seed is {self.seed}, but it must be below 2**64")
         positive(self, "images", "batch", "save_every", "keep", "log_every", "accumulate", "validate_count")
         not_negative = ("warmup", "decay", "shift", "sample_every", "validate_every", "patience", "workers")
         for name in (*not_negative, "weight_decay"):

@@ -135,7 +135,9 @@ def load_config(kind: type[Config], folder: Path) -> Config | None:
     try:
         return from_dict(kind, parse_json(path.read_text(encoding="utf-8")))  # older ones lack some settings
     except ConfigError as error:
-        raise ConfigError(f"{folder} holds a run of another kind or version ({error}); use another folder") from error
+        raise ConfigError(
+            f"{folder} holds a run of another kind or version, or run.json is damaged ({error}); use another folder"
+        ) from error
     except (AttributeError, TypeError, ValueError, LookupError, OverflowError) as error:  # no JSON, or no configuration
         raise ConfigError(f"{path} is damaged ({error}); put it back as it was, or use another folder") from error
 

@@ -76,7 +76,7 @@ def test_pixels_invalid_input_is_refused() -> None:
         PixelTokenizer(3).encode(images(1))
     with pytest.raises(ValueError, match="image_channels: got 2"):
         PixelTokenizer(2)
-    with pytest.raises(ValueError, match="got kind 'vq', expected pixels, residual, pca or kl"):
+    with pytest.raises(ValueError, match="got kind 'vq', expected pixels, residual, pca, kl, vit or dc"):
         build({"kind": "vq"})
     with pytest.raises(ValueError, match="got config None, expected one of a diffusers AutoencoderKL"):
         build({"kind": "kl"})

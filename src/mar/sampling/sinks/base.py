@@ -233,27 +233,28 @@ def _list_files(sink: Sink) -> tuple[set[str], list[Path], str | None]:
     return existing - {MANIFEST}, leftovers, min(foreign, default=None)
 
 
-def _read_manifest(manifest: Path) -> dict[str, Any] | None:
+def _read_manifest(sink: Sink) -> dict[str, Any] | None:
     """Reads a manifest under today's names of settings; None for anything else."""
     try:
-        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content = json.loads(sink.manifest.read_text(encoding="utf-8"))
     except ValueError:
         return None
     if not isinstance(content, dict):
         return None
-    settings: dict[str, Any] = json.loads(json.dumps(rename_old_keys(SamplingConfig, content)))
-    return later_defaults(SamplingConfig) | settings
+    later = {name: value for name, value in later_defaults(SamplingConfig).items() if name in sink.job.settings}
+    settings: dict[str, Any] = json.loads(json.dumps(later | rename_old_keys(SamplingConfig, content)))
+    return settings
 
 
 def _is_manifest(sink: Sink) -> bool:
     """Tells a manifest from a file of someone's own, by the names of its settings."""
-    return (_read_manifest(sink.manifest) or {}).keys() == sink.job.settings.keys()
+    return (_read_manifest(sink) or {}).keys() == sink.job.settings.keys()
 
 
 def _check_same_settings(sink: Sink) -> None:
     """Raises ConfigError for the manifest of a run with other settings."""
     path, ours = sink.manifest, json.loads(json.dumps(sink.job.settings))
-    begun = _read_manifest(path)
+    begun = _read_manifest(sink)
     if begun is None:
         raise ConfigError(f"{path} is damaged, so that its run can't go on; take another --out")
     keys = [key for key in (*ours, *begun) if key not in IGNORED_SETTINGS and begun.get(key) != ours.get(key)]
