@@ -1,8 +1,10 @@
 """Download files: resumed where they stopped, checked before they are renamed.
 
-`NAME.part` holds a file's bytes so far, and `NAME.part.json` their version (ETag or date). A later attempt goes on only
-if the server still has the same version (If-Range, RFC 9110, 13.1.5). One process at a time has them,
-by a lock on `NAME.part`. Others download to a temporary file of their own, and each renames its file when it is done.
+`NAME.part` holds a file's bytes so far. `NAME.part.json` holds their version (ETag or date), and how many are known to
+be on the disk. A later attempt goes on from there, if the server still has that version (If-Range, RFC 9110, 13.1.5).
+Servers can be wrong. A file of several answers is fetched once more from the start, if it fails its checks.
+One process at a time has the part, by a lock on it. Others download to a temporary file of their own, and each renames
+its file when it is done.
 """
 
 from __future__ import annotations
@@ -12,19 +14,24 @@ import hashlib
 import http.client
 import json
 import os
+import queue
 import re
 import secrets
 import shutil
 import sys
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
+
+from mar.checkpoint.files import flush, is_zip, printable
 
 if sys.platform != "win32":
     import fcntl
@@ -37,6 +44,12 @@ HEADROOM = 64 * MIB
 """Bytes that have to stay free on the disk."""
 ADVANCE = MIB
 """An attempt does not count as a failure if it got so many bytes further than all before it."""
+BEGINNING = 64
+"""The first bytes, by which a file's format is recognized."""
+SYNC_EVERY = 64 * MIB
+"""Bytes between two waits for the disk: the most that a power failure costs."""
+LEAST_SPEED = 1000.0
+"""Bytes a second; an attempt that stays below it for as long as the server may be silent has failed."""
 
 Progress = Callable[[int, int | None], None]
 """Called with the bytes so far and, if the server tells, the bytes of the whole file."""
@@ -99,6 +112,7 @@ def fetch(
     remote: RemoteFile,
     folder: Path | str | None = None,
     *,
+    mirror: str | Path | None = None,
     progress: Progress | None = None,
     attempts: int = 5,
     timeout: float = 30.0,
@@ -113,6 +127,7 @@ def fetch(
     Args:
         remote: the file.
         folder: where to; None: `home()`.
+        mirror: address or folder that has the file by its name; None: the environment's MAR_MIRROR, else none.
         progress: called with the bytes so far.
         attempts: the most failures in a row.
         timeout: the longest silence of the server, in seconds.
@@ -120,22 +135,62 @@ def fetch(
         opener: opens the address; None: urllib's, with the environment's proxies.
     """
     folder = home() if folder is None else Path(folder)
+    remote, source = _from_mirror(remote, mirror or os.environ.get("MAR_MIRROR"))
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / remote.name
     if target.exists():
         _check_file(target, remote, f"remove {target} and run again to fetch it anew")
         return target
     with _open_part(remote, folder) as part:
-        if not part.complete():
-            _download(part, progress, attempts, wait, timeout, opener or urllib.request.build_opener())
-        try:
-            _check_file(part.path, remote, "it was not kept")
-        except DownloadError:
-            part.discard()
-            raise
+        opener = opener or urllib.request.build_opener()
+        for again in (True, False):
+            if source is not None:
+                _copy_local(part, source, progress)
+            elif not part.complete():
+                _download(part, progress, attempts, wait, timeout, opener)
+            try:
+                _check_file(part.path, remote, "it was not kept")
+                break
+            except DownloadError:
+                again = again and part.in_pieces
+                part.discard()
+                if not again:
+                    raise
+        flush(part.path)
         os.replace(part.path, target)
-        part.note_path.unlink(missing_ok=True)
+        part.discard_note()
+        flush(folder)
     return target
+
+
+def _from_mirror(remote: RemoteFile, mirror: str | Path | None) -> tuple[RemoteFile, Path | None]:
+    """Return the file as the mirror has it, and its path where the mirror is a folder."""
+    if not mirror:
+        return remote, None
+    parts = urllib.parse.urlsplit(str(mirror))
+    if parts.scheme in ("http", "https"):
+        path = f"{parts.path.rstrip('/')}/{urllib.parse.quote(remote.name)}"
+        return replace(remote, url=urllib.parse.urlunsplit(parts._replace(path=path))), None
+    if "://" in str(mirror) and parts.scheme != "file":
+        raise DownloadError(f"mirror: got {str(mirror)!r}, expected a folder, or an address of http:// or https://")
+    folder = Path(urllib.request.url2pathname(parts.path) if parts.scheme == "file" else mirror).expanduser()
+    source = folder / remote.name
+    if not source.is_file():
+        raise DownloadError(f"the mirror {folder} has no file {remote.name}: put it there, or choose another mirror")
+    return replace(remote, url=source.absolute().as_uri()), source
+
+
+def _copy_local(part: _Part, source: Path, progress: Progress | None) -> None:
+    """Copy a file of a folder into the part."""
+    part.discard()
+    total = source.stat().st_size
+    _check_size(total, part.remote, "nothing was kept")
+    _check_room(part, total)
+    with _full_disk_explained(part), source.open("rb") as data, part.path.open("ab") as file:
+        while chunk := data.read(MIB):
+            file.write(chunk)
+            if progress:
+                progress(file.tell(), total)
 
 
 @contextmanager
@@ -169,9 +224,20 @@ class _Part:
         self.remote = remote
         self.path = path
         self.note_path = path.with_name(path.name + ".json")
+        self.in_pieces = self.size() > 0
+        """The bytes came by more than one answer of the server."""
 
     def size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
+
+    def trim(self) -> None:
+        """Give up the bytes that may not have reached the disk.
+
+        After a power failure, a part can have its length and zeros for data.
+        """
+        note = self.note()
+        if "synced" in note and note["synced"] < self.size():
+            os.truncate(self.path, note["synced"])
 
     def note(self) -> dict[str, Any]:
         """Return url, validator (for If-Range) and total of this version; empty if unknown."""
@@ -179,7 +245,25 @@ class _Part:
             note = json.loads(self.note_path.read_text("utf-8"))
         except (FileNotFoundError, ValueError):
             return {}
-        return note if isinstance(note, dict) and note.get("url") == self.remote.url else {}
+        if not isinstance(note, dict) or note.get("url") != self.remote.url:
+            return {}
+        synced, validator = note.get("synced", 0), note.get("validator")
+        sound = isinstance(synced, int) and synced >= 0 and (validator is None or isinstance(validator, str))
+        return note if sound else {}
+
+    def write_note(self, note: dict[str, Any]) -> None:
+        """Replace the note; a later power failure leaves the old one or the new one."""
+        temporary = self.note_path.with_name(self.note_path.name + ".new")
+        temporary.write_text(json.dumps(note), "utf-8")
+        flush(temporary)
+        os.replace(temporary, self.note_path)
+
+    def sync(self, file: IO[bytes]) -> None:
+        """Wait until the bytes are on the disk, and only then note how many there are."""
+        file.flush()
+        os.fsync(file.fileno())
+        if note := self.note():
+            self.write_note(note | {"synced": self.size()})
 
     def complete(self) -> bool:
         return self.size() > 0 and self.note().get("total") == self.size()
@@ -187,7 +271,12 @@ class _Part:
     def discard(self) -> None:
         """Empty the part: removing the file would end its lock."""
         self.path.open("wb").close()
-        self.note_path.unlink(missing_ok=True)
+        self.discard_note()
+        self.in_pieces = False
+
+    def discard_note(self) -> None:
+        for path in (self.note_path, self.note_path.with_name(self.note_path.name + ".new")):
+            path.unlink(missing_ok=True)
 
     def headers(self) -> dict[str, str]:
         headers = {"User-Agent": "mar", "Accept-Encoding": "identity"}
@@ -201,16 +290,18 @@ class _Part:
         validator = _validator(response)
         if response.status == http.HTTPStatus.PARTIAL_CONTENT:
             note = self.note()
+            self.in_pieces = True
             span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
-            same = validator in (None, note.get("validator"))
+            # without a note nothing was asked for but the whole file
+            same = bool(note) and validator in (None, note.get("validator"))
             if same and span and int(span[1]) == self.size() and int(span[2]) == note.get("total", int(span[2])):
                 return int(span[2])
             self.discard()
             raise _AttemptFailed("the server continued with something else than what was asked for")
         self.discard()
         total = _content_length(response)
-        note = {"url": self.remote.url, "validator": validator} | ({} if total is None else {"total": total})
-        self.note_path.write_text(json.dumps(note), "utf-8")
+        note = {"url": self.remote.url, "validator": validator, "synced": 0}
+        self.write_note(note | ({} if total is None else {"total": total}))
         return total
 
 
@@ -223,6 +314,7 @@ def _open_part(remote: RemoteFile, folder: Path) -> Iterator[_Part]:
     shared = _Part(remote, folder / f"{remote.name}.part")
     with shared.path.open("ab") as file:
         if _lock(file, shared.path):
+            shared.trim()
             try:
                 yield shared
             finally:
@@ -234,8 +326,8 @@ def _open_part(remote: RemoteFile, folder: Path) -> Iterator[_Part]:
     try:
         yield temporary
     finally:
-        for path in (temporary.path, temporary.note_path):
-            path.unlink(missing_ok=True)
+        temporary.path.unlink(missing_ok=True)
+        temporary.discard_note()
 
 
 def _lock(file: IO[bytes], path: Path) -> bool:
@@ -280,9 +372,10 @@ def _attempt(part: _Part, progress: Progress | None, timeout: float, opener: url
     with _request(part, timeout, opener) as response:
         if response.status != http.HTTPStatus.PARTIAL_CONTENT:  # before the part is given up for it
             _check_headers(part.remote, response)
-        total = part.begin(response)
+        with _full_disk_explained(part):
+            total = part.begin(response)
         _check_room(part, total)
-        _copy(part, response, total, progress)
+        _copy(part, response, total, progress, timeout)
     if total is not None and part.size() > total:
         part.discard()
         raise _AttemptFailed("the server sent more than it had announced")
@@ -295,7 +388,7 @@ def _request(
 ) -> AbstractContextManager[http.client.HTTPResponse]:
     request = urllib.request.Request(part.remote.url, headers=part.headers())
     try:
-        response: http.client.HTTPResponse = opener.open(request, timeout=timeout)
+        response = _open(opener, request, timeout)
     except urllib.error.HTTPError as error:
         with error:
             answer = f"the server answered {error.code} {error.reason}"
@@ -310,22 +403,77 @@ def _request(
     return response
 
 
-def _copy(part: _Part, response: http.client.HTTPResponse, total: int | None, progress: Progress | None) -> None:
-    received = part.size()
+def _open(
+    opener: urllib.request.OpenerDirector, request: urllib.request.Request, timeout: float
+) -> http.client.HTTPResponse:
+    """Open an address. Headers that trickle in end too, which a socket's timeout does not see."""
+    answers: queue.SimpleQueue[http.client.HTTPResponse | Exception] = queue.SimpleQueue()
+    late = threading.Event()
+
+    def work() -> None:
+        try:
+            response = opener.open(request, timeout=timeout)
+        except Exception as error:  # noqa: BLE001  # raised below
+            answers.put(error)
+            return
+        answers.put(response)
+        if late.is_set():
+            response.close()
+
+    threading.Thread(target=work, daemon=True).start()
     try:
-        with part.path.open("ab") as file:
+        answer = answers.get(timeout=4 * timeout)
+    except queue.Empty:
+        late.set()
+        raise TimeoutError(f"no answer within {4 * timeout:g} seconds") from None
+    except BaseException:
+        late.set()
+        raise
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _copy(
+    part: _Part, response: http.client.HTTPResponse, total: int | None, progress: Progress | None, timeout: float
+) -> None:
+    """Append the body to the part, however it ends."""
+    received = synced = had = part.size()
+    since = time.monotonic()
+    held, unjudged = b"", received == 0  # the first bytes wait until they are enough to judge
+    with _full_disk_explained(part), part.path.open("ab") as file:
+        try:
             while True:
                 if progress:
                     progress(received, total)
                 chunk = _read_chunk(response)
                 if not chunk:
+                    file.write(held)
                     break
-                if received == 0:
-                    _check_beginning(chunk, part.remote, "nothing was kept")
-                file.write(chunk)
                 received += len(chunk)
-            file.flush()
-            os.fsync(file.fileno())
+                if unjudged:
+                    held += chunk
+                    if received >= BEGINNING:
+                        _check_beginning(held, part.remote, "nothing was kept")
+                        file.write(held)
+                        held, unjudged = b"", False
+                else:
+                    file.write(chunk)
+                if received - synced >= SYNC_EVERY:
+                    part.sync(file)
+                    synced = received
+                if (elapsed := time.monotonic() - since) >= timeout:
+                    if received - had < LEAST_SPEED * elapsed:
+                        raise _AttemptFailed(f"only {received - had:,} bytes came in {elapsed:.0f} seconds")
+                    since, had = time.monotonic(), received
+        finally:
+            part.sync(file)
+
+
+@contextmanager
+def _full_disk_explained(part: _Part) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
@@ -336,7 +484,7 @@ def _copy(part: _Part, response: http.client.HTTPResponse, total: int | None, pr
 
 def _read_chunk(response: http.client.HTTPResponse) -> bytes:
     try:
-        return response.read(CHUNK)
+        return response.read1(CHUNK)  # what is there: read waits for all of it, however slowly it comes
     except (OSError, http.client.HTTPException) as error:
         raise _AttemptFailed(_reason(error)) from error
 
@@ -364,14 +512,43 @@ def _check_file(path: Path, remote: RemoteFile, remedy: str) -> None:
     """Check size, form and, if it is known, SHA-256 of a file."""
     _check_size(path.stat().st_size, remote, remedy)
     with path.open("rb") as file:
-        _check_beginning(file.read(64), remote, remedy)
-    if _is_torch_file(remote) and not zipfile.is_zipfile(path):
+        _check_beginning(file.read(BEGINNING), remote, remedy)
+    if _is_torch_file(remote) and not is_zip(path):
         raise DownloadError(f"{remote.name} is cut off (a zip archive without its directory): {remedy}")
     if remote.sha256 is not None:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if sha256 != remote.sha256.lower():
             raise DownloadError(f"{remote.name} has the SHA-256 {sha256}, expected {remote.sha256}: {remedy}")
+    elif _is_torch_file(remote):
+        try:
+            _check_zip(path)
+        except Exception as error:
+            reason = printable(str(error).split("\n")[0]) or type(error).__name__
+            raise DownloadError(f"{remote.name} is damaged ({reason}): {remedy}") from error
+
+
+def _check_zip(path: Path) -> None:
+    """Compare all records of a zip of torch.save with its CRC-32s."""
+    size = path.stat().st_size
+    with zipfile.ZipFile(path) as archive:
+        records = archive.infolist()
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records):
+            raise ValueError("its records are compressed, which torch.save never does")
+        if sum(record.file_size for record in records) > size:
+            raise ValueError("its records are longer than the file")
+        for record in records:
+            with archive.open(record) as data:
+                while data.read(MIB):  # raises BadZipFile at the end of a record with another CRC-32
+                    pass
+    with path.open("rb") as file:
+        file.seek(-_ZIP_END, os.SEEK_END)
+        if file.read(4) != b"PK\x05\x06":
+            raise ValueError("something follows its end")
+
+
+_ZIP_END = 22
+"""Bytes of the record that ends a zip without a comment."""
 
 
 def _check_headers(remote: RemoteFile, response: http.client.HTTPResponse) -> None:

@@ -22,6 +22,8 @@ class DownloadOptions:
     """all, or some of kl16 (254 MiB), mar-base (1.6 GiB), mar-large (3.6 GiB), mar-huge (7.0 GiB)."""
     to: Path | None = None
     """Folder; by default MAR_HOME or ~/.cache/mar, where `mar sample mar-base` looks."""
+    mirror: str | None = None
+    """Address or folder that has the files, named as here; by default MAR_MIRROR, else the authors' own."""
 
 
 def download(arguments: Sequence[str]) -> int:
@@ -33,6 +35,6 @@ def download(arguments: Sequence[str]) -> int:
         raise ValueError(f"names: got none, expected some of {', '.join(OFFICIAL)}")
     for name in OFFICIAL if "all" in options.names else options.names:
         with progress_bar(name) as progress:
-            path = fetch(OFFICIAL[name], options.to, progress=progress)
+            path = fetch(OFFICIAL[name], options.to, mirror=options.mirror, progress=progress)
         print(path)
     return 0
