@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import tracemalloc
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,14 +39,21 @@ def test_image_of_values_beyond_gray_is_unreadable(tmp_path: Path, values: list[
 
 
 @pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 30_000), (2, 60_000)])
-def test_thin_image_is_cropped_before_it_is_enlarged(size: tuple[int, int]) -> None:
+def test_thin_image_is_cropped_before_it_is_enlarged(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    resize, resized = Image.Image.resize, list[int]()
+
+    def recorded(image: Image.Image, size: tuple[int, int], *args: Any, **options: Any) -> Image.Image:
+        resized.append(size[0] * size[1])
+        return resize(image, size, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", recorded)
     column = np.linspace(0, 255, max(size), dtype=np.uint8)
     image = Image.fromarray(np.broadcast_to(column[:, None] if size[1] > size[0] else column, size[::-1]).copy())
-    tracemalloc.start()
     crop = np.asarray(adm_center_crop(image, 512))
     assert crop.shape == (512, 512)
     assert np.abs(crop.astype(int) - 127).max() <= 2, "the middle"
-    tracemalloc.stop()
+    assert resized
+    assert max(resized) <= MAX_COVERING_PIXELS, "never the whole picture"
 
 
 def test_thin_image_crop_is_near_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
