@@ -133,8 +133,14 @@ class SamplingPreset:
     uncond_interval: int | None = None
 
     def apply(self, sampling: SamplingConfig, tokens: int) -> SamplingConfig:
-        """Returns `sampling` within these bounds, for images of L `tokens`."""
+        """Returns `sampling` within these bounds, for images of L `tokens`.
+
+        Settings stay as they are where reveal and diffusion steps are both within: solver, spacing and guidance of a
+        preset were measured with more steps than its own.
+        """
         steps = sampling.steps if self.steps is None else math.ceil(self.steps * math.sqrt(tokens))
+        if self._has_steps_of(sampling, steps):
+            return sampling
         end = min(sampling.guidance_interval[1], self.guidance_interval[1])
         start = min(max(sampling.guidance_interval[0], self.guidance_interval[0]), end)
         first, last = sampling.diffusion_steps, sampling.diffusion_steps_end
@@ -152,6 +158,13 @@ class SamplingPreset:
             uncond_interval=max(self.uncond_interval or 1, sampling.uncond_interval),
         )
 
+    def _has_steps_of(self, sampling: SamplingConfig, steps: int) -> bool:
+        """Tells whether `sampling` has at most `steps` reveal steps, and the diffusion steps of this preset."""
+        if self.steps is None or self.diffusion_steps is None:
+            return False
+        most = max(sampling.diffusion_steps, sampling.diffusion_steps_end or 1)
+        return sampling.steps <= steps and most <= self.diffusion_steps
+
 
 SAMPLING_PRESETS: dict[Preset, SamplingPreset] = {
     "exact": SamplingPreset(),
@@ -168,7 +181,7 @@ SAMPLING_PRESETS: dict[Preset, SamplingPreset] = {
         uncond_interval=3,
     ),
 }
-"""Sampling presets by name.
+"""Sampling presets by name. They leave models with fewer steps alone, such as eMIGM's.
 
 Fréchet distance of 5,000 images of the bundled model, and time: `exact` 2.30; `balanced` 2.03 in 0.56 of the time;
 `fast` 2.16 in 0.27 of it. On MAR-B's shape `balanced` takes a quarter to a third of the time, `fast` an eighth to a

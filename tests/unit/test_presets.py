@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
 
-from mar.config import ConfigError, SamplingConfig, from_dict, to_dict
+from mar.assets import asset
+from mar.checkpoint.store import read_header
+from mar.config import ConfigError, ModelConfig, SamplingConfig, from_dict, to_dict
 from mar.model.mar import MAR
-from mar.presets import MODELS, RECIPES, SAMPLING, SAMPLING_PRESETS, SamplingPreset, apply_preset, recipe
+from mar.model.masking import mask_schedule
+from mar.presets import (
+    MODELS,
+    PUBLISHED,
+    RECIPES,
+    SAMPLING,
+    SAMPLING_PRESETS,
+    SamplingPreset,
+    apply_preset,
+    recipe,
+)
+from mar.sampling.guidance import step_settings
+from mar.zoo import BUNDLED
 
 
 @pytest.mark.parametrize(
@@ -87,6 +103,61 @@ def test_preset_never_exceeds_the_models_settings() -> None:
         way = apply_preset(few, 256, preset)
         assert way.steps <= 3
         assert max(way.diffusion_steps, way.diffusion_steps_end or 1) <= 2
+
+
+def _cost(sampling: SamplingConfig, config: ModelConfig) -> tuple[int, int]:
+    """Runs of the trunk, and of the head for all tokens, on one image."""
+    schedule = tuple(mask_schedule(config.tokens, sampling.steps, sampling.mask_schedule))
+    settings = step_settings(sampling, schedule, config.tokens)
+    revealed = [before - after for before, after in pairwise([config.tokens, *schedule])]
+    trunk = sum(1 + each.run_uncond for each in settings)
+    return trunk, sum(
+        (1 + each.guided) * each.diffusion_steps * count for each, count in zip(settings, revealed, strict=True)
+    )
+
+
+@cache
+def _drawn_models() -> dict[str, tuple[SamplingConfig, ModelConfig]]:
+    """Settings and shape of every model that has a name."""
+    models = {name: (model.sampling, model.config) for name, model in PUBLISHED.items()}
+    models |= {f"recipe {name}": (recipe(name).sampling, recipe(name).model) for name in RECIPES}
+    for name in BUNDLED:
+        header = read_header(asset(f"{name}.safetensors"))
+        models[f"bundled {name}"] = (header.sampling, header.model)
+    return models
+
+
+@pytest.mark.parametrize("preset", ["balanced", "fast"])
+@pytest.mark.parametrize("name", _drawn_models())
+def test_preset_of_a_named_model_never_costs_more(name: str, preset: str) -> None:
+    own, config = _drawn_models()[name]
+    way = apply_preset(own, config.tokens, preset)
+    trunk, head = _cost(way, config)
+    own_trunk, own_head = _cost(own, config)
+    assert trunk <= own_trunk
+    assert head <= own_head
+    if "emigm" in name:
+        assert way == own
+    else:
+        assert trunk < own_trunk
+        assert head < own_head or own.diffusion_steps == way.diffusion_steps
+
+
+@pytest.mark.parametrize("preset", ["balanced", "fast"])
+def test_preset_leaves_settings_within_its_bounds(preset: str) -> None:
+    bounds = SAMPLING_PRESETS[preset]
+    assert bounds.steps is not None
+    assert bounds.diffusion_steps is not None
+    steps, tokens = math.ceil(bounds.steps * 16), 256
+    own = SamplingConfig(steps=steps, diffusion_steps=bounds.diffusion_steps, solver="dpm++3s", guidance_scale=4.0)
+    assert apply_preset(own, tokens, preset) == own
+    falling = replace(own, diffusion_steps_end=2)
+    assert apply_preset(falling, tokens, preset) == falling
+    more = {"steps": steps + 1}, {"diffusion_steps": own.diffusion_steps + 1}, {"diffusion_steps_end": 100}
+    for change in more:
+        way = apply_preset(replace(own, **change), tokens, preset)
+        assert (way.solver, way.timestep_spacing, way.start_t) == ("dpm++2m-sde", "log-snr", 0.95)
+        assert way.steps == steps
 
 
 def test_preset_values_in_numbers() -> None:
