@@ -114,6 +114,31 @@ def test_cache_and_training_skip_one_bad_image_of_10000(tmp_path: Path, caplog: 
     assert told(caplog) == [f"skipped a picture that can't be read: {folder / '4711.png'}"]
 
 
+def test_tokenizer_statistics_say_what_they_rest_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tiny.write_images(tmp_path / "pictures", 6)
+    (data / "across" / "1.png").write_bytes(b"")
+    measure = ["tokenizer", "stats", "pixels", "--data", str(data), "--image-size", "8"]
+    assert main(measure) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "measured on 5 pictures of 6: the others can't be read"
+    for path in data.rglob("*.png"):
+        path.write_bytes(b"")
+    assert "got no images that can be read" in refused(capsys, *measure)
+
+
+@pytest.mark.parametrize("out", ["cache", "tokenizer"])
+def test_data_without_a_readable_image_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], out: str
+) -> None:
+    data = tiny.write_images(tmp_path / "pictures", 40)
+    for path in data.rglob("*.png"):
+        path.write_bytes(b"")
+    arguments = cached(data, tmp_path / "out") if out == "cache" else [
+        "tokenizer", "train", str(data), "--out", str(tmp_path / "out"), "--image-size", "8", "--images", "8",
+        "--batch", "4", "--device", "cpu",
+    ]  # fmt: skip
+    assert "can be read" in refused(capsys, *arguments)
+
+
 def test_images_deleted_in_training_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """They are skipped; the next session says that they have changed, and goes on with those of now."""
     data = tiny.write_images(tmp_path / "pictures")

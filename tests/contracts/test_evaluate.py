@@ -104,6 +104,66 @@ def test_stats_and_evaluate_turn_upright_if_told(tmp_path: Path) -> None:
     assert distances[1] > 1e-3
 
 
+def test_stats_skips_and_counts_broken_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tiny.write_images(tmp_path / "pictures", 20)
+    (data / "across" / "7.png").write_bytes(b"no picture")
+    (data / "down" / "4.png").write_bytes(b"")
+    out, clean = tmp_path / "s.npz", tmp_path / "clean.npz"
+    assert main(["stats", str(data), "--out", str(out), "--batch", "1", *JUDGE]) == 0
+    said = capsys.readouterr()
+    assert said.err == (
+        f"mar: 2 of the 20 pictures of {data} (train) can't be read and are left out, such as {data}/across/7.png "
+        f"(cannot identify image file '{data}/across/7.png'): the figures rest on the other 18\n"
+    )
+    assert said.out == f"{out}: 6 features of 18 pictures\n"
+    for name in ("across/7.png", "down/4.png"):
+        (data / name).unlink()
+    assert main(["stats", str(data), "--out", str(clean), *JUDGE]) == 0
+    assert np.allclose(FeatureStats.load(clean).covariance, FeatureStats.load(out).covariance, rtol=1e-5, atol=1e-9)
+
+
+def test_evaluate_says_how_many_pictures_it_rests_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tiny.write_images(tmp_path / "pictures", 20)
+    (data / "across" / "1.png").write_bytes(b"no picture")  # the first of all
+    report, grid = tmp_path / "r.json", tmp_path / "g.png"
+    assert evaluate(data, "--reference", data, "--reference-split", "train", "--neighbors-grid", grid, "--out", report,
+                    "--precision", "--batch", "3") == 0  # fmt: skip
+    said = capsys.readouterr()
+    assert said.err.count("1 of the 20 pictures of ") == 2, "the pictures and the reference"
+    assert "19 against 19" in said.out
+    values = json.loads(report.read_text())
+    assert (values["count"], values["reference_count"], values["recall"]) == (19, 19, 1.0)
+    assert sum("the figures rest on the other 19" in line for line in values["warnings"]) == 2
+    assert all(pair["picture"] == pair["reference"] > 0 for pair in values["pairs"]), "numbers are those of the set"
+    pixels = np.asarray(Image.open(grid))
+    assert np.array_equal(pixels[:, : pixels.shape[1] // 2], pixels[:, pixels.shape[1] // 2 :])
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_stats_of_too_few_readable_pictures_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], left: int
+) -> None:
+    data = png(tmp_path / "pictures", *[8] * 5)
+    for i in range(left, 5):
+        (data / f"{i}.png").write_bytes(b"no picture")
+    said = refused(capsys, "stats", data, "--out", tmp_path / "s.npz")
+    assert f"{5 - left} of the 5 pictures of {data} (train) can't be read, such as {data}/{left}.png" in said
+    assert f"; {left} are left, expected at least 2; replace them" in said
+    assert not (tmp_path / "s.npz").exists()
+    said = refused(capsys, "evaluate", "pictures", "--reference", data, "--reference-split", "train")
+    assert "can't be read, such as" in said
+
+
+def test_evaluate_of_an_empty_split_has_no_inception_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = png(tmp_path / "pictures", *[8] * 6)
+    (data / "2.png").write_bytes(b"no picture")
+    report = tmp_path / "r.json"
+    assert evaluate(data, "--reference", "statistics.npz", "--image-size", "4", "--splits", "6", "--out", report) == 0
+    values = json.loads(report.read_text())
+    assert (values["count"], values["inception_score"]) == (5, None)
+    assert any("no Inception Score: 5 pictures leave one of 6 splits empty" in line for line in values["warnings"])
+
+
 def test_stats_convert_adms_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mu, sigma = np.arange(6.0), np.diag(np.arange(1.0, 7.0))
     np.savez(tmp_path / "adm.npz", mu=mu, sigma=sigma)

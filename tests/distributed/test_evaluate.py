@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mar import cli
 from mar.cli import main
+from mar.data.images import UnreadableImage
 from mar.evaluation import evaluate, sweep
 from mar.evaluation.evaluate import Collected, MetricOptions, collect, compare
 from mar.evaluation.features import Features
@@ -29,6 +30,8 @@ from mar.random import make_generator
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 COUNTS = (700, 2)
+LOST = (*range(400, 700), 0, 7)
+"""Unreadable pictures of the first count: all of the last process's share, and some of the first one's."""
 """Pictures: uneven shares, and fewer than processes, so that one has none."""
 ALL = MetricOptions(kid=True, precision=True, splits=2)
 JUDGE = ["--features", f"{extractors.__file__}:insects", "--device", "cpu"]
@@ -37,12 +40,17 @@ SEVERAL = (2, 3)
 
 
 class Numbered:
-    """Pictures that are made of their numbers; those from `wide` on are wider, and picture `broken` can't be read."""
+    """Pictures that are made of their numbers; those from `wide` on are wider.
+
+    An error ends all at picture `broken`; those of `unreadable` are left out.
+    """
 
     name, classes = "numbered", ("ant", "bee", "cat")
 
-    def __init__(self, count: int, wide: int | None = None, broken: int | None = None) -> None:
-        self.count, self.wide, self.broken = count, wide, broken
+    def __init__(
+        self, count: int, wide: int | None = None, broken: int | None = None, unreadable: tuple[int, ...] = ()
+    ) -> None:
+        self.count, self.wide, self.broken, self.unreadable = count, wide, broken, unreadable
 
     def __len__(self) -> int:
         return self.count
@@ -53,9 +61,12 @@ class Numbered:
             if self.broken in numbers:
                 raise ValueError(f"picture {self.broken} can't be read")
             side = 8 if self.wide is not None and start >= self.wide else 4
+            lost = tuple(UnreadableImage(f"{i}.png", "cut short") for i in numbers if i in self.unreadable)
+            numbers = [i for i in numbers if i not in self.unreadable]
             images = [torch.randint(0, 256, (3, 4, side), generator=make_generator(i)) for i in numbers]
-            labels = torch.tensor([i % 3 for i in numbers])
-            yield ImageBatch(torch.stack(images).to(torch.uint8), torch.tensor(numbers), labels)
+            labels = torch.tensor([i % 3 for i in numbers], dtype=torch.int64)
+            pixels = torch.stack([*images, torch.empty(3, 4, side)])[:-1]
+            yield ImageBatch(pixels.to(torch.uint8), torch.tensor(numbers, dtype=torch.int64), labels, lost)
 
 
 class Recorded:
@@ -79,8 +90,10 @@ def outcome(folder: Path, rank: int, world: int) -> None:
     for count in COUNTS:
         for extractor in (Recorded(), extractors.insects()):
             found[count, extractor.name] = collect(Numbered(count), extractor, options=ALL, batch=16)
+    found[700, "lost"] = collect(Numbered(700, unreadable=LOST), Recorded(), options=ALL, batch=16)
     torch.save({key: plain(value) for key, value in found.items()}, folder / f"{world}-{rank}.pt")
     refusals = [said(Numbered(60, wide=40)), said(Numbered(60, broken=59)), said(Numbered(60, broken=0))]
+    refusals.append(said(Numbered(60, unreadable=tuple(range(59)))))
     (folder / f"{world}-{rank}.json").write_text(json.dumps(refusals))
 
 
@@ -89,6 +102,7 @@ def plain(found: Collected) -> dict[str, object]:
     return {
         "mean": of.mean, "covariance": of.covariance, "features": of.features, "count": of.count,
         "score": found.inception_score, "right": found.correct, "judged": found.total,
+        "numbers": found.numbers, "warnings": found.warnings,
     }  # fmt: skip
 
 
@@ -193,18 +207,33 @@ def test_evaluate_ranks_match_one_process_end_to_end(world: int, count: int, fol
 @pytest.mark.parametrize("world", SEVERAL)
 def test_evaluate_error_on_one_rank_is_raised_by_all(world: int, folder: Path) -> None:
     for rank in range(world):
-        mixed, last, first = json.loads((folder / f"{world}-{rank}.json").read_text())
+        mixed, last, first, few = json.loads((folder / f"{world}-{rank}.json").read_text())
         assert "4x4 and 4x8" in mixed
         assert "expected one size" in mixed
         assert last == "picture 59 can't be read"
         assert first == "picture 0 can't be read"
+        assert few.startswith("59 of the 60 pictures of numbered can't be read, such as 0.png (cut short); 1 are left")
+
+
+@pytest.mark.parametrize("world", SEVERAL)
+def test_evaluate_ranks_leave_out_the_same_images(world: int, folder: Path) -> None:
+    alone = plain(collect(Numbered(700, unreadable=LOST), Recorded(), options=ALL, batch=64))
+    line = "302 of the 700 pictures of numbered can't be read and are left out, such as 0.png (cut short): the figures "
+    assert alone["warnings"] == (f"{line}rest on the other 398",)
+    for rank in range(world):
+        found = torch.load(folder / f"{world}-{rank}.pt")[700, "lost"]
+        torch.testing.assert_close(found["mean"], alone["mean"], rtol=1e-9, atol=1e-15)
+        assert torch.equal(found["features"], alone["features"])
+        assert found["numbers"].tolist() == [i for i in range(700) if i not in LOST]
+        assert found["score"] == pytest.approx(alone["score"], rel=1e-9)
+        assert (found["count"], found["right"], found["warnings"]) == (398, alone["right"], alone["warnings"])
 
 
 @pytest.mark.parametrize("world", SEVERAL)
 def test_evaluate_commands_on_several_ranks_match(world: int, folder: Path) -> None:
     said = [json.loads((folder / f"said-{world}-{rank}.json").read_text()) for rank in range(world)]
     codes = [[code for code, _, _ in lines] for lines in said]
-    assert codes == [[0, 0, 0, 2, 2]] * world
+    assert codes == [[0, 0, 0, 0, 2]] * world
     assert all(out == "" for lines in said[1:] for _, out, _ in lines)
     one, several = (json.loads((folder / f"report-{n}.json").read_text()) for n in (1, world))
     measures = [{k: v for k, v in r.items() if isinstance(v, float) and k != "seconds"} for r in (one, several)]
@@ -220,11 +249,12 @@ def test_evaluate_commands_on_several_ranks_match(world: int, folder: Path) -> N
 
 
 @pytest.mark.parametrize("world", SEVERAL)
-def test_evaluate_error_on_ranks_is_one_line(world: int, folder: Path) -> None:
+def test_evaluate_warning_or_error_on_ranks_is_one_line(world: int, folder: Path) -> None:
     said = [json.loads((folder / f"said-{world}-{rank}.json").read_text()) for rank in range(world)]
-    for mistake, words in ((3, "can't read the picture"), (4, "only-1.npz")):
-        lines = [line for rank in said for line in rank[mistake][2].splitlines()]
+    for verb, words in ((3, "1 of the 8 pictures of broken (train) can't be read and are left out"), (4, "only-1.npz")):
+        lines = [line for rank in said for line in rank[verb][2].splitlines()]
         assert len(lines) == 1, lines
         assert lines[0].startswith("mar: ")
         assert words in lines[0]
-    assert not (folder / f"broken-{world}.npz").exists()
+    with np.load(folder / f"broken-{world}.npz") as statistics:
+        assert int(statistics["count"]) == 7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from mar.config import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from mar.evaluation.evaluate import Collected
     from mar.evaluation.features import Extractor
     from mar.evaluation.statistics import FeatureStats
 
@@ -87,17 +89,19 @@ def _stats(arguments: Sequence[str], check: Callable[[], None]) -> int:
         check_count(options.count)
     with distributed.process_group(options.device) as device:
         configure(device)
-        measured = _measure(options, device, check)
+        collected = _measure(options, device, check)
         with distributed.collective_errors():
             if distributed.rank() == 0:
-                measured.save(options.out)
-                _print_summary(options.out, measured)
+                collected.statistics.save(options.out)
+                for line in collected.warnings:
+                    print(f"mar: {line}", file=sys.stderr)
+                _print_summary(options.out, collected.statistics)
     return 0
 
 
-def _measure(options: StatsOptions, device: torch.device, check: Callable[[], None]) -> FeatureStats:
+def _measure(options: StatsOptions, device: torch.device, check: Callable[[], None]) -> Collected:
     from mar import distributed
-    from mar.evaluation.evaluate import MetricOptions, collect, print_feature_memory
+    from mar.evaluation.evaluate import Collected, MetricOptions, collect, print_feature_memory
     from mar.evaluation.image_sets import is_statistics, open_images, rank_share
     from mar.evaluation.statistics import FeatureStats
     from mar.sampling.progress import rank_meter
@@ -108,7 +112,7 @@ def _measure(options: StatsOptions, device: torch.device, check: Callable[[], No
                 if getattr(options, name):
                     name = name.replace("_", "-")
                     raise ConfigError(f"{name} needs pictures, but {options.pictures} has only their statistics")
-            return FeatureStats.load(Path(options.pictures))
+            return Collected(FeatureStats.load(Path(options.pictures)))
         extractor, metrics = options.extractor(device), MetricOptions(kid=options.keep_features)
         images = open_images(
             options.pictures, split=options.split, size=options.size(), limit=options.count, upright=options.upright
@@ -117,7 +121,7 @@ def _measure(options: StatsOptions, device: torch.device, check: Callable[[], No
             print_feature_memory(len(images), extractor)
     first, end = rank_share(len(images), distributed.rank(), distributed.world_size())
     with distributed.collective_errors(), rank_meter(end - first, len(images), check=check) as advance:
-        return collect(images, extractor, options=metrics, batch=options.batch, advance=advance).statistics
+        return collect(images, extractor, options=metrics, batch=options.batch, advance=advance)
 
 
 def _print_summary(out: Path, measured: FeatureStats) -> None:

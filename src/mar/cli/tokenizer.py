@@ -93,7 +93,9 @@ def _stats(arguments: Sequence[str]) -> int:
     )
     for name, values in (("mean", statistics.mean), ("std", statistics.std)):
         print(f"{name} {' '.join(f'{value:.6g}' for value in values)}")
-    print(f"measured on {statistics.images:,} pictures")
+    most = len(source) if options.limit is None else min(options.limit, len(source))
+    left_out = f" of {most:,}: the others can't be read" if statistics.images < most else ""
+    print(f"measured on {statistics.images:,} pictures{left_out}")
     if Path(options.tokenizer).is_dir():
         measured.set_statistics(statistics.mean, statistics.std)
         print(f"kept in {save_statistics(measured, options.tokenizer)}")
@@ -168,6 +170,7 @@ def _print_summary(run: TokenizerRun, tokenizer: Tokenizer, round_trip: RoundTri
     cells = height // tokenizer.stride, width // tokenizer.stride
     before = height * width * tokenizer.image_channels
     after = cells[0] * cells[1] * tokenizer.channels
-    print(f"PSNR {round_trip.psnr:.2f} dB on {round_trip.images:,} held-out pictures")
+    if round_trip.images:
+        print(f"PSNR {round_trip.psnr:.2f} dB on {round_trip.images:,} held-out pictures")
     print(f"{before:,} values in, {after:,} out: {before / after:.1f} times fewer")
     print(f"{cells[0] * cells[1]} tokens of {tokenizer.channels} values with --model.patch-size 1")

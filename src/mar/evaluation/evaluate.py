@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from mar import distributed
 from mar.checkpoint.files import size_text
+from mar.data.accounts import shown
+from mar.data.images import UnreadableImage
 from mar.evaluation import metrics
 from mar.evaluation.class_accuracy import ClassAccuracy, shorten
 from mar.evaluation.features import Extractor, Features
@@ -73,6 +76,10 @@ class Collected:
     unknown_classes: tuple[str, ...] = ()
     """The classes that the classifier does not know."""
     seconds: float = 0.0
+    numbers: Int[Tensor, " n"] | None = None
+    """Numbers of the images in their set, a row of the features each; None: all, in order."""
+    warnings: tuple[str, ...] = ()
+    """Images that can't be read and are left out, in a line."""
 
 
 _FILE_KEYS = {
@@ -166,31 +173,56 @@ def collect(
         advance: is called with the number of this rank's images done so far.
 
     Returns:
-        The whole set's result, the same on every rank.
+        The whole set's result, the same on every rank. Images that can't be read are left out and counted.
 
     Raises:
-        ValueError: on every rank, for fewer than two images, images of several sizes, or any that can't be read.
+        ValueError: on every rank, for fewer than two readable images, images of several sizes, or a damaged `.npz`.
     """
     options = options or MetricOptions()
     accumulator = _Accumulator(extractor, len(images), options)
     accuracy = ClassAccuracy(images, extractor, classifier)
-    started = time.perf_counter()
+    started, done = time.perf_counter(), 0
+    unreadable: list[UnreadableImage] = []
     with _same_error_on_all_ranks():
         first, end = rank_share(len(images), distributed.rank(), distributed.world_size())
         for part in images.batches(batch, first, end):
-            accuracy.add(part, accumulator.add(part))
+            unreadable += part.unreadable
+            if len(part.indices):
+                accuracy.add(part, accumulator.add(part))
+            done += len(part.indices) + len(part.unreadable)
             if advance is not None:
-                advance(float(part.indices[-1]) - first + 1)
+                advance(float(done))
+    warnings = _unreadable_warnings(unreadable, images)
     correct, total = accuracy.counts()
+    score = accumulator.inception_score()
+    if extractor.scores and score is None:
+        count = accumulator.moments.gather().count
+        warnings += (f"no Inception Score: {count:,} pictures leave one of {accumulator.splits} splits empty",)
     return Collected(
         statistics=accumulator.statistics(images.name),
-        inception_score=accumulator.inception_score(),
+        inception_score=score,
         classes=images.classes,
         correct=correct,
         total=total,
         unknown_classes=accuracy.unknown_classes(),
         seconds=time.perf_counter() - started,
+        numbers=accumulator.numbers() if warnings else None,
+        warnings=warnings,
     )
+
+
+def _unreadable_warnings(own: list[UnreadableImage], images: ImageSet) -> tuple[str, ...]:
+    """Returns the account of all ranks' unreadable images. ValueError if fewer than two others are left."""
+    example = f"{shown(own[0].name, 200)} ({shown(own[0].why, 200)})" if own else ""
+    of_ranks = distributed.all_gather_object((len(own), example))
+    count, total = sum(number for number, _ in of_ranks), len(images)
+    if not count:
+        return ()
+    example = next(text for number, text in of_ranks if number)
+    what = f"{count:,} of the {total:,} pictures of {shown(images.name, 200)} can't be read"
+    if total - count < 2:
+        raise ValueError(f"{what}, such as {example}; {total - count} are left, expected at least 2; replace them")
+    return (f"{what} and are left out, such as {example}: the figures rest on the other {total - count:,}",)
 
 
 @contextlib.contextmanager
@@ -218,6 +250,7 @@ class _Accumulator:
         self.moments = Moments(extractor.width)
         self.scores: ScoreSums | None = None
         self.features: list[Tensor] = []
+        self.indices: list[Tensor] = []
         self.size: tuple[int, int] | None = None
 
     def add(self, batch: ImageBatch) -> Features:
@@ -230,6 +263,7 @@ class _Accumulator:
         self.moments.update(values)
         if self.options.needs_features:
             self.features.append(values)
+            self.indices.append(batch.indices)
         if self.extractor.scores:
             assert features.logits is not None
             if self.scores is None:
@@ -248,14 +282,28 @@ class _Accumulator:
             features = distributed.gather_rows(torch.cat([*self.features, torch.empty(0, self.extractor.width)]))
         return FeatureStats(moments.mean, moments.covariance, moments.count, features, provenance)
 
+    def numbers(self) -> Tensor | None:
+        """Returns the numbers of all ranks' images, in the order of their features; None without features."""
+        if not self.options.needs_features:
+            return None
+        own = torch.cat([*self.indices, torch.empty(0, dtype=torch.int64)])
+        return distributed.gather_rows(own[:, None])[:, 0]
+
     def inception_score(self) -> tuple[float, float] | None:
         if not self.extractor.scores:
             return None
         classes = max(distributed.all_gather_object(self.scores.classes if self.scores else 0))
-        return (self.scores or self._empty_scores(classes)).gather().score()
+        scores = (self.scores or self._empty_scores(classes)).gather()
+        # too few readable images for the splits: there is no score
+        return None if scores.count < self.total and scores.has_empty_split else scores.score()
 
     def _empty_scores(self, classes: int) -> ScoreSums:
-        return ScoreSums(min(self.options.splits, self.total), classes, self.total)
+        return ScoreSums(self.splits, classes, self.total)
+
+    @property
+    def splits(self) -> int:
+        """Parts of the Inception Score."""
+        return min(self.options.splits, self.total)
 
 
 def print_feature_memory(count: int, extractor: Extractor) -> None:
@@ -278,6 +326,7 @@ def compare(
     extractor: Extractor,
     options: MetricOptions,
     held_out: HeldOut | None = None,
+    reference_numbers: Int[Tensor, " m"] | None = None,
 ) -> Report:
     """Computes the metrics of a set of images against a reference.
 
@@ -287,6 +336,7 @@ def compare(
         extractor: the feature network of both.
         options: the metrics to compute.
         held_out: the scale of distances to neighbors; without it no share of copies is reported.
+        reference_numbers: `Collected.numbers` of the reference.
 
     Raises:
         ValueError: for statistics that can't be compared, or without the features that are needed.
@@ -303,11 +353,14 @@ def compare(
         inception_score_std=score_std,
         seconds=collected.seconds,
         warnings=(
+            *collected.warnings,
             *sanity_warnings(own, reference, extractor.metric),
             *(held_out.sanity_warnings() if held_out else ()),
             *_unknown_class_warnings(collected),
         ),
-        **_feature_metrics(own.features, reference.features, options, held_out),
+        **_with_numbers(
+            _feature_metrics(own.features, reference.features, options, held_out), collected.numbers, reference_numbers
+        ),
         **_class_metrics(collected),
     )
 
@@ -336,6 +389,17 @@ def _feature_metrics(
         if held_out is not None:
             values |= {"held_out_distance": held_out.median, "copies": share_of_copies(distances, held_out)}
     return values
+
+
+def _with_numbers(values: dict[str, Any], own: Tensor | None, reference: Tensor | None) -> dict[str, Any]:
+    """Returns metrics whose pairs name images by their numbers in the sets, not by rows of features."""
+
+    def number(row: int, numbers: Tensor | None) -> int:
+        return row if numbers is None else int(numbers[row])
+
+    pairs = values.get("pairs", ())
+    named = tuple(Pair(number(p.picture, own), number(p.reference, reference), p.distance) for p in pairs)
+    return values | ({"pairs": named} if pairs else {})
 
 
 def _class_metrics(collected: Collected) -> dict[str, Any]:

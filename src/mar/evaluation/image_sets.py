@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from mar.data.images import Source, adm_center_crop, convert_channels, upright
+from mar.data.images import Example, Source, UnreadableImage, adm_center_crop, convert_channels, upright
 from mar.data.paths import SHARD_SUFFIXES
 from mar.data.sources import open_source
 from mar.data.splits import stratified_indices, subset
@@ -42,6 +42,8 @@ class ImageBatch:
     """Their numbers in the whole set."""
     labels: Int[Tensor, " n"]
     """Class numbers; -1 for none."""
+    unreadable: tuple[UnreadableImage, ...] = ()
+    """Images of the batch that can't be read and are left out, so that n may be 0."""
 
 
 @runtime_checkable
@@ -166,13 +168,19 @@ class SourceImages:
 
     def batches(self, batch: int, first: int, end: int) -> Iterator[ImageBatch]:
         for start in range(first, end, batch):
-            indices = list(range(start, min(start + batch, end)))
-            examples = [self.source[i] for i in indices]
+            examples: dict[int, Example] = {}
+            unreadable: list[UnreadableImage] = []
+            for index in range(start, min(start + batch, end)):
+                try:
+                    examples[index] = self.source[index]
+                except UnreadableImage as error:
+                    unreadable.append(error)
             # gray images among colored ones get three channels; extractors make no difference
-            gray = all(example.image.mode in ("1", "L") for example in examples)
-            images = [self._pixels(example.image, example.name, 1 if gray else 3) for example in examples]
-            labels = torch.tensor([example.label for example in examples])
-            yield ImageBatch(torch.stack(images), torch.tensor(indices), labels)
+            gray = all(example.image.mode in ("1", "L") for example in examples.values())
+            images = [self._pixels(example.image, example.name, 1 if gray else 3) for example in examples.values()]
+            labels = torch.tensor([example.label for example in examples.values()], dtype=torch.int64)
+            pixels = torch.stack(images) if images else torch.empty(0, 1, *(self._first_size or (1, 1))).byte()
+            yield ImageBatch(pixels, torch.tensor([*examples], dtype=torch.int64), labels, tuple(unreadable))
 
     def _pixels(self, image: Any, name: str, channels: int) -> Tensor:
         image = convert_channels(upright(image) if self.upright else image, channels)
@@ -330,4 +338,5 @@ def digest(images: ImageSet, count: int = 32) -> str:
         for batch in images.batches(1, index, index + 1):
             sha.update(f"{index} {tuple(batch.images.shape)}".encode())
             sha.update(batch.images.contiguous().numpy().tobytes())
+            sha.update("".join(error.name for error in batch.unreadable).encode(errors="surrogateescape"))
     return sha.hexdigest()

@@ -74,6 +74,11 @@ class ScoreSums:
         """Returns the number of images that were added."""
         return int(self._counts.sum())
 
+    @property
+    def has_empty_split(self) -> bool:
+        """Tells whether a split has no images, and the set no score."""
+        return not bool(self._counts.all())
+
     def update(self, logits: Float[Tensor, "n k"], indices: Int[Tensor, "n"] | None = None) -> None:
         """Adds n images by their logits; `indices` are their numbers i, by default those after the last.
 
@@ -109,7 +114,7 @@ class ScoreSums:
         Salimans et al., "Improved Techniques for Training GANs" (arXiv 1606.03498), section 4. Raises ValueError for
         a part without images, or logits that are not finite.
         """
-        if not self._counts.all():
+        if self.has_empty_split:
             raise ValueError(
                 f"Inception Score: got {self.count} of {self.total} images, expected some in each of {self.splits} "
                 "splits; take fewer splits"

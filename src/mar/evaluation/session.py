@@ -6,15 +6,19 @@ during training.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int
 from PIL import Image
+from torch import Tensor
 
 from mar import distributed
 from mar.config import ConfigError
+from mar.data.accounts import log_once
 from mar.data.captions import Captions, captions_of, pick_caption
 from mar.data.conditions import CaptionReader
 from mar.data.splits import stratified_indices
@@ -191,7 +195,9 @@ class EvalSession:
             ClassAccuracy(self.images, extractor, classifier)  # raises for a classifier without a shared class
         self.held_out_set = None if options.held_out is None else self._open(options.held_out, options.held_out_split)
         self.reference: FeatureStats | None = None
+        self.reference_numbers: Int[Tensor, " n"] | None = None
         self.held_out: HeldOut | None = None
+        self._reference_warnings: tuple[str, ...] = ()
 
     def _check_model(self, model: Pipeline) -> None:
         options = self.options
@@ -244,11 +250,14 @@ class EvalSession:
 
     def measure_reference(self) -> None:
         """Computes the statistics of reference and held-out images; files have them already."""
-        self.reference = self._collect(self.reference_set, None).statistics
+        collected = self._collect(self.reference_set, None)
+        self.reference, self.reference_numbers = collected.statistics, collected.numbers
+        self._reference_warnings = collected.warnings
         if self.held_out_set is not None:
-            held_out = self._collect(self.held_out_set, None).statistics
+            held_out = self._collect(self.held_out_set, None)
+            self._reference_warnings += held_out.warnings
             with distributed.collective_errors():
-                self.held_out = HeldOut.of(held_out, self.reference)
+                self.held_out = HeldOut.of(held_out.statistics, self.reference)
 
     def report(self, **point: Any) -> Report:
         """Evaluates the images; a model draws them with the settings of `point`."""
@@ -257,7 +266,10 @@ class EvalSession:
         assert self.reference is not None
         collected = self._collect(self._generate(point) if self.model else self.images, self.classifier)
         with distributed.collective_errors():
-            return compare(collected, self.reference, self.extractor, self.metrics, self.held_out)
+            report = compare(
+                collected, self.reference, self.extractor, self.metrics, self.held_out, self.reference_numbers
+            )
+        return replace(report, warnings=(*self._reference_warnings, *report.warnings))
 
     def _collect(self, images: FeatureStats | ImageSet, classifier: Extractor | None) -> Collected:
         if isinstance(images, FeatureStats):
@@ -339,11 +351,13 @@ class OnlineEvaluator:
                 self.reference, self.extractor, MetricOptions(), split=split, size=size, upright=self.upright
             )
             self.captions = reference_captions(opened) or self.captions
-            self._stats = (
-                opened
-                if isinstance(opened, FeatureStats)
-                else collect(opened, self.extractor, batch=self.batch).statistics
-            )
+            if isinstance(opened, FeatureStats):
+                self._stats = opened
+            else:
+                collected = collect(opened, self.extractor, batch=self.batch)
+                for line in collected.warnings:
+                    log_once(logging.WARNING, line)
+                self._stats = collected.statistics
         return self._stats
 
     def check(self, model: Pipeline) -> None:

@@ -202,7 +202,7 @@ def measure_latents(tokenizer: Tokenizer, batches: Iterable[Tensor], per_channel
             values += mean[:, 0].numel()
             images += len(batch)
     if not images:
-        raise ValueError("tokenizer statistics: got no images, expected at least one")
+        raise ValueError("tokenizer statistics: got no images that can be read, expected at least one")
     mean, second_moment = (sums if per_channel else sums.mean(1, keepdim=True)) / values
     std = (second_moment - mean.square()).clamp(min=0).sqrt()
     return LatentStats(tuple(mean.tolist()), tuple(std.tolist()), images)

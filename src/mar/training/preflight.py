@@ -153,6 +153,9 @@ def check_tokenizer(run: Run, log: Log) -> None:
     if not isinstance(source, StreamSource):
         source = subset(source, ROUND_TRIP_IMAGES)
     result = round_trip(run.tokenizer, in_order(source, run.transform, batch=1, limit=ROUND_TRIP_IMAGES))
+    if not result.images:
+        log.note("the tokenizer was not tried: none of the pictures for that can be read")
+        return
     log.write(0, tokenizer_psnr=result.psnr)
     log.note(f"the tokenizer brings {result.images} pictures back with a PSNR of {result.psnr:.1f} dB")
     if result.psnr < MIN_PSNR:

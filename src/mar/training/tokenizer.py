@@ -486,10 +486,13 @@ def ema_tokenizer(run: TokenizerRun) -> Tokenizer:
 def evaluate_reconstruction(run: TokenizerRun, log: Log, tokenizer: Tokenizer | None = None) -> RoundTrip:
     """Measure the PSNR of held-out images, and save a grid of some.
 
-    By default the tokenizer has the EMA weights.
+    By default the tokenizer has the EMA weights. If no image can be read, the log says so, and nothing else is written.
     """
     tokenizer = tokenizer or ema_tokenizer(run)
     result = round_trip(tokenizer, in_order(subset(run.held_out, EVAL_IMAGES), run.transform))
+    if not result.images:
+        log.note("warning: none of the held-out pictures can be read: no PSNR is measured")
+        return result
     path = run.folder / "samples" / f"{run.progress.images:012d}.png"
     for images in in_order(subset(run.held_out, GRID_IMAGES), run.transform):  # one batch; none if all are unreadable
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -521,7 +524,10 @@ class Evaluation:
 
     def __call__(self, run: TokenizerRun) -> None:
         """Evaluate the run."""
-        self.psnrs[run.progress.images] = evaluate_reconstruction(run, self.log).psnr
+        result = evaluate_reconstruction(run, self.log)
+        if not result.images:
+            return
+        self.psnrs[run.progress.images] = result.psnr
         write_history(run.folder / HISTORY_FILE, _PSNRS, self.psnrs)
         self._stop_if_due()
 

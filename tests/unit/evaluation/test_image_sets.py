@@ -232,11 +232,18 @@ def test_folder_of_several_sizes_is_refused(tmp_path: Path) -> None:
     assert walk(SourceImages(source, "p", size=(4, 4)), 4).images.shape == (2, 1, 4, 4)
 
 
-def test_folder_unreadable_image_is_named(tmp_path: Path) -> None:
-    where = folder(tmp_path / "p", Image.new("L", (8, 8)), Image.new("L", (8, 8)))
+@pytest.mark.parametrize("batch", [1, 3])
+def test_folder_unreadable_image_is_left_out_and_named(tmp_path: Path, batch: int) -> None:
+    where = folder(tmp_path / "p", *(Image.new("L", (8, 8), i) for i in range(3)))
     (where / "1.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"1\.png"):
-        walk(SourceImages(open_source(where), "p"), 1)
+    parts = list(SourceImages(open_source(where), "p").batches(batch, 0, 3))
+    assert [index for part in parts for index in part.indices.tolist()] == [0, 2]
+    assert [int(image.max()) for part in parts for image in part.images] == [0, 2]
+    assert [error.name for part in parts for error in part.unreadable] == [str(where / "1.png")]
+    digests = {digest(SourceImages(open_source(where), "p"))}
+    (where / "1.png").unlink()
+    digests.add(digest(SourceImages(open_source(where), "p")))
+    assert len(digests) == 2
 
 
 def test_generated_set_follows_seed_and_number() -> None:
