@@ -133,7 +133,7 @@ def step(name: str, seconds: float) -> Callable[[Callable[[Bench], None]], Calla
 
 def model_config(bench: Bench, name: str) -> Any:
     from mar.config import HeadConfig, ModelConfig, TrunkConfig
-    from mar.presets import MODELS
+    from mar.published import MODELS
 
     if not bench.rehearse:
         return MODELS[name]
@@ -421,7 +421,8 @@ def resume(bench: Bench) -> None:
 def measure_sampling(bench: Bench, name: str, cases: tuple[tuple[str, int], ...]) -> None:
     """Measure batches of a model: first and second pass, peak memory. A case that would take too long is left out."""
     from mar.config import SamplingConfig
-    from mar.presets import SAMPLING, apply_preset
+    from mar.presets import apply_preset
+    from mar.published import SAMPLING
     from mar.sampling.generate import generate
 
     model = random_model(bench, name)

@@ -28,7 +28,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mar.backends import Backend
 from mar.config import ModelConfig, SamplingConfig
-from mar.presets import MODELS, SAMPLING, SAMPLING_PRESETS, apply_preset
+from mar.presets import SAMPLING_PRESETS, apply_preset
+from mar.published import MODELS, SAMPLING
 from mar.sampling import decode, generate
 from mar.sampling.decode import DecodeState, all_masked, init_state, sample_tokens
 from mar.sampling.guidance import StepSettings, step_settings

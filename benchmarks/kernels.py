@@ -27,7 +27,7 @@ from mar.diffusion.head import CFGDenoiser, DiffusionHead, compiled_step, guided
 from mar.model.mar import MAR
 from mar.model.masking import mask_schedule
 from mar.nn import Linear, set_matrix_dtype
-from mar.presets import MODELS
+from mar.published import MODELS
 
 KERNEL_S, BYTES_PER_S, L2_BYTES_PER_S, L2_BYTES, FLOPS = 2.2e-6, 2.9e12, 5.0e12, 40e6, 650e12
 CALL = re.compile(r"^\s+(?:\w+ = )?(extern_kernels\.\w+|cpp_fused\w*|torch\.ops\.[\w.]+)\(", re.MULTILINE)

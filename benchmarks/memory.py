@@ -18,7 +18,7 @@ from sampling import random_model
 
 from mar.devices import torch_dtype
 from mar.pipeline import Pipeline
-from mar.presets import MODELS
+from mar.published import MODELS
 from mar.tokenizer.kl import kl16
 
 

@@ -34,7 +34,8 @@ from mar.diffusion.head import DiffusionHead
 from mar.diffusion.schedule import Schedule, cosine, respace
 from mar.model.mar import MAR
 from mar.nn import set_matrix_dtype
-from mar.presets import MODELS, SAMPLING, SAMPLING_PRESETS, apply_preset
+from mar.presets import SAMPLING_PRESETS, apply_preset
+from mar.published import MODELS, SAMPLING
 from mar.sampling.decode import DecodeState, all_masked, decode_step, init_state
 from mar.sampling.guidance import guidance_scale
 from mar.sampling.noise import SeededNoise

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader, Dataset
 from mar.config import TrainConfig
 from mar.data.images import Transform
 from mar.data.loader import batches
-from mar.presets import MODELS
+from mar.published import MODELS
 
 REFERENCE_SECONDS, REFERENCE_PEAK = 32.0, 12.5e9
 """Seconds and peak memory of a step of the reference's MAR-B: batch 8, float32, PRODUCT at REFERENCE_GFLOPS."""

@@ -1,10 +1,10 @@
-"""Name models, recipes and sampling presets, with their costs and results."""
+"""Name recipes and sampling presets, with their costs and results."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from mar.config import (
     ConfigError,
@@ -17,105 +17,7 @@ from mar.config import (
     TrainConfig,
     TrunkConfig,
 )
-
-
-def _official(width: int, depth: int, heads: int, head_depth: int, head_width: int) -> ModelConfig:
-    trunk = TrunkConfig(width, depth, heads)
-    return ModelConfig(encoder=trunk, decoder=trunk, head=HeadConfig(width=head_width, depth=head_depth))
-
-
-MODELS: dict[str, ModelConfig] = {
-    "mar-base": _official(768, 12, 12, head_depth=6, head_width=1024),
-    "mar-large": _official(1024, 16, 16, head_depth=8, head_width=1280),
-    "mar-huge": _official(1280, 20, 16, head_depth=12, head_width=1536),
-}
-"""The paper's models for ImageNet 256x256 in KL-16 latents: 208, 479 and 943 million parameters (paper, table 4)."""
-
-SAMPLING: dict[str, SamplingConfig] = {
-    "mar-base": SamplingConfig(steps=256, guidance_scale=2.9),
-    "mar-large": SamplingConfig(steps=256, guidance_scale=3.0),
-    "mar-huge": SamplingConfig(steps=256, guidance_scale=3.2),
-}
-"""The guidance with which each official model reaches its published FID: 2.31, 1.78, 1.55 (paper, table 4)."""
-
-
-Family = Literal["mar", "emigm", "detok"]
-"""Projects that publish weights of this architecture: MAR, eMIGM, l-DeTok."""
-
-
-@dataclass(frozen=True)
-class PublishedModel:
-    """A model with published weights, and the settings of its figures."""
-
-    family: Family
-    config: ModelConfig
-    sampling: SamplingConfig
-    tokenizer: str
-    """kl16, dc-ae or detok."""
-    images: int = 800 * 1_281_167
-    """Length of its training, in images seen."""
-    batch: int = 2048
-
-
-def _emigm(
-    size: tuple[int, int, int],
-    head: tuple[int, int],
-    pixels: int,
-    guidance_time: tuple[float, float],
-    batch: int = 2048,
-) -> PublishedModel:
-    """Describe an eMIGM, drawn in 16 reveal steps."""
-    trunk = TrunkConfig(*size)
-    config = ModelConfig(
-        channels=16 if pixels == 256 else 32,
-        encoder=trunk,
-        decoder=trunk,
-        head=HeadConfig(width=head[1], depth=head[0]),
-        mask_schedule="exp",
-        tie_null=True,
-    )
-    sampling = SamplingConfig(
-        steps=16,
-        diffusion_steps=8,
-        guidance_scale=4.0,
-        guidance_schedule="constant",
-        solver="dpm++3s",
-        mask_schedule="exponential",
-        reveal="binomial",
-        guidance_time=guidance_time,
-    )
-    return PublishedModel("emigm", config, sampling, "kl16" if pixels == 256 else "dc-ae", batch=batch)
-
-
-def _detok(name: str, guidance_scale: float) -> PublishedModel:
-    sampling = SamplingConfig(steps=256, guidance_scale=guidance_scale)
-    return PublishedModel("detok", MODELS[name], sampling, "detok", batch=1024)
-
-
-PUBLISHED: dict[str, PublishedModel] = {
-    **{name: PublishedModel("mar", config, SAMPLING[name], "kl16") for name, config in MODELS.items()},
-    "emigm-xs": _emigm((448, 10, 8), (3, 1024), 256, (0.1, 0.3), batch=1024),
-    "emigm-small": _emigm((512, 12, 8), (3, 1024), 256, (0.1, 0.3), batch=1024),
-    "emigm-base": _emigm((768, 12, 12), (6, 1024), 256, (0.1, 0.3)),
-    "emigm-large": _emigm((1024, 16, 16), (8, 1280), 256, (0.1, 0.3)),
-    "emigm-huge": _emigm((1280, 20, 16), (12, 1536), 256, (0.2, 0.4)),
-    "emigm-xs-512": _emigm((448, 10, 8), (6, 1280), 512, (0.15, 0.35), batch=1024),
-    "emigm-small-512": _emigm((512, 12, 8), (6, 1280), 512, (0.15, 0.35), batch=1024),
-    "emigm-base-512": _emigm((768, 12, 12), (8, 1280), 512, (0.15, 0.35)),
-    "emigm-large-512": _emigm((1024, 16, 16), (8, 1280), 512, (0.15, 0.35)),
-    "detok-base": _detok("mar-base", 3.9),
-    "detok-large": _detok("mar-large", 3.4),
-}
-"""Published models by name: MAR; eMIGM (arXiv 2503.07197); the MAR of l-DeTok (arXiv 2507.15856).
-
-Their authors' FID is, for eMIGM in 16 steps, 4.23, 3.44, 2.79, 2.22 and 2.02 at 256 pixels, and 4.63, 3.65, 2.78 and
-2.19 at 512. For l-DeTok's it is 1.55 and 1.32 with the fine-tuned decoder. None of it was measured here.
-"""
-
-
-def published(config: ModelConfig, family: Family) -> PublishedModel | None:
-    """Find the published model of a family with this architecture; None for another."""
-    return next((p for p in PUBLISHED.values() if p.family == family and p.config == config), None)
+from mar.published import MODELS, PUBLISHED, SAMPLING
 
 
 @dataclass(frozen=True)
@@ -230,10 +132,6 @@ def _imagenet(name: str) -> TrainConfig:
     )
 
 
-_TOKENIZER_NAMES = {"kl16": "kl16", "dc-ae": "mit-han-lab/dc-ae-f32c32-in-1.0", "detok": "detok"}
-"""Names of tokenizers in `TrainConfig.tokenizer`."""
-
-
 def _imagenet_emigm(name: str) -> TrainConfig:
     """Returns eMIGM's recipe for ImageNet: that of the paper with its masks and tied vector.
 
@@ -245,7 +143,7 @@ def _imagenet_emigm(name: str) -> TrainConfig:
         _imagenet("mar-base"),
         model=model.config,
         sampling=model.sampling,
-        tokenizer=_TOKENIZER_NAMES[model.tokenizer],
+        tokenizer=model.tokenizer,
         batch=model.batch,
     )
 
@@ -253,15 +151,15 @@ def _imagenet_emigm(name: str) -> TrainConfig:
 def _imagenet_detok(name: str) -> TrainConfig:
     """Returns the recipe of l-DeTok's MAR: a constant rate of 2e-4, no warm-up, weight decay or clipping.
 
-    Its authors train without dropout in the MLP, which here follows the projections'. Its tokenizer is given with
-    `--tokenizer`. FIDs are those of `PUBLISHED`. None of it was run here.
+    Its authors train without dropout in the MLP, which here follows the projections'. FIDs are those of `PUBLISHED`.
+    None of it was run here.
     """
     model = PUBLISHED[name]
     return replace(
         _imagenet("mar-base"),
         model=model.config,
         sampling=replace(model.sampling, steps=64),
-        tokenizer=_TOKENIZER_NAMES[model.tokenizer],
+        tokenizer=model.tokenizer,
         batch=model.batch,
         lr=2e-4 * 256 / model.batch,
         warmup=0,

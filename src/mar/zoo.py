@@ -11,29 +11,33 @@ from mar import devices
 from mar.assets import asset, imagenet_classes
 from mar.backends import configure
 from mar.checkpoint import official, store
-from mar.checkpoint.download import OFFICIAL, home
+from mar.checkpoint.download import OFFICIAL, home, missing
 from mar.checkpoint.files import CheckpointError
+from mar.checkpoint.official_dc import is_dc, load_dc, load_published_dc
 from mar.checkpoint.official_kl16 import read_kl16, to_diffusers
-from mar.checkpoint.official_vit import is_vit, load_vit
+from mar.checkpoint.official_vit import STATISTICS_FILE, is_vit, load_vit
 from mar.checkpoint.tokenizers import load_tokenizer as load_diffusers
 from mar.config import SamplingConfig
 from mar.model.mar import MAR
 from mar.nn import init_empty_weights
 from mar.pipeline import WEIGHTS_FILE, Pipeline
-from mar.presets import MODELS, PUBLISHED, SAMPLING, Family, published
+from mar.published import BUNDLED as BUNDLED_MODELS
+from mar.published import (
+    FAMILIES,
+    PUBLISHED,
+    TOKENIZERS,
+    Family,
+    PublishedTokenizer,
+    names_in_repository,
+    published,
+    same_tensors,
+    tokenizer_of,
+)
 from mar.tokenizer import Tokenizer, from_name, is_name
 
-BUNDLED = ("emoji", "fashion")
+BUNDLED = tuple(BUNDLED_MODELS)
 """Models that come with the package."""
 
-_TOKENIZERS = {
-    "kl16": "the KL-16 tokenizer beside it; get it with `mar download kl16`",
-    "dc-ae": "the DC-AE tokenizer of 32 channels; give its folder or Hub id (--tokenizer)",
-    "detok": "the tokenizer of l-DeTok; give its file, with stats.pkl beside it (--tokenizer)",
-}
-"""Each tokenizer as errors name it, and how to get it."""
-_KINDS = {"kl16": "kl", "dc-ae": "dc", "detok": "vit"}
-"""Kinds of the published tokenizers, in `mar.tokenizer.TOKENIZERS`."""
 _TORCH_FILES = (".pth", ".ckpt", ".pt")
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -48,8 +52,8 @@ def load(
     """Load a model, ready to sample: `load("fashion").sample(labels=["dress"])`.
 
     Args:
-        name: a bundled model (emoji, fashion); an official one (mar-base, mar-large, mar-huge, after `mar download`); a
-            folder or a file that mar wrote; an official `checkpoint-last.pth`; a repository of the Hub.
+        name: a bundled model (emoji, fashion); a published one of `mar models`, after `mar download`. Or a folder or a
+            file that mar wrote; a file of MAR, eMIGM or l-DeTok; a repository of the Hub.
         device: by default the best available.
         dtype: of the model's matrices: float32, bfloat16, or int8 on a CPU; by default bfloat16 on GPUs that multiply
             in it, else float32.
@@ -65,10 +69,10 @@ def load(
 def check_name(name: str) -> None:
     """Raise ValueError for a name that `load` can't find, without loading anything.
 
-    An official model may be absent, and a repository of the Hub may not exist.
+    A published model may be absent, and a repository of the Hub may not exist.
     """
     path = Path(name)
-    if name in BUNDLED or name in MODELS or path.exists() or _is_repository(name):
+    if name in BUNDLED or name in PUBLISHED or path.exists() or _is_repository(name):
         return
     raise _unknown(name)
 
@@ -83,7 +87,7 @@ def _is_repository(name: str) -> bool:
 
 
 def _unknown(name: str) -> CheckpointError:
-    known = ", ".join((*BUNDLED, *MODELS))
+    known = ", ".join((*BUNDLED, *PUBLISHED))
     return CheckpointError(f"model: got {name!r}, expected {known}, a file, a folder, or a Hub repository owner/name")
 
 
@@ -91,14 +95,14 @@ def _open(name: str) -> Pipeline:
     if name in BUNDLED:
         return Pipeline.open(asset(f"{name}.safetensors"))
     path = Path(name)
-    if name in MODELS and not path.exists():
+    if name in PUBLISHED and not path.exists():
         return _official(name)
     if path.is_dir():
         if not (path / WEIGHTS_FILE).is_file():
             raise CheckpointError(f"{path} has no {WEIGHTS_FILE}: expected a folder of `mar train` or save_pretrained")
         return Pipeline.open(path / WEIGHTS_FILE)
     if path.is_file() and (path.suffix in _TORCH_FILES or official.is_flat_official(path)):
-        return import_official(path, kl16_path(path.parent))
+        return import_official(path)
     if path.suffix == ".safetensors" or path.is_file():
         return Pipeline.open(path)
     if _is_repository(name):
@@ -107,13 +111,17 @@ def _open(name: str) -> Pipeline:
 
 
 def _official(name: str) -> Pipeline:
-    """Load an official model from the download folder, converted or not."""
-    converted, downloaded = home() / f"{name}.safetensors", home() / OFFICIAL[name].name
+    """Load a published model from the download folder, converted or not."""
+    converted = home() / f"{name}.safetensors"
     if converted.is_file():
         return Pipeline.open(converted)
-    if not downloaded.is_file():
-        raise CheckpointError(f"{name} is not in {home()}; get it with `mar download {name} kl16`")
-    return import_official(downloaded, kl16_path(), sampling=SAMPLING[name])
+    if missing(name):
+        raise CheckpointError(f"{name} is not in {home()}; get it with `mar download {name}`")
+    record, path = PUBLISHED[name], home() / OFFICIAL[name][0].name
+    loaded = import_official(path, family=record.family, sampling=record.sampling)
+    if loaded.model.config != record.config:
+        raise CheckpointError(f"{path} is another model than {name}; give the file's path, or download {name} again")
+    return loaded
 
 
 def _from_hub(name: str) -> Pipeline:
@@ -123,12 +131,14 @@ def _from_hub(name: str) -> Pipeline:
         return Pipeline.from_pretrained(name)
     except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"can't get {name} from the Hub: {reason}") from error
+        names = ", ".join(names_in_repository(name))
+        hint = f"; its files are here called {names}: `mar download NAME`" if names else ""
+        raise CheckpointError(f"can't get {name} from the Hub: {reason}{hint}") from error
 
 
 def import_official(
     path: Path,
-    tokenizer: Path | None,
+    tokenizer: Path | None = None,
     *,
     weights: official.Weights | None = None,
     sampling: SamplingConfig | None = None,
@@ -140,7 +150,7 @@ def import_official(
 
     Args:
         path: the checkpoint.
-        tokenizer: kl16.ckpt, or a name for `load_tokenizer`.
+        tokenizer: a file, or a name for `load_tokenizer`; None: its family's, beside it or downloaded.
         weights: EMA or raw weights; None: EMA, or the only set of a flat file.
         sampling: defaults of the pipeline.
         num_heads: attention heads, for models other than B, L and H: the file lacks them.
@@ -149,44 +159,72 @@ def import_official(
     """
     read = official.read_mar(path, weights, num_heads=num_heads, patch_size=patch_size, family=family)
     known = published(read.model_config, read.family)
-    of_family = next(p for p in PUBLISHED.values() if p.family == read.family)
-    kind = known.tokenizer if known else of_family.tokenizer
-    if kind != "kl16" and tokenizer is not None and tokenizer.name == OFFICIAL["kl16"].name:
-        tokenizer = None  # found beside the file, but not its own
-    if tokenizer is None:
-        raise CheckpointError(f"{path} needs {_TOKENIZERS[kind]}")
-    loaded = load_kl16(tokenizer) if kind == "kl16" else load_tokenizer(str(tokenizer))
-    _check_tokenizer(loaded, kind, path, tokenizer)
+    name = known.tokenizer if known else tokenizer_of(read.model_config, read.family)
+    loaded = _tokenizer_of_checkpoint(path, read.family, name, tokenizer)
     with init_empty_weights():
         model = MAR(read.model_config)
     model.load_state_dict(read.state, assign=True)
-    if known is None:
-        sampling = sampling or (of_family.sampling if read.family == "emigm" else None)
     return Pipeline(
         model,
         loaded,
         classes=imagenet_classes() if read.model_config.classes == 1000 else (),
-        sampling=sampling or (known.sampling if known else SamplingConfig()),
+        sampling=sampling or (known.sampling if known else FAMILIES[read.family].sampling),
         weights=read.weights,
         notes=read.notes | {"family": read.family},
     )
 
 
-def _check_tokenizer(loaded: Tokenizer, kind: str, path: Path, tokenizer: Path) -> None:
-    """Refuse another project's tokenizer, whose channels may fit, and one without statistics."""
-    got, expected = loaded.config()["kind"], _KINDS[kind]
-    if got in _KINDS.values() and got != expected:
-        raise CheckpointError(f"{path} got {tokenizer}, a tokenizer of kind {got}; it needs {_TOKENIZERS[kind]}")
+def _tokenizer_of_checkpoint(path: Path, family: Family, name: str, given: Path | None) -> Tokenizer:
+    """Load a checkpoint's tokenizer, and refuse another project's, whose channels may fit.
+
+    Args:
+        path: the checkpoint.
+        family: the project that trained it.
+        name: of its tokenizer in `TOKENIZERS`.
+        given: the tokenizer that the user gave, if any.
+    """
+    record = TOKENIZERS[name]
+    if given is None:
+        file = tokenizer_path(name, path.parent)
+        if file is None:
+            raise CheckpointError(f"{path} needs the tokenizer {record.title}; get it with `mar download {name}`")
+        loaded = _load_published(name, file)
+    else:
+        loaded = load_tokenizer(str(given))
+    got = loaded.config()["kind"]
+    if got != record.kind and got in {each.kind for each in TOKENIZERS.values()}:
+        others = [f for f in same_tensors(family) if TOKENIZERS[FAMILIES[f].tokenizer].kind == got]
+        hint = f", or --family {others[0]} if it is {FAMILIES[others[0]].title}" if others else ""
+        raise CheckpointError(f"{path} got {given}, a tokenizer of kind {got}; it needs {record.title} ({name}){hint}")
     if not loaded.has_stats:
-        raise CheckpointError(f"{tokenizer} has no statistics of its latents: put l-DeTok's stats.pkl beside the file")
+        raise CheckpointError(f"{given} has no statistics of its latents, expected {_statistics_of(record)}")
+    _check_scale(loaded, record, given)
+    return loaded
+
+
+def _statistics_of(record: PublishedTokenizer) -> str:
+    return (
+        f"l-DeTok's {STATISTICS_FILE} beside it" if record.scale is None else f"the scale {record.scale} of its config"
+    )
+
+
+def _check_scale(loaded: Tokenizer, record: PublishedTokenizer, given: Path | None) -> None:
+    """Refuse a tokenizer of the same kind that scales its latents in another way, so is another one."""
+    if record.scale is None or loaded.config()["kind"] != record.kind:
+        return
+    if bool(loaded.mean.any()) or not torch.allclose(loaded.std * record.scale, torch.ones_like(loaded.std), rtol=1e-3):
+        got = ", ".join(f"{1 / value:.4g}" for value in loaded.std.tolist()[:3])
+        raise CheckpointError(
+            f"{given} is another tokenizer: got latents of the scale {got}, expected {record.scale} of {record.title}"
+        )
 
 
 def load_tokenizer(name: str, image_channels: int = 3) -> Tokenizer:
     """Load the tokenizer called `name`.
 
     Args:
-        name: pixels; kl16 (after `mar download kl16`); a file kl16.ckpt, or of l-DeTok's tokenizer; a folder or
-            repository in diffusers' format; one of our files of weights, which has its tokenizer inside.
+        name: pixels; kl16, dc-ae or detok, after `mar download`. Or a file of KL-16, of l-DeTok's tokenizer or of a
+            DC-AE; a folder or repository in diffusers' format; a model of ours, for the tokenizer in it.
         image_channels: channels of the images, for pixels.
     """
     if is_name(name):
@@ -198,16 +236,28 @@ def load_tokenizer(name: str, image_channels: int = 3) -> Tokenizer:
                 f"tokenizer: got {name}, which `mar train` fits to a data set and saves in a model; "
                 "name the model instead"
             )
-    if name == "kl16":
-        path = kl16_path()
-        if path is None:
-            raise CheckpointError(f"kl16 is not in {home()}; get it with `mar download kl16`")
-        return load_kl16(path)
-    if Path(name).suffix in _TORCH_FILES:
-        return load_official_tokenizer(Path(name))
-    if Path(name).suffix == ".safetensors" or name in BUNDLED:
+    if name in TOKENIZERS:
+        file = tokenizer_path(name)
+        if file is None:
+            raise CheckpointError(f"{name} is not in {home()}; get it with `mar download {name}`")
+        return _load_published(name, file)
+    path = Path(name)
+    if path.suffix in _TORCH_FILES:
+        return load_official_tokenizer(path)
+    if path.suffix == ".safetensors" and is_dc(path):
+        return load_dc(path)
+    if path.suffix == ".safetensors" or name in BUNDLED:
         return _open(name).tokenizer
+    own = next((record for record in TOKENIZERS.values() if name in record.repositories), None)
+    if own is not None and not path.exists():  # the other repository has the authors' layout
+        name = own.repositories[0]
     return load_diffusers(name)
+
+
+def _load_published(name: str, path: Path) -> Tokenizer:
+    """Load a tokenizer of `TOKENIZERS` from its file of weights."""
+    loaders = {"kl16": load_kl16, "dc-ae": load_published_dc, "detok": load_vit}
+    return loaders[name](path)
 
 
 def load_official_tokenizer(path: Path) -> Tokenizer:
@@ -233,10 +283,17 @@ def load_kl16(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def kl16_path(folder: Path | None = None) -> Path | None:
-    """Find kl16.ckpt in `folder` or the download folder; None: in neither."""
-    folders = [*([folder] if folder else []), home()]
-    return next((path for f in folders if (path := f / OFFICIAL["kl16"].name).is_file()), None)
+def tokenizer_path(name: str, folder: Path | None = None) -> Path | None:
+    """Find a published tokenizer's weights in `folder` or the download folder.
+
+    None: they, or the files they need, are in neither.
+    """
+    files = [Path(file.name) for file in TOKENIZERS[name].files]
+    beside = [Path(file.name) for file in files]
+    for place, own in ([(folder, beside)] if folder else []) + [(home(), files)]:
+        if all((place / file).is_file() for file in own):
+            return place / own[0]
+    return None
 
 
 def describe(path: Path) -> store.Header:

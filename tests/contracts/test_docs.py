@@ -27,7 +27,7 @@ import yaml
 from PIL import Image
 
 import mar
-from mar import cli, config, presets
+from mar import cli, config, presets, published
 from mar.assets import FASHION_CLASSES, imagenet_classes
 from mar.autoconfig import sizes
 from mar.checkpoint.download import OFFICIAL
@@ -75,12 +75,21 @@ def commands(text: str) -> list[str]:
     return [line for line in lines if re.match(rf"mar ({verbs})\b", line)]
 
 
+def load_tool(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"tools/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def complete(line: str) -> bool:
     """Whether a command is given with all that it needs, rather than only named."""
     words = shlex.split(line, comments=True)
     if words[-1] == "..." or words[1:] == ["train", "folder"]:  # which needs its data
         return False
-    return len(words) > 2 or words[1:] in (["demo"], ["info"])
+    return len(words) > 2 or words[1:] in (["demo"], ["info"], ["models"])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -123,14 +132,13 @@ def test_the_paper_leads_to_code_that_is_there() -> None:
 def test_the_papers_models_have_the_sizes_it_is_said() -> None:
     from mar.checkpoint.store import model_shapes
 
-    counts = [sum(shape.numel() for shape in model_shapes(c).values()) / 1e6 for c in presets.MODELS.values()]
+    counts = [sum(shape.numel() for shape in model_shapes(c).values()) / 1e6 for c in published.MODELS.values()]
     assert ", ".join(f"{count:.1f}" for count in counts[:2]) + f" and {counts[2]:.1f} M" in PAPER
     fashion, cifar10 = (
         sum(shape.numel() for shape in model_shapes(config.model).values()) / 1e6
         for config in (presets.FASHION, presets.CIFAR10)
     )
     assert f"{fashion:.1f} million parameters" in MODELS
-    assert f"| `fashion` | {fashion:.1f} M |" in README
     assert f"| {fashion:.1f} M, pixels, v |" in TRAINING
     assert f"| {cifar10:.1f} M, [principal components](#principal-components), x0 |" in TRAINING
 
@@ -232,18 +240,36 @@ def test_models_and_labels_of_the_commands_are_there() -> None:
         model = words[2]
         if "/" in model:
             continue
-        assert model in (*BUNDLED, *presets.MODELS)
+        assert model in (*BUNDLED, *published.PUBLISHED)
         after = words[words.index("--labels") + 1 :] if "--labels" in words else []
         labels = [None if word == "none" else word for word in itertools.takewhile(lambda w: w[0] != "-", after)]
         names = FASHION_CLASSES if model == "fashion" else imagenet_classes()
         assert len(resolve_labels(labels, names, len(names))) == len(labels)
     inits = re.findall(r"--init (\S+)", "\n".join([*commands(README), *commands(TRAINING)]))
     assert inits
-    assert set(inits) <= set(presets.MODELS)
+    assert set(inits) <= set(published.MODELS)
 
 
 def test_the_readme_has_at_most_900_words() -> None:
     assert len(README.split()) <= 900
+
+
+@pytest.fixture(scope="module")
+def model_tables() -> Any:
+    return load_tool("model_tables")
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/models.md"])
+def test_tables_of_models_are_those_of_the_records(model_tables: Any, document: str) -> None:
+    """`python tools/model_tables.py` rewrites them."""
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert model_tables.filled(document, text) == text
+    assert model_tables.filled(document, text.replace("4.23", "4.24", 1)) == text
+
+
+def test_tables_of_models_without_markers_are_refused(model_tables: Any) -> None:
+    with pytest.raises(ValueError, match=r"README\.md has not one table between '<!-- table:readme -->'"):
+        model_tables.filled("README.md", "# Models")
 
 
 def test_the_readme_shows_every_verb() -> None:
@@ -292,8 +318,8 @@ def flags(kind: Any, prefix: str = "") -> Iterator[str]:
 def test_recipes_and_models_named_are_there() -> None:
     for text in (README, MODELS, PAPER, TRAINING, TROUBLE, MIGRATING):
         names = set(re.findall(r"\b(?:mar|imagenet)-(?:base|large|huge)\b", text))
-        assert names <= {*presets.MODELS, *presets.RECIPES}
-    assert {"kl16", *presets.MODELS} == set(OFFICIAL)
+        assert names <= {*published.MODELS, *presets.RECIPES}
+    assert {*published.TOKENIZERS, *published.PUBLISHED} == set(OFFICIAL)
     recipes = re.findall(r"^\| `([\w-]+)` \|", TRAINING.split("## A folder")[0], re.MULTILINE)
     assert set(recipes) == set(presets.RECIPE_NAMES)
 
@@ -412,12 +438,7 @@ def test_the_citation_is_of_this_version() -> None:
 
 @pytest.fixture(scope="module")
 def hooks() -> Any:
-    spec = importlib.util.spec_from_file_location("mkdocs_hooks", ROOT / "tools/mkdocs_hooks.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("mkdocs_hooks")
 
 
 def test_names_without_a_docstring_are_found(hooks: Any) -> None:

@@ -18,7 +18,8 @@ from mar.cli import main
 from mar.config import HeadConfig, ModelConfig, TrunkConfig
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
-from mar.presets import PUBLISHED, published, recipe
+from mar.presets import recipe
+from mar.published import PUBLISHED, published
 from mar.tokenizer.pixels import PixelTokenizer
 
 TRUNK = TrunkConfig(width=16, depth=1, num_heads=2)
@@ -62,7 +63,6 @@ def test_published_layout_is_converted_drawn_and_written_back(
 ) -> None:
     weights = published_file(tmp_path / "published.pth", family)
     pixels = PixelTokenizer(3, 0.0, 1.0)
-    monkeypatch.setattr(zoo, "load_kl16", lambda path: pixels)
     monkeypatch.setattr(zoo, "load_tokenizer", lambda name: pixels)
     options = ["--num-heads", "2", "--tokenizer", str(tmp_path / "tokenizer")]
     assert main(["convert", str(tmp_path / "published.pth"), str(tmp_path / "ours.safetensors"), *options]) == 0
@@ -92,11 +92,10 @@ def test_model_with_other_channels_or_tokenizer_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     published_file(tmp_path / "published.pth", family)
-    missing = {"emigm": "mar download kl16", "detok": "the tokenizer of l-DeTok; give its file"}
+    missing = {"emigm": "mar download kl16", "detok": "mar download detok"}
     with pytest.raises(CheckpointError, match=missing[family]):
         zoo.import_official(tmp_path / "published.pth", None, num_heads=2)
     other = PixelTokenizer(1, 0.0, 1.0)
-    monkeypatch.setattr(zoo, "load_kl16", lambda path: other)
     monkeypatch.setattr(zoo, "load_tokenizer", lambda name: other)
     with pytest.raises(ValueError, match="tokenizer: got one with 1 latent channels, expected 3"):
         zoo.import_official(tmp_path / "published.pth", tmp_path / "tokenizer", num_heads=2)
@@ -124,11 +123,10 @@ def test_import_with_another_projects_tokenizer_is_refused(tmp_path: Path, monke
     published_file(tmp_path / "emigm.pth", "emigm")
     published_file(tmp_path / "detok.pth", "detok")
     vit = ViTTokenizer(ViTConfig.from_dict({"image_size": 64, "channels": 3, "encoder": SMALL, "decoder": SMALL}))
-    monkeypatch.setattr(zoo, "load_kl16", lambda path: vit)
     monkeypatch.setattr(zoo, "load_tokenizer", lambda name: vit)
-    with pytest.raises(CheckpointError, match="of kind vit; it needs the KL-16 tokenizer"):
+    with pytest.raises(CheckpointError, match=r"of kind vit; it needs KL-16 of MAR \(kl16\)$"):
         zoo.import_official(tmp_path / "emigm.pth", tmp_path / "vit.pth", num_heads=2)
-    with pytest.raises(CheckpointError, match=r"has no statistics of its latents: put l-DeTok's stats\.pkl"):
+    with pytest.raises(CheckpointError, match=r"has no statistics of its latents, expected l-DeTok's stats\.pkl"):
         zoo.import_official(tmp_path / "detok.pth", tmp_path / "vit.pth", num_heads=2)
     vit.set_statistics(0.0, 1.0)
     assert zoo.import_official(tmp_path / "detok.pth", tmp_path / "vit.pth", num_heads=2).tokenizer is vit

@@ -15,16 +15,8 @@ from mar.checkpoint.store import read_header
 from mar.config import ConfigError, ModelConfig, SamplingConfig, from_dict, to_dict
 from mar.model.mar import MAR
 from mar.model.masking import mask_schedule
-from mar.presets import (
-    MODELS,
-    PUBLISHED,
-    RECIPES,
-    SAMPLING,
-    SAMPLING_PRESETS,
-    SamplingPreset,
-    apply_preset,
-    recipe,
-)
+from mar.presets import RECIPES, SAMPLING_PRESETS, SamplingPreset, apply_preset, recipe
+from mar.published import MODELS, PUBLISHED, SAMPLING
 from mar.sampling.guidance import step_settings
 from mar.zoo import BUNDLED
 

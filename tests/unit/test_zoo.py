@@ -59,7 +59,7 @@ def test_zoo_files_and_folders_are_opened(tmp_path: Path) -> None:
 
 
 def test_zoo_unknown_name_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="mar download mar-base kl16"):
+    with pytest.raises(CheckpointError, match="mar download mar-base"):
         zoo.load("mar-base")
     with pytest.raises(CheckpointError, match="mar download kl16"):
         zoo.load_tokenizer("kl16")
@@ -100,7 +100,7 @@ def test_zoo_official_file_needs_a_tokenizer(tmp_path: Path, monkeypatch: pytest
     model, _ = official_file(path)
     with pytest.raises(CheckpointError, match="mar download kl16"):
         zoo.import_official(path, None, num_heads=2)
-    monkeypatch.setattr(zoo, "load_kl16", lambda path: PixelTokenizer(3, 0.0, 1.0))
+    monkeypatch.setattr(zoo, "load_tokenizer", lambda name: PixelTokenizer(3, 0.0, 1.0))
     loaded = zoo.import_official(path, tmp_path / "kl16.ckpt", num_heads=2)
     assert loaded.weights == "ema"
     assert loaded.model.config.encoder == TRUNK

@@ -24,6 +24,7 @@ from mar.config.fields import renamed_fields
 if TYPE_CHECKING:
     from PIL import Image
 
+    from mar.checkpoint.download import RemoteFile
     from mar.pipeline import Pipeline, RevealStep
 
 MAX_IMAGES = 16
@@ -151,7 +152,9 @@ class Model:
     error: str = ""
     """Reason why it failed, in one line."""
     mebibytes: float = 0.0
-    """Size of its download, if it is absent."""
+    """Size of its download, if it is absent; 0: unknown."""
+    about: str = ""
+    """Parameters, pixels and figures of a published model."""
     received: float | None = None
     """MiB of the download that is under way."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -162,7 +165,7 @@ class Model:
         """Return what the page shows of it."""
         return {
             "name": self.name, "state": self.state, "error": self.error, "mebibytes": self.mebibytes,
-            "received": self.received, **self.facts,
+            "received": self.received, "about": self.about, **self.facts,
         }  # fmt: skip
 
 
@@ -170,7 +173,7 @@ class Studio:
     """Draws pictures with several models, one request after the other.
 
     Args:
-        models: names that `mar.load` takes. Official ones that are not here are offered for download.
+        models: names that `mar.load` takes. Published ones that are not here are offered for download.
         device, dtype: of all models, as the command line names them.
         downloads: whether `download` may be called.
         timings: where seconds per picture are kept.
@@ -180,10 +183,9 @@ class Studio:
         self, models: Sequence[str], *, device: str = "auto", dtype: str = "fp32", downloads: bool = True,
         timings: Timings | None = None,
     ) -> None:  # fmt: skip
-        from mar.checkpoint.download import OFFICIAL
+        from mar.published import PUBLISHED
 
-        official = [name for name in OFFICIAL if name != "kl16"]
-        self.models = {name: Model(name) for name in dict.fromkeys([*models, *official])}
+        self.models = {name: Model(name) for name in dict.fromkeys([*models, *PUBLISHED])}
         self.device, self.dtype, self.downloads = device, dtype, downloads
         self.timings = timings or Timings()
         self._pipelines: OrderedDict[str, Pipeline] = OrderedDict()
@@ -198,7 +200,8 @@ class Studio:
         self._idle = threading.Event()
         self._idle.set()
         self._lock = threading.Lock()
-        for name in official:
+        for name, record in PUBLISHED.items():
+            self.models[name].about = record.summary()
             self._check_download(self.models[name])
 
     # ---- models
@@ -226,35 +229,35 @@ class Studio:
         """Start the download of an official model and its tokenizer."""
         model = self.model(name)
         if not self.downloads:
-            raise ValueError(f"this server does not download; on its machine: mar download kl16 {name}")
+            raise ValueError(f"this server does not download; on its machine: mar download {name}")
         with self._lock:
-            if model.state not in ("absent", "failed") or not model.mebibytes or model.received is not None:
+            if model.state not in ("absent", "failed") or not _missing(name) or model.received is not None:
                 raise ValueError(f"{name} is here already, or on its way")
             model.received, model.error = 0.0, ""
         threading.Thread(target=self._download, args=(model,), daemon=True).start()
 
     def _download(self, model: Model) -> None:
-        from mar.checkpoint.download import MIB, OFFICIAL, fetch
+        from mar.checkpoint.download import fetch
+        from mar.published import MIB
 
         done = 0.0
         try:
-            for name in _missing(model.name):
+            for remote in _missing(model.name):
 
                 def progress(received: int, total: int | None, before: float = done) -> None:
                     model.received = before + received / MIB
 
-                fetch(OFFICIAL[name], progress=progress)
-                done += OFFICIAL[name].mebibytes or 0.0
+                fetch(remote, progress=progress)
+                done = model.received or done
         except (ValueError, OSError) as error:
             model.error = _one_line(error)
         model.received = None
         self._check_download(model)
 
     def _check_download(self, model: Model) -> None:
-        from mar.checkpoint.download import OFFICIAL
-
         missing = _missing(model.name)
-        model.mebibytes = sum(OFFICIAL[name].mebibytes or 0.0 for name in missing)
+        sizes = [remote.mebibytes for remote in missing]
+        model.mebibytes = 0.0 if None in sizes else sum(size or 0.0 for size in sizes)
         model.state = "absent" if missing else "waiting"
 
     def _plan(self, name: str) -> None:
@@ -286,7 +289,7 @@ class Studio:
             self._pipelines.move_to_end(name)
             return self._pipelines[name]
         if model.state == "absent":
-            raise ValueError(f"{name} is not downloaded: mar download kl16 {name}")
+            raise ValueError(f"{name} is not downloaded: mar download {name}")
         from mar import zoo
         from mar.devices import torch_dtype
 
@@ -620,13 +623,12 @@ def _restored(pipeline: Pipeline, facts: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _missing(name: str) -> list[str]:
-    """List the files that an official model needs and that are not here."""
-    from mar.checkpoint.download import OFFICIAL, home
+def _missing(name: str) -> list[RemoteFile]:
+    """List the files that a published model needs and that are not here."""
+    from mar.checkpoint.download import missing
+    from mar.published import PUBLISHED
 
-    if (home() / f"{name}.safetensors").is_file():
-        return []
-    return [each for each in ("kl16", name) if not (home() / OFFICIAL[each].name).is_file()]
+    return missing(name) if name in PUBLISHED else []
 
 
 def _one_line(error: BaseException) -> str:

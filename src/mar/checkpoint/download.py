@@ -5,6 +5,8 @@ be on the disk. A later attempt goes on from there, if the server still has that
 Servers can be wrong. A file of several answers is fetched once more from the start, if it fails its checks.
 One process at a time has the part, by a lock on it. Others download to a temporary file of their own, and each renames
 its file when it is done.
+A source that fails is followed by the next one, from the start. The Hub lists sizes and SHA-256s, which are compared if
+the records have none.
 """
 
 from __future__ import annotations
@@ -32,11 +34,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from mar.checkpoint.files import flush, is_zip, printable
+from mar.published import MIB, PUBLISHED, TOKENIZERS, PublishedFile, files_of
 
 if sys.platform != "win32":
     import fcntl
 
-MIB = 2**20
 CHUNK = 2**18
 TOLERANCE = 0.01
 """The largest difference from an approximate size, as a fraction."""
@@ -63,44 +65,58 @@ class _AttemptFailed(Exception):
     """This attempt failed, but another one may succeed."""
 
 
+class _DiskFailed(DownloadError):
+    """The disk can't take the file, from whatever source."""
+
+
 @dataclass(frozen=True)
 class RemoteFile:
     """A file on the web, and what it has to be like."""
 
     name: str
-    """Its name on the disk."""
+    """Its name on the disk; `/` for one in a folder."""
     url: str
+    """Its address; `hf://OWNER/NAME@REVISION/PATH` on the Hub."""
     mebibytes: float | None = None
     """Its approximate size in MiB."""
     sha256: str | None = None
     """In hexadecimal, if it is known."""
+    size: int | None = None
+    """In bytes, if it is known exactly."""
+    others: tuple[str, ...] = ()
+    """Further addresses of the same bytes, tried if the first one fails."""
+    pattern: str | None = None
+    """Regular expression of its name on the Hub, if its path may be another."""
 
 
-_SHARE = "https://www.dropbox.com/scl/fi"
-# dl=1 asks for the file itself: the dl=0 of the published links gives a web page around it.
-OFFICIAL: dict[str, RemoteFile] = {
-    "kl16": RemoteFile(
-        "kl16.ckpt",
-        f"{_SHARE}/hhmuvaiacrarfg28qxhwz/kl16.ckpt?rlkey=l44xipsezc8atcffdp4q7mwmh&dl=1",
-        254,
-        "34ce001bcfffb7af67ec8af1e683a30d7bd45760855ddc7deedc1330f2cfd38f",
-    ),
-    "mar-base": RemoteFile(
-        "mar-base.pth",
-        f"{_SHARE}/f6dpuyjb7fudzxcyhvrhk/checkpoint-last.pth?rlkey=a6i4bo71vhfo4anp33n9ukujb&dl=1",
-        1587,
-        "7e970a33bc90353e2fabe3498ed1f2d194dd8d17cd387665f80b2984dfca538c",
-    ),
-    "mar-large": RemoteFile(
-        "mar-large.pth",
-        f"{_SHARE}/pxacc5b2mrt3ifw4cah6k/checkpoint-last.pth?rlkey=m48ovo6g7ivcbosrbdaz0ehqt&dl=1",
-        3650,
-    ),
-    "mar-huge": RemoteFile(
-        "mar-huge.pth", f"{_SHARE}/1qmfx6fpy3k7j9vcjjs3s/checkpoint-last.pth?rlkey=4lae281yzxb406atp32vzc83o&dl=1", 7191
-    ),
+def _remote(file: PublishedFile) -> RemoteFile:
+    first, *others = file.sources
+    return RemoteFile(
+        file.name, first, file.approximate_mebibytes(), file.sha256, file.size, tuple(others), file.pattern
+    )
+
+
+OFFICIAL: dict[str, tuple[RemoteFile, ...]] = {
+    name: tuple(map(_remote, files_of(name))) for name in (*TOKENIZERS, *PUBLISHED)
 }
-"""The authors' files: the KL-16 tokenizer and the three models."""
+"""The authors' files of each tokenizer and model."""
+
+
+def needed(name: str) -> list[RemoteFile]:
+    """List the files of a model with its tokenizer."""
+    tokenizer = [PUBLISHED[name].tokenizer] if name in PUBLISHED else []
+    return [remote for each in (*tokenizer, name) for remote in OFFICIAL[each]]
+
+
+def missing(name: str, folder: Path | None = None) -> list[RemoteFile]:
+    """List the `needed` files that are not here.
+
+    None is missing of a model that was converted.
+    """
+    folder = folder or home()
+    if (folder / f"{name}.safetensors").is_file():
+        return []
+    return [remote for remote in needed(name) if not (folder / remote.name).is_file()]
 
 
 def home() -> Path:
@@ -135,32 +151,128 @@ def fetch(
         opener: opens the address; None: urllib's, with the environment's proxies.
     """
     folder = home() if folder is None else Path(folder)
-    remote, source = _from_mirror(remote, mirror or os.environ.get("MAR_MIRROR"))
-    folder.mkdir(parents=True, exist_ok=True)
+    opener = opener or urllib.request.build_opener()
+    remote, copied = _from_mirror(remote, mirror or os.environ.get("MAR_MIRROR"))
     target = folder / remote.name
+    target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         _check_file(target, remote, f"remove {target} and run again to fetch it anew")
         return target
-    with _open_part(remote, folder) as part:
-        opener = opener or urllib.request.build_opener()
-        for again in (True, False):
-            if source is not None:
-                _copy_local(part, source, progress)
-            elif not part.complete():
-                _download(part, progress, attempts, wait, timeout, opener)
+    with _open_part(remote, target.parent) as part:
+        failures: list[DownloadError] = []
+        for url in _sources(part):
             try:
-                _check_file(part.path, remote, "it was not kept")
+                part.remote = _locate(remote, url, timeout, opener)
+                _fetch_from(part, copied, progress, attempts, wait, timeout, opener)
                 break
-            except DownloadError:
-                again = again and part.in_pieces
-                part.discard()
-                if not again:
-                    raise
+            except _DiskFailed:
+                raise
+            except DownloadError as error:
+                failures.append(error)
+        else:
+            if len(failures) == 1:
+                raise failures[0]
+            raise DownloadError("; ".join(map(str, failures))) from failures[0]
         flush(part.path)
         os.replace(part.path, target)
         part.discard_note()
-        flush(folder)
+        flush(target.parent)
     return target
+
+
+def _fetch_from(
+    part: _Part,
+    copied: Path | None,
+    progress: Progress | None,
+    attempts: int,
+    wait: Callable[[float], object],
+    timeout: float,
+    opener: urllib.request.OpenerDirector,
+) -> None:
+    """Fill the part with bytes that pass the checks, from one source."""
+    for again in (True, False):
+        if copied is not None:
+            _copy_local(part, copied, progress)
+        elif not part.complete():
+            _download(part, progress, attempts, wait, timeout, opener)
+        try:
+            return _check_file(part.path, part.remote, "it was not kept")
+        except DownloadError:
+            again = again and part.in_pieces
+            part.discard()
+            if not again:
+                raise
+
+
+def _sources(part: _Part) -> list[str]:
+    """List a file's addresses, first the one that the part's bytes came from."""
+    addresses = [part.remote.url, *part.remote.others]
+    began = part.address()
+    return sorted(addresses, key=lambda address: hub_url(address) != began)
+
+
+# ---- the Hub
+
+_HUB = "https://huggingface.co"
+_HUB_FILE = re.compile(r"hf://(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<path>.+)")
+_LISTING_LIMIT = 4 * MIB
+
+
+def _hub() -> str:
+    """Return the Hub's address: the environment's HF_ENDPOINT, else huggingface.co."""
+    return (os.environ.get("HF_ENDPOINT") or _HUB).rstrip("/")
+
+
+def hub_url(address: str, path: str | None = None) -> str:
+    """Return the web address of a file of the Hub; other addresses as they are.
+
+    `path` replaces the one in the address.
+    """
+    match = _HUB_FILE.fullmatch(address)
+    if match is None:
+        return address
+    quoted = urllib.parse.quote(path or match["path"])
+    return f"{_hub()}/{match['repository']}/resolve/{match['revision'] or 'main'}/{quoted}"
+
+
+def _locate(remote: RemoteFile, address: str, timeout: float, opener: urllib.request.OpenerDirector) -> RemoteFile:
+    """Return the file at one of its addresses; on the Hub, with the size and SHA-256 that are listed there."""
+    match = _HUB_FILE.fullmatch(address)
+    if match is None:
+        return replace(remote, url=address)
+    listed = _list_repository(match["repository"], match["revision"] or "main", timeout, opener)
+    path = match["path"]
+    if listed is None:
+        return replace(remote, url=hub_url(address))
+    if path not in listed and remote.pattern is not None:
+        alike = [name for name in listed if re.fullmatch(remote.pattern, name)]
+        path = alike[0] if len(alike) == 1 else path
+    if path not in listed:
+        some = ", ".join(sorted(listed)[:12]) or "nothing"
+        raise DownloadError(
+            f"{match['repository']} on the Hub has no {path}; it has {printable(some)}: "
+            f"save the right file as {remote.name} in the download folder"
+        )
+    size, sha256 = listed[path]
+    sha256 = remote.sha256 or sha256
+    return replace(remote, url=hub_url(address, path), size=remote.size or size, sha256=sha256)
+
+
+def _list_repository(
+    repository: str, revision: str, timeout: float, opener: urllib.request.OpenerDirector
+) -> dict[str, tuple[int | None, str | None]] | None:
+    """List size and SHA-256 of a repository's files; None: its server does not tell."""
+    url = f"{_hub()}/api/models/{repository}/tree/{revision}?recursive=true"
+    try:
+        with _open(opener, urllib.request.Request(url, headers={"User-Agent": "mar"}), timeout) as response:
+            entries = json.loads(response.read(_LISTING_LIMIT))
+        files = [entry for entry in entries if entry.get("type") == "file"]
+        return {entry["path"]: (entry.get("size"), (entry.get("lfs") or {}).get("oid")) for entry in files}
+    except urllib.error.HTTPError as error:
+        error.close()
+        return None
+    except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def _from_mirror(remote: RemoteFile, mirror: str | Path | None) -> tuple[RemoteFile, Path | None]:
@@ -170,14 +282,14 @@ def _from_mirror(remote: RemoteFile, mirror: str | Path | None) -> tuple[RemoteF
     parts = urllib.parse.urlsplit(str(mirror))
     if parts.scheme in ("http", "https"):
         path = f"{parts.path.rstrip('/')}/{urllib.parse.quote(remote.name)}"
-        return replace(remote, url=urllib.parse.urlunsplit(parts._replace(path=path))), None
+        return replace(remote, url=urllib.parse.urlunsplit(parts._replace(path=path)), others=()), None
     if "://" in str(mirror) and parts.scheme != "file":
         raise DownloadError(f"mirror: got {str(mirror)!r}, expected a folder, or an address of http:// or https://")
     folder = Path(urllib.request.url2pathname(parts.path) if parts.scheme == "file" else mirror).expanduser()
     source = folder / remote.name
     if not source.is_file():
         raise DownloadError(f"the mirror {folder} has no file {remote.name}: put it there, or choose another mirror")
-    return replace(remote, url=source.absolute().as_uri()), source
+    return replace(remote, url=source.absolute().as_uri(), others=()), source
 
 
 def _copy_local(part: _Part, source: Path, progress: Progress | None) -> None:
@@ -239,13 +351,22 @@ class _Part:
         if "synced" in note and note["synced"] < self.size():
             os.truncate(self.path, note["synced"])
 
-    def note(self) -> dict[str, Any]:
-        """Return url, validator (for If-Range) and total of this version; empty if unknown."""
+    def address(self) -> str | None:
+        """Return the address that the bytes came from; None: unknown."""
+        url = self._read_note().get("url")
+        return url if isinstance(url, str) else None
+
+    def _read_note(self) -> dict[str, Any]:
         try:
             note = json.loads(self.note_path.read_text("utf-8"))
         except (FileNotFoundError, ValueError):
             return {}
-        if not isinstance(note, dict) or note.get("url") != self.remote.url:
+        return note if isinstance(note, dict) else {}
+
+    def note(self) -> dict[str, Any]:
+        """Return url, validator (for If-Range) and total of this version; empty if unknown."""
+        note = self._read_note()
+        if note.get("url") != self.remote.url:
             return {}
         synced, validator = note.get("synced", 0), note.get("validator")
         sound = isinstance(synced, int) and synced >= 0 and (validator is None or isinstance(validator, str))
@@ -311,7 +432,8 @@ def _open_part(remote: RemoteFile, folder: Path) -> Iterator[_Part]:
 
     A lock ends with its process, so the part of a killed one is resumed.
     """
-    shared = _Part(remote, folder / f"{remote.name}.part")
+    name = Path(remote.name).name
+    shared = _Part(remote, folder / f"{name}.part")
     with shared.path.open("ab") as file:
         if _lock(file, shared.path):
             shared.trim()
@@ -322,7 +444,7 @@ def _open_part(remote: RemoteFile, folder: Path) -> Iterator[_Part]:
                     shared.discard()
                     shared.path.unlink()
             return
-    temporary = _Part(remote, folder / f"{remote.name}.{secrets.token_hex(4)}.part")
+    temporary = _Part(remote, folder / f"{name}.{secrets.token_hex(4)}.part")
     try:
         yield temporary
     finally:
@@ -477,9 +599,7 @@ def _full_disk_explained(part: _Part) -> Iterator[None]:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise DownloadError(
-            f"the disk of {part.path.parent} is full: free some space and run again to go on"
-        ) from error
+        raise _DiskFailed(f"the disk of {part.path.parent} is full: free some space and run again to go on") from error
 
 
 def _read_chunk(response: http.client.HTTPResponse) -> bytes:
@@ -515,6 +635,8 @@ def _check_file(path: Path, remote: RemoteFile, remedy: str) -> None:
         _check_beginning(file.read(BEGINNING), remote, remedy)
     if _is_torch_file(remote) and not is_zip(path):
         raise DownloadError(f"{remote.name} is cut off (a zip archive without its directory): {remedy}")
+    if remote.name.endswith(".safetensors") and (reason := _safetensors_fault(path)):
+        raise DownloadError(f"{remote.name} is damaged ({reason}): {remedy}")
     if remote.sha256 is not None:
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
@@ -547,6 +669,22 @@ def _check_zip(path: Path) -> None:
             raise ValueError("something follows its end")
 
 
+def _safetensors_fault(path: Path) -> str | None:
+    """Compare the length of a safetensors file with its header; None: they agree."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            return "its header is cut off, or is none"
+        try:
+            header = json.loads(file.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            end = 8 + length + max(ends, default=0)
+        except (ValueError, LookupError, TypeError, AttributeError):
+            return "its header is none of a safetensors file"
+    return None if end == size else f"it has {size:,} bytes, and its header is of {end:,}"
+
+
 _ZIP_END = 22
 """Bytes of the record that ends a zip without a comment."""
 
@@ -561,6 +699,8 @@ def _check_headers(remote: RemoteFile, response: http.client.HTTPResponse) -> No
 
 
 def _check_size(size: int, remote: RemoteFile, remedy: str) -> None:
+    if remote.size is not None and size != remote.size:
+        raise DownloadError(f"{remote.name} has {size:,} bytes, expected {remote.size:,}: {remedy}")
     expected = remote.mebibytes
     if expected is not None and abs(size / MIB - expected) > TOLERANCE * expected:
         raise DownloadError(f"{remote.name} has {size / MIB:,.1f} MiB, expected about {expected:,.0f} MiB: {remedy}")
@@ -586,10 +726,10 @@ def _web_page_error(remote: RemoteFile) -> DownloadError:
 
 
 def _check_room(part: _Part, total: int | None) -> None:
-    size = total if total is not None else int((part.remote.mebibytes or 0) * MIB)
+    size = total if total is not None else part.remote.size or int((part.remote.mebibytes or 0) * MIB)
     missing, free = size - part.size(), shutil.disk_usage(part.path.parent).free
     if missing + HEADROOM > free:
-        raise DownloadError(
+        raise _DiskFailed(
             f"{part.remote.name} needs {(missing + HEADROOM) / MIB:,.0f} MiB on the disk of {part.path.parent}, "
             f"where {free / MIB:,.0f} MiB are free: make room or choose another folder"
         )

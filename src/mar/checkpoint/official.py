@@ -27,7 +27,7 @@ from mar.checkpoint import checksums
 from mar.checkpoint.files import CheckpointError, check_pickle, is_zip, write_atomically
 from mar.checkpoint.store import model_shapes, shape_differences
 from mar.config import HeadConfig, ModelConfig, TrunkConfig
-from mar.presets import Family
+from mar.published import Family
 
 logger = logging.getLogger(__name__)
 Weights = Literal["ema", "raw"]

@@ -25,7 +25,7 @@ class ConvertOptions:
     family: Literal["mar", "emigm", "detok"] | None = None
     """Project that trained an official file, if it does not tell: l-DeTok's MAR has the tensors of MAR."""
     tokenizer: Path | None = None
-    """kl16.ckpt, by default the one beside the source or of `mar download`; of others the file, folder or Hub id."""
+    """Tokenizer's file, folder or Hub id; by default its family's, beside the source or of `mar download`."""
     num_heads: int | None = None
     """Attention heads of an official file that does not tell, and is not B, L or H."""
     patch_size: int | None = None
@@ -62,7 +62,7 @@ def convert(arguments: Sequence[str]) -> int:
     else:
         pipeline = zoo.import_official(
             source,
-            options.tokenizer or zoo.kl16_path(source.parent),
+            options.tokenizer,
             weights=options.weights,
             family=options.family,
             num_heads=options.num_heads,

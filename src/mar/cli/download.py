@@ -1,25 +1,23 @@
-"""`mar download`: fetch the official weights and tokenizer."""
+"""`mar download`: fetch published weights and tokenizers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from mar.cli.options import parse
 
-OfficialName = Literal["kl16", "mar-base", "mar-large", "mar-huge"]
-
 
 @dataclass(frozen=True)
 class DownloadOptions:
-    """Fetches official files, or goes on fetching them; checks size and form."""
+    """Fetches a model's files and its tokenizer's, or goes on fetching them; checks size and form."""
 
-    names: Annotated[tuple[OfficialName | Literal["all"], ...], tyro.conf.Positional]
-    """all, or some of kl16 (254 MiB), mar-base (1.6 GiB), mar-large (3.6 GiB), mar-huge (7.0 GiB)."""
+    names: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Models or tokenizers as `mar models` lists them, such as mar-base or kl16; all: every one."""
     to: Path | None = None
     """Folder; by default MAR_HOME or ~/.cache/mar, where `mar sample mar-base` looks."""
     mirror: str | None = None
@@ -29,12 +27,19 @@ class DownloadOptions:
 def download(arguments: Sequence[str]) -> int:
     """Runs `mar download`."""
     options = parse(DownloadOptions, "download", arguments)
-    from mar.checkpoint.download import OFFICIAL, fetch, progress_bar
+    from mar.checkpoint.download import OFFICIAL, fetch, needed, progress_bar
+    from mar.published import BUNDLED
 
     if not options.names:
         raise ValueError(f"names: got none, expected some of {', '.join(OFFICIAL)}")
-    for name in OFFICIAL if "all" in options.names else options.names:
-        with progress_bar(name) as progress:
-            path = fetch(OFFICIAL[name], options.to, mirror=options.mirror, progress=progress)
+    for name in options.names:
+        if name in BUNDLED:
+            raise ValueError(f"{name} comes with the package, so there is nothing to download")
+        if name not in (*OFFICIAL, "all"):
+            raise ValueError(f"names: got {name!r}, expected all, or some of {', '.join(OFFICIAL)}")
+    names = [*OFFICIAL] if "all" in options.names else options.names
+    for remote in dict.fromkeys(remote for name in names for remote in needed(name)):
+        with progress_bar(remote.name) as progress:
+            path = fetch(remote, options.to, mirror=options.mirror, progress=progress)
         print(path)
     return 0

@@ -13,6 +13,27 @@ from torch import Tensor
 from mar.tokenizer.base import Posterior, Statistic, Tokenizer
 from mar.tokenizer.kl import plain_config
 
+_RESIDUAL, _ATTENTION = ["ResBlock"] * 3, ["EfficientViTBlock"] * 3
+DC_AE_CONFIG: dict[str, Any] = {
+    "in_channels": 3,
+    "latent_channels": 32,
+    "attention_head_dim": 32,
+    "encoder_block_types": [*_RESIDUAL, *_ATTENTION],
+    "decoder_block_types": [*_RESIDUAL, *_ATTENTION],
+    "encoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    "decoder_block_out_channels": [128, 256, 512, 512, 1024, 1024],
+    "encoder_layers_per_block": [0, 4, 8, 2, 2, 2],
+    "decoder_layers_per_block": [0, 5, 10, 2, 2, 2],
+    "encoder_qkv_multiscales": [[]] * 6,
+    "decoder_qkv_multiscales": [[]] * 6,
+    "decoder_norm_types": ["batch_norm"] * 3 + ["rms_norm"] * 3,
+    "decoder_act_fns": ["relu"] * 3 + ["silu"] * 3,
+    "upsample_block_type": "pixel_shuffle",
+    "downsample_block_type": "pixel_unshuffle",
+    "scaling_factor": 0.3189,
+}
+"""DC-AE f32c32-in-1.0 in diffusers' terms: stride 32, 32 channels, 323 M parameters."""
+
 _UNSET_SCALE = 1.0
 """diffusers' default of the scale, in files that have none."""
 DC_SLICE = 4

@@ -503,8 +503,8 @@ def test_download_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch
 
 
 def test_official_files_have_urls_and_distinct_names() -> None:
-    assert list(OFFICIAL) == ["kl16", "mar-base", "mar-large", "mar-huge"]
-    assert len({remote.name for remote in OFFICIAL.values()}) == len({remote.url for remote in OFFICIAL.values()}) == 4
-    for remote in OFFICIAL.values():
-        assert remote.url.endswith("&dl=1")
-        assert remote.mebibytes
+    remotes = [remote for files in OFFICIAL.values() for remote in files]
+    assert len({remote.name for remote in remotes}) == len({remote.url for remote in remotes}) == len(remotes)
+    for remote in remotes:
+        assert remote.url.endswith("&dl=1") or remote.url.startswith("hf://")
+        assert all(url.startswith(("https://", "hf://")) for url in remote.others)

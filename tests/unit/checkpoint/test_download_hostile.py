@@ -357,4 +357,4 @@ def test_mirror_that_cannot_serve_is_one_line(tmp_path: Path, capsys: pytest.Cap
     with pytest.raises(DownloadError, match="got 'ftp://host/', expected a folder, or an address"):
         fetch(remote, tmp_path / "to", mirror="ftp://host/")
     assert main(["download", "kl16", "--to", str(tmp_path / "to"), "--mirror", str(tmp_path)]) == 2
-    assert f"the mirror {tmp_path} has no file {OFFICIAL['kl16'].name}" in capsys.readouterr().err
+    assert f"the mirror {tmp_path} has no file {OFFICIAL['kl16'][0].name}" in capsys.readouterr().err

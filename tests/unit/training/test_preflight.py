@@ -20,7 +20,8 @@ from mar.config import ActivationCheckpointing, HeadConfig, ModelConfig, TrainCo
 from mar.data.sources import open_data, open_source
 from mar.data.splits import train_val_split
 from mar.model.mar import MAR
-from mar.presets import FASHION, MODELS, recipe
+from mar.presets import FASHION, recipe
+from mar.published import MODELS
 from mar.training import preflight
 from mar.training.loss import DiffusionLoss, sample_randomness
 from mar.training.parallelize import parallelize

@@ -59,10 +59,10 @@ async function refresh() {
   Object.assign(state, { models, presetNames: names, downloads });
   if (!state.model) state.model = models[0].name;
   const select = $("#model");
-  const size = (mebibytes) => (mebibytes >= 1024 ? `${(mebibytes / 1024).toFixed(1)} GiB` : `${Math.round(mebibytes)} MiB`);
-  const text = (each) => shortName(each.name) + (each.state === "absent" ? ` (not here: ${size(each.mebibytes)})` : "");
+  const size = (mebibytes) => !mebibytes ? "of unknown size" : (mebibytes >= 1024 ? `${(mebibytes / 1024).toFixed(1)} GiB` : `${Math.round(mebibytes)} MiB`);
+  const text = (each) => shortName(each.name) + (each.state === "absent" ? ` (not here${each.mebibytes ? `: ${size(each.mebibytes)}` : ""})` : "");
   if ($$("option", select).map((option) => option.textContent).join() !== models.map(text).join()) {
-    select.replaceChildren(...models.map((each) => make("option", { value: each.name, title: each.name, textContent: text(each) })));
+    select.replaceChildren(...models.map((each) => make("option", { value: each.name, title: each.about || each.name, textContent: text(each) })));
   }
   select.value = state.model;
   const current = model();
@@ -70,9 +70,9 @@ async function refresh() {
   offer.hidden = current.state !== "absent" && current.received === null;
   if (!offer.hidden) {
     $("p", offer).textContent = current.received !== null
-      ? `Downloading ${current.name}: ${size(current.received)} of ${size(current.mebibytes)}`
+      ? `Downloading ${current.name}: ${size(current.received || 0.1)}${current.mebibytes ? ` of ${size(current.mebibytes)}` : ""}`
       : `${current.name} is not on this machine. It is ${size(current.mebibytes)} to download, with its tokenizer.` +
-        (downloads ? "" : ` On the machine of this page: mar download kl16 ${current.name}`);
+        (downloads ? "" : ` On the machine of this page: mar download ${current.name}`);
     $("#download").hidden = !downloads || current.received !== null;
   }
   if (current.state === "failed") say(`${current.name} can't be loaded: ${current.error}`);
