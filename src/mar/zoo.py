@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -265,18 +267,20 @@ def load_official_tokenizer(path: Path) -> Tokenizer:
 
     l-DeTok's has the statistics of the stats.pkl beside it.
     """
-    if is_vit(official.read_torch(path)):
-        return load_vit(path)
-    return load_kl16(path)
+    holder = official.read_torch(path)
+    return load_vit(path, holder=holder) if is_vit(holder) else load_kl16(path, holder)
 
 
-def load_kl16(path: Path) -> Tokenizer:
-    """Load the official KL-16 from `kl16.ckpt`, with its published scale."""
+def load_kl16(path: Path, holder: Mapping[str, Any] | None = None) -> Tokenizer:
+    """Load the official KL-16 from `kl16.ckpt`, with its published scale.
+
+    `holder` is the file's dict, if it has been read.
+    """
     from mar.tokenizer.kl import kl16
 
     tokenizer = kl16()
     try:
-        tokenizer.autoencoder.load_state_dict(to_diffusers(read_kl16(path)))
+        tokenizer.autoencoder.load_state_dict(to_diffusers(read_kl16(path, holder)))
     except RuntimeError as error:  # names or shapes, a line for each kind
         reason = " ".join(str(error).splitlines()[1].split())
         raise CheckpointError(f"{path} is not the KL-16 tokenizer: {reason[:200]}") from None

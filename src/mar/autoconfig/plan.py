@@ -6,7 +6,6 @@ done: a tokenizer of the run's own, a latent cache, the model.
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -29,6 +28,7 @@ from mar.autoconfig.sizes import (
     train_config_for,
 )
 from mar.autoconfig.summary import load_summary, summarize_cache
+from mar.checkpoint import checksums
 from mar.config import ConfigError, TrainConfig, from_dict, resolve_image_channels
 from mar.config.tokenizer import NEW_RUN, TokenizerKind, TokenizerTrainConfig
 from mar.data.conditions import WORDS
@@ -262,7 +262,7 @@ def _begun_settings(out: Path) -> dict[str, Any]:
 def _begun_config(kind: type[Config], folder: Path) -> Config | None:
     """Return the config of the run that began in a folder; None: none did."""
     try:
-        return from_dict(kind, json.loads((folder / "run.json").read_text(encoding="utf-8")))
+        return from_dict(kind, checksums.read_json(folder / "run.json"))
     except (OSError, AttributeError, TypeError, ValueError):
         return None  # what is wrong with a damaged one, its training says
 

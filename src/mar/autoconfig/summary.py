@@ -5,7 +5,6 @@ A resumed run reads its summary: it stays the same run although its folder of im
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +16,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from mar.autoconfig.sizes import DatasetSummary, LatentShape
-from mar.checkpoint.files import write_text
+from mar.checkpoint import checksums
 from mar.config import ConfigError, from_dict, to_dict
 from mar.data.captions import Captions, captions_of, count_words, split_words
 from mar.data.images import Source, UnreadableImage, convert_channels, upright
@@ -149,7 +148,7 @@ def load_summary(
     if not path.is_file():
         return summarize_dataset(source, name, turn_upright), None
     try:
-        saved = from_dict(DatasetSummary, json.loads(path.read_text(encoding="utf-8")))
+        saved = from_dict(DatasetSummary, checksums.read_json(path))
     except (AttributeError, TypeError, ValueError) as error:  # no JSON, or JSON that is no record
         raise ConfigError(f"{path} can't be understood ({error}); take another --out") from error
     if saved.classes != tuple(source.classes):
@@ -166,7 +165,7 @@ def save_summary(folder: Path, summary: DatasetSummary) -> None:
     path = folder / SUMMARY_FILE
     if not path.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(to_dict(summary), indent=1) + "\n")
+        checksums.write_json(path, to_dict(summary))
 
 
 def _class_list(names: tuple[str, ...]) -> str:

@@ -7,12 +7,11 @@ has the lengths that it began with.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from mar.checkpoint.files import write_text
+from mar.checkpoint import checksums
 from mar.config import ConfigError, from_dict, to_dict
 
 PLAN_FILE = "time.json"
@@ -95,7 +94,7 @@ def load_time_plan(folder: Path) -> TimePlan | None:
     if not path.is_file():
         return None
     try:
-        return from_dict(TimePlan, json.loads(path.read_text(encoding="utf-8")))
+        return from_dict(TimePlan, checksums.read_json(path))
     except (AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path} can't be understood ({error}); remove it to plan anew, or take another --out"
@@ -105,7 +104,7 @@ def load_time_plan(folder: Path) -> TimePlan | None:
 def save_time_plan(plan: TimePlan, folder: Path) -> None:
     """Write the plan of a run to its folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / PLAN_FILE, json.dumps(to_dict(plan), indent=1) + "\n")
+    checksums.write_json(folder / PLAN_FILE, to_dict(plan))
 
 
 def duration(seconds: float) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -70,10 +71,13 @@ def _convert(state: Mapping[str, Tensor], table: _Table, direction: str) -> dict
     return {other: state[name] for name, other in renamed.items() if other is not None}
 
 
-def read_kl16(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Read the tokenizer's tensors in `kl16.ckpt` under their names there, in float32."""
+def read_kl16(path: str | os.PathLike[str], holder: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
+    """Read the tokenizer's tensors in `kl16.ckpt` under their names there, in float32.
+
+    `holder` is the file's dict, if it has been read.
+    """
     path = Path(path)
-    holder = read_torch(path)
+    holder = read_torch(path) if holder is None else holder
     stored = holder.get("model", holder)
     if not isinstance(stored, Mapping):
         raise CheckpointError(f"{path} holds no tensors under `model`: is it kl16.ckpt?")

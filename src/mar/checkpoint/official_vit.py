@@ -31,13 +31,14 @@ _LIMIT = 2**20
 """The most bytes of a statistics file: two vectors of them have a few thousand."""
 
 
-def read_vit(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_vit(path: str | os.PathLike[str], holder: Mapping[str, Any] | None = None) -> dict[str, Tensor]:
     """Read the tokenizer's tensors under the authors' names, in float32.
 
     They are the EMA's, else those of `model`, else of a bare state dict. What only training needs is left out.
+    `holder` is the file's dict, if it has been read.
     """
     path = Path(path)
-    tensors = vit_tensors(read_torch(path))
+    tensors = vit_tensors(read_torch(path) if holder is None else holder)
     if tensors is None:
         raise CheckpointError(f"{path} is not l-DeTok's tokenizer: it has no {PATCH_EMBED}")
     return {name: tensor.detach().float() for name, tensor in tensors.items()}
@@ -101,15 +102,19 @@ def vit_state(tokenizer: ViTTokenizer) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tokenizer.state_dict().items() if name.startswith(_PARTS)}
 
 
-def load_vit(path: str | os.PathLike[str], statistics: str | os.PathLike[str] | None = None) -> ViTTokenizer:
+def load_vit(
+    path: str | os.PathLike[str],
+    statistics: str | os.PathLike[str] | None = None,
+    holder: Mapping[str, Any] | None = None,
+) -> ViTTokenizer:
     """Load l-DeTok's tokenizer with its statistics.
 
-    `statistics` is stats.pkl, by default the one beside the file; without any the tokenizer has none. Raises
-    CheckpointError for files that do not fit.
+    `statistics` is stats.pkl, by default the one beside the file; without any the tokenizer has none. `holder` is the
+    file's dict, if it has been read. Raises CheckpointError for files that do not fit.
     """
     path = Path(path)
     try:
-        tokenizer = vit_from_state(read_vit(path))
+        tokenizer = vit_from_state(read_vit(path, holder))
     except CheckpointError:
         raise
     except ValueError as error:

@@ -104,8 +104,8 @@ class RunState:
             error = self._load_from(path, state)
             if not distributed.any_rank(error is not None):
                 return True
-            unreadable[path.name] = str(error or "another rank could not read it")
-            logger.warning("%s is damaged: %s; looking for an older state", path, unreadable[path.name])
+            unreadable[path.name] = _damage_text(path, error or "another rank could not read it")
+            logger.warning("%s; looking for an older state", unreadable[path.name])
 
     def _load_from(self, path: Path, state: dict[str, Any]) -> Exception | None:
         """Load one state; returns the error if it can't be read. Raises CheckpointError if it is another run's."""
@@ -125,8 +125,10 @@ class RunState:
             loaded = unflatten(_read_json(path / "state.json"), tensors)
             if not isinstance(loaded, dict):
                 raise CheckpointError(f"{path / 'state.json'} holds no state")
+        except pickle.UnpicklingError:  # PyTorch's message is advice to load it unsafely
+            return CheckpointError("its tensors can't be read")
         except Exception as failure:  # noqa: BLE001 (a damaged file may lead to anything)
-            return CheckpointError((str(failure) or type(failure).__name__).split("\n")[0])
+            return failure
         state.clear()
         state.update(loaded)
         return None
@@ -158,7 +160,6 @@ class RunState:
             write_text(temporary / name, json.dumps(values, indent=1))
         digests = digests | checksums.file_digests(temporary / name for name in (*texts, ".metadata"))
         checksums.write_folder(temporary, digests)
-        flush(temporary / checksums.CHECKSUMS)
         flush(temporary)
         _move(temporary, final)
         flush(self.folder)
@@ -185,7 +186,7 @@ class RunState:
                 if path != chosen:
                     logger.warning("going on from %s", path)
                 return path
-            logger.warning("%s: %s; looking for an older state", path, damaged)
+            logger.warning("%s; looking for an older state", damaged)
             why = why or damaged
         if why is not None:
             raise CheckpointError(f"no state in {self.folder} is whole ({why}); remove state-* there to begin anew")
@@ -217,25 +218,28 @@ def _differences(metadata: Metadata, tensors: Mapping[str, Tensor]) -> list[str]
     return lines
 
 
-def damage(path: Path, *, always: bool = False) -> str | None:
-    """Describe damage of a state's files; None: no damage.
+def damage(path: Path) -> str | None:
+    """Describe damage of a state's files in a line that names them; None: no damage.
 
     Files are compared with their checksums; those of earlier versions have none, and their tensors are not looked at.
-    `always`: also where checksums are off, or this process has compared them.
     """
     try:
-        checksums.check_folder(path, always=always)
+        checksums.check_folder(path)
         metadata = read_dcp_metadata(path)
         _read_json(path / "state.json")
         for place in metadata.storage_data.values():
             shard = path / place.relative_path
             if not shard.is_file() or shard.stat().st_size < place.offset + place.length:
-                return f"{shard.name} is truncated or missing"
-    except CheckpointError as error:
-        return str(error)
-    except OSError as error:
-        return f"it can't be read ({error.strerror or error})"
+                return _damage_text(path, f"{shard.name} is truncated or missing")
+    except (CheckpointError, OSError) as error:
+        return _damage_text(path, error)
     return None
+
+
+def _damage_text(path: Path, why: Exception | str) -> str:
+    """Return a line on a damaged state: it names the file, if that is known."""
+    reason = str(why).strip().split("\n")[0] or type(why).__name__
+    return reason if str(path) in reason else f"{path} is damaged: {reason}"
 
 
 def _digests(folder: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 The file's metadata has one entry of ours, `mar`: the header as JSON. Tensors are called `model.<name>` and
 `tokenizer.<name>`. A matrix may be stored in 8 bits, each row a multiple of a scale, `<its name>:scale`. The header
-holds the sha256 of the tensors and its own; files of earlier versions have none.
+holds the CRC-32 of each tensor and its own sha256; files of earlier versions have a sha256 of all tensors, or nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float32, Int8
 from safetensors import SafetensorError, safe_open
@@ -36,8 +37,8 @@ _SCALE = ":scale"
 """End of the name of the scales of a matrix in 8 bits."""
 _MIN_8_BIT = 4096
 """Smaller tensors are not stored in 8 bits."""
-_CHECKSUMS = "sha256"
-"""Key of the header's checksums."""
+_CHECKSUMS, _OLD_CHECKSUMS = "checksums", "sha256"
+"""Key of the header's checksums, and in files that have one for all tensors."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
 """Types of tensors, as safetensors calls them; I8 beside a scale."""
 _MAX_HEADER = 100_000_000
@@ -87,8 +88,8 @@ def save(path: str | os.PathLike[str], header: Header, tensors: Mapping[str, Ten
     stored = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     if bits8:
         stored = {key: value for name, tensor in stored.items() for key, value in to_8_bits(name, tensor).items()}
-    content = {"format": FORMAT, **values, _CHECKSUMS: {"tensors": checksums.tensors_digest(stored)}}
-    content[_CHECKSUMS]["header"] = _header_digest(json.loads(json.dumps(content)))
+    content = {"format": FORMAT, **values, _CHECKSUMS: {"crc32": checksums.tensor_checksums(stored)}}
+    content[_CHECKSUMS]["header"] = _header_digest(json.loads(json.dumps(content)), _CHECKSUMS)
     metadata = {_KEY: json.dumps(content)}
 
     def write(temporary: Path) -> None:
@@ -123,39 +124,64 @@ def verify(path: str | os.PathLike[str]) -> bool:
 
 def _load(path: Path, device: str, compare: bool) -> tuple[Header, dict[str, Tensor], bool]:
     """Load header and tensors; returns, too, whether there are checksums."""
-    header, digest = _read(path)
+    header, written = _read(path)
     try:
         with safe_open(path, framework="pt", device=device) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
     except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"{path} can't be read ({_first_line(error)}); copy or download it again") from error
-    if compare and digest is not None:
-        if checksums.tensors_digest(tensors) != digest:
-            raise CheckpointError(f"{path} is damaged: its tensors are not those that were written; get it again")
+    if compare and written is not None:
+        if changed := _changed(tensors, written):
+            raise CheckpointError(f"{path} is damaged in {_shorten(changed)}: not as it was written; get it again")
         checksums.note_compared(path)
     for name in [name for name in tensors if name.endswith(_SCALE)]:
         of, scale = name.removesuffix(_SCALE), tensors.pop(name)
         tensors[of] = from_8_bits(tensors[of], scale)
-    return header, tensors, digest is not None
+    return header, tensors, written is not None
+
+
+def _changed(tensors: Mapping[str, Tensor], written: str | list[int]) -> list[str]:
+    """Return the names of tensors that differ from their checksums."""
+    names = sorted(tensors)
+    if isinstance(written, str) or len(written) != len(names):
+        return [] if checksums.tensors_digest(tensors) == written else ["its tensors"]
+    return [name for name, a, b in zip(names, checksums.tensor_checksums(tensors), written, strict=True) if a != b]
+
+
+def _shorten(names: list[str]) -> str:
+    """Return the first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError for weights that are not finite, by name."""
-    broken = [name for name, tensor in tensors.items() if not _is_finite(tensor)]
-    if broken:
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        raise CheckpointError(f"{path}: {', '.join(broken[:3])}{more} have values that are not finite; get it again")
+    finite = checksums.in_threads(_is_finite, tensors.values())
+    if broken := [name for name, is_finite in zip(tensors, finite, strict=True) if not is_finite]:
+        raise CheckpointError(f"{path}: {_shorten(broken)} have values that are not finite; get it again")
     std = tensors.get("tokenizer.std")
     if std is not None and not bool((std > 0).all()):
         raise CheckpointError(f"{path}: tokenizer.std has values that are not positive, so no latents can be scaled")
 
 
+_INFINITY = {
+    torch.float64: (np.int64, np.uint64, 0x7FF << 52),
+    torch.float32: (np.int32, np.uint32, 0xFF << 23),
+    torch.float16: (np.int16, np.uint16, 0x1F << 10),
+    torch.bfloat16: (np.int16, np.uint16, 0xFF << 7),
+}
+"""Whole numbers as long as a float, and infinity's bits as one of them."""
+
+
 def _is_finite(tensor: Tensor) -> bool:
-    """Tell if all values are finite, in one pass without a copy."""
-    if not tensor.numel():
+    """Tell if all values are finite, by their bits: in one pass, without a copy or PyTorch's threads.
+
+    Those of infinity and NaN are the largest of their sign.
+    """
+    if not tensor.numel() or tensor.dtype not in _INFINITY:
         return True
-    low, high = torch.aminmax(tensor)  # NaN, if there is one
-    return math.isfinite(low) and math.isfinite(high)
+    signed, unsigned, infinity = _INFINITY[tensor.dtype]
+    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().view(signed)
+    return bool(values.max() < infinity and values.view(unsigned).max() < (infinity | 1 << (8 * tensor.itemsize - 1)))
 
 
 def _existing(path: Path) -> Path:
@@ -190,10 +216,10 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return _read(Path(path))[0]
 
 
-def _read(path: Path) -> tuple[Header, str | None]:
+def _read(path: Path) -> tuple[Header, str | list[int] | None]:
     """Read the header, and compare it with the tensors' names, types and shapes.
 
-    Returns, too, the sha256 of the tensors; None in a file of an earlier version.
+    Returns, too, the checksums of the tensors; None in a file of an earlier version.
     """
     table = _read_table(path)
     metadata = table.pop("__metadata__", {})
@@ -203,7 +229,7 @@ def _read(path: Path) -> tuple[Header, str | None]:
             f"{path} is a safetensors file, but says nothing of mar's format (it holds {shown}, ...); "
             "weights of other programs have to be imported with `mar convert`"
         )
-    header, digest, intact = _parse(path, metadata[_KEY])
+    header, of_tensors, intact = _parse(path, metadata[_KEY])
     try:
         _check_bounds(header, table, path.stat().st_size)
         shapes = _stored_shapes(table)
@@ -222,7 +248,7 @@ def _read(path: Path) -> tuple[Header, str | None]:
         raise CheckpointError(f"{path}: {error}") from error
     if not intact:
         raise CheckpointError(f"{path} is damaged: its header is not as it was written; get it again")
-    return header, digest
+    return header, of_tensors
 
 
 def _check_bounds(header: Header, table: Mapping[str, Any], size: int) -> None:
@@ -315,20 +341,22 @@ def shape_differences(shapes: Mapping[str, torch.Size], expected: Mapping[str, t
     return lines + [f"{name} is not expected" for name in sorted(set(shapes) - set(expected))]
 
 
-def _parse(path: Path, text: Any) -> tuple[Header, str | None, bool]:
-    """Return the header, the tensors' sha256 if it has one, and whether the header is as it was written."""
+def _parse(path: Path, text: Any) -> tuple[Header, str | list[int] | None, bool]:
+    """Return the header, the tensors' checksums if it has any, and whether the header is as it was written."""
     try:
         values = parse_json(text)
         written = values["format"]
         family, _, version = written.partition("/")
         newer = family == "mar" and version.isdigit() and int(version) > int(FORMAT.partition("/")[2])
         if not newer and written == FORMAT:
-            digest, intact = None, True
-            if _CHECKSUMS in values:
-                digest, own = (str(values[_CHECKSUMS][name]) for name in ("tensors", "header"))
-                intact = not checksums.enabled() or _header_digest(values) == own
-            kept = {name: value for name, value in values.items() if name not in ("format", _CHECKSUMS)}
-            return from_dict(Header, kept), digest, intact
+            of_tensors, intact = None, True
+            key = _CHECKSUMS if _CHECKSUMS in values else _OLD_CHECKSUMS
+            if key in values:
+                sums = values[key]
+                of_tensors = [int(n) for n in sums["crc32"]] if key == _CHECKSUMS else str(sums["tensors"])
+                intact = not checksums.enabled() or _header_digest(values, key) == sums["header"]
+            kept = {name: value for name, value in values.items() if name not in ("format", key)}
+            return from_dict(Header, kept), of_tensors, intact
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{path}: its header can't be understood ({_first_line(error)}); was it made by mar?"
@@ -338,10 +366,10 @@ def _parse(path: Path, text: Any) -> tuple[Header, str | None, bool]:
     raise CheckpointError(f"{path} is of format {written!r}, which this mar does not know (it reads {FORMAT})")
 
 
-def _header_digest(values: dict[str, Any]) -> str:
-    """Return the sha256 of a header, but for this very value."""
-    kept = {name: digest for name, digest in values[_CHECKSUMS].items() if name != "header"}
-    return checksums.json_digest({**values, _CHECKSUMS: kept})
+def _header_digest(values: dict[str, Any], key: str) -> str:
+    """Return the sha256 of a header, but for this very value among its checksums."""
+    kept = {name: digest for name, digest in values[key].items() if name != "header"}
+    return checksums.json_digest({**values, key: kept})
 
 
 def _check_fit(path: Path, config: ModelConfig, shapes: Mapping[str, torch.Size]) -> None:

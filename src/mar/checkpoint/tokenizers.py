@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from mar.checkpoint import checksums
-from mar.checkpoint.files import parse_json, write_atomically, write_text
+from mar.checkpoint.files import CheckpointError, parse_json, write_atomically, write_text
 from mar.tokenizer import TOKENIZERS, Tokenizer, build
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "tokenizer.safetensors"
@@ -35,6 +35,7 @@ def load_tokenizer(path: str | Path, subfolder: str | None = None, *, local_file
     own = _load_own(folder)
     if own is not None:
         return own
+    _check_folder(folder / (subfolder or ""))
     tokenizer = _load_autoencoder(path, subfolder, local_files_only)
     statistics = folder / (subfolder or "") / STATISTICS_FILE
     if statistics.is_file():
@@ -48,7 +49,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     if autoencoder is None:
         _save_own(tokenizer, Path(folder))
         return
+    folder = Path(folder)
+    (folder / checksums.CHECKSUMS).unlink(missing_ok=True)  # of the tokenizer that is replaced
     autoencoder.save_pretrained(folder)
+    written = [folder / CONFIG_FILE, *folder.glob("diffusion_pytorch_model*")]
+    checksums.write_folder(folder, checksums.file_digests(written))
     if tokenizer.has_stats:
         save_statistics(tokenizer, folder)
 
@@ -59,8 +64,7 @@ def save_statistics(tokenizer: Tokenizer, folder: str | Path) -> Path:
         _save_own(tokenizer, Path(folder))
         return Path(folder, WEIGHTS_FILE)
     path = Path(folder, STATISTICS_FILE)
-    text = json.dumps({"mean": tokenizer.mean.tolist(), "std": tokenizer.std.tolist()}, indent=1)
-    write_text(path, text + "\n")
+    checksums.write_json(path, {"mean": tokenizer.mean.tolist(), "std": tokenizer.std.tolist()})
     return path
 
 
@@ -79,6 +83,12 @@ def _own_digest(config: dict[str, Any], tensors: dict[str, Any]) -> str:
 def is_saved(folder: Path) -> bool:
     """Return whether a folder holds a whole tokenizer that was trained here."""
     return _own_config(folder) is not None or (folder / STATISTICS_FILE).is_file()
+
+
+def has_checksum(folder: Path) -> bool:
+    """Return whether a tokenizer of ours has a checksum; those of earlier versions have none."""
+    with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        return "sha256" in (file.metadata() or {})
 
 
 def _own_config(folder: Path) -> dict[str, Any] | None:
@@ -115,6 +125,15 @@ def _load_own(folder: Path) -> Tokenizer | None:
     return tokenizer.eval()
 
 
+def _check_folder(folder: Path) -> None:
+    """Compare a folder with its checksums, if it has any. ValueError for a damaged one."""
+    try:
+        checksums.check_folder(folder)
+    except CheckpointError as error:
+        hint = f"if you changed it yourself, remove its {checksums.CHECKSUMS}"
+        raise ValueError(f"tokenizer: {error}; {hint}") from error
+
+
 def _load_autoencoder(path: str | Path, subfolder: str | None, local_files_only: bool) -> Tokenizer:
     """Load an autoencoder of diffusers into the tokenizer that wraps its class."""
     import diffusers
@@ -144,7 +163,7 @@ def _load_autoencoder(path: str | Path, subfolder: str | None, local_files_only:
 
 def _read_statistics(path: Path, tokenizer: Tokenizer) -> None:
     try:
-        values = parse_json(path.read_bytes())
+        values = checksums.read_json(path)
         tokenizer.set_statistics(values["mean"], values["std"])
     except (OSError, LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"tokenizer: {path} is not what `mar tokenizer stats` writes: {error}") from error

@@ -1,9 +1,10 @@
-"""`mar verify`: compare runs, caches, models and statistics with their checksums."""
+"""`mar verify`: compare runs, caches, models, statistics and tokenizers with their checksums."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,110 +22,170 @@ class VerifyOptions:
     """
 
     paths: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of runs or caches; files of models (.safetensors, .pth) or statistics (.npz)."""
+    """Folders of runs, caches or tokenizers; files: models (.safetensors, .pth), statistics (.npz), notes (.json)."""
+
+
+NOTES = (
+    "run.json", "time.json", "pictures.json", "held-out.json", "captions.json", "validation.json",
+    "mar_statistics.json", "sweep.json",
+)  # fmt: skip
+"""JSON files that mar writes with their sha256 inside."""
+TABLES = "text-*.safetensors"
+"""Features of captions."""
+PARTS = ("tokenizer", "vae")
+"""Folders in a run or model that have parts of their own."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Files that are compared together."""
+
+    path: Path
+    files: Sequence[Path]
+    compare: Callable[[], bool]
+    """Returns whether there are checksums. Raises ValueError or OSError for damage."""
 
 
 def verify(arguments: Sequence[str]) -> int:
     """Runs `mar verify`."""
     options = parse(VerifyOptions, "verify", arguments)
     if not options.paths:
-        raise ValueError("got nothing to verify, expected folders of runs or caches, or files")
+        raise ValueError("got nothing to verify, expected folders of runs, caches or tokenizers, or files")
     return interruptible("nothing is changed", lambda check: _verify(options.paths))
 
 
 def _verify(paths: Sequence[Path]) -> int:
-    damaged = 0
-    for path in paths:
-        parts = 0
-        for part, outcome in _outcomes(path):
-            parts += 1
-            damaged += isinstance(outcome, ValueError | OSError)
-            if isinstance(outcome, str):
-                print(f"{part} {outcome}")
-            else:
-                print(f"mar: {' '.join(str(outcome).split())}", file=sys.stderr)
-        if not parts:
-            raise ValueError(f"{path} is no run, cache, model or statistics that mar wrote")
+    from mar.checkpoint.checksums import compare_all
+    from mar.checkpoint.files import size_text
+
+    begun, files, size, damaged = time.monotonic(), 0, 0, 0
+    with compare_all():
+        for path in paths:
+            parts = list(_parts(path))
+            if not parts:
+                damaged += 1
+                _report(f"{path} is no run, cache, model, statistics or tokenizer that mar wrote")
+            for part in parts:
+                started = time.monotonic()
+                sizes = [file.stat().st_size for file in part.files if file.is_file()]
+                files, size = files + len(sizes), size + sum(sizes)
+                try:
+                    whole = part.compare()
+                except (ValueError, OSError) as error:
+                    damaged += 1
+                    _report(str(error))
+                else:
+                    outcome = _WHOLE if whole else _OPENED
+                    print(f"{part.path} {outcome} ({_amount(len(sizes), size_text(sum(sizes)), started)})")
+    total = _amount(files, size_text(size), begun)
+    print(f"compared {total}: {f'{damaged} damaged' if damaged else 'nothing is damaged'}")
     return 2 if damaged else 0
 
 
-_WHOLE, _OPENED = "is as it was written", "opens; it has no checksums, since an earlier version wrote it"
+_WHOLE, _OPENED = "is as it was written", "opens; it has no checksums, since an earlier version or a person wrote it"
 
 
-def _outcomes(path: Path) -> Iterator[tuple[Path, str | Exception]]:
-    """Yields each part of a path, with a line on it or its error."""
+def _amount(files: int, size: str, begun: float) -> str:
+    return f"{files} {'file' if files == 1 else 'files'}, {size}, {time.monotonic() - begun:.2f} s"
+
+
+def _report(line: str) -> None:
+    print(f"mar: {' '.join(line.split())}", file=sys.stderr)
+
+
+def _parts(path: Path) -> Iterator[Part]:
+    """Yields the parts of a path."""
     from mar.data.latent_cache import is_cache
 
-    if not path.exists():
-        raise ValueError(f"{path}: there is no such file or folder")
-    if path.is_file():
-        yield path, _outcome_of_file(path)
-    elif is_cache(path):
-        yield path, _outcome_of_cache(path)
+    if path.is_dir():
+        yield from _parts_of_cache(path) if is_cache(path) else _parts_of_folder(path)
     else:
-        yield from _outcomes_of_run(path)
+        yield Part(path, [path], lambda: _compare_file(path))
 
 
-def _outcome_of_file(path: Path) -> str | Exception:
-    try:
-        if path.suffix == ".npz":
-            from mar.evaluation.statistics import FeatureStats
-
-            FeatureStats.load(path)
-            return _WHOLE
-        if path.suffix in (".pth", ".pt", ".ckpt"):
-            from mar.checkpoint.official import read_torch
-
-            read_torch(path)
-            return "is as it was written, by its zip's checksums"
-        from mar.checkpoint import store
-
-        return _WHOLE if store.verify(path) else _OPENED
-    except (ValueError, OSError) as error:
-        return error
-
-
-def _outcome_of_cache(path: Path) -> str | Exception:
-    from mar.checkpoint.files import size_text
+def _parts_of_cache(folder: Path) -> Iterator[Part]:
     from mar.data.latent_cache import verify as verify_cache
 
-    try:
-        latents = verify_cache(path)
-    except (ValueError, OSError) as error:
-        return error
-    size = size_text(sum(latents.index.sizes))
-    return f"{_WHOLE}: {len(latents):,} pictures, {size} in {latents.manifest.shards} shards"
+    tables = sorted(folder.glob(TABLES))
+    files = [file for file in sorted(folder.glob("[!.]*")) if file.is_file() and file not in tables]
+    yield Part(folder, files, lambda: len(verify_cache(folder)) >= 0)
+    for table in tables:
+        yield from _parts(table)
 
 
-def _outcomes_of_run(folder: Path) -> Iterator[tuple[Path, str | Exception]]:
-    from mar.checkpoint.checksums import CHECKSUMS
-    from mar.checkpoint.files import CheckpointError
-    from mar.checkpoint.run_state import RunState, damage
-    from mar.checkpoint.tokenizers import WEIGHTS_FILE
+def _parts_of_folder(folder: Path) -> Iterator[Part]:
+    """Yields the parts of a run, model or tokenizer."""
+    from mar.checkpoint import checksums
+    from mar.checkpoint.run_state import RunState
+    from mar.checkpoint.tokenizers import CONFIG_FILE, WEIGHTS_FILE
     from mar.data.latent_cache import is_cache
 
     for state in RunState(folder).states():
-        why = damage(state, always=True)
-        if why is not None:
-            yield state, CheckpointError(why if str(state) in why else f"{state}: {why}")
-        else:
-            yield state, _WHOLE if (state / CHECKSUMS).is_file() else _OPENED
-    for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*.npz")]):
-        if file.name.startswith("model") or file.suffix == ".npz":
-            yield file, _outcome_of_file(file)
+        yield _part_of_state(state)
     if (folder / WEIGHTS_FILE).is_file():
-        yield folder / WEIGHTS_FILE, _outcome_of_tokenizer(folder)
-    for part in sorted(path for path in folder.iterdir() if path.is_dir() and is_cache(path)):
-        yield part, _outcome_of_cache(part)
-    if (folder / "tokenizer").is_dir():
-        yield from _outcomes_of_run(folder / "tokenizer")
+        yield Part(folder / WEIGHTS_FILE, [folder / WEIGHTS_FILE, folder / CONFIG_FILE], lambda: _compare_own(folder))
+    elif (folder / checksums.CHECKSUMS).is_file():
+        files = [file for file in sorted(folder.glob("*")) if file.name == CONFIG_FILE or file.stem in _AUTOENCODER]
+        yield Part(folder, files, lambda: checksums.check_folder(folder))
+    patterns = ("model*.safetensors", TABLES, "*.npz", *NOTES)
+    for file in sorted(file for pattern in patterns for file in folder.glob(pattern)):
+        yield from _parts(file)
+    for part in sorted(part for part in folder.iterdir() if part.is_dir()):
+        if is_cache(part) or part.name in PARTS:
+            yield from _parts(part)
 
 
-def _outcome_of_tokenizer(folder: Path) -> str | Exception:
-    from mar.checkpoint.tokenizers import load_tokenizer
+_AUTOENCODER = ("diffusion_pytorch_model", "diffusion_pytorch_model.safetensors.index")
 
-    try:
-        load_tokenizer(folder)
-    except (ValueError, OSError) as error:
-        return error
-    return "opens"
+
+def _part_of_state(state: Path) -> Part:
+    from mar.checkpoint.checksums import CHECKSUMS
+    from mar.checkpoint.run_state import damage
+
+    def compare() -> bool:
+        if (why := damage(state)) is not None:
+            raise ValueError(why)
+        return (state / CHECKSUMS).is_file()
+
+    return Part(state, sorted(state.iterdir()), compare)
+
+
+def _compare_own(folder: Path) -> bool:
+    """Compares a tokenizer of ours."""
+    from mar.checkpoint.tokenizers import has_checksum, load_tokenizer
+
+    load_tokenizer(folder)
+    return has_checksum(folder)
+
+
+def _compare_file(path: Path) -> bool:
+    if path.is_dir() or not path.exists():
+        raise ValueError(f"{path}: there is no such file or folder")
+    if path.suffix == ".json":
+        from mar.checkpoint import checksums
+
+        try:
+            checksums.read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+        return checksums.is_sealed(path)
+    if path.suffix == ".npz":
+        from mar.evaluation.statistics import FeatureStats
+
+        FeatureStats.load(path)
+        return True  # a zip has a CRC-32 of each member
+    if path.suffix in (".pth", ".pt", ".ckpt"):
+        from mar.checkpoint.official import read_torch
+
+        read_torch(path)
+        return True  # likewise
+    if path.match(TABLES):
+        from mar.data.text_encoder import FeatureTable
+
+        table = FeatureTable(path)
+        if damaged := table.damaged():
+            raise ValueError(f"{path} is damaged: the features of {len(damaged)} captions, first {damaged[0][:40]!r}")
+        return table.has_checksums
+    from mar.checkpoint import store
+
+    return store.verify(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +11,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 
-from mar.checkpoint.files import write_text
+from mar.checkpoint import checksums
 from mar.config import ConfigError
 from mar.data.captions import CaptionError, Captions, captions_of, chosen_captions
 from mar.data.folder import FolderSource
@@ -120,7 +119,7 @@ def load_held_out(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        note = json.loads(path.read_text(encoding="utf-8"))
+        note = checksums.read_json(path)
         return {"names": note["names"]} if "names" in note else {name: note[name] for name in ("digest", "rows")}
     except (ValueError, LookupError, TypeError) as error:
         raise ConfigError(f"{path} can't be read ({error}); put it back, or begin another run") from error
@@ -142,7 +141,7 @@ def save_held_out(folder: Path, train: object) -> None:
         names, count = _image_names(whole), len(whole)
     val = np.setdiff1d(np.arange(count), train.indices).tolist()
     note = {"digest": _digest(whole), "rows": val} if names is None else {"names": [names[index] for index in val]}
-    write_text(folder / HELD_OUT, json.dumps(note))
+    checksums.write_json(folder / HELD_OUT, note)
 
 
 def _noted_indices(source: Source | LatentSource, held_out: Mapping[str, Any]) -> np.ndarray:

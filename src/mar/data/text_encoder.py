@@ -26,8 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mar.checkpoint import checksums
 from mar.checkpoint.download import home
-from mar.checkpoint.files import write_atomically
+from mar.checkpoint.files import parse_json, write_atomically
 from mar.data.conditions import TEXT, CaptionReader
 from mar.model.conditions import NO_CONDITION
 
@@ -284,39 +285,82 @@ class FeatureTable:
 
     Args:
         path: a file that `write_table` wrote.
-        info: of the encoder.
+        info: of the encoder; None: of whichever.
 
     ValueError for any other file.
     """
 
-    def __init__(self, path: Path, info: EncoderInfo) -> None:
+    def __init__(self, path: Path, info: EncoderInfo | None = None) -> None:
+        self.path = path
         try:
             with safe_open(str(path), "pt") as file:
-                note = json.loads((file.metadata() or {})["mar"])
-                self.features: Tensor = file.get_tensor("features")
-                self.starts: Tensor = file.get_tensor("starts")
-                captions = json.loads(bytes(file.get_tensor("captions").numpy()))
-        except (OSError, SafetensorError, ValueError, LookupError, TypeError) as error:
+                note = parse_json((file.metadata() or {})["mar"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
+            captions = parse_json(bytes(tensors["captions"].numpy()))
+            written = note.pop("crc32", None)
+            if written is not None and checksums.enabled() and written != checksums.tensor_checksums(_index(tensors)):
+                raise ValueError("it is not as it was written")
+            self._crc32 = None if written is None else tensors["crc32"].tolist()
+            self.features: Tensor = tensors["features"]
+            self.starts: Tensor = tensors["starts"]
+            self.numbers: dict[str, int] = {str(caption): number for number, caption in enumerate(captions)}
+            fits = len(self.features) == int(self.starts[-1]) and len(self.starts) == len(captions) + 1
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} can't be read: {error}") from error
-        fits = self.features.shape == (int(self.starts[-1]), info.width) and len(self.starts) == len(captions) + 1
-        if not fits or note != {"format": FORMAT, "sha256": info.sha256, "length": info.length}:
+        is_same = (
+            note.keys() == {"format", "sha256", "length"}
+            if info is None
+            else (note == _note(info) and self.features.shape[1:] == (info.width,))
+        )
+        if not fits or not is_same:
             raise ValueError(f"{path} is of another encoder, or damaged")
-        self.numbers: dict[str, int] = {caption: number for number, caption in enumerate(captions)}
+        self._compared: set[int] = set()
+
+    @property
+    def has_checksums(self) -> bool:
+        """Presence of checksums; tables of earlier versions have none."""
+        return self._crc32 is not None
 
     def get(self, caption: str) -> Tensor | None:
-        """Return the features (t, c) of a caption; None if it is not in the table."""
+        """Return the features (t, c) of a caption; None if it is not in the table.
+
+        They are compared with their checksum once. Damaged ones are forgotten, with a warning.
+        """
         number = self.numbers.get(caption)
-        return None if number is None else self.features[self.starts[number] : self.starts[number + 1]]
+        if number is None:
+            return None
+        features = self.features[self.starts[number] : self.starts[number + 1]]
+        if self._crc32 is not None and number not in self._compared and checksums.enabled():
+            if checksums.tensor_crc32(features) != self._crc32[number]:
+                logger.warning("%s is damaged: a caption is embedded anew (%r)", self.path, caption[:40])
+                del self.numbers[caption]
+                return None
+            self._compared.add(number)
+        return features
+
+    def damaged(self) -> list[str]:
+        """Compare all features with their checksums. Returns the captions of damaged ones."""
+        return [caption for caption in [*self.numbers] if self.get(caption) is None]
 
 
 def write_table(path: Path, info: EncoderInfo, features: dict[str, Tensor]) -> None:
     """Write features to a file, complete or not at all."""
     starts = torch.tensor([0, *map(len, features.values())]).cumsum(0)
     names = torch.frombuffer(bytearray(json.dumps([*features]).encode()), dtype=torch.uint8)
-    tensors = {"features": torch.cat([*features.values()]), "starts": starts, "captions": names}
-    note = {"format": FORMAT, "sha256": info.sha256, "length": info.length}
+    crc32 = torch.tensor([checksums.tensor_crc32(each) for each in features.values()], dtype=torch.int64)
+    tensors = {"features": torch.cat([*features.values()]), "starts": starts, "captions": names, "crc32": crc32}
+    note = _note(info) | {"crc32": checksums.tensor_checksums(_index(tensors))}
     needed = sum(tensor.nbytes for tensor in tensors.values())
     write_atomically(path, lambda temporary: save_file(tensors, temporary, {"mar": json.dumps(note)}), needed)
+
+
+def _index(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what is compared as a table is opened: all but the features."""
+    return {name: tensor for name, tensor in tensors.items() if name != "features"}
+
+
+def _note(info: EncoderInfo) -> dict[str, Any]:
+    return {"format": FORMAT, "sha256": info.sha256, "length": info.length}
 
 
 # ---- the reader
@@ -426,8 +470,9 @@ class TextReader(CaptionReader):
             advance: called with the number of captions done.
         """
         old, encoder = self.table, self.encoder
-        features = {} if old is None else {text: old.features[old.starts[i] : old.starts[i + 1]]
-                                           for text, i in old.numbers.items()}  # fmt: skip
+        damaged = [] if old is None else old.damaged()
+        features = {} if old is None else {text: kept for text in old.numbers if (kept := old.get(text)) is not None}
+        captions = [*captions, *damaged]
         features |= dict(zip(captions, encoder.embed(captions, advance), strict=True))
         write_table(folder / self.info.table_file, self.info, features)
         long = [count for text in captions if (count := encoder.count_tokens(text)) > encoder.length]

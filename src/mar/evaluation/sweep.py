@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from mar.checkpoint import checksums
 from mar.checkpoint.files import write_atomically, write_text
 from mar.config import ConfigError, SamplingConfig, to_dict
 from mar.config.fields import later_defaults, log_new_names, renamed_fields
@@ -143,7 +144,7 @@ class Table:
     @staticmethod
     def _read(path: Path) -> tuple[dict[str, Any], list[Row]]:
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
+            saved = checksums.read_json(path)
             rows = [Row(_rename(dict(row["point"])), dict(row["report"])) for row in saved["rows"]]
             if all(math.isfinite(row.distance) and math.isfinite(row.seconds_per_picture) for row in rows):
                 settings = _rename(dict(saved["settings"]))
@@ -177,7 +178,7 @@ class Table:
         """Writes the files."""
         rows = [{"point": row.point, "report": row.report} for row in self.rows]
         content = {"settings": self.settings, "rows": rows}
-        write_text(self.folder / "sweep.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_text(self.folder / "sweep.json", json.dumps(checksums.seal(content), indent=1, allow_nan=False) + "\n")
         write_text(self.folder / "sweep.csv", self.csv())
 
     def best(self) -> Row | None:

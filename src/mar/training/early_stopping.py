@@ -5,13 +5,12 @@ All losses are kept in the run's folder. A run that resumes, even with another p
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from mar import distributed
-from mar.checkpoint.files import write_text
+from mar.checkpoint import checksums
 from mar.training.callbacks import Snapshot, SnapshotCallback
 from mar.training.log import Log
 from mar.training.trainer import Run
@@ -94,7 +93,7 @@ def read_history(path: Path, held_out: Mapping[str, object]) -> dict[int, float]
     if not path.is_file():
         return {}
     try:
-        history = json.loads(path.read_text(encoding="utf-8"))
+        history = checksums.read_json(path)
         losses = {int(n): math.nan if loss is None else float(loss) for n, loss in history["losses"].items()}
         return losses if history["of"] == dict(held_out) else {}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -104,4 +103,4 @@ def read_history(path: Path, held_out: Mapping[str, object]) -> dict[int, float]
 def write_history(path: Path, held_out: Mapping[str, object], losses: Mapping[int, float]) -> None:
     """Write the losses, and which images were held out."""
     values = {str(images): losses[images] if math.isfinite(losses[images]) else None for images in sorted(losses)}
-    write_text(path, json.dumps({"of": dict(held_out), "losses": values}, indent=1))
+    checksums.write_json(path, {"of": dict(held_out), "losses": values})

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn import functional
 
 from mar import devices, distributed, zoo
-from mar.checkpoint import official
-from mar.checkpoint.files import parse_json, write_text
+from mar.checkpoint import checksums, official
 from mar.checkpoint.run_state import RunState, changed_settings
 from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, resolve_image_channels, to_dict
 from mar.config.tokenizer import TokenizerTrainConfig
@@ -115,7 +113,7 @@ def open_run(
     run.resume()
     save_config(config, folder)
     if captions is not None and distributed.rank() == 0:
-        write_text(folder / CAPTIONS_FILE, json.dumps(captions.header(), indent=1, ensure_ascii=False) + "\n")
+        checksums.write_json(folder / CAPTIONS_FILE, captions.header())
     if config.hold_out and distributed.rank() == 0:
         save_held_out(folder, source)
     return run
@@ -133,7 +131,7 @@ def load_config(kind: type[Config], folder: Path) -> Config | None:
     if not path.is_file():
         return None
     try:
-        return from_dict(kind, parse_json(path.read_text(encoding="utf-8")))  # older ones lack some settings
+        return from_dict(kind, checksums.read_json(path))  # older ones lack some settings
     except ConfigError as error:
         raise ConfigError(
             f"{folder} holds a run of another kind or version, or run.json is damaged ({error}); use another folder"
@@ -146,7 +144,7 @@ def save_config(config: TrainConfig | TokenizerTrainConfig, folder: Path) -> Non
     """Write the configuration to a run's folder, on rank 0."""
     if distributed.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / RUN_FILE, json.dumps(to_dict(config), indent=1))
+        checksums.write_json(folder / RUN_FILE, to_dict(config))
 
 
 def check_same_run(config: TrainConfig | TokenizerTrainConfig, folder: Path) -> bool:
@@ -274,7 +272,7 @@ def open_captions(config: TrainConfig, folder: Path) -> CaptionReader | None:
     reader: CaptionReader | None = None
     if path.is_file():
         try:
-            reader = reader_from_header(json.loads(path.read_text(encoding="utf-8")), model.buffer_size)
+            reader = reader_from_header(checksums.read_json(path), model.buffer_size)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} is damaged ({error}); put it back, or begin another run") from error
     elif config.text == WORDS:

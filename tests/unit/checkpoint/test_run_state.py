@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import pickle
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from mar.checkpoint import files, run_state
+from mar.checkpoint import checksums, files, run_state
 from mar.checkpoint.checksums import CHECKSUMS
 from mar.checkpoint.files import CheckpointError
 from mar.checkpoint.run_state import RunState
@@ -255,6 +257,62 @@ def test_run_state_shard_of_zeros_is_reported(tmp_path: Path) -> None:
     shard.write_bytes(bytes(shard.stat().st_size))
     with pytest.raises(CheckpointError, match=r"no state .* is whole \(.*__0_0.distcp is damaged: its bytes are not"):
         run.load({"x": torch.zeros(1000)})
+
+
+def test_run_state_with_checksums_of_an_earlier_version_is_compared(tmp_path: Path) -> None:
+    """They were one sha256 a file."""
+    run = RunState(tmp_path)
+    saved = run.save(5, {"x": torch.arange(1000.0)})
+    names = ("__0_0.distcp", ".metadata", "state.json", "config.json")
+    digests = {name: hashlib.sha256((saved / name).read_bytes()).hexdigest() for name in names}
+    checksums.write_folder(saved, digests)
+    state = {"x": torch.zeros(1000)}
+    assert run.load(state)
+    assert torch.equal(state["x"], torch.arange(1000.0))
+    data = bytearray((saved / names[0]).read_bytes())
+    data[2000] ^= 1
+    (saved / names[0]).write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"__0_0.distcp is damaged: its bytes are not"):
+        run.load(state)
+
+
+@pytest.mark.parametrize("place", [0, 2500, 4999, 5000, 9999, 10_000, 10_006])
+def test_checksums_of_pieces_cover_every_byte(tmp_path: Path, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checksums, "_PIECE", 5000)
+    monkeypatch.setattr(checksums, "_PART", 1024)
+    data = bytearray(torch.arange(10_007).to(torch.uint8).numpy().tobytes())
+    path = tmp_path / "shard"
+    path.write_bytes(data)
+    checksums.write_folder(tmp_path, checksums.file_digests([path]))
+    assert checksums.check_folder(tmp_path)
+    pieces = [zlib.crc32(data[first : first + 5000]) for first in (0, 5000, 10_000)]
+    assert checksums.file_digests([path])["shard"] == f"crc32:10007:{''.join(f'{crc:08x}' for crc in pieces)}"
+    data[place] ^= 16
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="shard is damaged"):
+        checksums.check_folder(tmp_path)
+
+
+def test_run_state_damage_is_said_in_one_way(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A line names the damaged file, whichever check meets it."""
+    run = RunState(tmp_path)
+    run.save(1, example(1))
+    saved = [run.save(number, example(number), keep=4) for number in (2, 3, 4)]
+    (saved[0] / "__0_0.distcp").write_bytes(b"cut")
+    (saved[1] / ".metadata").write_bytes(b"no pickle")
+    for state in saved[1:]:
+        (state / "checksums.json").unlink()  # as an earlier version left it
+    shard = saved[2] / "__0_0.distcp"
+    shard.write_bytes(bytes(shard.stat().st_size))
+    state = blank()
+    with caplog.at_level(logging.WARNING):
+        assert run.load(state)
+    assert leaves(state) == leaves(example(1))
+    lines = [record.getMessage() for record in caplog.records if "looking for" in record.getMessage()]
+    assert [line.split(" ")[0].rstrip(":") for line in lines] == [
+        str(saved[2]), f"{saved[1] / '.metadata'}", f"{saved[0] / '__0_0.distcp'}"
+    ]  # fmt: skip
+    assert all(line.endswith("; looking for an older state") and line.count("damaged") <= 1 for line in lines)
 
 
 def test_run_state_of_another_config_names_the_settings(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mar.checkpoint import files, store
+from mar.checkpoint import checksums, files, store
 from mar.checkpoint.files import CheckpointError
 from mar.checkpoint.store import Header
 from mar.config import HeadConfig, ModelConfig, SamplingConfig, TrunkConfig
@@ -346,9 +346,42 @@ def test_store_flipped_bit_is_refused_or_means_nothing(
     assert bits(store.load(path)[1]) != expected
 
 
-def test_store_file_of_an_earlier_version_opens(saved: Path, tmp_path: Path) -> None:
+def test_store_damage_names_the_tensors(saved: Path, tmp_path: Path) -> None:
+    stored = load_file(saved)
+    for name in ("model.mask_token", "tokenizer.mean"):
+        stored[name].view(torch.uint8)[0] ^= 1
+    with store.safe_open(saved, framework="pt") as file:
+        save_file(stored, tmp_path / "m", metadata=file.metadata())
+    with pytest.raises(CheckpointError, match=r"m is damaged in model\.mask_token, tokenizer\.mean: not as it was"):
+        store.load(tmp_path / "m")
+
+
+@pytest.mark.parametrize("has_checksum", [False, True])
+def test_store_file_of_an_earlier_version_opens(saved: Path, tmp_path: Path, has_checksum: bool) -> None:
+    """The first had no checksums, the next one sha256 of all tensors, which is compared as ever."""
     with store.safe_open(saved, framework="pt") as file:
         header = json.loads(file.metadata()["mar"])
-    del header["sha256"]
-    save_file(load_file(saved), tmp_path / "m", metadata={"mar": json.dumps(header)})
-    assert store.load(tmp_path / "m")[0] == HEADER
+    del header["checksums"]
+    stored, path = load_file(saved), tmp_path / "m"
+    if has_checksum:
+        header["sha256"] = {"tensors": checksums.tensors_digest(stored)}
+        header["sha256"]["header"] = checksums.json_digest(header)
+    save_file(stored, path, metadata={"mar": json.dumps(header)})
+    assert store.load(path)[0] == HEADER
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    if has_checksum:
+        with pytest.raises(CheckpointError, match="is damaged in its tensors"):
+            store.load(path)
+    else:
+        store.load(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_store_finite_values_are_told_by_their_bits(dtype: torch.dtype) -> None:
+    limits = torch.finfo(dtype)
+    for value in (0.0, -0.0, limits.max, limits.min, limits.smallest_normal, -limits.smallest_normal / 2):
+        store.check_values(Path("m"), {"w": torch.tensor([1.0, value, -1.0], dtype=dtype)})
+    nan = torch.tensor(float("nan"), dtype=dtype)
+    for value in (float("inf"), float("-inf"), nan, -nan, torch.copysign(nan, torch.tensor(-1.0, dtype=dtype))):
+        with pytest.raises(CheckpointError, match="m: w have values that are not finite"):
+            store.check_values(Path("m"), {"w": torch.tensor([1.0, value, -1.0], dtype=dtype)})

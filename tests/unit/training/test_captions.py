@@ -14,6 +14,7 @@ from encoders import save_encoder
 from tiny import caption_images, open_tiny_run, randomize, tiny_train_config, write_images
 from torch import Tensor
 
+from mar.checkpoint.checksums import read_json
 from mar.checkpoint.run_state import RunState
 from mar.config import ConfigError, TrainConfig
 from mar.data import text_encoder
@@ -84,7 +85,7 @@ def test_run_embeds_captions_once(data: Path, encoder: Path, tmp_path: Path, req
     assert isinstance(run.captions, TextReader)
     [table] = tmp_path.glob("text-*.safetensors")
     assert table.name == run.captions.info.table_file
-    assert json.loads((tmp_path / CAPTIONS_FILE).read_text()) == run.captions.header()
+    assert read_json(tmp_path / CAPTIONS_FILE) == run.captions.header()
     request.getfixturevalue("no_encoder")
     again = open_tiny_run(config, tmp_path)
     train(again, Log())
