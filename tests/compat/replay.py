@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 import mar
+from mar.checkpoint.checksums import read_json
 from mar.cli import main
 
 Outcome = dict[str, Any]
@@ -253,7 +254,7 @@ def run_muon() -> Outcome:
     before = json.loads(history.read_text(encoding="utf-8"))
     held_out = Path("run-muon/held-out.json").read_bytes()
     found = _resumed("run-muon", draw=["down", "across", None])
-    after = json.loads(history.read_text(encoding="utf-8"))
+    after = read_json(history)
     assert {**after["losses"], **before["losses"]} == after["losses"], "losses that were measured stay"
     assert Path("run-muon/held-out.json").read_bytes() == held_out
     return {**found, "validation": after}
@@ -307,7 +308,7 @@ def tokenizer() -> Outcome:
     assert sum("loss" in line for line in lines) == 3
     return {
         "log": _numbers(lines),
-        "statistics": json.loads(Path("tokenizer/mar_statistics.json").read_text(encoding="utf-8")),
+        "statistics": read_json(Path("tokenizer/mar_statistics.json")),
         "sheet": opened(sorted(Path("tokenizer/samples").glob("*.png"))[-1])[0],
         "bits.weights": digest(Path("tokenizer/diffusion_pytorch_model.safetensors")),
     }
