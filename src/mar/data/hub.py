@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import glob
 import logging
-import sys
-import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
-import pyarrow
-from datasets.exceptions import DatasetsError
+from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from datasets.utils.file_utils import xopen
 
 from mar.data.accounts import Account, log_once
@@ -32,14 +29,11 @@ from mar.data.paths import (
     hub_name,
     is_pattern,
 )
+from mar.data.remote import read_errors, reason_of
 from mar.data.stream import StreamSample, StreamSource
+from mar.data.tar_stream import TarShards
 from mar.data.walk import FolderWalk
 
-_READ_ERRORS = (OSError, ValueError, LookupError, TypeError, EOFError, RuntimeError, ImportError, DatasetsError,
-                tarfile.TarError, pyarrow.ArrowException)  # fmt: skip
-"""Errors of reading files that others wrote."""
-_NETWORK_ERRORS = {"httpx2": "HTTPError", "httpx": "HTTPError", "aiohttp": "ClientError"}
-"""Errors of networks by library; versions of `datasets` and kinds of URLs use different ones."""
 _BUILDERS = {".tar": "webdataset", ".parquet": "parquet"}
 
 Result = TypeVar("Result")
@@ -77,7 +71,7 @@ def open_stream(spec: str, classes: int = 0, caption_column: str | None = None) 
     name = spec.removeprefix("stream:")
     hub = None if "://" in name else hub_name(name)
 
-    def load() -> tuple[datasets.IterableDataset, list[str]]:
+    def load() -> DatasetShards | TarShards:
         if hub is not None:
             builder = datasets.load_dataset_builder(*hub)
         else:
@@ -85,15 +79,17 @@ def open_stream(spec: str, classes: int = 0, caption_column: str | None = None) 
             builder = datasets.load_dataset_builder(_BUILDERS[common_suffix(files, name)], data_files={"train": files})
         files_by_split = {str(split): files for split, files in (builder.config.data_files or {}).items()}
         split = _choose_split([*files_by_split] or [*(builder.info.splits or ())], "train", spec)
-        return builder.as_streaming_dataset(split=split), [str(file) for file in files_by_split.get(split, ())]
+        files = [str(file) for file in files_by_split.get(split, ())]
+        if isinstance(builder, WebDataset) and all(file.lower().endswith(".tar") for file in files):
+            return TarShards(files, spec, classes, caption_column)
+        return DatasetShards(builder.as_streaming_dataset(split=split), spec, files, classes, caption_column)
 
-    table, files = _load_or_explain(load, spec, hub=hub is not None)
-    shards = DatasetShards(table, spec, files, classes, caption_column)
+    shards = _load_or_explain(load, spec, hub=hub is not None)
     count = len(shards.classes)
     log_once(
         logging.INFO,
         f"data: {spec}: {len(shards.names):,} shards, read in passing: pictures are not counted; "
-        + (f"labels of {count:,} classes, in {shards.columns.label}" if count else "labels are not used"),
+        + (f"labels of {count:,} classes, in {shards.label_column}" if count else "labels are not used"),
     )
     return StreamSource(shards, spec)
 
@@ -121,6 +117,7 @@ class DatasetShards:
         if table.features is None:
             raise ValueError(f"data: {name} does not tell its columns, so that it can't be streamed")
         self.columns = Columns.find(table.features, name, caption_column)
+        self.label_column = self.columns.label
         undecoded = datasets.Image(decode=False)
         self.table = table.select_columns(self.columns.names).cast_column(self.columns.image, undecoded)
         one_each = len(files) == table.num_shards
@@ -142,9 +139,9 @@ class DatasetShards:
                 row = {column: values[0] for column, values in batch.items()}
                 yield self._sample(f"{self.names[shard]}#{number}", row)
                 number += 1
-        except _read_errors() as error:
-            rest = f"{self.names[shard]} from its picture {number} on ({_reason(error)})"
-            raise UnreadableImage(rest, _reason(error)) from error
+        except read_errors() as error:
+            rest = f"{self.names[shard]} from its picture {number} on ({reason_of(error)})"
+            raise UnreadableImage(rest, reason_of(error)) from error
 
     def _sample(self, name: str, row: Mapping[str, Any]) -> StreamSample:
         cell = row[self.columns.image] or {}
@@ -166,8 +163,8 @@ class DatasetShards:
         try:
             with xopen(sample.path, "rb") as file:
                 data: bytes = file.read()
-        except _read_errors() as error:
-            raise UnreadableImage(sample.name, _reason(error)) from error
+        except read_errors() as error:
+            raise UnreadableImage(sample.name, reason_of(error)) from error
         return data
 
 
@@ -201,22 +198,12 @@ def _load_or_explain(load: Callable[[], Result], name: str, hub: bool) -> Result
     """Return the result of `load`. Raises its errors as a ValueError of one line."""
     try:
         return load()
-    except _read_errors() as error:
-        if str(error).startswith("data: "):
+    except read_errors() as error:
+        if str(error).startswith(("data: ", "captions: ")):
             raise
         if "aiohttp" in str(error):
             raise ValueError(
                 f"data: {name} is streamed over HTTP, for which aiohttp is missing; install it: pip install 'mar[http]'"
             ) from error
         where = " on the Hub, and is no path here" if hub else ""
-        raise ValueError(f"data: {name} can't be opened{where}: {_reason(error)}") from error
-
-
-def _read_errors() -> tuple[type[Exception], ...]:
-    loaded = ((sys.modules.get(library), name) for library, name in _NETWORK_ERRORS.items())
-    return (*_READ_ERRORS, *(getattr(library, name) for library, name in loaded if library is not None))
-
-
-def _reason(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        raise ValueError(f"data: {name} can't be opened{where}: {reason_of(error)}") from error

@@ -7,12 +7,12 @@ import json
 import os
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,7 +29,7 @@ _TEXT = "txt"
 _READ = frozenset([_TEXT, "cls", "json"])
 
 
-class _Member(NamedTuple):
+class Member(NamedTuple):
     """A regular file of a shard, or of no use."""
 
     name: str
@@ -42,12 +42,14 @@ class _Member(NamedTuple):
 
 
 @dataclass
-class _TarSample:
+class TarSample:
     """Members of one key in a row: `a.jpg`, `a.cls`, `a.json`, `a.txt`."""
 
     key: str
-    members: list[_Member] = field(default_factory=list)
-    image: _Member | None = None
+    members: list[Member] = field(default_factory=list)
+    contents: dict[Member, bytes] = field(default_factory=dict)
+    """Bytes of pictures, labels and captions, if the shard is read in passing."""
+    image: Member | None = None
     label: Label = None
     text: tuple[str, ...] = ()
     """Captions in `.txt`."""
@@ -87,7 +89,7 @@ class TarSource:
         stats = [os.stat(file) for file in self.files]
         self._stats = [(stat.st_size, stat.st_mtime_ns) for stat in stats]
         self.account = account or Account(name)
-        reader = _SampleReader(caption_column, self.account)
+        reader = SampleReader(caption_column, self.account)
         samples = [(number, sample) for number, file in enumerate(self.files) for sample in reader.samples(file)]
         if not samples:
             suffixes = " ".join(sorted(IMAGE_SUFFIXES))
@@ -137,23 +139,24 @@ class TarSource:
             yield b"%b\0%d %d\n" % (name, label, size)
 
 
-class _SampleReader:
+class SampleReader:
     """Reads the samples of shards.
 
     Args:
         caption_column: key of captions in `.json`; "txt": only the `.txt` members; None: both, by the usual names.
         account: counts the members that are left out.
+        labels: read labels too.
     """
 
-    def __init__(self, caption_column: str | None, account: Account) -> None:
-        self.caption_column, self.account = caption_column, account
+    def __init__(self, caption_column: str | None, account: Account, labels: bool = True) -> None:
+        self.caption_column, self.account, self.labels = caption_column, account, labels
         self.keys = CAPTION_COLUMNS if caption_column is None else (caption_column,)
 
-    def samples(self, file: Path) -> list[_TarSample]:
+    def samples(self, file: Path) -> list[TarSample]:
         """Return the samples of a shard that have an image."""
         try:
             with tarfile.open(file, "r:") as shard:
-                groups = self._groups(shard)
+                groups = list(self.groups(shard))
                 _check_end(shard)
         except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError) as error:
             raise ValueError(
@@ -163,8 +166,13 @@ class _SampleReader:
         if not samples:
             self.account.leave_out("shards without pictures", file.name)
         with file.open("rb") as opened:
+
+            def read(member: Member) -> bytes:
+                opened.seek(member.offset)
+                return opened.read(member.size)
+
             for sample in samples:
-                self._read(sample, file, opened)
+                self.read(sample, str(file), read)
         return samples
 
     def check(self, captions: Captions, name: str) -> Captions:
@@ -179,30 +187,43 @@ class _SampleReader:
             raise CaptionError(f"captions: no picture of {name} has a caption at {member}")
         return ()
 
-    def _groups(self, shard: tarfile.TarFile) -> list[_TarSample]:
-        """Return the members of a shard, those of one key in a row together."""
-        groups: list[_TarSample] = []
-        for member in shard:
-            key = _sample_key(member.name)
-            if member.isdir():
+    def groups(
+        self, shard: tarfile.TarFile, read: Callable[[tarfile.TarInfo], bytes] | None = None
+    ) -> Iterator[TarSample]:
+        """Yield the members of a shard by keys in a row.
+
+        Args:
+            shard: the open tar file.
+            read: reads a member, for shards that are read in passing; None: members are read later.
+        """
+        group: TarSample | None = None
+        for info in shard:
+            key = _sample_key(info.name)
+            if info.isdir():
                 continue
             if key is None:
-                self.account.leave_out("hidden or system files", member.name)
-            elif not member.isreg() or member.issparse():
-                self.account.leave_out("links and special files", member.name)
+                self.account.leave_out("hidden or system files", info.name)
+            elif not info.isreg() or info.issparse():
+                self.account.leave_out("links and special files", info.name)
             else:
-                stem, kind = os.path.splitext(member.name)
-                if not groups or groups[-1].key != key:
-                    groups.append(_TarSample(key))
-                groups[-1].members.append(_Member(member.name, stem, kind[1:].lower(), member.offset_data, member.size))
-        return groups
+                if group is None or group.key != key:
+                    if group is not None:
+                        yield group
+                    group = TarSample(key)
+                stem, kind = os.path.splitext(info.name)
+                member = Member(info.name, stem, kind[1:].lower(), info.offset_data, info.size)
+                group.members.append(member)
+                if read is not None and (_is_image(member) or (member.kind in _READ and info.size <= MAX_TEXT_BYTES)):
+                    group.contents[member] = read(info)
+        if group is not None:
+            yield group
 
-    def _choose_images(self, groups: list[_TarSample]) -> list[_TarSample]:
+    def _choose_images(self, groups: list[TarSample]) -> list[TarSample]:
         """Return the groups with an image, and give them the labels and captions that lie elsewhere."""
-        samples: list[_TarSample] = []
+        samples: list[TarSample] = []
         for group in groups:
-            samples += _split_by_stem(group)
-        by_key: dict[str, list[_TarSample]] = {}
+            samples += split_by_stem(group)
+        by_key: dict[str, list[TarSample]] = {}
         for sample in samples:
             by_key.setdefault(sample.key, []).append(sample)
         for group in groups:
@@ -219,8 +240,14 @@ class _SampleReader:
                         self.account.leave_out("members without a picture", member.name)
         return samples
 
-    def _read(self, sample: _TarSample, file: Path, shard: BinaryIO) -> None:
-        """Read label and captions of a sample, and count its members that are not used."""
+    def read(self, sample: TarSample, file: str, read: Callable[[Member], bytes]) -> None:
+        """Read label and captions of a sample; count members left out.
+
+        Args:
+            sample: a group with a picture.
+            file: the shard, for messages.
+            read: returns the bytes of a member.
+        """
         assert sample.image is not None
         captions = self.caption_column in (None, _TEXT)
         used = {
@@ -234,28 +261,28 @@ class _SampleReader:
             reason = "further pictures of a sample" if _is_image(member) else "members of other kinds"
             reason = "further labels or captions of a sample" if used.get(member.kind) else reason
             self.account.leave_out(reason, member.name)
-        if (label := used["cls"]) is not None:
-            sample.label = parse_label(_read_member(shard, label, file), f"{file}/{label.name}")
+        if (label := used["cls"]) is not None and self.labels:
+            sample.label = parse_label(_read_small(label, file, read), f"{file}/{label.name}")
         if (values := used["json"]) is not None:
             with self._left_out(values):
-                self._read_json(sample, _read_member(shard, values, file), f"{file}/{values.name}")
+                self._read_json(sample, _read_small(values, file, read), f"{file}/{values.name}")
         if (text := used[_TEXT]) is not None:
             with self._left_out(text):
-                lines = _read_member(shard, text, file).decode("utf-8-sig").split("\n")
+                lines = _read_small(text, file, read).decode("utf-8-sig").split("\n")
                 sample.text = as_captions(lines, text.name)
 
-    def _read_json(self, sample: _TarSample, data: bytes, where: str) -> None:
+    def _read_json(self, sample: TarSample, data: bytes, where: str) -> None:
         values = json.loads(data.decode("utf-8-sig") if data.startswith(codecs.BOM_UTF8) else data)
         if not isinstance(values, dict):
             return
-        if sample.label is None:
+        if sample.label is None and self.labels:
             label = as_label(values.get("label"), where)
             sample.label = None if label == "" else label
         value = next((values[key] for key in self.keys if values.get(key) is not None), None)
         sample.json_text = as_captions(value, os.path.basename(where))
 
     @contextmanager
-    def _left_out(self, member: _Member) -> Iterator[None]:
+    def _left_out(self, member: Member) -> Iterator[None]:
         """Leave out a member that can't be read."""
         try:
             yield
@@ -272,11 +299,11 @@ class _SampleReader:
         self.account.leave_out("labels or captions that can't be read", why)
 
 
-def _is_image(member: _Member) -> bool:
+def _is_image(member: Member) -> bool:
     return f".{member.kind}" in IMAGE_SUFFIXES
 
 
-def _split_by_stem(group: _TarSample) -> list[_TarSample]:
+def split_by_stem(group: TarSample) -> list[TarSample]:
     """Return the samples of a group: one, or one for each image where every image has a member of its own stem."""
     images = [member for member in group.members if _is_image(member)]
     stems = Counter(member.stem for member in group.members if member.kind in _READ)
@@ -288,14 +315,14 @@ def _split_by_stem(group: _TarSample) -> list[_TarSample]:
                     of_image.append(member)
             elif not _is_image(member):
                 members.get(member.stem, members[images[0].stem]).append(member)
-        return [_TarSample(group.key, members[image.stem], image) for image in images]
+        return [TarSample(group.key, members[image.stem], image=image) for image in images]
     if images:
         group.image = images[0]
         return [group]
     return []
 
 
-def _best(sample: _TarSample, kind: str) -> _Member | None:
+def _best(sample: TarSample, kind: str) -> Member | None:
     """Return the member of a kind: of the picture's stem, else of the key itself, else the last one."""
     assert sample.image is not None
     members = [member for member in sample.members if member.kind == kind]
@@ -305,15 +332,14 @@ def _best(sample: _TarSample, kind: str) -> _Member | None:
     )
 
 
-def _read_member(shard: BinaryIO, member: _Member, file: Path) -> bytes:
-    """Return the bytes of a member. ValueError for a large one: labels and captions are small."""
+def _read_small(member: Member, file: str, read: Callable[[Member], bytes]) -> bytes:
+    """Return the bytes of a member. LabelError for a large one: labels and captions are small."""
     if member.size > MAX_TEXT_BYTES:
         raise LabelError(
             f"data: {file}/{member.name} has {member.size:,} bytes, expected a label or captions of at most "
             f"{MAX_TEXT_BYTES:,}; leave it out of the shard"
         )
-    shard.seek(member.offset)
-    return shard.read(member.size)
+    return read(member)
 
 
 def _sample_key(path: str) -> str | None:

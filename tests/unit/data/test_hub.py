@@ -176,7 +176,7 @@ def test_stream_truncated_shard_is_skipped_and_named(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[: 512 * 13])  # three pictures of four blocks each, and a header
     rows = source.shards.samples(1)
-    assert [row.name for row in islice(rows, 3)] == [f"shard-001.tar#{i}" for i in range(3)]
+    assert [row.name for row in islice(rows, 3)] == [f"shard-001.tar/{i:05}.png" for i in range(6, 9)]
     with pytest.raises(UnreadableImage, match=r"shard-001\.tar from its picture 3 on \(unexpected end of data\)"):
         next(rows)
     seen, skipped = shown_while_training(source)

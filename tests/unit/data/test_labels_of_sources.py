@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tarfile
 from pathlib import Path
@@ -15,6 +14,7 @@ from pyarrow import parquet
 from shard_files import png_bytes, write_tar
 
 from mar.data import accounts
+from mar.data.images import UnreadableImage
 from mar.data.labels import as_label, class_names, parse_label
 from mar.data.sources import open_data, open_source
 from mar.data.webdataset import TarSource
@@ -235,13 +235,92 @@ def test_stream_labels_are_those_of_the_shard(tmp_path: Path, label: str, number
         with pytest.raises(ValueError, match="are names, which have no numbers in a stream"):
             open_data(f"stream:{path}", 3)
         return
+    if label == "0.5":
+        with pytest.raises(ValueError, match=r"^data: a\.tar/a\.json has the label 0\.5 \(float\), expected a whole"):
+            open_data(f"stream:{path}", 3)
+        return
     source: Any = open_data(f"stream:{path}", 3)
     samples = list(source.preview())
     if number is not None:
         assert [source.example(sample).label for sample in samples] == [number]
     else:
-        with pytest.raises(ValueError, match=f"has the label {json.loads(label)}"):
+        with pytest.raises(ValueError, match="has the label 7, but there are 3 classes"):
             source.example(samples[0])
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "outcome"),
+    [
+        *(("cls", label, 1) for label in (b"1.0", b"1", b"\xef\xbb\xbf1", b"1\0")),
+        *(("cls", label, -1) for label in (b"-1", b"", b"\0")),
+        *(("json", label, 1) for label in (b"1", b"1.0", b"true")),
+        *(("json", label, -1) for label in (b"-1", b"null", b'""', b"NaN")),
+        ("txt", b"words", -1),
+        ("cls", b"0.5", r"has the label 0\.5 \(float\), expected a whole number or a name; correct it$"),
+        ("json", b"0.5", r"has the label 0\.5 \(float\), expected a whole number or a name; correct it$"),
+        ("json", b"[1]", r"has the label \[1\] \(list\), expected a whole number or a name; correct it$"),
+        ("cls", b"caf\xe9", r"is not in UTF-8 \(.*\); save its label in that encoding$"),
+        ("cls", b"cat", "has the label 'cat', a name, which has no number in a stream; leave stream: out$"),
+        ("json", b'"1"', "has the label '1', a name, which has no number in a stream; leave stream: out$"),
+        ("cls", b"7", "has the label 7, but there are 3 classes$"),
+    ],
+)
+def test_stream_late_label_is_one_line_with_its_member(
+    tmp_path: Path, kind: str, label: bytes, outcome: int | str
+) -> None:
+    """The first pictures are looked at when a stream is opened, later ones when they come."""
+    members = [(f"{i}.{kind}", data) for i in range(40) for kind, data in (("png", PNG[0]), ("cls", b"0"))]
+    content = b'{"label": %b}' % label if kind == "json" else label
+    path = write_tar(tmp_path / "a.tar", [*members, ("late.png", PNG[1]), (f"late.{kind}", content)])
+    source: Any = open_data(f"stream:{path}", 3)
+    assert source.classes == ("0", "1", "2")
+    *_, last = source.preview()
+    assert last.name == "a.tar/late.png"
+    if isinstance(outcome, int):
+        assert source.example(last).label == outcome
+    else:
+        with pytest.raises(ValueError, match=rf"^(data: )?a\.tar/late\.({kind}|png) {outcome}"):
+            source.example(last)
+
+
+def test_stream_labels_apart_from_pictures_are_refused(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("b.cls", b"1"), ("a.cls", b"0"), ("a.png", PNG[0]), ("b.png", PNG[1])])
+    unsorted = write_tar(tmp_path / "b.tar", [(f"{i}.cls", b"1") for i in range(40)] + [("1.png", PNG[0])])
+    open_data(f"stream:{path}")  # labels are not used
+    for file, member in ((path, "a.tar/b.cls"), (unsorted, "b.tar/0.cls")):
+        with pytest.raises(ValueError, match=rf"^data: {member} lies apart from its picture, and a stream is read"):
+            open_data(f"stream:{file}", 3)
+
+
+def test_stream_members_of_no_use_are_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = [("a.png", PNG[0]), ("a.cls", b"0"), ("lone.txt", b"words"), ("b.png", PNG[1]), ("b.cls", b"1"),
+               ("b.npy", b""), ("lone2.txt", b"words"), ("b.jpg", PNG[2]), ("c.png", PNG[2]),
+               ("c.CLS", b"2.0")]  # fmt: skip
+    source: Any = open_data(f"stream:{write_tar(tmp_path / 'a.tar', members)}", 3)
+    for _ in range(2):
+        assert [source.example(sample).label for sample in source.preview()] == [0, 1, -1, 2]
+    said = [message.partition("left out: ")[2] for message in caplog.messages if "left out" in message]
+    assert said == [
+        "members without a picture, the first of them a.tar/lone.txt",
+        "members of other kinds, the first of them b.npy",
+    ]
+
+
+@pytest.mark.parametrize("place", ["header", "cut header", "no end"])
+def test_stream_damaged_header_is_no_end(tmp_path: Path, place: str) -> None:
+    path = write_tar(tmp_path / "a.tar", [(f"{i}.png", PNG[i]) for i in range(3)])
+    data = bytearray(path.read_bytes())
+    source: Any = open_data(f"stream:{path}")
+    third = 4 * 512  # of two blocks each
+    path.write_bytes(data[: third + 2 * 512] if place == "no end" else data[: third + 100] if place == "cut header"
+                     else data[:third] + b"\1" * 512 + data[third + 512 :])  # fmt: skip
+    samples = source.shards.samples(0)
+    if place == "no end":
+        assert len(list(samples)) == 3
+        return
+    assert [next(samples).name] == ["a.tar/0.png"]
+    with pytest.raises(UnreadableImage, match=r"a\.tar from its picture 1 on \(no header at byte 2,048\)"):
+        list(samples)
 
 
 def test_stream_labels_follow_pictures_with_dots(tmp_path: Path) -> None:

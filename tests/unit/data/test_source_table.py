@@ -121,7 +121,7 @@ def test_stream_of_any_labels_gives_them_or_one_line(tmp_path: Path, source: str
     labels, expected = FORMS[form]
     expected = STREAMED.get(form, expected)
     if (source, form) == ("stream json", "latin"):
-        expected = "can't be opened"
+        expected = "labels of .* are names"  # those of the others; JSON of other encodings is no JSON
     name = make(source, tmp_path, labels, broken)
 
     def read() -> list[int]:
