@@ -2,6 +2,7 @@
 
     python benchmarks/tradeoff.py measure --data PATH --classifier FILE --out runs/tradeoff
     python benchmarks/tradeoff.py measure --data PATH --classifier FILE --out runs/tradeoff --way "K=12 order=halton"
+    python benchmarks/tradeoff.py measure --data PATH --classifier FILE --out runs/borrowed --borrowed
     python benchmarks/tradeoff.py time runs/tradeoff
     python benchmarks/tradeoff.py plot runs/tradeoff --out tradeoff.png
     python benchmarks/tradeoff.py table runs/tradeoff
@@ -85,6 +86,25 @@ WAYS = (
     f"K=7 diffusion_steps=8 solver=dpm++2m-sde {FEW_STEPS}",
     f"K=5 diffusion_steps=8 solver=dpm++2m-sde {FEW_STEPS}",
 )
+BINOMIAL = "reveal=binomial mask_schedule=exponential"
+"""The reveal of eMIGM (arXiv 2503.07197)."""
+BORROWED = (
+    "preset=exact",
+    f"preset=exact {BINOMIAL}",
+    "preset=exact guidance_time=0.1,0.3",
+    "preset=exact guidance_time=0.0,0.7",
+    "preset=exact solver=dpm++3s diffusion_steps=8",
+    "preset=exact solver=dpm++3s diffusion_steps=15",
+    "preset=balanced",
+    f"preset=balanced {BINOMIAL}",
+    "preset=balanced guidance_time=0.0,0.7",
+    "preset=balanced solver=dpm++3s",
+    "preset=fast",
+    f"preset=fast {BINOMIAL}",
+    "preset=fast guidance_time=0.0,0.7",
+    "preset=fast solver=dpm++3s",
+)
+"""Today's presets, and each with one part of eMIGM's sampler: `--borrowed`."""
 RESULTS_FILE, SETTINGS_FILE = "tradeoff.jsonl", "tradeoff.json"
 
 
@@ -124,11 +144,15 @@ def draw(pipeline: Pipeline, way: str, count: int, seed: int) -> TimedImages:
 
 
 def settings(way: str) -> dict[str, Any]:
-    """Parse the fields of a way."""
-    combinations = points(way.split())
+    """Parse the fields of a way; `guidance_time=0.1,0.3` are the two ends of that window."""
+    windows = [word for word in way.split() if word.startswith("guidance_time=")]
+    combinations = points([word for word in way.split() if word not in windows])
     if len(combinations) != 1:
         raise ValueError(f"--way {way}: got {len(combinations)} combinations, expected one value for each field")
-    return combinations[0]
+    chosen = combinations[0]
+    for window in windows:
+        chosen["guidance_time"] = tuple(map(float, window.partition("=")[2].split(",")))
+    return chosen
 
 
 def record_or_check(args: argparse.Namespace, data_fingerprints: dict[str, str | None]) -> None:
@@ -149,7 +173,7 @@ class Measurement:
     def __init__(self, args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
         self.pipeline: Pipeline = mar.load(args.model, device="cpu", dtype=torch_dtype(args.dtype))
-        for way in args.way or WAYS:
+        for way in ways_of(args):
             self.pipeline.sampling_with(**settings(way))  # fails before hours of sampling
         self.count, self.seed, self.batch = args.count, args.seed, args.batch
         parts = open_splits(args.data)
@@ -196,8 +220,13 @@ def pareto_front(lines: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return best
 
 
+def ways_of(args: argparse.Namespace) -> list[str]:
+    """Return the ways that are asked for."""
+    return args.way or list(BORROWED if args.borrowed else WAYS)
+
+
 def run_measure(args: argparse.Namespace) -> None:
-    ways = args.way or list(WAYS)
+    ways = ways_of(args)
     measurement = Measurement(args)
     done = results_by_way(args.out)
     for way in ways:
@@ -282,6 +311,7 @@ def main() -> int:
     verb.add_argument("--classifier", type=Path, help="for Fashion-MNIST: a file of `fashion_judge.py train`")
     verb.add_argument("--out", type=Path, required=True)
     verb.add_argument("--way", action="append", help="fields and values, separated by spaces; may be repeated")
+    verb.add_argument("--borrowed", action="store_true", help="presets with and without parts of eMIGM's sampler")
     verb.add_argument("--count", type=int, default=5000, help="images of each way")
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--batch", type=int, default=100)

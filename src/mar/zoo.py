@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +258,7 @@ def load_tokenizer(name: str, image_channels: int = 3) -> Tokenizer:
 
 def _load_published(name: str, path: Path) -> Tokenizer:
     """Load a tokenizer of `TOKENIZERS` from its file of weights."""
-    loaders = {"kl16": load_kl16, "dc-ae": load_published_dc, "detok": load_vit}
+    loaders: dict[str, Callable[[Path], Tokenizer]] = {"kl16": load_kl16, "dc-ae": load_published_dc, "detok": load_vit}
     return loaders[name](path)
 
 
