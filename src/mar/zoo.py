@@ -205,9 +205,8 @@ def _tokenizer_of_checkpoint(path: Path, family: Family, name: str, given: Path 
 
 
 def _statistics_of(record: PublishedTokenizer) -> str:
-    return (
-        f"l-DeTok's {STATISTICS_FILE} beside it" if record.scale is None else f"the scale {record.scale} of its config"
-    )
+    own = f"l-DeTok's {STATISTICS_FILE} beside it"
+    return own if record.scale is None else f"the scale {record.scale} of {record.title}"
 
 
 def _check_scale(loaded: Tokenizer, record: PublishedTokenizer, given: Path | None) -> None:

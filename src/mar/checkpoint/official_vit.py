@@ -24,6 +24,8 @@ PATCH_EMBED = "encoder.patch_embed.0.weight"
 STATISTICS_FILE = "stats.pkl"
 STATISTICS_KEY = "detok-BB-gamm3.0-m0.7"
 """Entry of the published statistics, which are those of both published decoders."""
+BASELINE = "vitok"
+"""Beginning of the published tokenizers without denoising, whose tensors are the same and whose latents are not."""
 _PARTS = ("encoder.", "decoder.")
 _HEADS_BY_WIDTH = {512: 8, 768: 12, 1024: 16, 1152: 16}
 _REBUILD = ("torch._utils", "_rebuild_tensor_v2")
@@ -123,7 +125,7 @@ def load_vit(
     if statistics is None and beside.is_file():
         statistics = beside
     if statistics is not None:
-        mean, std = read_statistics(statistics)
+        mean, std = read_statistics(statistics, _statistics_key(path.stem))
         if len(mean) != 2 * tokenizer.channels:
             raise CheckpointError(
                 f"{statistics}: got statistics of {len(mean)} values, expected {2 * tokenizer.channels}, twice the "
@@ -134,6 +136,11 @@ def load_vit(
         except ValueError as error:
             raise CheckpointError(f"{statistics}: {error}") from None
     return tokenizer
+
+
+def _statistics_key(name: str) -> str | None:
+    """Return the entry of a published tokenizer, told by its file's name; None: it is none."""
+    return STATISTICS_KEY if name.startswith(STATISTICS_KEY) else name if name.startswith(BASELINE) else None
 
 
 def read_statistics(path: str | os.PathLike[str], key: str | None = None) -> tuple[Tensor, Tensor]:
@@ -149,9 +156,18 @@ def read_statistics(path: str | os.PathLike[str], key: str | None = None) -> tup
         raise CheckpointError(f"{path}: got {path.stat().st_size:,} bytes, expected statistics of a few thousand")
     try:
         held = _TensorUnpickler(io.BytesIO(path.read_bytes())).load()
-    except pickle.UnpicklingError as error:
+    except _Refused as error:
         raise CheckpointError(f"{path} is refused: {error}") from None
-    except (EOFError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        AssertionError,
+    ) as error:
         reason = str(error).strip().split("\n")[0][:120]
         raise CheckpointError(f"{path} is damaged or no stats.pkl ({type(error).__name__}: {reason})") from None
     if not isinstance(held, dict):
@@ -170,6 +186,10 @@ def read_statistics(path: str | os.PathLike[str], key: str | None = None) -> tup
     return mean, std
 
 
+class _Refused(pickle.UnpicklingError):
+    """The file asks for more than tensors."""
+
+
 class _TensorUnpickler(pickle.Unpickler):
     """Unpickles tensors and plain values only; storages come to the CPU."""
 
@@ -180,9 +200,7 @@ class _TensorUnpickler(pickle.Unpickler):
             return _load_storage
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
-        raise pickle.UnpicklingError(
-            f"it wants to run {module}.{name}, and statistics need nothing but tensors; don't trust it"
-        )
+        raise _Refused(f"it wants to run {module}.{name}, and statistics need nothing but tensors; don't trust it")
 
 
 def _load_storage(data: bytes) -> Any:
@@ -190,4 +208,4 @@ def _load_storage(data: bytes) -> Any:
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise pickle.UnpicklingError("a storage in it asks for more than numbers; don't trust it") from None
+        raise _Refused("a storage in it asks for more than numbers; don't trust it") from None
