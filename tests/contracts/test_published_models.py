@@ -106,6 +106,31 @@ def test_published_tokenizers_names_cache_their_latents(hub: LocalHub, home: Pat
         torch.testing.assert_close(moments[0], raw, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("model", "grid"), [("detok-base", "4"), ("emigm-xs-512", "32")])
+def test_recipe_of_a_published_model_finds_its_tokenizer_by_name(
+    hub: LocalHub, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, grid: str
+) -> None:
+    for number in range(8):
+        path = tmp_path / "pictures" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (30 * number, 255 - 30 * number, 90)).save(path)
+    small = ["--model.grid", grid, grid, "--model.classes", "2", "--model.buffer-size", "2", "--model.head.width", "16"]
+    small += ["--model.head.depth", "1", "--images", "8", "--batch", "4", "--lr", "1e-3", "--warmup", "0"]
+    small += ["--workers", "0", "--sample-every", "0", "--validate-every", "0", "--hold-out", "0"]
+    for stack in ("encoder", "decoder"):
+        small += [f"--model.{stack}.width", "16", f"--model.{stack}.depth", "1", f"--model.{stack}.num-heads", "2"]
+    training = ["train", f"imagenet-{model}", "--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "run")]
+    training += ["--device", "cpu", *small]
+    tokenizer = PUBLISHED[model].tokenizer
+    assert f"{tokenizer} is not in {home}; get it with `mar download {tokenizer}`" in refusal(training, capsys)
+    published.publish(model, hub.put, tmp_path / "dc")
+    assert main(["download", tokenizer]) == 0
+    assert main(training) == 0
+    trained = zoo.load(tmp_path / "run", device="cpu")
+    assert trained.tokenizer.config() == zoo.load_tokenizer(tokenizer).config()
+    assert trained.sampling.reveal == PUBLISHED[model].sampling.reveal
+
+
 def test_published_tokenizer_of_detok_goes_back_to_its_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published.shrink(monkeypatch)
     content, ema = published.detok_file()

@@ -35,7 +35,7 @@ class CacheOptions:
     out: Path | None = None
     """Folder for the cache."""
     tokenizer: str | None = None
-    """kl16, pixels, or a folder or Hub repository in diffusers' format."""
+    """kl16, detok, dc-ae, pixels, or a folder or Hub repository in diffusers' format."""
     image_size: int | tuple[int, int] | None = None
     """Crop pictures to squares of so many pixels, or to HEIGHT WIDTH."""
     split: Literal["train", "test"] = "train"

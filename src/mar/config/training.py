@@ -38,7 +38,7 @@ class TrainConfig:
     data: str = "fashion"
     """`fashion`, a folder, Parquet or .tar files, OWNER/NAME on the Hub, a `mar cache`; or stream: and one of them."""
     tokenizer: str = "pixels"
-    """`pixels`, `pca4` (components of 4 x 4 pixels), `kl16`, or AutoencoderKL or AutoencoderDC of diffusers."""
+    """`pixels`, `pca4` (components of 4 x 4 pixels), `kl16`, `detok`, `dc-ae`, or AutoencoderKL or DC of diffusers."""
     text: str = ""
     """Draw from captions, read by `words`, which are learned with the model, or by a text encoder: `minilm`, a folder,
     OWNER/NAME on the Hub; by default captions are not used."""

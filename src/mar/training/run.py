@@ -385,7 +385,7 @@ def _open_tokenizer(
             image_channels = resolve_image_channels(config.data, config.image_channels)
             tokenizer = from_name(config.tokenizer, image_channels, channels)
         except ValueError as error:
-            others = "pca4, kl16, or one in diffusers' format"
+            others = "pca4, kl16, detok, dc-ae, or one in diffusers' format"
             if isinstance(source, LatentSource):
                 others = source.manifest.tokenizer
             raise ConfigError(f"{error}; choose --tokenizer {others}") from None
