@@ -28,6 +28,7 @@ from mar.app.guard import Guard
 from mar.app.pictures import MAX_BYTES
 from mar.app.queueing import Streams
 from mar.app.studio import MAX_IMAGES, MAX_PROMPT, PRESETS, Studio, read_request
+from mar.terminal import print_out
 
 if TYPE_CHECKING:
     import gradio
@@ -53,9 +54,9 @@ class Server:
 
     def wait(self) -> None:
         """Print the address, then wait for Ctrl-C."""
-        print(f"the studio is at {self.url} (Ctrl-C stops it)", flush=True)
+        print_out(f"the studio is at {self.url} (Ctrl-C stops it)")
         if self.share_url:
-            print(f"and, for everybody who has the address, at {self.share_url}", flush=True)
+            print_out(f"and, for everybody who has the address, at {self.share_url}")
         threading.Event().wait()
 
     def close(self) -> bool:

@@ -33,8 +33,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from mar.checkpoint.files import flush, is_zip, printable
+from mar.checkpoint.files import flush, is_zip
 from mar.published import MIB, PUBLISHED, TOKENIZERS, PublishedFile, files_of
+from mar.terminal import printable, unescaped
 
 if sys.platform != "win32":
     import fcntl
@@ -309,9 +310,11 @@ def _copy_local(part: _Part, source: Path, progress: Progress | None) -> None:
 def progress_bar(name: str) -> Iterator[Progress]:
     """Show a bar with size, speed and time left. Yields the `progress` for `fetch`."""
     from rich import progress as rich
+    from rich.console import Console
 
     columns = (rich.DownloadColumn(), rich.TransferSpeedColumn(), rich.TimeRemainingColumn())
-    with rich.Progress("{task.description}", rich.BarColumn(), *columns) as bars:
+    console = Console(file=unescaped(sys.stderr))
+    with rich.Progress("{task.description}", rich.BarColumn(), *columns, console=console) as bars:
         task = bars.add_task(name, total=None)
         last: int | None = None
 

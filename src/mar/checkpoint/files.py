@@ -37,11 +37,6 @@ def check_pickle(data: bytes) -> None:
             raise ValueError(f"it numbers {place:,} objects in {len(data):,} bytes")
 
 
-def printable(text: str) -> str:
-    """Return text with its control characters escaped, which a terminal would obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
 def is_zip(path: Path) -> bool:
     """Return whether a file ends like a zip."""
     try:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from mar import __version__
+from mar.terminal import LogFormatter, guarded, print_err, print_out
 
 VERBS = {
     "demo": ("mar.cli.demo", "pictures from the bundled model, and one being revealed"),
@@ -50,13 +51,33 @@ def usage() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a verb; returns the exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    """Runs a verb; returns the exit code.
+
+    A reader of stdout may leave: the work is done, and its exit code stays. Other errors of stdout fail.
+    """
+    code: int | SystemExit
+    with guarded() as output:
+        try:
+            code = _main(list(sys.argv[1:] if arguments is None else arguments))
+        except SystemExit as stopped:  # --help
+            code = stopped
+    if output.problem is not None:
+        return _fail(f"can't write to stdout: {output.problem}")
+    if isinstance(code, SystemExit):
+        raise code
+    return code
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage(), end="", file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
+        lines = usage().splitlines()
+        if arguments:
+            print_out(*lines)
+            return 0
+        print_err(*lines)
+        return 2
     if arguments[0] in ("-V", "--version", "version"):
-        print(f"mar {__version__}")
+        print_out(f"mar {__version__}")
         return 0
     verb, rest = arguments[0], arguments[1:]
     if verb not in VERBS:
@@ -76,7 +97,9 @@ def _show_accounts() -> None:
     log = logging.getLogger("mar.data")
     if not log.handlers and sys.stderr.isatty():
         log.setLevel(logging.INFO)
-        log.addHandler(logging._StderrHandler(logging.INFO))  # type: ignore[attr-defined]  # follows sys.stderr
+        handler = logging._StderrHandler(logging.INFO)  # type: ignore[attr-defined]  # follows sys.stderr
+        handler.setFormatter(LogFormatter())
+        log.addHandler(handler)
 
 
 def report_errors(work: Callable[[], int]) -> int:
@@ -113,5 +136,5 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _fail(message: str, code: int = 2) -> int:
-    print(f"mar: {message}", file=sys.stderr)
+    print_err(f"mar: {message}")
     return code

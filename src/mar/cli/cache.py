@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import tyro
 
 from mar.cli.options import interruptible, parse
 from mar.config import ConfigError, resolve_image_channels
+from mar.terminal import print_err, print_out
 
 if TYPE_CHECKING:
     from mar.data.images import Source
@@ -107,7 +107,7 @@ def _verify(options: CacheOptions, check: Callable[[], None]) -> int:
 
         latents = verify(folder, advance)
     size = size_text(sum(latents.index.sizes))
-    print(f"{folder} is as it was written: {len(latents):,} pictures, {size} in {latents.manifest.shards} shards")
+    print_out(f"{folder} is as it was written: {len(latents):,} pictures, {size} in {latents.manifest.shards} shards")
     return 0
 
 
@@ -130,7 +130,7 @@ def _write_cache(
                 if distributed.rank() == 0:
                     changed = update_captions(out, manifest, captions_of(source))
                     rest = "its captions have changed and are written anew" if changed else "nothing to do"
-                    print(f"{out} is finished: {manifest.pictures:,} pictures; {rest}")
+                    print_out(f"{out} is finished: {manifest.pictures:,} pictures; {rest}")
             return 0
         started = time.perf_counter()
         own = shards[distributed.rank() :: distributed.world_size()]
@@ -194,6 +194,6 @@ def _print_summary(out: Path, manifest: CacheManifest, unreadable: dict[int, str
     flips = "plain and flipped" if manifest.flips else "not flipped"
     if unreadable:
         names = ", ".join([*unreadable.values()][:3]) + (", ..." if len(unreadable) > 3 else "")
-        print(f"{len(unreadable)} pictures could not be read and are left out: {names}", file=sys.stderr)
-    print(f"{manifest.pictures - len(unreadable):,} pictures in {out}, {flips}, {manifest.dtype}")
-    print(f"{size_text(size)}, {size / manifest.pictures:,.0f} bytes a picture; {speed:.1f} pictures a second")
+        print_err(f"{len(unreadable)} pictures could not be read and are left out: {names}")
+    print_out(f"{manifest.pictures - len(unreadable):,} pictures in {out}, {flips}, {manifest.dtype}")
+    print_out(f"{size_text(size)}, {size / manifest.pictures:,.0f} bytes a picture; {speed:.1f} pictures a second")

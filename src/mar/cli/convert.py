@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mar.cli.options import DrawnDtype, parse
+from mar.terminal import print_out
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,9 @@ def convert(arguments: Sequence[str]) -> int:
     pipeline.save(target, torch_dtype(options.dtype or "fp32"))
     if not ours and options.family is None:
         same = ", whose tensors l-DeTok's MAR has as well (--family detok)" if pipeline.notes["family"] == "mar" else ""
-        print(f"{source}: recognized as {pipeline.notes['family']}{same}")
+        print_out(f"{source}: recognized as {pipeline.notes['family']}{same}")
     count = sum(p.numel() for p in pipeline.model.parameters())
-    print(f"{target}: {count / 1e6:.1f} million parameters, the {pipeline.weights.upper()} weights")
+    print_out(f"{target}: {count / 1e6:.1f} million parameters, the {pipeline.weights.upper()} weights")
     return 0
 
 
@@ -104,5 +105,5 @@ def _export(source: Path, target: Path) -> int:
     raw = Pipeline.open(raw_file).model if raw_file.is_file() else ema
     write_mar(target, ema.config, raw.state_dict(), ema.state_dict())
     note = "" if raw_file.is_file() else f"; there is no {raw_file.name}, so `model` holds the same"
-    print(f"{target}: {path.name} as `model_ema`{note}")
+    print_out(f"{target}: {path.name} as `model_ema`{note}")
     return 0

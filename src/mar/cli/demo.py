@@ -10,6 +10,7 @@ from typing import Any
 
 from mar.cli.options import parse, save_png
 from mar.config import to_dict
+from mar.terminal import print_out
 
 PROMPTS = (
     "grinning face", "woman astronaut dark skin tone", "man surfing light skin tone", "thumbs up medium skin tone",
@@ -60,7 +61,7 @@ def demo(arguments: Sequence[str]) -> int:
     strip = image_grid(shown, STRIP, SCALE)
     save_png(strip, options.out / "reveal.png", prompts=[revealed], seeds=[seed], **facts)
 
-    print(f"{options.out / 'demo.png'}    {', '.join(prompts)}")
-    print(f"{options.out / 'reveal.png'}  {revealed}, revealed in {len(steps)} steps")
-    print(f"{len(images)} pictures in {seconds:.1f} s, {seconds / len(images):.2f} s each, on {model.device}")
+    print_out(f"{options.out / 'demo.png'}    {', '.join(prompts)}")
+    print_out(f"{options.out / 'reveal.png'}  {revealed}, revealed in {len(steps)} steps")
+    print_out(f"{len(images)} pictures in {seconds:.1f} s, {seconds / len(images):.2f} s each, on {model.device}")
     return 0

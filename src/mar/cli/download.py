@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from mar.cli.options import parse
+from mar.terminal import print_out
 
 
 @dataclass(frozen=True)
@@ -41,5 +42,5 @@ def download(arguments: Sequence[str]) -> int:
     for remote in dict.fromkeys(remote for name in names for remote in needed(name)):
         with progress_bar(remote.name) as progress:
             path = fetch(remote, options.to, mirror=options.mirror, progress=progress)
-        print(path)
+        print_out(str(path))
     return 0

@@ -14,6 +14,7 @@ import tyro
 from mar.cli.options import SamplingFlags, given_prompts, interruptible, parse, save_png
 from mar.cli.stats import FeatureFlags, Split, check_count, check_out
 from mar.config import ConfigError
+from mar.terminal import print_err, print_out, printable, unescaped
 
 if TYPE_CHECKING:
     import torch
@@ -191,7 +192,7 @@ def _report(options: EvaluateOptions, session: EvalSession) -> int:
     with distributed.collective_errors():
         if distributed.rank() == 0:
             for name, value in report.lines():
-                print(f"{name:<32} {value}")
+                print_out(f"{name:<32} {value}")
             _warn(report)
             if options.neighbors_grid is not None:  # draws images again: nothing is written before all is there
                 grid = session.pair_grid(report)
@@ -203,7 +204,7 @@ def _report(options: EvaluateOptions, session: EvalSession) -> int:
 
 def _warn(report: Report) -> None:
     for line in report.warnings:
-        print(f"mar: {line}", file=sys.stderr)
+        print_err(f"mar: {line}")
 
 
 # ---- A sweep
@@ -227,7 +228,7 @@ def _sweep(options: EvaluateOptions, session: EvalSession) -> int:
         session.measure_reference()
     for number, point in enumerate(missing, 1):
         if distributed.rank() == 0:
-            print(f"{number} of {len(missing)}: {point_text(point)}", file=sys.stderr, flush=True)
+            print_err(f"{number} of {len(missing)}: {point_text(point)}")
         report = session.report(**point)
         with distributed.collective_errors():
             if distributed.rank() == 0:
@@ -240,13 +241,14 @@ def _sweep(options: EvaluateOptions, session: EvalSession) -> int:
             table.write()  # a sweep may have been killed between its files
             plot(table, folder / "sweep.png")
             _print_table(table)
-            print(f"{folder}: sweep.json, sweep.csv, sweep.png")
+            print_out(f"{folder}: sweep.json, sweep.csv, sweep.png")
     return 0
 
 
 def _print_table(table: Table) -> None:
     from rich.console import Console
     from rich.table import Table as RichTable
+    from rich.text import Text
 
     from mar.evaluation.sweep import point_text
 
@@ -257,10 +259,11 @@ def _print_table(table: Table) -> None:
         printed.add_column(name.replace("_", " "), justify="right")
     for row in table.rows:
         cells = dict(zip(table.columns(), table.cells(row), strict=True))
-        printed.add_row(*(_short(cells[name]) for name in names), style="bold" if row is best else None)
-    Console().print(printed)
+        texts = [Text(printable(_short(cells[name]))) for name in names]
+        printed.add_row(*texts, style="bold" if row is best else None)
+    Console(file=unescaped(sys.stdout)).print(printed)
     if best is not None:
-        print(f"best: {point_text(best.point)}: {best.report['metric']} {best.distance:.4g}")
+        print_out(f"best: {point_text(best.point)}: {best.report['metric']} {best.distance:.4g}")
 
 
 def _short(cell: Any) -> str:

@@ -12,6 +12,7 @@ import tyro
 
 from mar.cli.options import SamplingFlags, check_asks, default_prompts, given_prompts, interruptible, parse
 from mar.config import ConfigError
+from mar.terminal import print_out
 
 if TYPE_CHECKING:
     import numpy as np
@@ -183,9 +184,9 @@ def _print_summary(out: Path, total: int, drawn: int | None, seconds: float, dev
     from mar import distributed
 
     if drawn is None:
-        print(f"{out} is finished: {total:,} pictures; nothing to do")
+        print_out(f"{out} is finished: {total:,} pictures; nothing to do")
         return
     world = distributed.world_size()
     place = f"on {device}" if world == 1 else f"by {world} processes on {device.type}"
-    print(f"{total:,} pictures in {out}")
-    print(f"{drawn:,} drawn in {seconds:.1f} s, {drawn / seconds:.2f} a second, {place}")
+    print_out(f"{total:,} pictures in {out}")
+    print_out(f"{drawn:,} drawn in {seconds:.1f} s, {drawn / seconds:.2f} a second, {place}")

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from mar.cli.options import parse
+from mar.terminal import print_out
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ def info(arguments: Sequence[str]) -> int:
 
     device = devices.choose_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    print(f"mar {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"device {device} ({name}), float32 by default, {torch.get_num_threads()} threads")
+    print_out(f"mar {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print_out(f"device {device} ({name}), float32 by default, {torch.get_num_threads()} threads")
     if options.model is not None:
         _print_model(options.model)
     return 0
@@ -40,25 +41,24 @@ def info(arguments: Sequence[str]) -> int:
 def _print_model(name: str) -> None:
     from mar import zoo
     from mar.assets import asset
-    from mar.checkpoint.files import printable
     from mar.checkpoint.store import model_shapes
     from mar.config import to_dict
 
     header = zoo.describe(asset(f"{name}.safetensors") if name in zoo.BUNDLED else Path(name))
     count = sum(shape.numel() for shape in model_shapes(header.model).values())
-    print(f"{name}: {count / 1e6:.2f} million parameters, the {header.weights.upper()} weights")
+    print_out(f"{name}: {count / 1e6:.2f} million parameters, the {header.weights.upper()} weights")
     for title, values in (
         ("model", to_dict(header.model)),
         ("sampling", to_dict(header.sampling)),
         ("tokenizer", {key: value for key, value in header.tokenizer.items() if key != "config"}),
         ("notes", header.notes),
     ):
-        print(printable(f"{title}: {', '.join(f'{key}={value}' for key, value in values.items())}"))
+        print_out(f"{title}: {', '.join(f'{key}={value}' for key, value in values.items())}")
     if header.classes:
         more = ", ..." if len(header.classes) > 10 else ""
-        print(printable(f"{len(header.classes)} classes: {', '.join(header.classes[:10])}{more}"))
+        print_out(f"{len(header.classes)} classes: {', '.join(header.classes[:10])}{more}")
     if header.condition:
-        print(printable(f"captions: {_describe_captions(header.condition)}"))
+        print_out(f"captions: {_describe_captions(header.condition)}")
 
 
 def _describe_captions(condition: dict[str, Any]) -> str:

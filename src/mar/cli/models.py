@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import tyro
 
 from mar.cli.options import parse
+from mar.terminal import print_out
 
 HEADINGS = ("name", "parameters", "pixels", "FID", "IS", "steps", "download", "here")
 _BUNDLED, _HERE = "bundled", "yes"
@@ -28,15 +29,17 @@ def models(arguments: Sequence[str]) -> int:
     options = parse(ModelsOptions, "models", arguments)
     records = describe_models()
     if options.json:
-        print(json.dumps(records, indent=1))
+        print_out(*json.dumps(records, indent=1).splitlines())
         return 0
     from mar.checkpoint.download import home
 
-    print(_table([_row(record) for record in records]))
-    print()
-    print("`mar download NAME` fetches a model and its tokenizer. The last rows are tokenizers.")
-    print(f"Downloads are in {home()}")
-    print("FID and IS are the authors', for ImageNet; they were not measured here. Steps: the reveal steps they took.")
+    print_out(*_table([_row(record) for record in records]).splitlines())
+    print_out("")
+    print_out("`mar download NAME` fetches a model and its tokenizer. The last rows are tokenizers.")
+    print_out(f"Downloads are in {home()}")
+    print_out(
+        "FID and IS are the authors', for ImageNet; they were not measured here. Steps: the reveal steps they took."
+    )
     return 0
 
 

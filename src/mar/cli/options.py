@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import itertools
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,6 +22,7 @@ import tyro
 
 from mar.config import ConfigError, Preset, SamplingConfig
 from mar.config.fields import RENAMED, field_docs, new_names, renamed_fields
+from mar.terminal import for_help, print_err
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +57,7 @@ def parse(
     words, numbers = _rename_flags(kind, arguments, default)
     stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(stderr):
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(for_help(sys.stdout)):
             parsed: Any = tyro.cli(  # type: ignore[call-overload]
                 kind,
                 prog=f"mar {verb}",
@@ -72,10 +75,38 @@ def parse(
 
 
 def _one_line(box: str, verb: str) -> str:
-    """Joins the lines of tyro's framed message."""
-    lines = [line.strip("│╭╮╰╯─ \t") for line in box.splitlines()]
-    words = [line for line in lines if line and not line.startswith("For full helptext")]
-    return f"{' '.join(words) or 'got options that are not understood'}; see `mar {verb} --help`"
+    """Joins the lines of tyro's framed message, without its title and help."""
+    lines = [re.sub("-{5,}", "", line.strip(_FRAME)).strip() for line in box.splitlines()]  # without UTF-8, dashes
+    _, *lines = [line for line in lines if line and not line.startswith("For full helptext")] or [""]
+    lines = list(itertools.takewhile(lambda line: not line.startswith("Argument helptext"), lines))
+    text = " ".join(line for line in lines if line != f"mar {verb} --help")
+    for pattern, plain in _TYRO_MESSAGES:
+        text = pattern.sub(plain, text)
+    return f"{text.rstrip('.;') or 'got options that are not understood'}; see `mar {verb} --help`"
+
+
+_FRAME = "│╭╮╰╯─ \t"
+
+
+def _listed(match: re.Match[str]) -> str:
+    choices = sorted(set(re.findall(r"'([^']+)'", match[3])) - {"None"})
+    return f"{match[2]}: got {match[1]}, expected {', '.join(choices)}"
+
+
+_TYRO_MESSAGES: list[tuple[re.Pattern[str], Any]] = [
+    (re.compile(r"invalid choice (.*?) for argument '(.*?)'\. Expected one of \((.*)\)"), _listed),
+    (re.compile(r"Error parsing (\S+): invalid literal for int\(\) with base 10: (.*)"),
+     r"\1: got \2, expected a whole number"),
+    (re.compile(r"Error parsing (\S+): could not convert string to float: (.*)"), r"\1: got \2, expected a number"),
+    (re.compile(r"Error parsing (\S+): no type matching (.+?) could be instantiated from \[(.*?)\]\. Got errors.*"),
+     lambda match: f"{match[1]}: got {match[3]}, expected {re.sub('[{}]', '', match[2].replace('{None}|', ''))}"),
+    (re.compile(r"Error parsing (\S+): "), r"\1: "),
+    (re.compile(r"^Missing from (mar .*?):"), r"\1 needs"),
+    (re.compile(r" \(required\)"), ";"),
+    (re.compile(r"Missing value for argument '(.*?)'\. Expected (\d+) values"),
+     r"\1: got too few values, expected \2"),
+]  # fmt: skip
+"""Messages of tyro, and how mar says the same."""
 
 
 def _rename_flags(kind: type, arguments: Sequence[str], default: Any) -> tuple[list[str], dict[str, float]]:
@@ -102,7 +133,7 @@ def _rename_flags(kind: type, arguments: Sequence[str], default: Any) -> tuple[l
         renamed = "--" + ".".join([*path, name]).replace("_", "-")
         for _ in new_names(owner, [old]):
             place = f"number {int(index) + 1} of " if index else ""
-            print(f"mar: {flag} is now {place}{renamed}; the old name still works", file=sys.stderr)
+            print_err(f"mar: {flag} is now {place}{renamed}; the old name still works")
         if not index:
             words.append(renamed + equals + value)
             continue
@@ -269,7 +300,7 @@ def default_prompts(model: Pipeline) -> list[str | None]:
 
     if distributed.rank() == 0:
         kind = "the model's examples" if model.examples else "pictures without a condition"
-        print(f"mar: no prompts were given: drawing {kind}; --prompt says what to draw", file=sys.stderr)
+        print_err(f"mar: no prompts were given: drawing {kind}; --prompt says what to draw")
     return list(model.examples) or [None]
 
 
@@ -316,7 +347,7 @@ def interruptible(note: str, run: Callable[[Callable[[], None]], int]) -> int:
             return run(check)
         except KeyboardInterrupt:
             if os.environ.get("RANK", "0") == "0":  # `mar.distributed.rank`
-                print(f"mar: stopped; {note}", file=sys.stderr)
+                print_err(f"mar: stopped; {note}")
             return 130
 
 

@@ -12,6 +12,7 @@ import tyro
 
 from mar.cli.options import SamplingFlags, check_asks, default_prompts, given_prompts, parse, save_png
 from mar.config import to_dict
+from mar.terminal import print_out
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -97,8 +98,8 @@ def sample(arguments: Sequence[str]) -> int:
     grid = image_grid(images, columns=options.count if options.count > 1 else min(len(images), 10))
     every = {f"{key}s": [what[key] for what in own] for key in own[0]}
     save_png(grid, options.out / "grid.png", **every, seeds=seeds, **facts)
-    print(f"{len(images)} pictures and grid.png in {options.out}")
-    print(f"{seconds:.1f} s, {seconds / len(images):.2f} s a picture, on {model.device}")
+    print_out(f"{len(images)} pictures and grid.png in {options.out}")
+    print_out(f"{seconds:.1f} s, {seconds / len(images):.2f} s a picture, on {model.device}")
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import tyro
 
 from mar.cli.options import interruptible, parse
 from mar.config import ConfigError
+from mar.terminal import print_err, print_out
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ def _stats(arguments: Sequence[str], check: Callable[[], None]) -> int:
             if distributed.rank() == 0:
                 collected.statistics.save(options.out)
                 for line in collected.warnings:
-                    print(f"mar: {line}", file=sys.stderr)
+                    print_err(f"mar: {line}")
                 _print_summary(options.out, collected.statistics)
     return 0
 
@@ -127,7 +127,7 @@ def _measure(options: StatsOptions, device: torch.device, check: Callable[[], No
 def _print_summary(out: Path, measured: FeatureStats) -> None:
     count = "an unknown number of" if measured.count is None else f"{measured.count:,}"
     kept = "" if measured.features is None else ", with the features"
-    print(f"{out}: {len(measured.mean)} features of {count} pictures{kept}")
+    print_out(f"{out}: {len(measured.mean)} features of {count} pictures{kept}")
 
 
 def check_count(count: int | None) -> None:

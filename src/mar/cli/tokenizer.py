@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import tyro
 from mar.cli.options import parse
 from mar.config import resolve_image_channels
 from mar.config.tokenizer import NEW_RUN, TokenizerTrainConfig
+from mar.terminal import print_err, print_out
 
 if TYPE_CHECKING:
     from mar.tokenizer import Tokenizer
@@ -66,7 +66,7 @@ mar tokenizer train --help and mar tokenizer stats --help list all options
 def tokenizer(arguments: Sequence[str]) -> int:
     """Runs `mar tokenizer train` or `mar tokenizer stats`."""
     if list(arguments) in (["-h"], ["--help"]):
-        print(USAGE, end="")
+        print_out(*USAGE.splitlines())
         raise SystemExit(0)
     if arguments and arguments[0] == "train":
         return _train(arguments[1:])
@@ -92,13 +92,13 @@ def _stats(arguments: Sequence[str]) -> int:
         measured, in_order(source, transform, limit=options.limit), per_channel=options.per_channel
     )
     for name, values in (("mean", statistics.mean), ("std", statistics.std)):
-        print(f"{name} {' '.join(f'{value:.6g}' for value in values)}")
+        print_out(f"{name} {' '.join(f'{value:.6g}' for value in values)}")
     most = len(source) if options.limit is None else min(options.limit, len(source))
     left_out = f" of {most:,}: the others can't be read" if statistics.images < most else ""
-    print(f"measured on {statistics.images:,} pictures{left_out}")
+    print_out(f"measured on {statistics.images:,} pictures{left_out}")
     if Path(options.tokenizer).is_dir():
         measured.set_statistics(statistics.mean, statistics.std)
-        print(f"kept in {save_statistics(measured, options.tokenizer)}")
+        print_out(f"kept in {save_statistics(measured, options.tokenizer)}")
     return 0
 
 
@@ -108,13 +108,13 @@ def _train(arguments: Sequence[str]) -> int:
     config = TokenizerTrainConfig(arguments[0]) if named else TokenizerTrainConfig()
     default = TokenizerTrainOptions(config=replace(config, **_begun_settings(rest)))
     if "-h" in rest or "--help" in rest:
-        print("mar tokenizer train DATA --out FOLDER ...\n")
+        print_out("mar tokenizer train DATA --out FOLDER ...", "")
     options = parse(TokenizerTrainOptions, "tokenizer train", rest, default)
     code = train_tokenizer(options)
     if not code:
         from mar.training.tokenizer import train_command
 
-        print(f"train on it: {shlex.join(train_command(options.config, options.out))}")
+        print_out(f"train on it: {shlex.join(train_command(options.config, options.out))}")
     return code
 
 
@@ -149,10 +149,10 @@ def train_tokenizer(options: TokenizerTrainOptions, page: Page | None = None) ->
     finally:
         log.close()
     if result is None:
-        print(f"stopped and saved at {run.progress.images:,} images; the same command goes on", file=sys.stderr)
+        print_err(f"stopped and saved at {run.progress.images:,} images; the same command goes on")
         return 130
     if log.skipped_images:
-        print(f"{len(log.skipped_images)} pictures could not be read and were skipped", file=sys.stderr)
+        print_err(f"{len(log.skipped_images)} pictures could not be read and were skipped")
     _print_summary(run, *result)
     return 0
 
@@ -171,6 +171,6 @@ def _print_summary(run: TokenizerRun, tokenizer: Tokenizer, round_trip: RoundTri
     before = height * width * tokenizer.image_channels
     after = cells[0] * cells[1] * tokenizer.channels
     if round_trip.images:
-        print(f"PSNR {round_trip.psnr:.2f} dB on {round_trip.images:,} held-out pictures")
-    print(f"{before:,} values in, {after:,} out: {before / after:.1f} times fewer")
-    print(f"{cells[0] * cells[1]} tokens of {tokenizer.channels} values with --model.patch-size 1")
+        print_out(f"PSNR {round_trip.psnr:.2f} dB on {round_trip.images:,} held-out pictures")
+    print_out(f"{before:,} values in, {after:,} out: {before / after:.1f} times fewer")
+    print_out(f"{cells[0] * cells[1]} tokens of {tokenizer.channels} values with --model.patch-size 1")

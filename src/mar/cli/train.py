@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import tyro
 from mar.cli.options import parse
 from mar.config import ConfigError, TrainConfig
 from mar.presets import PLANNED_RECIPES, RECIPE_NAMES, recipe
+from mar.terminal import print_err, print_out
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ def _options(name: str, chosen: TrainConfig, arguments: Sequence[str]) -> TrainO
     """Parses the options over the recipe `chosen`, called `name`."""
     rest = list(arguments[1:] if arguments[:1] == [name] else arguments)
     if "-h" in rest or "--help" in rest:
-        print(f"mar train [RECIPE] --out FOLDER ...    recipes: {', '.join(RECIPE_NAMES)}; shown: {name}\n")
+        print_out(f"mar train [RECIPE] --out FOLDER ...    recipes: {', '.join(RECIPE_NAMES)}; shown: {name}", "")
     options = parse(TrainOptions, f"train {name}", rest, TrainOptions(Path("runs", name), chosen))
     return replace(options, out=options.out or Path("runs", name))
 
@@ -175,20 +175,20 @@ def _open(options: TrainOptions, device: torch.device) -> Run:
             raise ConfigError(f"{options.out} has gone on already; leave --resume-official out to go on with it")
         resume_official(run, options.resume_official)
     if distributed.rank() == 0:
-        print(needs.text(), file=sys.stderr)
+        print_err(needs.text())
     return run
 
 
 def _print_summary(run: Run, finished: bool, skipped: int) -> None:
     """Prints skipped steps and images, and where the model is."""
     if not finished:
-        print(f"stopped and saved at {run.progress.images:,} images; the same command goes on", file=sys.stderr)
+        print_err(f"stopped and saved at {run.progress.images:,} images; the same command goes on")
         return
     if run.progress.skipped_steps:
-        print(f"{run.progress.skipped_steps} steps were skipped: the gradient was not finite", file=sys.stderr)
+        print_err(f"{run.progress.skipped_steps} steps were skipped: the gradient was not finite")
     if skipped:
-        print(f"{skipped} pictures could not be read and were skipped", file=sys.stderr)
-    print(f"{run.folder / 'model.safetensors'} (EMA) and model-raw.safetensors; draw: mar sample {run.folder}")
+        print_err(f"{skipped} pictures could not be read and were skipped")
+    print_out(f"{run.folder / 'model.safetensors'} (EMA) and model-raw.safetensors; draw: mar sample {run.folder}")
 
 
 def _make_evaluation(options: TrainOptions, run: Run, log: Log) -> SnapshotCallback:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -17,6 +16,7 @@ from mar.cli.train import TrainOptions, names_precision, train_model
 from mar.config import ConfigError
 from mar.config.tokenizer import Stride, TokenizerKind, TokenizerTrainConfig
 from mar.presets import PLANNED_RECIPES
+from mar.terminal import print_err, print_out
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +106,7 @@ def plan_folder(arguments: Sequence[str], lengths: TimePlan | None = None) -> tu
     from mar.training.run import check_classes, open_run_data
 
     if "-h" in arguments or "--help" in arguments:
-        print("shown: what is chosen for 10,000 color pictures of 32x32 in ten classes\n")
+        print_out("shown: what is chosen for 10,000 color pictures of 32x32 in ten classes", "")
         parse(FolderOptions, VERB, arguments, FolderOptions(_FolderOverrides.out, FOLDER))
     given = parse(_FolderOverrides, VERB, arguments, partly=True)
     if given.data is None:
@@ -364,7 +364,7 @@ def _note(text: str) -> None:
     from mar import distributed
 
     if distributed.rank() == 0:
-        print(text, file=sys.stderr)
+        print_err(text)
 
 
 def _measure_seconds(seconds: float) -> float:

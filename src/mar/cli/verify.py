@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Annotated
 import tyro
 
 from mar.cli.options import interruptible, parse
+from mar.terminal import print_err, print_out
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def _verify(paths: Sequence[Path]) -> int:
                     _report(str(error))
                 else:
                     outcome = _WHOLE if whole else _OPENED
-                    print(f"{part.path} {outcome} ({_amount(len(sizes), size_text(sum(sizes)), started)})")
+                    print_out(f"{part.path} {outcome} ({_amount(len(sizes), size_text(sum(sizes)), started)})")
     total = _amount(files, size_text(size), begun)
-    print(f"compared {total}: {f'{damaged} damaged' if damaged else 'nothing is damaged'}")
+    print_out(f"compared {total}: {f'{damaged} damaged' if damaged else 'nothing is damaged'}")
     return 2 if damaged else 0
 
 
@@ -90,7 +90,7 @@ def _amount(files: int, size: str, begun: float) -> str:
 
 
 def _report(line: str) -> None:
-    print(f"mar: {' '.join(line.split())}", file=sys.stderr)
+    print_err(f"mar: {' '.join(line.split())}")
 
 
 def _parts(path: Path) -> Iterator[Part]:

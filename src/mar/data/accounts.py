@@ -8,6 +8,8 @@ from collections import Counter
 
 import numpy as np
 
+from mar.terminal import printable
+
 logger = logging.getLogger("mar.data")
 
 OTHER_PARTS = "pictures of other parts"
@@ -87,5 +89,5 @@ def log_once(level: int, line: str) -> None:
 
 def shown(text: str, most: int = SHOWN_NAME) -> str:
     """Return text for a message, escaped and shortened."""
-    plain = "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+    plain = printable(text)
     return plain if len(plain) <= most else f"{plain[: most // 2]}...{plain[-most // 2 + 3 :]}"

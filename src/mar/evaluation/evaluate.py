@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from mar.evaluation.neighbors import HeldOut, Pair, closest_pairs, share_of_copi
 from mar.evaluation.statistics import FeatureStats, Moments, StatsProvenance, check_comparable
 from mar.sampling.generate import BrokenLatents
 from mar.sampling.progress import Advance
+from mar.terminal import print_err
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 """Subsets of KID and the images in each: defaults of torch-fidelity and torchmetrics."""
@@ -310,7 +310,7 @@ def print_feature_memory(count: int, extractor: Extractor) -> None:
     """Prints the memory that features of `count` images take, on rank 0."""
     if distributed.rank() == 0:
         size = size_text(4 * count * extractor.width)
-        print(f"keeping the features of {count:,} pictures takes {size} of memory", file=sys.stderr)
+        print_err(f"keeping the features of {count:,} pictures takes {size} of memory")
 
 
 def _join(sizes: Iterable[tuple[int, int]]) -> str:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from mar import distributed
+from mar.terminal import print_err, unescaped
 
 LINE_INTERVAL_S = 10.0
 """Seconds between lines if stderr is no terminal."""
@@ -25,7 +26,7 @@ def bar(visible: bool, total: int) -> Iterator[Advance]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with Progress(console=Console(file=unescaped(sys.stderr)), transient=True) as progress:
         task = progress.add_task("drawing", total=total)
         yield lambda done: progress.update(task, completed=done)
 
@@ -54,7 +55,8 @@ def meter(visible: bool, total: int, before: int = 0, unit: str = "picture") -> 
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn
 
-        with Progress(BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True)) as progress:
+        console = Console(file=unescaped(sys.stderr))
+        with Progress(BarColumn(), TextColumn("{task.description}"), console=console) as progress:
             task = progress.add_task(text(before), total=total, completed=before)
             yield lambda done: progress.update(task, completed=done, description=text(done))
     else:
@@ -91,7 +93,7 @@ def _print_lines(text: Callable[[float], str], started: float) -> Advance:
         nonlocal last
         if time.monotonic() - last >= LINE_INTERVAL_S:
             last = time.monotonic()
-            print(text(done), file=sys.stderr, flush=True)
+            print_err(text(done))
 
     return advance
 

@@ -43,6 +43,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from mar import distributed
 from mar.checkpoint.files import write_text
 from mar.config import ConfigError, to_dict
+from mar.terminal import print_err, printable, unescaped
 from mar.training.page import Page
 from mar.training.page_html import Stage
 
@@ -138,7 +139,7 @@ class RunLog(Log):
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=Console(file=unescaped(sys.stderr)),
             disable=not sys.stderr.isatty(),
         )
         self.task: TaskID = self.progress.add_task("training", total=total_images, completed=images)
@@ -152,7 +153,7 @@ class RunLog(Log):
         for writer in self.writers:
             writer.write(images, numbers)
         if not sys.stderr.isatty() and "loss" in numbers:
-            print(self._progress_line(images, numbers), file=sys.stderr, flush=True)
+            print_err(self._progress_line(images, numbers))
 
     def _progress_line(self, images: int, numbers: dict[str, Any]) -> str:
         seconds = time.monotonic() - self.start
@@ -175,7 +176,7 @@ class RunLog(Log):
 
     def note(self, text: str) -> None:
         """Print a message for people, verbatim: brackets in paths are no markup."""
-        self.progress.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.progress.console.print(printable(text), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def close(self) -> None:
         """End the progress bar, and flush the writers."""

@@ -8,13 +8,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from html import escape
 from importlib import resources
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
 
 from mar.autoconfig.timing import duration
+from mar.terminal import printable_html
 from mar.training.curves import Chart, Curve, Series, draw_chart
 
 RELOAD_INTERVAL_S = 10
@@ -96,7 +96,7 @@ def render(root: Path, stages: Sequence[Stage], commands: Sequence[Command], now
         commands: uses of the result.
         now: time of writing.
     """
-    name = escape(root.resolve().name)
+    name = printable_html(root.resolve().name)
     current = next((stage for stage in stages if stage.state != "finished"), stages[-1])
     alive = current.state not in ("finished", "stopped")
     reload = f'<meta http-equiv="refresh" content="{RELOAD_INTERVAL_S}">\n' if alive else ""
@@ -200,7 +200,7 @@ def _sheets(stage: Stage, strip: bool) -> str:
     is_small = scale >= 2  # pixels stay squares of one size
     width = math.floor(scale) * newest.width if is_small else box
     height = THUMBNAIL_HEIGHT if width > SHEET_WIDTH / 2 else 2 * THUMBNAIL_HEIGHT  # below the sheet, or beside it
-    labels = "".join(f'<span title="{escape(name)}">{escape(name)}</span>' for name in classes)
+    labels = "".join(f'<span title="{printable_html(name)}">{printable_html(name)}</span>' for name in classes)
     small = "".join(_thumbnail(sheet, title, height) for sheet in earlier) if strip else ""
     return f"""<section class="card">
 <h2>{title} <small>after {newest.images:,} images{"; " if about else ""}{about}</small></h2>
@@ -232,7 +232,7 @@ def _thumbnail(sheet: Sheet, title: str, height: int) -> str:
 
 
 def _url(sheet: Sheet) -> str:
-    return escape(quote(sheet.path))
+    return printable_html(quote(sheet.path))
 
 
 def charts(stages: Sequence[Stage]) -> list[Chart]:
@@ -265,7 +265,7 @@ def _commands(stage: Stage, commands: Sequence[Command]) -> str:
     elif hint and stage.sample_every and stage.state in ("waiting", "opening"):  # its length may not be settled
         hint = "model.safetensors is written with each sample sheet, so this works before the run is finished."
     lines = "".join(
-        f"<dt>{escape(command.purpose)}</dt><dd><code>{escape(shlex.join(command.words))}</code></dd>\n"
+        f"<dt>{printable_html(command.purpose)}</dt><dd><code>{printable_html(shlex.join(command.words))}</code></dd>\n"
         for command in commands
     )
     return f'<section class="card commands">\n<dl>{lines}</dl>\n<p class="hint">{hint}</p>\n</section>\n'

@@ -1,0 +1,201 @@
+"""Every verb's lines: whoever reads them may leave, names command no terminal, and messages say what to do."""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import tiny_pipeline
+
+import mar
+from mar.cli import VERBS, main
+from mar.terminal import guarded, print_err, print_out, printable, printable_html, unescaped
+from mar.training.page_html import Stage, draw_commands, render
+
+HOSTILE = "cat\x1b[2J\r\n\u202egnp\x07\x9b\u2066\U000e0041"
+"""A name that clears screens, turns text around, forges lines and rings."""
+ESCAPED = r"cat\x1b[2J\r\n\u202egnp\x07\x9b\u2066\U000e0041"
+
+
+def run_mar(*arguments: str, stdout: Any) -> subprocess.CompletedProcess[str]:
+    """Runs `mar` in a process of its own, as a shell does."""
+    return subprocess.run(
+        [sys.executable, "-m", "mar", *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+
+
+def terminal_of(encoding: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+
+
+def written(stream: io.TextIOWrapper) -> str:
+    buffer = stream.buffer
+    assert isinstance(buffer, io.BytesIO)
+    return buffer.getvalue().decode(stream.encoding)
+
+
+class Gone(io.StringIO):
+    """A stream whose reader has left, or whose disk is full."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__()
+        self.gone = error
+
+    def write(self, text: str) -> int:
+        raise self.gone
+
+
+# ---- readers that leave, disks that are full
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "fashion"], ["train", "--help"]])
+def test_mar_reader_that_left_is_quiet(arguments: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    ended = run_mar(*arguments, stdout=write)
+    os.close(write)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["info", "fashion"], ["train", "--help"]])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_mar_full_stdout_is_one_line(arguments: list[str]) -> None:
+    with Path("/dev/full").open("w") as full:
+        ended = run_mar(*arguments, stdout=full)
+    assert (ended.returncode, ended.stderr) == (2, "mar: can't write to stdout: No space left on device\n")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_mar_closed_streams_are_no_traceback(closed: str) -> None:
+    command = ["sh", "-c", f'"$@" {closed}', "sh", sys.executable, "-m", "mar", "demo", "--bogus"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2
+    expected = "" if "2>" in closed else "mar: Unrecognized options: --bogus; see `mar demo --help`\n"
+    assert (ended.stdout, ended.stderr) == ("", expected)
+
+
+@pytest.mark.parametrize("verb", [*VERBS, "--version"])
+def test_verb_help_survives_its_reader(
+    verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Gone(BrokenPipeError(32, "Broken pipe")))
+    try:
+        assert main([verb] if verb.startswith("-") else [verb, "--help"]) == 0
+    except SystemExit as stopped:  # tyro's
+        assert not stopped.code  # noqa: PT017
+    assert capsys.readouterr().err == ""
+
+
+def test_info_failing_stdout_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdout", Gone(OSError(5, "Input/output error")))
+    assert main(["info"]) == 2
+    assert capsys.readouterr().err == "mar: can't write to stdout: Input/output error\n"
+
+
+def test_sample_without_reader_draws_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "tiny.safetensors"
+    tiny_pipeline().save(model)
+    monkeypatch.setattr(sys, "stdout", Gone(BrokenPipeError(32, "Broken pipe")))
+    monkeypatch.setattr(sys, "stderr", Gone(BrokenPipeError(32, "Broken pipe")))
+    assert main(["sample", str(model), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert len([*(tmp_path / "out").glob("*.png")]) == 4
+
+
+# ---- names that command the terminal
+
+
+def test_printable_escapes_what_a_terminal_obeys() -> None:
+    assert printable(HOSTILE) == ESCAPED
+    assert printable("\udcff") == r"\udcff"
+    family = "naïve \N{MAN}\u200d\N{WOMAN} \N{NO-BREAK SPACE}日本語 C:\\new"
+    assert printable(family) == family
+
+
+def test_printed_lines_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    print_out(HOSTILE, "second")
+    print_err(HOSTILE)
+    said = capsys.readouterr()
+    assert said.out == f"{ESCAPED}\nsecond\n"
+    assert said.err == f"{ESCAPED}\n"
+
+
+def test_guarded_streams_escape_what_others_print(capsys: pytest.CaptureFixture[str]) -> None:
+    with guarded():
+        print(f"a warning of {HOSTILE}", file=sys.stderr)
+        unescaped(sys.stdout).write("\x1b[1mbold")
+    said = capsys.readouterr()
+    assert said.err == "a warning of " + ESCAPED.replace(r"\n", "\n") + "\n"
+    assert said.out == "\x1b[1mbold"
+
+
+def test_source_prints_by_one_function_alone() -> None:
+    root = Path(mar.__file__).parent
+    calls = [
+        f"{path.relative_to(root)}:{node.lineno}"
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    ]
+    assert len(calls) == 1, calls
+    assert calls[0].startswith("terminal.py:")
+
+
+def test_info_hostile_classes_are_escaped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pipeline = tiny_pipeline()
+    pipeline.classes = (HOSTILE, "dog", "bird")
+    path = tmp_path / f"m{HOSTILE}.safetensors"
+    pipeline.save(path)
+    for arguments in (["info"], ["verify"], ["sample", "--labels", "wolf", "--out", str(tmp_path / "out")]):
+        main([arguments[0], str(path), *arguments[1:]])
+        said = capsys.readouterr()
+        shown = said.out + said.err
+        assert ESCAPED.partition(r"\r")[0] in shown, arguments
+        assert all(character.isprintable() or character == "\n" for character in shown)
+
+
+@pytest.mark.parametrize("verb", [*VERBS])
+def test_verb_hostile_arguments_are_escaped(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["train"] if verb == "tokenizer" else []
+    assert main([verb, *words, f"/nowhere/{HOSTILE}", f"--{HOSTILE}", HOSTILE]) == 2
+    said = capsys.readouterr().err
+    assert all(character.isprintable() or character == "\n" for character in said)
+    assert said.count("\n") == 1
+
+
+def test_page_hostile_names_are_escaped(tmp_path: Path) -> None:
+    from datetime import UTC, datetime
+
+    root = tmp_path / f"<run>{HOSTILE}"
+    stage = Stage("model", root, 10, classes=(HOSTILE,))
+    page = render(root, [stage], draw_commands(root), datetime(2026, 1, 1, tzinfo=UTC))
+    assert f"&lt;run&gt;{ESCAPED}" in page
+    assert all(character.isprintable() or character == "\n" for character in page)
+    assert printable_html('<b>"\x1b') == r"&lt;b&gt;&quot;\x1b"
+
+
+# ---- terminals without UTF-8
+
+
+@pytest.mark.parametrize("verb", [*VERBS])
+def test_verb_help_in_ascii(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = terminal_of("ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    with pytest.raises(SystemExit, match="0"):
+        main([verb, "--help"])
+    assert "--" in written(stream)
+    assert "\\x" not in written(stream)
+    assert "\\u" not in written(stream)
+
+
+def test_ascii_terminal_gets_plain_letters(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = terminal_of("ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    print_out("Fréchet 3.1 ± 0.2, 4×4, 猫")
+    assert written(stream) == "Frechet 3.1 +- 0.2, 4x4, \\u732b\n"
