@@ -492,7 +492,7 @@ def test_part_of_a_killed_process_is_resumed(server: Server, get: Get) -> None:
 def test_progress_bar_shows_reported_bytes(server: Server, get: Get, capsys: pytest.CaptureFixture[str]) -> None:
     with download.progress_bar("MAR") as show:
         get(server.remote(), progress=show)
-    assert "1.0/1.0 MB" in capsys.readouterr().out.replace("1.1", "1.0")
+    assert "1.0/1.0 MB" in capsys.readouterr().err.replace("1.1", "1.0")
 
 
 def test_download_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
