@@ -170,6 +170,8 @@ class MARPipeline(DiffusionPipeline):  # type: ignore[misc]
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         prompt: Prompt | Iterable[Prompt] = None,
         allow_broken: bool = False,
+        height: int | None = None,
+        width: int | None = None,
         **settings: Any,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
         """Generate images, all in one batch.
@@ -196,6 +198,8 @@ class MARPipeline(DiffusionPipeline):  # type: ignore[misc]
             callback_on_step_end_tensor_inputs: names of the tensors to give to it: latents, or none.
             prompt: what to draw, in words, for a model that draws from them; one or several, None for no condition.
             allow_broken: return noise instead of raising BrokenLatents.
+            height, width: of the images, in pixels (None: the model's); others are experimental, as
+                `mar.Pipeline.at_size` has it.
             settings: a preset, and fields of SamplingConfig that differ from the model's own.
         """
         model: Pipeline = self.model.pipeline
@@ -207,6 +211,9 @@ class MARPipeline(DiffusionPipeline):  # type: ignore[misc]
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs: got {', '.join(sorted(unknown))}, expected latents")
         settings = _merge_settings(settings, steps=num_inference_steps, guidance_scale=guidance_scale)
+        if height is not None or width is not None:
+            own = model.image_size
+            model = model.at_size((own[0] if height is None else height, own[1] if width is None else width))
         asks, known, mask = _expand(asks, num_images_per_prompt, image, mask_image)
         self._num_timesteps = model.sampling_with(**settings).steps
         self._seeds = seeds_of(len(asks), generator, seeds)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import logging
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +19,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
+from mar import distributed
 from mar.backends.cpu.int8 import is_quantized, quantize_, require_int8
 from mar.checkpoint import store
 from mar.config import ConfigError, SamplingConfig, rename_old_keys, to_dict_for_hash
@@ -32,6 +36,12 @@ from mar.sampling.inpainting import Paste, read_masks, soft_seam, tokens_to_gene
 from mar.sampling.progress import bar
 from mar.tokenizer import Tokenizer, build
 
+logger = logging.getLogger(__name__)
+
+ImageSize = SupportsIndex | Sequence[SupportsIndex]
+"""Height and width in pixels; or one number, for a square."""
+MAX_ENLARGEMENT = 4
+"""Images have at most this many times the height and the width that the model was trained at."""
 WEIGHTS_FILE = "model.safetensors"
 """Name of the weights in a saved folder."""
 CARD = """\
@@ -123,6 +133,7 @@ class Pipeline(
         self.sampling = sampling or SamplingConfig()
         self.weights = weights
         self.notes = notes or {}
+        self._trained: Pipeline | None = None
 
     @property
     def reader(self) -> ConditionReader:
@@ -160,8 +171,10 @@ class Pipeline(
         """Move model and tokenizer to a device, and cast the model's matrices.
 
         `dtype` is float32, bfloat16, or int8 on a CPU. Raises ConfigError for int8 on another device, and for a model
-        with int8 weights that would be cast or moved.
+        with int8 weights that would be cast or moved, and for one of `at_size`.
         """
+        if self._trained is not None:
+            raise ConfigError("a model at another size can't be moved or cast: move the model itself, then at_size")
         if is_quantized(self.model) and not (
             dtype in (None, torch.int8) and torch.device(device or "cpu").type == "cpu"
         ):
@@ -178,6 +191,48 @@ class Pipeline(
         elif dtype is not None:
             set_matrix_dtype(self.model, dtype)
         return self
+
+    def at_size(self, image_size: ImageSize) -> Pipeline:
+        """Return this model at another image size; experimental, and said in one line.
+
+        It draws on a larger or smaller grid than it was trained on, with interpolated positions. All else is shared:
+        move and cast the model before. The trained size returns the model itself. Raises ValueError for a size that it
+        can't draw.
+        """
+        trained = self._trained or self
+        size = trained._check_size(image_size)
+        if size == trained.image_size:
+            return trained
+        other = copy.copy(trained)
+        stride = trained.tokenizer.stride
+        other.model, other._trained = trained.model.with_grid((size[0] // stride, size[1] // stride)), trained
+        if distributed.rank() == 0:
+            logger.warning(
+                "images of %d x %d pixels by a model that was trained at %d x %d: experimental, expect worse ones",
+                *size,
+                *trained.image_size,
+            )
+        return other
+
+    def _check_size(self, image_size: ImageSize) -> tuple[int, int]:
+        """Return height and width. Raises ValueError for those that the model can't draw."""
+        try:
+            pair = image_size if isinstance(image_size, Sequence) else (image_size, image_size)
+            height, width = map(operator.index, pair)
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"image_size: got {image_size!r}, expected (height, width) in pixels, or one number for a square"
+            ) from None
+        own, multiple = self.image_size, self.tokenizer.stride * self.model.config.patch_size
+        got = f"image_size: got {height}x{width} pixels (height x width), expected"
+        if (fixed := self.tokenizer.fixed_size) is not None and (height, width) != fixed:
+            raise ValueError(f"{got} {fixed[0]}x{fixed[1]}: this model's tokenizer knows no other size")
+        if min(height, width) < 1 or height % multiple or width % multiple:
+            raise ValueError(f"{got} positive multiples of {multiple}, the side of a token")
+        if height > MAX_ENLARGEMENT * own[0] or width > MAX_ENLARGEMENT * own[1]:
+            largest = f"{MAX_ENLARGEMENT * own[0]}x{MAX_ENLARGEMENT * own[1]}"
+            raise ValueError(f"{got} at most {largest}, {MAX_ENLARGEMENT} times the trained size")
+        return height, width
 
     def fingerprint(self) -> str:
         """Hash (sha256, hex) model and tokenizer, as images depend on them."""
@@ -227,6 +282,7 @@ class Pipeline(
         grow: int = 1,
         progress: bool = False,
         allow_broken: bool = False,
+        image_size: ImageSize | None = None,
         **settings: Any,
     ) -> list[Image.Image] | Tensor:
         """Generate an image for each label or prompt, and seed.
@@ -247,15 +303,17 @@ class Pipeline(
             grow: tokens around painted pixels to generate as well, with a soft seam of half a token; 0: no seam.
             progress: show a progress bar.
             allow_broken: return noise instead of raising BrokenLatents.
+            image_size: height and width in pixels, as for `at_size` (None: those of training); experimental.
             settings: a preset, and fields of SamplingConfig that differ from the model's own (guidance_scale, ...).
         """
-        request = self._request(labels, prompts, seeds, settings, batch, known, mask, grow)
+        pipeline = self if image_size is None else self.at_size(image_size)
+        request = pipeline._request(labels, prompts, seeds, settings, batch, known, mask, grow)
         with bar(progress, len(request.seeds)) as advance:
-            batches = self._batches(request, batch, allow_broken, advance)
+            batches = pipeline._batches(request, batch, allow_broken, advance)
             parts = [images.cpu() if output == "tensor" else to_uint8(images) for images in batches]
         if output == "pil":
             return [image for part in parts for image in _as_pil(part)]
-        return torch.cat(parts) if parts else torch.empty(0, self.tokenizer.image_channels, *self.image_size)
+        return torch.cat(parts) if parts else torch.empty(0, self.tokenizer.image_channels, *pipeline.image_size)
 
     def stream(
         self,
@@ -265,6 +323,7 @@ class Pipeline(
         prompts: Iterable[Prompt] | None = None,
         batch: int = 64,
         allow_broken: bool = False,
+        image_size: ImageSize | None = None,
         advance: Callable[[float], None] | None = None,
         **settings: Any,
     ) -> Iterator[UInt8[Tensor, "n c H W"]]:
@@ -273,11 +332,12 @@ class Pipeline(
         They are 8-bit, on the CPU.
 
         Args:
-            labels, seeds, prompts, batch, allow_broken, settings: as in `sample`.
+            labels, seeds, prompts, batch, allow_broken, image_size, settings: as in `sample`.
             advance: called after each reveal step with the number of images done, in fractions.
         """
-        request = self._request(labels, prompts, seeds, settings, batch)
-        return map(to_uint8, self._batches(request, batch, allow_broken, advance or (lambda done: None)))
+        pipeline = self if image_size is None else self.at_size(image_size)
+        request = pipeline._request(labels, prompts, seeds, settings, batch)
+        return map(to_uint8, pipeline._batches(request, batch, allow_broken, advance or (lambda done: None)))
 
     def _batches(
         self, request: Request, batch: int, allow_broken: bool, advance: Callable[[float], None]
@@ -300,18 +360,20 @@ class Pipeline(
         mask: Mask | None = None,
         grow: int = 1,
         allow_broken: bool = False,
+        image_size: ImageSize | None = None,
         **settings: Any,
     ) -> Iterator[RevealStep]:
         """Generate images as `sample` does, and yield them after every reveal step.
 
         Args:
-            labels, seeds, prompts, known, mask, grow, allow_broken, settings: as in `sample`.
+            labels, seeds, prompts, known, mask, grow, allow_broken, image_size, settings: as in `sample`.
         """
-        request = self._request(labels, prompts, seeds, settings, 64, known, mask, grow)
-        for state in self._generate(request, allow_broken):
+        pipeline = self if image_size is None else self.at_size(image_size)
+        request = pipeline._request(labels, prompts, seeds, settings, 64, known, mask, grow)
+        for state in pipeline._generate(request, allow_broken):
 
             def decode(latents: Tensor = state.latents) -> Tensor:
-                images = self._decode(latents).cpu()
+                images = pipeline._decode(latents).cpu()
                 return images if request.paste is None else request.paste(images)
 
             yield RevealStep(state.step, state.steps, state.known, state.revealed_at, state.latents, decode)
@@ -410,6 +472,8 @@ class Pipeline(
         """
         if is_quantized(self.model):
             raise ConfigError("int8 weights can't be saved: save the model as it was loaded")
+        if self._trained is not None:
+            raise ConfigError("a model at another size can't be saved: save the model itself")
         header = store.Header(
             self.model.config, self.sampling, self.tokenizer.config(), self.classes, self.weights, self.notes,
             {} if self.captions is None else self.captions.header(),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from mar.cli.options import SamplingFlags, check_asks, default_prompts, given_prompts, interruptible, parse
+from mar.cli.options import SamplingFlags, SizeFlag, check_asks, default_prompts, given_prompts, interruptible, parse
 from mar.config import ConfigError
 from mar.terminal import print_out
 
@@ -27,7 +27,7 @@ Format = Literal["png", "npz", "webdataset"]
 
 
 @dataclass(frozen=True)
-class GenerateOptions(SamplingFlags):
+class GenerateOptions(SizeFlag, SamplingFlags):
     """Draws many pictures from a model. The same command goes on where it was stopped, and ends with the same files.
 
     Picture i has the seed SEED * 2**32 + i and depends on it and on its label or prompt alone. For several processes:
@@ -76,8 +76,9 @@ def _generate(arguments: Sequence[str], check: Callable[[], None]) -> int:
         devices.choose_device(options.device)
     with distributed.process_group(options.device) as device:
         with distributed.collective_errors():
-            model = options.load(options.model, device)
-            sink = SINKS[kind](_job(options, kind, model))
+            trained = options.load(options.model, device)
+            model = options.at_size(trained)
+            sink = SINKS[kind](_job(options, kind, model, trained.fingerprint()))
 
         def draw(unit: WorkUnit, advance: Advance) -> np.ndarray:
             [images] = model.stream(
@@ -160,7 +161,7 @@ def _plan_classes(options: GenerateOptions, model: Pipeline, labels: Sequence[st
     return Plan.per_class(50 if options.per_class is None else options.per_class, classes, options.seed)
 
 
-def _job(options: GenerateOptions, kind: Format, model: Pipeline) -> Job:
+def _job(options: GenerateOptions, kind: Format, model: Pipeline, weights: str) -> Job:
     from mar import __version__
     from mar.config import to_dict
     from mar.sampling.sinks import Job
@@ -169,14 +170,15 @@ def _job(options: GenerateOptions, kind: Format, model: Pipeline) -> Job:
     plan = _plan(options, model)
     shape = (model.tokenizer.image_channels, *model.image_size)
     settings = {
-        "mar": __version__, "model": Path(options.model).name, "weights": model.fingerprint(), "format": kind,
+        "mar": __version__, "model": Path(options.model).name, "weights": weights, "format": kind,
         "pictures": len(plan), "prompts" if plan.has_prompts else "labels": plan.fingerprint(), "seed": plan.seed,
         "batch": options.batch,
         "dtype": options.resolved_dtype(model.device), "tf32": options.tf32,
         "allow_broken": options.allow_broken, "shape": shape, **to_dict(sampling),
     }  # fmt: skip
     named = ("model", "weights", "dtype", *(["tf32"] if options.tf32 else []))
-    facts = {**{key: settings[key] for key in named}, **to_dict(sampling)}
+    size = {} if options.image_size is None else {"image_size": model.image_size}
+    facts = {**{key: settings[key] for key in named}, **size, **to_dict(sampling)}
     return Job(options.out, plan, options.batch, shape, model.classes, settings, facts)
 
 

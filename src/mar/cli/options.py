@@ -263,6 +263,39 @@ class SamplingFlags(_SamplingOptions):
         return self.dtype or default_precision(device)
 
 
+def _read_size(words: list[str]) -> tuple[int, int]:
+    """Reads 256, 256x512, or 256 512: height and width."""
+    try:
+        numbers = [int(number) for word in words for number in word.lower().split("x")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise ValueError(f"got {' '.join(words)!r}, expected PIXELS or HEIGHTxWIDTH, as 256x512")
+    return numbers[0], numbers[-1]
+
+
+_SIZE = tyro.constructors.PrimitiveConstructorSpec[Any](
+    nargs=(1, 2),
+    metavar="HEIGHTxWIDTH",
+    instance_from_str=_read_size,
+    is_instance=lambda value: value is None or isinstance(value, tuple),
+    str_from_instance=lambda value: [str(value)],
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SizeFlag:
+    """Option of verbs that draw pictures of another size."""
+
+    image_size: Annotated[tuple[int, int] | None, _SIZE, tyro.conf.arg(help_behavior_hint="")] = None
+    """Experimental: height and width in pixels, or one number for a square, where they are not those of training.
+    Positions are interpolated, and pictures get worse."""
+
+    def at_size(self, model: Pipeline) -> Pipeline:
+        """Returns the model at the size of the option; without it, the model itself."""
+        return model if self.image_size is None else model.at_size(self.image_size)
+
+
 RENAMED["SamplingFlags"] = RENAMED["SamplingConfig"]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from mar.cli.options import SamplingFlags, check_asks, default_prompts, given_prompts, parse, save_png
+from mar.cli.options import SamplingFlags, SizeFlag, check_asks, default_prompts, given_prompts, parse, save_png
 from mar.config import to_dict
 from mar.terminal import print_out
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class SampleOptions(SamplingFlags):
+class SampleOptions(SizeFlag, SamplingFlags):
     """Draws pictures from a model into a folder of PNGs. Options left out are the model's own defaults."""
 
     model: Annotated[str, tyro.conf.Positional]
@@ -75,7 +75,8 @@ def sample(arguments: Sequence[str]) -> int:
 
     if options.count < 1:
         raise ValueError(f"count: got {options.count}, expected at least 1")
-    model = options.load(options.model)
+    trained = options.load(options.model)
+    model = options.at_size(trained)
     settings = options.settings()
     asks = [ask for ask in options.asks(model) for _ in range(options.count)]
     argument: dict[str, Any] = {model.condition_argument: asks}
@@ -88,7 +89,8 @@ def sample(arguments: Sequence[str]) -> int:
     )  # fmt: skip
     seconds = time.perf_counter() - started
     facts = {
-        "model": options.model, "weights": model.fingerprint(), "dtype": options.resolved_dtype(model.device),
+        "model": options.model, "weights": trained.fingerprint(), "dtype": options.resolved_dtype(model.device),
+        **({} if options.image_size is None else {"image_size": model.image_size}),
         **({"tf32": True} if options.tf32 else {}), **to_dict(model.sampling_with(**settings)),
         **({"known": str(options.known), "mask": str(options.mask), "grow": options.grow} if known else {}),
     }  # fmt: skip

@@ -7,14 +7,19 @@ b buffer tokens, v visible tokens, r output tokens, s = b + v, e encoder width, 
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from typing import Literal
+
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
-from mar.config import ModelConfig
+from mar.config import ModelConfig, TrunkConfig
 from mar.diffusion.head import build_head
 from mar.model.blocks import NORM_EPS, make_blocks
 from mar.model.conditions import NO_CONDITION, Conditioner, build_conditioner, has_condition
+from mar.model.positions import resize_positions
 from mar.model.rotary import rope_cache
 from mar.model.tokens import gather_tokens, scatter_tokens
 from mar.nn import Linear
@@ -53,8 +58,7 @@ class MAR(nn.Module):
         self.decoder_norm = nn.LayerNorm(f, eps=NORM_EPS)
         self.diffusion_position = nn.Parameter(torch.empty(length, f))
 
-        for name, trunk in (("encoder_rope", config.encoder), ("decoder_rope", config.decoder)):
-            cache = rope_cache(config.buffer_size, config.token_grid, trunk.head_width) if trunk.rotary else None
+        for name, cache in _rope_caches(config).items():
             self.register_buffer(name, cache, persistent=False)
 
         self.head = build_head(config.token_width, f, config.head)
@@ -84,6 +88,33 @@ class MAR(nn.Module):
     def null_embedding(self) -> Float[Tensor, "1 e"]:
         """Embedding of images without a condition of any kind."""
         return self.mask_token.unsqueeze(0) if self.config.tie_null else self.null_class
+
+    @torch.no_grad()
+    def with_grid(self, grid: tuple[int, int], rotary: Literal["interpolated", "continued"] = "interpolated") -> MAR:
+        """Return this model on another grid of latent cells, for sampling.
+
+        All weights but the positions are shared, and learned positions are interpolated (`mar.model.positions`). This
+        model stays as it is; its own grid returns itself.
+
+        Args:
+            grid: height and width of the latents, in latent cells.
+            rotary: spread rotary positions over the trained grid, as learned ones; or keep the distances of tokens.
+        """
+        if tuple(grid) == self.config.grid:
+            return self
+        other = copy.copy(self)
+        for names in ("_parameters", "_buffers", "_modules"):  # the copy's own entries, of the same tensors
+            other.__dict__[names] = dict(self.__dict__[names])
+        other.config = config = replace(self.config, grid=tuple(grid))
+        for name, buffer_size in (("encoder", config.buffer_size), ("decoder", config.buffer_size), ("diffusion", 0)):
+            learned = self.get_parameter(f"{name}_position")
+            position = resize_positions(learned, buffer_size, self.config.token_grid, config.token_grid)
+            other.register_parameter(f"{name}_position", nn.Parameter(position, requires_grad=learned.requires_grad))
+        trained = self.config.token_grid if rotary == "interpolated" else None
+        for name, cache in _rope_caches(config, trained).items():
+            here = None if cache is None else cache.to(self.mask_token.device)
+            other.register_buffer(name, here, persistent=False)
+        return other
 
     def blocks(self) -> list[nn.Module]:
         """Return all blocks, the units to compile, recompute or quantize."""
@@ -183,3 +214,14 @@ class MAR(nn.Module):
         if self.conditioner is None:
             return null
         return torch.where(has_condition(condition)[:, None, None], self.conditioner(condition), null)
+
+
+def _rope_caches(config: ModelConfig, trained: tuple[int, int] | None = None) -> dict[str, Tensor | None]:
+    """Compute the rotary tables of encoder and decoder; None for one without rotary positions."""
+
+    def table(trunk: TrunkConfig) -> Tensor | None:
+        if not trunk.rotary:
+            return None
+        return rope_cache(config.buffer_size, config.token_grid, trunk.head_width, trained=trained)
+
+    return {"encoder_rope": table(config.encoder), "decoder_rope": table(config.decoder)}

@@ -15,17 +15,28 @@ BASE = 100.0
 """Base of the frequencies. The slowest angle has a period of nearly 2 pi BASE rows, far more than grids have."""
 
 
-def rope_cache(buffer_size: int, grid: tuple[int, int], head_width: int) -> Float[Tensor, "b_and_L half_d two"]:
+def rope_cache(
+    buffer_size: int, grid: tuple[int, int], head_width: int, *, trained: tuple[int, int] | None = None
+) -> Float[Tensor, "b_and_L half_d two"]:
     """Compute cosine and sine of every token's angles; buffer tokens have angle 0.
 
     The table is real even on the meta device, since no weights file has it.
+
+    Args:
+        buffer_size: number of buffer tokens.
+        grid: rows and columns of tokens.
+        head_width: features of a head.
+        trained: rows and columns to spread the tokens over (arXiv 2306.15595; None: those of `grid`).
     """
 
     def count(end: int) -> Tensor:
         return torch.arange(end, dtype=torch.float64, device="cpu")
 
     inv_freq = BASE ** -(count(head_width // 4) / (head_width // 4))
-    rows, columns = torch.meshgrid(*map(count, grid), indexing="ij")
+    places = [count(end) for end in grid]
+    if trained is not None:  # centers of tokens, as `resize_positions` has them
+        places = [(place + 0.5) * (old / len(place)) - 0.5 for place, old in zip(places, trained, strict=True)]
+    rows, columns = torch.meshgrid(*places, indexing="ij")
     angles = torch.cat([coordinate.reshape(-1, 1) * inv_freq for coordinate in (rows, columns)], dim=1)
     angles = torch.cat([angles.new_zeros(buffer_size, head_width // 2), angles])
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()

@@ -55,6 +55,8 @@ class Tokenizer(nn.Module, ABC):
     """Name for `mar.tokenizer.from_name` (None: it is loaded from files)."""
     lossless = False
     """True if decoding restores every image exactly."""
+    fixed_size: tuple[int, int] | None = None
+    """The only height and width of its images, in pixels (None: any multiples of the stride)."""
     learns_basis = False
     """True if `fit` measures more than mean and standard deviation, so that raw latents depend on its images."""
 

@@ -198,6 +198,7 @@ class ViTTokenizer(Tokenizer):
     def __init__(self, vit: ViTConfig, mean: Statistic | None = None, std: Statistic | None = None) -> None:
         super().__init__(_IMAGE_CHANNELS, vit.channels, vit.patch_size, mean, std)
         self.vit = vit
+        self.fixed_size = (vit.image_size, vit.image_size)
         self.encoder = _Encoder(vit)
         self.decoder = _Decoder(vit)
         self.eval()

@@ -20,7 +20,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.nn import functional
 
 from mar import devices, distributed, zoo
 from mar.checkpoint import checksums, official
@@ -38,6 +37,7 @@ from mar.data.splits import load_held_out, open_train_val, save_held_out
 from mar.data.stream import StreamSource
 from mar.data.text_encoder import TextReader, encoder_width
 from mar.model.mar import MAR
+from mar.model.positions import resize_positions
 from mar.pipeline import Pipeline
 from mar.random import make_generator
 from mar.sampling.progress import meter
@@ -489,13 +489,11 @@ def init_from(model: MAR, other: MAR) -> list[str]:
 
 
 def _resized_positions(state: Mapping[str, Tensor], old: ModelConfig, new: ModelConfig) -> dict[str, Tensor]:
-    """Resize the learned positions of tokens to another grid, bicubic; those of buffer tokens stay."""
+    """Resize all learned positions to another grid."""
     resized = {}
     for name, buffer in (("encoder", old.buffer_size), ("decoder", old.buffer_size), ("diffusion", 0)):
         position = state[f"{name}_position"]
-        grid = position[buffer:].T.unflatten(1, old.token_grid).unsqueeze(0)
-        grid = functional.interpolate(grid, new.token_grid, mode="bicubic", align_corners=False)
-        resized[f"{name}_position"] = torch.cat([position[:buffer], grid[0].flatten(1).T])
+        resized[f"{name}_position"] = resize_positions(position, buffer, old.token_grid, new.token_grid)
     logger.warning(
         "positions of %d x %d tokens are resized to %d x %d; the model has to learn them again",
         *old.token_grid,
