@@ -142,8 +142,10 @@ def train_tokenizer(options: TokenizerTrainOptions, page: Page | None = None) ->
     device = devices.choose_device(options.device)
     run = open_tokenizer_run(options.config, options.out, device=device, load_network=load_network)
     log = open_log(run, page)
-    run.callbacks.append(Callback(options.config.sample_every, Evaluation(run, log)))
     try:
+        if run.data_note is not None:
+            log.note(run.data_note)
+        run.callbacks.append(Callback(options.config.sample_every, Evaluation(run, log)))
         finished = train(run, log)
         result = export_tokenizer(run, log) if finished else None
     finally:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import atexit
 import functools
+import hashlib
+import json
 import logging
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,9 +29,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from mar.config import ConfigError
 from mar.data.captions import Captions, captions_of, pick_caption
-from mar.data.images import Example, Source, Transform, UnreadableImage, pixels_to_tensor
+from mar.data.images import Example, Source, Transform, UnreadableImage, pixels_to_tensor, quick_digest
 from mar.data.labels import check_label
 from mar.data.latent_cache import LatentSource, split_moments
+from mar.data.splits import Subset
 from mar.data.stream import SampleWithFallbacks, ShardCursor, ShardReader, StreamSampler, StreamSource
 from mar.random import hash_seed, permutation
 from mar.tokenizer.base import LatentMoments
@@ -643,11 +646,28 @@ def load_batch(source: Source | LatentSource, transform: Transform, indices: Seq
 # ---- resuming
 
 
-def data_state(source: Source | LatentSource | StreamSource) -> dict[str, Any]:
-    """Return the data's state for a run to save, JSON-able. Every process has to call it."""
+def data_digest(source: Source | LatentSource | StreamSource) -> str | None:
+    """Return a hash of the images' names and sizes; None for a stream, whose state has one.
+
+    A part of a source has that of the whole. Of large folders, the sizes of 1,000 images count.
+    """
+    if isinstance(source, StreamSource):
+        return None
+    if isinstance(source, LatentSource):
+        about = source.manifest
+        values = [about.source, about.fingerprint, about.size, about.dtype, about.flips, about.upright]
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+    return quick_digest(source.source if isinstance(source, Subset) else source)
+
+
+def data_state(source: Source | LatentSource | StreamSource, digest: str | None = None) -> dict[str, Any]:
+    """Return the data's state for a run to save, JSON-able. Every process has to call it.
+
+    `digest` is that of `data_digest`.
+    """
     if isinstance(source, StreamSource):
         return source.state_dict()
-    return {"pictures": len(source), "classes": list(source.classes)}
+    return {"pictures": len(source), "classes": list(source.classes), "digest": digest}
 
 
 def resume_data(
@@ -655,23 +675,29 @@ def resume_data(
     state: Mapping[str, Any] | None,
     images: int,
     *,
+    digest: str | None = None,
+    moved_from: str | None = None,
     split_by_position: bool = False,
 ) -> str | None:
     """Resume from the saved state of the data. Returns a line for the log, if any.
 
     Only streams have a position to load: the order of other data follows from `images` and the number of images.
-    Raises ConfigError for other classes.
+    Raises ConfigError for other classes, and for other images in another place.
 
     Args:
         source: the data now.
         state: the result of `data_state`; None: an older version saved none.
         images: images that training has been given.
+        digest: that of `data_digest`, now.
+        moved_from: where the data was, if it is named differently and gone from there.
         split_by_position: an older version held out images by their position; raises ConfigError for another number of
             images.
     """
     if state is None:
         return None
     if isinstance(source, StreamSource):
+        if moved_from is not None and not source.has_shards(state):
+            raise _other_data(moved_from, "shards", source.name)
         return source.load_state_dict(dict(state), images)
     now, then = list(source.classes), state.get("classes", list(source.classes))
     if now != then:
@@ -681,8 +707,15 @@ def resume_data(
             f"the data has other classes than when the run was saved ({shown or 'in another order'}); put them back, "
             "or begin another run"
         )
+    same = digest is None or state.get("digest") in (None, digest)
+    if moved_from is not None and not same:
+        counts = f"{state['pictures']:,} pictures to learn from then, {len(source):,} now"
+        raise _other_data(moved_from, "pictures", counts)
     if len(source) == state["pictures"]:
-        return None
+        return None if same else (
+            "warning: the data has as many pictures as when the run was saved, but other names or sizes: it goes on "
+            "with those of now"
+        )  # fmt: skip
     if split_by_position:
         raise ConfigError(
             f"the data has {len(source):,} pictures to learn from, but {state['pictures']:,} when the run was saved by "
@@ -692,4 +725,11 @@ def resume_data(
     return (
         f"warning: the data holds {len(source):,} pictures, but {state['pictures']:,} when the run was saved: it goes "
         "on in another order, in which pictures of this epoch may come twice or not at all"
+    )
+
+
+def _other_data(moved_from: str, noun: str, more: str) -> ConfigError:
+    return ConfigError(
+        f"{moved_from} of this run is gone, and the {noun} here are others ({more}); give its {noun}, begin another "
+        f"run, or link these to {moved_from} to go on with them"
     )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from io import BytesIO
@@ -160,13 +160,17 @@ class StreamSource:
                 f"the shards are not those of when the run was saved ({now['count']} now, {before['count']} then): "
                 "it begins a new epoch, and what the last one had shown already comes again"
             )
-        readers = len(self.cursors)
-        of_each = (images - self.first_position) // readers
+        readers = len(self.cursors)  # none before the first batch
+        of_each = (images - self.first_position) // max(readers, 1)
         skipped = sum(cursor.sample + of_each - cursor.images_read for cursor in self.cursors.values())
         return (
             f"the stream goes on where it was: 0 pictures are repeated; {skipped:,} pictures of the {readers} open "
             "shards are read past to get there"
         )
+
+    def has_shards(self, state: Mapping[str, Any]) -> bool:
+        """Tell if the shards are those of a saved state."""
+        return bool(state["shards"] == self._shards_digest())
 
     def _shards_digest(self) -> dict[str, Any]:
         names = self.shards.names

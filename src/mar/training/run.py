@@ -110,6 +110,7 @@ def open_run(
 
     # the run itself
     run = Run(config, folder, source, tokenizer, model, device, held_out, captions)
+    run.moved_from = moved_from(config, folder)
     run.resume()
     save_config(config, folder)
     if captions is not None and distributed.rank() == 0:
@@ -167,10 +168,18 @@ def check_same_run(config: TrainConfig | TokenizerTrainConfig, folder: Path) -> 
     return True
 
 
+def moved_from(config: TrainConfig | TokenizerTrainConfig, folder: Path) -> str | None:
+    """Return where the data of the folder's run was; None: it is still there."""
+    saved = load_config(type(config), folder)
+    if saved is None or _is_same_path(saved.data, config.data, moved=False):
+        return None
+    return saved.data
+
+
 def _is_same_path(before: str | None, now: str | None, *, moved: bool) -> bool:
     """Tell if two spellings name one file or folder: relative or absolute, through links, or `moved` since.
 
-    What was moved is gone from where it was; its classes are compared when the state is loaded.
+    Data that was moved is gone from where it was; its images are compared when the state is loaded.
     """
     if before is None or now is None:
         return before == now

@@ -29,7 +29,7 @@ from mar.checkpoint.tokenizers import save_tokenizer
 from mar.config import ConfigError
 from mar.config.tokenizer import TokenizerTrainConfig
 from mar.data.images import Source, Transform, image_grid
-from mar.data.loader import Batch, ImageBatch, batches, in_order
+from mar.data.loader import Batch, ImageBatch, batches, in_order, resume_data
 from mar.data.splits import hold_out, load_held_out, save_held_out, subset
 from mar.pipeline import to_pil
 from mar.random import make_generator
@@ -41,7 +41,7 @@ from mar.training.ema import EMA
 from mar.training.log import Log
 from mar.training.optim import make_adamw, make_tokenizer_optimizers
 from mar.training.page_html import Command
-from mar.training.run import check_same_run, save_config
+from mar.training.run import check_same_run, moved_from, save_config
 from mar.training.trainer import StepResult, TrainingRun, autocast, latent_noise_level, posterior_noise
 
 EVAL_IMAGES = 1000
@@ -322,6 +322,7 @@ class TokenizerRun(TrainingRun):
     """
 
     config: TokenizerTrainConfig
+    source: Source
     stage = "tokenizer"
     model: Any
     """The module of the objective: a ResidualTokenizer, or a diffusers AutoencoderKL."""
@@ -418,14 +419,18 @@ class TokenizerRun(TrainingRun):
     def state_dict(self) -> dict[str, Any]:
         """Return all that the run needs to resume."""
         state = super().state_dict()
+        state["data"] = {"pictures": len(self.source), "digest": self.data_digest}
         if self.discriminator is not None:
             state["critic"] = self.discriminator.state_dict()
             state["critic_optimizer"] = get_optimizer_state_dict(self.discriminator, self.discriminator_optimizer)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore what `state_dict` returned. ConfigError for other images in another place."""
         super().load_state_dict(state)
+        self.data_note = resume_data(
+            self.source, state.get("data"), self.progress.images, digest=self.data_digest, moved_from=self.moved_from
+        )
         if self.discriminator is not None:
             self.discriminator.load_state_dict(state["critic"])
             set_optimizer_state_dict(self.discriminator, self.discriminator_optimizer, state["critic_optimizer"])
@@ -462,6 +467,7 @@ def open_tokenizer_run(
         transform = Transform(config.size, config.channels_in, config.upright)
         objective.fit(module, in_order(subset(source, STATS_IMAGES), transform))
     run = TokenizerRun(config, folder, source, held_out, module, device, efficientnet)
+    run.moved_from = moved_from(config, folder)
     run.resume()
     save_config(config, folder)
     save_held_out(folder, source)

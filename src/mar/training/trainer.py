@@ -41,7 +41,7 @@ from mar.data.captions import captions_of
 from mar.data.conditions import CaptionReader, ClassReader, ConditionReader
 from mar.data.images import Source, Transform
 from mar.data.latent_cache import LatentSource
-from mar.data.loader import Batch, ImageBatch, LatentBatch, batches, data_state, resume_data
+from mar.data.loader import Batch, ImageBatch, LatentBatch, batches, data_digest, data_state, resume_data
 from mar.data.splits import HELD_OUT, stratified_indices
 from mar.data.stream import StreamSource
 from mar.model.mar import MAR
@@ -139,6 +139,11 @@ class TrainingRun(ABC):
     optimizers: tuple[torch.optim.Optimizer, ...]
     stage: StageKind
     """The run's name on its page."""
+    source: Source | LatentSource | StreamSource
+    data_note: str | None = None
+    """Message for people about how the data was resumed."""
+    moved_from: str | None = None
+    """Place of the data when the run was saved, if it is gone from there."""
     grid_classes: tuple[str, ...] = ()
     """Names of the columns of sample grids."""
 
@@ -217,6 +222,11 @@ class TrainingRun(ABC):
         set_optimizer_state_dict(self.model, self.optimizers, state["optimizer"])
         self.progress = Progress.from_state(state["progress"])
 
+    @cached_property
+    def data_digest(self) -> str | None:
+        """Hash of the images' names and sizes."""
+        return data_digest(self.source)
+
     def save(self) -> None:
         """Save the state to the run's folder."""
         self.store.save(self.progress.images, self.state_dict(), self.config.keep)
@@ -283,8 +293,6 @@ class Run(TrainingRun):
         self.loss = parallelize.parallelize(DiffusionLoss(model), self.ema.models.values(), config, device)
         """The loss module, wrapped for DDP or FSDP."""
         self.optimizers = make_optimizers(model, config)
-        self.data_note: str | None = None
-        """Message for people about how the data was resumed."""
         self.captions = captions
         self.reader: ConditionReader = captions or ClassReader(source.classes, config.model.classes)
         self.grid_classes = tuple(source.classes[:GRID_CLASSES]) if config.model.classes else ()
@@ -374,7 +382,7 @@ class Run(TrainingRun):
             **{name: model.state_dict() for name, model in self.ema.others.items()},
             "tokenizer": self.tokenizer.fitted_state(),
             "tokenizer_fingerprint": self.tokenizer_fingerprint,
-            "data": data_state(self.source),
+            "data": data_state(self.source, self.data_digest),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -386,8 +394,9 @@ class Run(TrainingRun):
         self.tokenizer.load_fitted_state(state["tokenizer"])
         by_position = self.config.hold_out > 0 and not (self.folder / HELD_OUT).is_file()
         self.data_note = resume_data(
-            self.source, state.get("data"), self.progress.images, split_by_position=by_position
-        )
+            self.source, state.get("data"), self.progress.images, digest=self.data_digest, moved_from=self.moved_from,
+            split_by_position=by_position,
+        )  # fmt: skip
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
