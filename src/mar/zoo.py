@@ -127,15 +127,15 @@ def _official(name: str) -> Pipeline:
 
 
 def _from_hub(name: str) -> Pipeline:
+    if own := names_in_repository(name):
+        raise CheckpointError(f"{name} on the Hub has the authors' files; get them with `mar download {' '.join(own)}`")
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Pipeline.from_pretrained(name)
     except (EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
-        names = ", ".join(names_in_repository(name))
-        hint = f"; its files are here called {names}: `mar download NAME`" if names else ""
-        raise CheckpointError(f"can't get {name} from the Hub: {reason}{hint}") from error
+        raise CheckpointError(f"can't get {name} from the Hub: {reason}") from error
 
 
 def import_official(

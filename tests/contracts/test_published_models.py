@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,16 @@ def test_published_tokenizers_names_cache_their_latents(hub: LocalHub, home: Pat
         torch.testing.assert_close(moments[0], raw, atol=1e-4, rtol=1e-4)
 
 
+def small_training(grid: str, classes: int) -> list[str]:
+    """Options that make a recipe two steps of a tiny model."""
+    small = ["--model.grid", grid, grid, "--model.classes", str(classes), "--model.buffer-size", "2", "--device", "cpu"]
+    small += ["--model.head.width", "16", "--model.head.depth", "1", "--images", "8", "--batch", "4", "--warmup", "0"]
+    small += ["--workers", "0", "--sample-every", "0", "--validate-every", "0", "--hold-out", "0"]
+    for stack in ("encoder", "decoder"):
+        small += [f"--model.{stack}.width", "16", f"--model.{stack}.depth", "1", f"--model.{stack}.num-heads", "2"]
+    return small
+
+
 @pytest.mark.parametrize(("model", "grid"), [("detok-base", "4"), ("emigm-xs-512", "32")])
 def test_recipe_of_a_published_model_finds_its_tokenizer_by_name(
     hub: LocalHub, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, grid: str
@@ -114,13 +125,8 @@ def test_recipe_of_a_published_model_finds_its_tokenizer_by_name(
         path = tmp_path / "pictures" / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (64, 64), (30 * number, 255 - 30 * number, 90)).save(path)
-    small = ["--model.grid", grid, grid, "--model.classes", "2", "--model.buffer-size", "2", "--model.head.width", "16"]
-    small += ["--model.head.depth", "1", "--images", "8", "--batch", "4", "--lr", "1e-3", "--warmup", "0"]
-    small += ["--workers", "0", "--sample-every", "0", "--validate-every", "0", "--hold-out", "0"]
-    for stack in ("encoder", "decoder"):
-        small += [f"--model.{stack}.width", "16", f"--model.{stack}.depth", "1", f"--model.{stack}.num-heads", "2"]
     training = ["train", f"imagenet-{model}", "--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "run")]
-    training += ["--device", "cpu", *small]
+    training += small_training(grid, 2)
     tokenizer = PUBLISHED[model].tokenizer
     assert f"{tokenizer} is not in {home}; get it with `mar download {tokenizer}`" in refusal(training, capsys)
     published.publish(model, hub.put, tmp_path / "dc")
@@ -140,7 +146,37 @@ def test_published_tokenizer_of_detok_goes_back_to_its_tensors(tmp_path: Path, m
     assert all(torch.equal(back[name], tensor) for name, tensor in ema.items())
 
 
+def test_training_starts_from_a_published_model_by_its_name(hub: LocalHub, home: Path, tmp_path: Path) -> None:
+    published.publish("emigm-xs", hub.put, tmp_path / "dc")
+    assert main(["download", "emigm-xs"]) == 0
+    for number in range(8):
+        path = tmp_path / "pictures" / "abc"[number % 3] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (64, 64), (30 * number, 255 - 30 * number, 90)).save(path)
+    data = ["--data", str(tmp_path / "pictures"), "--out", str(tmp_path / "run"), "--init", "emigm-xs"]
+    assert main(["train", "imagenet-emigm-xs", *data, *small_training("4", 3), "--lr", "1e-9"]) == 0
+    started, trained = (zoo.load(name, device="cpu").model.state_dict() for name in ("emigm-xs", str(tmp_path / "run")))
+    assert started.keys() == trained.keys()
+    for name, tensor in started.items():  # a rate of next to nothing leaves them
+        torch.testing.assert_close(trained[name], tensor, atol=1e-5, rtol=1e-5)
+
+
 # ---- files that do not fit
+
+
+def test_published_name_with_another_models_file_is_one_line(
+    hub: LocalHub, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published.publish("emigm-xs", hub.put, tmp_path / "dc")
+    assert main(["download", "emigm-xs"]) == 0
+    other = replace(PUBLISHED["emigm-xs"], config=replace(published.tiny_model("emigm-xs"), classes=4))
+    monkeypatch.setitem(PUBLISHED, "emigm-xs", other)
+    assert "emigm-xs.pth is another model than emigm-xs" in refusal(["sample", "emigm-xs"], capsys)
+
+
+def test_repository_of_published_files_names_the_download(capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(["sample", "jjiaweiyang/l-DeTok"], capsys)
+    assert line.endswith("has the authors' files; get them with `mar download detok-base detok-large detok`")
 
 
 @pytest.fixture

@@ -268,7 +268,7 @@ def _list_repository(
         with _open(opener, urllib.request.Request(url, headers={"User-Agent": "mar"}), timeout) as response:
             entries = json.loads(response.read(_LISTING_LIMIT))
         files = [entry for entry in entries if entry.get("type") == "file"]
-        return {entry["path"]: (entry.get("size"), (entry.get("lfs") or {}).get("oid")) for entry in files}
+        return {entry["path"]: (entry.get("size"), _sha256_of(entry)) for entry in files}
     except urllib.error.HTTPError as error:
         error.close()
         return None
@@ -327,6 +327,12 @@ def progress_bar(name: str) -> Iterator[Progress]:
             last = received
 
         yield show
+
+
+def _sha256_of(entry: dict[str, Any]) -> str | None:
+    """Return the SHA-256 that the Hub lists for a large file; None: it is kept in git itself."""
+    sha256 = (entry.get("lfs") or {}).get("oid")
+    return sha256 if isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256) else None
 
 
 # ---- the part that is there

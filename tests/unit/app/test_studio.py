@@ -21,6 +21,7 @@ from mar.app.pictures import facts_of, png_url, read_picture
 from mar.app.studio import PRESETS, Previews, Studio, read_request
 from mar.app.timings import Timings
 from mar.pipeline import Pipeline
+from mar.published import PUBLISHED
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +197,9 @@ def test_official_models_are_offered_with_their_size(studio: Studio) -> None:
     offered = {model["name"]: model for model in studio.catalog()}
     assert offered["mar-base"]["state"] == "absent"
     assert offered["mar-base"]["mebibytes"] == pytest.approx((1_663_614_946 + 265_900_046) / 2**20)
+    assert offered["emigm-xs-512"]["mebibytes"] == 0  # not known
+    assert offered["emigm-xs-512"]["about"].startswith("105 M parameters, 512 x 512 pixels; ")
+    assert offered.keys() >= PUBLISHED.keys()
     with pytest.raises(ValueError, match="mar-base is not downloaded: mar download mar-base"):
         draw(studio, read_request("mar-base", [0], [0]))
 
