@@ -100,12 +100,12 @@ class MAR(nn.Module):
             grid: height and width of the latents, in latent cells.
             rotary: spread rotary positions over the trained grid, as learned ones; or keep the distances of tokens.
         """
-        if tuple(grid) == self.config.grid:
+        if grid == self.config.grid:
             return self
         other = copy.copy(self)
         for names in ("_parameters", "_buffers", "_modules"):  # the copy's own entries, of the same tensors
             other.__dict__[names] = dict(self.__dict__[names])
-        other.config = config = replace(self.config, grid=tuple(grid))
+        other.config = config = replace(self.config, grid=grid)
         for name, buffer_size in (("encoder", config.buffer_size), ("decoder", config.buffer_size), ("diffusion", 0)):
             learned = self.get_parameter(f"{name}_position")
             position = resize_positions(learned, buffer_size, self.config.token_grid, config.token_grid)
