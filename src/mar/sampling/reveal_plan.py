@@ -203,62 +203,135 @@ class RevealPlan:
 
     def _build(self, tables: _Tables, noise_bytes: int) -> None:
         """Compute the indices of all steps, and upload them at once."""
-        first, count = self.steps.start, len(self.steps)
-        unfinished, guided, run_uncond = tables.unfinished.bool(), tables.guided.bool(), tables.run_uncond.bool()
-        # rows of z: of unfinished images, then of guided ones
-        row_of = tables.unfinished.cumsum(0) - 1
-        uncond_row_of = tables.unfinished.sum(0) + tables.guided.cumsum(0) - 1
-        lists = [unfinished.T.nonzero()[:, 1]]
-        for flags in (run_uncond, guided):
-            index, image = flags.T.nonzero().unbind(1)
-            lists.append(row_of[image, index])
-        # place of the noise: windows of images, steps one after the other
-        longest = tables.noise.max(0).values.tolist() if count and len(tables.noise) else []
+        # windows of noise: the longest chunk of each step decides
+        longest = tables.noise.max(0).values.tolist() if self.steps and len(tables.noise) else []
         self.windows = list(self._noise_windows(longest, noise_bytes))
         self.window_of = {step: number for number, window in enumerate(self.windows) for step in window.steps}
-        noise_of = tables.noise.cumsum(1) - tables.noise
-        for window in self.windows:
-            steps = slice(window.steps.start - first, window.steps.stop - first)
-            noise_of[:, steps] -= noise_of[:, steps][:, :1].clone()
-            noise_of[:, steps] += torch.arange(len(noise_of)).unsqueeze(1) * window.length
 
-        # tokens by step, group, image and position
-        flat = self.revealed_at_cpu.flatten()
-        tokens = ((flat > first) & (flat <= self.steps.stop)).nonzero().squeeze(1)
-        image, position = tokens // self.length, tokens % self.length
-        index = flat[tokens] - 1 - first
-        key = index * len(self._keys) + tables.group[image, index]
-        order = key.argsort(stable=True)
-        image, position, index = image[order], position[order], index[order]
-        place = torch.arange(len(order))
-        change = torch.ones(len(order), dtype=torch.bool)  # where another image or step begins
-        change[1:] = (image[1:] != image[:-1]) | (index[1:] != index[:-1])
-        column = place - torch.where(change, place, 0).cummax(0).values if len(order) else place
-        row, uncond_row, noise, stride = (
-            each[image, index] for each in (row_of, uncond_row_of, noise_of, tables.tokens)
-        )
-        per_token = torch.stack([image, position, row, column, uncond_row, noise + column, stride])
+        # indices on the host
+        z_rows = _number_z_rows(tables)
+        row_lists = _list_rows(tables, z_rows)
+        tokens = self._list_tokens(tables)
+        per_token = self._token_indices(tokens, tables, z_rows)
 
         # one copy for all integers, one for the scales
-        packed = upload(torch.cat([per_token.flatten(), flat, *lists]), self.device)
-        scales = upload(tables.scale[image, index].float(), self.device)
-        tokens_d, flat_d, *lists_d = packed.split([per_token.numel(), len(flat), *map(len, lists)])
+        flat = self.revealed_at_cpu.flatten()
+        rows = [each.values for each in row_lists]
+        packed = upload(torch.cat([per_token.flatten(), flat, *rows]), self.device)
+        scales = upload(tables.scale[tokens.image, tokens.step].float(), self.device)
+        per_token_d, flat_d, *rows_d = packed.split([per_token.numel(), len(flat), *map(len, rows)])
+
+        # views of a step each: its tokens by group, and its rows
         self.revealed_at = flat_d.view_as(self.revealed_at_cpu)
-        group_sizes = key.bincount(minlength=count * len(self._keys)).view(count, len(self._keys))
-        self._group_sizes: list[list[int]] = group_sizes.tolist()
-        sizes = group_sizes.sum(1).tolist()
-        self._tokens = list(zip(tokens_d.view(7, -1).split(sizes, dim=1), scales.split(sizes), strict=True))
-        numbers = [flags.sum(0).tolist() for flags in (unfinished, run_uncond, guided)]
-        parts = [each.split(own) for each, own in zip(lists_d, numbers, strict=True)]
+        self._group_sizes: list[list[int]] = self._count_groups(tokens)
+        sizes = [sum(groups) for groups in self._group_sizes]
+        self._tokens = list(zip(per_token_d.view(7, -1).split(sizes, dim=1), scales.split(sizes), strict=True))
+        parts = [values.split(each.sizes) for values, each in zip(rows_d, row_lists, strict=True)]
         self._rows = list(zip(*parts, strict=True))
 
-        # what the host needs to know of each step: most tokens to reveal, fewest and most known ones
+        # numbers that shapes need
         self._queries = tables.tokens.max(0).values.tolist() if sizes else []
-        remaining = (self.revealed_at_cpu > first).sum(1, keepdim=True) - (tables.tokens.cumsum(1) - tables.tokens)
-        known = self.length - remaining
-        fewest = torch.where(unfinished, known, self.length).amin(0).tolist() if sizes else []
-        most = torch.where(unfinished, known, 0).amax(0).tolist() if sizes else []
-        self._known = list(zip(fewest, most, strict=True))
+        self._known = self._known_range(tables) if sizes else []
+
+    def _list_tokens(self, tables: _Tables) -> _Tokens:
+        """List the tokens of all planned steps: by step, group, image and position."""
+        first = self.steps.start
+        flat = self.revealed_at_cpu.flatten()
+        revealed = ((flat > first) & (flat <= self.steps.stop)).nonzero().squeeze(1)  # by image and position
+        image, position = revealed // self.length, revealed % self.length
+        step = flat[revealed] - 1 - first
+        group = step * len(self._keys) + tables.group[image, step]
+        order = group.argsort(stable=True)  # keeps image and position in order
+        return _Tokens(image[order], position[order], step[order], group[order])
+
+    def _token_indices(self, tokens: _Tokens, tables: _Tables, z_rows: _ZRows) -> Int[Tensor, "seven T"]:
+        """Return the indices of each token, as `GroupPlan` has them: seven rows, from image to stride."""
+        image, position, step, _ = tokens
+        column = _count_within_runs(image, step)
+        noise = self._first_noises(tables)[image, step] + column
+        row, uncond_row = z_rows.cond[image, step], z_rows.uncond[image, step]
+        return torch.stack([image, position, row, column, uncond_row, noise, tables.tokens[image, step]])
+
+    def _first_noises(self, tables: _Tables) -> Int[Tensor, "n K"]:
+        """Return where the noise of each image and step begins in its window.
+
+        A window holds the images one after the other, and for each of them the steps.
+        """
+        before = tables.noise.cumsum(1) - tables.noise
+        for window in self.windows:
+            steps = slice(window.steps.start - self.steps.start, window.steps.stop - self.steps.start)
+            before[:, steps] -= before[:, steps][:, :1].clone()  # the window's first step begins at 0
+            before[:, steps] += torch.arange(len(before)).unsqueeze(1) * window.length
+        return before
+
+    def _count_groups(self, tokens: _Tokens) -> list[list[int]]:
+        """Count the tokens of every planned step and group."""
+        count, keys = len(self.steps), len(self._keys)
+        counts: list[list[int]] = tokens.group.bincount(minlength=count * keys).view(count, keys).tolist()
+        return counts
+
+    def _known_range(self, tables: _Tables) -> list[tuple[int, int]]:
+        """Return the fewest and the most known tokens of an unfinished image, before each step."""
+        masked_first = (self.revealed_at_cpu > self.steps.start).sum(1, keepdim=True)
+        revealed_before = tables.tokens.cumsum(1) - tables.tokens
+        known = self.length - (masked_first - revealed_before)
+        unfinished = tables.unfinished.bool()
+        fewest = torch.where(unfinished, known, self.length).amin(0).tolist()
+        most = torch.where(unfinished, known, 0).amax(0).tolist()
+        return list(zip(fewest, most, strict=True))
+
+
+class _ZRows(NamedTuple):
+    """Row of z of every image (n) and planned step (K); of no use where the image has none."""
+
+    cond: Int[Tensor, "n K"]
+    uncond: Int[Tensor, "n K"]
+
+
+class _RowList(NamedTuple):
+    """Images or rows of z of all planned steps, one step after the other, and how many each step has."""
+
+    values: Int[Tensor, " k"]
+    sizes: list[int]
+
+
+class _Tokens(NamedTuple):
+    """Tokens to reveal in all planned steps."""
+
+    image: Int[Tensor, " T"]
+    position: Int[Tensor, " T"]
+    step: Int[Tensor, " T"]
+    """Planned steps before it."""
+    group: Int[Tensor, " T"]
+    """Number of its step and group; ascending."""
+
+
+def _number_z_rows(tables: _Tables) -> _ZRows:
+    """Number the rows of z at each step: unfinished images, then the guided ones again."""
+    cond = tables.unfinished.cumsum(0) - 1
+    uncond = tables.unfinished.sum(0) + tables.guided.cumsum(0) - 1
+    return _ZRows(cond, uncond)
+
+
+def _list_rows(tables: _Tables, z_rows: _ZRows) -> tuple[_RowList, _RowList, _RowList]:
+    """List, by step, the unfinished images, and the rows of those that run without condition and are guided."""
+    lists: list[_RowList] = []
+    for flags in (tables.unfinished.bool(), tables.run_uncond.bool(), tables.guided.bool()):
+        step, image = flags.T.nonzero().unbind(1)
+        values = z_rows.cond[image, step] if lists else image
+        lists.append(_RowList(values, flags.sum(0).tolist()))
+    images, uncond, guided = lists
+    return images, uncond, guided
+
+
+def _count_within_runs(image: Int[Tensor, " T"], step: Int[Tensor, " T"]) -> Int[Tensor, " T"]:
+    """Count tokens from 0 on, anew where another image or step begins."""
+    place = torch.arange(len(image))
+    if not len(image):
+        return place
+    begins = torch.ones(len(image), dtype=torch.bool)
+    begins[1:] = (image[1:] != image[:-1]) | (step[1:] != step[:-1])
+    return place - torch.where(begins, place, 0).cummax(0).values
 
 
 class _Tables(NamedTuple):
