@@ -18,6 +18,7 @@ from PIL import Image
 from mar.checkpoint import files
 from mar.cli import main
 from mar.config import ConfigError
+from mar.data import accounts
 from mar.data.images import Transform
 from mar.data.latent_cache import LatentSource
 from mar.data.loader import batches
@@ -137,6 +138,41 @@ def test_data_without_a_readable_image_is_one_line(
         "--batch", "4", "--device", "cpu",
     ]  # fmt: skip
     assert "can be read" in refused(capsys, *arguments)
+
+
+TINY = [
+    "--images", "16", "--batch", "4", "--model.encoder.depth", "1", "--model.decoder.depth", "1", "--model.head.depth",
+    "1", "--model.encoder.width", "32", "--model.decoder.width", "32", "--model.head.width", "32",
+    "--model.encoder.heads", "2", "--model.decoder.heads", "2", "--model.classes", "2", "--sample-every", "0",
+    "--hold-out", "5", "--device", "cpu", "--model.grid", "8", "8", "--model.patch-size", "2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["folder", "cache"])
+def test_train_log_has_the_account_of_its_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(accounts, "_logged", set())
+    data, run = tiny.write_images(tmp_path / "pictures"), tmp_path / "run"
+    if kind == "cache":
+        assert main([*cached(data, tmp_path / "cache"), "--flip", "True"]) == 0
+        capsys.readouterr()
+        data = tmp_path / "cache"
+    channels = ["--model.channels", "3", "--image-channels", "3"] if kind == "cache" else []
+    train = ["train", "fashion", "--data", str(data), "--out", str(run), *TINY, *channels]
+    assert main(train) == 0
+    of = f", latents of {tmp_path / 'pictures'}" if kind == "cache" else ""
+    line = f"data: {data}{of}: 20 pictures, labels of 2 classes"
+    assert capsys.readouterr().err.splitlines().count(line) == 1, "in the output of a job"
+    lines = [json.loads(text) for text in (run / "log.jsonl").read_text().splitlines()]
+    assert [each["account"] for each in lines if "account" in each] == [[line]]
+    if kind == "folder":
+        (data / "across" / "notes.md").write_text("not a picture")
+        assert main([*train, "--images", "32"]) == 0
+        line += "; left out: other files: 1 (across/notes.md)"
+        assert capsys.readouterr().err.splitlines().count(line) <= 1
+        lines = [json.loads(text) for text in (run / "log.jsonl").read_text().splitlines()]
+        assert [each["account"] for each in lines if "account" in each][1:] == [[line]]
 
 
 def test_images_deleted_in_training_are_skipped(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

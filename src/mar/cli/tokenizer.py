@@ -134,7 +134,7 @@ def train_tokenizer(options: TokenizerTrainOptions, page: Page | None = None) ->
     Returns the exit code: 130 after a signal.
     """
     from mar import devices
-    from mar.training.log import open_log, require_writers
+    from mar.training.log import log_accounts, open_log, require_writers
     from mar.training.tokenizer import Evaluation, export_tokenizer, open_tokenizer_run
     from mar.training.trainer import Callback, train
 
@@ -143,6 +143,7 @@ def train_tokenizer(options: TokenizerTrainOptions, page: Page | None = None) ->
     run = open_tokenizer_run(options.config, options.out, device=device, load_network=load_network)
     log = open_log(run, page)
     try:
+        log_accounts(log, run.progress.images, run.source, run.held_out)
         if run.data_note is not None:
             log.note(run.data_note)
         run.callbacks.append(Callback(options.config.sample_every, Evaluation(run, log)))

@@ -103,7 +103,7 @@ def train_model(
         page: shows the run with the steps before it; by default it has a page of its own.
     """
     from mar import distributed
-    from mar.training.log import open_log
+    from mar.training.log import log_accounts, open_log
     from mar.training.preflight import check_tokenizer, learning_rate_warning, memorization_warning, precision_hint
     from mar.training.run import export, saved_length
     from mar.training.trainer import train as run_to_end
@@ -116,6 +116,7 @@ def train_model(
     try:
         with distributed.collective_errors():
             _add_callbacks(options, run, log)
+            log_accounts(log, run.progress.images, run.source, run.held_out)
             notes = [memorization_warning(options.config, run.source, before)]
             if not run.progress.images:
                 notes += [learning_rate_warning(options.config, chosen, name), precision_hint(options.config, device)]

@@ -74,10 +74,39 @@ class Account:
         text = f"labels of {len(self.classes):,} {noun}"
         return text if not self.without_label else f"{labeled:,} of them with {text}"
 
-    def log(self) -> None:
-        """Log the line, as a warning if anything is left out."""
+    @property
+    def level(self) -> int:
+        """WARNING if anything is left out or has no label, else INFO."""
         left_out = bool(self.counts.keys() - {OTHER_PARTS} or (self.classes and self.without_label))
-        log_once(logging.WARNING if left_out else logging.INFO, self.line)
+        return logging.WARNING if left_out else logging.INFO
+
+    def log(self) -> None:
+        """Log the line."""
+        log_once(self.level, self.line)
+
+
+class StreamAccount(Account):
+    """An account of shards that are read in passing. Their images are not counted."""
+
+    text = ""
+    """Shards and labels, in words."""
+
+    @property
+    def line(self) -> str:
+        """The account, in one line."""
+        return f"data: {shown(self.name, 2 * SHOWN_NAME)}: {self.text}"
+
+    def leave_out(self, reason: str, example: str, count: int = 1) -> None:
+        """Count items, and log the first one of each reason: a stream has no end at which all could be counted."""
+        if count and reason not in self.counts:
+            name = shown(self.name, 2 * SHOWN_NAME)
+            log_once(logging.WARNING, f"data: {name}: left out: {reason}, the first of them {shown(example)}")
+        super().leave_out(reason, example, count)
+
+
+def is_shown(level: int) -> bool:
+    """Tell if accounts of a level reach people."""
+    return logger.isEnabledFor(level)
 
 
 def log_once(level: int, line: str) -> None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import glob
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ import datasets
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from datasets.utils.file_utils import xopen
 
-from mar.data.accounts import Account, log_once
+from mar.data.accounts import Account, StreamAccount
 from mar.data.images import UnreadableImage
 from mar.data.labels import LabelError
 from mar.data.parquet import Columns, TableSource
@@ -86,12 +85,10 @@ def open_stream(spec: str, classes: int = 0, caption_column: str | None = None) 
 
     shards = _load_or_explain(load, spec, hub=hub is not None)
     count = len(shards.classes)
-    log_once(
-        logging.INFO,
-        f"data: {spec}: {len(shards.names):,} shards, read in passing: pictures are not counted; "
-        + (f"labels of {count:,} classes, in {shards.label_column}" if count else "labels are not used"),
-    )
-    return StreamSource(shards, spec)
+    labels = f"labels of {count:,} classes, in {shards.label_column}" if count else "labels are not used"
+    shards.account.text = f"{len(shards.names):,} shards, read in passing: pictures are not counted; {labels}"
+    shards.account.log()
+    return StreamSource(shards, spec, shards.account)
 
 
 class DatasetShards:
@@ -118,6 +115,7 @@ class DatasetShards:
             raise ValueError(f"data: {name} does not tell its columns, so that it can't be streamed")
         self.columns = Columns.find(table.features, name, caption_column)
         self.label_column = self.columns.label
+        self.account = StreamAccount(name)
         undecoded = datasets.Image(decode=False)
         self.table = table.select_columns(self.columns.names).cast_column(self.columns.image, undecoded)
         one_each = len(files) == table.num_shards

@@ -30,6 +30,7 @@ from torch import Tensor
 from mar.checkpoint import checksums
 from mar.checkpoint.files import parse_json, size_text, write_atomically, write_text
 from mar.config import ConfigError, from_dict, to_dict
+from mar.data.accounts import Account
 from mar.data.captions import Captions, chosen_captions
 from mar.data.images import UnreadableImage
 from mar.tokenizer.base import LatentMoments
@@ -402,6 +403,8 @@ class LatentSource:
         self.indices = np.arange(self.manifest.pictures)
         self.captions = read_captions(self.folder, self.manifest)
         self.flips = self.manifest.flips
+        self.account: Account | None = None
+        """Set by `open_data`."""
         self._shards: dict[int, Shard] = {}
         for file, size in zip(self.index.files, self.index.sizes, strict=True):
             path = self.folder / file

@@ -145,6 +145,7 @@ def open_data(
         np.zeros(len(latents) - len(skipped)), latents.classes
     )  # its shards have the labels; they are not read yet
     account.log()
+    latents.account = account
     return latents
 
 

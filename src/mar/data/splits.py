@@ -13,6 +13,7 @@ import torch
 
 from mar.checkpoint import checksums
 from mar.config import ConfigError
+from mar.data.accounts import Account
 from mar.data.captions import CaptionError, Captions, captions_of, chosen_captions
 from mar.data.folder import FolderSource
 from mar.data.images import Example, Source, UnreadableImage, source_digest
@@ -61,6 +62,12 @@ class Subset:
 
     def __getitem__(self, index: int) -> Example:
         return self.source[int(self.indices[index])]
+
+
+def account_of(source: object) -> Account | None:
+    """Return the account of a source, or of its whole."""
+    account = getattr(source.source if isinstance(source, Subset) else source, "account", None)
+    return account if isinstance(account, Account) else None
 
 
 # ---- choosing

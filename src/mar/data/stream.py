@@ -26,6 +26,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 
 from mar import distributed
+from mar.data.accounts import Account
 from mar.data.images import Example, UnreadableImage, decode_image
 from mar.data.labels import LabelError, check_label
 from mar.random import make_generator, permutation
@@ -97,8 +98,8 @@ class StreamSource:
 
     flips = True
 
-    def __init__(self, shards: Shards, name: str) -> None:
-        self.shards, self.name = shards, name
+    def __init__(self, shards: Shards, name: str, account: Account | None = None) -> None:
+        self.shards, self.name, self.account = shards, name, account
         self.first_position, self.first_epoch = 0, 0
         self.cursors: dict[int, ShardCursor] = {}
 

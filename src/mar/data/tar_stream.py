@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from typing import Any
 
-from mar.data.accounts import Account, log_once, shown
+from mar.data.accounts import Account, StreamAccount, shown
 from mar.data.captions import CaptionError
 from mar.data.images import UnreadableImage
 from mar.data.labels import Label, LabelError
@@ -37,18 +36,6 @@ class _StrictInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"no header at byte {tar.offset:,}") from error
 
 
-class _SpokenAccount(Account):
-    """Logs the first item of each reason: a stream has no end at which all could be counted."""
-
-    def leave_out(self, reason: str, example: str, count: int = 1) -> None:
-        if count and reason not in self.counts:
-            log_once(
-                logging.WARNING,
-                f"data: {shown(self.name, 200)}: left out: {reason}, the first of them {shown(example)}",
-            )
-        super().leave_out(reason, example, count)
-
-
 class TarShards:
     """The shards of a stream of tar files. Labels are numbers, in `.cls` or at "label" in `.json`.
 
@@ -75,7 +62,7 @@ class TarShards:
         """
         self.files, self.name = list(files), name
         self.names = tuple(file.rstrip("/").rpartition("/")[2] for file in self.files)
-        self.caption_column, self.account = caption_column, _SpokenAccount(name)
+        self.caption_column, self.account = caption_column, StreamAccount(name)
         self.label_column = self._find_label_column(classes)
         count = 0 if self.label_column is None else classes
         self.classes = tuple(str(number) for number in range(count))

@@ -11,6 +11,7 @@ Every `log_every` steps, and at the end:
 
 At other times:
 - `tokenizer_psnr`: before the first step
+- `account`: at each start, lines of the data: what is taken and what is left out
 - `data`: when resumed, a message about changed data
 - `val_loss`: every `validate_every` images, the loss of held-out images; `val_loss_00` to `val_loss_09`: by tenths of
   the timesteps, from least to most noise
@@ -43,6 +44,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from mar import distributed
 from mar.checkpoint.files import write_text
 from mar.config import ConfigError, to_dict
+from mar.data.accounts import is_shown
+from mar.data.splits import account_of
 from mar.terminal import print_err, printable, unescaped
 from mar.training.page import Page
 from mar.training.page_html import Stage
@@ -81,6 +84,22 @@ def open_log(run: Any, page: Page | None = None) -> Log:
     if own:
         log.note(f"watch it: {page.uri}")
     return log
+
+
+def log_accounts(log: Log, images: int, *sources: object) -> None:
+    """Log the accounts of sources; print those that a terminal would have shown.
+
+    Args:
+        log: of a run.
+        images: images seen so far.
+        sources: training and held-out data; None is left out.
+    """
+    accounts = {account.line: account for account in map(account_of, sources) if account is not None}
+    for line, account in accounts.items():
+        if not is_shown(account.level):  # a job's output has it too
+            log.note(line)
+    if accounts:
+        log.write(images, account=list(accounts))
 
 
 class Log:
