@@ -47,9 +47,8 @@ def main() -> None:
         for name, values in rounds.items()
     }
     first = next(iter(medians.values()))
-    print(
-        f"{'model':20} {'M parameters':>13} {'latents s':>10} {'decode s':>9} {'of the first':>13} {'CPU s':>8} {'peak MiB':>9}"
-    )
+    heads = ("M parameters", "latents s", "decode s", "of the first", "CPU s", "peak MiB")
+    print(f"{'model':20} " + " ".join(f"{head:>12}" for head in heads))
     for name, m in medians.items():
         share = (m["latents"] + m["decode"]) / (first["latents"] + first["decode"])
         figures = (m["parameters"] / 1e6, m["latents"], m["decode"], share, m["cpu"], m["peak"])
