@@ -62,6 +62,7 @@ def forget_upright(path: Path) -> None:
     """Takes the field out of a JSON file of a run or cache, as versions that did not have it wrote the file."""
     values = json.loads(path.read_text(encoding="utf-8"))
     del values.get("content", values)["upright"]
+    values.pop("checksum", None)
     if "content" in values:
         values["sha256"] = hashlib.sha256(json.dumps(values["content"], sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps(values), encoding="utf-8")
