@@ -173,7 +173,7 @@ def drop_pages(path: Path) -> None:
 
 
 def bytes_read() -> int:
-    """Return the bytes that this process has read from disks; 0 where that is not known."""
+    """Return the bytes read from disks by this process; 0 if they are unknown."""
     facts = Path("/proc/self/io")
     lines = facts.read_text().splitlines() if facts.is_file() else []
     return next((int(line.split()[1]) for line in lines if line.startswith("read_bytes")), 0)

@@ -362,8 +362,9 @@ def test_folder_damaged_summary_is_one_line(
     save_config(steps.train, run)
     if isinstance(content, dict):
         written = json.loads((run / file).read_text())
-        own = {"checksum": written.pop("checksum")} if "checksum" in content else {}
-        content = json.dumps({**written, **content, **own})
+        checksum = written.pop("checksum")
+        kept = {"checksum": checksum} if "checksum" in content else {}
+        content = json.dumps({**written, **content, **kept})
     (run / file).write_text(content)
     code = processes.run_to_end(["train", "folder", "--data", str(data), "--out", str(run)], tmp_path / "said")
     said = (tmp_path / "said").read_text()

@@ -153,7 +153,7 @@ def read_json(path: Path) -> Any:
 
 
 def tensor_checksums(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> list[int]:
-    """Return the CRC-32 of each tensor, by `tensor_crc32`, in order of their names."""
+    """Return each tensor's `tensor_crc32`, in the order of their names."""
     return in_threads(tensor_crc32, (tensors[name] for name in sorted(tensors)))
 
 
