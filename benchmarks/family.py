@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
@@ -36,10 +37,11 @@ def main() -> None:
         print(json.dumps(draw(options.one, options.threads)))
         return
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in options.models}
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # as `mar` sets it
     for turn in range(options.repeats):
         for name in options.models:
             command = [sys.executable, str(Path(__file__)), "--one", name, "--threads", str(options.threads)]
-            answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            answer = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
             rounds[name].append(json.loads(answer.splitlines()[-1]))
             print(f"round {turn + 1}: {name} {rounds[name][-1]}", file=sys.stderr, flush=True)
     medians = {
