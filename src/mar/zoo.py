@@ -14,7 +14,7 @@ from mar.assets import asset, imagenet_classes
 from mar.backends import configure
 from mar.checkpoint import official, store
 from mar.checkpoint.download import OFFICIAL, home, missing
-from mar.checkpoint.files import CheckpointError
+from mar.checkpoint.files import CheckpointError, check_regular
 from mar.checkpoint.official_dc import is_dc, load_dc, load_published_dc
 from mar.checkpoint.official_kl16 import read_kl16, to_diffusers
 from mar.checkpoint.official_vit import STATISTICS_FILE, is_vit, load_vit
@@ -74,6 +74,7 @@ def check_name(name: str) -> None:
     A published model may be absent, and a repository of the Hub may not exist.
     """
     path = Path(name)
+    check_regular(path)
     if name in BUNDLED or name in PUBLISHED or path.exists() or _is_repository(name):
         return
     raise _unknown(name)
@@ -97,6 +98,7 @@ def _open(name: str) -> Pipeline:
     if name in BUNDLED:
         return Pipeline.open(asset(f"{name}.safetensors"))
     path = Path(name)
+    check_regular(path)
     if name in PUBLISHED and not path.exists():
         return _official(name)
     if path.is_dir():
@@ -228,6 +230,7 @@ def load_tokenizer(name: str, image_channels: int = 3) -> Tokenizer:
             DC-AE; a folder or repository in diffusers' format; a model of ours, for the tokenizer in it.
         image_channels: channels of the images, for pixels.
     """
+    check_regular(name)
     if is_name(name):
         tokenizer = from_name(name, image_channels)
         if not tokenizer.learns_basis:

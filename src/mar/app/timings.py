@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 from mar.checkpoint.download import home
-from mar.checkpoint.files import write_text
+from mar.checkpoint.files import check_regular, write_text
 
 MAX_ENTRIES = 500
 """Entries that the file keeps; the oldest are dropped."""
@@ -47,6 +47,7 @@ class Timings:
 
     def _read(self) -> dict[str, float]:
         try:
+            check_regular(self.path)
             content = json.loads(self.path.read_text("utf-8"))
         except (OSError, ValueError):
             return {}

@@ -6,16 +6,88 @@ import io
 import json
 import os
 import pickletools
+import select
 import shutil
+import stat
 import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mar.terminal import print_err
+
 
 class CheckpointError(ValueError):
     """A file can't be read or written; says what to do."""
+
+
+_KINDS = {
+    stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"
+}  # fmt: skip
+
+
+def special_kind(path: str | os.PathLike[str]) -> str | None:
+    """Name what is no regular file: a pipe, a socket, a device. None for files, folders and where nothing is."""
+    try:
+        return _KINDS.get(stat.S_IFMT(os.stat(path).st_mode))
+    except (OSError, ValueError):  # opening it says why
+        return None
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise CheckpointError for a pipe, socket or device: opening or reading one may never end.
+
+    Every path of a user's is checked before it is opened. A link to a regular file is one.
+    """
+    kind = special_kind(path)
+    if kind is not None:
+        raise CheckpointError(f"{path} is {kind}, expected a regular file; copy its content to one")
+
+
+PIPE_PATIENCE_S = 4.0
+"""Seconds without a byte, after which a pipe is spoken of."""
+MAX_PIPED_BYTES = 2**28
+
+
+def read_file_or_pipe(path: str | os.PathLike[str]) -> bytes:
+    """Read a small file, or a pipe to its end, such as a shell's `<(...)`.
+
+    A line on stderr says that a pipe is waited for. Raises CheckpointError for a FIFO that nothing writes to, and for
+    sockets and devices.
+    """
+    if special_kind(path) != "a pipe":
+        check_regular(path)
+        return Path(path).read_bytes()
+    name = os.fspath(path)
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise CheckpointError(f"{name} is a pipe, which only one process can read; give a regular file to several")
+    has_writer = not os.path.exists(os.path.realpath(path))  # a pipe without a name of its own
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # else opening waits for a writer
+    try:
+        return _read_pipe(handle, name, has_writer)
+    finally:
+        os.close(handle)
+
+
+def _read_pipe(handle: int, name: str, has_writer: bool) -> bytes:
+    data, spoken = bytearray(), False
+    readable = select.poll()
+    readable.register(handle, select.POLLIN)
+    while True:
+        if not readable.poll(1000 * PIPE_PATIENCE_S):
+            if not has_writer and not data:
+                raise CheckpointError(f"{name} is a pipe that nothing was written to in {PIPE_PATIENCE_S:g} seconds")
+            if not spoken:
+                print_err(f"mar: waiting for the end of the pipe {name}")
+            spoken = True
+            continue
+        part = os.read(handle, 2**16)
+        if not part:
+            return bytes(data)
+        data += part
+        if len(data) > MAX_PIPED_BYTES:
+            raise CheckpointError(f"{name} gave more than {size_text(MAX_PIPED_BYTES)}, expected a list of lines")
 
 
 def parse_json(text: str | bytes) -> Any:

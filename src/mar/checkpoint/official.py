@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mar.checkpoint import checksums
-from mar.checkpoint.files import CheckpointError, check_pickle, is_zip, write_atomically
+from mar.checkpoint.files import CheckpointError, check_pickle, check_regular, is_zip, write_atomically
 from mar.checkpoint.store import model_shapes, shape_differences
 from mar.config import HeadConfig, ModelConfig, TrunkConfig
 from mar.published import Family
@@ -89,6 +89,7 @@ def read_mar(
     if weights not in (None, *get_args(Weights)):
         raise ValueError(f"weights: got {weights!r}, expected ema or raw")
     path = Path(path)
+    check_regular(path)
     holder: dict[str, Any] = load_file(path) if path.suffix == ".safetensors" else read_torch(path)
     args = vars(holder["args"]) if isinstance(holder.get("args"), argparse.Namespace) else None
     official: dict[str, dict[str, Tensor] | None] = {
@@ -487,6 +488,7 @@ def read_torch(path: Path) -> dict[str, Any]:
 
 
 def _check_is_torch_file(path: Path) -> None:
+    check_regular(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file")
     with path.open("rb") as file:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mar.checkpoint.files import CheckpointError
+from mar.checkpoint.files import CheckpointError, check_regular
 from mar.checkpoint.official import read_torch
 from mar.nn import init_empty_weights
 from mar.tokenizer.vit import ViTConfig, ViTSize, ViTTokenizer
@@ -150,6 +150,7 @@ def read_statistics(path: str | os.PathLike[str], key: str | None = None) -> tup
     tokenizer, or the file's only one. Raises CheckpointError for any other file.
     """
     path = Path(path)
+    check_regular(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file")
     if path.stat().st_size > _LIMIT:

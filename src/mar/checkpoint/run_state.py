@@ -37,6 +37,7 @@ from mar.checkpoint import checksums
 from mar.checkpoint.files import (
     CheckpointError,
     check_pickle,
+    check_regular,
     flush,
     parse_json,
     require_room,
@@ -172,8 +173,9 @@ class RunState:
     def _latest(self, unreadable: Mapping[str, str]) -> Path | None:
         states = [path for path in self.states() if path.name not in unreadable]
         try:
+            check_regular(self.folder / "latest")
             name = (self.folder / "latest").read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
+        except (OSError, ValueError):
             name = ""
         chosen = next((path for path in states if path.name == name), None)
         if chosen is None and states and name not in unreadable:
@@ -267,6 +269,7 @@ def _move(temporary: Path, final: Path) -> None:
 
 def _read_json(path: Path) -> Any:
     try:
+        check_regular(path)
         return parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} can't be read ({error})") from error
@@ -429,6 +432,7 @@ def read_dcp_metadata(folder: Path) -> Metadata:
     """Read DCP's metadata of a state. Raises CheckpointError if it is damaged or asks for more than tensors."""
     path = folder / ".metadata"
     try:
+        check_regular(path)
         data = path.read_bytes()
         check_pickle(data)
         metadata = _Unpickler(io.BytesIO(data)).load()

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mar.checkpoint import checksums
-from mar.checkpoint.files import CheckpointError, parse_json, size_text, write_atomically
+from mar.checkpoint.files import CheckpointError, check_regular, parse_json, size_text, write_atomically
 from mar.config import ModelConfig, SamplingConfig, from_dict, to_dict
 from mar.model.mar import MAR
 from mar.nn import init_empty_weights
@@ -185,6 +185,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _existing(path: Path) -> Path:
+    check_regular(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such file")
     return path

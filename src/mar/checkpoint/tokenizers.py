@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from mar.checkpoint import checksums
-from mar.checkpoint.files import CheckpointError, parse_json, write_atomically, write_text
+from mar.checkpoint.files import CheckpointError, check_regular, parse_json, write_atomically, write_text
 from mar.tokenizer import TOKENIZERS, Tokenizer, build
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "tokenizer.safetensors"
@@ -94,6 +94,7 @@ def has_checksum(folder: Path) -> bool:
 def _own_config(folder: Path) -> dict[str, Any] | None:
     """Read the config of a tokenizer of ours, which is written last; None: there is none."""
     try:
+        check_regular(folder / CONFIG_FILE)
         config = parse_json((folder / CONFIG_FILE).read_bytes())
     except (OSError, ValueError):
         return None  # for diffusers to judge

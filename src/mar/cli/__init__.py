@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +35,9 @@ VERBS = {
 
 ERROR_GRACE_S = 5.0
 """Seconds that the failing rank has for its message: torchrun ends all ranks as soon as one ends."""
+
+COLUMN_RANGE = 40, 1000
+"""Columns of a terminal that text is laid out for: in fewer than six, tyro wraps without end."""
 
 USAGE = """\
 mar {version}: image generation with a masked autoregressive transformer and a diffusion loss
@@ -69,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    _bound_columns()
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         lines = usage().splitlines()
         if arguments:
@@ -87,6 +92,13 @@ def _main(arguments: list[str]) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _show_accounts()
     return report_errors(lambda: getattr(importlib.import_module(VERBS[verb][0]), verb)(rest))
+
+
+def _bound_columns() -> None:
+    """Set COLUMNS where it, or the terminal, is out of range."""
+    columns, (least, most) = shutil.get_terminal_size().columns, COLUMN_RANGE
+    if not least <= columns <= most:
+        os.environ["COLUMNS"] = str(min(max(columns, least), most))
 
 
 def _show_accounts() -> None:

@@ -38,9 +38,11 @@ class ConvertOptions:
 def convert(arguments: Sequence[str]) -> int:
     """Runs `mar convert`."""
     options = parse(ConvertOptions, "convert", arguments)
+    from mar.checkpoint.files import check_regular
     from mar.checkpoint.official import is_flat_official
 
     source, target = options.source, options.target
+    check_regular(source)
     if not source.exists():
         raise ValueError(f"{source}: there is no such file")
     if target.suffix not in (".pth", ".safetensors"):

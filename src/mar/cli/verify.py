@@ -159,6 +159,9 @@ def _compare_own(folder: Path) -> bool:
 
 
 def _compare_file(path: Path) -> bool:
+    from mar.checkpoint.files import check_regular
+
+    check_regular(path)
     if path.is_dir() or not path.exists():
         raise ValueError(f"{path}: there is no such file or folder")
     if path.suffix == ".json":

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from mar.checkpoint.files import check_regular
 from mar.random import hash_seed
 
 logger = logging.getLogger("mar.data")
@@ -237,6 +238,7 @@ def _read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _read_text(path: Path) -> str:
+    check_regular(path)
     try:
         with open(path, "rb") as file:  # as text it would take twice the time, of 100,000 files
             return file.read().decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
@@ -255,10 +257,10 @@ def _read_text_files(folder: Path, images: Sequence[str]) -> Captions:
     """
     files: dict[str, Path] = {}
     for parent in {name.rpartition("/")[0] for name in images}:
-        for name in os.listdir(folder / parent):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() == TEXT_SUFFIX:
-                files[f"{parent}/{stem}" if parent else stem] = folder / parent / name
+        for entry in os.scandir(folder / parent):
+            stem, suffix = os.path.splitext(entry.name)
+            if suffix.lower() == TEXT_SUFFIX and entry.is_file():  # no pipe: the walk counts those
+                files[f"{parent}/{stem}" if parent else stem] = folder / parent / entry.name
     beside = [files.get(os.path.splitext(name)[0]) for name in images] if files else []
     if not any(beside):
         return ()

@@ -14,6 +14,7 @@ import datasets
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 from datasets.utils.file_utils import xopen
 
+from mar.checkpoint.files import check_regular
 from mar.data.accounts import Account, StreamAccount
 from mar.data.images import UnreadableImage
 from mar.data.labels import LabelError
@@ -178,6 +179,7 @@ def _find_files(name: str) -> list[str]:
     if "://" in name:
         return expand_braces(name)
     path = Path(name).expanduser()
+    check_regular(path)
     if path.is_dir():
         suffix = find_shard_suffix(path)
         names = [] if suffix is None else FolderWalk(path, Account(name)).walk()

@@ -22,6 +22,8 @@ from jaxtyping import Float
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from mar.checkpoint.files import check_regular
+
 PILLOW_ERRORS = (
     OSError,
     SyntaxError,
@@ -138,6 +140,8 @@ def decode_image(
         max_pixels: refuse larger images before they are decoded.
     """
     try:
+        if isinstance(file, Path):
+            check_regular(file)
         with Image.open(file, formats=formats) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise UnreadableImage(name, f"got {image.width}x{image.height}, expected at most {max_pixels:,} pixels")

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from mar.checkpoint.files import check_regular
+
 SPLITS = {"train": ("train", "training"), "test": ("test", "validation", "val", "valid")}
 """Names of folders, files and splits that mean a split, the likeliest first."""
 SPLIT_NAMES = frozenset(name for names in SPLITS.values() for name in names)
@@ -111,6 +113,8 @@ def expand_pattern(pattern: str) -> list[Path]:
         matches = [Path(name)] if Path(name).is_file() else [Path(path) for path in glob.glob(name, recursive=True)]
         if not matches:
             raise ValueError(f"data: there is no {name}, which {pattern} asks for")
+        for match in matches:
+            check_regular(match)
         files += sorted(matches, key=lambda file: natural_key(str(file)))
     return list(dict.fromkeys(files))
 

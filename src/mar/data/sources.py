@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from mar.assets import FASHION_CLASSES, asset
+from mar.checkpoint.files import check_regular
 from mar.data.accounts import OTHER_PARTS, Account
 from mar.data.captions import CaptionError
 from mar.data.folder import FolderSource
@@ -101,6 +102,7 @@ def open_source(spec: str | Path, split: str = "train", caption_column: str | No
     if is_stream(spec):
         raise ValueError(f"data: {spec} is a stream, from which only `mar train` reads; leave stream: out for this")
     path = Path(spec).expanduser()
+    check_regular(path)
     if is_cache(path):
         raise ValueError(f"data: {path} holds cached latents, not pictures; those were in {read_manifest(path).data}")
     if path.is_dir():

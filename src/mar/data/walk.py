@@ -1,4 +1,4 @@
-"""Files below a folder, by one rule: hidden and system names are left out, links are followed, special files are not.
+"""Files below a folder, by one rule: hidden and system names are left out, links are followed, no pipes.
 
 The order follows from the names alone, whatever the order of the file system. A folder that can't be read stops:
 without its files, classes and their numbers might be others.
@@ -11,6 +11,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mar.checkpoint.files import special_kind
 from mar.data.accounts import Account, shown
 from mar.data.paths import IMAGE_SUFFIXES, PACKED_SUFFIXES, SHARD_SUFFIXES, is_system_name, natural_key
 
@@ -68,7 +69,8 @@ class FolderWalk:
         elif is_file:
             listed.files.append(entry.name)
         else:
-            self.account.leave_out("broken links" if is_link else "special files", name)
+            special = not is_link or special_kind(entry.path) is not None
+            self.account.leave_out("pipes, sockets and devices" if special else "broken links", name)
 
     def walk(self, relative: str = "") -> list[str]:
         """Return the files below a folder, each real folder once.

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from mar.checkpoint.files import check_regular
 from mar.data.images import Example, Source, UnreadableImage, adm_center_crop, convert_channels, upright
 from mar.data.paths import SHARD_SUFFIXES
 from mar.data.sources import open_source
@@ -122,6 +123,7 @@ def open_images(
     if path.suffix != ".npz":
         name = f"{spec} ({split})"
         return SourceImages(open_source(spec, split), name, size=size, limit=limit, upright=upright)
+    check_regular(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
     images = NpzImages(path, limit=limit)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mar import distributed
 from mar.checkpoint import checksums
-from mar.checkpoint.files import is_zip, parse_json, write_atomically
+from mar.checkpoint.files import check_regular, is_zip, parse_json, write_atomically
 
 BLOCK = 512
 """Rows that are summed at a time. Blocks do not depend on the batches that the rows came in."""
@@ -258,6 +258,7 @@ def _check(mean: Tensor, covariance: Tensor, count: int | None, features: Tensor
 
 def _read_arrays(path: Path, features: bool) -> dict[str, np.ndarray]:
     """Reads the arrays of a statistics file, without a check of their shapes."""
+    check_regular(path)
     if not path.exists():
         raise ValueError(f"{path}: there is no such file; `mar stats` makes one")
     if not is_zip(path):

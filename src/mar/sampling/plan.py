@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mar.checkpoint.files import read_file_or_pipe
 from mar.config import ConfigError
 
 SEED_STRIDE = 2**32
@@ -139,7 +140,7 @@ def read_prompts(path: Path) -> list[str | None]:
 
 def _read_lines(path: Path, kind: str, more: str) -> list[str | None]:
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in read_file_or_pipe(path).decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is no text, expected a {kind} a line{more}") from None
     asks = [None if line.lower() == "none" else line for line in lines if line]

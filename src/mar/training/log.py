@@ -42,7 +42,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mar import distributed
-from mar.checkpoint.files import write_text
+from mar.checkpoint.files import check_regular, write_text
 from mar.config import ConfigError, to_dict
 from mar.data.accounts import is_shown
 from mar.data.splits import account_of
@@ -271,6 +271,7 @@ class JsonLines:
 
     def __init__(self, path: Path, images: int = 0, callbacks_done: int | None = None) -> None:
         self.path, self.last_logged = path, 0
+        check_regular(path)
         if path.exists():
             self._drop_repeated(images, images if callbacks_done is None else callbacks_done)
 

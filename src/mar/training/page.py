@@ -22,7 +22,7 @@ from typing import Any
 
 from PIL import Image
 
-from mar.checkpoint.files import CheckpointError, write_text
+from mar.checkpoint.files import CheckpointError, check_regular, write_text
 from mar.training.curves import Curve
 from mar.training.page_html import Command, Sheet, Stage, StageKind, render
 
@@ -170,8 +170,9 @@ class Page:
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
     """Read the lines of a log that have a number of images; damaged ones are skipped."""
     try:
+        check_regular(path)
         text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    except (OSError, CheckpointError):
         return
     for line in text.splitlines():
         try:
@@ -220,9 +221,10 @@ def find_sheets(folder: Path, root: Path, images: int | None) -> tuple[Sheet, ..
 def _png_size(path: Path) -> tuple[int, int] | None:
     """Return width and height by a PNG's header; None if it is damaged or gone."""
     try:
+        check_regular(path)
         with path.open("rb") as file:
             header = file.read(24)
-    except OSError:
+    except (OSError, CheckpointError):
         return None
     if len(header) < 24 or header[:8] != b"\x89PNG\r\n\x1a\n":
         return None

@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mar.checkpoint.files import check_regular
 from mar.checkpoint.official import read_torch
 
 LUMA = (19595, 38470, 7471)
@@ -200,6 +201,7 @@ def read_weights(path: Path) -> dict[str, Shaped[Tensor, "..."]]:
 
     Formats from before PyTorch 1.6 are read too. Raises ValueError, one line, for anything else.
     """
+    check_regular(path)
     if not path.is_file():
         raise ValueError(f"weights: there is no file {path}")
     if path.suffix == ".safetensors":
@@ -263,6 +265,7 @@ def open_custom(name: str, weights: Path | None) -> Extractor:
 def _import_function(place: str, attribute: str) -> Callable[[Path | None], Any]:
     if not place or (place.startswith(".") and not place.endswith(".py")):
         raise ValueError(f"features: got {place!r} before the colon, expected FILE.py or a module's whole name")
+    check_regular(place)
     if place.endswith(".py") and not Path(place).is_file():
         raise ValueError(f"features: there is no file {place}")
     try:
