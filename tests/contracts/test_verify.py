@@ -25,7 +25,9 @@ from mar.data.splits import HELD_OUT
 from mar.data.text_encoder import EncoderInfo, write_table
 from mar.evaluation.statistics import FeatureStats
 from mar.training.early_stopping import HISTORY_FILE
+from mar.training.log import TRACKERS_FILE
 from mar.training.run import CAPTIONS_FILE, RUN_FILE, load_config, save_config
+from mar.training.trainer import CALLBACKS_DONE_FILE
 
 
 def flip(path: Path, place: int = -3) -> None:
@@ -156,5 +158,6 @@ MADE: dict[str, Callable[[Path], None]] = {
 
 def test_verify_knows_every_note() -> None:
     assert NOTES == (
-        RUN_FILE, PLAN_FILE, SUMMARY_FILE, HELD_OUT, CAPTIONS_FILE, HISTORY_FILE, STATISTICS_FILE, "sweep.json"
+        RUN_FILE, PLAN_FILE, SUMMARY_FILE, HELD_OUT, CAPTIONS_FILE, HISTORY_FILE, STATISTICS_FILE, "sweep.json",
+        TRACKERS_FILE, CALLBACKS_DONE_FILE,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from PIL import Image
 from mar import zoo
 from mar.checkpoint.files import CheckpointError
 from mar.checkpoint.official import from_official, to_official
+from mar.checkpoint.official_vit import PATCH_EMBED
 from mar.config import HeadConfig, ModelConfig, TrainConfig, TrunkConfig
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
@@ -85,6 +87,28 @@ def test_zoo_repository_names_may_have_dots(monkeypatch: pytest.MonkeyPatch) -> 
         with pytest.raises(CheckpointError):
             zoo.load(name, device="cpu")
     assert asked == names
+
+
+def test_zoo_official_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To tell what they are and to load them: a file has gigabytes."""
+    read: list[str] = []
+    load = torch.load
+
+    def counted(path: Any, **options: Any) -> Any:
+        read.append(Path(path).name)
+        return load(path, **options)
+
+    monkeypatch.setattr(torch, "load", counted)
+    parts = ("encoder.conv_in", "decoder.conv_in", "quant_conv")
+    torch.save({"model": {f"{part}.weight": torch.zeros(1) for part in parts}}, tmp_path / "kl.ckpt")
+    torch.save({"model": {PATCH_EMBED: torch.zeros(1)}}, tmp_path / "vit.pth")
+    for name in ("kl.ckpt", "vit.pth"):
+        with pytest.raises(CheckpointError):
+            zoo.load_tokenizer(str(tmp_path / name))
+    official_file(tmp_path / "mine.pth")
+    monkeypatch.setattr(zoo, "load_tokenizer", lambda name: PixelTokenizer(3, 0.0, 1.0))
+    zoo.import_official(tmp_path / "mine.pth", tmp_path / "vit.pth", num_heads=2)
+    assert read == ["kl.ckpt", "vit.pth", "mine.pth"]
 
 
 def test_zoo_mismatched_tokenizer_is_one_line(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def read_json(path: Path) -> Any:
 
     Raises OSError, or ValueError for a damaged file.
     """
-    return unseal(parse_json(path.read_bytes()))
+    return unseal(parse_json(path.read_text(encoding="utf-8")))
 
 
 def tensor_checksums(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> list[int]:

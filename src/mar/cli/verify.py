@@ -27,7 +27,7 @@ class VerifyOptions:
 
 NOTES = (
     "run.json", "time.json", "pictures.json", "held-out.json", "captions.json", "validation.json",
-    "mar_statistics.json", "sweep.json",
+    "mar_statistics.json", "sweep.json", "trackers.json", "watched",
 )  # fmt: skip
 """JSON files that mar writes with their sha256 inside."""
 TABLES = "text-*.safetensors"
@@ -164,7 +164,7 @@ def _compare_file(path: Path) -> bool:
     check_regular(path)
     if path.is_dir() or not path.exists():
         raise ValueError(f"{path}: there is no such file or folder")
-    if path.suffix == ".json":
+    if path.suffix == ".json" or path.name in NOTES:
         from mar.checkpoint import checksums
 
         try:

@@ -42,6 +42,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mar import distributed
+from mar.checkpoint import checksums
 from mar.checkpoint.files import check_regular, write_text
 from mar.config import ConfigError, to_dict
 from mar.data.accounts import is_shown
@@ -406,10 +407,13 @@ def scalars(values: Mapping[str, Any]) -> dict[str, float]:
 def _tracker_id(folder: Path, tracker: str) -> str:
     """Return the run's id in a service, drawn once and kept in the run's folder."""
     path = folder / TRACKERS_FILE
-    ids: dict[str, str] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        ids: dict[str, str] = dict(checksums.read_json(path)) if path.is_file() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} can't be read ({error}); put it back, or remove it for another id") from error
     if tracker not in ids:
         ids[tracker] = secrets.token_hex(4)
-        write_text(path, json.dumps(ids) + "\n")
+        checksums.write_json(path, ids)
     return ids[tracker]
 
 

@@ -16,6 +16,7 @@ A run is a folder:
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
@@ -33,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from mar import distributed
 from mar.backends import configure
-from mar.checkpoint.files import write_text
+from mar.checkpoint import checksums
 from mar.checkpoint.run_state import RunState
 from mar.config import ConfigError, ModelConfig, TrainConfig, to_dict
 from mar.config.tokenizer import TokenizerTrainConfig
@@ -61,6 +62,7 @@ GRID_CLASSES = 10
 """A sample grid has a column for each of at most so many classes."""
 GRID_ROWS, GRID_UNCONDITIONAL = 4, 16
 """A grid has so many images of each class; so many images if there are no classes."""
+logger = logging.getLogger(__name__)
 CALLBACKS_DONE_FILE = "watched"
 """File in a run's folder: images up to which all due callbacks have finished."""
 POSTERIOR_NOISE = "posterior_noise"
@@ -238,11 +240,21 @@ class TrainingRun(ABC):
             return False
         self.load_state_dict(state)
         # callbacks run after a state is saved, so the file may be ahead of it
-        file, progress = self.folder / CALLBACKS_DONE_FILE, self.progress
-        if file.is_file():
-            done = min(int(file.read_text(encoding="utf-8")), progress.images)
-            progress.callbacks_done = max(progress.callbacks_done, done)
+        progress = self.progress
+        progress.callbacks_done = max(progress.callbacks_done, min(self._read_callbacks_done(), progress.images))
         return True
+
+    def _read_callbacks_done(self) -> int:
+        """Read the images seen when callbacks ran last; 0 without a file that can be read."""
+        path = self.folder / CALLBACKS_DONE_FILE
+        try:
+            saved = checksums.read_json(path)
+            return int(saved["images"] if isinstance(saved, dict) else saved)  # earlier versions wrote the number alone
+        except FileNotFoundError:
+            return 0
+        except (OSError, ValueError, LookupError, TypeError, OverflowError) as error:
+            logger.warning("%s can't be read (%s); what it is about may be done again", path, error)
+            return 0
 
     def run_callbacks(self) -> bool:
         """Call the callbacks that are due since the last time. Returns whether there were any."""
@@ -252,7 +264,7 @@ class TrainingRun(ABC):
             callback.call(self)
         progress.callbacks_done = progress.images
         if due and distributed.rank() == 0:
-            write_text(self.folder / CALLBACKS_DONE_FILE, f"{progress.callbacks_done}\n")
+            checksums.write_json(self.folder / CALLBACKS_DONE_FILE, {"images": progress.callbacks_done})
         return bool(due)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from encoders import KINDS, save_encoder
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BertModel, CLIPTextModel, T5EncoderModel
 
@@ -203,6 +204,49 @@ def test_feature_table_damaged_is_embedded_anew(folder: Path, tmp_path: Path, ca
     write_table(path, TextReader.of(str(folder), 8).info, {"cat": torch.zeros(2, 12, dtype=torch.float16)})
     with pytest.raises(ValueError, match="of another encoder"):
         FeatureTable(path, reader.info)
+
+
+def test_feature_table_damaged_features_are_embedded_anew(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, and they are not kept when captions are added."""
+    reader = TextReader.of(str(folder), 16)
+    expected = reader.embed(TEXTS)
+    reader.add_to_table(reader.missing(TEXTS, tmp_path), tmp_path, lambda done: None)
+    path = tmp_path / reader.info.table_file
+    with safe_open(path, "pt") as file:
+        second = int(file.get_tensor("starts")[1])
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    tensors["features"][second, 0] += 1
+    save_file(tensors, path, metadata)
+    again = TextReader(reader.info, reader.encoder)
+    assert again.missing(TEXTS, tmp_path) == []
+    assert torch.equal(again.embed(TEXTS), expected)
+    assert f"{path} is damaged: a caption is embedded anew ({TEXTS[1]!r})" in caplog.text
+    again = TextReader(reader.info, reader.encoder)
+    assert again.missing([*TEXTS, "new"], tmp_path) == ["new"]
+    again.add_to_table(["new"], tmp_path, lambda done: None)
+    table = FeatureTable(path, reader.info)
+    assert table.damaged() == []
+    assert {*table.numbers} == {*TEXTS[:3], "new"}
+    monkeypatch.setattr(text_encoder, "load_encoder", no_encoder)
+    last = TextReader(reader.info)
+    assert last.missing(TEXTS, tmp_path) == []
+    assert torch.equal(last.embed(TEXTS), expected)
+
+
+def test_feature_table_of_an_earlier_version_opens(folder: Path, tmp_path: Path) -> None:
+    reader = TextReader.of(str(folder), 16)
+    reader.add_to_table(reader.missing(TEXTS, tmp_path), tmp_path, lambda done: None)
+    path = tmp_path / reader.info.table_file
+    with safe_open(path, "pt") as file:
+        note = json.loads(file.metadata()["mar"])
+        tensors = {name: file.get_tensor(name).clone() for name in ("features", "starts", "captions")}
+    del note["crc32"]
+    save_file(tensors, path, {"mar": json.dumps(note)})
+    table = FeatureTable(path, reader.info)
+    assert not table.has_checksums
+    assert [*table.numbers] == TEXTS[:3]
 
 
 def test_feature_table_cut_captions_are_counted(folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -139,6 +139,22 @@ def test_early_stopping_killed_run_decides_the_same(data: Path, tmp_path: Path, 
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("content", ["", "1\0", "[]", '{"images": 8, "checksum": "0"}', "1e999"])
+def test_early_stopping_damaged_note_of_callbacks_is_said(
+    data: Path, tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it is about is done again, and the losses stay as they were."""
+    config = settings(data)
+    go(config, tmp_path)
+    expected = history(tmp_path)
+    note = tmp_path / "watched"
+    assert set(json.loads(note.read_text())) == {"images", "checksum"}
+    note.write_text(content)
+    go(config, tmp_path)
+    assert f"{note} can't be read" in caplog.text
+    assert history(tmp_path) == expected
+
+
 def test_early_stopping_with_nan_losses(data: Path, tmp_path: Path) -> None:
     run, _, said = go(settings(data, patience=2), tmp_path, [math.nan] * 10)
     assert run.progress.images == 12

@@ -96,6 +96,14 @@ def test_log_every_writer_gets_every_value(
     assert (image.step, image.width, image.height) == (8, 4, 2)
 
 
+def test_log_damaged_tracker_id_is_one_line(tmp_path: Path, tracker: FakeTracker) -> None:
+    writing(tmp_path, tracker.__name__).close()
+    path = tmp_path / "trackers.json"
+    path.write_text(path.read_text().replace('": "', '": "f', 1))
+    with pytest.raises(ConfigError, match=r"trackers.json can't be read \(it is not as it was written"):
+        writing(tmp_path, tracker.__name__)
+
+
 def test_log_resumed_run_keeps_its_tracker_id(tmp_path: Path, tracker: FakeTracker) -> None:
     log = writing(tmp_path, tracker.__name__)
     for images in (10, 20, 30):
