@@ -16,8 +16,8 @@ from mar.checkpoint import official, store
 from mar.checkpoint.download import OFFICIAL, home, missing
 from mar.checkpoint.files import CheckpointError, check_regular
 from mar.checkpoint.official_dc import is_dc, load_dc, load_published_dc
-from mar.checkpoint.official_kl16 import read_kl16, to_diffusers
-from mar.checkpoint.official_vit import STATISTICS_FILE, is_vit, load_vit
+from mar.checkpoint.official_kl16 import KL16_BLOCK, read_kl16, to_diffusers
+from mar.checkpoint.official_vit import PATCH_EMBED, STATISTICS_FILE, is_vit, load_vit
 from mar.checkpoint.tokenizers import load_tokenizer as load_diffusers
 from mar.config import SamplingConfig
 from mar.model.mar import MAR
@@ -105,7 +105,7 @@ def _open(name: str) -> Pipeline:
         if not (path / WEIGHTS_FILE).is_file():
             raise CheckpointError(f"{path} has no {WEIGHTS_FILE}: expected a folder of `mar train` or save_pretrained")
         return Pipeline.open(path / WEIGHTS_FILE)
-    if path.is_file() and (path.suffix in _TORCH_FILES or official.is_flat_official(path)):
+    if path.is_file() and (official.is_torch_file(path) or official.is_flat_official(path)):
         return import_official(path)
     if path.suffix == ".safetensors" or path.is_file():
         return Pipeline.open(path)
@@ -246,11 +246,13 @@ def load_tokenizer(name: str, image_channels: int = 3) -> Tokenizer:
             raise CheckpointError(f"{name} is not in {home()}; get it with `mar download {name}`")
         return _load_published(name, file)
     path = Path(name)
-    if path.suffix in _TORCH_FILES:
+    if path.suffix in _TORCH_FILES or (path.is_file() and official.is_torch_file(path)):
         return load_official_tokenizer(path)
     if path.suffix == ".safetensors" and is_dc(path):
         return load_dc(path)
-    if path.suffix == ".safetensors" or name in BUNDLED:
+    if path.suffix == ".safetensors" and official.has_tensor(path, PATCH_EMBED, KL16_BLOCK):
+        return load_official_tokenizer(path)
+    if path.suffix == ".safetensors" or path.is_file() or name in BUNDLED:
         return _open(name).tokenizer
     own = next((record for record in TOKENIZERS.values() if name in record.repositories), None)
     if own is not None and not path.exists():  # the other repository has the authors' layout
@@ -269,8 +271,11 @@ def load_official_tokenizer(path: Path) -> Tokenizer:
 
     l-DeTok's has the statistics of the stats.pkl beside it.
     """
-    holder = official.read_torch(path)
-    return load_vit(path, holder=holder) if is_vit(holder) else load_kl16(path, holder)
+    holder = official.read_any(path)
+    try:
+        return load_vit(path, holder=holder) if is_vit(holder) else load_kl16(path, holder)
+    except CheckpointError as error:
+        raise error if str(path) in str(error) else CheckpointError(f"{path}: {error}") from None
 
 
 def load_kl16(path: Path, holder: Mapping[str, Any] | None = None) -> Tokenizer:
@@ -280,12 +285,17 @@ def load_kl16(path: Path, holder: Mapping[str, Any] | None = None) -> Tokenizer:
     """
     from mar.tokenizer.kl import kl16
 
-    tokenizer = kl16()
     try:
-        tokenizer.autoencoder.load_state_dict(to_diffusers(read_kl16(path, holder)))
+        state = to_diffusers(read_kl16(path, holder))
+        tokenizer = kl16()
+        tokenizer.autoencoder.load_state_dict(state)
     except RuntimeError as error:  # names or shapes, a line for each kind
         reason = " ".join(str(error).splitlines()[1].split())
         raise CheckpointError(f"{path} is not the KL-16 tokenizer: {reason[:200]}") from None
+    except CheckpointError:
+        raise
+    except ValueError as error:  # names of another autoencoder
+        raise CheckpointError(f"{path} is not the KL-16 tokenizer: {error}") from None
     return tokenizer
 
 
@@ -303,5 +313,26 @@ def tokenizer_path(name: str, folder: Path | None = None) -> Path | None:
 
 
 def describe(path: Path) -> store.Header:
-    """Read the header of a file or folder that mar wrote."""
-    return store.read_header(path / WEIGHTS_FILE if path.is_dir() else path)
+    """Read the description of a model's file or folder.
+
+    It is one that mar wrote, or a checkpoint of MAR, eMIGM or l-DeTok.
+    Weights are compared as `load` does: those that are not finite raise CheckpointError.
+    """
+    if path.is_file() and (official.is_torch_file(path) or official.is_flat_official(path)):
+        return _describe_official(path)
+    return store.check(path / WEIGHTS_FILE if path.is_dir() else path)
+
+
+def _describe_official(path: Path) -> store.Header:
+    """Describe a checkpoint of MAR, eMIGM or l-DeTok; its tokenizer is another file."""
+    try:
+        read = official.read_mar(path)
+    except CheckpointError:
+        read = official.read_mar(path, "raw")
+    known = published(read.model_config, read.family)
+    name = known.tokenizer if known else tokenizer_of(read.model_config, read.family)
+    classes = imagenet_classes() if read.model_config.classes == 1000 else ()
+    sampling = known.sampling if known else FAMILIES[read.family].sampling
+    tokenizer = {"kind": TOKENIZERS[name].kind, "name": name}
+    notes = read.notes | {"family": read.family}
+    return store.Header(read.model_config, sampling, tokenizer, tuple(classes), read.weights, notes)

@@ -6,6 +6,7 @@ A file of `torch.save` is read without running anything in it. It may hold the s
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import logging
 import math
@@ -24,13 +25,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from mar.checkpoint import checksums
+from mar.checkpoint.contents import find_states, foreign, only_state, unwrap_name
 from mar.checkpoint.files import CheckpointError, check_pickle, check_regular, is_zip, write_atomically
-from mar.checkpoint.store import model_shapes, shape_differences
+from mar.checkpoint.store import check_table, model_shapes, shape_differences
 from mar.config import HeadConfig, ModelConfig, TrunkConfig
 from mar.published import Family
 
 logger = logging.getLogger(__name__)
 Weights = Literal["ema", "raw"]
+ANCHOR = "encoder_pos_embed_learned"
+"""A tensor of every such model."""
 _ADAMW_FAMILIES = ("mar", "emigm")
 """Families whose optimizer has the parameter groups of the reference."""
 _DETOK_KEYS = {"loss_scaler", "last_elapsed_time"}
@@ -89,24 +93,21 @@ def read_mar(
     if weights not in (None, *get_args(Weights)):
         raise ValueError(f"weights: got {weights!r}, expected ema or raw")
     path = Path(path)
-    check_regular(path)
-    holder: dict[str, Any] = load_file(path) if path.suffix == ".safetensors" else read_torch(path)
+    holder = read_any(path)
     args = vars(holder["args"]) if isinstance(holder.get("args"), argparse.Namespace) else None
-    official: dict[str, dict[str, Tensor] | None] = {
-        "raw": _state_dict(holder, "model"),
-        "ema": _state_dict(holder, "model_ema"),
-    }
-    if all(isinstance(value, Tensor) for value in holder.values()):
-        official["raw"] = holder  # a bare state dict
+    official = _weights_of(path, holder)
+    if "unknown" in official:
         if weights is None:
             logger.warning(
                 "%s holds one set of weights, of unknown kind; those of jadechoghari/mar are the raw ones "
                 "and draw worse pictures (FID 5.56, EMA 2.31)",
                 path,
             )
-            official["unknown"], weights = official.pop("raw"), "unknown"  # type: ignore[assignment]
+            weights = "unknown"  # type: ignore[assignment]
+        else:
+            official["raw"] = official.pop("unknown")
     weights = weights or "ema"
-    chosen = official[weights]
+    chosen = official.get(weights)
     if chosen is None:
         raise CheckpointError(_missing_weights(path, weights, list(holder)))
     given, family = family, family or _family_of(holder, chosen)
@@ -137,6 +138,22 @@ def read_mar(
     )  # fmt: skip
 
 
+def _weights_of(path: Path, holder: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+    """Return a file's weights by their kind: raw and ema, or those of unknown kind.
+
+    Raises CheckpointError if there are none of a MAR, or several of which either could be meant.
+    """
+    try:
+        states = find_states(holder, ANCHOR)
+        named = {kind: states[key] for kind, key in (("raw", "model"), ("ema", "model_ema")) if key in states}
+        only = None if named else only_state(holder, ANCHOR, ())
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    if not named and only is None:
+        raise foreign(path, holder)
+    return named or {"unknown": only[1]}  # type: ignore[index]
+
+
 def _family_of(holder: Mapping[str, Any], state: Mapping[str, Tensor]) -> Family:
     """Tell a file's family by its tensors and entries; MAR, too, for one of l-DeTok without them."""
     if is_tied(state):
@@ -146,11 +163,42 @@ def _family_of(holder: Mapping[str, Any], state: Mapping[str, Tensor]) -> Family
 
 def is_flat_official(path: Path) -> bool:
     """Return whether a safetensors file holds a MAR under the official names."""
+    return has_tensor(path, ANCHOR)
+
+
+def has_tensor(path: Path, *anchors: str) -> bool:
+    """Return whether another program's safetensors file has one of these tensors."""
+    if not path.is_file():
+        return False
     try:
         with safe_open(path, framework="pt") as file:
-            return "encoder_pos_embed_learned" in file.keys()  # noqa: SIM118
+            names = [unwrap_name(name) for name in file.keys()]  # noqa: SIM118 (it is not a dict)
+            return "mar" not in (file.metadata() or {}) and any(name.endswith(anchors) for name in names)
     except (SafetensorError, OSError):
         return False
+
+
+def is_torch_file(path: Path) -> bool:
+    """Return whether a file is one of torch.save, by content or name."""
+    if path.suffix in (".pth", ".ckpt", ".pt") or not path.is_file():
+        return path.is_file()
+    try:
+        with path.open("rb") as file:
+            return file.read(2) == b"PK"
+    except OSError:
+        return False
+
+
+def read_any(path: Path) -> dict[str, Any]:
+    """Read the dict of a file of torch.save or safetensors. Raises CheckpointError."""
+    check_regular(path)
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        start = file.read(9)
+        fits = start[8:] == b"{" and int.from_bytes(start[:8], "little") + 8 < path.stat().st_size
+        if start[:2] != b"PK" and (fits or path.suffix == ".safetensors"):
+            check_table(path)
+            return dict(load_file(path))
+    return read_torch(path)
 
 
 def write_mar(
@@ -285,21 +333,16 @@ def _convert(official: Mapping[str, Tensor], config: ModelConfig) -> dict[str, T
     return state
 
 
-def _state_dict(holder: Mapping[str, Any], key: str) -> dict[str, Tensor] | None:
-    """Return the tensors under a key; None if there are none: the reference writes None without EMA."""
-    state = holder.get(key)
-    if not isinstance(state, Mapping):
-        return None
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
-
-
 def _missing_weights(path: Path, weights: Weights, keys: list[str]) -> str:
     key = "model_ema" if weights == "ema" else "model"
     kind = "EMA" if weights == "ema" else "raw"
     message = f"{path} has no {kind} weights (`{key}`); it has {_first_few(keys)}. "
     if weights == "raw":
         return message + "Is it a MAR's checkpoint-last.pth?"
-    return message + "Raw weights draw worse pictures (FID 5.56 where EMA has 2.31); ask for them with weights=raw"
+    return (
+        message
+        + "Raw weights draw worse pictures (FID 5.56 where EMA has 2.31); ask for them with `mar convert --weights raw`"
+    )
 
 
 def _trunk_config(shapes: Mapping[str, tuple[int, ...]], stack: str, num_heads: int | None, model: str) -> TrunkConfig:
@@ -308,7 +351,7 @@ def _trunk_config(shapes: Mapping[str, tuple[int, ...]], stack: str, num_heads: 
     if num_heads is None:
         raise ValueError(
             f"the number of attention heads can't be seen in tensors of width {width}, and is only known of "
-            "MAR-B, L and H: give it (num_heads)"
+            "MAR-B, L and H: give it, by `mar convert --num-heads`"
         )
     return TrunkConfig(
         width,
@@ -525,8 +568,11 @@ def _check_records(path: Path) -> Exception | None:
                         pass
             name = next((name for name in records if name == "data.pkl" or name.endswith("/data.pkl")), None)
             if name is None:
-                raise ValueError("it has no data.pkl")
+                inside = f"a zip of {', '.join(list(records)[:3])}" if records else "an empty zip"
+                raise CheckpointError(f"{path} is {inside}, and not a file of torch.save")
             check_pickle(data := archive.read(name))
+    except CheckpointError:
+        raise
     except Exception as error:
         raise CheckpointError(f"{path} is damaged ({_first_line(error)}); copy or download it again") from error
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mar.checkpoint.contents import unwrap, unwrap_name
 from mar.checkpoint.files import CheckpointError, parse_json
 from mar.nn import init_empty_weights
 from mar.published import TOKENIZERS
@@ -27,10 +29,10 @@ def is_dc(path: Path) -> bool:
     """Return whether a safetensors file holds the tensors of a DC-AE."""
     try:
         with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
+            names = set(map(unwrap_name, file.keys()))
     except (SafetensorError, OSError):
         return False
-    blocks = any(name.startswith(("decoder.up_blocks.", "decoder.stages.")) for name in names)
+    blocks = any(re.match(r"decoder\.(up_blocks\.\d+|stages)\.\d+\.", name) for name in names)
     return blocks and any(name.startswith((_OURS, _AUTHORS)) for name in names)
 
 
@@ -59,7 +61,9 @@ def load_dc(path: str | os.PathLike[str], scale: float | None = None) -> Tokeniz
                 path, CONFIG_FILE, config["scaling_factor"],
             )  # fmt: skip
     try:
-        tensors = load_file(path)
+        tensors = unwrap(load_file(path))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is damaged or no safetensors file ({str(error).splitlines()[0]})") from None
     if any(name.startswith(_AUTHORS) for name in tensors):

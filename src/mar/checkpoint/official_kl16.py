@@ -10,10 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
+from mar.checkpoint.contents import foreign, only_state
 from mar.checkpoint.files import CheckpointError
-from mar.checkpoint.official import read_torch
+from mar.checkpoint.official import read_any
 
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+KL16_BLOCK = "encoder.down.0.block.0.norm1.weight"
+"""A tensor of every autoencoder of latent diffusion under its authors' names."""
 _TOP = 4
 """The last of five resolutions. In the decoder the reference counts from the output, diffusers from the latents."""
 
@@ -77,17 +80,18 @@ def read_kl16(path: str | os.PathLike[str], holder: Mapping[str, Any] | None = N
     `holder` is the file's dict, if it has been read.
     """
     path = Path(path)
-    holder = read_torch(path) if holder is None else holder
-    stored = holder.get("model", holder)
-    if not isinstance(stored, Mapping):
-        raise CheckpointError(f"{path} holds no tensors under `model`: is it kl16.ckpt?")
-    tensors = {
-        name: tensor.detach().float()
-        for name, tensor in stored.items()
-        if isinstance(tensor, Tensor) and name.startswith(_PARTS)
-    }
-    if any(f"{part}.weight" not in tensors for part in ("encoder.conv_in", "decoder.conv_in", "quant_conv")):
-        raise CheckpointError(f"{path} is not the KL-16 tokenizer: it holds {', '.join(list(stored)[:4])}, ...")
+    holder = read_any(path) if holder is None else holder
+    try:
+        only = only_state(holder, "encoder.conv_in.weight", ["model"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    stored = {} if only is None else only[1]
+    tensors = {name: tensor.detach().float() for name, tensor in stored.items() if name.startswith(_PARTS)}
+    diffusers = any(name.startswith("encoder.down_blocks.") for name in tensors)
+    if diffusers or any(
+        name not in tensors for name in ("encoder.conv_in.weight", "decoder.conv_in.weight", "quant_conv.weight")
+    ):
+        raise foreign(path, holder)
     return tensors
 
 

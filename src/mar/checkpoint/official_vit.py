@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mar.checkpoint.contents import foreign, only_state
 from mar.checkpoint.files import CheckpointError, check_regular
-from mar.checkpoint.official import read_torch
+from mar.checkpoint.official import read_any
 from mar.nn import init_empty_weights
 from mar.tokenizer.vit import ViTConfig, ViTSize, ViTTokenizer
 
@@ -40,18 +41,20 @@ def read_vit(path: str | os.PathLike[str], holder: Mapping[str, Any] | None = No
     `holder` is the file's dict, if it has been read.
     """
     path = Path(path)
-    tensors = vit_tensors(read_torch(path) if holder is None else holder)
+    holder = read_any(path) if holder is None else holder
+    try:
+        tensors = vit_tensors(holder)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     if tensors is None:
-        raise CheckpointError(f"{path} is not l-DeTok's tokenizer: it has no {PATCH_EMBED}")
+        raise foreign(path, holder)
     return {name: tensor.detach().float() for name, tensor in tensors.items()}
 
 
 def vit_tensors(holder: Mapping[str, Any]) -> dict[str, Tensor] | None:
     """Return the tokenizer's tensors in a file's dict; None: it holds something else."""
-    for stored in (holder.get("model_ema"), holder.get("model"), holder):
-        if isinstance(stored, Mapping) and PATCH_EMBED in stored:
-            return {n: t for n, t in stored.items() if isinstance(t, Tensor) and n.startswith(_PARTS)}
-    return None
+    only = only_state(holder, PATCH_EMBED, ["model_ema", "model"])
+    return None if only is None else {n: t for n, t in only[1].items() if n.startswith(_PARTS)}
 
 
 def is_vit(holder: Mapping[str, Any]) -> bool:

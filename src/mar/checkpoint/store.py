@@ -23,13 +23,25 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mar.checkpoint import checksums
+from mar.checkpoint.contents import foreign, unwrap, unwrap_name
 from mar.checkpoint.files import CheckpointError, check_regular, parse_json, size_text, write_atomically
 from mar.config import ModelConfig, SamplingConfig, from_dict, to_dict
 from mar.model.mar import MAR
 from mar.nn import init_empty_weights
 from mar.tokenizer import build
 
-__all__ = ["FORMAT", "CheckpointError", "Header", "load", "model_shapes", "read_header", "save", "verify"]
+__all__ = [
+    "FORMAT",
+    "CheckpointError",
+    "Header",
+    "check",
+    "check_table",
+    "load",
+    "model_shapes",
+    "read_header",
+    "save",
+    "verify",
+]
 
 FORMAT = "mar/1"
 _KEY = "mar"
@@ -82,10 +94,10 @@ def save(path: str | os.PathLike[str], header: Header, tensors: Mapping[str, Ten
         bits8: round matrices and kernels to 8 bits; `load` returns them in float32.
     """
     path = Path(path)
-    _check_fit(path, header.model, {name: tensor.shape for name, tensor in tensors.items()})
+    _check_fit(path, header.model, {name: tensor.shape for name, tensor in unwrap(tensors).items()})
     # One entry alone: safetensors writes several in an order that changes from call to call.
     values = {name: value for name, value in to_dict(header).items() if value or name != "condition"}
-    stored = {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    stored = {unwrap_name(name): tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
     if bits8:
         stored = {key: value for name, tensor in stored.items() for key, value in to_8_bits(name, tensor).items()}
     content = {"format": FORMAT, **values, _CHECKSUMS: {"crc32": checksums.tensor_checksums(stored)}}
@@ -137,7 +149,7 @@ def _load(path: Path, device: str, compare: bool) -> tuple[Header, dict[str, Ten
     for name in [name for name in tensors if name.endswith(_SCALE)]:
         of, scale = name.removesuffix(_SCALE), tensors.pop(name)
         tensors[of] = from_8_bits(tensors[of], scale)
-    return header, tensors, written is not None
+    return header, unwrap(tensors), written is not None
 
 
 def _changed(tensors: Mapping[str, Tensor], written: str | list[int]) -> list[str]:
@@ -151,6 +163,13 @@ def _changed(tensors: Mapping[str, Tensor], written: str | list[int]) -> list[st
 def _shorten(names: list[str]) -> str:
     """Return the first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check(path: str | os.PathLike[str]) -> Header:
+    """Read the header, and check the whole file, values too."""
+    header, tensors = load(path)
+    check_values(Path(path), tensors)
+    return header
 
 
 def check_values(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -225,11 +244,11 @@ def _read(path: Path) -> tuple[Header, str | list[int] | None]:
     table = _read_table(path)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, dict) or _KEY not in metadata:
-        shown = ", ".join(list(table)[:3])
-        raise CheckpointError(
-            f"{path} is a safetensors file, but says nothing of mar's format (it holds {shown}, ...); "
-            "weights of other programs have to be imported with `mar convert`"
-        )
+        if isinstance(metadata, dict) and set(metadata) == {"sha256"}:
+            raise CheckpointError(
+                f"{path} is a tokenizer that mar trained; give its folder {path.parent} as --tokenizer"
+            )
+        raise foreign(path, table)
     header, of_tensors, intact = _parse(path, metadata[_KEY])
     try:
         _check_bounds(header, table, path.stat().st_size)
@@ -309,7 +328,7 @@ def _stored_shapes(table: Mapping[str, Any]) -> dict[str, torch.Size]:
                 raise CheckpointError(f"{name} is no scale of the rows of a matrix; was it made by mar?")
         elif entry["dtype"] not in _DTYPES and not (entry["dtype"] == "I8" and name + _SCALE in table):
             raise CheckpointError(f"{name} is stored as {entry['dtype']}, expected {', '.join(_DTYPES)}")
-    return {name: torch.Size(entry["shape"]) for name, entry in table.items() if not name.endswith(_SCALE)}
+    return unwrap({name: torch.Size(entry["shape"]) for name, entry in table.items() if not name.endswith(_SCALE)})
 
 
 def _tokenizer_shapes(header: Header) -> dict[str, torch.Size]:
@@ -385,6 +404,11 @@ def _mismatch_message(path: Path, different: list[str]) -> str:
     return f"{path}: the tensors are not those of its config: {'; '.join(different[:3])}{more}"
 
 
+def check_table(path: Path) -> None:
+    """Raise CheckpointError unless a file is a whole one of safetensors."""
+    _read_table(path)
+
+
 def _read_table(path: Path) -> dict[str, Any]:
     """Read what a safetensors file says of its tensors, and its metadata. CheckpointError for a file of another kind.
 
@@ -420,6 +444,10 @@ def _read_table(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a safetensors file: {_first_line(error)}") from error
 
 
+_MAGICS = {b"GGUF": "a GGUF file", b"\x89HDF": "an HDF5 file", b"\x89PNG": "a picture", b"\xff\xd8\xff": "a picture"}
+"""Beginnings of files that people take for weights."""
+
+
 def _truncated(path: Path, size: int, expected: int) -> CheckpointError:
     return CheckpointError(
         f"{path} is truncated: {size_text(size)} of at least {size_text(expected)}; copy or download it again"
@@ -430,7 +458,9 @@ def _other_kind(path: Path, start: bytes) -> str:
     if not start:
         return f"{path} is empty: the copy or download of it failed; get it again"
     if start.startswith((b"PK", b"\x80")):
-        return f"{path} is a PyTorch file, not safetensors; import it with `mar convert`"
+        return f"{path} is a PyTorch file, not safetensors; `mar convert` reads it if it is a MAR, eMIGM or l-DeTok"
+    if name := next((name for magic, name in _MAGICS.items() if start.startswith(magic)), None):
+        return f"{path} is {name}, not safetensors"
     if start.lstrip().startswith(b"<"):
         return f"{path} is a web page, not weights: the download of it failed; get it again"
     return f"{path} is not a safetensors file"

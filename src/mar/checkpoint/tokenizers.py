@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from mar.checkpoint import checksums
+from mar.checkpoint.contents import unwrap
 from mar.checkpoint.files import CheckpointError, check_regular, parse_json, write_atomically, write_text
 from mar.tokenizer import TOKENIZERS, Tokenizer, build
 
@@ -116,7 +117,7 @@ def _load_own(folder: Path) -> Tokenizer | None:
         if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
             raise ValueError(f"{broken[0]} has values that are not finite")
         tokenizer = build(config)
-        tokenizer.load_state_dict(tensors)
+        tokenizer.load_state_dict(unwrap(tensors))
         if not bool((tokenizer.std > 0).all()):
             raise ValueError("std has values that are not positive")
     except (OSError, RuntimeError, SafetensorError, ValueError, TypeError, LookupError, AttributeError, OverflowError,

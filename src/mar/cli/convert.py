@@ -39,7 +39,7 @@ def convert(arguments: Sequence[str]) -> int:
     """Runs `mar convert`."""
     options = parse(ConvertOptions, "convert", arguments)
     from mar.checkpoint.files import check_regular
-    from mar.checkpoint.official import is_flat_official
+    from mar.checkpoint.official import is_flat_official, is_torch_file
 
     source, target = options.source, options.target
     check_regular(source)
@@ -49,7 +49,7 @@ def convert(arguments: Sequence[str]) -> int:
         raise ValueError(f"target: got {target}, expected a file .safetensors (ours) or .pth (official)")
     if target.resolve() == source.resolve():
         raise ValueError(f"target {target} is the source, which would be lost; take another name")
-    ours = source.is_dir() or (source.suffix == ".safetensors" and not is_flat_official(source))
+    ours = source.is_dir() or not (is_torch_file(source) or is_flat_official(source))
     if target.suffix == ".pth":
         if not ours:
             raise ValueError(f"{source} -> {target}: only files and run folders of ours become official ones")

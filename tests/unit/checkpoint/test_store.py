@@ -111,7 +111,7 @@ def with_header(saved: Path, path: Path, change: dict[str, Any] | None) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (None, "says nothing of mar's format .* imported with `mar convert`"),
+        (None, r"holds \d+ tensors .*: a model of mar whose header is lost"),
         ({"format": "mar/2"}, "of format mar/2, newer than this mar reads .*; update mar"),
         ({"format": "other/1"}, "of format 'other/1', which this mar does not know"),
         ({"format": 3}, "its header can't be understood"),
@@ -153,7 +153,7 @@ def test_store_save_of_mismatched_tensors_is_refused(tmp_path: Path) -> None:
         (b"", "is empty: the copy or download of it failed"),
         (b"<!DOCTYPE html><html>log in</html>", "is a web page, not weights"),
         (b"\n <html>", "is a web page, not weights"),
-        (b"PK\x03\x04 and so on", "is a PyTorch file, not safetensors; import it with `mar convert`"),
+        (b"PK\x03\x04 and so on", "is a PyTorch file, not safetensors; `mar convert` reads it"),
         (b"\x80\x02}q\x00.", "is a PyTorch file"),
         (b"short", "is not a safetensors file"),
         (b"\xff" * 100, "is not a safetensors file"),
