@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from emoji_judge import SEED, corner, judge_seen, load_real, read_rows
+from emoji_judge import SEED, Row, corner, judge_seen, load_real, read_rows
 from fashion_judge import features, frechet, load_classifier, load_split, statistics
 from torch import Tensor
 from torch.nn import functional
@@ -54,13 +55,20 @@ def judge_fashion(model: Pipeline, size: tuple[int, int], options: argparse.Name
     }
 
 
+@cache
+def read_emoji(data: Path) -> tuple[list[Row], Tensor]:
+    """Read all real emoji, once."""
+    rows = read_rows(data)
+    return rows, load_real(data, rows)
+
+
 def judge_emoji(model: Pipeline, size: tuple[int, int], options: argparse.Namespace) -> dict[str, float]:
     """Judge names of real emoji: whether the nearest of all is the one asked for."""
-    rows = read_rows(options.data)
+    rows, real = read_emoji(options.data)
     asked = random.Random(SEED).sample(range(len(rows)), options.count)
     prompts = [rows[i]["text"] for i in asked]
     images = draw(model, size, options.batch, options.sheet, prompts=prompts, preset=options.preset)
-    return {**judge_seen(images, asked, rows, load_real(options.data, rows)), "corner": corner(images)}
+    return {**judge_seen(images, asked, rows, real), "corner": corner(images)}
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from mar import zoo
 from mar.checkpoint.files import CheckpointError
 from mar.checkpoint.official_vit import load_vit, read_statistics, vit_from_state, vit_state
-from mar.tokenizer import build
+from mar.tokenizer import build, vit
 from mar.tokenizer.base import unscaled_moments
 from mar.tokenizer.vit import ViTConfig, ViTTokenizer, rope_angles
 from tests.parity.support import GOLDEN, drawn_state, golden, meta, relative
@@ -125,6 +125,30 @@ def test_vit_slices_of_a_batch_are_equal_to_it(tiny: ViTTokenizer) -> None:
     whole = unscaled_moments(tiny, images)
     parts = [unscaled_moments(tiny, part).mean for part in images.split(1)]
     assert relative(torch.cat(parts), whole.mean) <= BOUND
+
+
+def test_vit_encodes_and_decodes_a_slice_at_a_time(tiny: ViTTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = golden("detok_vit")["tiny/image"].repeat(3, 1, 1, 1)[:5]
+    whole = tiny.encode(images)
+    pictures = tiny.decode(whole.mean)
+    monkeypatch.setattr(vit, "VIT_SLICE", 2)
+    seen: list[tuple[str, int]] = []
+    hooks = [
+        module.register_forward_hook(lambda _, inputs, __, name=name: seen.append((name, len(inputs[0]))))
+        for name, module in (("encoder", tiny.encoder), ("decoder", tiny.decoder))
+    ]
+    sliced = tiny.encode(images)
+    assert relative(sliced.mean, whole.mean) <= BOUND
+    assert relative(sliced.std, whole.std) <= BOUND
+    assert relative(tiny.decode(whole.mean), pictures) <= BOUND
+    for hook in hooks:
+        hook.remove()
+    assert seen == [(name, count) for name in ("encoder", "decoder") for count in (2, 2, 1)]
+
+
+def test_vit_no_images_are_no_latents(tiny: ViTTokenizer) -> None:
+    assert tiny.encode(torch.zeros(0, 3, 64, 64)).mean.shape == (0, 16, 4, 4)
+    assert tiny.decode(torch.zeros(0, 16, 4, 4)).shape == (0, 3, 64, 64)
 
 
 def test_vit_other_sizes_are_refused(tiny: ViTTokenizer) -> None:

@@ -22,6 +22,8 @@ from mar.tokenizer.base import Posterior, Statistic, Tokenizer
 _EPSILON = 1e-6
 _LOGVAR_RANGE = (-30.0, 20.0)
 _IMAGE_CHANNELS = 3
+VIT_SLICE = 64
+"""Images that are encoded or decoded at a time, to bound memory; as many as `sample` draws at once."""
 
 
 @dataclass(frozen=True)
@@ -204,16 +206,16 @@ class ViTTokenizer(Tokenizer):
         self.eval()
 
     def encode(self, images: Float[Tensor, "n c H W"]) -> Posterior:
-        """Encode images of the tokenizer's size to a float32 posterior."""
+        """Encode images of the tokenizer's size, some at a time, to a float32 posterior."""
         self.check_images(images)
         with torch.autocast(images.device.type, enabled=False):
-            moments = self.encoder(images.float()).transpose(1, 2)
+            moments = _in_slices(self.encoder, images.float()).transpose(1, 2)
         mean, logvar = moments.unflatten(2, (self.vit.side, self.vit.side)).chunk(2, dim=1)
         std = torch.exp(0.5 * logvar.clamp(*_LOGVAR_RANGE))
         return Posterior(self.normalize(mean), std / self.std.view(-1, 1, 1))
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k H W"]:
-        """Decode normalized latents to images, clipped to [-1, 1], float32."""
+        """Decode normalized latents, some at a time, to float32 images in [-1, 1]."""
         side = self.vit.side
         if tuple(latents.shape[1:]) != (self.channels, side, side):
             raise ValueError(
@@ -222,7 +224,7 @@ class ViTTokenizer(Tokenizer):
             )
         raw = self.denormalize(latents.float()).flatten(2).transpose(1, 2)
         with torch.autocast(raw.device.type, enabled=False):
-            images: Tensor = self.decoder(raw)
+            images = _in_slices(self.decoder, raw)
         return images.clamp(-1, 1)
 
     def check_images(self, images: Tensor) -> None:
@@ -247,6 +249,12 @@ class ViTTokenizer(Tokenizer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Implement `.to(...)` and its kin; weights stay in float32, unrounded."""
         return super()._apply(lambda t: fn(t) if t.is_meta else t.to(fn(t).device), recurse)
+
+
+def _in_slices(network: nn.Module, values: Float[Tensor, "n ..."]) -> Tensor:
+    """Apply a network to a batch, at most `VIT_SLICE` images at a time."""
+    parts = [network(part) for part in values.split(VIT_SLICE)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _apply_rope(x: Float[Tensor, "n heads L d"], rope: tuple[Tensor, Tensor]) -> Float[Tensor, "n heads L d"]:
