@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -57,10 +58,17 @@ def start_process(
         arguments: of the command.
         said: file for stdout and stderr.
         die: (n, signal): the process gets the signal at its n-th fsync, of a file or a folder. An odd n is before a
-            file gets its name, an even one after. A text for n is a part of the path of that fsync.
+            file gets its name, an even one after. A text for n is a pattern in the path of that fsync.
         world: rank, processes, port.
     """
     process = _CONTEXT.Process(target=_run, args=(list(arguments), said, die, world))
+    process.start()
+    return process
+
+
+def start_work(work: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """A process that runs `work(*arguments)`."""
+    process = _CONTEXT.Process(target=work, args=arguments)
     process.start()
     return process
 
@@ -116,7 +124,7 @@ def _die(moment: int | str, signal: int) -> None:
         nonlocal seen
         seen += 1
         flush(path)
-        if (moment in str(path)) if isinstance(moment, str) else (seen == moment):
+        if re.search(moment, str(path)) if isinstance(moment, str) else (seen == moment):
             os.kill(os.getpid(), signal)
 
     files.flush = counted

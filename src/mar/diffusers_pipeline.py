@@ -29,6 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from mar.backends.cpu.int8 import is_quantized
+from mar.checkpoint.files import write_text
 from mar.config import SamplingConfig
 from mar.config.fields import renamed_fields
 from mar.data.conditions import Label, Prompt
@@ -273,8 +274,8 @@ class MARPipeline(DiffusionPipeline):  # type: ignore[misc]
         folder = Path(save_directory)
         self.model.save_pretrained(folder)
         index = json.loads(self.to_json_string()) | {"_class_name": ["pipeline", type(self).__name__]}
-        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        (folder / "pipeline.py").write_text(CODE)
+        write_text(folder / self.config_name, json.dumps(index, indent=2, sort_keys=True) + "\n")
+        write_text(folder / "pipeline.py", CODE)
         if push_to_hub:
             self.push_to_hub(options.pop("repo_id", None) or folder.name, **options)
         else:

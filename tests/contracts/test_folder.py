@@ -533,7 +533,7 @@ def test_folder_killed_before_the_model_resumes(place: Path) -> None:
     """In the tokenizer's training, and while latents are cached: the same at the end."""
     (place / "run").rename(place / "undisturbed")
     said = place / "said"
-    for file in ("tokenizer/.saving-state-000000000008", "latents/.00000.safetensors"):
+    for file in (r"tokenizer/\.mar-tmp-[^/]*/state-000000000008", r"latents/\.mar-tmp-[^/]*/00000\.safetensors"):
         code = processes.run_to_end(WHOLE, said, die=(file, signal.SIGKILL))
         assert code == -signal.SIGKILL, said.read_text()
     assert processes.run_to_end(WHOLE, said) == 0, said.read_text()
@@ -554,7 +554,7 @@ TIMED += ["--minutes", "0.02"]
 
 def test_folder_with_a_time_killed_anywhere_keeps_its_plan(place: Path) -> None:
     said = place / "said"
-    for file in ("tokenizer/.saving-state-000000000016", "timed/.saving-state-000000000040"):
+    for file in (r"tokenizer/\.mar-tmp-[^/]*/state-000000000016", r"timed/\.mar-tmp-[^/]*/state-000000000040"):
         code = processes.run_to_end(TIMED, said, die=(file, signal.SIGKILL))
         assert code == -signal.SIGKILL, said.read_text()
     plan = json.loads((place / "timed" / "time.json").read_text())

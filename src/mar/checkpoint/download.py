@@ -18,7 +18,6 @@ import json
 import os
 import queue
 import re
-import secrets
 import shutil
 import sys
 import threading
@@ -33,7 +32,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from mar.checkpoint.files import flush, is_zip
+from mar.checkpoint.files import flush, is_zip, new_folders
+from mar.checkpoint.owners import clear_leftovers, temporary_folder
 from mar.published import MIB, PUBLISHED, TOKENIZERS, PublishedFile, files_of
 from mar.terminal import printable, unescaped
 
@@ -155,11 +155,11 @@ def fetch(
     opener = opener or urllib.request.build_opener()
     remote, copied = _from_mirror(remote, mirror or os.environ.get("MAR_MIRROR"))
     target = folder / remote.name
-    target.parent.mkdir(parents=True, exist_ok=True)
     if target.exists():
         _check_file(target, remote, f"remove {target} and run again to fetch it anew")
         return target
-    with _open_part(remote, target.parent) as part:
+    clear_leftovers(target.parent)
+    with new_folders(target.parent), _open_part(remote, target.parent) as part:
         failures: list[DownloadError] = []
         for url in _sources(part):
             try:
@@ -383,10 +383,11 @@ class _Part:
 
     def write_note(self, note: dict[str, Any]) -> None:
         """Replace the note; a later power failure leaves the old one or the new one."""
-        temporary = self.note_path.with_name(self.note_path.name + ".new")
-        temporary.write_text(json.dumps(note), "utf-8")
-        flush(temporary)
-        os.replace(temporary, self.note_path)
+        with temporary_folder(self.note_path.parent) as folder:
+            temporary = folder / self.note_path.name
+            temporary.write_text(json.dumps(note), "utf-8")
+            flush(temporary)
+            os.replace(temporary, self.note_path)
 
     def sync(self, file: IO[bytes]) -> None:
         """Wait until the bytes are on the disk, and only then note how many there are."""
@@ -405,7 +406,7 @@ class _Part:
         self.in_pieces = False
 
     def discard_note(self) -> None:
-        for path in (self.note_path, self.note_path.with_name(self.note_path.name + ".new")):
+        for path in (self.note_path, self.note_path.with_name(self.note_path.name + ".new")):  # of earlier versions
             path.unlink(missing_ok=True)
 
     def headers(self) -> dict[str, str]:
@@ -453,12 +454,8 @@ def _open_part(remote: RemoteFile, folder: Path) -> Iterator[_Part]:
                     shared.discard()
                     shared.path.unlink()
             return
-    temporary = _Part(remote, folder / f"{name}.{secrets.token_hex(4)}.part")
-    try:
-        yield temporary
-    finally:
-        temporary.path.unlink(missing_ok=True)
-        temporary.discard_note()
+    with temporary_folder(folder) as temporary:
+        yield _Part(remote, temporary / f"{name}.part")
 
 
 def _lock(file: IO[bytes], path: Path) -> bool:

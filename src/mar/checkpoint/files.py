@@ -1,4 +1,7 @@
-"""Atomic writing: a file is the old one or the new one."""
+"""The way to write files: each is the old one or the new one, and a kill leaves nothing for good.
+
+A file is written in a temporary folder beside it (`mar.checkpoint.owners`), flushed, and renamed.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ import pickletools
 import select
 import shutil
 import stat
-import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mar.checkpoint.owners import temporary_folder
 from mar.terminal import print_err
 
 
@@ -139,13 +143,24 @@ def require_room(path: Path, needed: int) -> None:
 
 
 def write_error(path: Path, needed: int, error: OSError) -> CheckpointError:
-    """Return the CheckpointError for an `error` on writing `needed` bytes to `path`."""
+    """Return the CheckpointError for an `error` on writing to `path`.
+
+    `needed` bytes; 0: unknown.
+    """
     why = error.strerror or str(error)
-    return CheckpointError(f"can't write {path} ({size_text(needed)} needed): {why}; nothing was left behind")
+    size = f" ({size_text(needed)} needed)" if needed else ""
+    return CheckpointError(f"can't write {path}{size}: {why}; nothing was left behind")
 
 
-def write_atomically(path: Path, write: Callable[[Path], None], needed: int = 0, *, durable: bool = True) -> None:
-    """Write a temporary file beside `path`, flush it, and rename it.
+def write_atomically(
+    path: Path,
+    write: Callable[[Path], None],
+    needed: int = 0,
+    *,
+    durable: bool = True,
+    temporary_in: Path | None = None,
+) -> None:
+    """Write a temporary file, flush it, and rename it.
 
     Whatever goes wrong, `path` is unchanged and the temporary file is gone. Raises CheckpointError if the disk refuses.
 
@@ -154,27 +169,78 @@ def write_atomically(path: Path, write: Callable[[Path], None], needed: int = 0,
         write: writes the temporary file.
         needed: bytes, checked before and named in the message.
         durable: wait until the file is on the disk; else a power cut may lose it.
+        temporary_in: folder for the temporary, on the disk of `path`; by default the file's.
     """
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        require_room(path.parent, needed)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        if durable:
-            flush(temporary)
-        # mkstemp gives its owner alone the right to read; a new file has the usual rights
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-        if durable:
-            flush(path.parent)
+        with new_folders(path.parent):
+            require_room(path.parent, needed)
+            with temporary_folder(temporary_in or path.parent) as folder:
+                temporary = folder / path.name
+                write(temporary)
+                _place({temporary: path}, folder, durable)
     except OSError as error:
         raise write_error(path, needed, error) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+
+
+def write_together(folder: Path, write: Callable[[Path], None], last: str, needed: int = 0) -> None:
+    """Write several files of a folder: all are on the disk before the first gets its name.
+
+    Raises CheckpointError if the disk refuses; then those that are there stay.
+
+    Args:
+        folder: of the files.
+        write: writes them to a temporary folder.
+        last: name of the file by which others see that all are there; it goes first, and comes last.
+        needed: bytes, checked before and named in the message.
+    """
+    try:
+        with new_folders(folder):
+            require_room(folder, needed)
+            with temporary_folder(folder) as temporary:
+                write(temporary)
+                files = sorted(temporary.iterdir(), key=lambda path: (path.name == last, path.name))
+                _place({file: folder / file.name for file in files}, temporary, durable=True, gone=folder / last)
+    except OSError as error:
+        raise write_error(folder, needed, error) from error
+
+
+def write_bytes(contents: Mapping[Path, bytes], temporary_in: Path) -> None:
+    """Write files, each whole or not at all; all are on the disk before the first gets its name.
+
+    Raises CheckpointError if the disk refuses.
+
+    Args:
+        contents: by path.
+        temporary_in: folder for the temporaries, on their disk: one that the next command will look into.
+    """
+    needed, path = sum(map(len, contents.values())), temporary_in
+    try:
+        with new_folders(temporary_in):
+            require_room(temporary_in, needed)
+            with temporary_folder(temporary_in) as folder:
+                temporaries = {}
+                for number, (path, data) in enumerate(contents.items()):
+                    temporaries[folder / f"{number}-{path.name[:100]}"] = path
+                    (folder / f"{number}-{path.name[:100]}").write_bytes(data)
+                _place(temporaries, folder, durable=True)
+    except OSError as error:
+        raise write_error(path, needed, error) from error
+
+
+def _place(targets: Mapping[Path, Path], temporary: Path, durable: bool, gone: Path | None = None) -> None:
+    """Flush files and rename them to their targets, with the usual rights of new ones. `gone` is removed between."""
+    rights = stat.S_IMODE(temporary.stat().st_mode) & 0o666
+    for file in targets:
+        if durable:
+            flush(file)
+        file.chmod(rights)  # some writers give their owner alone the right to read
+    if gone is not None:
+        gone.unlink(missing_ok=True)
+    for file, target in targets.items():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.replace(target)
+    for folder in dict.fromkeys(target.parent for target in targets.values()) if durable else ():
+        flush(folder)
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
@@ -186,6 +252,53 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     write_atomically(path, write, durable=durable)
 
 
+def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Write a file of safetensors, which is to be a temporary one. Raises OSError if the disk refuses."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata))
+    except SafetensorError as error:  # what its Rust code makes of a full disk
+        raise OSError(str(error)) from error
+
+
+def tensor_bytes(tensors: Mapping[str, Any]) -> int:
+    """Return the size of tensors in bytes."""
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+
+
+@contextmanager
+def new_folders(folder: Path) -> Iterator[None]:
+    """Make a folder and those above it; at the end, remove those of them that are empty."""
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        with suppress(OSError):  # not empty, or not made
+            for place in made:
+                place.rmdir()
+
+
+def check_writable(path: Path, *, is_file: bool) -> None:
+    """Raise CheckpointError if an output can't be written. Nothing is left behind.
+
+    Args:
+        path: the output, which may be missing, as may folders above it.
+        is_file: it is a file, not a folder.
+    """
+    folder = path.parent if is_file else path
+    expected = stat.S_ISREG if is_file else stat.S_ISDIR
+    try:
+        if path.exists() and not expected(path.stat().st_mode):
+            raise CheckpointError(f"{path} is no {'regular file' if is_file else 'folder'}; take another name for it")
+        with new_folders(folder), temporary_folder(folder) as temporary:
+            (temporary / (path.name if is_file else "file")).write_bytes(bytes(4096))
+    except OSError as error:
+        raise write_error(path, 0, error) from error
+
+
 def flush(path: Path) -> None:
     """Wait until a file, or a folder's list, is on the disk."""
     if os.name == "nt" and path.is_dir():  # folders can't be opened there
@@ -195,9 +308,3 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

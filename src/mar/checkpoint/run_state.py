@@ -4,7 +4,7 @@
                                  and the sha256 of each in checksums.json
     folder/latest                the name of the state to resume from
 
-A state is written under a temporary name and renamed, so any folder called state-* is complete. Nothing in it is
+A state is written in a temporary folder and renamed, so any folder called state-* is complete. Nothing in it is
 trusted: tensors are read with `weights_only`, everything else is JSON, and the pickle `.metadata` is restricted to the
 classes of DCP's metadata.
 """
@@ -20,7 +20,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
@@ -44,10 +44,12 @@ from mar.checkpoint.files import (
     write_error,
     write_text,
 )
+from mar.checkpoint.owners import clear_leftovers, temporary_folder
 
 logger = logging.getLogger(__name__)
 _NAME = re.compile(r"state-(\d{12,})")
-_TEMPORARY = ".saving-"
+_OLD_TEMPORARY = re.compile(r"\.saving-(old-)?state-\d{12,}")
+"""Folder that earlier versions left when they were killed."""
 _OVERHEAD = 4096
 """Bytes of a stored tensor beside its values, rounded up."""
 Result = TypeVar("Result")
@@ -76,18 +78,15 @@ class RunState:
         tree, tensors = flatten(state)
         needed = sum(tensor.numel() * tensor.itemsize + _OVERHEAD for tensor in tensors.values())
         final = self.folder / f"state-{images_seen:012d}"
-        temporary = self.folder / f"{_TEMPORARY}{final.name}"
-        try:
-            _run_on_rank0(lambda: self._prepare(temporary, needed))
-            with _unwrap_dcp_errors(), _ignore_single_process_warning():
-                state_dict_saver.save(dict(tensors), storage_writer=FileSystemWriter(temporary))
-            digests = _digests(temporary)
-            _run_on_rank0(lambda: self._finish(temporary, final, tree, digests, keep))
-        except OSError as error:
-            raise write_error(final, needed, error) from error
-        finally:
-            if _is_rank0():
-                shutil.rmtree(temporary, ignore_errors=True)
+        with ExitStack() as stack:  # whose end removes what is left
+            try:
+                temporary = _run_on_rank0(lambda: self._prepare(stack, needed)) / final.name
+                with _unwrap_dcp_errors(), _ignore_single_process_warning():
+                    state_dict_saver.save(dict(tensors), storage_writer=FileSystemWriter(temporary))
+                digests = _digests(temporary)
+                _run_on_rank0(lambda: self._finish(temporary, final, tree, digests, keep))
+            except OSError as error:
+                raise write_error(final, needed, error) from error
         return final
 
     def load(self, state: dict[str, Any]) -> bool:
@@ -148,12 +147,15 @@ class RunState:
         numbered = ((_NAME.fullmatch(path.name), path) for path in self.folder.iterdir())
         return [path for _, path in sorted((int(match[1]), path) for match, path in numbered if match)]
 
-    def _prepare(self, temporary: Path, needed: int) -> None:
+    def _prepare(self, stack: ExitStack, needed: int) -> Path:
+        """Make a temporary folder for a state, which ends with `stack`."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob(f"{_TEMPORARY}*"):  # of a process that was killed
-            shutil.rmtree(stale)
+        for path in self.folder.iterdir():
+            if _OLD_TEMPORARY.fullmatch(path.name):
+                shutil.rmtree(path)
+        clear_leftovers(self.folder)
         require_room(self.folder, needed)
-        temporary.mkdir()
+        return stack.enter_context(temporary_folder(self.folder))
 
     def _finish(self, temporary: Path, final: Path, tree: Any, digests: dict[str, str], keep: int) -> None:
         texts = {"state.json": tree, "config.json": self.config}
@@ -168,7 +170,7 @@ class RunState:
         older = [path for path in self.states() if path != final]
         for path in older[: max(0, len(older) - (keep - 1))]:
             # renamed first, so that a half removed state is never taken for a whole one
-            shutil.rmtree(path.rename(self.folder / f"{_TEMPORARY}old-{path.name}"))
+            shutil.rmtree(path.rename(temporary.with_name(f"old-{path.name}")))
 
     def _latest(self, unreadable: Mapping[str, str]) -> Path | None:
         states = [path for path in self.states() if path.name not in unreadable]
@@ -258,7 +260,7 @@ def _move(temporary: Path, final: Path) -> None:
     if not final.exists():
         temporary.rename(final)
         return
-    aside = final.rename(final.with_name(f"{_TEMPORARY}old-{final.name}"))
+    aside = final.rename(temporary.with_name(f"old-{final.name}"))
     try:
         temporary.rename(final)
     except BaseException:

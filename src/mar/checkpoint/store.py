@@ -19,12 +19,11 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int8
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mar.checkpoint import checksums
 from mar.checkpoint.contents import foreign, unwrap, unwrap_name
-from mar.checkpoint.files import CheckpointError, check_regular, parse_json, size_text, write_atomically
+from mar.checkpoint.files import CheckpointError, check_regular, parse_json, size_text, write_atomically, write_tensors
 from mar.config import ModelConfig, SamplingConfig, from_dict, to_dict
 from mar.model.mar import MAR
 from mar.nn import init_empty_weights
@@ -105,10 +104,7 @@ def save(path: str | os.PathLike[str], header: Header, tensors: Mapping[str, Ten
     metadata = {_KEY: json.dumps(content)}
 
     def write(temporary: Path) -> None:
-        try:
-            save_file(stored, temporary, metadata=metadata)
-        except SafetensorError as error:  # what its Rust code makes of a full disk
-            raise OSError(str(error)) from error
+        write_tensors(temporary, stored, metadata)
 
     needed = sum(tensor.numel() * tensor.itemsize for tensor in stored.values()) + len(metadata[_KEY])
     write_atomically(path, write, needed)

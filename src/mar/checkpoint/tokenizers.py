@@ -10,11 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from mar.checkpoint import checksums
 from mar.checkpoint.contents import unwrap
-from mar.checkpoint.files import CheckpointError, check_regular, parse_json, write_atomically, write_text
+from mar.checkpoint.files import (
+    CheckpointError,
+    check_regular,
+    parse_json,
+    tensor_bytes,
+    write_tensors,
+    write_together,
+)
 from mar.tokenizer import TOKENIZERS, Tokenizer, build
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "tokenizer.safetensors"
@@ -45,18 +52,26 @@ def load_tokenizer(path: str | Path, subfolder: str | None = None, *, local_file
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write a tokenizer to a folder; autoencoders in diffusers' format."""
+    """Write a tokenizer to a folder; autoencoders in diffusers' format.
+
+    Raises CheckpointError if the disk refuses: a tokenizer that is there stays.
+    """
     autoencoder: Any = getattr(tokenizer, "autoencoder", None)
     if autoencoder is None:
         _save_own(tokenizer, Path(folder))
         return
-    folder = Path(folder)
-    (folder / checksums.CHECKSUMS).unlink(missing_ok=True)  # of the tokenizer that is replaced
-    autoencoder.save_pretrained(folder)
-    written = [folder / CONFIG_FILE, *folder.glob("diffusion_pytorch_model*")]
-    checksums.write_folder(folder, checksums.file_digests(written))
-    if tokenizer.has_stats:
-        save_statistics(tokenizer, folder)
+
+    def write(temporary: Path) -> None:
+        try:
+            autoencoder.save_pretrained(temporary)
+        except SafetensorError as error:  # what its Rust code makes of a full disk
+            raise OSError(str(error)) from error
+        written = [temporary / CONFIG_FILE, *temporary.glob("diffusion_pytorch_model*")]
+        checksums.write_folder(temporary, checksums.file_digests(written))
+        if tokenizer.has_stats:
+            checksums.write_json(temporary / STATISTICS_FILE, _statistics(tokenizer))
+
+    write_together(Path(folder), write, checksums.CHECKSUMS, tensor_bytes(autoencoder.state_dict()))
 
 
 def save_statistics(tokenizer: Tokenizer, folder: str | Path) -> Path:
@@ -65,15 +80,23 @@ def save_statistics(tokenizer: Tokenizer, folder: str | Path) -> Path:
         _save_own(tokenizer, Path(folder))
         return Path(folder, WEIGHTS_FILE)
     path = Path(folder, STATISTICS_FILE)
-    checksums.write_json(path, {"mean": tokenizer.mean.tolist(), "std": tokenizer.std.tolist()})
+    checksums.write_json(path, _statistics(tokenizer))
     return path
+
+
+def _statistics(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"mean": tokenizer.mean.tolist(), "std": tokenizer.std.tolist()}
 
 
 def _save_own(tokenizer: Tokenizer, folder: Path) -> None:
     tensors = {name: tensor.contiguous() for name, tensor in tokenizer.state_dict().items()}
     metadata = {"sha256": _own_digest(tokenizer.config(), tensors)}
-    write_atomically(folder / WEIGHTS_FILE, lambda temporary: save_file(tensors, temporary, metadata=metadata))
-    write_text(folder / CONFIG_FILE, json.dumps(tokenizer.config(), indent=1) + "\n")
+
+    def write(temporary: Path) -> None:
+        write_tensors(temporary / WEIGHTS_FILE, tensors, metadata)
+        (temporary / CONFIG_FILE).write_text(json.dumps(tokenizer.config(), indent=1) + "\n", encoding="utf-8")
+
+    write_together(folder, write, CONFIG_FILE, tensor_bytes(tensors))
 
 
 def _own_digest(config: dict[str, Any], tensors: dict[str, Any]) -> str:

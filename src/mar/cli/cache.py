@@ -116,13 +116,14 @@ def _write_cache(
 ) -> int:
     from mar import distributed
     from mar.backends import configure
+    from mar.checkpoint.locks import exclusive
     from mar.data.cache_writer import finish_cache, update_captions, write_shards
     from mar.data.captions import captions_of
     from mar.sampling.progress import rank_meter
 
     out = options.out
     assert out is not None
-    with distributed.process_group(options.device) as device:
+    with distributed.process_group(options.device) as device, exclusive(out):
         configure(device)
         source, tokenizer, manifest, shards = _prepare(options, out)
         if shards is None:

@@ -38,7 +38,7 @@ class ConvertOptions:
 def convert(arguments: Sequence[str]) -> int:
     """Runs `mar convert`."""
     options = parse(ConvertOptions, "convert", arguments)
-    from mar.checkpoint.files import check_regular
+    from mar.checkpoint.files import check_regular, check_writable
     from mar.checkpoint.official import is_flat_official, is_torch_file
 
     source, target = options.source, options.target
@@ -49,6 +49,7 @@ def convert(arguments: Sequence[str]) -> int:
         raise ValueError(f"target: got {target}, expected a file .safetensors (ours) or .pth (official)")
     if target.resolve() == source.resolve():
         raise ValueError(f"target {target} is the source, which would be lost; take another name")
+    check_writable(target, is_file=True)
     ours = source.is_dir() or not (is_torch_file(source) or is_flat_official(source))
     if target.suffix == ".pth":
         if not ours:

@@ -40,9 +40,11 @@ class DemoOptions:
 def demo(arguments: Sequence[str]) -> int:
     """Runs `mar demo`."""
     options = parse(DemoOptions, "demo", arguments)
+    from mar.checkpoint.files import check_writable
     from mar.data.images import image_grid
     from mar.zoo import load
 
+    check_writable(options.out, is_file=False)
     model = load("emoji", device=options.device)
     prompts = list(options.prompt or PROMPTS)
     seeds = [options.seed + i for i in range(len(prompts))]

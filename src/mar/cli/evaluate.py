@@ -99,6 +99,17 @@ def _check(options: EvaluateOptions) -> None:
     _check_out(options)
     _check_source(options)
     _check_grid(options)
+    _check_writable(options)
+
+
+def _check_writable(options: EvaluateOptions) -> None:
+    """Raises CheckpointError where the report or the pictures can't be written; a sweep tries its folder later."""
+    from mar import distributed
+    from mar.checkpoint.files import check_writable
+
+    for path in (None if options.sweep else options.out, options.neighbors_grid):
+        if path is not None and distributed.rank() == 0:
+            check_writable(path, is_file=True)
 
 
 def _check_out(options: EvaluateOptions) -> None:
@@ -211,10 +222,18 @@ def _warn(report: Report) -> None:
 
 
 def _sweep(options: EvaluateOptions, session: EvalSession) -> int:
-    from mar import distributed
-    from mar.evaluation.sweep import Table, plot, point_text, points, require_matplotlib
+    from mar.checkpoint.locks import exclusive
 
     folder = options.out or Path("runs/sweep")
+    with exclusive(folder):
+        return _sweep_in(folder, options, session)
+
+
+def _sweep_in(folder: Path, options: EvaluateOptions, session: EvalSession) -> int:
+    from mar import distributed
+    from mar.checkpoint.files import check_writable
+    from mar.evaluation.sweep import Table, plot, point_text, points, require_matplotlib
+
     with distributed.collective_errors():
         require_matplotlib()
         all_points = points(options.sweep)
@@ -224,6 +243,8 @@ def _sweep(options: EvaluateOptions, session: EvalSession) -> int:
         loading = {"dtype": options.resolved_dtype(session.model.device), "tf32": options.tf32}
         table = Table(folder, {**session.sweep_settings(all_points), **loading})
         missing = [point for point in all_points if not table.has(point)]
+        if missing and distributed.rank() == 0:
+            check_writable(folder, is_file=False)
     if missing:
         session.measure_reference()
     for number, point in enumerate(missing, 1):

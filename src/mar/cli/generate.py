@@ -66,6 +66,7 @@ def generate(arguments: Sequence[str]) -> int:
 
 def _generate(arguments: Sequence[str], check: Callable[[], None]) -> int:
     from mar import devices, distributed
+    from mar.checkpoint.locks import exclusive
     from mar.sampling.plan import as_argument
     from mar.sampling.sinks import SINKS, write_all
 
@@ -74,7 +75,7 @@ def _generate(arguments: Sequence[str], check: Callable[[], None]) -> int:
         kind = _format(options)
         _check_labels(options)
         devices.choose_device(options.device)
-    with distributed.process_group(options.device) as device:
+    with distributed.process_group(options.device) as device, exclusive(options.out, is_file=kind == "npz"):
         with distributed.collective_errors():
             trained = options.load(options.model, device)
             model = options.at_size(trained)

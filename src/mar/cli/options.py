@@ -67,11 +67,39 @@ def parse(
                 **given,
             )
         options: Options = parsed[0] if partly else parsed
-        return replace(options, **numbers) if numbers else options  # type: ignore[type-var]
+        options = replace(options, **numbers) if numbers else options  # type: ignore[type-var]
     except SystemExit as stopped:
         if not stopped.code:
             raise
         raise ValueError(_one_line(stderr.getvalue(), verb)) from None
+    if not partly:
+        _clear_leftovers(options)
+    return options
+
+
+def _clear_leftovers(options: Any) -> None:
+    """Remove what killed commands left in the folders of all options, and beside their files."""
+    from mar.checkpoint.owners import clear_leftovers
+
+    for folder in sorted(set(_folders(options))):
+        clear_leftovers(Path(folder))
+
+
+def _folders(options: Any) -> Iterator[str]:
+    """Yield the folders that options name, and those of the files."""
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if is_dataclass(value):
+            yield from _folders(value)
+        for item in value if isinstance(value, tuple) else (value,):
+            if not isinstance(item, str | Path):
+                continue
+            path = str(item).removeprefix("stream:")
+            with contextlib.suppress(ValueError):  # text with a zero byte
+                if os.path.isdir(path):
+                    yield path
+                elif isinstance(item, Path) or os.path.isfile(path):
+                    yield os.path.dirname(path) or "."
 
 
 def _one_line(box: str, verb: str) -> str:

@@ -71,10 +71,13 @@ class SampleOptions(SizeFlag, SamplingFlags):
 def sample(arguments: Sequence[str]) -> int:
     """Runs `mar sample`."""
     options = parse(SampleOptions, "sample", arguments)
+    from mar.checkpoint.files import check_writable
     from mar.data.images import image_grid
+    from mar.sampling.sinks.folder import MAX_NAME
 
     if options.count < 1:
         raise ValueError(f"count: got {options.count}, expected at least 1")
+    check_writable(options.out, is_file=False)
     trained = options.load(options.model)
     model = options.at_size(trained)
     settings = options.settings()
@@ -96,7 +99,9 @@ def sample(arguments: Sequence[str]) -> int:
     }  # fmt: skip
     own = [model.condition_metadata(ask) for ask in asks]  # as in PNGs of `mar generate`
     for ask, what, seed, image in zip(asks, own, seeds, images, strict=True):
-        save_png(image, options.out / f"{_file_name(model, ask)}-{seed:05d}.png", **what, seed=seed, **facts)
+        ending = f"-{seed:05d}.png"
+        name = _file_name(model, ask, MAX_NAME - len(ending)) + ending
+        save_png(image, options.out / name, **what, seed=seed, **facts)
     grid = image_grid(images, columns=options.count if options.count > 1 else min(len(images), 10))
     every = {f"{key}s": [what[key] for what in own] for key in own[0]}
     save_png(grid, options.out / "grid.png", **every, seeds=seeds, **facts)
@@ -105,12 +110,11 @@ def sample(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _file_name(model: Pipeline, ask: str | int | None) -> str:
-    """Returns the name of an image's file, without seed: the class, or the prompt, shortened."""
+def _file_name(model: Pipeline, ask: str | int | None, limit: int) -> str:
+    """Returns the name of an image's file, without seed: the class, or the prompt, in at most `limit` bytes."""
     from mar.sampling.sinks.folder import prompt_slug, slug
 
     if model.captions is not None:
         return prompt_slug(str(ask or "none"))
-    return slug(
-        model.classes[ask] if isinstance(ask, int) and model.classes else str("none" if ask is None else ask).lower()
-    )
+    name = model.classes[ask] if isinstance(ask, int) and model.classes else str("none" if ask is None else ask).lower()
+    return slug(name, limit)

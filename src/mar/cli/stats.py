@@ -79,6 +79,7 @@ def stats(arguments: Sequence[str]) -> int:
 def _stats(arguments: Sequence[str], check: Callable[[], None]) -> int:
     from mar import devices, distributed
     from mar.backends import configure
+    from mar.checkpoint.files import check_writable
 
     with distributed.collective_errors():
         options = parse(StatsOptions, "stats", arguments)
@@ -87,6 +88,8 @@ def _stats(arguments: Sequence[str], check: Callable[[], None]) -> int:
             raise ConfigError(f"out: got {options.out}, expected a file .npz")
         check_out(options.out, pictures=options.pictures, weights=options.weights)
         check_count(options.count)
+        if distributed.rank() == 0:
+            check_writable(options.out, is_file=True)
     with distributed.process_group(options.device) as device:
         configure(device)
         collected = _measure(options, device, check)

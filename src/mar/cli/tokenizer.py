@@ -79,12 +79,15 @@ def tokenizer(arguments: Sequence[str]) -> int:
 def _stats(arguments: Sequence[str]) -> int:
     options = parse(TokenizerOptions, "tokenizer", arguments)
     from mar import zoo
+    from mar.checkpoint.files import check_writable
     from mar.checkpoint.tokenizers import save_statistics
     from mar.data.images import Transform
     from mar.data.loader import in_order
     from mar.data.sources import open_source
     from mar.tokenizer.base import measure_latents
 
+    if Path(options.tokenizer).is_dir():
+        check_writable(Path(options.tokenizer), is_file=False)
     source = open_source(options.data)
     measured = zoo.load_tokenizer(options.tokenizer, resolve_image_channels(options.data))
     transform = Transform(options.image_size, measured.image_channels)
@@ -133,12 +136,21 @@ def train_tokenizer(options: TokenizerTrainOptions, page: Page | None = None) ->
     The page is that of a command with further steps; by default the run has its own.
     Returns the exit code: 130 after a signal.
     """
+    from mar.checkpoint.locks import exclusive
+
+    with exclusive(options.out):
+        return _train_tokenizer(options, page)
+
+
+def _train_tokenizer(options: TokenizerTrainOptions, page: Page | None) -> int:
     from mar import devices
+    from mar.checkpoint.files import check_writable
     from mar.training.log import log_accounts, open_log, require_writers
     from mar.training.tokenizer import Evaluation, export_tokenizer, open_tokenizer_run
     from mar.training.trainer import Callback, train
 
     require_writers(options.config.log_to)
+    check_writable(options.out, is_file=False)
     device = devices.choose_device(options.device)
     run = open_tokenizer_run(options.config, options.out, device=device, load_network=load_network)
     log = open_log(run, page)

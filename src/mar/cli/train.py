@@ -102,7 +102,16 @@ def train_model(
         name: of the recipe.
         page: shows the run with the steps before it; by default it has a page of its own.
     """
+    from mar.checkpoint.locks import exclusive
+
+    assert options.out is not None
+    with exclusive(options.out):
+        return _train_model(options, device, chosen, name, page)
+
+
+def _train_model(options: TrainOptions, device: torch.device, chosen: TrainConfig, name: str, page: Page | None) -> int:
     from mar import distributed
+    from mar.checkpoint.files import check_writable
     from mar.training.log import log_accounts, open_log
     from mar.training.preflight import check_tokenizer, learning_rate_warning, memorization_warning, precision_hint
     from mar.training.run import export, saved_length
@@ -110,6 +119,8 @@ def train_model(
 
     with distributed.collective_errors():
         assert options.out is not None
+        if distributed.rank() == 0:
+            check_writable(options.out, is_file=False)
         before = saved_length(options.out)
         run = _open(options, device)
         log = open_log(run, page)

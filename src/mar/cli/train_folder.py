@@ -169,7 +169,9 @@ def train_folder(arguments: Sequence[str], name: str = "folder") -> int:
     arguments = [*out, *PLANNED_RECIPES[name], *arguments]
     with distributed.collective_errors():
         plan, options = plan_folder(arguments)
-        from mar.training.run import precision_by_default  # after --help, which needs no torch
+        from mar.checkpoint.files import check_writable  # after --help, which needs no torch
+        from mar.checkpoint.locks import exclusive
+        from mar.training.run import precision_by_default
 
         device = devices.choose_device(options.device)
         if not names_precision(arguments):
@@ -178,7 +180,11 @@ def train_folder(arguments: Sequence[str], name: str = "folder") -> int:
             if precision != plan.train.precision:
                 arguments = [*arguments, "--precision", precision]
                 plan, options = plan_folder(arguments)
-    with distributed.process_group(options.device) as device:
+    assert options.out is not None
+    with distributed.process_group(options.device) as device, exclusive(options.out):
+        with distributed.collective_errors():
+            if distributed.rank() == 0:
+                check_writable(options.out, is_file=False)
         steps = _Steps(arguments, device, started)
         try:
             plan, options, code = steps.run_first(plan, options)
@@ -202,6 +208,8 @@ class _Steps:
         self.given = parse(_FolderOverrides, VERB, arguments, partly=True)
         self.page: Page | None = None
         """Shows all steps; rank 0 has it."""
+        self.lengths: TimePlan | None = None
+        """Those that this session has chosen, also if the disk refused their file."""
 
     def run_first(self, plan: FolderPlan, options: FolderOptions) -> tuple[FolderPlan, FolderOptions, int]:
         """Train the tokenizer and cache the latents, where that is left to do.
@@ -234,7 +242,7 @@ class _Steps:
         earlier = 0.0 if plan.tokenizer is None else _logged_seconds(plan.tokenizer.out)
         plan, options = self._choose_tokenizer_length(plan, options, untrained)
         assert options.out is not None
-        lengths = load_time_plan(options.out)
+        lengths = self.lengths or load_time_plan(options.out)
         if self.page is not None and lengths is not None:
             self.page.deadline = self.started + lengths.seconds - earlier
         if untrained is not None:
@@ -334,7 +342,7 @@ class _Steps:
         from mar.training.speed import model_speed
 
         assert options.out is not None
-        lengths = load_time_plan(options.out)
+        lengths = self.lengths or load_time_plan(options.out)
         if lengths is None or lengths.model_images is not None or self.given.images is not None:
             return plan, options
         speed = model_speed(plan.train, self.device, _measure_seconds(lengths.seconds), draw=True)
@@ -350,12 +358,16 @@ class _Steps:
         """Keep the lengths that rank 0 has chosen, and plan with them."""
         from mar import distributed
         from mar.autoconfig.timing import save_time_plan
+        from mar.checkpoint.files import CheckpointError
 
         assert options.out is not None
         with distributed.collective_errors():
-            lengths = distributed.all_gather_object(lengths)[0]
+            self.lengths = lengths = distributed.all_gather_object(lengths)[0]
             if distributed.rank() == 0:
-                save_time_plan(lengths, options.out)
+                try:
+                    save_time_plan(lengths, options.out)
+                except CheckpointError as error:
+                    _note(f"{error}; if it is stopped, give --images instead of the time")
             return plan_folder(self.arguments, lengths)
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mar.backends.cpu.memory import single_threaded_pool
-from mar.checkpoint.files import require_room
+from mar.checkpoint.files import check_writable, require_room
+from mar.checkpoint.owners import is_ours
 from mar.config import ConfigError, to_dict
 from mar.data.captions import Captions
 from mar.data.images import Source, Transform, UnreadableImage, source_digest
@@ -135,6 +136,8 @@ def prepare_cache(out: Path, manifest: CacheManifest) -> list[int] | None:
         _check_empty(out, manifest)
     missing = [k for k in range(manifest.shards) if not _has_shard(out, manifest, k)]
     require_room(out, sum(len(manifest.span(k)) for k in missing) * manifest.image_bytes())
+    if missing or not begun:
+        check_writable(out, is_file=False)
     for path in _temporary_files(out, manifest) if out.is_dir() else []:
         path.unlink(missing_ok=True)
     if not begun:
@@ -174,13 +177,13 @@ def _check_empty(out: Path, manifest: CacheManifest) -> None:
     if not out.is_dir():
         raise ConfigError(f"{out} is a file, but a cache is a folder; take another --out")
     temporary = set(_temporary_files(out, manifest))
-    other = next((path for path in sorted(out.iterdir()) if path not in temporary), None)
+    other = next((p for p in sorted(out.iterdir()) if p not in temporary and not is_ours(p.name)), None)
     if other is not None:
         raise ConfigError(f"{other} is there, but not from `mar cache`; take another --out")
 
 
 def _temporary_files(out: Path, manifest: CacheManifest) -> Iterator[Path]:
-    """Yield the unfinished files of killed processes."""
+    """Yield the unfinished files that killed processes of earlier versions left."""
     names = {MANIFEST, INDEX, CAPTIONS, *(manifest.file(k) for k in range(manifest.shards))}
     for path in out.iterdir():
         temporary = _TEMPORARY.fullmatch(path.name)

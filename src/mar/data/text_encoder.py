@@ -23,12 +23,11 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mar.checkpoint import checksums
 from mar.checkpoint.download import home
-from mar.checkpoint.files import parse_json, write_atomically
+from mar.checkpoint.files import parse_json, write_atomically, write_tensors
 from mar.data.conditions import TEXT, CaptionReader
 from mar.model.conditions import NO_CONDITION
 
@@ -351,7 +350,7 @@ def write_table(path: Path, info: EncoderInfo, features: dict[str, Tensor]) -> N
     tensors = {"features": torch.cat([*features.values()]), "starts": starts, "captions": names, "crc32": crc32}
     note = _note(info) | {"crc32": checksums.tensor_checksums(_index(tensors))}
     needed = sum(tensor.nbytes for tensor in tensors.values())
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, {"mar": json.dumps(note)}), needed)
+    write_atomically(path, lambda temporary: write_tensors(temporary, tensors, {"mar": json.dumps(note)}), needed)
 
 
 def _index(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

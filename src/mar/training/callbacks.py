@@ -25,7 +25,7 @@ from mar.data.loader import load_batch
 from mar.data.splits import stratified_indices
 from mar.pipeline import Pipeline
 from mar.sampling.generate import BrokenLatents
-from mar.training.log import Log
+from mar.training.log import Log, save_sheet
 from mar.training.loss import DiffusionLoss, sample_randomness
 from mar.training.run import make_pipeline, weights_file
 from mar.training.trainer import GRID_CLASSES, GRID_ROWS, Callback, Run, autocast, to_latents
@@ -116,12 +116,11 @@ def export_and_sample(snapshot: Snapshot, log: Log) -> dict[str, float]:
             continue
         name = "samples" if weights == "ema" else f"samples-{weights}"
         path = snapshot.folder / "samples" / f"{snapshot.images:012d}{name.removeprefix('samples')}.png"
-        path.parent.mkdir(exist_ok=True)
         columns = min(len(snapshot.asks) // GRID_ROWS, GRID_CLASSES)
         grid = image_grid([image for share in samples for image in share], columns)
-        grid.save(path)
+        if save_sheet(path, grid, log):
+            log.note(f"drew {path}")
         log.write_image(snapshot.images, name, grid)
-        log.note(f"drew {path}")
     return {}
 
 

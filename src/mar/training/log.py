@@ -24,6 +24,7 @@ resumes, lines after its saved state are dropped from `log.jsonl`, and not sent 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import json
 import logging
@@ -31,8 +32,9 @@ import math
 import os
 import secrets
 import sys
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -43,7 +45,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from mar import distributed
 from mar.checkpoint import checksums
-from mar.checkpoint.files import check_regular, write_text
+from mar.checkpoint.files import CheckpointError, check_regular, write_atomically, write_text
 from mar.config import ConfigError, to_dict
 from mar.data.accounts import is_shown
 from mar.data.splits import account_of
@@ -101,6 +103,22 @@ def log_accounts(log: Log, images: int, *sources: object) -> None:
             log.note(line)
     if accounts:
         log.write(images, account=list(accounts))
+
+
+def save_sheet(path: Path, sheet: Image.Image, log: Log) -> bool:
+    """Write a sheet of images. Returns False, with a note, if the disk refuses: no run ends for that.
+
+    Args:
+        path: the PNG.
+        sheet: the images.
+        log: gets the note.
+    """
+    try:
+        write_atomically(path, lambda temporary: sheet.save(temporary, format="PNG"), temporary_in=path.parent.parent)
+    except CheckpointError as error:
+        log.note(str(error))
+        return False
+    return True
 
 
 class Log:
@@ -170,8 +188,7 @@ class RunLog(Log):
 
     def write(self, images: int, **numbers: Any) -> None:
         """Send numbers to every writer; print the loss without a terminal."""
-        for writer in self.writers:
-            writer.write(images, numbers)
+        self._send(lambda writer: writer.write(images, numbers))
         if not sys.stderr.isatty() and "loss" in numbers:
             print_err(self._progress_line(images, numbers))
 
@@ -185,8 +202,18 @@ class RunLog(Log):
 
     def write_image(self, images: int, name: str, image: Image.Image) -> None:
         """Send an image to every writer."""
-        for writer in self.writers:
-            writer.write_image(images, name, image)
+        self._send(lambda writer: writer.write_image(images, name, image))
+
+    def _send(self, call: Callable[[Writer], None]) -> None:
+        """Call every writer. One that fails is noted, and left out from then on: only the log's file is needed."""
+        for writer in list(self.writers):
+            try:
+                call(writer)
+            except Exception as error:
+                if isinstance(writer, JsonLines):
+                    raise
+                self.writers.remove(writer)
+                self.note(f"{_place(writer)} is not written any more: {_first_line(error)}")
 
     def advance(self, images: int, loss: float) -> None:
         """Move the progress bar."""
@@ -203,8 +230,7 @@ class RunLog(Log):
         self.progress.stop()
         if self.page is not None:
             self.page.finished = self.finished
-        for writer in self.writers:
-            writer.close()
+        self._send(lambda writer: writer.close())
 
 
 # ---- writers
@@ -248,7 +274,10 @@ def open_writers(
     lines = JsonLines(folder / "log.jsonl", images, callbacks_done)
     writers: list[Writer] = [lines]
     if "tensorboard" in log_to:
-        writers.append(TensorBoard(folder / "tensorboard", images))
+        try:
+            writers.append(TensorBoard(folder / "tensorboard", images))
+        except OSError as error:
+            print_err(f"{folder / 'tensorboard'} is not written: {_first_line(error)}")
     if "wandb" in log_to:
         writers.append(WandB(folder, config))
     if "trackio" in log_to:
@@ -293,8 +322,12 @@ class JsonLines:
     def write(self, images: int, numbers: Mapping[str, Any]) -> None:
         """Write a line; numbers that are not finite become null."""
         finite = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in numbers.items()}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"images": images, **finite}, allow_nan=False) + "\n")
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"images": images, **finite}, allow_nan=False) + "\n")
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise CheckpointError(f"can't write {self.path}: {why}; make room, and the same command goes on") from error
 
     def write_image(self, images: int, name: str, image: Image.Image) -> None:
         """Do nothing: images are files in `samples/`."""
@@ -310,6 +343,8 @@ class TensorBoard:
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
         from torch.utils.tensorboard.writer import SummaryWriter
 
+        self.place = folder
+        _silence_tensorboard()
         self.board = SummaryWriter(str(folder), purge_step=images + 1)
 
     def write(self, images: int, numbers: Mapping[str, Any]) -> None:
@@ -385,6 +420,23 @@ class Trackio:
             self.trackio.finish()
 
 
+def _place(writer: Writer) -> str:
+    """Return where a writer writes: its folder, or the name of the service."""
+    return str(getattr(writer, "place", type(writer).__name__.lower()))
+
+
+@functools.cache
+def _silence_tensorboard() -> None:
+    """Print no traceback of tensorboard's thread: its next call raises the same error."""
+    usual = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not (type(args.thread).__module__.startswith("tensorboard.") and issubclass(args.exc_type, OSError)):
+            usual(args)
+
+    threading.excepthook = hook
+
+
 def import_tracker(name: str) -> Any:
     """Import wandb or trackio. ConfigError if it is not installed.
 
@@ -413,11 +465,16 @@ def _tracker_id(folder: Path, tracker: str) -> str:
         raise ConfigError(f"{path} can't be read ({error}); put it back, or remove it for another id") from error
     if tracker not in ids:
         ids[tracker] = secrets.token_hex(4)
-        checksums.write_json(path, ids)
+        try:
+            checksums.write_json(path, ids)
+        except CheckpointError as error:
+            print_err(f"{error}; a later session will be another run of {tracker}")
     return ids[tracker]
 
 
 def _first_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 

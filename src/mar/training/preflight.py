@@ -34,8 +34,8 @@ _HEAD_BF16_SHARE = {"none": 24 / 43, "selective": 14 / 27, "full": 1}
 """The same of a block of the head."""
 _HEAD_FLOATS = 8
 """In the head outside its blocks, per row and width."""
-_RUN_FILES = ("state-*", ".saving-*", "model*.safetensors")
-"""Files of a run; `.saving-*` are leftovers of a killed one, removed before the next state is saved."""
+_RUN_FILES = ("state-*", ".mar-tmp-*", ".saving-*", "model*.safetensors")
+"""Files of a run; hidden ones are leftovers of a killed one, removed before the next state is saved."""
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,7 @@ from mar.tokenizer.base import Posterior, RoundTrip, measure_latents, reconstruc
 from mar.tokenizer.residual import ResidualTokenizer
 from mar.training.early_stopping import HISTORY_FILE, read_history, write_history
 from mar.training.ema import EMA
-from mar.training.log import Log
+from mar.training.log import Log, save_sheet
 from mar.training.optim import make_adamw, make_tokenizer_optimizers
 from mar.training.page_html import Command
 from mar.training.run import check_same_run, moved_from, save_config
@@ -501,9 +501,8 @@ def evaluate_reconstruction(run: TokenizerRun, log: Log, tokenizer: Tokenizer | 
         return result
     path = run.folder / "samples" / f"{run.progress.images:012d}.png"
     for images in in_order(subset(run.held_out, GRID_IMAGES), run.transform):  # one batch; none if all are unreadable
-        path.parent.mkdir(parents=True, exist_ok=True)
         grid = reconstruction_grid(tokenizer, images)
-        grid.save(path)
+        save_sheet(path, grid, log)
         log.write_image(run.progress.images, "reconstructions", grid)
     log.write(run.progress.images, psnr=result.psnr)
     log.note(f"PSNR {result.psnr:.2f} dB on {result.images:,} held-out pictures; see {path}")

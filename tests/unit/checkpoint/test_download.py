@@ -137,7 +137,8 @@ class Get:
         return fetch(remote, self.folder, **{"opener": opener, "wait": self.waits.append, "timeout": 5.0} | options)
 
     def names(self) -> set[str]:
-        return {path.name for path in self.folder.iterdir() if not path.name.startswith(".")}
+        found = self.folder.iterdir() if self.folder.exists() else ()
+        return {path.name for path in found if not path.name.startswith(".")}
 
     def part(self) -> Path:
         return self.folder / "model.pth.part"

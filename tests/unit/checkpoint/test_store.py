@@ -219,7 +219,7 @@ def test_store_save_interrupted_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store, "save_file", interrupted)
+    monkeypatch.setattr("safetensors.torch.save_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         store.save(tmp_path / "m", HEADER, tensors())
     assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from mar import distributed
-from mar.checkpoint.files import write_atomically, write_text
+from mar.checkpoint.files import check_writable, write_text
 from mar.config import ConfigError, SamplingConfig, later_defaults, rename_old_keys
 from mar.sampling.generate import BrokenLatents
 from mar.sampling.plan import Plan, WorkUnit
@@ -201,6 +201,8 @@ def prepare(sink: Sink) -> list[WorkUnit] | None:
     if foreign is not None:
         raise ConfigError(f"{out} holds {foreign}, which this run did not write; move it away or take another --out")
     missing = None if sink.complete(existing) else sink.missing(existing)
+    if missing is not None:
+        check_writable(sink.manifest.parent, is_file=False)
     for path in leftovers:
         path.unlink(missing_ok=True)
     if not begun:
@@ -271,15 +273,6 @@ def _short(value: Any) -> str:
 
 
 # ---- Files
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file, whole or not at all."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(data)
-
-    write_atomically(path, write, len(data))
 
 
 def png(image: UInt8[np.ndarray, "c h w"], facts: dict[str, Any]) -> bytes:

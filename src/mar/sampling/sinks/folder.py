@@ -11,12 +11,16 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import UInt8
 
-from mar.checkpoint.files import write_text
+from mar.checkpoint.files import write_bytes, write_text
 from mar.sampling.plan import WorkUnit
-from mar.sampling.sinks.base import Job, Sink, pngs, write_bytes
+from mar.sampling.sinks.base import Job, Sink, pngs
 
 METADATA = "metadata.jsonl"
 """File of the prompts, as captions in Hugging Face's imagefolder have it."""
+MAX_NAME = 255
+"""Bytes of a name in most file systems."""
+MAX_SLUG = 240
+"""Bytes of a class's folder, whose number may follow."""
 PROMPT_SLUG = 60
 """Letters of a prompt in the name of a file."""
 
@@ -48,8 +52,8 @@ class PngFolder(Sink):
         return [unit for unit in self.units if not existing.issuperset(self._unit_files(unit))]
 
     def write(self, unit: WorkUnit, images: UInt8[np.ndarray, "n c h w"]) -> None:
-        for name, data in zip(self._unit_files(unit), pngs(self.job, unit, images), strict=True):
-            write_bytes(self.folder / name, data)
+        names, files = self._unit_files(unit), pngs(self.job, unit, images)
+        write_bytes({self.folder / name: data for name, data in zip(names, files, strict=True)}, self.folder)
 
     def finish(self, rank: int, world: int) -> None:
         """Writes the prompts; each image is in its place."""
@@ -64,9 +68,16 @@ class PngFolder(Sink):
         return self.paths[unit.first : unit.first + len(unit)]
 
 
-def slug(name: str) -> str:
-    """Turns a name into one for files: letters, digits, underscores and hyphens; may be empty."""
-    return re.sub(r"\W+", "-", name).strip("-")[:80]
+def slug(name: str, limit: int = MAX_SLUG) -> str:
+    """Turns a name into one for files: letters, digits, underscores and hyphens; may be empty.
+
+    One of more than `limit` bytes ends with a hash of the whole name.
+    """
+    words = re.sub(r"\W+", "-", name).strip("-")[:80]
+    if len(words.encode()) <= limit:
+        return words
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return f"{words.encode()[: limit - 9].decode(errors='ignore').strip('-')}-{digest}"
 
 
 def prompt_slug(prompt: str) -> str:

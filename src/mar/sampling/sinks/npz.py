@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import io
-import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
 
-from mar.checkpoint.files import flush, require_room, write_atomically
+from mar.checkpoint.files import require_room, write_atomically
 from mar.config import ConfigError
 from mar.sampling.plan import WorkUnit
 from mar.sampling.sinks.base import Sink
 
 WHOLE = "whole.npz"
+"""File that earlier versions left in the parts when they were killed."""
 
 
 class Npz(Sink):
@@ -55,13 +55,11 @@ class Npz(Sink):
             with temporary.open("wb") as file:
                 np.save(file, np.ascontiguousarray(rgb))
 
-        write_atomically(self._part(unit), save)
+        write_atomically(self._part(unit), save, temporary_in=self.job.out.parent)
 
     def finish(self, rank: int, world: int) -> None:
         if rank == 0 and not self.job.out.exists():
-            write_atomically(self.folder / WHOLE, self._assemble)
-            os.replace(self.folder / WHOLE, self.job.out)
-            flush(self.job.out.absolute().parent)
+            write_atomically(self.job.out, self._assemble)
 
     def tidy(self) -> None:
         for name in self.names():

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import UInt8
 
-from mar.checkpoint.files import write_atomically
+from mar.checkpoint.files import write_atomically, write_bytes
 from mar.sampling.plan import WorkUnit, are_prompts
-from mar.sampling.sinks.base import Job, Sink, pngs, write_bytes
+from mar.sampling.sinks.base import Job, Sink, pngs
 
 SHARD = 1000
 """Images of a shard, about: a shard holds whole units."""
@@ -47,7 +47,7 @@ class Shards(Sink):
         for offset, (ask, data) in enumerate(zip(unit.asks, pngs(self.job, unit, images), strict=True)):
             name = self.job.name(unit.first + offset)
             members += [_tar_member(f"{name}.png", data), _tar_member(f"{name}.{kind}", str(ask).encode())]
-        write_bytes(self.folder / self._part(unit), b"".join(members))
+        write_bytes({self.folder / self._part(unit): b"".join(members)}, self.folder)
 
     def finish(self, rank: int, world: int) -> None:
         for number in range(rank, len(self.shards), world):
