@@ -330,7 +330,7 @@ def test_tokenizer_train_then_model_train(
     assert "the tokenizer brings 8 pictures back with a PSNR of " in told
     assert "no validation loss: " in told
     assert "--hold-out 20 keeps one of twenty from learning" in told
-    assert "tokenizer_psnr" in (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()[0]
+    assert "tokenizer_psnr" in (tmp_path / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()[1]
     assert "another run" in refused_after(capsys, [*command, "--images", "8", changed, "1"])
 
 
