@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from mar.data.accounts import Account
+from mar.data.accounts import Account, log_once, shown
 from mar.data.captions import METADATA_FILES, TEXT_SUFFIX, read_folder_captions
 from mar.data.images import Example, decode_image
-from mar.data.paths import IMAGE_SUFFIXES, natural_key
-from mar.data.walk import FolderWalk, split_images
+from mar.data.labels import check_twins
+from mar.data.paths import IMAGE_SUFFIXES, UNREAD_IMAGES, natural_key
+from mar.data.walk import FolderWalk, reason_of, split_images
 
 SIZED_IMAGES = 1000
 """Images, at most, whose sizes tell a folder from another one with the same names."""
@@ -51,15 +53,23 @@ class FolderSource:
         others = Account(str(self.folder))  # files that are no pictures, some of which may hold captions
         walk = FolderWalk(self.folder, self.account)
         top = walk.entries()
-        flat = split_images(top.files, others)
-        by_class = {}
+        metadata = [name for name in top.files if name in METADATA_FILES]
+        flat = split_images([name for name in top.files if name not in metadata], others)
+        by_class, unread = {}, dict[str, str]()
         for name in sorted(top.folders + top.links, key=natural_key):
-            by_class[name] = split_images(walk.walk(name), others)
+            listed = walk.walk(name)
+            by_class[name] = split_images(listed, others)
+            if not by_class[name] and (images := [file for file in listed if reason_of(file) == UNREAD_IMAGES]):
+                unread[name] = images[0]
         empty = [name for name, files in by_class.items() if not files]
+        if unread:
+            _require_readable_kinds(self.folder, unread if len(empty) < len(by_class) else {})
         by_class = {name: files for name, files in by_class.items() if files}
         if not by_class and not flat:
             suffixes = " ".join(sorted(IMAGE_SUFFIXES))
             more = f"; {others.left_out}" if others.counts else ""
+            if "shards beside the pictures" in others.counts:
+                more += f"; shards that lie deeper have to be named, as '{self.folder}/*/*.tar'"
             raise ValueError(
                 f"data: no pictures in {self.folder}: looked for {suffixes} in it and in its subfolders{more}"
             )
@@ -76,6 +86,10 @@ class FolderSource:
         for reason, count in others.counts.items():
             if not (self.captions and reason == "other files" and others.examples[reason].endswith(_CAPTION_FILES)):
                 self.account.leave_out(reason, others.examples[reason], count)
+        if metadata and not self.captions:
+            self.account.leave_out("metadata files without captions, whose labels are not read", metadata[0])
+        check_twins(self.classes, str(self.folder))
+        _warn_of_nesting(self.folder, by_class)
         self.account.take(self.labels, self.classes)
         self.account.log()
 
@@ -109,3 +123,27 @@ class FolderSource:
             return os.stat(os.path.join(os.fsencode(self.folder), file)).st_size
         except OSError:  # gone since the folder was listed: reading it will fail
             return -1
+
+
+def _require_readable_kinds(folder: Path, unread: dict[str, str]) -> None:
+    """Raise ValueError for a folder that would be no class, since its images are of kinds that are not read."""
+    for name, example in unread.items():
+        raise ValueError(
+            f"data: {shown(name)} of {folder} would be no class: its pictures are of kinds that are not read, such as "
+            f"{shown(example)}; convert them, or move the folder out of the data"
+        )
+
+
+def _warn_of_nesting(folder: Path, by_class: dict[str, list[str]]) -> None:
+    """Warn of a single class with folders of images in it: these may be meant to be the classes, or the parts."""
+    if len(by_class) != 1:
+        return
+    ((name, files),) = by_class.items()
+    inner = sorted({file.split("/")[1] for file in files if file.count("/") > 1}, key=natural_key)
+    if len(inner) > 1:
+        names = ", ".join(map(shown, inner[:3])) + (", ..." if len(inner) > 3 else "")
+        log_once(
+            logging.WARNING,
+            f"data: the one class {shown(name)} of {folder} has {len(inner):,} folders of pictures ({names}); if these "
+            f"are classes or parts, give --data {folder / name}",
+        )

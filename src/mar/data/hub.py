@@ -18,7 +18,7 @@ from mar.checkpoint.files import check_regular
 from mar.data.accounts import Account, StreamAccount
 from mar.data.images import UnreadableImage
 from mar.data.labels import LabelError
-from mar.data.parquet import Columns, TableSource
+from mar.data.parquet import TEXT_TYPES, Columns, TableSource
 from mar.data.paths import (
     SPLITS,
     common_suffix,
@@ -117,13 +117,15 @@ class DatasetShards:
         self.columns = Columns.find(table.features, name, caption_column)
         self.label_column = self.columns.label
         self.account = StreamAccount(name)
+        others = [column for column in table.features if column not in self.columns.names]
+        self.account.leave_out("other columns", others[0] if others else "", len(others))
         undecoded = datasets.Image(decode=False)
         self.table = table.select_columns(self.columns.names).cast_column(self.columns.image, undecoded)
         one_each = len(files) == table.num_shards
         self.names = tuple(
             Path(files[number]).name if one_each else f"{name}/{number}" for number in range(table.num_shards)
         )
-        if classes and getattr(self.columns.label_type, "dtype", None) in ("string", "large_string"):
+        if classes and getattr(self.columns.label_type, "dtype", None) in TEXT_TYPES:
             raise ValueError(f"data: labels of {name} are names, which have no numbers in a stream; leave stream: out")
         count = 0 if self.columns.label is None else classes
         self.classes = self.columns.class_names or tuple(str(number) for number in range(count))

@@ -19,10 +19,11 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 
 from mar.checkpoint.files import check_regular
+from mar.data.accounts import shown
 
 PILLOW_ERRORS = (
     OSError,
@@ -148,8 +149,11 @@ def decode_image(
             image.load()
     except UnreadableImage:
         raise
+    except UnidentifiedImageError as error:
+        size = file.stat().st_size if isinstance(file, Path) else len(file.getvalue())
+        raise UnreadableImage(name, "it is no picture of a known kind" if size else "it is empty") from error
     except PILLOW_ERRORS as error:
-        raise UnreadableImage(name, str(error) or type(error).__name__) from error
+        raise UnreadableImage(name, shown(str(error) or type(error).__name__, 300)) from error
     if image.mode in ("F", "I") and (why := _check_range(image)):
         raise UnreadableImage(name, why)
     if image.mode == "LAB":

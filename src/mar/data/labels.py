@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import logging
 import math
 import operator
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
 
 from mar.assets import imagenet
-from mar.data.accounts import shown
+from mar.data.accounts import log_once, shown
 from mar.data.paths import natural_key
 
 Label = int | str | None
@@ -41,8 +43,11 @@ def as_label(value: Any, where: str) -> Label:
     """
     if isinstance(value, bytes | bytearray):
         value = decode_text(bytes(value), where).strip() or None
-    if value is None or isinstance(value, str):  # JSON may hold halves of characters, which no file can
-        return value if value is None or value.isascii() else value.encode(errors="replace").decode()
+    if value is None or isinstance(value, str):
+        if value is None or not value.strip():
+            return None
+        # JSON may hold halves of characters, which no file can
+        return value if value.isascii() else value.encode(errors="replace").decode()
     if isinstance(value, bool | np.bool_ | int | np.integer):
         return int(value)
     if isinstance(value, float | np.floating):
@@ -63,6 +68,11 @@ def parse_label(data: bytes, where: str) -> Label:
         return int(re.split(r"[.eE]", text)[0])
     if _FRACTION.fullmatch(text):
         return as_label(float(text), where)
+    if len(lines := text.splitlines()) > 1:
+        raise LabelError(
+            f"data: {where} has {len(lines)} lines, such as {shown(lines[0], 60)}, expected one whole number or name; "
+            "correct it"
+        )
     return text or None
 
 
@@ -94,6 +104,21 @@ def class_names(labels: Iterable[Label], name: str = "the data") -> tuple[str, .
             )
         return tuple(str(number) for number in range(last + 1))
     return tuple(sorted(set(map(_as_name, values)), key=natural_key))
+
+
+def check_twins(classes: Sequence[str], name: str) -> None:
+    """Log a warning of classes with names that look alike."""
+    by_form: dict[str, str] = {}
+    for each in classes:
+        form = " ".join(unicodedata.normalize("NFC", each).casefold().split())
+        twin = by_form.setdefault(form, each)
+        if twin != each:
+            log_once(
+                logging.WARNING,
+                f"data: {shown(name, 200)} has classes whose names differ only in case, spaces or the form of accents: "
+                f"{twin!a} and {each!a}; are they one?",
+            )
+            return
 
 
 def class_number(label: Label, numbers: Mapping[str, int]) -> int:

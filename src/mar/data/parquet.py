@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,13 +20,17 @@ import pyarrow
 from datasets.exceptions import DatasetsError
 from pyarrow import compute, parquet
 
-from mar.data.accounts import Account, shown
+from mar.data.accounts import OTHER_PARTS, Account, shown
 from mar.data.captions import CAPTION_COLUMNS, CaptionError, Captions, as_captions, counted_captions
 from mar.data.images import Example, UnreadableImage, decode_image
-from mar.data.labels import Label, as_label, check_label, class_names, class_number
+from mar.data.labels import Label, as_label, check_label, check_twins, class_names, class_number
 from mar.data.paths import SPLITS
 
-_TEXTS = ("string", "large_string", "string_view")
+# It logs an error before raising it, which is then said twice.
+logging.getLogger("datasets.packaged_modules.parquet.parquet").setLevel(logging.CRITICAL)
+
+TEXT_TYPES = ("string", "large_string", "string_view")
+"""Types of text columns."""
 _BINARIES = ("binary", "large_binary", "binary_view")
 
 
@@ -114,12 +119,12 @@ def _can_be_image(feature: Any) -> bool:
     """Tell if `datasets` can take a column for pictures: files, or paths."""
     if isinstance(feature, dict):
         return bool({"bytes", "path"} & feature.keys())
-    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in (*_TEXTS, *_BINARIES)
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", "") in (*TEXT_TYPES, *_BINARIES)
 
 
 def _can_be_label(feature: Any) -> bool:
     dtype = getattr(feature, "dtype", "") if isinstance(feature, datasets.Value | datasets.ClassLabel) else ""
-    return dtype in (*_TEXTS, *_BINARIES, "null", "bool") or dtype.startswith(("int", "uint", "float"))
+    return dtype in (*TEXT_TYPES, *_BINARIES, "null", "bool") or dtype.startswith(("int", "uint", "float"))
 
 
 def _type_name(feature: Any) -> str:
@@ -150,7 +155,7 @@ def _is_text(feature: Any) -> bool:
     """Tell if a column is of text, or of lists of texts."""
     # versions of `datasets` have different kinds of lists
     item = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", feature)
-    return isinstance(item, datasets.Value) and item.dtype in _TEXTS
+    return isinstance(item, datasets.Value) and item.dtype in TEXT_TYPES
 
 
 class TableSource:
@@ -180,6 +185,8 @@ class TableSource:
         undecoded = datasets.Image(decode=False)
         self.table = table.select_columns(self.columns.names).cast_column(self.columns.image, undecoded)
         self.account = account or Account(name)
+        others = [column for column in table.features if column not in self.columns.names]
+        self.account.leave_out("other columns", others[0] if others else "", len(others))
         labels = self._count_labels()
         self.classes = class_names(labels, name) if self.columns.class_names is None else self.columns.class_names
         self._numbers = {label: number for number, label in enumerate(self.classes)}
@@ -211,6 +218,7 @@ class TableSource:
         return counts
 
     def _take_account(self, labels: Counter[Label]) -> None:
+        check_twins(self.classes, self.name)
         labeled = sum(count for label, count in labels.items() if self._number(label) >= 0)
         self.account.take(np.repeat([0, -1], [labeled, len(self.table) - labeled]), self.classes)
         self.account.log()
@@ -304,6 +312,10 @@ def open_saved(folder: Path, split: str, caption_column: str | None = None) -> T
     if isinstance(saved, datasets.DatasetDict):
         for name in SPLITS[split]:
             if name in saved:
-                return TableSource(saved[name], f"{folder}[{name}]", caption_column)
+                account = Account(f"{folder}[{name}]")
+                for other in saved:
+                    if other != name:
+                        account.leave_out(OTHER_PARTS, str(other), len(saved[other]))
+                return TableSource(saved[name], account.name, caption_column, account)
         raise ValueError(f"data: {folder} has no split {split!r}; it has {', '.join(saved)}")
     return TableSource(saved, str(folder), caption_column)

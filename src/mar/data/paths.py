@@ -17,6 +17,12 @@ SHARD_SUFFIXES = (".parquet", ".tar")
 """Suffixes of files that hold many images."""
 PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".gz", ".7z", ".rar")
 IMAGE_SUFFIXES = frozenset([".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"])
+UNREAD_IMAGE_SUFFIXES = frozenset(
+    [".heic", ".heif", ".jxl", ".jp2", ".j2k", ".svg", ".psd", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".exr",
+     ".hdr", ".tga", ".jfif", ".jpe", ".mpo", ".apng", ".pbm", ".pnm", ".pfm", ".ico", ".dds", ".eps", ".pdf"]
+)  # fmt: skip
+"""Suffixes of images that are not read, and said to be left out."""
+UNREAD_IMAGES = "pictures of kinds that are not read"
 
 SYSTEM_NAMES = frozenset(
     ["@eadir", "@recycle", "@recently-snapshot", "@tmp", "@sharebin", "#recycle", "#snapshot", "$recycle.bin",

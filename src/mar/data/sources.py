@@ -196,6 +196,13 @@ def _open_folder(folder: Path, split: str, caption_column: str | None) -> Source
     if not of_split:
         raise ValueError(f"data: {folder} has no folder for {split!r}; it has {', '.join(folders)}")
     part = next((name for name in of_split if name in with_images), of_split[0])
+    word = part.casefold()
+    twins = [name for name in of_split if name in with_images and (split == "train" or name.casefold() == word)]
+    if len(twins) > 1:
+        raise ValueError(
+            f"data: {folder} has several folders for {split!r}: {', '.join(twins)}; put their pictures into one, or "
+            f"give --data {folder / part}"
+        )
     account.name = str(folder / part)
     for name in folders:
         if name != part:

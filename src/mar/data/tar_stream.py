@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, islice
-from typing import Any
+from itertools import islice
 
 from mar.data.accounts import Account, StreamAccount, shown
 from mar.data.captions import CaptionError
@@ -13,27 +12,10 @@ from mar.data.images import UnreadableImage
 from mar.data.labels import Label, LabelError
 from mar.data.remote import open_in_passing, read_errors, reason_of
 from mar.data.stream import StreamSample
-from mar.data.webdataset import Member, SampleReader, TarSample, split_by_stem
+from mar.data.webdataset import Member, SampleReader, StrictInfo, TarSample, reason_without_picture, split_by_stem
 
 LOOKED_AT = 16
 """Pictures at the beginning that tell if a stream has labels and captions."""
-
-
-_HEADER_ERRORS: tuple[type[Exception], ...] = (
-    tarfile.InvalidHeaderError,  # type: ignore[attr-defined]
-    tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]
-)
-
-
-class _StrictInfo(tarfile.TarInfo):
-    """A header. A damaged one is an error, where `tarfile` ends as if nothing more were there."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> Any:
-        try:
-            return super().fromtarfile(tar)
-        except _HEADER_ERRORS as error:
-            raise tarfile.ReadError(f"no header at byte {tar.offset:,}") from error
 
 
 class TarShards:
@@ -75,7 +57,8 @@ class TarShards:
             for group in self._groups(shard, reader):
                 samples = split_by_stem(group)
                 if not samples:
-                    self.account.leave_out("members without a picture", f"{name}/{group.members[0].name}")
+                    member = group.members[0]
+                    self.account.leave_out(reason_without_picture(member), f"{name}/{member.name}")
                 for sample in samples:
                     yield self._sample(sample, group, reader, name)
                     number += 1
@@ -90,7 +73,7 @@ class TarShards:
     def _groups(self, shard: int, reader: SampleReader) -> Iterator[TarSample]:
         with (
             open_in_passing(self.files[shard]) as file,
-            tarfile.open(fileobj=file, mode="r|", tarinfo=_StrictInfo) as tar,
+            tarfile.open(fileobj=file, mode="r|", tarinfo=StrictInfo, ignore_zeros=True) as tar,
         ):
 
             def read(info: tarfile.TarInfo) -> bytes:
@@ -103,6 +86,7 @@ class TarShards:
                 return data
 
             yield from reader.groups(tar, read)
+            reader.check_end(tar, self.names[shard])
 
     def _sample(self, sample: TarSample, group: TarSample, reader: SampleReader, shard: str) -> StreamSample:
         assert sample.image is not None
@@ -129,8 +113,7 @@ class TarShards:
         first_samples: list[TarSample] = []
         apart: dict[str, str] = {}
         kind: str | None = None
-        groups = chain.from_iterable(self._named_groups(shard, reader) for shard in range(len(self.files)))
-        for shard, group in islice(groups, 2 * LOOKED_AT):
+        for shard, group in islice(self._first_groups(reader), 2 * LOOKED_AT):
             samples = split_by_stem(group)
             if not samples:
                 labels = [member.name for member in group.members if member.kind in ("cls", "json")]
@@ -163,9 +146,20 @@ class TarShards:
             )
         return kind
 
-    def _named_groups(self, shard: int, reader: SampleReader) -> Iterator[tuple[str, TarSample]]:
-        for group in self._groups(shard, reader):
-            yield self.names[shard], group
+    def _first_groups(self, reader: SampleReader) -> Iterator[tuple[str, TarSample]]:
+        """Yield groups of the first shard with pictures, and of those before it. Raises ValueError."""
+        has_pictures = False
+        for shard, name in enumerate(self.names):
+            try:
+                for group in self._groups(shard, reader):
+                    has_pictures = has_pictures or bool(split_by_stem(group))
+                    yield name, group
+            except (tarfile.TarError, EOFError) as error:
+                raise ValueError(
+                    f"data: {self.files[shard]} is cut short or no plain tar ({error}); fetch it again, or leave it out"
+                ) from error
+            if has_pictures:
+                return
 
 
 def _label_kind(sample: TarSample, contents: Mapping[Member, bytes]) -> str | None:

@@ -13,7 +13,15 @@ from pathlib import Path
 
 from mar.checkpoint.files import special_kind
 from mar.data.accounts import Account, shown
-from mar.data.paths import IMAGE_SUFFIXES, PACKED_SUFFIXES, SHARD_SUFFIXES, is_system_name, natural_key
+from mar.data.paths import (
+    IMAGE_SUFFIXES,
+    PACKED_SUFFIXES,
+    SHARD_SUFFIXES,
+    UNREAD_IMAGE_SUFFIXES,
+    UNREAD_IMAGES,
+    is_system_name,
+    natural_key,
+)
 
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 """Errors of links that lead nowhere."""
@@ -120,6 +128,8 @@ def reason_of(name: str) -> str:
     lower = name.lower()
     if lower.endswith(PACKED_SUFFIXES):
         return "packed archives, to be unpacked first"
+    if os.path.splitext(lower)[1] in UNREAD_IMAGE_SUFFIXES:
+        return UNREAD_IMAGES
     return "shards beside the pictures" if lower.endswith(SHARD_SUFFIXES) else "other files"
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,13 +20,20 @@ from mar.data.accounts import Account
 from mar.data.captions import CAPTION_COLUMNS, CaptionError, Captions, as_captions, counted_captions
 from mar.data.images import Example, UnreadableImage, decode_image
 from mar.data.labels import Label, LabelError, as_label, class_names, class_number, parse_label
-from mar.data.paths import IMAGE_SUFFIXES, is_system_name
+from mar.data.paths import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, UNREAD_IMAGES, is_system_name
 
 MAX_TEXT_BYTES = 2**24
 """Labels and captions of one picture take less."""
 
 _TEXT = "txt"
 _READ = frozenset([_TEXT, "cls", "json"])
+
+
+_HEADER_ERRORS: tuple[type[Exception], ...] = (
+    tarfile.InvalidHeaderError,  # type: ignore[attr-defined]
+    tarfile.TruncatedHeaderError,  # type: ignore[attr-defined]
+)
+_END_MARK: type[Exception] = tarfile.EOFHeaderError  # type: ignore[attr-defined]
 
 
 class Member(NamedTuple):
@@ -139,6 +146,25 @@ class TarSource:
             yield b"%b\0%d %d\n" % (name, label, size)
 
 
+class StrictInfo(tarfile.TarInfo):
+    """A header. A damaged one is an error, where `tarfile` ends as if nothing more were there.
+
+    With `ignore_zeros`, what follows an end mark is read too: files may have been put together.
+    """
+
+    @classmethod
+    def fromtarfile(cls, shard: tarfile.TarFile) -> Any:
+        try:
+            info = super().fromtarfile(shard)
+        except _HEADER_ERRORS as error:
+            raise tarfile.ReadError(f"no header at byte {shard.offset:,}") from error
+        except _END_MARK:
+            shard.ended = True  # type: ignore[attr-defined]
+            raise
+        shard.ended = False  # type: ignore[attr-defined]
+        return info
+
+
 class SampleReader:
     """Reads the samples of shards.
 
@@ -155,9 +181,9 @@ class SampleReader:
     def samples(self, file: Path) -> list[TarSample]:
         """Return the samples of a shard that have an image."""
         try:
-            with tarfile.open(file, "r:") as shard:
+            with tarfile.open(file, "r:", tarinfo=StrictInfo, ignore_zeros=True) as shard:
                 groups = list(self.groups(shard))
-                _check_end(shard)
+                self.check_end(shard, file.name)
         except (tarfile.TarError, OSError, EOFError, UnicodeDecodeError) as error:
             raise ValueError(
                 f"data: {file} is cut short or no plain tar ({error}); fetch it again, or leave it out"
@@ -210,13 +236,18 @@ class SampleReader:
                     if group is not None:
                         yield group
                     group = TarSample(key)
-                stem, kind = os.path.splitext(info.name)
+                stem, kind = os.path.splitext(_plain_path(info.name))
                 member = Member(info.name, stem, kind[1:].lower(), info.offset_data, info.size)
                 group.members.append(member)
                 if read is not None and (_is_image(member) or (member.kind in _READ and info.size <= MAX_TEXT_BYTES)):
                     group.contents[member] = read(info)
         if group is not None:
             yield group
+
+    def check_end(self, shard: tarfile.TarFile, name: str) -> None:
+        """Count a shard without an end mark."""
+        if not getattr(shard, "ended", False):
+            self.account.leave_out("shards without an end mark, maybe cut short", name)
 
     def _choose_images(self, groups: list[TarSample]) -> list[TarSample]:
         """Return the groups with an image, and give them the labels and captions that lie elsewhere."""
@@ -237,7 +268,7 @@ class SampleReader:
                     elif owner:
                         self.account.leave_out("members that may belong to several pictures", member.name)
                     else:
-                        self.account.leave_out("members without a picture", member.name)
+                        self.account.leave_out(reason_without_picture(member), member.name)
         return samples
 
     def read(self, sample: TarSample, file: str, read: Callable[[Member], bytes]) -> None:
@@ -265,21 +296,24 @@ class SampleReader:
             sample.label = parse_label(_read_small(label, file, read), f"{file}/{label.name}")
         if (values := used["json"]) is not None:
             with self._left_out(values):
-                self._read_json(sample, _read_small(values, file, read), f"{file}/{values.name}")
+                if not self._read_json(sample, _read_small(values, file, read), f"{file}/{values.name}"):
+                    self.account.leave_out(".json without a label or captions", values.name)
         if (text := used[_TEXT]) is not None:
             with self._left_out(text):
                 lines = _read_small(text, file, read).decode("utf-8-sig").split("\n")
                 sample.text = as_captions(lines, text.name)
 
-    def _read_json(self, sample: TarSample, data: bytes, where: str) -> None:
+    def _read_json(self, sample: TarSample, data: bytes, where: str) -> bool:
+        """Read label and captions; False if there are no keys for them."""
         values = json.loads(data.decode("utf-8-sig") if data.startswith(codecs.BOM_UTF8) else data)
         if not isinstance(values, dict):
-            return
+            return False
         if sample.label is None and self.labels:
             label = as_label(values.get("label"), where)
             sample.label = None if label == "" else label
         value = next((values[key] for key in self.keys if values.get(key) is not None), None)
         sample.json_text = as_captions(value, os.path.basename(where))
+        return "label" in values or any(key in values for key in self.keys)
 
     @contextmanager
     def _left_out(self, member: Member) -> Iterator[None]:
@@ -297,6 +331,11 @@ class SampleReader:
         else:
             return
         self.account.leave_out("labels or captions that can't be read", why)
+
+
+def reason_without_picture(member: Member) -> str:
+    """Return the reason to leave out a member without a picture."""
+    return UNREAD_IMAGES if f".{member.kind}" in UNREAD_IMAGE_SUFFIXES else "members without a picture"
 
 
 def _is_image(member: Member) -> bool:
@@ -344,16 +383,13 @@ def _read_small(member: Member, file: str, read: Callable[[Member], bytes]) -> b
 
 def _sample_key(path: str) -> str | None:
     """Return a member's path up to the first dot of its name; None for hidden and system files."""
-    *folders, name = [part for part in path.split("/") if part not in ("", ".")] or [""]
+    *folders, name = _plain_path(path).split("/")
     stem = name.partition(".")[0]
     if not stem or any(is_system_name(folder) for folder in folders):
         return None
-    return path[: len(path.rstrip("/")) - len(name)] + stem
+    return "/".join([*folders, stem])
 
 
-def _check_end(shard: tarfile.TarFile) -> None:
-    """Raise ReadError for a damaged header, which tarfile takes for the end."""
-    assert shard.fileobj is not None
-    shard.fileobj.seek(shard.offset)
-    if any(shard.fileobj.read(tarfile.BLOCKSIZE)):
-        raise tarfile.ReadError(f"no header at byte {shard.offset:,}")
+def _plain_path(path: str) -> str:
+    """Return a member's path without "./" and doubled slashes."""
+    return "/".join(part for part in path.split("/") if part not in ("", "."))
