@@ -276,8 +276,8 @@ def new_folders(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     finally:
-        with suppress(OSError):  # not empty, or not made
-            for place in made:
+        for place in made:
+            with suppress(OSError):  # not empty, or not made
                 place.rmdir()
 
 
