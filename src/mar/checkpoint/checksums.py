@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from mar.checkpoint.files import CheckpointError, parse_json, write_text
+from mar.checkpoint.files import CheckpointError, check_regular, parse_json, write_text
 
 CHECKSUMS = "checksums.json"
 """Name of the file with the checksums of a folder's files."""
@@ -149,6 +149,7 @@ def read_json(path: Path) -> Any:
 
     Raises OSError, or ValueError for a damaged file.
     """
+    check_regular(path)
     return unseal(parse_json(path.read_text(encoding="utf-8")))
 
 
