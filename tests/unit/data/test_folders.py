@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pyarrow import parquet
 from shard_files import png_bytes, write_tar
 
 from mar.data import accounts
@@ -196,7 +199,10 @@ NAMES = st.sampled_from(
         "cat",
         "dog",
         "train",
+        "Train",
         "Val",
+        "p.heic",
+        "metadata.jsonl",
         "@eaDir",
         ".git",
         "é.png",
@@ -249,7 +255,10 @@ def test_folder_of_any_tree_accounts_for_all_in_any_order(tmp_path: Path, tree: 
     with shuffled(seed):
         assert outcome(root) == first
     if isinstance(first, str):
-        assert first.startswith("data: no pictures in") or "has no folder for 'train'" in first
+        reasons = ("no pictures in", "has no folder for 'train'", "has several folders for", "would be no class",
+                   "metadata.jsonl")  # fmt: skip
+        assert any(reason in first for reason in reasons), first
+        assert "\n" not in first
         return
     _, pictures, left_out, _ = first
     total = count_all(root)
@@ -289,3 +298,97 @@ class shuffled:  # noqa: N801  (a context)
 
     def __exit__(self, *_: object) -> None:
         os.scandir = self.scandir
+
+
+# ---- any shard
+
+MEMBERS = st.dictionaries(
+    st.sampled_from(["a", "b", "c", "d/a", "d/b", "./e", "f10", "f9"]),
+    st.tuples(
+        st.booleans(),
+        st.dictionaries(
+            st.sampled_from(["cls", "json", "txt", "npy", "CLS"]), st.sampled_from([b"0", b"1", b"2.0", b""])
+        ),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def shard_members(tree: dict[str, tuple[bool, dict[str, bytes]]]) -> list[tuple[str, bytes]]:
+    """Members of a shard: of each key a picture, if it has one, and others."""
+    members = []
+    for number, (key, (has_picture, others)) in enumerate(tree.items()):
+        members += [(f"{key}.png", png_bytes(number + 1))] if has_picture else []
+        for kind, value in others.items():
+            label = value or b"null"
+            members.append((f"{key}.{kind}", b'{"label": %b}' % label if kind == "json" else value))
+    return members
+
+
+def shard_outcome(path: Path) -> Any:
+    """Classes, names with labels and pixels, and the account of a tar file; or its error."""
+    try:
+        source: Any = open_source(path)
+    except ValueError as error:
+        return str(error)
+    examples = [source[i] for i in range(len(source))]
+    pictures = {example.name: (example.label, example.image.getextrema()) for example in examples}
+    assert len(pictures) == len(source)
+    return source.classes, pictures, dict(source.account.counts)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(tree=MEMBERS, seed=st.randoms(use_true_random=False))
+def test_tar_of_any_members_accounts_for_all_in_any_order(
+    tmp_path: Path, tree: dict[str, tuple[bool, dict[str, bytes]]], seed: Any
+) -> None:
+    if any({"cls", "CLS"} <= others.keys() for _, others in tree.values()):
+        return  # two labels of a picture: the last one counts
+    members = shard_members(tree)
+    first = shard_outcome(write_tar(tmp_path / "a.tar", members))
+    seed.shuffle(members)
+    assert shard_outcome(write_tar(tmp_path / "a.tar", members)) == first
+    if isinstance(first, str):
+        assert first.startswith("data: no pictures in") or " but only " in first
+        assert "\n" not in first
+        return
+    _, pictures, left_out = first
+    used = [name for name, _ in members if name.rpartition(".")[2] != "npy"]
+    assert sum(left_out.values()) == len(members) - len(pictures) - sum(
+        name.rpartition(".")[0] in {key for key, (has_picture, _) in tree.items() if has_picture}
+        for name in used if not name.endswith(".png")
+    )  # fmt: skip
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(names=st.sets(st.sampled_from(["1", "2", "10", "train-0", "a/3", "é", "a/.h", "b/4"]), min_size=1),
+       suffix=st.sampled_from([".tar", ".parquet"]), seed=st.randoms(use_true_random=False))  # fmt: skip
+def test_shards_of_any_names_are_the_same_in_any_order(tmp_path: Path, names: set[str], suffix: str, seed: Any) -> None:
+    shutil.rmtree(tmp_path)
+    for number, name in enumerate(sorted(names)):
+        path = tmp_path / "data" / f"{name}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if suffix == ".tar":
+            write_tar(path, [(f"{number}.png", png_bytes(number)), (f"{number}.cls", b"%d" % number)])
+        else:
+            rows = {"image": [{"bytes": png_bytes(number), "path": None}], "label": [number]}
+            parquet.write_table(pa.table(rows), path)
+    datasets.config.HF_DATASETS_CACHE = tmp_path / "cache"
+
+    def read() -> Any:
+        try:
+            source: Any = open_source(tmp_path / "data")
+        except ValueError as error:
+            return str(error)
+        return [source[i].label for i in range(len(source))], dict(source.account.counts), source_digest(source)
+
+    first = read()
+    with shuffled(seed):
+        assert read() == first
+    if isinstance(first, str):  # all of them deeper, or hidden
+        assert "no pictures in" in first
+    elif "train-0" in names:  # the others name no part
+        assert first[0] == [sorted(names).index("train-0")]
+    else:
+        assert len(first[0]) == len(names - {"a/.h"})
