@@ -55,9 +55,10 @@ MAX_PIPED_BYTES = 2**28
 
 
 def read_file_or_pipe(path: str | os.PathLike[str]) -> bytes:
-    """Read a small file, or a pipe to its end, such as a shell's `<(...)`.
+    """Read a small file, or a pipe to its end.
 
-    A line on stderr says that a pipe is waited for. Raises CheckpointError for a FIFO that nothing writes to, and for
+    A shell's `<(...)` is a pipe. A line on stderr says that a pipe is waited for.
+    Raises CheckpointError for a FIFO that nothing writes to, and for
     sockets and devices.
     """
     if special_kind(path) != "a pipe":

@@ -126,7 +126,11 @@ def report_errors(work: Callable[[], int]) -> int:
             raise
         return _fail(" ".join(str(error).split()) or type(error).__name__)
     except (RuntimeError, MemoryError) as error:
-        if os.environ.get("MAR_DEBUG") or not _is_out_of_memory(error):
+        if os.environ.get("MAR_DEBUG"):
+            raise
+        if str(error).startswith("DataLoader worker"):  # raised by a handler of PyTorch, anywhere
+            return _fail("a process that reads pictures has ended; run the same command again, with fewer --workers")
+        if not _is_out_of_memory(error):
             raise
         return _fail(f"there is not enough memory; take a smaller --batch ({' '.join(str(error).split())[:100]})")
     except KeyboardInterrupt:

@@ -42,7 +42,8 @@ from mar.data.latent_cache import (
     write_manifest,
     write_shard,
 )
-from mar.data.loader import MAX_UNREADABLE, make_dataloader
+from mar.data.loader import MAX_UNREADABLE
+from mar.data.workers import make_dataloader
 from mar.tokenizer import Tokenizer
 from mar.tokenizer.base import fingerprint, unscaled_moments
 
@@ -227,7 +228,9 @@ def write_shards(
     spans = [[*manifest.span(k)] for k in shards]
     batches = [span[i : i + batch] for span in spans for i in range(0, len(span), batch)]
     images = _Images(source, Transform(manifest.size, tokenizer.image_channels, manifest.upright))
-    loader: Iterator[list[_Image]] = make_dataloader(images, workers=workers, batches=batches, collate=list)
+    loader: Iterator[list[_Image]] = make_dataloader(
+        images, workers=workers, batches=batches, collate=list, batch_bytes=batch * images.transform.nbytes
+    )
     done = unreadable = 0
     for shard, span in zip(shards, spans, strict=True):
         moments, labels = empty_shard(manifest, len(span))

@@ -265,6 +265,12 @@ class Transform:
         if min(sides) < 1:
             raise ValueError(f"size: got {self.size}, expected at least 1 pixel")
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of an image's tensor."""
+        height, width = (self.size, self.size) if isinstance(self.size, int) else self.size
+        return 4 * self.channels * height * width
+
     def __call__(self, image: Image.Image) -> Float[Tensor, "c h w"]:
         """Return the cropped image as a tensor."""
         return pixels_to_tensor(self.crop(image))

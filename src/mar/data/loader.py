@@ -9,23 +9,20 @@ Top to bottom: the order, augmentation, batches, workers, then the readers of so
 
 from __future__ import annotations
 
-import atexit
 import functools
 import hashlib
 import json
 import logging
-import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import count, islice
 from typing import Any, NamedTuple, TypeVar
-from weakref import WeakSet
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from mar.config import ConfigError
 from mar.data.captions import Captions, captions_of, pick_caption
@@ -34,6 +31,7 @@ from mar.data.labels import check_label
 from mar.data.latent_cache import LatentSource, split_moments
 from mar.data.splits import Subset
 from mar.data.stream import SampleWithFallbacks, ShardCursor, ShardReader, StreamSampler, StreamSource
+from mar.data.workers import make_dataloader
 from mar.random import hash_seed, permutation
 from mar.tokenizer.base import LatentMoments
 
@@ -258,63 +256,6 @@ def log_skipped(batches: Iterator[Batch | ValueError]) -> Iterator[Batch]:
         del batches  # an error's traceback keeps this frame, which must not keep the loader's workers
 
 
-# ---- workers
-
-
-def make_dataloader(
-    data: Dataset[Any],
-    *,
-    workers: int,
-    batches: Iterable[list[Any]] | None,
-    collate: Callable[[Any], Any],
-    pin: bool = False,
-) -> Iterator[Any]:
-    """Iterate over a data set with worker processes.
-
-    No global random state is used.
-
-    Args:
-        data: map-style; or iterable-style if `batches` is None.
-        workers: number of processes; 0 reads in this one.
-        batches: keys of each batch; None: every item of `data` is a batch.
-        collate: makes a batch of the items of its keys.
-        pin: copy batches to pinned memory.
-    """
-    iterator = iter(
-        DataLoader(
-            data,
-            batch_size=None if batches is None else 1,
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=pin,
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # else it would draw from the global one
-        )
-    )
-    for worker in getattr(iterator, "_workers", ()):
-        worker.terminate = worker.kill  # since workers ignore SIGTERM
-        _open_iterators.add(iterator)
-    return iterator
-
-
-_open_iterators: WeakSet[Any] = WeakSet()
-"""Iterators with workers."""
-
-
-@atexit.register
-def _end_workers() -> None:
-    """End the workers of iterators that nobody closed: the process would wait for them without end."""
-    for iterator in [*_open_iterators]:
-        iterator._shutdown_workers()
-
-
-def _ignore_signals(worker: int) -> None:
-    """Leave Ctrl-C and SIGTERM, which reach every process of a group, to the run: it saves before it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 # ---- sources and latent caches
 
 ReadFunction = Callable[[int, Augmentation], tuple[Tensor, int]]
@@ -499,7 +440,8 @@ def _stream_batches(
     data = _StreamDataset(source, order, transform, augmentations, share, start, draw)
     source.cursors = {number: cursor for number, cursor in source.cursors.items() if number in data.readers}
     workers = min(workers, len(data.readers))
-    parts = make_dataloader(data, workers=workers, batches=None, collate=_identity)
+    size = transform.nbytes * per_rank // max(workers, 1)
+    parts = make_dataloader(data, workers=workers, batches=None, collate=_identity, batch_bytes=size)
     return log_skipped(_join_workers(parts, source, max(workers, 1)))
 
 
@@ -592,7 +534,16 @@ def batches(
     order = InfiniteSampler(len(source), seed, batch, rank, world)
     data = _IndexedDataset(_read_function(source, transform), len(source), augmentations, captions_of(source))
     collate = functools.partial(collate_or_error, _collate_function(source), draw=draw)
-    return log_skipped(make_dataloader(data, workers=workers, batches=order.batches(start), collate=collate, pin=pin))
+    per_image = source.manifest.image_bytes() if isinstance(source, LatentSource) else transform.nbytes
+    loader = make_dataloader(
+        data,
+        workers=workers,
+        batches=order.batches(start),
+        collate=collate,
+        pin=pin,
+        batch_bytes=batch // world * per_image,
+    )
+    return log_skipped(loader)
 
 
 def in_order(

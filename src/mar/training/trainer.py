@@ -45,6 +45,7 @@ from mar.data.latent_cache import LatentSource
 from mar.data.loader import Batch, ImageBatch, LatentBatch, batches, data_digest, data_state, resume_data
 from mar.data.splits import HELD_OUT, stratified_indices
 from mar.data.stream import StreamSource
+from mar.data.workers import WaitEnded, end_wait
 from mar.model.mar import MAR
 from mar.random import make_generator
 from mar.tokenizer import Tokenizer
@@ -56,6 +57,8 @@ from mar.training.loss import DiffusionLoss, StepRandomness, sample_randomness
 from mar.training.optim import learning_rate, make_optimizers
 from mar.training.page_html import Command, StageKind, draw_commands
 
+WAIT_AFTER_SIGNAL_S = 5.0
+"""Seconds that a run told to end waits for its next batch."""
 MAX_NONFINITE_STEPS = 50
 """Stop a run after so many non-finite steps in a row."""
 GRID_CLASSES = 10
@@ -438,7 +441,15 @@ def train(run: TrainingRun, log: Log) -> bool:
         while not run.finished and not distributed.any_rank(bool(signals)):
             # one step
             tick, before = time.monotonic(), progress.images
-            batch = next(loader)
+            try:
+                batch = next(loader)
+            except WaitEnded:
+                if distributed.in_group():  # the others have begun the step, which can't be saved without this rank
+                    raise TrainingError(
+                        f"rank {distributed.rank()} was told to end, and waits for pictures: it ends at the last saved "
+                        "state; the same command goes on"
+                    ) from None
+                break
             loss, norm = run.step(batch)
             progress.seconds += time.monotonic() - tick
 
@@ -508,18 +519,30 @@ def _is_due(every: int, before: int, now: int) -> bool:
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect Ctrl-C and SIGTERM in a list, so that the current step finishes. A second Ctrl-C stops at once."""
+    """Collect Ctrl-C and SIGTERM in a list, so that the current step finishes. A second Ctrl-C stops at once.
+
+    A step whose batch does not come within WAIT_AFTER_SIGNAL_S is not begun: WaitEnded.
+    """
     received: list[int] = []
 
     def stop(number: int, frame: Any) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, WAIT_AFTER_SIGNAL_S, 1)
+
+    def end(number: int, frame: Any) -> None:
+        end_wait()
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    if hasattr(signal, "setitimer"):  # not on Windows
+        previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, end)
     try:
         yield received
     finally:
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -295,7 +295,9 @@ if __name__ == "__main__":
 """
 
 
-def test_workers_of_an_open_iterator_end_with_the_process() -> None:
+def test_workers_of_an_open_iterator_end_with_the_process(tmp_path: Path) -> None:
     """Even one that is stuck, though workers ignore SIGTERM."""
-    done = subprocess.run([sys.executable, "-c", LEFT_OPEN], capture_output=True, text=True, timeout=60, check=True)
+    (tmp_path / "left_open.py").write_text(LEFT_OPEN)  # workers import the classes of a script
+    command = [sys.executable, str(tmp_path / "left_open.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "[0]\n"

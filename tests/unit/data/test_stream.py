@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from shard_files import NumberedShards, image_numbers
 
+import mar.data.stream
 from mar.data.images import Transform
 from mar.data.loader import Augmentations, Batch, ImageBatch, batches, in_order
 from mar.data.stream import ShardReader, StreamSample, StreamSampler, StreamSource
@@ -32,6 +33,14 @@ class Sloping(NumberedShards):
             file = BytesIO()
             Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) + 2 * int(row.name[1:])).save(file, "PNG")
             yield replace(row, data=file.getvalue())
+
+
+class InWorkers(NumberedShards):
+    """The same shards, with the window of `small_blocks` in workers too, which begin without it."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        mar.data.stream.SHUFFLE_WINDOW = 8
 
 
 def stream(**changes: Any) -> StreamSource:
@@ -85,9 +94,13 @@ def test_stream_augmentations_are_keyed_by_position() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stream_order_is_independent_of_processes_and_workers(small_blocks: None, workers: int) -> None:
     alone = some(stream(), 9)
-    assert flat(some(stream(), 9, workers=workers)) == flat(alone)
+
+    def in_workers() -> StreamSource:
+        return StreamSource(InWorkers(), "numbered")
+
+    assert flat(some(in_workers(), 9, workers=workers)) == flat(alone)
     for world in (2, 4):
-        shares = [some(stream(), 9, rank=rank, world=world, workers=workers) for rank in range(world)]
+        shares = [some(in_workers(), 9, rank=rank, world=world, workers=workers) for rank in range(world)]
         for step, whole in enumerate(alone):
             parts = [share[step] for share in shares]
             for name in ("positions", "labels", "images"):
