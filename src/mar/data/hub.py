@@ -141,6 +141,9 @@ class DatasetShards:
                 yield self._sample(f"{self.names[shard]}#{number}", row)
                 number += 1
         except read_errors() as error:
+            if not number and "BatchSize must be greater than 0" in str(error):  # a Parquet file without rows
+                self.account.leave_out("files without rows", self.names[shard])
+                return
             rest = f"{self.names[shard]} from its picture {number} on ({reason_of(error)})"
             raise UnreadableImage(rest, reason_of(error)) from error
 

@@ -130,7 +130,8 @@ def common_suffix(files: list[Path] | list[str], spec: str) -> str:
     suffixes = {Path(file).suffix.lower() for file in files}
     if len(suffixes) != 1 or not suffixes.issubset(SHARD_SUFFIXES):
         raise ValueError(
-            f"data: {spec} stands for {', '.join(sorted(suffixes)) or 'no'} files; expected .tar or .parquet ones"
+            f"data: {spec} stands for {', '.join(sorted(suffixes)) or 'no'} files; expected .tar or .parquet ones, of "
+            "one kind"
         )
     return suffixes.pop()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import logging
 import os
 import tarfile
 from collections import Counter
@@ -16,11 +17,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mar.data.accounts import Account
+from mar.data.accounts import Account, log_once, shown
 from mar.data.captions import CAPTION_COLUMNS, CaptionError, Captions, as_captions, counted_captions
 from mar.data.images import Example, UnreadableImage, decode_image
 from mar.data.labels import Label, LabelError, as_label, class_names, class_number, parse_label
-from mar.data.paths import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, UNREAD_IMAGES, is_system_name
+from mar.data.paths import IMAGE_SUFFIXES, UNREAD_IMAGE_SUFFIXES, UNREAD_IMAGES, is_system_name, natural_key
 
 MAX_TEXT_BYTES = 2**24
 """Labels and captions of one picture take less."""
@@ -109,6 +110,8 @@ class TarSource:
         # Of each image: number of its file, offset, size.
         self._index = np.array([(number, image.offset, image.size) for number, image in images], dtype=np.int64)
         self._names = np.array([os.fsencode(image.name) for _, image in images])
+        if not self.classes:
+            _warn_of_folders([image.name for _, image in images], name)
         self.captions = reader.check(tuple(sample.captions for _, sample in samples), name)
         self.account.take(self.labels, self.classes)
         self.account.log()
@@ -308,9 +311,11 @@ class SampleReader:
         values = json.loads(data.decode("utf-8-sig") if data.startswith(codecs.BOM_UTF8) else data)
         if not isinstance(values, dict):
             return False
-        if sample.label is None and self.labels:
-            label = as_label(values.get("label"), where)
-            sample.label = None if label == "" else label
+        label = values.get("label") if self.labels else None
+        if sample.label is None:
+            sample.label = as_label(label, where)
+        elif isinstance(label, int | float) and isinstance(sample.label, int) and label != sample.label:
+            self.account.leave_out("labels in .json that differ from .cls", os.path.basename(where))
         value = next((values[key] for key in self.keys if values.get(key) is not None), None)
         sample.json_text = as_captions(value, os.path.basename(where))
         return "label" in values or any(key in values for key in self.keys)
@@ -331,6 +336,17 @@ class SampleReader:
         else:
             return
         self.account.leave_out("labels or captions that can't be read", why)
+
+
+def _warn_of_folders(names: list[str], shards: str) -> None:
+    """Warn of folders in shards without labels: they are no classes."""
+    folders = sorted({_plain_path(name).rpartition("/")[0] for name in names} - {""}, key=natural_key)
+    if len(folders) > 1:
+        log_once(
+            logging.WARNING,
+            f"data: pictures of {shown(shards, 200)} lie in {len(folders):,} folders, such as {shown(folders[0])}, but "
+            "have no labels: in shards, folders are no classes; unpack them into a folder, or add .cls members",
+        )
 
 
 def reason_without_picture(member: Member) -> str:

@@ -137,6 +137,31 @@ def test_tar_member_without_a_use_is_named(tmp_path: Path, member: tuple[str, by
         assert (len(source), source.account.counts) == (1, outcome)
 
 
+def test_tar_labels_that_differ_are_said(tmp_path: Path) -> None:
+    members = [("a.png", PNG[1]), ("a.cls", b"1"), ("a.json", b'{"label": 0}'), ("b.png", PNG[2]), ("b.cls", b"0"),
+               ("b.json", b'{"label": 0.0}'), ("c.png", PNG[3]), ("c.cls", b"0"), ("c.json", b'{"label": "cat"}'),
+               ("d.png", PNG[4]), ("d.cls", b"1"), ("d.json", b'{"label": [0, 1]}')]  # fmt: skip
+    source: Any = open_source(write_tar(tmp_path / "a.tar", members))
+    assert labels(source) == [1, 0, 0, 1]
+    assert source.account.counts == {"labels in .json that differ from .cls": 1}
+    assert source.account.examples["labels in .json that differ from .cls"] == "a.json"
+
+
+def test_tar_folders_are_said_to_be_no_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    open_source(write_tar(tmp_path / "a.tar", [("x/a.png", PNG[1]), ("./x/b.png", PNG[2])]))
+    assert "folders are no classes" not in caplog.text
+    open_source(write_tar(tmp_path / "b.tar", [("cat/a.png", PNG[1]), ("dog/b.png", PNG[2])]))
+    assert "b.tar lie in 2 folders, such as cat, but have no labels: in shards, folders are no classes" in caplog.text
+
+
+def test_stream_parquet_files_without_rows_are_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_table(tmp_path / "a.parquet", label=[0, 1])
+    table = parquet.read_table(tmp_path / "a.parquet")
+    parquet.write_table(table.slice(0, 0), tmp_path / "b.parquet")
+    assert streamed(tmp_path) == [0, 1]
+    assert "can't be read" not in caplog.text
+
+
 # ---- folders
 
 
