@@ -71,20 +71,20 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
     [
         (["--labels", "wolf"], ["wolf", "cat", "dog"]),
         (["--labels", "3"], ["3", "0 to 2"]),
-        (["--steps", "0"], ["steps", "at least 1"]),
-        (["--diffusion-steps", "0"], ["diffusion_steps", "at least 1"]),
+        (["--steps", "0"], ["--steps is 0", "at least 1"]),
+        (["--diffusion-steps", "0"], ["--diffusion-steps is 0", "at least 1"]),
         (["--diffusion-steps", "1001"], ["1001", "1000"]),
-        (["--batch", "0"], ["batch", "at least 1"]),
-        (["--count", "0"], ["count", "at least 1"]),
+        (["--batch", "0"], ["--batch: got 0", "at least 1"]),
+        (["--count", "0"], ["--count: got 0", "1 to 10,000"]),
         (["--temperature", "-1"], ["temperature", "-1"]),
         (["--solver", "euler"], ["euler", "ancestral", "mar sample --help"]),
         (["--preset", "slow"], ["slow", "balanced", "mar sample --help"]),
         (["--x0-bound", "None"], ["--x0-bound", "got 'None', expected FLOAT or off"]),
         (["--diffusion-steps-end", "None"], ["--diffusion-steps-end", "got 'None', expected INT or off"]),
-        (["--diffusion-steps-end", "1001"], ["diffusion_steps_end is 1001", "1000"]),
-        (["--start-t", "0"], ["start_t is 0"]),
+        (["--diffusion-steps-end", "1001"], ["--diffusion-steps-end is 1001", "1000"]),
+        (["--start-t", "0"], ["--start-t is 0"]),
         (["--guidance-interval", "0.7", "0.2"], ["0.7", "0.2"]),
-        (["--uncond-interval", "0"], ["uncond_interval", "at least 1"]),
+        (["--uncond-interval", "0"], ["--uncond-interval is 0", "at least 1"]),
         (["--device", "tpu"], ["tpu", "cpu"]),
         (["--known", "missing.png"], ["--known", "--mask", "both"]),
         (["--known", "missing.png", "--mask", "missing.png"], ["missing.png", "No such file"]),
@@ -136,7 +136,7 @@ def test_sample_guidance_without_label_drop_is_refused(tmp_path: Path, capsys: p
     path = tiny(tmp_path / "classful.safetensors", label_drop=0.0)
     said = refused(capsys, "sample", path, "--guidance-scale", "2", "--out", tmp_path / "out")
     assert "label_drop 0" in said
-    assert "guidance_scale 1" in said
+    assert "--guidance-scale 1" in said
 
 
 def test_train_patch_size_not_dividing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -436,7 +436,7 @@ def test_train_too_little_memory_is_one_line(
 
     monkeypatch.setattr(Pipeline, "sample", full)
     said = refused(capsys, "sample", model, "--out", tmp_path / "out", "--device", "cpu")
-    assert "not enough memory; take a smaller --batch (CUDA out of memory. Tried to allocate 2 GiB)" in said
+    assert "tiny.safetensors (CUDA out of memory. Tried to allocate 2 GiB); take a smaller --batch than 16" in said
 
 
 def small(weights: str = "ema", seed: int = 0) -> Pipeline:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import ast
 import io
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 from tiny import tiny_pipeline
 
 import mar
 from mar.cli import VERBS, main
+from mar.cli.options import as_typed, forget_options, parse
+from mar.cli.sample import SampleOptions
+from mar.config import SamplingConfig
 from mar.terminal import guarded, print_err, print_out, printable, printable_html, unescaped
 from mar.training.page_html import Stage, draw_commands, render
 
@@ -199,3 +205,117 @@ def test_ascii_terminal_gets_plain_letters(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sys, "stdout", stream)
     print_out("Fréchet 3.1 ± 0.2, 4×4, 猫")
     assert written(stream) == "Frechet 3.1 +- 0.2, 4x4, \\u732b\n"
+
+
+# ---- options as they are typed
+
+
+def numbers_of(kind: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, int]]:
+    """Flags of options that take numbers, and how many each takes."""
+    for name, hint in get_type_hints(kind).items():
+        if isinstance(hint, type) and is_dataclass(hint):
+            yield from numbers_of(hint, (*path, name))
+            continue
+        kinds = {hint, *get_args(hint)}
+        pairs = [each for each in kinds if get_origin(each) is tuple]
+        if kinds & {int, float}:
+            yield "--" + ".".join((*path, name)).replace("_", "-"), 1
+        elif pairs and set(get_args(pairs[0])) & {int, float}:
+            yield "--" + ".".join((*path, name)).replace("_", "-"), len(get_args(pairs[0]))
+
+
+def said_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str | None:
+    """The line of a refused command; None: it was not refused."""
+    code = main(arguments)
+    err = capsys.readouterr().err
+    if not code:
+        return None
+    assert code == 2
+    assert err.count("\n") == 1, err
+    return err
+
+
+def test_sample_every_bad_number_names_the_option_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "m.safetensors"
+    tiny_pipeline().save(model)
+    refused = set()
+    own = ["--count", "--batch"]
+    for flag, count in [*numbers_of(SamplingConfig), *((flag, 1) for flag in own)]:
+        for value in ("nonsense", "-1"):
+            said = said_of(["sample", str(model), "--out", str(tmp_path / "o"), flag, *[value] * count], capsys)
+            if said is not None:
+                refused.add(flag)
+                assert flag in said, said
+                assert not re.search(r"[a-z]_[a-z]", said.replace(str(tmp_path), "")), said
+    assert {"--steps", "--diffusion-steps", "--guidance-scale", "--start-t", "--x0-bound", *own} <= refused
+    assert {flag for flag, _ in numbers_of(SamplingConfig)} <= refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["sample", "fashion", "--image-size", "0"], "--image-size: got 0x0 pixels"),
+        (["sample", "fashion", "--image-size", "9" * 30], "--image-size: got "),
+        (["sample", "fashion", "--count", "9" * 30], "--count: got "),
+        (["sample", "fashion", "--labels", ""], "--labels: got ''"),
+        (["generate", "fashion", "--out", "o", "--labels", ""], "--labels: got ''"),
+        (
+            ["generate", "fashion", "--out", "o", "--per-class", "2", "--count", "3"],
+            "--per-class and --count: got",
+        ),
+        (["cache", "fashion", "--out", "o", "--tokenizer", "pixels", "--image-size", "0"], "--image-size: got 0x0"),
+        (["cache", "fashion", "--out", "o", "--tokenizer", "pixels", "--image-size", "8", "--batch", "0"], "--batch"),
+        (["stats", "fashion", "--out", "o.npz", "--batch", "0"], "--batch: got 0"),
+        (["stats", "fashion", "--out", "o.npz", "--image-size", "-3"], "--image-size: got -3"),
+        (["stats", "fashion", "--out", "o.npz", "--count", "1"], "--count: got 1"),
+        (["tokenizer", "stats", "pixels", "--data", "fashion", "--image-size", "0"], "--image-size: got 0"),
+        (["train", "fashion", "--batch", "0"], "--batch is 0"),
+        (["train", "fashion", "--model.encoder.depth", "0"], "depth is 0"),
+        (["train", "fashion", "--log-to", "nothing"], "--log-to: got 'nothing'"),
+        (["app", "--port", "0"], "--port: got 0"),
+    ],
+)
+def test_verb_bad_options_are_named_as_typed(
+    arguments: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = said_of(arguments, capsys)
+    assert said is not None
+    assert line in said
+    assert not [*tmp_path.iterdir()]
+
+
+def test_as_typed_leaves_paths_and_words_alone() -> None:
+    forget_options()
+    assert as_typed("image_size: got 3") == "image_size: got 3"
+    parse(SampleOptions, "sample", ["fashion"])
+    assert as_typed("image_size: got 3") == "--image-size: got 3"
+    assert as_typed("steps and batch: got 1 and 2") == "--steps and --batch: got 1 and 2"
+    assert as_typed("/runs/image_size/x.png: there are no steps, batch 3") == (
+        "/runs/image_size/x.png: there are no steps, batch 3"
+    )
+    assert as_typed("m: label_drop 0 fits guidance_scale 1 alone") == "m: label_drop 0 fits --guidance-scale 1 alone"
+    assert as_typed("'image_size' and image_size.png") == "'image_size' and image_size.png"
+    forget_options()
+
+
+# ---- memory
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_names_the_input_and_a_remedy_of_the_verb(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: Any, **named: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr("mar.zoo.load", fail)
+    monkeypatch.setattr("mar.zoo.describe", fail)
+    said = said_of(["sample", "m.safetensors", "--out", str(tmp_path), "--batch", "7"], capsys)
+    assert said is not None
+    assert "not enough memory for `mar sample` of m.safetensors" in said
+    assert "take a smaller --batch than 7" in said
+    main(["info", "m.safetensors"])
+    said = capsys.readouterr().err
+    assert "not enough memory for `mar info` of m.safetensors" in said
+    assert "--batch" not in said

@@ -137,7 +137,7 @@ def find_states(holder: Mapping[Any, Any], anchor: str) -> dict[str, dict[str, A
 
 
 def only_state(holder: Mapping[Any, Any], anchor: str, keys: Iterable[str]) -> tuple[str, dict[str, Any]] | None:
-    """Return the state dict under the first of `keys`, else the only one.
+    """Return the first of `keys` with its state, else the only.
 
     None: there is none. Raises CheckpointError for several, of which either could be meant.
     """

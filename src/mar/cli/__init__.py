@@ -91,7 +91,9 @@ def _main(arguments: list[str]) -> int:
     # Spinning threads make a busy machine many times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _show_accounts()
-    return report_errors(lambda: getattr(importlib.import_module(VERBS[verb][0]), verb)(rest))
+    if "mar.cli.options" in sys.modules:
+        sys.modules["mar.cli.options"].forget_options()  # of an earlier command of this process
+    return report_errors(lambda: getattr(importlib.import_module(VERBS[verb][0]), verb)(rest), verb)
 
 
 def _bound_columns() -> None:
@@ -114,8 +116,8 @@ def _show_accounts() -> None:
         log.addHandler(handler)
 
 
-def report_errors(work: Callable[[], int]) -> int:
-    """Runs `work`; prints a user's mistake in one line.
+def report_errors(work: Callable[[], int], verb: str = "") -> int:
+    """Runs the work of a verb; prints a user's mistake in one line.
 
     Returns the exit code.
     """
@@ -124,7 +126,7 @@ def report_errors(work: Callable[[], int]) -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("MAR_DEBUG"):
             raise
-        return _fail(" ".join(str(error).split()) or type(error).__name__)
+        return _fail(_as_typed(" ".join(str(error).split())) or type(error).__name__)
     except (RuntimeError, MemoryError) as error:
         if os.environ.get("MAR_DEBUG"):
             raise
@@ -132,12 +134,21 @@ def report_errors(work: Callable[[], int]) -> int:
             return _fail("a process that reads pictures has ended; run the same command again, with fewer --workers")
         if not _is_out_of_memory(error):
             raise
-        return _fail(f"there is not enough memory; take a smaller --batch ({' '.join(str(error).split())[:100]})")
+        from mar.cli.options import out_of_memory
+
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        return _fail(out_of_memory(verb, reason))
     except KeyboardInterrupt:
         return _fail("stopped", 130)
     except _other_rank_failed():
         time.sleep(ERROR_GRACE_S)
         return 2
+
+
+def _as_typed(message: str) -> str:
+    """Returns a message with the options of the verb as they are typed."""
+    options = sys.modules.get("mar.cli.options")  # not there yet: nothing was parsed
+    return str(options.as_typed(message)) if options else message
 
 
 def _other_rank_failed() -> type[Exception] | tuple[()]:
@@ -147,8 +158,10 @@ def _other_rank_failed() -> type[Exception] | tuple[()]:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Recognizes torch's error by its name: torch may not be imported."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    """Recognizes torch's errors by name and words: torch may not be imported."""
+    words = ("can't allocate memory", "not enough memory")  # of its allocator for CPUs
+    by_name = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return by_name or any(word in str(error) for word in words)
 
 
 def _fail(message: str, code: int = 2) -> int:

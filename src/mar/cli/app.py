@@ -42,7 +42,7 @@ def app(arguments: Sequence[str]) -> int:
     """Runs `mar app`."""
     options = parse(AppOptions, "app", arguments)
     if options.port is not None and not 1 <= options.port <= 65535:
-        raise ValueError(f"port: got {options.port}, expected 1 to 65535")
+        raise ValueError(f"--port: got {options.port}, expected 1 to 65535")
 
     def run(check: object) -> int:
         from mar.app.server import launch

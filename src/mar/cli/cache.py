@@ -88,7 +88,8 @@ def _check_options(options: CacheOptions) -> None:
     if missing:
         raise ConfigError(f"mar cache needs {', '.join(missing)} too, or --verify to check a cache that is there")
     if options.batch < 1 or options.workers < 0:
-        raise ConfigError(f"batch and workers: got {options.batch} and {options.workers}, expected at least 1 and 0")
+        got = f"{options.batch} and {options.workers}"
+        raise ConfigError(f"--batch and --workers: got {got}, expected at least 1 and 0")
 
 
 def _verify(options: CacheOptions, check: Callable[[], None]) -> int:

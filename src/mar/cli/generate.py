@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from mar.cli.options import SamplingFlags, SizeFlag, check_asks, default_prompts, given_prompts, interruptible, parse
+from mar.cli.options import (
+    SamplingFlags,
+    SizeFlag,
+    check_asks,
+    default_prompts,
+    given_labels,
+    given_prompts,
+    interruptible,
+    parse,
+)
 from mar.config import ConfigError
 from mar.terminal import print_out
 
@@ -109,16 +118,16 @@ def _check_labels(options: GenerateOptions) -> None:
     if options.per_class is not None and options.count is not None:
         raise ConfigError("per-class and count: got both, expected one of them")
     if options.labels_file is not None and (options.labels or options.per_class or options.count):
-        raise ConfigError("labels-file says the label of each picture; leave labels, per-class and count out")
+        raise ConfigError("--labels-file says the label of each picture; leave --labels, --per-class and --count out")
     if (options.prompt or options.prompts is not None) and options.per_class is not None:
-        raise ConfigError("per-class is of classes; give --count, the number of pictures in all")
+        raise ConfigError("--per-class is of classes; give --count, the number of pictures in all")
 
 
 def _plan(options: GenerateOptions, model: Pipeline) -> Plan:
     """Plans the images. Raises ValueError for labels or prompts that the model can't draw."""
     from mar.sampling.plan import read_labels
 
-    labels = [None if label.lower() == "none" else label for label in options.labels] or None
+    labels = given_labels(options.labels)
     if options.labels_file is not None:
         labels = read_labels(options.labels_file)
     prompts = given_prompts(options.prompt, options.prompts)
@@ -136,7 +145,7 @@ def _plan_prompts(
     from mar.sampling.plan import Plan
 
     if options.per_class is not None:
-        raise ConfigError(f"per-class: {options.model} draws from words and has no classes; give --count")
+        raise ConfigError(f"--per-class: {options.model} draws from words and has no classes; give --count")
     given = labels if prompts is None else prompts  # labels are None: `check_asks` has refused others
     asks = [prompt or "" for prompt in (default_prompts(model) if given is None else given)]
     count = options.count

@@ -12,11 +12,11 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -54,6 +54,7 @@ def parse(
         ValueError: An option is unknown or has a wrong value.
     """
     given: dict[str, Any] = {} if default is None else {"default": default}
+    _parsed.kinds.append(kind)
     words, numbers = _rename_flags(kind, arguments, default)
     stderr = io.StringIO()
     try:
@@ -68,6 +69,7 @@ def parse(
             )
         options: Options = parsed[0] if partly else parsed
         options = replace(options, **numbers) if numbers else options  # type: ignore[type-var]
+        _parsed.options = options
     except SystemExit as stopped:
         if not stopped.code:
             raise
@@ -100,6 +102,90 @@ def _folders(options: Any) -> Iterator[str]:
                     yield path
                 elif isinstance(item, Path) or os.path.isfile(path):
                     yield os.path.dirname(path) or "."
+
+
+class _Parsed:
+    """The kinds of options of this command, and the options themselves, for messages."""
+
+    kinds: ClassVar[list[type]] = []
+    options: Any = None
+
+
+_parsed = _Parsed()
+
+
+def forget_options() -> None:
+    """Begins a command: messages name its options alone."""
+    _parsed.kinds.clear()
+    _parsed.options = None
+
+
+def as_typed(message: str) -> str:
+    """Returns a message with this command's options as they are typed.
+
+    Fields at its beginning are options; so are, anywhere, those whose names no prose has (`image_size`). Paths and
+    quoted text stay as they are.
+    """
+    flags: dict[str, str] = {}
+    pairs = [pair for kind in _parsed.kinds for pair in _flags(kind)]
+    for name, flag in sorted(pairs, key=lambda pair: "." in pair[1]):
+        flags.setdefault(name, flag)  # those of the verb before those of a part of it
+    if not flags:
+        return message
+    names = _any_of(flags)
+    listed = rf"(?:{names})(?:(?:, | and )(?:{names}))*"
+    beginning = re.match(rf"{listed}(?=(?: of \S+)?:|(?: (?:is|are|says|needs|of|must)\b))", message)
+    end = 0 if beginning is None else beginning.end()
+    first = re.sub(rf"\b(?:{names})\b", lambda match: flags[match[0]], message[:end])
+    unmistakable = _any_of(name for name in flags if "_" in name and "." not in name)
+    loose = rf"(?<![\w./\\'\"`=-])(?:{unmistakable})(?![\w/\\'\"`=-]|\.\w)"
+    return first + re.sub(loose, lambda match: flags[match[0]], message[end:])
+
+
+def _any_of(names: Iterable[str]) -> str:
+    """Returns a pattern of any of these names, the longest first."""
+    return "|".join(sorted(map(re.escape, names), key=len, reverse=True)) or "(?!)"
+
+
+def _flags(kind: type, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """Yields the fields of a dataclass as messages name them, and as they are typed."""
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        inner, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if any(mark is tyro.conf.Positional or mark is tyro.conf.Suppress for mark in marks):
+            continue
+        if isinstance(inner, type) and is_dataclass(inner):
+            is_outer = any(getattr(mark, "name", None) == "" for mark in marks)
+            yield from _flags(inner, path if is_outer else (*path, name))
+            continue
+        flag = "--" + ".".join((*path, name)).replace("_", "-")
+        for own in {".".join((*path, name)), name} if path in ((), ("model",), ("vae",)) else {".".join((*path, name))}:
+            yield own, flag
+            yield own.replace("_", "-"), flag
+
+
+def out_of_memory(verb: str, reason: str) -> str:
+    """Returns the message for too little memory: for which input, and what the verb can do about it."""
+    options = _parsed.options
+    named = [value for name, value in _inputs(options) if name not in ("out", "target")] if options is not None else []
+    batch = getattr(options, "batch", None) or getattr(getattr(options, "config", None), "batch", None)
+    work = f"`mar {verb}`" + (f" of {', '.join(named[:2])}" if named else "")
+    remedy = "close other programs, or use a machine with more"
+    if batch is not None and batch > 1:
+        remedy = f"take a smaller --batch than {batch}"
+    elif batch is None and hasattr(options, "dtype") and verb == "convert":
+        remedy = "close other programs; --dtype changes the file alone"
+    return f"there is not enough memory for {work} ({reason}); {remedy}"
+
+
+def _inputs(options: Any) -> Iterator[tuple[str, str]]:
+    """Yields the files and names among options, positional ones first."""
+    names = ("model", "what", "pictures", "data", "source", "paths", "tokenizer", "known", "reference", "init")
+    for holder in (options, getattr(options, "config", None)):
+        for name in names:
+            value = getattr(holder, name, None)
+            for each in value if isinstance(value, tuple) else (value,):
+                if isinstance(each, str | Path) and str(each):
+                    yield name, str(each)
 
 
 def _one_line(box: str, verb: str) -> str:
@@ -338,7 +424,22 @@ def given_prompts(prompt: Sequence[str] = (), file: Path | None = None) -> list[
         raise ConfigError("got --prompt and --prompts, expected one of them")
     if file is not None:
         return read_prompts(file)
-    return [None if text.strip().lower() in ("", "none") else text for text in prompt] or None
+    return [None if text.strip().lower() in ("", "none") else _utf8(text) for text in prompt] or None
+
+
+def given_labels(labels: Sequence[str]) -> list[str | None] | None:
+    """Returns the labels of --labels; None: none were given. Raises ConfigError for an empty one."""
+    if any(not label.strip() for label in labels):
+        raise ConfigError("--labels: got '', expected numbers or names of classes, or none")
+    return [None if label.lower() == "none" else _utf8(label) for label in labels] or None
+
+
+def _utf8(word: str) -> str:
+    """Returns a word of the command line as UTF-8, where the locale took it for ASCII."""
+    try:
+        return os.fsencode(word).decode("utf-8")
+    except UnicodeError:
+        return word
 
 
 def check_asks(model: Pipeline, labels: Sequence[str | None] | None, prompts: Sequence[str | None] | None) -> None:

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from mar.cli.options import SamplingFlags, SizeFlag, check_asks, default_prompts, given_prompts, parse, save_png
+from mar.cli.options import (
+    SamplingFlags,
+    SizeFlag,
+    check_asks,
+    default_prompts,
+    given_labels,
+    given_prompts,
+    parse,
+    save_png,
+)
 from mar.config import to_dict
 from mar.terminal import print_out
 
@@ -18,6 +27,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from mar.pipeline import Pipeline
+
+
+MAX_COUNT = 10_000
+"""Most pictures of each label or prompt: all are kept in memory."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +73,7 @@ class SampleOptions(SizeFlag, SamplingFlags):
 
     def asks(self, model: Pipeline) -> list[str | int | None]:
         """Returns what to draw: the prompts, the labels, or by default classes or examples of the model."""
-        labels = [None if label.lower() == "none" else label for label in self.labels] or None
+        labels = given_labels(self.labels)
         prompts = given_prompts(self.prompt, self.prompts)
         check_asks(model, labels, prompts)
         if labels is None and prompts is None and model.captions is None:
@@ -75,8 +88,8 @@ def sample(arguments: Sequence[str]) -> int:
     from mar.data.images import image_grid
     from mar.sampling.sinks.folder import MAX_NAME
 
-    if options.count < 1:
-        raise ValueError(f"count: got {options.count}, expected at least 1")
+    if not 1 <= options.count <= MAX_COUNT:
+        raise ValueError(f"--count: got {options.count}, expected 1 to {MAX_COUNT:,}; mar generate draws more")
     check_writable(options.out, is_file=False)
     trained = options.load(options.model)
     model = options.at_size(trained)

@@ -88,6 +88,7 @@ def _stats(arguments: Sequence[str], check: Callable[[], None]) -> int:
             raise ConfigError(f"out: got {options.out}, expected a file .npz")
         check_out(options.out, pictures=options.pictures, weights=options.weights)
         check_count(options.count)
+        options.size()  # before anything is opened
         if distributed.rank() == 0:
             check_writable(options.out, is_file=True)
     with distributed.process_group(options.device) as device:

@@ -78,6 +78,10 @@ def tokenizer(arguments: Sequence[str]) -> int:
 
 def _stats(arguments: Sequence[str]) -> int:
     options = parse(TokenizerOptions, "tokenizer", arguments)
+    if options.image_size < 1:
+        raise ValueError(f"--image-size: got {options.image_size}, expected at least 1")
+    if options.limit is not None and options.limit < 1:
+        raise ValueError(f"--limit: got {options.limit}, expected at least 1")
     from mar import zoo
     from mar.checkpoint.files import check_writable
     from mar.checkpoint.tokenizers import save_statistics
