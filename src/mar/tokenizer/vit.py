@@ -206,7 +206,7 @@ class ViTTokenizer(Tokenizer):
         self.eval()
 
     def encode(self, images: Float[Tensor, "n c H W"]) -> Posterior:
-        """Encode images of the tokenizer's size, some at a time, to a float32 posterior."""
+        """Encode images, some at a time, to a float32 posterior."""
         self.check_images(images)
         with torch.autocast(images.device.type, enabled=False):
             moments = _in_slices(self.encoder, images.float()).transpose(1, 2)
