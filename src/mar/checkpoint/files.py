@@ -191,7 +191,7 @@ def write_together(folder: Path, write: Callable[[Path], None], last: str, neede
     Args:
         folder: of the files.
         write: writes them to a temporary folder.
-        last: name of the file by which others see that all are there; it goes first, and comes last.
+        last: name of the file by which others see that all are there; if it changes, it goes first and comes last.
         needed: bytes, checked before and named in the message.
     """
     try:
@@ -200,7 +200,12 @@ def write_together(folder: Path, write: Callable[[Path], None], last: str, neede
             with temporary_folder(folder) as temporary:
                 write(temporary)
                 files = sorted(temporary.iterdir(), key=lambda path: (path.name == last, path.name))
-                _place({file: folder / file.name for file in files}, temporary, durable=True, gone=folder / last)
+                _place(
+                    {file: folder / file.name for file in files},
+                    temporary,
+                    durable=True,
+                    gone=None if _same_bytes(temporary / last, folder / last) else folder / last,
+                )
     except OSError as error:
         raise write_error(folder, needed, error) from error
 
@@ -226,6 +231,10 @@ def write_bytes(contents: Mapping[Path, bytes], temporary_in: Path) -> None:
                 _place(temporaries, folder, durable=True)
     except OSError as error:
         raise write_error(path, needed, error) from error
+
+
+def _same_bytes(first: Path, second: Path) -> bool:
+    return first.is_file() and second.is_file() and first.read_bytes() == second.read_bytes()
 
 
 def _place(targets: Mapping[Path, Path], temporary: Path, durable: bool, gone: Path | None = None) -> None:

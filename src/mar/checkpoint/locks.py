@@ -80,7 +80,7 @@ def _exclusive(out: Path, is_file: bool) -> Iterator[None]:
         if handle is None:
             yield
             return
-        _mine[str(path)] = threading.get_ident()
+        _mine[str(path)], pid = threading.get_ident(), os.getpid()
         ended = threading.Event()
         threading.Thread(target=_renew, args=(path, ended), name="mar-lock", daemon=True).start()
         try:
@@ -88,10 +88,19 @@ def _exclusive(out: Path, is_file: bool) -> Iterator[None]:
         finally:
             ended.set()
             del _mine[str(path)]
-            with suppress(OSError):
-                if path.read_text(encoding="utf-8") == text:
-                    path.unlink()
-            owners.close(handle)
+            if os.getpid() == pid:  # not in a child, which has a copy of this block
+                _release(path, handle, text)
+
+
+def _release(path: Path, handle: int, text: str) -> None:
+    """Remove a lock's file, unless it was taken over."""
+    if os.name == "nt":  # where nobody can remove an open file
+        owners.close(handle)
+    with suppress(OSError):
+        if path.read_text(encoding="utf-8") == text:
+            path.unlink()
+    if os.name != "nt":
+        owners.close(handle)
 
 
 def _renew(path: Path, ended: threading.Event) -> None:
@@ -147,12 +156,16 @@ def _create(path: Path, text: str) -> int | None:
 
 def remove_stale(path: Path) -> bool:
     """Remove a lock whose process has ended. Returns False if it runs, or may run."""
+    owner, text = _read(path)
+    if os.name == "nt":  # where nobody can remove an open file
+        if _runs(owner, path, None) is False:
+            path.unlink(missing_ok=True)
+        return not path.exists()
     try:
         handle = _open(path)
     except FileNotFoundError:
         return True
     try:
-        owner, text = _read(path)
         if _runs(owner, path, owners.flock(handle)) is not False:
             return False
         # of two processes that are here, one has the lock of the old file: neither removes a new one

@@ -29,6 +29,8 @@ SUBFOLDERS = ("tokenizer", "latents", "samples")
 """Folders in that of a run, which are cleared with it."""
 STRANGE_AGE_S = 24 * 3600.0
 """A temporary of another machine, or of an earlier version, is cleared if nothing in it has changed for so long."""
+_RESTARTED_AGE_S = 600.0
+"""The same for one of a machine of this name, likely this one before its last start."""
 _SETTLED_S = 60.0
 """One of another container is left alone for so long: its process may not have locked it yet."""
 
@@ -201,9 +203,10 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if handle is not None:
-            close(handle)
+        if os.getpid() == owner.pid:  # not in a child, which has a copy of this block
+            shutil.rmtree(folder, ignore_errors=True)
+            if handle is not None:
+                close(handle)
 
 
 def _lock_folder(folder: Path) -> int | None:
@@ -244,7 +247,7 @@ def _clear(entry: os.DirEntry[str]) -> None:
         age = time.time() - _last_change(path)
         runs = owner.runs(path)
         if runs is None:
-            runs = age < STRANGE_AGE_S
+            runs = age < (_RESTARTED_AGE_S if owner.space == _machine()[1] else STRANGE_AGE_S)
         elif not owner.is_same_machine():
             runs = runs or age < _SETTLED_S
         if not runs:

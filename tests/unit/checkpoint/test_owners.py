@@ -88,6 +88,13 @@ def test_temporary_of_another_machine_goes_after_a_day(age: float, stays: bool, 
     assert left.exists() == stays
 
 
+@pytest.mark.parametrize(("age", "stays"), [(300.0, True), (700.0, False)])
+def test_temporary_of_this_machine_before_its_last_start_goes_soon(age: float, stays: bool, tmp_path: Path) -> None:
+    left = leave(tmp_path, replace(this_process(), kernel="00000000"), age)
+    clear_leftovers(tmp_path)
+    assert left.exists() == stays
+
+
 @needs_flock
 @pytest.mark.parametrize(("locked", "age", "stays"), [(True, 99.0, True), (False, 99.0, False), (False, 9.0, True)])
 def test_temporary_of_another_container_is_known_by_its_lock(
