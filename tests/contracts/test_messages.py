@@ -319,3 +319,51 @@ def test_out_of_memory_names_the_input_and_a_remedy_of_the_verb(
     said = capsys.readouterr().err
     assert "not enough memory for `mar info` of m.safetensors" in said
     assert "--batch" not in said
+
+
+# ---- homes that are not there
+
+
+@pytest.mark.parametrize("home", [f"{os.devnull}/nobody", "/proc/nobody"])
+def test_home_that_is_not_there_is_needed_by_caches_alone(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", home)
+    monkeypatch.delenv("MAR_HOME", raising=False)
+    monkeypatch.chdir(tmp_path)
+    tiny_pipeline().save("m.safetensors")
+    for arguments in (["info", "fashion"], ["models"], ["sample", "m.safetensors", "--out", "o"]):
+        assert main(arguments) == 0
+        capsys.readouterr()
+    assert main(["download", "kl16"]) == 2  # before the first request
+    assert capsys.readouterr().err.endswith("; set MAR_HOME to a folder that can be written\n")
+
+
+def test_home_without_an_entry_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MAR_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", fail)
+    assert main(["models"]) == 0
+    capsys.readouterr()
+    assert main(["cache", "~/pictures", "--out", "o", "--tokenizer", "pixels", "--image-size", "8"]) == 2
+    assert capsys.readouterr().err == "mar: there is no home folder for ~: set HOME, or give the whole path\n"
+
+
+def test_hub_cache_that_cannot_be_written_names_the_variable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HOME", "/locked")
+
+    def fail(*arguments: Any, **named: Any) -> Any:
+        try:
+            raise PermissionError(13, "Permission denied", "/locked/hub/x")
+        except OSError as error:
+            raise ValueError("can't get owner/model from the Hub") from error
+
+    monkeypatch.setattr("mar.zoo.load", fail)
+    said = said_of(["sample", "owner/model"], capsys)
+    assert said == "mar: can't get owner/model from the Hub; set HF_HOME to a folder that can be written\n"

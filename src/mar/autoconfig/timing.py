@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from mar import __version__
 from mar.checkpoint import checksums
 from mar.config import ConfigError, from_dict, to_dict
 
@@ -97,7 +98,8 @@ def load_time_plan(folder: Path) -> TimePlan | None:
         return from_dict(TimePlan, checksums.read_json(path))
     except (AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{path} can't be understood ({error}); remove it to plan anew, or take another --out"
+            f"{path} can't be understood ({error}); if a newer mar than {__version__} planned it, upgrade; else "
+            "remove it to plan anew, or take another --out"
         ) from error
 
 

@@ -122,7 +122,10 @@ def missing(name: str, folder: Path | None = None) -> list[RemoteFile]:
 
 def home() -> Path:
     """Return the default folder of downloads: the environment's MAR_HOME, else ~/.cache/mar."""
-    return Path(os.environ.get("MAR_HOME") or "~/.cache/mar").expanduser()
+    try:
+        return Path(os.environ.get("MAR_HOME") or "~/.cache/mar").expanduser()
+    except RuntimeError:  # nobody's: no HOME, and a user without an entry; nothing is there, nor can be written
+        return Path(os.devnull, ".cache", "mar")
 
 
 def fetch(

@@ -103,6 +103,16 @@ def parse_json(text: str | bytes) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
+def newer_format(path: Path, written: str, reads: str) -> CheckpointError:
+    """Return the error for a file of a later version of mar."""
+    from mar import __version__
+
+    return CheckpointError(
+        f"{path} was made by a newer mar: it is of format {written}, this is mar {__version__} and reads {reads}; "
+        "upgrade mar"
+    )
+
+
 _PLACED = ("PUT", "BINPUT", "LONG_BINPUT")
 
 

@@ -23,7 +23,15 @@ from torch import Tensor
 
 from mar.checkpoint import checksums
 from mar.checkpoint.contents import foreign, unwrap, unwrap_name
-from mar.checkpoint.files import CheckpointError, check_regular, parse_json, size_text, write_atomically, write_tensors
+from mar.checkpoint.files import (
+    CheckpointError,
+    check_regular,
+    newer_format,
+    parse_json,
+    size_text,
+    write_atomically,
+    write_tensors,
+)
 from mar.config import ModelConfig, SamplingConfig, from_dict, to_dict
 from mar.model.mar import MAR
 from mar.nn import init_empty_weights
@@ -378,7 +386,7 @@ def _parse(path: Path, text: Any) -> tuple[Header, str | list[int] | None, bool]
             f"{path}: its header can't be understood ({_first_line(error)}); was it made by mar?"
         ) from error
     if newer:
-        raise CheckpointError(f"{path} is of format {written}, newer than this mar reads ({FORMAT}); update mar")
+        raise newer_format(path, written, FORMAT)
     raise CheckpointError(f"{path} is of format {written!r}, which this mar does not know (it reads {FORMAT})")
 
 

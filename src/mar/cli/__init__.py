@@ -5,6 +5,7 @@ A user's mistake is one line on stderr and exit code 2; MAR_DEBUG=1 shows the tr
 
 from __future__ import annotations
 
+import errno
 import importlib
 import logging
 import os
@@ -126,12 +127,15 @@ def report_errors(work: Callable[[], int], verb: str = "") -> int:
     except (ValueError, OSError) as error:
         if os.environ.get("MAR_DEBUG"):
             raise
-        return _fail(_as_typed(" ".join(str(error).split())) or type(error).__name__)
+        message = _as_typed(" ".join(str(error).split())) or type(error).__name__
+        return _fail(message + _home_hint(error))
     except (RuntimeError, MemoryError) as error:
         if os.environ.get("MAR_DEBUG"):
             raise
         if str(error).startswith("DataLoader worker"):  # raised by a handler of PyTorch, anywhere
             return _fail("a process that reads pictures has ended; run the same command again, with fewer --workers")
+        if "determine home directory" in str(error):  # of a path ~/x
+            return _fail("there is no home folder for ~: set HOME, or give the whole path")
         if not _is_out_of_memory(error):
             raise
         from mar.cli.options import out_of_memory
@@ -143,6 +147,27 @@ def report_errors(work: Callable[[], int], verb: str = "") -> int:
     except _other_rank_failed():
         time.sleep(ERROR_GRACE_S)
         return 2
+
+
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR)
+
+
+def _home_hint(error: BaseException | None) -> str:
+    """Returns a hint on the variable of a cache, if an error came from writing it."""
+    caches = [
+        ("MAR_HOME", os.environ.get("MAR_HOME") or "~/.cache/mar"),
+        ("HF_HOME", os.environ.get("HF_HOME") or "~/.cache/huggingface"),
+    ]
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        seen.append(error)
+        if isinstance(error, OSError) and error.errno in _UNWRITABLE:
+            path = str(error.filename or "")
+            for name, folder in caches:
+                if path.startswith((os.path.expanduser(folder), f"{os.devnull}/")):
+                    return f"; set {name} to a folder that can be written"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _as_typed(message: str) -> str:

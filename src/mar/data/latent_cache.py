@@ -28,7 +28,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mar.checkpoint import checksums
-from mar.checkpoint.files import parse_json, size_text, write_atomically, write_text
+from mar.checkpoint.files import newer_format, parse_json, size_text, write_atomically, write_text
 from mar.config import ConfigError, from_dict, to_dict
 from mar.data.accounts import Account
 from mar.data.captions import Captions, chosen_captions
@@ -364,7 +364,7 @@ def _read_sealed(path: Path, advice: str) -> dict[str, Any]:
     try:
         sealed = parse_json(path.read_text(encoding="utf-8"))
         if sealed["format"] != FORMAT and str(sealed["format"]).startswith("mar-latents/"):
-            raise ConfigError(f"{path} is of format {sealed['format']}, but this mar reads {FORMAT}; update mar")
+            raise ConfigError(str(newer_format(path, str(sealed["format"]), FORMAT)))
         content: dict[str, Any] = sealed["content"]
         intact = _json_digest(content) == sealed["sha256"] and sealed["format"] == FORMAT and isinstance(content, dict)
     except ConfigError:

@@ -271,7 +271,9 @@ def _read_arrays(path: Path, features: bool) -> dict[str, np.ndarray]:
                 content = "images" if "arr_0" in names else ", ".join(sorted(names)) or "nothing"
                 raise ValueError(f"it has no {' and no '.join(missing)}, but {content}")
             if "format" in names and int(file["format"]) > FORMAT:
-                raise ValueError(f"got format {int(file['format'])}, expected at most {FORMAT}: take a newer mar")
+                raise ValueError(
+                    f"a newer mar made it: got format {int(file['format'])}, expected at most {FORMAT}; upgrade mar"
+                )
             known = {"mu", "sigma", "count", "about"} | ({"features"} if features else set())
             arrays = {name: file[name] for name in names & known}
             ours = {"format", "count", "about", "features", "sha256", "mu", "sigma"}

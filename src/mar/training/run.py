@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from mar import devices, distributed, zoo
+from mar import __version__, devices, distributed, zoo
 from mar.checkpoint import checksums, official
 from mar.checkpoint.run_state import RunState, changed_settings
 from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, resolve_image_channels, to_dict
@@ -135,7 +135,8 @@ def load_config(kind: type[Config], folder: Path) -> Config | None:
         return from_dict(kind, checksums.read_json(path))  # older ones lack some settings
     except ConfigError as error:
         raise ConfigError(
-            f"{folder} holds a run of another kind or version, or run.json is damaged ({error}); use another folder"
+            f"{folder} holds a run of another kind or version, or run.json is damaged ({error}); use another folder, "
+            f"or a newer mar than this {__version__} if that began it"
         ) from error
     except (AttributeError, TypeError, ValueError, LookupError, OverflowError) as error:  # no JSON, or no configuration
         raise ConfigError(f"{path} is damaged ({error}); put it back as it was, or use another folder") from error

@@ -112,7 +112,10 @@ def with_header(saved: Path, path: Path, change: dict[str, Any] | None) -> Path:
     ("change", "message"),
     [
         (None, r"holds \d+ tensors .*: a model of mar whose header is lost"),
-        ({"format": "mar/2"}, "of format mar/2, newer than this mar reads .*; update mar"),
+        (
+            {"format": "mar/2"},
+            "made by a newer mar: .* format mar/2, this is mar .* reads mar/1; upgrade mar",
+        ),
         ({"format": "other/1"}, "of format 'other/1', which this mar does not know"),
         ({"format": 3}, "its header can't be understood"),
         ({"model": {"channels": 0}}, "channels is 0, but it must be at least 1"),
