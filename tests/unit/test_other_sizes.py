@@ -317,7 +317,7 @@ def test_cli_help_says_the_order_and_that_it_is_experimental(verb: str, capsys: 
     [
         (["big"], "got 'big', expected PIXELS or HEIGHTxWIDTH"),
         (["8x8x8"], "got '8x8x8', expected PIXELS or HEIGHTxWIDTH"),
-        (["0"], "image_size: got 0x0 pixels"),
+        (["0"], "image-size: got 0x0 pixels"),
         (["100x4"], "expected at most 16x16, 4 times the trained size"),
     ],
 )
