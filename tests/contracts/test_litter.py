@@ -30,7 +30,7 @@ from mar.checkpoint.run_state import RunState
 from mar.checkpoint.tokenizers import load_tokenizer, save_tokenizer
 from mar.cli import main
 from mar.config import ModelConfig, TrunkConfig
-from mar.data.latent_cache import LatentSource
+from mar.data.latent_cache import INDEX, MANIFEST, LatentSource
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
 from mar.tokenizer import PixelTokenizer
@@ -38,7 +38,7 @@ from mar.tokenizer.pca import PCATokenizer
 
 KILLS = int(os.environ.get("MAR_KILLS", "2"))
 """Of each kind of writing."""
-WRITES = ("model", "official", "state", "tokenizer", "download")
+WRITES = ("model", "official", "state", "tokenizer", "download", "cache")
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
 
@@ -51,6 +51,9 @@ def write_for_ever(kind: str, out: Path) -> None:
     state = {"w": [torch.ones(10**6), torch.ones(10**6)]}
     (out.parent / "mirror").mkdir()
     (out.parent / "mirror" / "file.bin").write_bytes(bytes(10**7))
+    (out.parent / "pictures").mkdir()
+    for i in range(16):
+        Image.fromarray(np.full((256, 256, 3), i, dtype=np.uint8)).save(out.parent / "pictures" / f"{i}.png")
     number = 0
     while True:
         number += 1
@@ -62,16 +65,26 @@ def write_for_ever(kind: str, out: Path) -> None:
             RunState(out).save(number, state)
         elif kind == "tokenizer":
             save_tokenizer(tokenizer, out)
+        elif kind == "cache":
+            shutil.rmtree(out, ignore_errors=True)
+            assert main(cache_command(out)) == 0
         else:
             (out / "file.bin").unlink(missing_ok=True)
             fetch(RemoteFile("file.bin", "https://none.invalid"), out, mirror=out.parent / "mirror")
         (out.parent / "up").touch()
 
 
+def cache_command(out: Path) -> list[str]:
+    settings = ["--tokenizer", "pixels", "--image-size", "256", "--shard", "4", "--device", "cpu"]
+    return ["cache", str(out.parent / "pictures"), "--out", str(out), *settings]
+
+
 def next_command(kind: str, out: Path) -> None:
     """What a person may do next: open what was written, or have it fetched."""
     if kind == "download":
         fetch(RemoteFile("file.bin", "https://none.invalid"), out, mirror=out.parent / "mirror")
+    elif kind == "cache":
+        assert main(cache_command(out)) == 0
     elif kind == "model":
         assert main(["info", str(out / "model.safetensors")]) == 0
     else:
@@ -85,6 +98,9 @@ def expected_files(kind: str, out: Path) -> set[Path]:
         assert 1 <= len(states) <= 4
         assert all(main(["verify", str(out)]) == 0 for _ in states[:1])
         return {out / "latest", *(path for state in states for path in state.iterdir())}
+    if kind == "cache":
+        LatentSource(out)
+        return {out / name for name in (MANIFEST, INDEX, *(f"{shard:05}.safetensors" for shard in range(4)))}
     names = {"tokenizer": ["config.json", "tokenizer.safetensors"], "download": ["file.bin"]}
     return {out / name for name in names.get(kind, ["model.safetensors" if kind == "model" else "model.pth"])}
 

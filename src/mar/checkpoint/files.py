@@ -180,12 +180,13 @@ def write_atomically(
         write: writes the temporary file.
         needed: bytes, checked before and named in the message.
         durable: wait until the file is on the disk; else a power cut may lose it.
-        temporary_in: folder for the temporary, on the disk of `path`; by default the file's.
+        temporary_in: folder for the temporary, if it is on the same disk; by default the file's.
     """
     try:
         with new_folders(path.parent):
             require_room(path.parent, needed)
-            with temporary_folder(temporary_in or path.parent) as folder:
+            elsewhere = temporary_in is not None and temporary_in.stat().st_dev == path.parent.stat().st_dev
+            with temporary_folder(temporary_in if temporary_in and elsewhere else path.parent) as folder:
                 temporary = folder / path.name
                 write(temporary)
                 _place({temporary: path}, folder, durable)
@@ -201,7 +202,7 @@ def write_together(folder: Path, write: Callable[[Path], None], last: str, neede
     Args:
         folder: of the files.
         write: writes them to a temporary folder.
-        last: name of the file by which others see that all are there; if it changes, it goes first and comes last.
+        last: name of the file that is taken for all of them: if it changes, it goes first and comes last.
         needed: bytes, checked before and named in the message.
     """
     try:
