@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, write_images
 
 import mar
 from mar.cli import VERBS, main
@@ -367,3 +367,18 @@ def test_hub_cache_that_cannot_be_written_names_the_variable(
     monkeypatch.setattr("mar.zoo.load", fail)
     said = said_of(["sample", "owner/model"], capsys)
     assert said == "mar: can't get owner/model from the Hub; set HF_HOME to a folder that can be written\n"
+
+
+# ---- counts
+
+
+def test_cache_verify_counts_what_was_cached(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = tmp_path / "pictures"
+    write_images(pictures, 5)
+    broken = next(pictures.rglob("*.png"))
+    broken.write_bytes(broken.read_bytes()[:40])
+    where = ["--out", str(tmp_path / "c"), "--tokenizer", "pixels", "--image-size", "8", "--device", "cpu"]
+    assert main(["cache", str(pictures), *where]) == 0
+    assert capsys.readouterr().out.startswith("4 pictures in ")
+    assert main(["cache", str(tmp_path / "c"), "--verify"]) == 0
+    assert "is as it was written: 4 pictures, 1 left out that could not be read, " in capsys.readouterr().out

@@ -108,7 +108,10 @@ def _verify(options: CacheOptions, check: Callable[[], None]) -> int:
 
         latents = verify(folder, advance)
     size = size_text(sum(latents.index.sizes))
-    print_out(f"{folder} is as it was written: {len(latents):,} pictures, {size} in {latents.manifest.shards} shards")
+    skipped = len(latents.index.skipped)
+    left_out = f", {skipped:,} left out that could not be read" if skipped else ""
+    count = f"{len(latents) - skipped:,} pictures{left_out}"
+    print_out(f"{folder} is as it was written: {count}, {size} in {latents.manifest.shards} shards")
     return 0
 
 
