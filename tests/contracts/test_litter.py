@@ -66,7 +66,8 @@ def write_for_ever(kind: str, out: Path) -> None:
         elif kind == "tokenizer":
             save_tokenizer(tokenizer, out)
         elif kind == "cache":
-            shutil.rmtree(out, ignore_errors=True)
+            if out.exists():
+                out.rename(out.parent / f"old{number}")
             assert main(cache_command(out)) == 0
         else:
             (out / "file.bin").unlink(missing_ok=True)
