@@ -127,6 +127,17 @@ def run_collective(collective: Callable[[], Result]) -> Result:
         raise ConfigError(f"rank {rank()} stops, since another rank has ended ({reason})") from error
 
 
+@contextlib.contextmanager
+def explain_lost_rank() -> Iterator[None]:
+    """Raise ConfigError for an error of gloo or NCCL inside the block; others stay as they are."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (in_group() and ("gloo" in str(error) or "NCCL" in str(error))):
+            raise
+        raise ConfigError(f"rank {rank()} stops, since another rank has ended") from error
+
+
 def barrier() -> None:
     """Wait for all ranks. Signals interrupt the wait."""
     if not in_group():

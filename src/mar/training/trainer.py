@@ -450,7 +450,8 @@ def train(run: TrainingRun, log: Log) -> bool:
                         "state; the same command goes on"
                     ) from None
                 break
-            loss, norm = run.step(batch)
+            with distributed.explain_lost_rank():
+                loss, norm = run.step(batch)
             progress.seconds += time.monotonic() - tick
 
             # log
