@@ -162,6 +162,27 @@ def test_stream_parquet_files_without_rows_are_left_out(tmp_path: Path, caplog: 
     assert "can't be read" not in caplog.text
 
 
+def test_stream_reads_a_tar_that_cannot_seek(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of networks only read on."""
+
+    class OnlyRead:
+        def __init__(self, path: str) -> None:
+            self.file = Path(path).open("rb")  # noqa: SIM115
+
+        def read(self, size: int = -1) -> bytes:
+            return self.file.read(min(size, 1000) if size > 0 else size)
+
+        def __enter__(self) -> OnlyRead:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+    monkeypatch.setattr("mar.data.tar_stream.open_in_passing", OnlyRead)
+    members = [(f"{i}.{kind}", data) for i in range(3) for kind, data in (("png", PNG[i]), ("cls", b"%d" % i))]
+    assert streamed(write_tar(tmp_path / "a.tar", members)) == [0, 1, 2]
+
+
 # ---- folders
 
 
