@@ -520,7 +520,10 @@ def test_evaluate_sweep_over_presets_and_solvers(tmp_path: Path) -> None:
         "diffusion_steps_end=none,1",
     ]
     out = ["--out", str(tmp_path / "sw")]
-    assert evaluate("model.safetensors", "--reference", "statistics.npz", *DRAW, *axes, *out) == 0
+    model = tiny.tiny_pipeline()
+    model.sampling = replace(tiny.FAST, steps=8, diffusion_steps=10)  # more than those of a preset
+    model.save(tmp_path / "slow.safetensors")
+    assert evaluate(tmp_path / "slow.safetensors", "--reference", "statistics.npz", *DRAW, *axes, *out) == 0
     held = json.loads((tmp_path / "sw" / "sweep.json").read_text())
     assert len(held["rows"]) == 8
     assert held["rows"][5]["point"] == {"preset": "fast", "solver": "ancestral", "diffusion_steps_end": 1}
@@ -567,7 +570,7 @@ def test_evaluate_stopped_sweep_continues(
     [
         (["--seed", "1"], "seed 0 -> 1"),
         (["--temperature", "0.5"], "temperature 1.0 -> 0.5"),
-        (["--sweep", "temperature=0.5,1"], "swept guidance_scale, steps -> guidance_scale, steps, temperature"),
+        (["--sweep", "temperature=0.5,1"], "swept guidance scale, steps -> guidance scale, steps, temperature"),
         (["--count", "14"], "pictures 12 -> 14"),
         (["--features", f"{extractors.__file__}:other", "--reference", "pictures"], "features"),
         (["--splits", "3"], "splits 10 -> 3"),

@@ -159,7 +159,7 @@ def _train_tokenizer(options: TokenizerTrainOptions, page: Page | None) -> int:
     run = open_tokenizer_run(options.config, options.out, device=device, load_network=load_network)
     log = open_log(run, page)
     try:
-        log_accounts(log, run.progress.images, run.source, run.held_out)
+        log_accounts(log, run)
         if run.data_note is not None:
             log.note(run.data_note)
         run.callbacks.append(Callback(options.config.sample_every, Evaluation(run, log)))

@@ -127,7 +127,7 @@ def _train_model(options: TrainOptions, device: torch.device, chosen: TrainConfi
     try:
         with distributed.collective_errors():
             _add_callbacks(options, run, log)
-            log_accounts(log, run.progress.images, run.source, run.held_out)
+            log_accounts(log, run)
             notes = [memorization_warning(options.config, run.source, before)]
             if not run.progress.images:
                 notes += [learning_rate_warning(options.config, chosen, name), precision_hint(options.config, device)]

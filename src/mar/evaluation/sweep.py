@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -163,6 +164,7 @@ class Table:
         different = [name for name in names if saved.get(name) != self.settings.get(name)]
         if different:
             changes = "; ".join(f"{name} {saved.get(name)} -> {self.settings.get(name)}" for name in different)
+            changes = re.sub(r"swept [^;]*", lambda axes: axes[0].replace("_", " "), changes)  # axes are not options
             raise ConfigError(f"{self.folder} holds another sweep ({changes}); choose another folder")
 
     def has(self, point: Point) -> bool:

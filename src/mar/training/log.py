@@ -89,20 +89,17 @@ def open_log(run: Any, page: Page | None = None) -> Log:
     return log
 
 
-def log_accounts(log: Log, images: int, *sources: object) -> None:
-    """Log the accounts of sources; print those that a terminal would have shown.
+def log_accounts(log: Log, run: Any) -> None:
+    """Log the accounts of a `TrainingRun`'s data; print those that a terminal would have shown.
 
-    Args:
-        log: of a run.
-        images: images seen so far.
-        sources: training and held-out data; None is left out.
+    A finished run takes no step, and its log stays as it is.
     """
-    accounts = {account.line: account for account in map(account_of, sources) if account is not None}
+    accounts = {account.line: account for account in map(account_of, (run.source, run.held_out)) if account is not None}
     for line, account in accounts.items():
         if not is_shown(account.level):  # a job's output has it too
             log.note(line)
-    if accounts:
-        log.write(images, account=list(accounts))
+    if accounts and run.progress.images < run.config.images:
+        log.write(run.progress.images, account=list(accounts))
 
 
 def save_sheet(path: Path, sheet: Image.Image, log: Log) -> bool:
