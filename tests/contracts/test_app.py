@@ -954,12 +954,12 @@ def mistake(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (["nosuch"], "mar: model: got 'nosuch', expected emoji, fashion, mar-base"),
         (["fashion", "runs/nosuch.safetensors"], "mar: model: got 'runs/nosuch.safetensors', expected"),
-        (["--port", "0"], "mar: port: got 0, expected 1 to 65535"),
-        (["--port", "99999"], "mar: port: got 99999, expected 1 to 65535"),
-        (["--host", "nosuch.invalid"], "mar: host: can't serve on nosuch.invalid, port "),
-        (["--host", "x" * 99], "mar: host: can't serve on xxx"),
-        (["--host", "203.0.113.7"], "mar: host: can't serve on 203.0.113.7, port "),
-        (["--device", "nosuch"], "mar: device: got 'nosuch', expected auto, cpu, "),
+        (["--port", "0"], "mar: --port: got 0, expected 1 to 65535"),
+        (["--port", "99999"], "mar: --port: got 99999, expected 1 to 65535"),
+        (["--host", "nosuch.invalid"], "mar: --host: can't serve on nosuch.invalid, port "),
+        (["--host", "x" * 99], "mar: --host: can't serve on xxx"),
+        (["--host", "203.0.113.7"], "mar: --host: can't serve on 203.0.113.7, port "),
+        (["--device", "nosuch"], "mar: --device: got 'nosuch', expected auto, cpu, "),
     ],
 )
 def test_app_mistake_is_one_line(arguments: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -118,7 +118,7 @@ def test_verify_goes_on_after_damage_and_missing_files(run: Path, capsys: pytest
     flip(run / "model.safetensors")
     assert main(["verify", str(run / "nothing"), str(run / "model.safetensors"), str(run)]) == 2
     out, err = capsys.readouterr()
-    assert out.splitlines()[-1].endswith(": 4 damaged")
+    assert out.splitlines()[-1].endswith(": 3 damaged, 1 not found")
     nothing, model, of_state, again = err.splitlines()
     assert nothing == f"mar: {run / 'nothing'}: there is no such file or folder"
     assert model == again

@@ -81,6 +81,8 @@ class Overrides:
     """Length of that tokenizer's training, in images seen."""
     grids: int = 10
     """Number of sample grids in the model's training."""
+    timed: bool = False
+    """The length of the model's training will follow from the time that the user gave."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,8 @@ class Choice:
     """A line on what has changed since the run began."""
     from_cache: bool = False
     """The data are cached latents."""
+    timed: bool = False
+    """The length of the training will follow from the user's time."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ def choose(overrides: Overrides) -> Choice:
     if layout.tokenizer == OWN:
         assert layout.shape is not None
         tokenizer = tokenizer_config_for(summary, layout.size, layout.shape, overrides.tokenizer_images, layout.square)
-    return Choice(_recipe(overrides, summary, layout), layout, summary, tokenizer, note)
+    return Choice(_recipe(overrides, summary, layout), layout, summary, tokenizer, note, timed=overrides.timed)
 
 
 def _choose_for_cache(overrides: Overrides, source: LatentSource) -> Choice:
@@ -196,7 +200,7 @@ def _choose_for_cache(overrides: Overrides, source: LatentSource) -> Choice:
     layout = TokenLayout(source.manifest.size, overrides.tokenizer or source.manifest.tokenizer, shape)
     # cached latents, or pixels, can't be shifted or turned
     recipe = replace(_recipe(overrides, summary, layout), shift=0, upright=source.manifest.upright)
-    return Choice(recipe, layout, summary, from_cache=True)
+    return Choice(recipe, layout, summary, from_cache=True, timed=overrides.timed)
 
 
 def _check_out_is_apart(out: Path, data: str) -> None:
@@ -403,10 +407,11 @@ def _describe(choice: Choice, config: TrainConfig) -> tuple[str, str]:
     if layout.square and chosen:
         ratio, shape = max(summary.aspect, 1 / summary.aspect), "high as wide" if summary.aspect > 1 else "wide as high"
         more += f", as most are {ratio:.2f} times as {shape}"
+    seen = "as many pictures as there is time for" if choice.timed else f"{config.images:,} pictures"
     return (
         f"{config.data}: {summary.count:,} {color} pictures {classes}, typically of {summary.side} pixels, cut to "
         f"{height}x{width}{more}; {by}, {model.tokens} tokens of {model.token_width} values each",
         f"for so many pictures: {model.encoder.depth} + {model.decoder.depth} blocks {model.encoder.width} wide, head "
-        f"{model.head.depth} x {model.head.width}; {config.images:,} pictures to be seen in all, {config.batch} a step"
+        f"{model.head.depth} x {model.head.width}; {seen} to be seen in all, {config.batch} a step"
         f"{captions}",
     )

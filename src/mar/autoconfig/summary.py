@@ -47,8 +47,9 @@ def summarize_dataset(source: Source, name: str, turn_upright: bool = True) -> D
     ValueError if no image of the sample can be read.
     """
     if len(source) < MIN_IMAGES:
+        noun = "picture" if len(source) == 1 else "pictures"
         raise ConfigError(
-            f"{name} has {len(source)} pictures: expected at least {MIN_IMAGES}, and hundreds for good ones"
+            f"{name} has {len(source)} {noun}: expected at least {MIN_IMAGES}, and hundreds for good ones"
         )
 
     def sizes_and_pixels(index: int) -> tuple[int, float, np.ndarray]:

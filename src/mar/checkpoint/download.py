@@ -15,6 +15,7 @@ import errno
 import hashlib
 import http.client
 import json
+import logging
 import os
 import queue
 import re
@@ -39,6 +40,8 @@ from mar.terminal import printable, unescaped
 
 if sys.platform != "win32":
     import fcntl
+
+logger = logging.getLogger(__name__)
 
 CHUNK = 2**18
 TOLERANCE = 0.01
@@ -494,9 +497,17 @@ def _download(
             if failures >= attempts:
                 kept = f"; the first {part.size() / MIB:.1f} MiB are kept, run again to go on" if part.size() else ""
                 raise DownloadError(
-                    f"could not download {part.remote.name}: {failed} ({failures} attempts without success{kept})"
+                    f"could not download {part.remote.name} from {_server(part.remote.url)}: {failed} ({failures} "
+                    f"attempts without success{kept})"
                 ) from failed
+            if failures == 1:
+                logger.warning(f"{part.remote.name} from {_server(part.remote.url)}: {failed}; trying again")
             wait(min(2.0 ** (failures - 1), 60.0))
+
+
+def _server(url: str) -> str:
+    """Return the host of an address, as messages name it."""
+    return urllib.parse.urlsplit(url).netloc or url
 
 
 def _attempt(part: _Part, progress: Progress | None, timeout: float, opener: urllib.request.OpenerDirector) -> None:

@@ -53,12 +53,19 @@ def _print_model(name: str) -> None:
         ("tokenizer", {key: value for key, value in header.tokenizer.items() if key != "config"}),
         ("notes", header.notes),
     ):
-        print_out(f"{title}: {', '.join(f'{key}={value}' for key, value in values.items())}")
+        parts = {key: value for key, value in values.items() if isinstance(value, dict)}
+        print_out(f"{title}: {_pairs({key: value for key, value in values.items() if key not in parts})}")
+        for part, settings in parts.items():
+            print_out(f"  {part}: {_pairs(settings)}")
     if header.classes:
         more = ", ..." if len(header.classes) > 10 else ""
         print_out(f"{len(header.classes)} classes: {', '.join(header.classes[:10])}{more}")
     if header.condition:
         print_out(f"captions: {_describe_captions(header.condition)}")
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in values.items())
 
 
 def _describe_captions(condition: dict[str, Any]) -> str:
@@ -69,4 +76,4 @@ def _describe_captions(condition: dict[str, Any]) -> str:
         words = condition["words"]  # the most frequent first
         more = ", ..." if len(words) > 10 else ""
         return f"{len(words):,} words, learned with the model: {', '.join(words[:10])}{more}"
-    return ", ".join(f"{key}={value}" for key, value in condition.items())
+    return _pairs(condition)

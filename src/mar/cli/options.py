@@ -217,6 +217,8 @@ _TYRO_MESSAGES: list[tuple[re.Pattern[str], Any]] = [
     (re.compile(r"Error parsing (\S+): "), r"\1: "),
     (re.compile(r"^Missing from (mar .*?):"), r"\1 needs"),
     (re.compile(r" \(required\)"), ";"),
+    (re.compile(r"^Unrecognized options: ([^\s,]+),? .*?Perhaps you meant: (--\S+).*"),
+     r"there is no \1; the nearest is \2"),
     (re.compile(r"Missing value for argument '(.*?)'\. Expected (\d+) values"),
      r"\1: got too few values, expected \2"),
 ]  # fmt: skip

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from mar.pipeline import Pipeline
 
 
+WHITE = 128
+"""Smallest gray level that counts as white in a mask."""
 MAX_COUNT = 10_000
 """Most pictures of each label or prompt: all are kept in memory."""
 
@@ -69,6 +71,8 @@ class SampleOptions(SizeFlag, SamplingFlags):
         if self.known is None or self.mask is None:
             return None, None
         known, mask = (decode_image(path, str(path)) for path in (self.known, self.mask))
+        if max(mask.convert("L").tobytes()) < WHITE:
+            raise ValueError(f"{self.mask} has nothing white: expected white where to draw, and black elsewhere")
         return [known] * count, [mask] * count
 
     def asks(self, model: Pipeline) -> list[str | int | None]:
@@ -118,7 +122,7 @@ def sample(arguments: Sequence[str]) -> int:
     grid = image_grid(images, columns=options.count if options.count > 1 else min(len(images), 10))
     every = {f"{key}s": [what[key] for what in own] for key in own[0]}
     save_png(grid, options.out / "grid.png", **every, seeds=seeds, **facts)
-    print_out(f"{len(images)} pictures and grid.png in {options.out}")
+    print_out(f"{len(images)} {'picture' if len(images) == 1 else 'pictures'} and grid.png in {options.out}")
     print_out(f"{seconds:.1f} s, {seconds / len(images):.2f} s a picture, on {model.device}")
     return 0
 

@@ -58,9 +58,13 @@ def _verify(paths: Sequence[Path]) -> int:
     from mar.checkpoint.checksums import compare_all
     from mar.checkpoint.files import size_text
 
-    begun, files, size, damaged = time.monotonic(), 0, 0, 0
+    begun, files, size, damaged, missing = time.monotonic(), 0, 0, 0, 0
     with compare_all():
         for path in paths:
+            if not path.exists():
+                missing += 1
+                _report(f"{path}: there is no such file or folder")
+                continue
             parts = list(_parts(path))
             if not parts:
                 damaged += 1
@@ -78,8 +82,9 @@ def _verify(paths: Sequence[Path]) -> int:
                     outcome = _WHOLE if whole else _OPENED
                     print_out(f"{part.path} {outcome} ({_amount(len(sizes), size_text(sum(sizes)), started)})")
     total = _amount(files, size_text(size), begun)
-    print_out(f"compared {total}: {f'{damaged} damaged' if damaged else 'nothing is damaged'}")
-    return 2 if damaged else 0
+    outcome = f"{damaged} damaged" if damaged else "nothing is damaged"
+    print_out(f"compared {total}: {outcome}{f', {missing} not found' if missing else ''}")
+    return 2 if damaged or missing else 0
 
 
 _WHOLE, _OPENED = "is as it was written", "opens; it has no checksums, since an earlier version or a person wrote it"

@@ -95,7 +95,9 @@ class CaptionReader(ConditionReader):
         if labels is not None and prompts is None:
             given = list(labels)
             if any(label is not None for label in given):
-                raise ValueError(f"labels: got {given[0]!r}, but this model draws from words; give prompts")
+                raise ValueError(
+                    f"labels: got {given[0]!r}, but this model draws from words; give prompts (--prompt at the shell)"
+                )
             prompts = [None] * len(given)
         elif labels is not None:
             raise ValueError("got labels and prompts, expected prompts alone")

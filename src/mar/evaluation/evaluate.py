@@ -428,7 +428,7 @@ def sanity_warnings(own: FeatureStats, reference: FeatureStats, metric: str) -> 
     for count, name in ((own.count, "pictures"), (reference.count, "reference pictures")):
         if count is not None and count <= width:
             lines.append(
-                f"{count:,} {name} for {width:,} features: the covariance is singular and {metric} too large; "
+                f"{count:,} {name} for {width:,} features: the covariance is singular, and {metric} is too large; "
                 f"compare it only with others of as many pictures, or take more than {width:,}"
             )
     for stats, name in ((own, "the file of statistics"), (reference, "the reference")):

@@ -361,7 +361,9 @@ def test_fetch_without_a_server_fails_in_one_line(get: Get) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}/model.pth"
-        with pytest.raises(DownloadError, match=r"could not download model\.pth: .*refused.* \(2 attempts"):
+        with pytest.raises(
+            DownloadError, match=r"could not download model\.pth from 127\.0\.0\.1:\d+: .*refused.* \(2 attempts"
+        ):
             get(RemoteFile("model.pth", url), attempts=2)
 
 

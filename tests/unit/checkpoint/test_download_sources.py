@@ -61,7 +61,7 @@ def test_fetch_wrong_bytes_of_the_first_source_takes_the_second(hub: LocalHub, t
 
 def test_fetch_all_sources_failed_names_each(hub: LocalHub, tmp_path: Path) -> None:
     remote = RemoteFile("a.pth", DOWN, others=("hf://owner/name/a.pth",))
-    with pytest.raises(DownloadError, match=r"could not download a\.pth: .*; could not download a\.pth: .* 404 "):
+    with pytest.raises(DownloadError, match=r"could not download a\.pth from .*; could not download a\.pth: .* 404 "):
         get(remote, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
