@@ -69,5 +69,5 @@ def test_group_of_one_without_torchrun_is_refused(
         pass
     assert main(["train", "fashion", "--group-of-one", "--device", "cpu", "--out", str(tmp_path / "run")]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("mar: group-of-one: got no torchrun")
+    assert said.startswith("mar: --group-of-one: got no torchrun")
     assert said.count("\n") == 1

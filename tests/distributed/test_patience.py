@@ -55,7 +55,7 @@ def test_patience_without_held_out_images_is_refused(
     for tokenizer in ([], ["--tokenizer", "own"]):
         assert main(command(data, tmp_path / "run", *tokenizer)) == 2
         said = capsys.readouterr()
-        assert said.err.startswith("mar: patience is 2, but there are no held-out pictures")
+        assert said.err.startswith("mar: --patience is 2, but there are no held-out pictures")
         assert said.err.count("\n") == 1
         assert not (tmp_path / "run").exists()
 

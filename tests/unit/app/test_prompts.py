@@ -39,9 +39,19 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A file of such a model with more diffusion steps than `fast` has."""
+    path = tmp_path_factory.mktemp("models") / "slow.safetensors"
+    pipeline = words_pipeline()
+    pipeline.sampling = replace(pipeline.sampling, diffusion_steps=9)
+    pipeline.save(path)
+    return str(path)
+
+
 @pytest.fixture
-def studio(worded: str, classes: str, tmp_path: Path) -> Iterator[Studio]:
-    studio = Studio([worded, classes], device="cpu", timings=Timings(tmp_path / "timings.json"))
+def studio(worded: str, classes: str, slow: str, tmp_path: Path) -> Iterator[Studio]:
+    studio = Studio([worded, classes, slow], device="cpu", timings=Timings(tmp_path / "timings.json"))
     yield studio
     studio.close()
 
@@ -71,14 +81,14 @@ def test_draw_of_prompts_gives_the_pictures_of_sample(studio: Studio, worded: st
     assert last["command"] == f"mar sample {worded} --prompt '' --seed 5"
 
 
-def test_draw_picture_of_a_prompt_restores_it(studio: Studio, worded: str) -> None:
-    [picture] = draw(studio, read_request(worded, None, [3], "fast", {"steps": 3}, prompts=["a red ant"]))["images"]
+def test_draw_picture_of_a_prompt_restores_it(studio: Studio, slow: str) -> None:
+    [picture] = draw(studio, read_request(slow, None, [3], "fast", {"steps": 3}, prompts=["a red ant"]))["images"]
     facts = facts_of(read_picture(picture["image"]))
     assert facts is not None
     assert (facts["prompt"], facts["seed"]) == ("a red ant", 3)
     assert "label" not in facts
-    assert studio.open(worded, picture["image"])["restored"] == {
-        "model": worded, "prompt": "a red ant", "seed": 3, "preset": "fast", "settings": {"steps": 3}
+    assert studio.open(slow, picture["image"])["restored"] == {
+        "model": slow, "prompt": "a red ant", "seed": 3, "preset": "fast", "settings": {"steps": 3}
     }  # fmt: skip
 
 
