@@ -6,6 +6,7 @@ import importlib.util
 import multiprocessing
 import os
 import re
+import signal as signals
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -42,7 +43,17 @@ _CONTEXT.set_forkserver_preload(_MODULES)
 
 def spawn_ranks(count: int, work: Callable[..., None], *arguments: Any) -> None:
     """Runs `work(rank, *arguments)` in `count` processes, and raises what one of them raises."""
-    torch.multiprocessing.start_processes(work, arguments, count, start_method="forkserver")
+    torch.multiprocessing.start_processes(_work_as_rank, (work, *arguments), count, start_method="forkserver")
+
+
+def _work_as_rank(rank: int, work: Callable[..., None], *arguments: Any) -> None:
+    _unblock_signals()
+    work(rank, *arguments)
+
+
+def _unblock_signals() -> None:
+    """Let signals through: the server blocks them if workers of a loader were the first that it started."""
+    signals.pthread_sigmask(signals.SIG_UNBLOCK, {signals.SIGINT, signals.SIGTERM})
 
 
 def start_process(
@@ -68,9 +79,14 @@ def start_process(
 
 def start_work(work: Callable[..., None], *arguments: Any) -> BaseProcess:
     """A process that runs `work(*arguments)`."""
-    process = _CONTEXT.Process(target=work, args=arguments)
+    process = _CONTEXT.Process(target=_work, args=(work, *arguments))
     process.start()
     return process
+
+
+def _work(work: Callable[..., None], *arguments: Any) -> None:
+    _unblock_signals()
+    work(*arguments)
 
 
 def run_to_end(arguments: Sequence[str], said: Path, **options: Moment) -> int:
@@ -101,6 +117,7 @@ def free_port() -> int:
 
 
 def _run(arguments: list[str], said: Path, die: Moment | None, world: tuple[int, int, int]) -> None:
+    _unblock_signals()
     sys.stdout = sys.stderr = said.open("w", buffering=1)
     rank, processes, port = world
     if processes > 1:
