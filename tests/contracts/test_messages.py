@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
+from PIL import Image
 from tiny import tiny_pipeline, write_images
 
 import mar
@@ -233,6 +234,23 @@ def said_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str | N
     assert code == 2
     assert err.count("\n") == 1, err
     return err
+
+
+def test_sample_misspelled_option_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert said_of(["sample", "fashion", "--label", "dress"], capsys) == (
+        "mar: there is no --label; the nearest is --labels; see `mar sample --help`\n"
+    )
+
+
+def test_sample_mask_without_white_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, black = tmp_path / "m.safetensors", tmp_path / "black.png"
+    tiny_pipeline().save(model)
+    Image.new("L", (4, 4), 127).save(black)
+    arguments = ["sample", str(model), "--known", str(black), "--mask", str(black), "--out", str(tmp_path / "o")]
+    said = said_of(arguments, capsys)
+    assert said is not None
+    assert "black.png has nothing white" in said
+    assert not (tmp_path / "o").exists()
 
 
 def test_sample_every_bad_number_names_the_option_as_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

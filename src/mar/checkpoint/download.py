@@ -506,8 +506,8 @@ def _download(
 
 
 def _server(url: str) -> str:
-    """Return the host of an address, as messages name it."""
-    return urllib.parse.urlsplit(url).netloc or url
+    """Return host and port of an address, without a user's password."""
+    return urllib.parse.urlsplit(url).netloc.rpartition("@")[2] or url
 
 
 def _attempt(part: _Part, progress: Progress | None, timeout: float, opener: urllib.request.OpenerDirector) -> None:

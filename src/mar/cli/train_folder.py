@@ -130,7 +130,7 @@ def plan_folder(arguments: Sequence[str], lengths: TimePlan | None = None) -> tu
             channels=given.vae.channels,
             tokenizer_images=given.vae.images or lengths.tokenizer_images,
             grids=lengths.grids or Overrides.grids,
-            timed=given.minutes != given.hours and not (lengths.model_images or given.images),
+            timed=(given.minutes or given.hours) is not None and not (lengths.model_images or given.images),
         )
     )
     vae = OwnTokenizer() if choice.tokenizer is None else OwnTokenizer(**vars(choice.tokenizer))
@@ -351,7 +351,7 @@ class _Steps:
         images, grids = model_length(left, speed.images_per_second, speed.grid_seconds, plan.train.batch)
         _note(
             f"{duration(left)} are left: the model sees {images:,} pictures ({speed.images_per_second:.0f} a second), "
-            f"with {grids} sample grids on the way; without --minutes it would see {plan.train.images:,}, in "
+            f"with {grids} sample grids on the way; without the limit it would see {plan.train.images:,}, in "
             f"{duration(plan.train.images / speed.images_per_second)}"
         )
         return self._replan(options, replace(lengths, model_images=images, grids=grids))

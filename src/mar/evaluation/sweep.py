@@ -8,7 +8,6 @@ import io
 import itertools
 import json
 import math
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -163,8 +162,10 @@ class Table:
         names = [name for name in dict.fromkeys([*saved, *self.settings]) if name in saved or name not in NEW_SETTINGS]
         different = [name for name in names if saved.get(name) != self.settings.get(name)]
         if different:
-            changes = "; ".join(f"{name} {saved.get(name)} -> {self.settings.get(name)}" for name in different)
-            changes = re.sub(r"swept [^;]*", lambda axes: axes[0].replace("_", " "), changes)  # axes are not options
+            pairs = {name: f"{saved.get(name)} -> {self.settings.get(name)}" for name in different}
+            if "swept" in pairs:  # axes, which are no options
+                pairs["swept"] = pairs["swept"].replace("_", " ")
+            changes = "; ".join(f"{name} {pair}" for name, pair in pairs.items())
             raise ConfigError(f"{self.folder} holds another sweep ({changes}); choose another folder")
 
     def has(self, point: Point) -> bool:

@@ -21,14 +21,18 @@ from mar.app.timings import Timings
 from mar.pipeline import Pipeline
 
 
+def save_words_model(path: Path, **sampling: Any) -> str:
+    """Save a model that draws from words, with these settings of its own."""
+    pipeline = words_pipeline()
+    pipeline.sampling = replace(pipeline.sampling, **sampling)
+    pipeline.save(path)
+    return str(path)
+
+
 @pytest.fixture(scope="module")
 def worded(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A file of a model of 4x4 tokens that draws from words."""
-    path = tmp_path_factory.mktemp("models") / "worded.safetensors"
-    pipeline = words_pipeline()
-    pipeline.sampling = replace(pipeline.sampling, x0_bound=2.0)
-    pipeline.save(path)
-    return str(path)
+    return save_words_model(tmp_path_factory.mktemp("models") / "worded.safetensors", x0_bound=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +46,7 @@ def classes(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A file of such a model with more diffusion steps than `fast` has."""
-    path = tmp_path_factory.mktemp("models") / "slow.safetensors"
-    pipeline = words_pipeline()
-    pipeline.sampling = replace(pipeline.sampling, diffusion_steps=9)
-    pipeline.save(path)
-    return str(path)
+    return save_words_model(tmp_path_factory.mktemp("models") / "slow.safetensors", diffusion_steps=9)
 
 
 @pytest.fixture

@@ -511,3 +511,7 @@ def test_official_files_have_urls_and_distinct_names() -> None:
     for remote in remotes:
         assert remote.url.endswith("&dl=1") or remote.url.startswith("hf://")
         assert all(url.startswith(("https://", "hf://")) for url in remote.others)
+
+
+def test_server_of_an_address_has_no_password() -> None:
+    assert download._server("https://me:secret@example.org:8443/mar/a.pth") == "example.org:8443"
