@@ -215,7 +215,7 @@ def _report(options: EvaluateOptions, session: EvalSession) -> int:
 
 def _warn(report: Report) -> None:
     for line in report.warnings:
-        print_err(f"mar: {line}")
+        print_err(f"mar: warning: {line}")
 
 
 # ---- A sweep

@@ -98,7 +98,7 @@ def _stats(arguments: Sequence[str], check: Callable[[], None]) -> int:
             if distributed.rank() == 0:
                 collected.statistics.save(options.out)
                 for line in collected.warnings:
-                    print_err(f"mar: {line}")
+                    print_err(f"mar: warning: {line}")
                 _print_summary(options.out, collected.statistics)
     return 0
 

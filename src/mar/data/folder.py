@@ -90,6 +90,7 @@ class FolderSource:
             self.account.leave_out("metadata files without captions, whose labels are not read", metadata[0])
         check_twins(self.classes, str(self.folder))
         _warn_of_nesting(self.folder, by_class)
+        _warn_of_links(self.folder, top.links, self.classes)
         self.account.take(self.labels, self.classes)
         self.account.log()
 
@@ -147,3 +148,16 @@ def _warn_of_nesting(folder: Path, by_class: dict[str, list[str]]) -> None:
             f"data: the one class {shown(name)} of {folder} has {len(inner):,} folders of pictures ({names}); if these "
             f"are classes or parts, give --data {folder / name}",
         )
+
+
+def _warn_of_links(folder: Path, links: list[str], classes: tuple[str, ...]) -> None:
+    """Warn of classes that are links to other classes: their images have two labels."""
+    names = {(folder / name).resolve(): name for name in classes if name not in links}
+    for link in links:
+        linked = names.setdefault((folder / link).resolve(), link) if link in classes else link
+        if linked != link:
+            log_once(
+                logging.WARNING,
+                f"data: the class {shown(link)} of {folder} is a link to the class {shown(linked)}: the same pictures "
+                "have two labels; remove the link, if they should have one",
+            )

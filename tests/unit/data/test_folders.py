@@ -112,6 +112,20 @@ def test_class_folder_that_is_a_link_is_a_class(tmp_path: Path) -> None:
     assert opened(tmp_path / "data").image_names() == ["cat/1.png", "dog/0.png", "hound/0.png"]
 
 
+def test_class_that_is_a_link_to_another_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path / "outside" / "cats", "1.png")
+    put(tmp_path / "dog", "0.png")
+    for link, target in (("cat", "outside/cats"), ("hound", "dog"), ("kitten", "cat"), ("none", "nowhere")):
+        (tmp_path / link).symlink_to(target)
+    put(tmp_path / "outside", "other/2.png")
+    opened(tmp_path)
+    said = [record.getMessage() for record in caplog.records if "is a link" in record.getMessage()]
+    assert [line.partition(": the same")[0].partition(": ")[2] for line in said] == [
+        f"the class hound of {tmp_path} is a link to the class dog",
+        f"the class kitten of {tmp_path} is a link to the class cat",
+    ]
+
+
 @pytest.mark.parametrize("flat", [True, False])
 def test_folder_special_files_are_not_opened(tmp_path: Path, flat: bool) -> None:
     folder = tmp_path if flat else tmp_path / "cat"
