@@ -8,8 +8,9 @@
     python benchmarks/tradeoff.py table runs/tradeoff
 
 PATH and FILE as in `quality.py`: the model, by default the bundled one, is compared with images of PATH that it was not
-trained on. A way is a combination of `mar evaluate --sweep`, with one value each: fields of SamplingConfig, K, cfg,
-preset. The default is WAYS: each setting alone, and some of them together. All ways have the same labels and seeds.
+trained on. A model of words draws the captions of PATH, and is compared with all images of it. A way is a combination
+of `mar evaluate --sweep`, with one value each: fields of SamplingConfig, K, cfg, preset. The default is WAYS: each
+setting alone, and some of them together. All ways have the same labels or prompts, and seeds.
 
 Seconds are processor time per image, one thread, without evaluation. They compare only on a machine that was idle for
 hours: `time` measures them again, all ways in turn, medians of several rounds.
@@ -37,11 +38,13 @@ from quality_notes import read_lines, require_same, write_lines
 import mar
 from mar.checkpoint.files import write_text
 from mar.cli.options import DrawnDtype
-from mar.data.splits import subset
+from mar.data.captions import captions_of
+from mar.data.splits import Subset, subset
 from mar.devices import torch_dtype
 from mar.evaluation.evaluate import MetricOptions, collect, compare
 from mar.evaluation.image_sets import GeneratedImages, ImageBatch, SourceImages
 from mar.evaluation.metrics import frechet_distance
+from mar.evaluation.session import spread_prompts
 from mar.evaluation.sweep import points
 from mar.pipeline import Pipeline
 from mar.sampling.generate import BrokenLatents
@@ -137,9 +140,9 @@ class TimedImages:
             yield images
 
 
-def draw(pipeline: Pipeline, way: str, count: int, seed: int) -> TimedImages:
-    """Return images of all classes, generated in that way while they are read."""
-    plan = Plan.total(count, list(range(pipeline.model.config.classes)) or [-1], seed=seed)
+def draw(pipeline: Pipeline, way: str, count: int, seed: int, prompts: Sequence[str] = ()) -> TimedImages:
+    """Return images of all classes or prompts, generated in that way while they are read."""
+    plan = Plan.total(count, prompts or range(pipeline.model.config.classes) or [-1], seed=seed)
     return TimedImages(GeneratedImages(pipeline, plan, name=way, **settings(way)))
 
 
@@ -155,10 +158,12 @@ def settings(way: str) -> dict[str, Any]:
     return chosen
 
 
-def record_or_check(args: argparse.Namespace, data_fingerprints: dict[str, str | None]) -> None:
+def record_or_check(args: argparse.Namespace, data_fingerprints: dict[str, str | None], prompts: Sequence[str]) -> None:
     """Record the settings of a new folder. Raises ValueError for a folder with other settings."""
     current = {"model": args.model, "data": args.data.name, "count": args.count, "seed": args.seed}
     current |= {"batch": args.batch, "threads": args.threads, "dtype": args.dtype, **data_fingerprints}
+    if prompts:
+        current["prompts"] = list(prompts)
     file = args.out / SETTINGS_FILE
     if file.is_file():
         recorded = json.loads(file.read_text(encoding="utf-8"))
@@ -178,17 +183,21 @@ class Measurement:
         self.count, self.seed, self.batch = args.count, args.seed, args.batch
         parts = open_splits(args.data)
         self.extractor = evaluation_extractor(args.data, args.classifier)
-        record_or_check(args, fingerprints(args.data, parts, args.classifier))
+        self.prompts: Sequence[str] = ()
+        held_out, size = parts[1], self.pipeline.image_size
+        if self.pipeline.captions is not None:
+            held_out = parts[0].source if isinstance(parts[0], Subset) else parts[0]  # one picture a caption
+            self.prompts = spread_prompts(captions_of(held_out), self.pipeline.captions, None)
+        record_or_check(args, fingerprints(args.data, parts, args.classifier), self.prompts)
         self.path = args.out / RESULTS_FILE
-        size = self.pipeline.image_size
-        self.reference = collect(SourceImages(parts[1], "held out", size=size), self.extractor).statistics
+        self.reference = collect(SourceImages(held_out, "held out", size=size), self.extractor).statistics
         real = collect(SourceImages(subset(parts[0], self.count), "training images", size=size), self.extractor)
         distance = frechet_distance(real.statistics, self.reference)
         print(f"distance of {self.count:,} training images: {distance:.3f}", flush=True)
 
     def measure(self, way: str) -> dict[str, Any]:
         """Generate and evaluate images of a way, and record the result."""
-        images = draw(self.pipeline, way, self.count, self.seed)
+        images = draw(self.pipeline, way, self.count, self.seed, self.prompts)
         line: dict[str, Any] = {"way": way}
         try:
             features = collect(images, self.extractor, batch=self.batch)
@@ -245,7 +254,7 @@ def run_time(args: argparse.Namespace) -> None:
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for number in range(1, args.rounds + 1):
         for way in ways:
-            images = draw(pipeline, way, args.count, recorded["seed"])
+            images = draw(pipeline, way, args.count, recorded["seed"], recorded.get("prompts", ()))
             for _ in images.batches(recorded["batch"], 0, args.count):
                 pass
             seconds[way].append(images.seconds / args.count)
