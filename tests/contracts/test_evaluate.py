@@ -112,8 +112,8 @@ def test_stats_skips_and_counts_broken_pictures(tmp_path: Path, capsys: pytest.C
     assert main(["stats", str(data), "--out", str(out), "--batch", "1", *JUDGE]) == 0
     said = capsys.readouterr()
     assert said.err == (
-        f"mar: warning: 2 of the 20 pictures of {data} (train) can't be read and are left out, such as {data}/across/7.png "
-        "(it is no picture of a known kind): the figures rest on the other 18\n"
+        f"mar: warning: 2 of the 20 pictures of {data} (train) can't be read and are left out, such as "
+        f"{data}/across/7.png (it is no picture of a known kind): the figures rest on the other 18\n"
     )
     assert said.out == f"{out}: 6 features of 18 pictures\n"
     for name in ("across/7.png", "down/4.png"):

@@ -89,6 +89,8 @@ class TrainConfig:
     and right."""
     shift: int = 0
     """Shift each picture by up to N pixels each way, at random, with repeated edges: for few pictures."""
+    balance: float = 0.0
+    """Show pictures of small classes more often: from 0, as often as any others, to 1, all classes equally often."""
     upright: bool = False
     """Turn pictures upright by their EXIF orientation, as cameras write it; cached latents are as they were cached."""
     seed: int = 0
@@ -126,6 +128,7 @@ class TrainConfig:
         for name in ("lr", "muon_factor", "clip"):
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}, but it must be positive")
         fraction(self, "ema", "beta1", "beta2")
+        require(0 <= self.balance <= 1, f"balance is {self.balance}, but it must be from 0 to 1")
         require(
             self.precision in typing.get_args(Precision),
             f"precision is {self.precision!r}, but it must be fp32 or bf16",

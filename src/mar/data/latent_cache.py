@@ -423,6 +423,12 @@ class LatentSource:
         chosen.captions = chosen_captions(self.captions, indices)
         return chosen
 
+    @property
+    def labels(self) -> np.ndarray:
+        """Class numbers of the images, -1 for none."""
+        shards = [self._open(number).labels.numpy() for number in range(self.manifest.shards)]
+        return np.concatenate(shards)[self.indices]
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -440,12 +446,15 @@ class LatentSource:
                 f"{self.folder} holds no flipped pictures; train with --flip False, or cache them anew with --flip True"
             )
         shard, row = divmod(index, self.manifest.shard)
-        if shard not in self._shards:
-            self._shards[shard] = check_shard(self.folder, self.manifest, self.index, shard)
-        opened = self._shards[shard]
+        opened = self._open(shard)
         if checksums.enabled() and not opened.row_intact(row):
             raise self._damaged(shard, f"picture {index}")
         return opened.moments[row, int(flip)].float(), int(opened.labels[row])
+
+    def _open(self, number: int) -> Shard:
+        if number not in self._shards:
+            self._shards[number] = check_shard(self.folder, self.manifest, self.index, number)
+        return self._shards[number]
 
     def _damaged(self, shard: int, what: str) -> DamagedCache:
         return DamagedCache(

@@ -3,7 +3,7 @@
 A position counts the images that all ranks together have been given. Everything random about an image is keyed by its
 position: a run may stop anywhere, go on with another number of workers or processes, and get the same batches.
 
-Top to bottom: the order, augmentation, batches, workers, then the readers of sources, caches and streams; last, what
+Top to bottom: augmentation, batches, workers, then the readers of sources, caches and streams; last, what
 `mar.training` calls: `batches`, `in_order`, `load_batch`, `data_state`, `resume_data`.
 """
 
@@ -29,10 +29,11 @@ from mar.data.captions import Captions, captions_of, pick_caption
 from mar.data.images import Example, Source, Transform, UnreadableImage, pixels_to_tensor, quick_digest
 from mar.data.labels import check_label
 from mar.data.latent_cache import LatentSource, split_moments
+from mar.data.order import order_of
 from mar.data.splits import Subset
 from mar.data.stream import SampleWithFallbacks, ShardCursor, ShardReader, StreamSampler, StreamSource
 from mar.data.workers import make_dataloader
-from mar.random import hash_seed, permutation
+from mar.random import hash_seed
 from mar.tokenizer.base import LatentMoments
 
 logger = logging.getLogger("mar.data")
@@ -42,52 +43,6 @@ MAX_UNREADABLE = 1000
 
 # Each use of a seed has a stream of its own.
 _FLIP, _SHIFT = 0xF11B, 0x30BE
-
-
-# ---- order
-
-
-@dataclass(frozen=True)
-class InfiniteSampler:
-    """An endless sequence of `length` images, shuffled anew each epoch.
-
-    `batch` counts the images of all ranks. A rank takes the `rank`-th of `world` equal slices of each batch.
-    """
-
-    length: int
-    seed: int
-    batch: int
-    rank: int = 0
-    world: int = 1
-
-    def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ValueError(f"length: got {self.length}, expected at least one picture")
-        if not 0 <= self.rank < self.world:
-            raise ValueError(f"rank: got {self.rank}, expected 0 to {self.world - 1}")
-        if self.batch < 1 or self.batch % self.world:
-            raise ValueError(f"batch: got {self.batch}, expected a positive multiple of the {self.world} processes")
-
-    def index(self, position: int) -> int:
-        """Return the index of the image at a position."""
-        return self.indices(position, 1)[0]
-
-    def indices(self, first: int, count: int) -> list[int]:
-        """Return the indices of the images at `count` positions from `first` on."""
-        indices: list[int] = []
-        while count > len(indices):
-            epoch, within = divmod(first + len(indices), self.length)
-            order = permutation(self.length, self.seed, epoch)
-            indices += order[within : within + count - len(indices)].tolist()
-        return indices
-
-    def batches(self, start: int = 0) -> Iterator[list[tuple[int, int]]]:
-        """Yield lists of (position, index), beginning with the batch at `start`."""
-        share = self.batch // self.world
-        first = start + self.rank * share
-        while True:
-            yield list(zip(range(first, first + share), self.indices(first, share), strict=True))
-            first += self.batch
 
 
 # ---- augmentation
@@ -495,6 +450,7 @@ def batches(
     workers: int = 0,
     flip: bool | None = None,
     shift: int = 0,
+    balance: float = 0.0,
     draw: DrawFunction | None = None,
     pin: bool = False,
 ) -> Iterator[Batch]:
@@ -515,11 +471,17 @@ def batches(
         workers: processes that read ahead; 0 reads in this one.
         flip: mirror every other image; None: if the source allows it.
         shift: the most pixels to shift an image by each way; ConfigError for cached latents.
+        balance: how evenly classes are drawn, from 0 (as often as they have images) to 1; ConfigError for a stream.
         draw: draws `Batch.draws` where the batch is made: by a worker, if there are any (None: no draws).
         pin: copy batches to pinned memory, for CUDA; those of a stream stay where they are.
     """
     augmentations = Augmentations(seed, source.flips if flip is None else flip, shift)
     if isinstance(source, StreamSource):
+        if balance:
+            raise ConfigError(
+                f"balance is {balance}, but the labels of a stream are not known before it is read; set --balance 0, "
+                "or read the data without stream:"
+            )
         return _stream_batches(
             source,
             transform,
@@ -531,7 +493,7 @@ def batches(
             workers=workers,
             draw=draw,
         )
-    order = InfiniteSampler(len(source), seed, batch, rank, world)
+    order = order_of(source, seed, batch, rank, world, balance)
     data = _IndexedDataset(_read_function(source, transform), len(source), augmentations, captions_of(source))
     collate = functools.partial(collate_or_error, _collate_function(source), draw=draw)
     per_image = source.manifest.image_bytes() if isinstance(source, LatentSource) else transform.nbytes

@@ -232,6 +232,15 @@ class TableSource:
         captions = (self.columns.captions_of(row) for batch in rows for row in batch.to_pylist())
         return counted_captions(tuple(captions), self.name)
 
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Class numbers of the images, -1 for none. They are read when they are asked for."""
+        if self.columns.label is None:
+            return np.full(len(self.table), -1)
+        rows = self.table.select_columns([self.columns.label]).with_format("arrow").iter(batch_size=10_000)
+        labels = (self.columns.label_of(row, self.name) for batch in rows for row in batch.to_pylist())
+        return np.fromiter(map(self._number, labels), dtype=np.int64, count=len(self.table))
+
     def __len__(self) -> int:
         return len(self.table)
 

@@ -18,6 +18,7 @@ from mar.data.captions import CaptionError, Captions, captions_of, chosen_captio
 from mar.data.folder import FolderSource
 from mar.data.images import Example, Source, UnreadableImage, source_digest
 from mar.data.latent_cache import LatentSource
+from mar.data.order import Labeled
 from mar.data.sources import open_data, open_source
 from mar.data.stream import StreamSource
 from mar.data.webdataset import TarSource
@@ -56,6 +57,12 @@ class Subset:
     def captions(self) -> Captions:
         """Captions of these images; empty if the source has none."""
         return chosen_captions(captions_of(self.source), self.indices)
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """Class numbers of these images; None if the source does not know them without reading images."""
+        labels = self.source.labels if isinstance(self.source, Labeled) else None
+        return None if labels is None else labels[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)

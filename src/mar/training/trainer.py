@@ -331,7 +331,7 @@ class Run(TrainingRun):
             self.source, self.transform,
             batch=config.batch, seed=config.seed, start=self.progress.images, rank=distributed.rank(),
             world=distributed.world_size(), workers=config.workers, flip=config.flip_of_data, shift=config.shift,
-            draw=self._draw_ahead() if config.workers else None, pin=self.device.type == "cuda",
+            balance=config.balance, draw=self._draw_ahead() if config.workers else None, pin=self.device.type == "cuda",
         )  # fmt: skip
 
     def _draw_ahead(self) -> DrawAhead:
