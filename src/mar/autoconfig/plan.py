@@ -259,8 +259,11 @@ def _begun_settings(out: Path) -> dict[str, Any]:
     latents = read_manifest(out / "latents") if is_cache(out / "latents") else None
     train = _begun_config(TrainConfig, out)
     upright = [begun.upright for begun in (train, latents, tokenizer) if begun is not None]
-    settings: dict[str, Any] = {} if tokenizer is None else {"kind": tokenizer.kind}
-    return {**settings, "upright": upright[0]} if upright else settings
+    return {
+        **({"kind": tokenizer.kind} if tokenizer is not None else {}),
+        **({"upright": upright[0]} if upright else {}),
+        **({"balance": train.balance, "guidance_scale": train.sampling.guidance_scale} if train is not None else {}),
+    }
 
 
 def _begun_config(kind: type[Config], folder: Path) -> Config | None:
@@ -310,6 +313,7 @@ def _recipe(overrides: Overrides, summary: DatasetSummary, layout: TokenLayout) 
         labeled, layout.size, layout.shape, images=overrides.images, grids=overrides.grids, square=layout.square,
         text=text, text_width=0 if text in (None, "", WORDS) else encoder_width(text),
     )  # fmt: skip
+    begun = _begun_settings(overrides.out)
     # components are taken of images with the channels that they have
     fitted = is_name(layout.tokenizer) and from_name(layout.tokenizer, image_channels=3).learns_basis
     unusual = fitted and resolve_image_channels(overrides.data) != summary.image_channels
@@ -319,11 +323,11 @@ def _recipe(overrides: Overrides, summary: DatasetSummary, layout: TokenLayout) 
         tokenizer=layout.tokenizer,
         caption_column=overrides.caption_column,
         image_channels=summary.image_channels if unusual else None,
-        upright=_begun_settings(overrides.out).get("upright", recipe.upright),
+        upright=begun.get("upright", recipe.upright),
+        balance=begun.get("balance", recipe.balance),
     )
-    if overrides.label_drop == 0:
-        recipe = replace(recipe, sampling=replace(recipe.sampling, guidance_scale=1.0))
-    return recipe
+    guidance_scale = 1.0 if overrides.label_drop == 0 else begun.get("guidance_scale", recipe.sampling.guidance_scale)
+    return replace(recipe, sampling=replace(recipe.sampling, guidance_scale=guidance_scale))
 
 
 # ---- steps

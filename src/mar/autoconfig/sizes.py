@@ -123,6 +123,8 @@ MAX_COUNT_FOR_SHIFT = 5_000
 """Fewer images are shifted at random in training."""
 MAX_SHIFT = 4
 """Largest shift, in pixels."""
+BALANCE = 0.5
+"""Images of small classes are shown more often: a class in proportion to the square root of its number of images."""
 EPOCHS, MIN_IMAGES = 40, 100_000
 """Length of a model's training: so many times each image, and at least so many in all."""
 TOKENIZER_EPOCHS, TOKENIZER_MIN_IMAGES = 10, 60_000
@@ -338,6 +340,7 @@ def train_config_for(
         optimizer=chosen.optimizer,
         ema=chosen.ema,
         shift=min(min(size) // 16, MAX_SHIFT) if is_shifted else 0,
+        balance=BALANCE if len(summary.classes) > 1 and not text else 0.0,
         upright=True,
         save_every=min(chosen.save_every, tenth),
         sample_every=max(total // grids, 1),

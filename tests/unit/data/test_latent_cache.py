@@ -100,6 +100,12 @@ def test_cache_image_order_follows_numbers(data: Path, cache: Path) -> None:
     assert sum(len(part.mean) for part in found.in_order(limit=7)) == 7
 
 
+def test_cache_knows_the_labels_of_its_images_and_parts(cache: Path) -> None:
+    found = LatentSource(cache)
+    assert found.labels.tolist() == [found.read(index, False)[1] for index in range(20)]
+    assert found.subset(np.array([19, 0, 7])).labels.tolist() == found.labels[[19, 0, 7]].tolist()
+
+
 def test_shards_are_plain_safetensors(cache: Path) -> None:
     tensors = load_file(cache / "00003.safetensors")
     assert tensors["moments"].shape == (2, 2, 2, 1, 8, 8)

@@ -26,12 +26,12 @@ from mar.data.loader import (
     Augmentation,
     Augmentations,
     Batch,
-    InfiniteSampler,
     batches,
     load_batch,
     random_flip,
     random_shift,
 )
+from mar.data.order import InfiniteSampler
 from mar.data.sources import FashionSource
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 from shard_files import NumberedShards, image_numbers
 
 import mar.data.stream
+from mar.config import ConfigError
 from mar.data.images import Transform
 from mar.data.loader import Augmentations, Batch, ImageBatch, batches, in_order
 from mar.data.stream import ShardReader, StreamSample, StreamSampler, StreamSource
@@ -89,6 +90,11 @@ def test_stream_augmentations_are_keyed_by_position() -> None:
     assert not torch.equal(plain.images, changed.images)
     half = first(flip=True, shift=2, rank=1, world=2, workers=1)
     assert torch.equal(half.images, changed.images[2:])
+
+
+def test_stream_can_not_be_balanced() -> None:
+    with pytest.raises(ConfigError, match=r"balance is 0\.5, but the labels of a stream are not known"):
+        some(stream(), 1, balance=0.5)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
