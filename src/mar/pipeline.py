@@ -547,7 +547,7 @@ def to_uint8(images: Float[Tensor, "n c H W"]) -> UInt8[Tensor, "n c H W"]:
 
 
 def to_pil(images: Float[Tensor, "n c H W"]) -> list[Image.Image]:
-    """Convert images in [-1, 1] to 8-bit PIL images, grey or RGB."""
+    """Convert images in [-1, 1] to 8-bit PIL images, gray or RGB."""
     return _as_pil(to_uint8(images))
 
 

@@ -157,7 +157,7 @@ def decode_image(
     if image.mode in ("F", "I") and (why := _check_range(image)):
         raise UnreadableImage(name, why)
     if image.mode == "LAB":
-        raise UnreadableImage(name, "Pillow can't convert its colours, CIELAB, to RGB")
+        raise UnreadableImage(name, "Pillow can't convert its colors, CIELAB, to RGB")
     return image
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -17,13 +16,10 @@ _CLASS_ORDER = 0xC1A5
 """Separates the orders within classes from other uses of a seed."""
 
 
-@runtime_checkable
-class Labeled(Protocol):
-    """A source that knows its labels without reading images."""
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        """Class number of each image, -1 for none; None: not known."""
+def labels_of(source: object) -> np.ndarray | None:
+    """Return the class number of each image of a source, -1 for none; None if it can't tell without reading them."""
+    labels: np.ndarray | None = getattr(source, "labels", None)
+    return labels
 
 
 @dataclass(frozen=True)
@@ -130,7 +126,7 @@ def order_of(
     """
     if not balance:
         return InfiniteSampler(len(source), seed, batch, rank, world)
-    labels = source.labels if isinstance(source, Labeled) else None
+    labels = labels_of(source)
     if labels is None:
         raise ConfigError(f"balance is {balance}, but the data does not tell its labels; set --balance 0")
     return BalancedSampler(len(source), seed, batch, rank, world, labels=labels, balance=balance)

@@ -18,7 +18,7 @@ from mar.data.captions import CaptionError, Captions, captions_of, chosen_captio
 from mar.data.folder import FolderSource
 from mar.data.images import Example, Source, UnreadableImage, source_digest
 from mar.data.latent_cache import LatentSource
-from mar.data.order import Labeled
+from mar.data.order import labels_of
 from mar.data.sources import open_data, open_source
 from mar.data.stream import StreamSource
 from mar.data.webdataset import TarSource
@@ -61,7 +61,7 @@ class Subset:
     @property
     def labels(self) -> np.ndarray | None:
         """Class numbers of these images; None if the source does not know them without reading images."""
-        labels = self.source.labels if isinstance(self.source, Labeled) else None
+        labels = labels_of(self.source)
         return None if labels is None else labels[self.indices]
 
     def __len__(self) -> int:

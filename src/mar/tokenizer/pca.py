@@ -47,7 +47,7 @@ class PCATokenizer(Tokenizer):
     def __init__(self, image_channels: int = 3, stride: int = 4, channels: int = 16) -> None:
         values = image_channels * stride**2
         if image_channels not in (1, 3):
-            raise ValueError(f"image_channels: got {image_channels}, expected 1 (grey) or 3 (colour)")
+            raise ValueError(f"image_channels: got {image_channels}, expected 1 (gray) or 3 (color)")
         if stride < 1 or not 1 <= channels <= values:
             raise ValueError(
                 f"channels: got {channels}, expected 1 to {values}, the number of values of {stride} x {stride} pixels"

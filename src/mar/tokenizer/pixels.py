@@ -21,7 +21,7 @@ class PixelTokenizer(Tokenizer):
 
     def __init__(self, image_channels: int = 3, mean: Statistic | None = None, std: Statistic | None = None) -> None:
         if image_channels not in (1, 3):
-            raise ValueError(f"image_channels: got {image_channels}, expected 1 (grey) or 3 (colour)")
+            raise ValueError(f"image_channels: got {image_channels}, expected 1 (gray) or 3 (color)")
         super().__init__(image_channels, channels=image_channels, stride=1, mean=mean, std=std)
 
     def encode(self, images: Float[Tensor, "n c H W"]) -> Posterior:

@@ -15,14 +15,14 @@ from PIL import Image
 
 from mar.config import ConfigError
 from mar.data.images import Example
-from mar.data.order import BalancedSampler, InfiniteSampler, Labeled, order_of
+from mar.data.order import BalancedSampler, InfiniteSampler, labels_of, order_of
 from mar.data.parquet import TableSource
 from mar.data.splits import Subset
 
 counts_of_classes = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 
 
-def labels_of(counts: list[int]) -> np.ndarray:
+def jumbled(counts: list[int]) -> np.ndarray:
     """Labels in a fixed jumble, the first class being those without one."""
     labels = np.repeat(np.arange(len(counts)) - 1, counts)
     return labels[np.random.default_rng(0).permutation(len(labels))]
@@ -34,13 +34,13 @@ def drawn(labels: np.ndarray, balance: float, epochs: int, start: int = 0) -> li
 
 
 def test_balance_1_draws_all_classes_equally_often() -> None:
-    labels = labels_of([200, 20, 80])
+    labels = jumbled([200, 20, 80])
     found = Counter(labels[drawn(labels, 1.0, epochs=1)].tolist())
     assert found == {-1: 100, 0: 100, 1: 100}
 
 
 def test_balance_half_draws_by_the_square_root() -> None:
-    labels = labels_of([400, 100, 4])
+    labels = jumbled([400, 100, 4])
     found = Counter(labels[drawn(labels, 0.5, epochs=1)].tolist())
     roots = np.array([20, 10, 2]) / 32 * 501 + 1
     assert [found[label] for label in (-1, 0, 1)] == pytest.approx(roots, abs=1)
@@ -48,7 +48,7 @@ def test_balance_half_draws_by_the_square_root() -> None:
 
 @given(counts_of_classes, st.sampled_from([1e-6, 0.3, 1.0]))
 def test_balanced_class_deals_out_its_images_in_turns(counts: list[int], balance: float) -> None:
-    labels = labels_of(counts)
+    labels = jumbled(counts)
     indices = np.array(drawn(labels, balance, epochs=5))
     for label, count in zip(range(-1, len(counts) - 1), counts, strict=True):
         of_class = indices[labels[indices] == label]
@@ -60,13 +60,13 @@ def test_balanced_class_deals_out_its_images_in_turns(counts: list[int], balance
 
 @given(counts_of_classes, st.integers(0, 300))
 def test_balanced_order_is_the_same_from_any_position(counts: list[int], start: int) -> None:
-    labels = labels_of(counts)
+    labels = jumbled(counts)
     whole = drawn(labels, 0.7, epochs=2 + start // len(labels))
     assert drawn(labels, 0.7, epochs=1, start=start) == whole[start:][: len(labels)]
 
 
 def test_balanced_order_ranks_share_each_batch() -> None:
-    labels = labels_of([30, 5])
+    labels = jumbled([30, 5])
     alone = order_of(Known(labels), 3, 8, balance=1.0)
     shares = [order_of(Known(labels), 3, 8, rank, 4, balance=1.0) for rank in range(4)]
     for batch, *parts in islice(zip(alone.batches(16), *(share.batches(16) for share in shares), strict=True), 9):
@@ -74,7 +74,7 @@ def test_balanced_order_ranks_share_each_batch() -> None:
 
 
 def test_balanced_order_depends_on_its_seed() -> None:
-    labels = labels_of([30, 5])
+    labels = jumbled([30, 5])
     orders = [order_of(Known(labels), seed, 8, balance=0.5).indices(0, 35) for seed in (0, 0, 1)]
     assert orders[0] == orders[1] != orders[2]
 
@@ -106,11 +106,10 @@ def test_table_knows_its_labels_and_its_parts_do(tmp_path: Path) -> None:
     names = ["b", "a", None, "b"]
     table = datasets.Dataset.from_dict({"image": [picture] * 4, "label": names})
     source = TableSource(table.cast_column("image", datasets.Image()), "table")
-    assert isinstance(source, Labeled)
     assert source.labels.tolist() == [source[index].label for index in range(4)] == [1, 0, -1, 1]
-    part = Subset(source, np.array([3, 2]))
-    assert part.labels is not None
-    assert part.labels.tolist() == [1, -1]
+    labels = labels_of(Subset(source, np.array([3, 2])))
+    assert labels is not None
+    assert labels.tolist() == [1, -1]
 
 
 def test_part_of_a_source_without_labels_has_none() -> None:
@@ -124,4 +123,4 @@ def test_part_of_a_source_without_labels_has_none() -> None:
         def __getitem__(self, index: int) -> Example:
             raise AssertionError
 
-    assert Subset(Plain(), np.array([0])).labels is None
+    assert labels_of(Subset(Plain(), np.array([0]))) is None

@@ -115,7 +115,7 @@ class ModuleExtractor:
         if not name:
             raise ValueError("name: got '', expected a name for the feature extractor")
         if channels not in (1, 3):
-            raise ValueError(f"channels: got {channels}, expected 1 (grey) or 3 (RGB)")
+            raise ValueError(f"channels: got {channels}, expected 1 (gray) or 3 (RGB)")
         self.name, self.metric, self.scores, self.classes = name, metric or f"FD ({name})", scores, classes
         self.module = module.eval().requires_grad_(False)
         self.channels = channels
