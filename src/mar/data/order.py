@@ -122,7 +122,16 @@ def order_of(
 ) -> InfiniteSampler:
     """Return the order of a source's images.
 
-    Raises ConfigError for a balance of a source that does not know its labels.
+    Args:
+        source: whose images are ordered.
+        seed: key of the order.
+        batch: images of a batch of all ranks.
+        rank: number of this process.
+        world: number of processes; divides `batch`.
+        balance: how evenly classes are drawn, from 0 (as often as they have images) to 1.
+
+    Raises:
+        ConfigError: A balance is given, but the source does not know its labels.
     """
     if not balance:
         return InfiniteSampler(len(source), seed, batch, rank, world)
