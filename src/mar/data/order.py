@@ -57,7 +57,7 @@ class InfiniteSampler:
         return indices
 
     def images_at(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """Return the indices of the images that have these places in an epoch, before it is shuffled."""
+        """Return the images that have these places in an unshuffled epoch."""
         return places
 
     def batches(self, start: int = 0) -> Iterator[list[tuple[int, int]]]:
@@ -74,7 +74,7 @@ class BalancedSampler(InfiniteSampler):
     """A sequence in which images of small classes come more often.
 
     An epoch has as many places as there are images. Each class has one place, and the others in proportion to
-    n ** (1 - balance), for n images. They are dealt to its images in turns: none comes again before all have.
+    n ** (1 - balance), for n images. A class goes through its images in laps: none comes again before all have.
     """
 
     labels: np.ndarray = field(kw_only=True)
@@ -96,24 +96,24 @@ class BalancedSampler(InfiniteSampler):
         return np.rint(others * shares / shares[-1]).astype(np.int64) + np.arange(1, len(shares) + 1)
 
     def images_at(self, epoch: int, places: np.ndarray) -> np.ndarray:
-        """Return the indices of the images that have these places in an epoch, before it is shuffled."""
+        """Return the images that have these places in an unshuffled epoch."""
         numbers = np.searchsorted(self._ends, places, side="right")
         images = np.empty_like(places)
         for number in np.unique(numbers).tolist():
             of_class, end = self._classes[number], int(self._ends[number])
             begin = int(self._ends[number - 1]) if number else 0
             rows = np.flatnonzero(numbers == number)
-            turns, within = np.divmod(epoch * (end - begin) + places[rows] - begin, len(of_class))
-            for turn in np.unique(turns).tolist():
-                order = _class_order(len(of_class), self.seed, number, turn)
-                images[rows[turns == turn]] = of_class[order[within[turns == turn]]]
+            laps, within = np.divmod(epoch * (end - begin) + places[rows] - begin, len(of_class))
+            for lap in np.unique(laps).tolist():
+                order = _class_order(len(of_class), self.seed, number, lap)
+                images[rows[laps == lap]] = of_class[order[within[laps == lap]]]
         return images
 
 
 @lru_cache(maxsize=4096)
-def _class_order(length: int, seed: int, number: int, turn: int) -> np.ndarray:
+def _class_order(length: int, seed: int, number: int, lap: int) -> np.ndarray:
     """Return a shuffled order of the images of class `number`."""
-    generator = make_generator(seed, _CLASS_ORDER, number, turn)
+    generator = make_generator(seed, _CLASS_ORDER, number, lap)
     return torch.randperm(length, generator=generator).numpy()
 
 
