@@ -270,7 +270,10 @@ def train_config_for(
     by up to a sixteenth of the shorter side and 4 pixels, except cached latents. `flip` is left to the data.
 
     Captions replace classes. By default their words are learned with the model, with as many buffer tokens as the
-    longest caption has words; a text encoder gets 32 of them. Guidance is 1.5 for captions and 3 for classes.
+    longest caption has words; a text encoder gets 32 of them.
+
+    Images of small classes are shown more often (`BALANCE`). Guidance is 1.5 for captions and 3 for classes, 5 with a
+    residual tokenizer.
 
     Results of small color images on one core (docs/quality.md): those of `CIFAR10` for 50,000 images; after 14 minutes
     colors and layouts, and few copies, for 500.
@@ -329,7 +332,7 @@ def train_config_for(
         sampling=SamplingConfig(
             **(X0_SAMPLING if is_pca else {"diffusion_steps": 50}),
             steps=32,
-            guidance_scale=1.5 if text else 3.0 if len(summary.classes) > 1 else 1.0,
+            guidance_scale=_guidance_scale(summary, latents, text),
             x0_bound=x0_bound,
         ),
         images=total,
@@ -346,6 +349,15 @@ def train_config_for(
         sample_every=max(total // grids, 1),
         validate_every=tenth,
     )
+
+
+def _guidance_scale(summary: DatasetSummary, latents: LatentShape | None, text: str) -> float:
+    """Returns the guidance of drawing: more for latents of a residual tokenizer, where it was measured."""
+    if text:
+        return 1.5
+    if len(summary.classes) < 2:
+        return 1.0
+    return 5.0 if latents is not None and latents.is_pca and latents.learned else 3.0
 
 
 def tokenizer_config_for(
