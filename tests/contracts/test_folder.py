@@ -431,6 +431,25 @@ def test_folder_same_command_does_the_rest(place: Path, capsys: pytest.CaptureFi
     assert (place / "run" / "model.safetensors").read_bytes() != before[1]
 
 
+def test_folder_begun_run_keeps_its_balance_and_guidance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier versions showed all pictures equally often, and their files do not say so."""
+    monkeypatch.chdir(tmp_path)
+    bars(tmp_path / "pictures")
+    short = [*WHOLE, "--decay", "0", "--images", "8"]
+    assert main([*short, "--balance", "0", "--sampling.guidance-scale", "3"]) == 0
+    file = tmp_path / "run" / "run.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    assert values.pop("balance") == 0
+    del values["checksum"]
+    file.write_text(json.dumps(values), encoding="utf-8")
+    assert main([*WHOLE, "--decay", "0"]) == 0
+    values = json.loads(file.read_text(encoding="utf-8"))
+    assert (values["balance"], values["sampling"]["guidance_scale"]) == (0, 3)
+    assert main([*WHOLE, "--decay", "0", "--out", "new"]) == 0
+    values = json.loads((tmp_path / "new" / "run.json").read_text(encoding="utf-8"))
+    assert (values["balance"], values["sampling"]["guidance_scale"]) == (0.5, 5)
+
+
 @pytest.mark.parametrize("finished", ["tokenizer", "latents", "state"])
 def test_folder_run_of_an_earlier_version_stays_as_it_began(
     finished: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

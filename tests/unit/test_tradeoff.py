@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_pipeline, write_images
+from tiny import tiny_pipeline, tiny_words_pipeline, write_captions, write_images
 
 from mar.backends.cpu.int8 import is_quantized
 from mar.data.splits import hold_out
@@ -77,7 +77,7 @@ def test_failed_write_keeps_earlier_variants(
     monkeypatch.setattr(tradeoff, "compare", lambda *_: report)
     measurement = object.__new__(tradeoff.Measurement)
     vars(measurement).update(
-        pipeline=tiny_pipeline(), path=path, count=2, seed=0, batch=2, extractor=None, reference=None
+        pipeline=tiny_pipeline(), path=path, count=2, seed=0, batch=2, extractor=None, reference=None, prompts=()
     )
     with pytest.raises(ValueError, match="No space left"):
         measurement.measure("K=2")
@@ -109,6 +109,19 @@ def measure(tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return lambda **changes: tradeoff.Measurement(SimpleNamespace(**{**usual, **changes}))
 
 
+def test_model_of_words_draws_the_captions_of_all_pictures(measure: Any, tradeoff: ModuleType, tmp_path: Path) -> None:
+    data = write_images(tmp_path / "captioned", 4)
+    write_captions(data, {"across/1.png": "red cat", "across/3.png": "blue dog", "down/2.png": "red dog"})
+    tiny_words_pipeline(words=("blue", "cat", "dog", "red")).save(tmp_path / "words.safetensors")
+    measurement = measure(model=str(tmp_path / "words.safetensors"), data=data, out=tmp_path / "of_words")
+    assert sorted(measurement.prompts) == ["blue dog", "red cat", "red dog"]
+    recorded = json.loads((tmp_path / "of_words" / tradeoff.SETTINGS_FILE).read_text())
+    assert recorded["prompts"] == measurement.prompts
+    drawn = tradeoff.draw(measurement.pipeline, "K=2", 5, 0, measurement.prompts)
+    assert drawn.generated.plan.asks == (*measurement.prompts, *measurement.prompts[:2])
+    assert sum(len(batch.images) for batch in drawn.batches(2, 0, 5)) == 5
+
+
 def test_timing_option_repeats_seconds_only(
     measure: Any, tradeoff: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,7 +138,7 @@ def test_timing_option_repeats_seconds_only(
     drawn: list[str] = []
     seconds = {"K=2": [2.0, 4.0, 1.0], "K=3": [6.0, 2.0, 5.0]}
 
-    def draw(pipeline: Any, way: str, count: int, seed: int) -> Any:
+    def draw(pipeline: Any, way: str, count: int, seed: int, prompts: Any) -> Any:
         drawn.append(way)
         return SimpleNamespace(seconds=seconds[way].pop(0), batches=lambda *_: iter("ab"))
 

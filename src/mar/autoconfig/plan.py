@@ -37,6 +37,7 @@ from mar.data.sources import open_data
 from mar.data.stream import StreamSource
 from mar.data.text_encoder import encoder_width
 from mar.tokenizer import PixelTokenizer, Tokenizer, from_name, is_name
+from mar.tokenizer.residual import ResidualTokenizer
 
 Config = TypeVar("Config")
 
@@ -249,7 +250,8 @@ def _shape_of(name: str) -> tuple[LatentShape | None, int]:
     if tokenizer.learns_basis:
         default = pca_shape(tokenizer.stride)
         return default if is_name(name) else replace(default, channels=tokenizer.channels), SIDES[1]
-    shape = LatentShape(tokenizer.stride, tokenizer.channels, is_pca=tokenizer.deterministic)
+    is_residual = isinstance(tokenizer, ResidualTokenizer)
+    shape = LatentShape(tokenizer.stride, tokenizer.channels, is_pca=tokenizer.deterministic, is_residual=is_residual)
     return shape, _trained_side(tokenizer)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mar.config import ConfigError, HeadConfig, ModelConfig, Optimizer, SamplingConfig, TrainConfig, TrunkConfig
 from mar.config.fields import positive, require
@@ -57,6 +57,8 @@ class LatentShape:
     """Principal components, alone or with a learned residual, rather than an autoencoder's latents."""
     learned: bool = True
     """By a network, so that latents are cached; principal components alone are computed in training."""
+    is_residual: bool = False
+    """Made by a residual tokenizer."""
 
     @property
     def by_pca_alone(self) -> bool:
@@ -209,8 +211,10 @@ def own_shape(size: tuple[int, int], kind: TokenizerKind = "residual") -> Latent
     head.
     """
     if max(size) <= MAX_SIDE_WITHOUT_TOKENIZER:
-        return LatentShape(stride=4, channels=4 if kind == "kl" else 16, is_pca=kind == "residual")
-    return LatentShape(stride=8 if max(size) < 256 else 16, channels=16, is_pca=kind == "residual")
+        shape = LatentShape(stride=4, channels=4 if kind == "kl" else 16)
+    else:
+        shape = LatentShape(stride=8 if max(size) < 256 else 16, channels=16)
+    return replace(shape, is_pca=kind == "residual", is_residual=kind == "residual")
 
 
 def pca_shape(stride: int = 4) -> LatentShape:
@@ -352,12 +356,12 @@ def train_config_for(
 
 
 def _guidance_scale(summary: DatasetSummary, latents: LatentShape | None, text: str) -> float:
-    """Returns the guidance of drawing: more for latents of a residual tokenizer, where it was measured."""
+    """Returns the guidance of drawing: more with a residual tokenizer, where it was measured."""
     if text:
         return 1.5
     if len(summary.classes) < 2:
         return 1.0
-    return 5.0 if latents is not None and latents.is_pca and latents.learned else 3.0
+    return 5.0 if latents is not None and latents.is_residual else 3.0
 
 
 def tokenizer_config_for(

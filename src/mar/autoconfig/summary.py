@@ -17,6 +17,7 @@ from jaxtyping import Float64
 
 from mar.autoconfig.sizes import DatasetSummary, LatentShape
 from mar.checkpoint import checksums
+from mar.checkpoint.tokenizers import own_kind
 from mar.config import ConfigError, from_dict, to_dict
 from mar.data.captions import Captions, captions_of, count_words, split_words
 from mar.data.images import Source, UnreadableImage, convert_channels, upright
@@ -100,7 +101,9 @@ def summarize_cache(source: LatentSource) -> tuple[DatasetSummary, LatentShape |
         pixels = _read_sample(len(source), str(source.folder), lambda index: source.read(index, flip=False)[0].numpy())
         return replace(summary, image_channels=channels, max_abs_z=_max_abs_z(pixels)), None
     # a cache of an autoencoder has two parts, mean and variance; one of components has one
-    return summary, LatentShape(manifest.size[0] // height, channels, is_pca=manifest.parts == 1)
+    is_residual = own_kind(Path(manifest.tokenizer)) == "residual"
+    stride = manifest.size[0] // height
+    return summary, LatentShape(stride, channels, is_pca=manifest.parts == 1, is_residual=is_residual)
 
 
 def _read_sample(count: int, name: str, read: Callable[[int], Item]) -> list[Item]:

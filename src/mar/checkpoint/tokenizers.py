@@ -109,6 +109,12 @@ def is_saved(folder: Path) -> bool:
     return _own_config(folder) is not None or (folder / STATISTICS_FILE).is_file()
 
 
+def own_kind(folder: Path) -> str | None:
+    """Return the kind of a tokenizer in our own format, as "residual"; None: the folder has none."""
+    config = _own_config(folder)
+    return None if config is None else str(config["kind"])
+
+
 def has_checksum(folder: Path) -> bool:
     """Return whether a tokenizer of ours has a checksum; those of earlier versions have none."""
     with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:

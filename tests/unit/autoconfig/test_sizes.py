@@ -114,6 +114,21 @@ def test_recipe_other_tokenizer_gets_at_most_16_tokens_a_side() -> None:
     assert wide.head == HeadConfig(512, 3, prediction="v", batch_mul=2)
 
 
+def test_recipe_classes_are_balanced_and_guided_words_are_not() -> None:
+    labeled = DatasetSummary(500, 64, 3, classes=("ant", "bee"))
+
+    def chosen_for(summary: DatasetSummary, size: int, latents: LatentShape | None) -> tuple[float, float]:
+        config = train_config_for(summary, (size, size), latents)
+        return config.balance, config.sampling.guidance_scale
+
+    assert chosen_for(labeled, 64, own_shape((64, 64))) == (0.5, 5.0)
+    assert chosen_for(labeled, 64, own_shape((64, 64), "kl")) == (0.5, 3.0)
+    assert chosen_for(labeled, 32, pca_shape()) == (0.5, 3.0)
+    assert chosen_for(DatasetSummary(500, 64, 3), 64, own_shape((64, 64))) == (0.0, 1.0)
+    words = DatasetSummary(500, 64, 3, classes=("ant", "bee"), words=9, caption_length=4)
+    assert chosen_for(words, 64, own_shape((64, 64))) == (0.0, 1.5)
+
+
 def test_recipe_pixels_are_bounded_by_black_and_white() -> None:
     dark = DatasetSummary(500, 32, 1, max_abs_z=6.21)  # as radiographs are
     assert train_config_for(dark, (32, 32)).sampling.x0_bound == 6.3
