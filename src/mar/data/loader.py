@@ -29,7 +29,7 @@ from mar.data.captions import Captions, captions_of, pick_caption
 from mar.data.images import Example, Source, Transform, UnreadableImage, pixels_to_tensor, quick_digest
 from mar.data.labels import check_label
 from mar.data.latent_cache import LatentSource, split_moments
-from mar.data.order import order_of
+from mar.data.order import labels_to_balance, order_of
 from mar.data.splits import Subset
 from mar.data.stream import SampleWithFallbacks, ShardCursor, ShardReader, StreamSampler, StreamSource
 from mar.data.workers import make_dataloader
@@ -478,10 +478,7 @@ def batches(
     augmentations = Augmentations(seed, source.flips if flip is None else flip, shift)
     if isinstance(source, StreamSource):
         if balance:
-            raise ConfigError(
-                f"balance is {balance}, but the labels of a stream are not known before it is read; set --balance 0, "
-                "or read the data without stream:"
-            )
+            labels_to_balance(source, balance)  # refuses: a stream knows none
         return _stream_batches(
             source,
             transform,

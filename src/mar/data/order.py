@@ -135,7 +135,16 @@ def order_of(
     """
     if not balance:
         return InfiniteSampler(len(source), seed, batch, rank, world)
+    labels = labels_to_balance(source, balance)
+    return BalancedSampler(len(source), seed, batch, rank, world, labels=labels, balance=balance)
+
+
+def labels_to_balance(source: object, balance: float) -> np.ndarray:
+    """Return the labels of a source. Raises ConfigError if it does not know them."""
     labels = labels_of(source)
     if labels is None:
-        raise ConfigError(f"balance is {balance}, but the data does not tell its labels; set --balance 0")
-    return BalancedSampler(len(source), seed, batch, rank, world, labels=labels, balance=balance)
+        raise ConfigError(
+            f"balance is {balance}, but the data does not tell its labels before it is read, as stream: never does; "
+            "set --balance 0, or leave stream: out"
+        )
+    return labels

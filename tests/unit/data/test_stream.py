@@ -93,7 +93,7 @@ def test_stream_augmentations_are_keyed_by_position() -> None:
 
 
 def test_stream_can_not_be_balanced() -> None:
-    with pytest.raises(ConfigError, match=r"balance is 0\.5, but the labels of a stream are not known"):
+    with pytest.raises(ConfigError, match=r"balance is 0\.5, but the data does not tell its labels"):
         some(stream(), 1, balance=0.5)
 
 
