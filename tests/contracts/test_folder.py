@@ -17,6 +17,7 @@ import torch
 from encoders import save_encoder
 from orientations import forget_upright, lay_down
 from PIL import Image
+from published_files import dc_files
 from tiny import caption_images
 from tiny import write_images as bars
 
@@ -27,6 +28,7 @@ from mar.checkpoint.tokenizers import save_tokenizer
 from mar.cli import main
 from mar.cli.train_folder import plan_folder
 from mar.config.tokenizer import TokenizerTrainConfig
+from mar.data.latent_cache import read_manifest, write_manifest
 from mar.pipeline import Pipeline
 from mar.tokenizer import PCATokenizer
 from mar.tokenizer.kl import from_config
@@ -258,6 +260,18 @@ def test_folder_components_of_file_or_cache_get_the_same_recipe(tmp_path: Path) 
     assert from_cache == replace(named, data=str(cache), tokenizer=str(file), shift=0)
 
 
+def test_folder_dc_ae_is_an_autoencoder_though_it_has_no_variance(tmp_path: Path) -> None:
+    data, vae, cache = color(tmp_path / "data", 20, (90, 100)), tmp_path / "vae", tmp_path / "cache"
+    dc_files(vae)
+    steps = planned(data, "--out", tmp_path / "run", "--tokenizer", vae)
+    assert steps.cache is not None
+    assert (steps.train.model.head.prediction, steps.train.sampling.x0_bound) == ("v", 4)
+    assert main(["cache", str(data), "--tokenizer", str(vae), "--image-size", "16", "--out", str(cache)]) == 0
+    shutil.rmtree(vae)
+    from_cache = planned(cache).train
+    assert (from_cache.model.head.prediction, from_cache.sampling) == ("v", steps.train.sampling)
+
+
 def test_folder_pixels_from_cache_have_the_same_bound(tmp_path: Path) -> None:
     data, cache = tmp_path / "data", tmp_path / "cache"
     data.mkdir()
@@ -431,12 +445,13 @@ def test_folder_same_command_does_the_rest(place: Path, capsys: pytest.CaptureFi
     assert (place / "run" / "model.safetensors").read_bytes() != before[1]
 
 
-def test_folder_begun_run_keeps_its_balance_and_guidance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Earlier versions showed all pictures equally often, and their files do not say so."""
+def test_folder_begun_run_keeps_what_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Earlier versions chose otherwise: they showed all pictures equally often, and their files do not say so."""
     monkeypatch.chdir(tmp_path)
     bars(tmp_path / "pictures")
     short = [*WHOLE, "--decay", "0", "--images", "8"]
-    assert main([*short, "--balance", "0", "--sampling.guidance-scale", "3"]) == 0
+    earlier = ["--balance", "0", "--sampling.guidance-scale", "3", "--model.head.prediction", "v"]
+    assert main([*short, *earlier]) == 0
     file = tmp_path / "run" / "run.json"
     values = json.loads(file.read_text(encoding="utf-8"))
     assert values.pop("balance") == 0
@@ -445,6 +460,7 @@ def test_folder_begun_run_keeps_its_balance_and_guidance(tmp_path: Path, monkeyp
     assert main([*WHOLE, "--decay", "0"]) == 0
     values = json.loads(file.read_text(encoding="utf-8"))
     assert (values["balance"], values["sampling"]["guidance_scale"]) == (0, 3)
+    assert values["model"]["head"]["prediction"] == "v"
     assert main([*WHOLE, "--decay", "0", "--out", "new"]) == 0
     values = json.loads((tmp_path / "new" / "run.json").read_text(encoding="utf-8"))
     assert (values["balance"], values["sampling"]["guidance_scale"]) == (0.5, 5)
@@ -523,6 +539,18 @@ def test_folder_cached_latents_are_enough(place: Path, capsys: pytest.CaptureFix
     assert "20 color pictures in 2 classes" in capsys.readouterr().err
     assert (place / "second" / "model.safetensors").read_bytes() == (place / "run" / "model.safetensors").read_bytes()
     assert "leave out --image-size" in refused(capsys, "--data", "run/latents", "--image-size", "8")
+
+
+@pytest.mark.parametrize(("noted", "moved", "guidance"), [(True, True, 5), (False, False, 5), (False, True, 3)])
+def test_folder_cache_knows_its_residual_tokenizer(noted: bool, moved: bool, guidance: float, place: Path) -> None:
+    """Caches of earlier versions do not say its kind, but where it is."""
+    if not noted:
+        without_kind = replace(read_manifest(place / "run" / "latents"), tokenizer_kind="")
+        write_manifest(place / "run" / "latents", without_kind)
+    if moved:
+        (place / "run" / "tokenizer").rename(place / "elsewhere")
+    train = planned("run/latents", "--out", "second").train
+    assert (train.sampling.guidance_scale, train.model.head.prediction) == (guidance, "x0")
 
 
 def test_folder_long_run_on_few_images_warns(

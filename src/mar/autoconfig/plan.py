@@ -15,6 +15,7 @@ from mar import zoo
 from mar.autoconfig.sizes import (
     SIDES,
     DatasetSummary,
+    LatentKind,
     LatentShape,
     crop_side,
     crop_size,
@@ -104,7 +105,7 @@ class TokenLayout:
     @property
     def needs_cache(self) -> bool:
         """True where latents are cached before the model is trained."""
-        return self.shape is not None and not self.shape.by_pca_alone
+        return self.shape is not None and self.shape.is_cached
 
 
 @dataclass(frozen=True)
@@ -230,12 +231,12 @@ def _layout(overrides: Overrides, summary: DatasetSummary) -> TokenLayout:
     if shape is None:
         assert PixelTokenizer.name is not None
         name = PixelTokenizer.name
-    elif shape.by_pca_alone:
+    elif not shape.is_cached:
         name = f"pca{shape.stride}"
     else:
         name = OWN
         shape = replace(shape, stride=overrides.stride or shape.stride)
-        most = summary.image_channels * shape.stride**2 if shape.is_pca else shape.channels
+        most = summary.image_channels * shape.stride**2 if shape.has_components else shape.channels
         shape = replace(shape, channels=overrides.channels or min(shape.channels, most))
     larger = next_larger_count(summary) if overrides.image_size is None else None
     size, square = _crop(overrides, summary, largest, shape)
@@ -250,9 +251,8 @@ def _shape_of(name: str) -> tuple[LatentShape | None, int]:
     if tokenizer.learns_basis:
         default = pca_shape(tokenizer.stride)
         return default if is_name(name) else replace(default, channels=tokenizer.channels), SIDES[1]
-    is_residual = isinstance(tokenizer, ResidualTokenizer)
-    shape = LatentShape(tokenizer.stride, tokenizer.channels, is_pca=tokenizer.deterministic, is_residual=is_residual)
-    return shape, _trained_side(tokenizer)
+    kind: LatentKind = "residual" if isinstance(tokenizer, ResidualTokenizer) else "autoencoder"
+    return LatentShape(tokenizer.stride, tokenizer.channels, kind), _trained_side(tokenizer)
 
 
 def _begun_settings(out: Path) -> dict[str, Any]:
@@ -264,7 +264,8 @@ def _begun_settings(out: Path) -> dict[str, Any]:
     return {
         **({"kind": tokenizer.kind} if tokenizer is not None else {}),
         **({"upright": upright[0]} if upright else {}),
-        **({"balance": train.balance, "guidance_scale": train.sampling.guidance_scale} if train is not None else {}),
+        **({"balance": train.balance, "sampling": train.sampling} if train is not None else {}),
+        **({"prediction": train.model.head.prediction} if train is not None else {}),
     }
 
 
@@ -319,7 +320,9 @@ def _recipe(overrides: Overrides, summary: DatasetSummary, layout: TokenLayout) 
     # components are taken of images with the channels that they have
     fitted = is_name(layout.tokenizer) and from_name(layout.tokenizer, image_channels=3).learns_basis
     unusual = fitted and resolve_image_channels(overrides.data) != summary.image_channels
-    recipe = replace(
+    sampling = begun.get("sampling", recipe.sampling)
+    head = replace(recipe.model.head, prediction=begun.get("prediction", recipe.model.head.prediction))
+    return replace(
         recipe,
         data=overrides.data,
         tokenizer=layout.tokenizer,
@@ -327,9 +330,9 @@ def _recipe(overrides: Overrides, summary: DatasetSummary, layout: TokenLayout) 
         image_channels=summary.image_channels if unusual else None,
         upright=begun.get("upright", recipe.upright),
         balance=begun.get("balance", recipe.balance),
+        model=replace(recipe.model, head=head),
+        sampling=replace(sampling, guidance_scale=1.0) if overrides.label_drop == 0 else sampling,
     )
-    guidance_scale = 1.0 if overrides.label_drop == 0 else begun.get("guidance_scale", recipe.sampling.guidance_scale)
-    return replace(recipe, sampling=replace(recipe.sampling, guidance_scale=guidance_scale))
 
 
 # ---- steps
@@ -403,7 +406,7 @@ def _describe(choice: Choice, config: TrainConfig) -> tuple[str, str]:
     by = {PixelTokenizer.name: "raw pixels", OWN: "by a tokenizer of their own"}.get(
         layout.tokenizer, f"by {layout.tokenizer}"
     )
-    if layout.shape is not None and layout.shape.by_pca_alone:
+    if layout.shape is not None and not layout.shape.is_cached:
         by = "as principal components"
     stride = layout.shape.stride if layout.shape else 1
     height, width = model.grid[0] * stride, model.grid[1] * stride

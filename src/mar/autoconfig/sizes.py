@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Literal
 
 from mar.config import ConfigError, HeadConfig, ModelConfig, Optimizer, SamplingConfig, TrainConfig, TrunkConfig
 from mar.config.fields import positive, require
@@ -46,6 +47,10 @@ class DatasetSummary:
             require(finite, f"{name} is {value!r}, but it must be positive and finite")
 
 
+LatentKind = Literal["pca", "residual", "autoencoder"]
+"""Principal components alone, components with a learned residual, or any other network's latents."""
+
+
 @dataclass(frozen=True)
 class LatentShape:
     """The shape of a tokenizer's latents."""
@@ -53,17 +58,17 @@ class LatentShape:
     stride: int
     """Side of a latent cell, in pixels."""
     channels: int
-    is_pca: bool = False
-    """Principal components, alone or with a learned residual, rather than an autoencoder's latents."""
-    learned: bool = True
-    """By a network, so that latents are cached; principal components alone are computed in training."""
-    is_residual: bool = False
-    """Made by a residual tokenizer."""
+    kind: LatentKind = "autoencoder"
 
     @property
-    def by_pca_alone(self) -> bool:
-        """True for principal components without a residual."""
-        return self.is_pca and not self.learned
+    def has_components(self) -> bool:
+        """True for principal components, alone or with a residual."""
+        return self.kind != "autoencoder"
+
+    @property
+    def is_cached(self) -> bool:
+        """True for latents of a network; components alone are computed in training."""
+        return self.kind != "pca"
 
 
 @dataclass(frozen=True)
@@ -210,11 +215,10 @@ def own_shape(size: tuple[int, int], kind: TokenizerKind = "residual") -> Latent
     `size` is height and width of crops. Squares of 32 to 256 pixels get 64 to 256 cells, few enough values for a narrow
     head.
     """
+    latent_kind: LatentKind = "residual" if kind == "residual" else "autoencoder"
     if max(size) <= MAX_SIDE_WITHOUT_TOKENIZER:
-        shape = LatentShape(stride=4, channels=4 if kind == "kl" else 16)
-    else:
-        shape = LatentShape(stride=8 if max(size) < 256 else 16, channels=16)
-    return replace(shape, is_pca=kind == "residual", is_residual=kind == "residual")
+        return LatentShape(4, 4 if kind == "kl" else 16, latent_kind)
+    return LatentShape(8 if max(size) < 256 else 16, 16, latent_kind)
 
 
 def pca_shape(stride: int = 4) -> LatentShape:
@@ -223,7 +227,7 @@ def pca_shape(stride: int = 4) -> LatentShape:
     They are a third of the values of a color image; the others hold 0.3% of CIFAR-10's variance. Of a
     gray image they are all values: a third of them brings Fashion-MNIST back at 22 dB only.
     """
-    return LatentShape(stride, stride**2, is_pca=True, learned=False)
+    return LatentShape(stride, stride**2, "pca")
 
 
 def default_latent_shape(
@@ -303,15 +307,15 @@ def train_config_for(
     patch_size = _patch_size((square, square) if square else size, latents)
     if any(side % (stride * patch_size) for side in size):
         raise ConfigError(f"image-size: got {size[0]}x{size[1]}, expected multiples of {stride * patch_size}")
-    is_pca = latents is not None and latents.is_pca
-    x0_bound = 10.0 if is_pca else 4.0 if latents else math.ceil(10 * summary.max_abs_z) / 10
+    has_components = latents is not None and latents.has_components
+    x0_bound = 10.0 if has_components else 4.0 if latents else math.ceil(10 * summary.max_abs_z) / 10
     narrow, wide, depth = chosen.head
     encoder, decoder = chosen.trunks
     total = images or max(EPOCHS * summary.count, MIN_IMAGES)
     tenth = max(total // 10, 1)
     text = text if text is not None else WORDS if summary.words else ""
     length = ENCODER_TOKENS if text_width else min(summary.caption_length, MAX_CAPTION_WORDS) if text else 0
-    is_shifted = (latents is None or latents.by_pca_alone) and summary.count < MAX_COUNT_FOR_SHIFT
+    is_shifted = (latents is None or not latents.is_cached) and summary.count < MAX_COUNT_FOR_SHIFT
     return TrainConfig(
         text=text,
         model=ModelConfig(
@@ -323,7 +327,7 @@ def train_config_for(
             head=HeadConfig(
                 narrow if channels * patch_size**2 <= MAX_NARROW_TOKEN else wide,
                 depth,
-                prediction="x0" if is_pca else "v",
+                prediction="x0" if has_components else "v",
                 batch_mul=2,
             ),
             buffer_size=max(chosen.buffer_size, length),
@@ -334,7 +338,7 @@ def train_config_for(
             projection_dropout=0.0,
         ),
         sampling=SamplingConfig(
-            **(X0_SAMPLING if is_pca else {"diffusion_steps": 50}),
+            **(X0_SAMPLING if has_components else {"diffusion_steps": 50}),
             steps=32,
             guidance_scale=_guidance_scale(summary, latents, text),
             x0_bound=x0_bound,
@@ -361,7 +365,7 @@ def _guidance_scale(summary: DatasetSummary, latents: LatentShape | None, text: 
         return 1.5
     if len(summary.classes) < 2:
         return 1.0
-    return 5.0 if latents is not None and latents.is_residual else 3.0
+    return 5.0 if latents is not None and latents.kind == "residual" else 3.0
 
 
 def tokenizer_config_for(
@@ -380,7 +384,7 @@ def tokenizer_config_for(
         images: Length of the run; by default 10 times each image, and 60,000 at least.
         square: Side of the square that `size` replaces. The width follows from it, or by default from `size`.
     """
-    is_residual, side = latents.is_pca, square or max(size)
+    is_residual, side = latents.kind == "residual", square or max(size)
     total = images or max(TOKENIZER_EPOCHS * summary.count, TOKENIZER_MIN_IMAGES)
     return TokenizerTrainConfig(
         image_size=size,

@@ -10,18 +10,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import numpy as np
 from jaxtyping import Float64
 
-from mar.autoconfig.sizes import DatasetSummary, LatentShape
+from mar.autoconfig.sizes import DatasetSummary, LatentKind, LatentShape
 from mar.checkpoint import checksums
 from mar.checkpoint.tokenizers import own_kind
 from mar.config import ConfigError, from_dict, to_dict
+from mar.config.tokenizer import Stride
 from mar.data.captions import Captions, captions_of, count_words, split_words
 from mar.data.images import Source, UnreadableImage, convert_channels, upright
-from mar.data.latent_cache import LatentSource
+from mar.data.latent_cache import CacheManifest, LatentSource
 from mar.data.splits import stratified_indices
 from mar.tokenizer import PixelTokenizer
 from mar.tokenizer.base import fingerprint
@@ -30,6 +31,8 @@ Item = TypeVar("Item")
 
 SAMPLED_IMAGES = 64
 """Images that a summary is computed from."""
+MAX_STRIDE = max(get_args(Stride))
+"""Largest stride of a tokenizer that was trained here."""
 MIN_IMAGES = 16
 """Fewer images are refused."""
 SUMMARY_FILE = "pictures.json"
@@ -100,10 +103,15 @@ def summarize_cache(source: LatentSource) -> tuple[DatasetSummary, LatentShape |
     if channels in (1, 3) and manifest.fingerprint == fingerprint(PixelTokenizer(channels)):
         pixels = _read_sample(len(source), str(source.folder), lambda index: source.read(index, flip=False)[0].numpy())
         return replace(summary, image_channels=channels, max_abs_z=_max_abs_z(pixels)), None
-    # a cache of an autoencoder has two parts, mean and variance; one of components has one
-    is_residual = own_kind(Path(manifest.tokenizer)) == "residual"
-    stride = manifest.size[0] // height
-    return summary, LatentShape(stride, channels, is_pca=manifest.parts == 1, is_residual=is_residual)
+    return summary, LatentShape(manifest.size[0] // height, channels, _latent_kind(manifest))
+
+
+def _latent_kind(manifest: CacheManifest) -> LatentKind:
+    """Returns the kind of a cache's latents; of earlier caches, as far as it can be told."""
+    kind = manifest.tokenizer_kind or own_kind(Path(manifest.tokenizer))
+    if kind is None and manifest.parts == 1:  # components have no variance, nor has DC-AE, whose strides are larger
+        kind = "pca" if manifest.size[0] // manifest.shape[1] <= MAX_STRIDE else "dc"
+    return "residual" if kind == "residual" else "pca" if kind == "pca" else "autoencoder"
 
 
 def _read_sample(count: int, name: str, read: Callable[[int], Item]) -> list[Item]:

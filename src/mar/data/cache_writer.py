@@ -50,8 +50,8 @@ from mar.tokenizer.base import fingerprint, unscaled_moments
 PIXELS_PER_CALL = 2**14
 """Pixels that a CPU thread encodes at once. A constant: the last bits of latents depend on it."""
 
-_FOR_PEOPLE = ("tokenizer", "data")
-"""Fields of a manifest that may differ."""
+_FREE = ("tokenizer", "data", "tokenizer_kind")
+"""Fields of a manifest that may differ: names for people, and what follows from the fingerprint."""
 _TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}")
 
 
@@ -121,6 +121,7 @@ def describe_cache(
         dtype=dtype,
         shard=shard,
         upright=upright,
+        tokenizer_kind=str(tokenizer.config().get("kind", "")),
     )
 
 
@@ -156,7 +157,7 @@ def _has_shard(out: Path, manifest: CacheManifest, shard: int) -> bool:
 
 def _check_same_cache(out: Path, manifest: CacheManifest) -> None:
     before, now = to_dict(read_manifest(out)), to_dict(manifest)
-    different = [key for key in now if key not in _FOR_PEOPLE and before[key] != now[key]]
+    different = [key for key in now if key not in _FREE and before[key] != now[key]]
     if not different:
         return
     words = {

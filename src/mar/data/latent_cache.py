@@ -84,6 +84,8 @@ class CacheManifest:
     """Images of a shard."""
     upright: bool = False
     """True: images were turned upright by their EXIF orientation; caches of earlier versions do not say it."""
+    tokenizer_kind: str = ""
+    """The tokenizer's kind (`mar.tokenizer.TOKENIZERS`); caches of earlier versions do not say it."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
