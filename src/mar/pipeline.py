@@ -124,6 +124,9 @@ class Pipeline(
                 f"tokenizer: got one with {tokenizer.channels} latent channels, expected {model.config.channels}, "
                 "as the model has"
             )
+        if expected := tokenizer.unfit(*(height_and_width := tokenizer.image_size(model.config.grid))):
+            got = "{}x{}".format(*height_and_width)
+            raise ValueError(f"tokenizer: the model's grid makes pictures of {got}, expected {expected}")
         if model.config.takes_captions != (captions is not None):
             raise ValueError(f"captions: got {captions!r}, but the model's condition is {model.config.condition!r}")
         self.model = model.eval()

@@ -252,7 +252,7 @@ def _shape_of(name: str) -> tuple[LatentShape | None, int]:
         default = pca_shape(tokenizer.stride)
         return default if is_name(name) else replace(default, channels=tokenizer.channels), SIDES[1]
     kind: LatentKind = "residual" if isinstance(tokenizer, ResidualTokenizer) else "autoencoder"
-    return LatentShape(tokenizer.stride, tokenizer.channels, kind), _trained_side(tokenizer)
+    return LatentShape(tokenizer.stride, tokenizer.channels, kind, tokenizer.fixed_size), _trained_side(tokenizer)
 
 
 def _begun_settings(out: Path) -> dict[str, Any]:
@@ -298,6 +298,12 @@ def _crop(
 ) -> tuple[tuple[int, int], int | None]:
     """Return height and width of crops, and `TokenLayout.square`."""
     size = _square_or_given(overrides, summary, largest)
+    if shape is not None and shape.image_size is not None:
+        only = shape.image_size
+        if overrides.image_size is not None and size != only:
+            got = f"{size[0]}x{size[1]}"
+            raise ConfigError(f"image-size: got {got}, expected {only[0]}x{only[1]}: the tokenizer knows no other size")
+        return only, None
     if overrides.image_size is not None:
         return size, None
     square = largest_multiple(size[0], shape)

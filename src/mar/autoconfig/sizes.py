@@ -59,6 +59,8 @@ class LatentShape:
     """Side of a latent cell, in pixels."""
     channels: int
     kind: LatentKind = "autoencoder"
+    image_size: tuple[int, int] | None = None
+    """The only height and width of images that the tokenizer takes, in pixels; None: multiples of the stride."""
 
     @property
     def has_components(self) -> bool:

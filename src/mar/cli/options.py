@@ -193,10 +193,23 @@ def _one_line(box: str, verb: str) -> str:
     lines = [re.sub("-{5,}", "", line.strip(_FRAME)).strip() for line in box.splitlines()]  # without UTF-8, dashes
     _, *lines = [line for line in lines if line and not line.startswith("For full helptext")] or [""]
     lines = list(itertools.takewhile(lambda line: not line.startswith("Argument helptext"), lines))
-    text = " ".join(line for line in lines if line != f"mar {verb} --help")
+    lines = [line for line in lines if line != f"mar {verb} --help"]
+    text = _missing(lines) if lines and lines[0].startswith("Missing from") else " ".join(lines)
     for pattern, plain in _TYRO_MESSAGES:
         text = pattern.sub(plain, text)
     return f"{text.rstrip('.;') or 'got options that are not understood'}; see `mar {verb} --help`"
+
+
+def _missing(lines: Sequence[str]) -> str:
+    """Lists the options that are missing, each with its help, from the lines of tyro's message."""
+    options: list[list[str]] = []
+    for line in lines[1:]:
+        if line.startswith("--") or line.isupper() or not options:
+            options.append([line])
+        else:
+            options[-1].append(line)
+    listed = [f"{name} ({' '.join(words).removesuffix('(required)').rstrip(' .')})" for name, *words in options]
+    return f"{lines[0].removeprefix('Missing from ').rstrip(':')} needs {' and '.join(listed)}"
 
 
 _FRAME = "│╭╮╰╯─ \t"
@@ -215,8 +228,6 @@ _TYRO_MESSAGES: list[tuple[re.Pattern[str], Any]] = [
     (re.compile(r"Error parsing (\S+): no type matching (.+?) could be instantiated from \[(.*?)\]\. Got errors.*"),
      lambda match: f"{match[1]}: got {match[3]}, expected {re.sub('[{}]', '', match[2].replace('{None}|', ''))}"),
     (re.compile(r"Error parsing (\S+): "), r"\1: "),
-    (re.compile(r"^Missing from (mar .*?):"), r"\1 needs"),
-    (re.compile(r" \(required\)"), ";"),
     (re.compile(r"^Unrecognized options: ([^\s,]+),? .*?Perhaps you meant: (--\S+).*"),
      r"there is no \1; the nearest is \2"),
     (re.compile(r"Missing value for argument '(.*?)'\. Expected (\d+) values"),

@@ -94,6 +94,8 @@ def _stats(arguments: Sequence[str]) -> int:
         check_writable(Path(options.tokenizer), is_file=False)
     source = open_source(options.data)
     measured = zoo.load_tokenizer(options.tokenizer, resolve_image_channels(options.data))
+    if expected := measured.unfit(options.image_size, options.image_size):
+        raise ValueError(f"--image-size: got {options.image_size}, expected {expected}")
     transform = Transform(options.image_size, measured.image_channels)
     statistics = measure_latents(
         measured, in_order(source, transform, limit=options.limit), per_channel=options.per_channel

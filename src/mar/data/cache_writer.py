@@ -91,7 +91,7 @@ def describe_cache(
     shard: int = 1024,
     upright: bool = False,
 ) -> CacheManifest:
-    """Describe a cache to be made. Raises ConfigError for a size that is no multiple of the stride.
+    """Describe a cache to be made. Raises ConfigError for a size that the tokenizer does not take.
 
     Args:
         source: the images.
@@ -105,8 +105,8 @@ def describe_cache(
         upright: turn images upright by their EXIF orientation.
     """
     height, width = size
-    if min(size) < 1 or height % tokenizer.stride or width % tokenizer.stride:
-        raise ConfigError(f"image-size: got {height}x{width}, expected multiples of the stride {tokenizer.stride}")
+    if expected := tokenizer.unfit(height, width):
+        raise ConfigError(f"image-size: got {height}x{width}, expected {expected}")
     return CacheManifest(
         tokenizer=tokenizer_name,
         fingerprint=fingerprint(tokenizer),

@@ -16,6 +16,7 @@ import pickle
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing import forkserver, reduction, resource_tracker
@@ -77,17 +78,19 @@ def make_dataloader(
     options: dict[str, Any] = {}
     if workers:
         options = {"multiprocessing_context": START_METHOD, "timeout": POLL_S, "prefetch_factor": PREFETCH}
-    loader = DataLoader(
-        data,
-        batch_size=None if batches is None else 1,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_Packing(collate) if workers and has_memfd() else collate,
-        pin_memory=pin,
-        worker_init_fn=_begin_worker,
-        generator=torch.Generator(),  # else it would draw from the global one
-        **options,
-    )
+    with warnings.catch_warnings():  # more workers than cores may be meant: a slow disk has them wait
+        warnings.filterwarnings("ignore", message="This DataLoader will create")
+        loader = DataLoader(
+            data,
+            batch_size=None if batches is None else 1,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=_Packing(collate) if workers and has_memfd() else collate,
+            pin_memory=pin,
+            worker_init_fn=_begin_worker,
+            generator=torch.Generator(),  # else it would draw from the global one
+            **options,
+        )
     try:
         with _without_signals() if workers else contextlib.nullcontext():
             iterator = iter(loader)

@@ -165,12 +165,20 @@ class Tokenizer(nn.Module, ABC):
         return grid[0] * self.stride, grid[1] * self.stride
 
     def check_images(self, images: Tensor) -> None:
-        """Raise ValueError for images of other channels or of indivisible sizes."""
+        """Raise ValueError for images of other channels or of unfit sizes."""
         _, c, height, width = images.shape
         if c != self.image_channels:
             raise ValueError(f"images: got {c} channels, expected {self.image_channels} for this tokenizer")
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"images: got {height}x{width} pixels, expected multiples of the stride {self.stride}")
+        if expected := self.unfit(height, width):
+            raise ValueError(f"images: got {height}x{width} pixels, expected {expected}")
+
+    def unfit(self, height: int, width: int) -> str | None:
+        """Return which sizes of images are expected, in words; None: this one will do."""
+        if self.fixed_size not in (None, (height, width)):
+            return "{}x{}: the tokenizer knows no other size".format(*self.fixed_size)
+        if min(height, width) < 1 or height % self.stride or width % self.stride:
+            return f"multiples of the stride {self.stride}"
+        return None
 
 
 # ---- statistics of raw latents

@@ -227,14 +227,6 @@ class ViTTokenizer(Tokenizer):
             images = _in_slices(self.decoder, raw)
         return images.clamp(-1, 1)
 
-    def check_images(self, images: Tensor) -> None:
-        """Raise ValueError for images of other channels or another size."""
-        super().check_images(images)
-        size = self.vit.image_size
-        if tuple(images.shape[2:]) != (size, size):
-            height, width = images.shape[2:]
-            raise ValueError(f"images: got {height}x{width} pixels, expected {size}x{size} for this tokenizer")
-
     def config(self) -> dict[str, Any]:
         """Return kind and architecture."""
         return {"kind": "vit", "vit": asdict(self.vit), **super().config()}

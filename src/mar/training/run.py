@@ -407,6 +407,9 @@ def _open_tokenizer(
         _check_cache(config, source, tokenizer)
     if tokenizer.channels != channels:
         raise ConfigError(f"the tokenizer's latents have {tokenizer.channels} channels, the model's {channels}")
+    height, width = tokenizer.image_size(config.model.grid)
+    if expected := tokenizer.unfit(height, width):
+        raise ConfigError(f"--model.grid: got one for pictures of {height}x{width}, expected one for {expected}")
     if config.image_channels not in (None, tokenizer.image_channels):
         raise ConfigError(
             f"image_channels is {config.image_channels}, but the tokenizer takes {tokenizer.image_channels}; "
@@ -421,7 +424,7 @@ def _open_tokenizer(
             statistics = measure_moments(source.in_order())
             tokenizer.set_statistics(statistics.mean, statistics.std)
         else:
-            transform = Transform(tokenizer.image_size(config.model.grid), tokenizer.image_channels, config.upright)
+            transform = Transform((height, width), tokenizer.image_channels, config.upright)
             limit = STATS_IMAGES if isinstance(source, StreamSource) else None
             tokenizer.fit(in_order(source, transform, limit=limit))
     return tokenizer
