@@ -78,22 +78,22 @@ def make_dataloader(
     options: dict[str, Any] = {}
     if workers:
         options = {"multiprocessing_context": START_METHOD, "timeout": POLL_S, "prefetch_factor": PREFETCH}
-    with warnings.catch_warnings():  # more workers than cores may be meant: a slow disk has them wait
-        warnings.filterwarnings("ignore", message="This DataLoader will create")
-        loader = DataLoader(
-            data,
-            batch_size=None if batches is None else 1,
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=_Packing(collate) if workers and has_memfd() else collate,
-            pin_memory=pin,
-            worker_init_fn=_begin_worker,
-            generator=torch.Generator(),  # else it would draw from the global one
-            **options,
-        )
     try:
-        with _without_signals() if workers else contextlib.nullcontext():
-            iterator = iter(loader)
+        with warnings.catch_warnings():  # more workers than cores may be meant: of a slow disk they wait
+            warnings.filterwarnings("ignore", message="This DataLoader will create")
+            loader = DataLoader(
+                data,
+                batch_size=None if batches is None else 1,
+                batch_sampler=batches,
+                num_workers=workers,
+                collate_fn=_Packing(collate) if workers and has_memfd() else collate,
+                pin_memory=pin,
+                worker_init_fn=_begin_worker,
+                generator=torch.Generator(),  # else it would draw from the global one
+                **options,
+            )
+            with _without_signals() if workers else contextlib.nullcontext():
+                iterator = iter(loader)
     except OSError as error:
         raise ConfigError(
             f"workers: {workers} processes that read ahead can't be started ({error}); take --workers 0, which reads "
