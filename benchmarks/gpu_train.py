@@ -77,7 +77,7 @@ def configure(bench: Bench) -> TrainConfig:
     if options.train not in RECIPES:
         raise ConfigError(
             f"got --train {options.train}, expected one of {', '.join(RECIPES)}; a recipe that plans from its images "
-            f"is `mar train {options.train} --minutes {options.minutes:g}`"
+            f"is `mar train {options.train} --data FOLDER --minutes {options.minutes:g}`"
         )
     base = recipe(options.train)
     config = settings(options.train, base.data, options.set)  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ DC_CONFIG: dict[str, Any] = {
     "encoder_block_out_channels": [32, 32],
     "decoder_block_out_channels": [32, 32],
     "encoder_layers_per_block": [0, 1],
-    "decoder_layers_per_block": [0, 1],
+    "decoder_layers_per_block": [1, 1],
     "encoder_qkv_multiscales": [[], []],
     "decoder_qkv_multiscales": [[], []],
     "decoder_norm_types": ["batch_norm", "rms_norm"],

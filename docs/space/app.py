@@ -2,4 +2,4 @@
 
 from mar.app import launch
 
-launch(["fashion"], host="0.0.0.0", port=7860)
+launch(host="0.0.0.0", port=7860)

@@ -47,7 +47,7 @@ OutputType = Literal["pil", "pt", "np", "latent"]
 Callback = Callable[[Any, int, int, dict[str, Any]], dict[str, Any] | None]
 """Takes the pipeline, the step from 0, the number of steps left, and the requested tensors."""
 CODE = '''\
-"""Tell diffusers where the class of this folder is. Needs `pip install mar`."""
+"""Tell diffusers where the class of this folder is. Needs mar, from its repository: PyPI's is another."""
 
 from mar.diffusers_pipeline import MARPipeline
 '''

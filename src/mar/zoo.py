@@ -68,6 +68,16 @@ def load(
     return _open(str(name)).to(chosen, dtype or devices.torch_dtype(devices.default_precision(chosen)))
 
 
+def _official_path(name: str) -> Path:
+    """Return the file of a published model: converted, else as it was published, else somebody's flat one."""
+    published, other = home() / OFFICIAL[name][0].name, home() / f"{name}.safetensors"
+    if other.is_file() and not (official.is_flat_official(other) and published.is_file()):
+        return other
+    if missing(name):
+        raise CheckpointError(f"{name} is not in {home()}; get it with `mar download {name}`")
+    return published
+
+
 def check_name(name: str) -> None:
     """Raise ValueError for a name that `load` can't find, without loading anything.
 
@@ -116,12 +126,9 @@ def _open(name: str) -> Pipeline:
 
 def _official(name: str) -> Pipeline:
     """Load a published model from the download folder, converted or not."""
-    converted = home() / f"{name}.safetensors"
-    if converted.is_file():
-        return Pipeline.open(converted)
-    if missing(name):
-        raise CheckpointError(f"{name} is not in {home()}; get it with `mar download {name}`")
-    record, path = PUBLISHED[name], home() / OFFICIAL[name][0].name
+    record, path = PUBLISHED[name], _official_path(name)
+    if not official.is_torch_file(path) and not official.is_flat_official(path):
+        return Pipeline.open(path)  # converted
     loaded = import_official(path, family=record.family, sampling=record.sampling)
     if loaded.model.config != record.config:
         raise CheckpointError(f"{path} is another model than {name}; give the file's path, or download {name} again")
@@ -188,21 +195,18 @@ def _tokenizer_of_checkpoint(path: Path, family: Family, name: str, given: Path 
         given: the tokenizer that the user gave, if any.
     """
     record = TOKENIZERS[name]
-    if given is None:
-        file = tokenizer_path(name, path.parent)
-        if file is None:
-            raise CheckpointError(f"{path} needs the tokenizer {record.title}; get it with `mar download {name}`")
-        loaded = _load_published(name, file)
-    else:
-        loaded = load_tokenizer(str(given))
+    file = given or tokenizer_path(name, path.parent)
+    if file is None:
+        raise CheckpointError(f"{path} needs the tokenizer {record.title}; get it with `mar download {name}`")
+    loaded = _load_published(name, file) if given is None else load_tokenizer(str(given))
     got = loaded.config()["kind"]
     if got != record.kind and got in {each.kind for each in TOKENIZERS.values()}:
         others = [f for f in same_tensors(family) if TOKENIZERS[FAMILIES[f].tokenizer].kind == got]
         hint = f", or --family {others[0]} if it is {FAMILIES[others[0]].title}" if others else ""
-        raise CheckpointError(f"{path} got {given}, a tokenizer of kind {got}; it needs {record.title} ({name}){hint}")
+        raise CheckpointError(f"{path} got {file}, a tokenizer of kind {got}; it needs {record.title} ({name}){hint}")
     if not loaded.has_stats:
-        raise CheckpointError(f"{given} has no statistics of its latents, expected {_statistics_of(record)}")
-    _check_scale(loaded, record, given)
+        raise CheckpointError(f"{file} has no statistics of its latents, expected {_statistics_of(record)}")
+    _check_scale(loaded, record, file)
     return loaded
 
 
@@ -211,14 +215,14 @@ def _statistics_of(record: PublishedTokenizer) -> str:
     return own if record.scale is None else f"the scale {record.scale} of {record.title}"
 
 
-def _check_scale(loaded: Tokenizer, record: PublishedTokenizer, given: Path | None) -> None:
+def _check_scale(loaded: Tokenizer, record: PublishedTokenizer, file: Path) -> None:
     """Refuse a tokenizer of the same kind that scales its latents in another way, so is another one."""
     if record.scale is None or loaded.config()["kind"] != record.kind:
         return
     if bool(loaded.mean.any()) or not torch.allclose(loaded.std * record.scale, torch.ones_like(loaded.std), rtol=1e-3):
         got = ", ".join(f"{1 / value:.4g}" for value in loaded.std.tolist()[:3])
         raise CheckpointError(
-            f"{given} is another tokenizer: got latents of the scale {got}, expected {record.scale} of {record.title}"
+            f"{file} is another tokenizer: got latents of the scale {got}, expected {record.scale} of {record.title}"
         )
 
 
@@ -304,20 +308,23 @@ def tokenizer_path(name: str, folder: Path | None = None) -> Path | None:
 
     None: they, or the files they need, are in neither.
     """
-    files = [Path(file.name) for file in TOKENIZERS[name].files]
+    files = [Path(file.name) for file in TOKENIZERS[name].files]  # some are in a folder, as dc-ae/config.json
     beside = [Path(file.name) for file in files]
-    for place, own in ([(folder, beside)] if folder else []) + [(home(), files)]:
+    for place, own in ([(folder, beside), (folder, files)] if folder else []) + [(home(), files)]:
         if all((place / file).is_file() for file in own):
             return place / own[0]
     return None
 
 
-def describe(path: Path) -> store.Header:
-    """Read the description of a model's file or folder.
+def describe(name: str | Path) -> store.Header:
+    """Read the description of a model by name, file or folder.
 
-    It is one that mar wrote, or a checkpoint of MAR, eMIGM or l-DeTok.
-    Weights are compared as `load` does: those that are not finite raise CheckpointError.
+    It is a bundled or published one, one that mar wrote, or a checkpoint of MAR, eMIGM or l-DeTok. Weights are compared
+    as `load` does: those that are not finite raise CheckpointError.
     """
+    path = asset(f"{name}.safetensors") if name in BUNDLED else Path(name)
+    if name in PUBLISHED and not path.exists():
+        path = _official_path(str(name))
     if path.is_file() and (official.is_torch_file(path) or official.is_flat_official(path)):
         return _describe_official(path)
     return store.check(path / WEIGHTS_FILE if path.is_dir() else path)

@@ -983,7 +983,7 @@ def test_app_without_gradio_says_how_to_get_it(
     monkeypatch.setitem(sys.modules, "gradio", gradio)
     line = mistake(["--port", str(free_port())], capsys)
     assert line.startswith("mar: the studio needs gradio")
-    assert "pip install 'mar[app]'" in line
+    assert 'pip install ".[app]" in the clone of mar' in line
 
 
 # ---- downloads, and the end

@@ -134,9 +134,11 @@ def _import_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise ValueError(f"the studio needs gradio: pip install 'mar[app]' ({error})") from error
+        raise ValueError(f'the studio needs gradio: pip install ".[app]" in the clone of mar ({error})') from error
     if not hasattr(gradio, "Server"):
-        raise ValueError(f"the studio needs gradio 6.10 or later, got {gradio.__version__}: pip install 'mar[app]'")
+        raise ValueError(
+            f'the studio needs gradio 6.10 or later, got {gradio.__version__}: pip install ".[app]" in the clone of mar'
+        )
     return gradio
 
 

@@ -386,6 +386,11 @@ def _with_latents(
         }  # fmt: skip
         step = TokenizerStep(TokenizerTrainConfig(**settings), out / "tokenizer")
         name = str(step.out)
+    elif config.model.channels != layout.shape.channels:
+        raise ConfigError(
+            f"model.channels is {config.model.channels}, but the latents of {name} have {layout.shape.channels}; "
+            "leave it out"
+        )
     cache = CacheStep(
         config.data,
         out / "latents",

@@ -161,6 +161,8 @@ def crop_side(summary: DatasetSummary, largest: int) -> int:
             f"the pictures are only {summary.side} pixels wide or high: expected at least {MIN_SIDE}; --image-size "
             f"{MIN_SIDE} enlarges them"
         )
+    if side == largest:
+        return side
     multiple = 4 if side >= 16 else 2
     return next((usual for usual in SIDES if usual <= side), side // multiple * multiple)
 

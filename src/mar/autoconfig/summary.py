@@ -22,7 +22,7 @@ from mar.config import ConfigError, from_dict, to_dict
 from mar.config.tokenizer import Stride
 from mar.data.captions import Captions, captions_of, count_words, split_words
 from mar.data.images import Source, UnreadableImage, convert_channels, upright
-from mar.data.latent_cache import CacheManifest, LatentSource
+from mar.data.latent_cache import MANIFEST, CacheManifest, LatentSource
 from mar.data.splits import stratified_indices
 from mar.tokenizer import PixelTokenizer
 from mar.tokenizer.base import fingerprint
@@ -157,7 +157,7 @@ def load_summary(
         ConfigError: The classes have changed.
     """
     path = folder / SUMMARY_FILE
-    if not path.is_file():
+    if not path.is_file() or not has_begun(folder):
         return summarize_dataset(source, name, turn_upright), None
     try:
         saved = from_dict(DatasetSummary, checksums.read_json(path))
@@ -172,10 +172,16 @@ def load_summary(
     return saved, f"{name} has {len(source):,} pictures now, {saved.count:,} when the run began" if changed else None
 
 
+def has_begun(folder: Path) -> bool:
+    """Returns whether a step of a run has begun, so that its choices stay."""
+    first = ("run.json", "tokenizer/run.json", f"latents/{MANIFEST}")
+    return any((folder / name).is_file() for name in first)
+
+
 def save_summary(folder: Path, summary: DatasetSummary) -> None:
-    """Saves a summary with the run in `folder`, unless it has one."""
+    """Saves a summary with a run, unless it has begun with one."""
     path = folder / SUMMARY_FILE
-    if not path.is_file():
+    if not path.is_file() or not has_begun(folder):
         folder.mkdir(parents=True, exist_ok=True)
         checksums.write_json(path, to_dict(summary))
 

@@ -159,11 +159,11 @@ def fetch(
     """
     folder = home() if folder is None else Path(folder)
     opener = opener or urllib.request.build_opener()
-    remote, copied = _from_mirror(remote, mirror or os.environ.get("MAR_MIRROR"))
     target = folder / remote.name
     if target.exists():
         _check_file(target, remote, f"remove {target} and run again to fetch it anew")
         return target
+    remote, copied = _from_mirror(remote, mirror or os.environ.get("MAR_MIRROR"))
     clear_leftovers(target.parent)
     with new_folders(target.parent), _open_part(remote, target.parent) as part:
         failures: list[DownloadError] = []

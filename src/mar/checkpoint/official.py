@@ -380,6 +380,7 @@ def _unsupported_feature(config: ModelConfig) -> str | None:
     """Name a feature of the model that the reference lacks, if any."""
     shape = (config.encoder.mlp_ratio, config.decoder.mlp_ratio)
     reasons = {
+        "models of captions": config.takes_captions,
         "unconditional models": config.classes == 0,
         "rectangular grids": config.grid[0] != config.grid[1],
         f"prediction of {config.head.prediction}": config.head.prediction != "noise",

@@ -60,6 +60,8 @@ _CHECKSUMS, _OLD_CHECKSUMS = "checksums", "sha256"
 """Key of the header's checksums, and in files that have one for all tensors."""
 _DTYPES = ("F64", "F32", "F16", "BF16")
 """Types of tensors, as safetensors calls them; I8 beside a scale."""
+_COUNTER = "num_batches_tracked"
+"""End of the names of BatchNorm's counters, which are no weights: not saved, and ignored in earlier files."""
 _MAX_HEADER = 100_000_000
 _MIN_BOUND = 1_000_000
 """Whole numbers of a header may be so large in any file; larger ones need as many bytes of tensors."""
@@ -104,7 +106,8 @@ def save(path: str | os.PathLike[str], header: Header, tensors: Mapping[str, Ten
     _check_fit(path, header.model, {name: tensor.shape for name, tensor in unwrap(tensors).items()})
     # One entry alone: safetensors writes several in an order that changes from call to call.
     values = {name: value for name, value in to_dict(header).items() if value or name != "condition"}
-    stored = {unwrap_name(name): tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+    weights = {unwrap_name(name): tensor for name, tensor in tensors.items() if not name.endswith(_COUNTER)}
+    stored = {name: tensor.detach().to("cpu").contiguous() for name, tensor in weights.items()}
     if bits8:
         stored = {key: value for name, tensor in stored.items() for key, value in to_8_bits(name, tensor).items()}
     content = {"format": FORMAT, **values, _CHECKSUMS: {"crc32": checksums.tensor_checksums(stored)}}
@@ -150,6 +153,7 @@ def _load(path: Path, device: str, compare: bool) -> tuple[Header, dict[str, Ten
         if changed := _changed(tensors, written):
             raise CheckpointError(f"{path} is damaged in {_shorten(changed)}: not as it was written; get it again")
         checksums.note_compared(path)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(_COUNTER)}
     for name in [name for name in tensors if name.endswith(_SCALE)]:
         of, scale = name.removesuffix(_SCALE), tensors.pop(name)
         tensors[of] = from_8_bits(tensors[of], scale)
@@ -325,6 +329,7 @@ def _numbers(value: Any, name: str = "", depth: int = 0) -> Iterator[tuple[str, 
 
 def _stored_shapes(table: Mapping[str, Any]) -> dict[str, torch.Size]:
     """Return name and shape of every tensor of a file. Raises CheckpointError for types that hold no weights."""
+    table = {name: entry for name, entry in table.items() if not name.endswith(_COUNTER)}
     for name, entry in table.items():
         of = name.removesuffix(_SCALE)
         if of != name:
@@ -339,7 +344,8 @@ def _tokenizer_shapes(header: Header) -> dict[str, torch.Size]:
     """Return name and shape of the tokenizer's tensors, without creating them."""
     try:
         with init_empty_weights():
-            return {name: tensor.shape for name, tensor in build(header.tokenizer).state_dict().items()}
+            state = build(header.tokenizer).state_dict()
+            return {name: tensor.shape for name, tensor in state.items() if not name.endswith(_COUNTER)}
     except CheckpointError:
         raise
     except Exception as error:

@@ -38,8 +38,7 @@ def load_tokenizer(path: str | Path, subfolder: str | None = None, *, local_file
     default is another model's. `subfolder` is "vae" by default for a pipeline. Raises ValueError if there is neither.
     """
     folder = Path(path)
-    if subfolder is None and not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
-        subfolder = "vae"
+    subfolder = _subfolder(folder) if subfolder is None else subfolder
     own = _load_own(folder)
     if own is not None:
         return own
@@ -49,6 +48,12 @@ def load_tokenizer(path: str | Path, subfolder: str | None = None, *, local_file
     if statistics.is_file():
         _read_statistics(statistics, tokenizer)
     return tokenizer
+
+
+def _subfolder(folder: Path) -> str | None:
+    """Return where the autoencoder of a pipeline's folder is; None: there is no such part."""
+    is_part = not (folder / CONFIG_FILE).is_file() and (folder / "vae" / CONFIG_FILE).is_file()
+    return "vae" if is_part else None
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -79,7 +84,7 @@ def save_statistics(tokenizer: Tokenizer, folder: str | Path) -> Path:
     if getattr(tokenizer, "autoencoder", None) is None:
         _save_own(tokenizer, Path(folder))
         return Path(folder, WEIGHTS_FILE)
-    path = Path(folder, STATISTICS_FILE)
+    path = Path(folder, _subfolder(Path(folder)) or "", STATISTICS_FILE)
     checksums.write_json(path, _statistics(tokenizer))
     return path
 

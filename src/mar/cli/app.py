@@ -19,7 +19,7 @@ STOPPED = 130
 
 @dataclass(frozen=True)
 class AppOptions:
-    """Serves a page where pictures grow, are painted over and changed. Needs `pip install "mar[app]"`."""
+    """Serves a page where pictures grow, are painted over and changed. Needs `pip install ".[app]"`."""
 
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Models to choose from, as `mar sample` takes them; by default the bundled ones."""

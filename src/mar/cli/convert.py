@@ -64,6 +64,9 @@ def convert(arguments: Sequence[str]) -> int:
         _check_options(options, ("weights", "dtype") if source.is_dir() else ("dtype",), f"{source}, which is ours")
         pipeline = zoo.load(_raw_path(source / WEIGHTS_FILE) if options.weights == "raw" else source, device="cpu")
     else:
+        for name in ("num_heads", "patch_size"):
+            if (value := getattr(options, name)) is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, expected at least 1")
         pipeline = zoo.import_official(
             source,
             options.tokenizer,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -19,7 +18,7 @@ class InfoOptions:
     """Prints this machine's device and versions, and the contents of a model."""
 
     model: Annotated[str | None, tyro.conf.Positional] = None
-    """A bundled name, a file or a folder of ours."""
+    """A bundled or published name, a file or a folder."""
 
 
 def info(arguments: Sequence[str]) -> int:
@@ -40,11 +39,10 @@ def info(arguments: Sequence[str]) -> int:
 
 def _print_model(name: str) -> None:
     from mar import zoo
-    from mar.assets import asset
     from mar.checkpoint.store import model_shapes
     from mar.config import to_dict
 
-    header = zoo.describe(asset(f"{name}.safetensors") if name in zoo.BUNDLED else Path(name))
+    header = zoo.describe(name)
     count = sum(shape.numel() for shape in model_shapes(header.model).values())
     print_out(f"{name}: {count / 1e6:.2f} million parameters, the {header.weights.upper()} weights")
     for title, values in (

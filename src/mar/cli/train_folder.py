@@ -137,7 +137,7 @@ def plan_folder(arguments: Sequence[str], lengths: TimePlan | None = None) -> tu
     options = parse(FolderOptions, VERB, arguments, FolderOptions(given.out, choice.recipe, vae=vae))
     if not choice.from_cache:
         check_classes(options.config, choice.summary.classes)
-        if options.config.patience:  # its held-out pictures have to be there before a tokenizer is trained
+        if options.config.patience or options.config.validate_on:  # to be there before a tokenizer is trained
             open_run_data(options.config)
     plan = make_plan(choice, options.config, options.vae, given.out)
     reference = options.eval_reference or (options.config.data if plan.cache else None)
@@ -161,13 +161,22 @@ def _saved_lengths(given: _FolderOverrides) -> TimePlan:
     )
 
 
+def _recipe_options(name: str, arguments: Sequence[str]) -> list[str]:
+    """Return the options of a recipe, without its lengths where the user gives a time."""
+    words = PLANNED_RECIPES[name]
+    given = parse(_FolderOverrides, VERB, arguments, partly=True)
+    lengths = ("--images", "--vae.images", "--sample-every") if (given.minutes or given.hours) is not None else ()
+    pairs = zip(words[::2], words[1::2], strict=True)
+    return [word for option, value in pairs if option not in lengths for word in (option, value)]
+
+
 def train_folder(arguments: Sequence[str], name: str = "folder") -> int:
     """Run `mar train folder`, or another recipe of `PLANNED_RECIPES`."""
     from mar import devices, distributed
 
     started = time.monotonic()
     out = () if name == "folder" else ("--out", f"runs/{name}")
-    arguments = [*out, *PLANNED_RECIPES[name], *arguments]
+    arguments = [*out, *_recipe_options(name, arguments), *arguments]
     with distributed.collective_errors():
         plan, options = plan_folder(arguments)
         from mar.checkpoint.files import check_writable  # after --help, which needs no torch
@@ -182,7 +191,7 @@ def train_folder(arguments: Sequence[str], name: str = "folder") -> int:
                 arguments = [*arguments, "--precision", precision]
                 plan, options = plan_folder(arguments)
     assert options.out is not None
-    with distributed.process_group(options.device) as device, exclusive(options.out):
+    with distributed.process_group(options.device, of_one=options.group_of_one) as device, exclusive(options.out):
         with distributed.collective_errors():
             if distributed.rank() == 0:
                 check_writable(options.out, is_file=False)
@@ -262,12 +271,20 @@ class _Steps:
         return plan, options, 0
 
     def _check_time(self, plan: FolderPlan, out: Path) -> None:
-        """Raise ConfigError for a time that a run without one is to be continued with."""
-        from mar.autoconfig.timing import load_time_plan, seconds_of
+        """Raise ConfigError for a time of a run that was begun without one, or whose tokenizer has used it up."""
+        from mar.autoconfig.timing import duration, load_time_plan, seconds_of
 
-        timed = seconds_of(self.given.minutes, self.given.hours) is not None
-        if timed and load_time_plan(out) is None and _has_begun(plan, out):
+        seconds = seconds_of(self.given.minutes, self.given.hours)
+        if seconds is None or load_time_plan(out) is not None:
+            return
+        if _has_begun(plan, out):
             raise ConfigError(f"{out} was begun without a time; leave it out, or take another --out")
+        earlier = 0.0 if plan.tokenizer is None else _logged_seconds(plan.tokenizer.out)
+        if earlier >= seconds:
+            raise ConfigError(
+                f"{duration(seconds)} are for tokenizer and model, but the tokenizer took {duration(earlier)}; give "
+                "more time, or --images"
+            )
 
     def _open_page(self, plan: FolderPlan, options: FolderOptions, untrained: TokenizerStep | None) -> None:
         """Write the page of all steps, on rank 0, and say where it is."""
@@ -403,10 +420,10 @@ def _cache_latents(step: CacheStep, options: FolderOptions, page: Page | None) -
 
 
 def _has_begun(plan: FolderPlan, out: Path) -> bool:
-    """Return whether the model's training, or its tokenizer's, has saved states."""
+    """Return whether the model's training has saved states, or that of its tokenizer, which is not finished."""
     from mar.checkpoint.run_state import RunState
 
-    folders = [out] if plan.tokenizer is None else [out, plan.tokenizer.out]
+    folders = [out] if plan.tokenizer is None or _is_trained(plan.tokenizer) else [out, plan.tokenizer.out]
     return any(RunState(folder).states() for folder in folders)
 
 
@@ -430,6 +447,6 @@ def _is_trained(step: TokenizerStep) -> bool:
     if saved is not None and saved.images != step.config.images:
         raise ConfigError(
             f"{step.out} is finished: it has seen {saved.images:,} pictures, not {step.config.images:,}; "
-            "leave out --vae.images, or take another --out"
+            f"give --vae.images {saved.images}, or take another --out"
         )
     return True

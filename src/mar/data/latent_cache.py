@@ -427,9 +427,15 @@ class LatentSource:
 
     @property
     def labels(self) -> np.ndarray:
-        """Class numbers of the images, -1 for none."""
+        """Class numbers of the images, -1 for none; an unreadable one has that of the next, which is read for it."""
         shards = [self._open(number).labels.numpy() for number in range(self.manifest.shards)]
-        return np.concatenate(shards)[self.indices]
+        labels = np.concatenate(shards)[self.indices]
+        skipped = np.isin(self.indices, [*self.index.skipped])
+        readable = np.flatnonzero(~skipped)
+        if skipped.any() and len(readable):
+            following = np.searchsorted(readable, np.flatnonzero(skipped)) % len(readable)
+            labels[skipped] = labels[readable[following]]
+        return labels
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -2,8 +2,9 @@
 
 It is the solver of eMIGM (arXiv 2503.07197). Source: DPM-Solver++ (arXiv 2211.01095, algorithm 1 and appendix); the
 table's arithmetic is that of its authors' code. Time t goes from 1 to 1/N, log alpha and log sigma are interpolated
-between the N entries, and the network receives fractional timesteps. With lambda = log(alpha / sigma), a step of order
-3 from s to t has its inner times at a third and two thirds of the way in lambda. The variance of the head is unused.
+between the N entries, and the network receives fractional timesteps: t - 1/N times the steps of its training, 1,000 in
+eMIGM. With lambda = log(alpha / sigma), a step of order 3 from s to t has its inner times at a third and two thirds of
+the way in lambda. The variance of the head is unused.
 
 All arithmetic of the table is float32, as in the published samples: near t = 1/N it loses digits of sigma.
 """
@@ -25,8 +26,6 @@ from mar.diffusion.schedule import Schedule, training_schedule
 
 MIN_LOG_SNR = -5.1
 """Timesteps of the training schedule below this are not used."""
-TIMESTEP_FACTOR = 1000
-"""The network's timestep is (t - 1/N) times this."""
 
 
 class LogAlphaTable:
@@ -139,5 +138,5 @@ def single_step_schedule(head: HeadConfig, evaluations: int, sampling: SamplingC
         times += [s, table.time_at(start + shares * h)]
         steps.append(SolverStep(order, *[*shares.tolist(), 0.0, 0.0][:2]))
     every = torch.cat([*times, boundaries[-1:]]).flip(0)
-    timesteps = (every - 1 / len(table)) * TIMESTEP_FACTOR
+    timesteps = (every - 1 / len(table)) * head.diffusion_steps
     return SingleStepSchedule(timesteps, every, table.log_alpha_at(every), tuple(steps))

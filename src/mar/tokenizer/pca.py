@@ -125,8 +125,9 @@ class PCATokenizer(Tokenizer):
 
     @classmethod
     def from_name(cls, name: str, image_channels: int, channels: int | None) -> PCATokenizer:
-        """Create the tokenizer of a name such as pca4; 16 components by default."""
-        return cls(image_channels, int(name.removeprefix("pca")), 16 if channels is None else channels)
+        """Create the tokenizer of a name such as pca4; by default 16 components, or all if there are fewer."""
+        stride = int(name.removeprefix("pca"))
+        return cls(image_channels, stride, min(16, image_channels * stride**2) if channels is None else channels)
 
     def _cut(self, images: Float[Tensor, "n c H W"]) -> Float[Tensor, "n d l"]:
         """Cut images into squares, row by row."""

@@ -116,7 +116,7 @@ def export_and_sample(snapshot: Snapshot, log: Log) -> dict[str, float]:
             continue
         name = "samples" if weights == "ema" else f"samples-{weights}"
         path = snapshot.folder / "samples" / f"{snapshot.images:012d}{name.removeprefix('samples')}.png"
-        columns = min(len(snapshot.asks) // GRID_ROWS, GRID_CLASSES)
+        columns = min(max(len(snapshot.asks) // GRID_ROWS, 1), GRID_CLASSES)
         grid = image_grid([image for share in samples for image in share], columns)
         if save_sheet(path, grid, log):
             log.note(f"drew {path}")

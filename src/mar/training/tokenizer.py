@@ -545,7 +545,7 @@ class Evaluation:
             self.run.should_stop = True
             self.log.note(
                 f"the PSNR of held-out pictures has not risen from {before:.2f} dB for {self.patience} evaluations, "
-                "and its training ends; a larger patience goes on (--vae.patience in `mar train folder`)"
+                "and its training ends; `mar tokenizer train` with a larger --patience goes on"
             )
 
 

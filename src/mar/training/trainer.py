@@ -387,7 +387,8 @@ class Run(TrainingRun):
             shown = range(min(self.config.model.classes, GRID_CLASSES))
             return [label for _ in range(GRID_ROWS) for label in shown] or [None] * GRID_UNCONDITIONAL
         known = [each[0] for each in captions_of(self.source) if each]
-        prompts = [known[index] for index in stratified_indices(len(known), GRID_ROWS * GRID_CLASSES)]
+        chosen = [known[index] for index in stratified_indices(len(known), GRID_ROWS * GRID_CLASSES)]
+        prompts: list[int | str | None] = [*self.captions.readable(chosen)]
         return prompts or [None] * GRID_UNCONDITIONAL
 
     def state_dict(self) -> dict[str, Any]:
