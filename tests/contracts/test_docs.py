@@ -164,7 +164,7 @@ for info in pkgutil.iter_modules(cli.__path__, "mar.cli."):
     if info.name not in ("mar.cli.options", "mar.cli.__main__"):
         importlib.import_module(info.name).parse = parse
 plan.zoo.load_tokenizer = lambda name: types.SimpleNamespace(
-    stride=16, channels=16, config=dict, lossless=False, learns_basis=False, deterministic=False
+    stride=16, channels=16, config=dict, lossless=False, learns_basis=False, fixed_size=None
 )
 for line in json.load(sys.stdin):
     try:

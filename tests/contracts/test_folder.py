@@ -26,7 +26,8 @@ from mar.autoconfig.summary import save_summary
 from mar.autoconfig.timing import TimePlan, save_time_plan
 from mar.checkpoint.tokenizers import save_tokenizer
 from mar.cli import main
-from mar.cli.train_folder import plan_folder
+from mar.cli.train_folder import _recipe_options, plan_folder
+from mar.config import ConfigError
 from mar.config.tokenizer import TokenizerTrainConfig
 from mar.data.latent_cache import read_manifest, write_manifest
 from mar.pipeline import Pipeline
@@ -633,6 +634,53 @@ def test_folder_time_that_contradicts_is_refused(place: Path, capsys: pytest.Cap
     save_time_plan(TimePlan(60.0, 8, 16, 2), place / "run")
     assert "run was planned for 60 s, not 2 min" in refused(capsys, *data, "run", "--minutes", "2")
     assert not (place / "new").exists()
+
+
+def test_folder_time_after_a_tokenizer_that_was_trained_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the line says to whom several processes are refused."""
+    monkeypatch.chdir(tmp_path)
+    bars(tmp_path / "pictures")
+    at = WHOLE.index("--images")
+    without = [*WHOLE[:at], *WHOLE[at + 2 :]]
+    plan = plan_folder([*without[2:], "--minutes", "0.05"])[0]
+    assert plan.tokenizer is not None
+    assert main(shlex.split(plan.tokenizer.command())[1:]) == 0
+    assert main([*without, "--minutes", "0.0001"]) == 2
+    assert "are for tokenizer and model, but the tokenizer took" in capsys.readouterr().err
+    assert main([*without, "--minutes", "0.05"]) == 0
+    assert json.loads((tmp_path / "run" / "time.json").read_text())["tokenizer_images"] == 8
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_recipe_of_words_gives_up_its_lengths_for_a_time() -> None:
+    lengths = {"--images", "--vae.images", "--sample-every"}
+    assert lengths < {*_recipe_options("emoji", ["--data", "x"])}
+    timed = _recipe_options("emoji", ["--data", "x", "--minutes", "5"])
+    assert not lengths & {*timed}
+    assert "--image-size" in timed
+
+
+def test_folder_channels_that_the_tokenizer_lacks_are_refused_first(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    settings = TokenizerTrainConfig(image_size=32, stride=4, channels=3, width=8)
+    save_tokenizer(from_config(autoencoder_config(settings)), tmp_path / "vae")
+    with pytest.raises(ConfigError, match=r"channels is 8, but the latents of .*vae have 3; leave it out"):
+        planned(color(tmp_path / "data", 20, (90, 100)), "--tokenizer", tmp_path / "vae", "--model.channels", "8")
+
+
+def test_folder_size_of_a_tokenizer_is_that_of_its_training(tmp_path: Path) -> None:
+    """Not the largest usual one below it."""
+    data = color(tmp_path / "data", 20, (120, 120))
+    torch.manual_seed(0)
+    settings = TokenizerTrainConfig(image_size=96, stride=8, channels=3, width=8)
+    save_tokenizer(from_config(autoencoder_config(settings)), tmp_path / "vae")
+    assert planned(data, "--tokenizer", tmp_path / "vae").train.model.grid == (12, 12)
+
+
+def test_folder_components_of_few_values_are_all_kept(tmp_path: Path) -> None:
+    assert planned(color(tmp_path / "data", 20, (32, 32)), "--tokenizer", "pca2").train.model.channels == 4
 
 
 def test_folder_says_how_long_it_takes(

@@ -14,12 +14,16 @@ import pytest
 import torch
 from local_hub import LocalHub, serve_hub
 from PIL import Image
+from safetensors.torch import save_file
 
 from mar import zoo
+from mar.assets import asset
 from mar.checkpoint.official_vit import load_vit, vit_state
 from mar.cli import main
 from mar.data.latent_cache import LatentSource
+from mar.pipeline import Pipeline
 from mar.published import PUBLISHED
+from mar.training.run import load_unrounded
 
 
 @pytest.fixture
@@ -58,6 +62,8 @@ def test_published_model_is_downloaded_drawn_and_written_back(
     assert main(["models"]) == 0
     here = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("yes")]
     assert [*here] == ["emoji", "fashion", name, PUBLISHED[name].tokenizer]
+    assert main(["info", name]) == 0
+    assert f"{name}: " in capsys.readouterr().out
 
     # drawn in its authors' way
     way = zoo.load(name, device="cpu").sampling
@@ -72,7 +78,11 @@ def test_published_model_is_downloaded_drawn_and_written_back(
     ours, back = tmp_path / "ours.safetensors", tmp_path / "back.pth"
     assert main(["convert", str(home / f"{name}.pth"), str(ours)]) == 0
     assert f"recognized as {PUBLISHED[name].family}" in capsys.readouterr().out
-    assert zoo.load(ours, device="cpu").model.config == published.tiny_model(name)
+    again = zoo.load(ours, device="cpu")
+    assert again.model.config == published.tiny_model(name)
+    latents = torch.randn(1, again.tokenizer.channels, *again.model.config.grid)
+    assert torch.equal(again.tokenizer.decode(latents), zoo.load(name, device="cpu").tokenizer.decode(latents))
+    assert main(["verify", str(ours)]) == 0
     assert main(["convert", str(ours), str(back)]) == 0
     if "fake_latent" in ema and published.tiny_model(name).tie_null:
         ema["fake_latent"] = ema["mask_token"]  # the value that its authors' code uses
@@ -159,6 +169,37 @@ def test_training_starts_from_a_published_model_by_its_name(hub: LocalHub, home:
     assert started.keys() == trained.keys()
     for name, tensor in started.items():  # a rate of next to nothing leaves them
         torch.testing.assert_close(trained[name], tensor, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", published.NAMES)
+def test_published_model_in_a_folder_of_ones_own_finds_its_tokenizer(
+    name: str, hub: LocalHub, home: Path, tmp_path: Path
+) -> None:
+    published.publish(name, hub.put, tmp_path / "dc")
+    place = tmp_path / "elsewhere"
+    assert main(["download", name, "--to", str(place)]) == 0
+    assert main(["convert", str(place / f"{name}.pth"), str(tmp_path / "ours.safetensors")]) == 0
+    assert not home.exists()
+
+
+def test_flat_file_of_somebody_stands_in_for_a_published_one(hub: LocalHub, home: Path, tmp_path: Path) -> None:
+    """It has the name of a converted one; what was published is preferred."""
+    published.publish("mar-base", hub.put, tmp_path / "dc")
+    assert main(["download", "mar-base"]) == 0
+    theirs = zoo.load("mar-base", device="cpu").model.state_dict()
+    ema = torch.load(home / "mar-base.pth", weights_only=False)["model_ema"]
+    save_file({n: (t + 1).contiguous() for n, t in ema.items()}, home / "mar-base.safetensors")
+    assert all(torch.equal(t, theirs[n]) for n, t in zoo.load("mar-base", device="cpu").model.state_dict().items())
+    (home / "mar-base.pth").unlink()
+    other = zoo.load("mar-base", device="cpu").model.state_dict()
+    assert not torch.equal(other["mask_token"], theirs["mask_token"])
+
+
+def test_training_starts_from_unrounded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the machine draws in."""
+    monkeypatch.setattr("mar.devices.default_precision", lambda device: "bf16")
+    stored = Pipeline.open(asset("fashion.safetensors")).model.state_dict()
+    assert all(torch.equal(t, stored[n]) for n, t in load_unrounded("fashion").model.state_dict().items())
 
 
 # ---- files that do not fit

@@ -173,7 +173,7 @@ def load_summary(
 
 
 def has_begun(folder: Path) -> bool:
-    """Returns whether a step of a run has begun, so that its choices stay."""
+    """Returns whether a run has begun, so that its choices stay."""
     first = ("run.json", "tokenizer/run.json", f"latents/{MANIFEST}")
     return any((folder / name).is_file() for name in first)
 

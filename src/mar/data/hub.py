@@ -208,7 +208,7 @@ def _load_or_explain(load: Callable[[], Result], name: str, hub: bool) -> Result
             raise
         if "aiohttp" in str(error):
             raise ValueError(
-                f'data: {name} is streamed over HTTP, for which aiohttp is missing: pip install ".[http]" in the clone of mar'
+                f'data: {name} is streamed over HTTP, which needs aiohttp: pip install ".[http]" in the clone of mar'
             ) from error
         where = " on the Hub, and is no path here" if hub else ""
         raise ValueError(f"data: {name} can't be opened{where}: {reason_of(error)}") from error

@@ -246,7 +246,7 @@ def _place(name: str) -> str:
 
 
 def _needs_extra(name: str, error: ImportError) -> ValueError:
-    return ValueError(f'text encoder {name} needs the extra `text`: pip install ".[text]" in the clone of mar ({error})')
+    return ValueError(f'encoder {name} needs the extra `text`: pip install ".[text]" in the clone of mar ({error})')
 
 
 def _unreadable(name: str, where: str, error: Exception) -> str:

@@ -89,6 +89,7 @@ def test_saved_summary_is_loaded_again(tmp_path: Path) -> None:
     assert changed is None
     assert not run.exists()
     save_summary(run, seen)
+    (run / "run.json").touch()
     assert load_summary(run, open_source(data), "data") == (seen, None)
     Image.new("RGB", (64, 64), "red").save(data / "down" / "more.png")
     again, changed = load_summary(run, open_source(data), "data")
@@ -102,6 +103,18 @@ def test_saved_summary_is_loaded_again(tmp_path: Path) -> None:
         load_summary(run, open_source(data), "data")
 
 
+def test_summary_of_a_run_that_never_began_is_made_anew(tmp_path: Path) -> None:
+    """Other pictures may have been meant, and nothing was learned yet."""
+    run = tmp_path / "run"
+    save_summary(run, summarize_dataset(open_source(bars(tmp_path / "gray", 20)), "gray"))
+    source = open_source(fill(tmp_path / "color", Image.new("RGB", (40, 40), "red"), copies=16))
+    seen, changed = load_summary(run, source, "color")
+    assert (seen.image_channels, seen.side, changed) == (3, 40, None)
+    save_summary(run, seen)
+    (run / "run.json").touch()
+    assert load_summary(run, source, "color") == (seen, None)
+
+
 WHOLE = {"count": 20, "side": 8, "image_channels": 1, "classes": ["across", "down"], "max_abs_z": 2.5}
 
 
@@ -112,6 +125,7 @@ def test_damaged_summary_file_is_refused(changes: dict[str, int], tmp_path: Path
     source = open_source(bars(tmp_path / "data", 20))
     file = tmp_path / "run" / SUMMARY_FILE
     file.parent.mkdir()
+    file.with_name("run.json").touch()
     file.write_text(json.dumps(WHOLE))
     assert load_summary(file.parent, source, "data") == (DatasetSummary(20, 8, 1, ("across", "down")), None)
     file.write_text(json.dumps({**WHOLE, **changes}))
@@ -156,6 +170,7 @@ def test_summary_of_lying_portraits_is_of_portraits(tmp_path: Path) -> None:
 def test_saved_summary_without_aspect_is_square(tmp_path: Path) -> None:
     folder = fill(tmp_path / "data", Image.new("L", (30, 40)), copies=16)
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").touch()
     (tmp_path / "run" / SUMMARY_FILE).write_text(json.dumps({**WHOLE, "count": 16, "classes": []}))
     assert load_summary(tmp_path / "run", open_source(folder), "data")[0].aspect == 1
     seen, _ = load_summary(tmp_path / "new", open_source(folder), "data")

@@ -350,6 +350,12 @@ def test_mirror_of_a_folder_is_copied_and_checked(tmp_path: Path, form: str) -> 
     assert list((tmp_path / "to").iterdir()) == []
 
 
+def test_mirror_without_a_file_that_is_here_is_not_asked(tmp_path: Path) -> None:
+    (tmp_path / "model.pth").write_bytes(GOOD)
+    remote = RemoteFile("model.pth", "http://127.0.0.1:9/elsewhere", SIZE / 2**20)
+    assert fetch(remote, tmp_path, mirror=tmp_path / "shelf").read_bytes() == GOOD
+
+
 def test_mirror_that_cannot_serve_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     remote = RemoteFile("model.pth", "http://127.0.0.1:9/elsewhere")
     with pytest.raises(DownloadError, match=r"the mirror .* has no file model\.pth: put it there"):

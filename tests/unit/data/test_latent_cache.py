@@ -106,6 +106,20 @@ def test_cache_knows_the_labels_of_its_images_and_parts(cache: Path) -> None:
     assert found.subset(np.array([19, 0, 7])).labels.tolist() == found.labels[[19, 0, 7]].tolist()
 
 
+def test_cache_counts_an_unreadable_image_for_the_one_that_is_read_for_it(tmp_path: Path) -> None:
+    """As a class of its own, it would be shown as often as a class by `--balance`."""
+    pictures = tiny.write_images(tmp_path / "pictures")
+    files = [Path(open_source(pictures)[number].name) for number in (3, 19)]
+    for file in files:
+        file.write_bytes(b"no picture")
+    found = made(pictures, tmp_path / "cache")
+    assert sorted(found.index.skipped) == [3, 19]
+    expected = open_source(pictures).labels.tolist()
+    assert found.labels[:19].tolist() == expected[:19]
+    assert found.labels[19] == expected[0]  # after the last comes the first
+    assert found.subset(np.array([19, 5, 12])).labels.tolist() == [expected[5], expected[5], expected[12]]
+
+
 def test_shards_are_plain_safetensors(cache: Path) -> None:
     tensors = load_file(cache / "00003.safetensors")
     assert tensors["moments"].shape == (2, 2, 2, 1, 8, 8)

@@ -21,6 +21,7 @@ from mar.data import text_encoder
 from mar.data.conditions import WordReader
 from mar.data.text_encoder import TextReader
 from mar.pipeline import Pipeline
+from mar.training.callbacks import export_and_sample, take_snapshot
 from mar.training.log import Log
 from mar.training.run import CAPTIONS_FILE, export, make_pipeline, with_captions
 from mar.training.trainer import Callback, Run, train
@@ -93,6 +94,20 @@ def test_run_embeds_captions_once(data: Path, encoder: Path, tmp_path: Path, req
                                     "a blue bar down"} - {"a cat on the mat"}  # fmt: skip
     pipeline = make_pipeline(again)
     assert len(pipeline.sample(prompts=["a red bar across", "", None])) == 3
+
+
+def test_sample_sheet_leaves_out_captions_without_words(tmp_path: Path) -> None:
+    """And is drawn of a single one."""
+    pictures = write_images(tmp_path / "pictures")
+    files = sorted(path.relative_to(pictures) for path in pictures.rglob("*.png"))
+    shutil.move(pictures, tmp_path / "flat")
+    texts = ["a red bar", "👍", "..."]
+    lines = [json.dumps({"file_name": str(file), "text": text}) for file, text in zip(files, texts, strict=False)]
+    (tmp_path / "flat" / "metadata.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    run = open_tiny_run(config_of(tmp_path / "flat", "words", images=8), tmp_path / "run")
+    assert run.grid_conditions == ["a red bar"]
+    train(run, Log())
+    assert export_and_sample(take_snapshot(run), Log()) == {}
 
 
 def test_run_of_a_cache_keeps_features_with_it(data: Path, encoder: Path, tmp_path: Path) -> None:
