@@ -654,6 +654,25 @@ def test_folder_time_after_a_tokenizer_that_was_trained_first(
     assert (tmp_path / "run" / "model.safetensors").is_file()
 
 
+def test_folder_time_counts_the_reading_of_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of a camera take long: for components, statistics and latents, each is read again."""
+    monkeypatch.chdir(tmp_path)
+    bars(tmp_path / "pictures")
+    monkeypatch.setattr("mar.training.speed.tokenizer_speed", lambda *arguments: 1000.0)
+    monkeypatch.setattr("mar.cli.train_folder.train_tokenizer", lambda *arguments: 130)
+    lengths = []
+    for number, seconds_each in enumerate((0.0, 0.04)):
+        monkeypatch.setattr("mar.training.speed.reading_seconds", lambda config, each=seconds_each: each)
+        timed = ["--out", str(number), "--minutes", "0.05"]
+        assert main([*TIMED[:-2], *timed]) == 130
+        lengths.append(json.loads((tmp_path / str(number) / "time.json").read_text())["tokenizer_images"])
+    said = capsys.readouterr().err
+    assert lengths == [600, 120]
+    assert said.count("most of the time goes into reading") == 1
+
+
 def test_recipe_of_words_gives_up_its_lengths_for_a_time() -> None:
     lengths = {"--images", "--vae.images", "--sample-every"}
     assert lengths < {*_recipe_options("emoji", ["--data", "x"])}

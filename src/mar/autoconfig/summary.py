@@ -22,7 +22,14 @@ from mar.config import ConfigError, from_dict, to_dict
 from mar.config.tokenizer import Stride
 from mar.data.captions import Captions, captions_of, count_words, split_words
 from mar.data.images import Source, UnreadableImage, convert_channels, upright
-from mar.data.latent_cache import MANIFEST, CacheManifest, LatentSource
+from mar.data.latent_cache import (
+    INDEX,
+    MANIFEST,
+    CacheManifest,
+    LatentSource,
+    read_captions,
+    read_manifest,
+)
 from mar.data.splits import stratified_indices
 from mar.tokenizer import PixelTokenizer
 from mar.tokenizer.base import fingerprint
@@ -168,6 +175,12 @@ def load_summary(
             f"{name} has {_class_list(source.classes)} now, but {_class_list(saved.classes)} when {folder} began; put "
             f"the folders back to go on, or take another --out for a new run"
         )
+    if not (folder / "run.json").is_file():  # the model's words are still to be chosen
+        latents = folder / "latents"
+        is_cached = (latents / INDEX).is_file()
+        captions = read_captions(latents, read_manifest(latents)) if is_cached else captions_of(source)
+        words, length = summarize_captions(captions)
+        saved = replace(saved, words=words, caption_length=length)
     changed = len(source) != saved.count
     return saved, f"{name} has {len(source):,} pictures now, {saved.count:,} when the run began" if changed else None
 
@@ -179,9 +192,9 @@ def has_begun(folder: Path) -> bool:
 
 
 def save_summary(folder: Path, summary: DatasetSummary) -> None:
-    """Saves a summary with a run, unless it has begun with one."""
+    """Saves a summary with a run, unless its model has begun."""
     path = folder / SUMMARY_FILE
-    if not path.is_file() or not has_begun(folder):
+    if not path.is_file() or not (folder / "run.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         checksums.write_json(path, to_dict(summary))
 

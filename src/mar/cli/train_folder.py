@@ -309,7 +309,8 @@ class _Steps:
     ) -> tuple[FolderPlan, FolderOptions]:
         """Begin a plan for the user's time. Without one, say how long the trainings take."""
         from mar.autoconfig.timing import TimePlan, duration, load_time_plan, seconds_of, tokenizer_images
-        from mar.training.speed import tokenizer_speed
+        from mar.training.speed import reading_seconds, tokenizer_speed
+        from mar.training.tokenizer import STATS_IMAGES
 
         assert options.out is not None
         seconds = seconds_of(self.given.minutes, self.given.hours)
@@ -322,11 +323,17 @@ class _Steps:
         if untrained is not None and self.given.vae.images is None:
             assert plan.summary is not None
             speed = tokenizer_speed(untrained.config, self.device, _measure_seconds(seconds), load_network)
-            images = tokenizer_images(seconds, speed, untrained.config.batch, plan.summary.count)
+            count = plan.summary.count
+            # its components and statistics are of a part of the pictures, latents of all
+            reading = reading_seconds(untrained.config) * (2 * min(count, STATS_IMAGES) + count)
+            images = tokenizer_images(max(seconds - reading, 0.0), speed, untrained.config.batch, count)
             _note(
                 f"{duration(seconds)} in all: about {duration(images / speed)} for the tokenizer ({images:,} pictures, "
-                f"{speed:.0f} a second), then latents, and the model with the rest"
+                f"{speed:.0f} a second), {duration(reading)} to read pictures for components, statistics and latents, "
+                "and the model with the rest"
             )
+            if reading > seconds / 2:
+                _note("warning: most of the time goes into reading; copies of fewer pixels are read faster")
         elif untrained is None and plan.tokenizer is not None:
             images = plan.tokenizer.config.images
         return self._replan(options, TimePlan(seconds, images))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -21,9 +22,9 @@ from mar import distributed
 from mar.config import TrainConfig
 from mar.config.tokenizer import TokenizerTrainConfig
 from mar.data.conditions import CaptionReader, WordReader
-from mar.data.images import Example
+from mar.data.images import Example, Transform, UnreadableImage
 from mar.data.loader import Batch, LatentBatch
-from mar.data.splits import hold_out
+from mar.data.splits import hold_out, stratified_indices
 from mar.model.conditions import NO_CONDITION, drop_condition
 from mar.model.mar import MAR
 from mar.tokenizer.base import LatentMoments
@@ -36,6 +37,8 @@ WARM_UP_STEPS = 2
 """Steps before the clock starts: kernels are chosen and memory is allocated in the first ones."""
 MIN_STEPS = 3
 """Steps measured, at least."""
+IMAGES_READ = 16
+"""Images whose reading is measured, at most."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,18 @@ def tokenizer_speed(
     with tempfile.TemporaryDirectory() as folder:
         run = TokenizerRun(config, Path(folder), source, held_out, module, device, network)
         return images_per_second(run, seconds)
+
+
+def reading_seconds(config: TokenizerTrainConfig) -> float:
+    """Return the mean time to read an image of a tokenizer's data."""
+    config = config.resolved()
+    source, _ = hold_out(config.data, None)
+    transform = Transform(config.size, config.channels_in, config.upright)
+    indices, begun = stratified_indices(len(source), IMAGES_READ).tolist(), time.monotonic()
+    for index in indices:
+        with suppress(UnreadableImage):
+            transform(source[index].image)
+    return (time.monotonic() - begun) / len(indices)
 
 
 @dataclass(frozen=True)

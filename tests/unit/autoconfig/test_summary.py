@@ -10,10 +10,12 @@ import pytest
 import torch
 from orientations import exif_of
 from PIL import Image
+from tiny import caption_images
 from tiny import write_images as bars
 
 from mar.autoconfig.sizes import DatasetSummary
 from mar.autoconfig.summary import SUMMARY_FILE, common_aspect, load_summary, save_summary, summarize_dataset
+from mar.cli import main
 from mar.config import ConfigError
 from mar.data.sources import FashionSource, open_source
 from mar.tokenizer import PixelTokenizer
@@ -113,6 +115,33 @@ def test_summary_of_a_run_that_never_began_is_made_anew(tmp_path: Path) -> None:
     save_summary(run, seen)
     (run / "run.json").touch()
     assert load_summary(run, source, "color") == (seen, None)
+
+
+def test_summary_counts_words_until_the_model_begins(tmp_path: Path) -> None:
+    """Those of the cache that the model will read, if there is one."""
+    data, run = caption_images(bars(tmp_path / "data", 20)), tmp_path / "run"
+    seen = summarize_dataset(open_source(data), "data")
+    save_summary(run, seen)
+    (run / "tokenizer").mkdir()
+    (run / "tokenizer" / "run.json").touch()
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    more = json.loads(lines[0]) | {"text": "something entirely else"}
+    changed = "\n".join([json.dumps(more), *lines[1:]])
+
+    (data / "metadata.jsonl").write_text(changed)
+    again, _ = load_summary(run, open_source(data), "data")
+    assert again == summarize_dataset(open_source(data), "data")
+    assert again.words > seen.words
+    save_summary(run, again)
+
+    cached = ["cache", str(data), "--tokenizer", "pixels", "--image-size", "8", "--out", str(run / "latents")]
+    assert main(cached) == 0
+    (data / "metadata.jsonl").write_text("\n".join(lines))
+    assert load_summary(run, open_source(data), "data")[0] == again
+    (run / "latents" / "index.json").unlink()
+    assert load_summary(run, open_source(data), "data")[0] == seen
+    (run / "run.json").touch()
+    assert load_summary(run, open_source(data), "data")[0] == again
 
 
 WHOLE = {"count": 20, "side": 8, "image_channels": 1, "classes": ["across", "down"], "max_abs_z": 2.5}

@@ -10,7 +10,14 @@ from tiny import open_tiny_run, tiny_config, tiny_train_config, write_images
 
 from mar.config.tokenizer import TokenizerTrainConfig
 from mar.training import speed
-from mar.training.speed import MIN_STEPS, WARM_UP_STEPS, images_per_second, model_speed, tokenizer_speed
+from mar.training.speed import (
+    MIN_STEPS,
+    WARM_UP_STEPS,
+    images_per_second,
+    model_speed,
+    reading_seconds,
+    tokenizer_speed,
+)
 
 CPU = torch.device("cpu")
 
@@ -59,3 +66,9 @@ def test_tokenizer_speed_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     config = TokenizerTrainConfig(str(data), image_size=8, image_channels=1, kind=kind, stride=2, width=8, batch=4)
     assert tokenizer_speed(config, CPU, 0.0, no_network) > 0
     assert not any(elsewhere.iterdir())
+
+
+def test_reading_takes_time_and_leaves_out_broken_images(tmp_path: Path) -> None:
+    pictures = write_images(tmp_path / "pictures")
+    next(pictures.rglob("*.png")).write_bytes(b"no picture")
+    assert 0 < reading_seconds(TokenizerTrainConfig(str(pictures), image_size=8)) < 1
