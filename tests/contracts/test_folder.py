@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -671,6 +672,26 @@ def test_folder_time_counts_the_reading_of_pictures(
     said = capsys.readouterr().err
     assert lengths == [600, 120]
     assert said.count("most of the time goes into reading") == 1
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        (("--init", "fashoin"), "model: got 'fashoin', expected emoji, fashion"),
+        (("--log-to", "wandb"), "--log-to wandb needs the extra `wandb`"),
+        (("--validate-on", "nowhere"), "nowhere"),
+    ],
+)
+def test_folder_mistakes_of_the_model_are_said_before_its_tokenizer(
+    mistake: tuple[str, str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    bars(tmp_path / "pictures")
+    assert main([*WHOLE, *mistake]) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run" / "tokenizer").exists()
 
 
 def test_recipe_of_words_gives_up_its_lengths_for_a_time() -> None:

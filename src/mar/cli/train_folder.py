@@ -172,7 +172,7 @@ def _recipe_options(name: str, arguments: Sequence[str]) -> list[str]:
 
 def train_folder(arguments: Sequence[str], name: str = "folder") -> int:
     """Run `mar train folder`, or another recipe of `PLANNED_RECIPES`."""
-    from mar import devices, distributed
+    from mar import devices, distributed, zoo
 
     started = time.monotonic()
     out = () if name == "folder" else ("--out", f"runs/{name}")
@@ -181,6 +181,7 @@ def train_folder(arguments: Sequence[str], name: str = "folder") -> int:
         plan, options = plan_folder(arguments)
         from mar.checkpoint.files import check_writable  # after --help, which needs no torch
         from mar.checkpoint.locks import exclusive
+        from mar.training.log import require_writers
         from mar.training.run import precision_by_default
 
         device = devices.choose_device(options.device)
@@ -195,6 +196,9 @@ def train_folder(arguments: Sequence[str], name: str = "folder") -> int:
         with distributed.collective_errors():
             if distributed.rank() == 0:
                 check_writable(options.out, is_file=False)
+                require_writers(options.config.log_to)
+            if options.config.init is not None:
+                zoo.check_name(options.config.init)  # before hours of the other steps
         steps = _Steps(arguments, device, started)
         try:
             plan, options, code = steps.run_first(plan, options)
