@@ -28,17 +28,26 @@ class StepSettings(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def step_settings(sampling: SamplingConfig, schedule: tuple[int, ...], tokens: int) -> tuple[StepSettings, ...]:
+def step_settings(
+    sampling: SamplingConfig, schedule: tuple[int, ...], tokens: int, unknown: int | None = None
+) -> tuple[StepSettings, ...]:
     """Return the settings of every reveal step of an image.
 
-    After each step, `schedule` has the number of `tokens` that are still masked. Diffusion steps go linearly from the
-    first number to the last (DiSA, arXiv 2505.20297). Of the guided steps, the first and then every
-    `uncond_interval`-th run the trunk without the class (LazyMAR, arXiv 2503.12450).
+    Diffusion steps go linearly from the first number to the last (DiSA, arXiv 2505.20297). Of the guided steps, the
+    first and then every `uncond_interval`-th run the trunk without the class (LazyMAR, arXiv 2503.12450).
+
+    Args:
+        sampling: the settings of sampling.
+        schedule: number of tokens that are still masked after each step.
+        tokens: of the image.
+        unknown: number of tokens masked before the first step; None: all.
     """
     first = sampling.diffusion_steps
     last = first if sampling.diffusion_steps_end is None else sampling.diffusion_steps_end
     settings, guided = [], 0
-    times = step_times(total_steps(sampling, schedule))
+    is_whole = unknown is None or unknown == tokens
+    # by the binomial rule an image may be done before time is up: a whole one, as published, keeps its times
+    times = step_times(sampling.steps if sampling.reveal == "binomial" and is_whole else len(schedule))
     for step, masked in enumerate(schedule):
         diffusion_steps = round(first + (last - first) * step / max(len(schedule) - 1, 1))
         scale = guidance_scale(sampling, masked, tokens)
@@ -48,11 +57,6 @@ def step_settings(sampling: SamplingConfig, schedule: tuple[int, ...], tokens: i
         guided += scale != 1.0
         settings.append(StepSettings(diffusion_steps, scale, run_uncond))
     return tuple(settings)
-
-
-def total_steps(sampling: SamplingConfig, schedule: tuple[int, ...]) -> int:
-    """Return K, over which time falls; an image may be done sooner by the binomial rule."""
-    return sampling.steps if sampling.reveal == "binomial" else len(schedule)
 
 
 def guidance_scale(sampling: SamplingConfig, masked: int, tokens: int) -> float:

@@ -114,7 +114,7 @@ class RevealPlan:
         masked = [(len(order), *schedule) for order, schedule in zip(orders, schedules, strict=True)]
         kinds = {each: index for index, each in enumerate(dict.fromkeys(masked))}
         self._kind_of = [kinds[each] for each in masked]
-        self._settings = [_settings(sampling, each[1:], self.length, guidable) for each in kinds]
+        self._settings = [_settings(sampling, each, self.length, guidable) for each in kinds]
         self._counts = [[before - after for before, after in pairwise(each)] for each in kinds]
         self.noises = {each.diffusion_steps: num_noises(each.diffusion_steps) for row in self._settings for each in row}
         self._keys = sorted({(each.diffusion_steps, each.guided) for row in self._settings for each in row})
@@ -349,9 +349,10 @@ class _Tables(NamedTuple):
 
 
 def _settings(
-    sampling: SamplingConfig, schedule: tuple[int, ...], tokens: int, guidable: bool
+    sampling: SamplingConfig, masked: tuple[int, ...], tokens: int, guidable: bool
 ) -> tuple[StepSettings, ...]:
-    settings = step_settings(sampling, schedule, tokens)
+    """Return the settings of every step; `masked` are the tokens that are unknown before and after each."""
+    settings = step_settings(sampling, masked[1:], tokens, masked[0])
     if guidable:
         return settings
     return tuple(StepSettings(each.diffusion_steps, scale=1.0, run_uncond=False) for each in settings)

@@ -70,3 +70,15 @@ def test_step_settings_invariants_hold_for_any_config(
     first = guided.index(True) if any(guided) else None
     for step, pace in enumerate(found):
         assert pace.run_uncond == (pace.guided and first is not None and (step - first) % sampling.uncond_interval == 0)
+
+
+def test_step_settings_time_window_reaches_a_small_mask_by_the_binomial_rule() -> None:
+    """At least one token a step: nine tokens would be done before a window near the end begins."""
+    sampling = SamplingConfig(16, guidance_scale=3.0, guidance_time=(0.1, 0.3), reveal="binomial")
+    schedule = tuple(range(8, -1, -1))
+    assert not any(each.guided for each in step_settings(sampling, schedule, 64))  # a whole image of nine steps
+    assert [each.guided for each in step_settings(sampling, schedule, 64, unknown=9)] == [False] * 6 + [
+        True,
+        True,
+        False,
+    ]
