@@ -697,9 +697,17 @@ def test_folder_mistakes_of_the_model_are_said_before_its_tokenizer(
 def test_recipe_of_words_gives_up_its_lengths_for_a_time() -> None:
     lengths = {"--images", "--vae.images", "--sample-every"}
     assert lengths < {*_recipe_options("emoji", ["--data", "x"])}
-    timed = _recipe_options("emoji", ["--data", "x", "--minutes", "5"])
+    timed = _recipe_options("emoji", ["--data", "x", "--minutes=5"])
     assert not lengths & {*timed}
     assert "--image-size" in timed
+
+
+def test_recipe_of_words_has_the_help_of_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "emoji", "--minutes", "5", "--help"])
+    said = capsys.readouterr().out
+    assert "shown: what is chosen" in said
+    assert "Pictures are cut to squares" in said
 
 
 def test_folder_channels_that_the_tokenizer_lacks_are_refused_first(tmp_path: Path) -> None:

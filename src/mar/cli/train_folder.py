@@ -164,8 +164,8 @@ def _saved_lengths(given: _FolderOverrides) -> TimePlan:
 def _recipe_options(name: str, arguments: Sequence[str]) -> list[str]:
     """Return the options of a recipe, without its lengths where the user gives a time."""
     words = PLANNED_RECIPES[name]
-    given = parse(_FolderOverrides, VERB, arguments, partly=True)
-    lengths = ("--images", "--vae.images", "--sample-every") if (given.minutes or given.hours) is not None else ()
+    is_timed = any(argument.partition("=")[0] in ("--minutes", "--hours") for argument in arguments)
+    lengths = ("--images", "--vae.images", "--sample-every") if is_timed else ()
     pairs = zip(words[::2], words[1::2], strict=True)
     return [word for option, value in pairs if option not in lengths for word in (option, value)]
 

@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderDC
+from tiny import tiny_model
 
 from mar import zoo
+from mar.checkpoint import store
 from mar.checkpoint.tokenizers import save_tokenizer
 from mar.nn import init_empty_weights
+from mar.pipeline import Pipeline
 from mar.tokenizer import build
 from mar.tokenizer.dc import DC_SLICE, DCTokenizer
 
@@ -76,6 +79,26 @@ def test_dc_from_config_and_state_is_equal(tiny: DCTokenizer, images: torch.Tens
     assert torch.equal(again.encode(images).mean, tiny.encode(images).mean)
     latents = tiny.encode(images).mean
     assert torch.equal(again.to(torch.bfloat16).decode(latents), tiny.decode(latents))
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_dc_with_batch_norm_comes_back_from_a_model_file(
+    earlier: bool, images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """BatchNorm counts its batches in an integer, which earlier versions saved, and could not read."""
+    torch.manual_seed(0)
+    tokenizer = DCTokenizer(AutoencoderDC(**TINY, decoder_norm_types=["batch_norm", "rms_norm"]))
+    assert any(tensor.dtype is torch.int64 for tensor in tokenizer.state_dict().values())
+    pipeline = Pipeline(tiny_model(channels=8), tokenizer, classes=("ant", "bee", "cat"))
+    with monkeypatch.context() as patch:
+        if earlier:
+            patch.setattr(store, "_COUNTER", "no such end")
+        pipeline.save(tmp_path / "model.safetensors")
+    again = Pipeline.open(tmp_path / "model.safetensors").tokenizer
+    latents = tokenizer.encode(images).mean
+    assert torch.equal(again.encode(images).mean, latents)
+    assert torch.equal(again.decode(latents), tokenizer.decode(latents))
+    assert store.verify(tmp_path / "model.safetensors")
 
 
 def test_dc_of_the_published_shape_fits_emigm_at_512() -> None:
