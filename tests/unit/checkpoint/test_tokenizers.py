@@ -54,6 +54,14 @@ def test_diffusers_statistics_can_be_added_later(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).std.tolist() == [5.0]
 
 
+def test_diffusers_statistics_of_a_pipeline_are_kept_where_they_are_read(tmp_path: Path) -> None:
+    tokenizer = KLTokenizer(autoencoder())
+    save_tokenizer(tokenizer, tmp_path / "vae")
+    tokenizer.set_statistics(0.5, 2.0)
+    assert save_statistics(tokenizer, tmp_path).parent == tmp_path / "vae"
+    assert load_tokenizer(tmp_path).std.tolist() == [2.0]
+
+
 def test_other_model_classes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"can't load a diffusers autoencoder from .*nothing"):
         load_tokenizer(tmp_path / "nothing")
