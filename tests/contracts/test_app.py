@@ -1109,7 +1109,7 @@ def test_space_serves_the_studio_under_any_name_and_downloads_nothing(tmp_path: 
     script = (
         "import runpy, sys, mar.app\n"
         "launch, port = mar.app.launch, int(sys.argv[1])\n"
-        "mar.app.launch = lambda models, **options: launch(models, **{**options, 'port': port})\n"
+        "mar.app.launch = lambda **options: launch(**{**options, 'port': port})\n"
         "runpy.run_path(sys.argv[2])\n"
     )
     command = [sys.executable, "-c", script, str(port), str(ROOT / "docs/space/app.py")]
@@ -1118,7 +1118,9 @@ def test_space_serves_the_studio_under_any_name_and_downloads_nothing(tmp_path: 
         assert served.draw("fashion", ["bag"], [3], "fast", QUICK) == [quick("bag", 3)]
         with pytest.raises(Failed, match="error: this server does not download; on its machine: mar download mar"):
             served.call("download", "mar-base")
-        assert served.call("models")["downloads"] is False
+        offered = served.call("models")
+        assert offered["downloads"] is False
+        assert {"emoji", "fashion"} <= {model["name"] for model in offered["models"]}
         assert "Traceback" not in served.said()
 
 

@@ -136,7 +136,7 @@ def test_load_encoder_without_extra_names_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, module: str
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ValueError, match=r'needs the extra `text`: pip install "mar\[text\]"'):
+    with pytest.raises(ValueError, match=r'needs the extra `text`: pip install "\.\[text\]"'):
         load_encoder(name.format(folder=folder), 8)
 
 
