@@ -51,5 +51,5 @@ def test_stream_over_http_without_aiohttp_names_the_extra(server: str, monkeypat
     loaded = import_module("fsspec.registry")._registry
     for protocol in ("http", "https"):
         monkeypatch.delitem(loaded, protocol, raising=False)
-    with pytest.raises(ValueError, match=r"^data: [^\n]* aiohttp is missing; install it: pip install 'mar\[http\]'$"):
+    with pytest.raises(ValueError, match=r'^data: [^\n]* needs aiohttp: pip install "\.\[http\]" in the clone of mar$'):
         open_data(f"stream:{server}/x.tar", 3)
