@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,7 +24,7 @@ from mar.cli import main
 from mar.data.latent_cache import LatentSource
 from mar.pipeline import Pipeline
 from mar.published import PUBLISHED
-from mar.training.run import load_unrounded
+from mar.training.run import load_unrounded, open_run
 
 
 @pytest.fixture
@@ -198,6 +199,7 @@ def test_flat_file_of_somebody_stands_in_for_a_published_one(hub: LocalHub, home
 def test_training_starts_from_unrounded_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the machine draws in."""
     monkeypatch.setattr("mar.devices.default_precision", lambda device: "bf16")
+    assert inspect.signature(open_run).parameters["load_model"].default is load_unrounded
     stored = Pipeline.open(asset("fashion.safetensors")).model.state_dict()
     assert all(torch.equal(t, stored[n]) for n, t in load_unrounded("fashion").model.state_dict().items())
 

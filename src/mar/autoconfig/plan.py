@@ -264,8 +264,11 @@ def _begun_settings(out: Path) -> dict[str, Any]:
     return {
         **({"kind": tokenizer.kind} if tokenizer is not None else {}),
         **({"upright": upright[0]} if upright else {}),
-        **({"balance": train.balance, "sampling": train.sampling} if train is not None else {}),
-        **({"prediction": train.model.head.prediction} if train is not None else {}),
+        **(
+            {"balance": train.balance, "sampling": train.sampling, "prediction": train.model.head.prediction}
+            if train is not None
+            else {}
+        ),
     }
 
 

@@ -281,7 +281,7 @@ class _Steps:
         seconds = seconds_of(self.given.minutes, self.given.hours)
         if seconds is None or load_time_plan(out) is not None:
             return
-        if _has_begun(plan, out):
+        if _has_states(plan, out):
             raise ConfigError(f"{out} was begun without a time; leave it out, or take another --out")
         earlier = 0.0 if plan.tokenizer is None else _logged_seconds(plan.tokenizer.out)
         if earlier >= seconds:
@@ -318,7 +318,7 @@ class _Steps:
 
         assert options.out is not None
         seconds = seconds_of(self.given.minutes, self.given.hours)
-        if load_time_plan(options.out) is not None or _has_begun(plan, options.out):
+        if load_time_plan(options.out) is not None or _has_states(plan, options.out):
             return plan, options
         if seconds is None:
             self._estimate(plan, untrained)
@@ -430,7 +430,7 @@ def _cache_latents(step: CacheStep, options: FolderOptions, page: Page | None) -
     return make_cache(cache, None if page is None else page.show_latents)
 
 
-def _has_begun(plan: FolderPlan, out: Path) -> bool:
+def _has_states(plan: FolderPlan, out: Path) -> bool:
     """Return whether the model's training has saved states, or that of its tokenizer, which is not finished."""
     from mar.checkpoint.run_state import RunState
 
