@@ -11,6 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import extractors
 import processes
 import pytest
 import tiny
@@ -35,6 +36,7 @@ from mar.pipeline import Pipeline
 from mar.tokenizer import PCATokenizer
 from mar.tokenizer.kl import from_config
 from mar.training.run import save_config
+from mar.training.speed import ModelSpeed
 from mar.training.tokenizer import autoencoder_config
 
 SMALL = ["--model.encoder.width", "16", "--model.encoder.num-heads", "2", "--model.encoder.depth", "1"]
@@ -635,6 +637,55 @@ def test_folder_time_that_contradicts_is_refused(place: Path, capsys: pytest.Cap
     save_time_plan(TimePlan(60.0, 8, 16, 2), place / "run")
     assert "run was planned for 60 s, not 2 min" in refused(capsys, *data, "run", "--minutes", "2")
     assert not (place / "new").exists()
+
+
+def test_folder_time_of_a_run_that_never_began_is_no_plan(data: Path, tmp_path: Path) -> None:
+    """Before a state is saved, another time makes another plan; the same one, and none, keep it."""
+    begun, given = tmp_path / "run", ("--out", str(tmp_path / "run"))
+    save_time_plan(TimePlan(60.0, None, 320, 2), begun)
+    assert planned(data, *given, "--minutes", "2").train.images == planned(data).train.images
+    assert planned(data, *given, "--minutes", "1").train.images == planned(data, *given).train.images == 320
+    (begun / "state-000000000004").mkdir()
+    with pytest.raises(ConfigError, match="planned for 60 s, not 2 min"):
+        planned(data, *given, "--minutes", "2")
+
+
+def test_folder_time_counts_validation(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 16 pictures, or of one every 8, each at a third of the cost of one that is learned from."""
+    monkeypatch.setattr("mar.training.speed.model_speed", lambda *arguments, **options: ModelSpeed(10.0, 0.0))
+    seen = []
+    for options in ((), ("--hold-out", "2"), ("--hold-out", "2", "--validate-every", "8")):
+        out = tmp_path / f"run{len(seen)}"
+        short = ("--batch", "4", "--sample-every", "0", "--minutes", "0.4", *SMALL)
+        assert main(["train", "folder", "--data", str(data), "--out", str(out), *short, *options]) == 0, options
+        seen.append(json.loads((out / "time.json").read_text())["model_images"])
+    assert "held-out pictures" in capsys.readouterr().err
+    whole, ten_times, often = seen
+    assert ten_times == pytest.approx(whole - 10 * 10 / 3, abs=8)
+    assert often == pytest.approx(whole / (1 + 10 / 3 / 8), abs=8)
+
+
+def test_folder_evaluation_is_checked_before_a_tokenizer_is_trained(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, said in (
+        (("--eval-features", f"{extractors.__file__}:tiny", "--eval-reference", "nowhere.npz"), "nowhere.npz"),
+        (("--eval-features", "of-mine"), "features: got 'of-mine', expected inception"),
+    ):
+        assert main([*WHOLE, "--out", "evaluated", "--eval-every", "8", *options]) == 2
+        assert said in capsys.readouterr().err
+        assert not (place / "evaluated" / "tokenizer").exists()
+
+
+def test_folder_cache_that_no_token_divides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    color(tmp_path / "data", 20, (70, 70))
+    assert main(["cache", "data", "--tokenizer", "pixels", "--image-size", "70", "--out", "cache"]) == 0
+    assert "`mar cache --image-size 64` makes some that they do" in refused(capsys, "--data", "cache")
 
 
 def test_folder_time_after_a_tokenizer_that_was_trained_first(

@@ -47,7 +47,7 @@ def test_folder_takes_the_size_of_the_tokenizer(place: Path) -> None:
     ("command", "said"),
     [
         ("cache pictures --tokenizer vit --image-size 48 --out out", "--image-size: got 48x48, expected 32x32"),
-        ("tokenizer stats vit --data pictures --image-size 48", "--image-size: got 48, expected 32x32"),
+        ("tokenizer stats vit --data pictures --image-size 48", "--image-size: got 48x48, expected 32x32"),
         (
             f"train --data pictures --tokenizer vit --model.grid 12 12 --out out {SMALL}",
             "--model.grid: got one for pictures of 48x48, expected one for 32x32",
@@ -60,6 +60,17 @@ def test_verb_of_another_size_begins_nothing(
     assert main(command.split()) == 2
     assert f"{said}: the tokenizer knows no other size" in capsys.readouterr().err
     assert sorted(path.name for path in place.iterdir()) == ["pictures", "vit"]
+
+
+def test_stats_take_the_only_size(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("tokenizer stats vit --data pictures --limit 4".split()) == 0
+    assert "measured on 4 pictures" in capsys.readouterr().out
+    assert main("tokenizer stats pixels --data pictures".split()) == 2
+    assert "--image-size is missing: the tokenizer takes pictures of many sizes" in capsys.readouterr().err
+    assert main("tokenizer stats pixels --data pictures --image-size 0 4".split()) == 2
+    assert "--image-size: got 0x4, expected" in capsys.readouterr().err
+    assert main("tokenizer stats pixels --data pictures --image-size 12 8 --limit 4".split()) == 0
+    del place
 
 
 def test_pipeline_of_another_size_is_refused() -> None:

@@ -25,6 +25,7 @@ from mar.autoconfig.sizes import (
     next_larger_count,
     own_shape,
     pca_shape,
+    token_side,
     tokenizer_config_for,
     train_config_for,
 )
@@ -200,6 +201,13 @@ def _choose_for_cache(overrides: Overrides, source: LatentSource) -> Choice:
         raise ConfigError(f"{overrides.data} holds cached latents: leave out --image-size, --vae.* and --tokenizer own")
     summary, shape = summarize_cache(source)
     layout = TokenLayout(source.manifest.size, overrides.tokenizer or source.manifest.tokenizer, shape)
+    side, (height, width) = token_side(layout.size, shape), layout.size
+    if height % side or width % side:
+        fit = [str(max(pixels // side, 1) * side) for pixels in dict.fromkeys(layout.size)]
+        raise ConfigError(
+            f"{overrides.data} holds latents of pictures of {height}x{width}, which squares of {side} pixels do not "
+            f"divide; `mar cache --image-size {' '.join(fit)}` makes some that they do"
+        )
     # cached latents, or pixels, can't be shifted or turned
     recipe = replace(_recipe(overrides, summary, layout), shift=0, upright=source.manifest.upright)
     return Choice(recipe, layout, summary, from_cache=True, timed=overrides.timed)

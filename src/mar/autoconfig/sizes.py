@@ -136,6 +136,8 @@ BALANCE = 0.5
 """Images of small classes are shown more often: a class in proportion to the square root of its number of images."""
 EPOCHS, MIN_IMAGES = 40, 100_000
 """Length of a model's training: so many times each image, and at least so many in all."""
+VALIDATIONS = 10
+"""Validations of a model's training."""
 TOKENIZER_EPOCHS, TOKENIZER_MIN_IMAGES = 10, 60_000
 """Length of a tokenizer's training."""
 TOKENIZER_WARMUP = 3_000
@@ -178,7 +180,7 @@ def next_larger_count(summary: DatasetSummary) -> int | None:
 
 def largest_multiple(side: int, latents: LatentShape | None) -> int:
     """Returns the largest side up to `side` that tokens divide."""
-    step = _token_side(side, latents)
+    step = token_side((side, side), latents)
     return max(side // step, 1) * step
 
 
@@ -191,7 +193,7 @@ def crop_size(summary: DatasetSummary, side: int, latents: LatentShape | None) -
     """
     if summary.aspect == 1:
         return side, side
-    step = _token_side(side, latents)
+    step = token_side((side, side), latents)
     heights = range(step, int(summary.side * max(summary.aspect, 1)) + 1, step)
     widths = range(step, int(summary.side * max(1 / summary.aspect, 1)) + 1, step)
 
@@ -205,9 +207,9 @@ def crop_size(summary: DatasetSummary, side: int, latents: LatentShape | None) -
     return min([(side, side), *similar], key=error)
 
 
-def _token_side(side: int, latents: LatentShape | None) -> int:
-    """Returns the side of a token of square crops, in pixels."""
-    return (latents.stride if latents else 1) * _patch_size((side, side), latents)
+def token_side(size: tuple[int, int], latents: LatentShape | None) -> int:
+    """Returns the side of a token of crops of `size` (height, width), in pixels."""
+    return (latents.stride if latents else 1) * _patch_size(size, latents)
 
 
 # ---- tokens
@@ -359,7 +361,7 @@ def train_config_for(
         upright=True,
         save_every=min(chosen.save_every, tenth),
         sample_every=max(total // grids, 1),
-        validate_every=tenth,
+        validate_every=max(total // VALIDATIONS, 1),
     )
 
 

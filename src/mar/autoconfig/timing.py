@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mar import __version__
+from mar.autoconfig.sizes import VALIDATIONS
 from mar.checkpoint import checksums
 from mar.config import ConfigError, from_dict, to_dict
 
@@ -25,6 +26,8 @@ DRAWING_SHARE = 0.05
 """Share of the model's time for sample grids."""
 MIN_GRIDS, MAX_GRIDS = 2, 10
 """Sample grids of a model's training."""
+VALIDATION_COST = 1 / 3
+"""Time to validate on an image, of that to train on one: without gradients, the forward pass alone."""
 MIN_STEPS = 10
 """A training has at least so many steps, however little time there is."""
 RESERVE_SECONDS = 4.0
@@ -70,7 +73,15 @@ def tokenizer_images(seconds: float, speed: float, batch: int, count: int) -> in
     return _whole_steps(images, batch)
 
 
-def model_length(seconds: float, speed: float, grid_seconds: float, batch: int) -> tuple[int, int]:
+def model_length(
+    seconds: float,
+    speed: float,
+    grid_seconds: float,
+    batch: int,
+    *,
+    held_out: int = 0,
+    validate_every: int | None = None,
+) -> tuple[int, int]:
     """Return a model's length in images, and its number of grids.
 
     Args:
@@ -78,11 +89,15 @@ def model_length(seconds: float, speed: float, grid_seconds: float, batch: int) 
         speed: of its training, in images per second.
         grid_seconds: time to draw the grids of one snapshot.
         batch: images of a step.
+        held_out: images of a validation.
+        validate_every: images between validations; None: as many validations as by default.
     """
-    seconds = max(seconds - RESERVE_SECONDS, 0.0)
+    validation = VALIDATION_COST * held_out
+    seconds = max(seconds - RESERVE_SECONDS - (0 if validate_every else VALIDATIONS * validation / speed), 0.0)
     affordable = DRAWING_SHARE * seconds / grid_seconds if grid_seconds else math.inf
     grids = math.floor(min(max(affordable, MIN_GRIDS), MAX_GRIDS))
-    return _whole_steps((seconds - grids * grid_seconds) * speed, batch), grids
+    images = (seconds - grids * grid_seconds) * speed
+    return _whole_steps(images / (1 + validation / validate_every) if validate_every else images, batch), grids
 
 
 def _whole_steps(images: float, batch: int) -> int:

@@ -31,8 +31,9 @@ class TokenizerOptions:
     """pixels, or a folder or Hub repository in diffusers' format."""
     data: str
     """fashion, a folder of pictures, Parquet or .tar (WebDataset) files, or OWNER/NAME on the Hub."""
-    image_size: int
-    """Pictures are cut to squares of so many pixels."""
+    image_size: int | tuple[int, int] | None = None
+    """Pictures are cut to squares of so many pixels, or to HEIGHT WIDTH; may be left out where the tokenizer knows one
+    size only."""
     per_channel: bool = False
     """One mean and standard deviation for each channel, instead of one for all."""
     limit: int | None = None
@@ -78,8 +79,6 @@ def tokenizer(arguments: Sequence[str]) -> int:
 
 def _stats(arguments: Sequence[str]) -> int:
     options = parse(TokenizerOptions, "tokenizer", arguments)
-    if options.image_size < 1:
-        raise ValueError(f"--image-size: got {options.image_size}, expected at least 1")
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit: got {options.limit}, expected at least 1")
     from mar import zoo
@@ -94,9 +93,8 @@ def _stats(arguments: Sequence[str]) -> int:
         check_writable(Path(options.tokenizer), is_file=False)
     source = open_source(options.data)
     measured = zoo.load_tokenizer(options.tokenizer, resolve_image_channels(options.data))
-    if expected := measured.unfit(options.image_size, options.image_size):
-        raise ValueError(f"--image-size: got {options.image_size}, expected {expected}")
-    transform = Transform(options.image_size, measured.image_channels)
+    size = _image_size(options.image_size, measured)
+    transform = Transform(size, measured.image_channels)
     statistics = measure_latents(
         measured, in_order(source, transform, limit=options.limit), per_channel=options.per_channel
     )
@@ -109,6 +107,16 @@ def _stats(arguments: Sequence[str]) -> int:
         measured.set_statistics(statistics.mean, statistics.std)
         print_out(f"kept in {save_statistics(measured, options.tokenizer)}")
     return 0
+
+
+def _image_size(given: int | tuple[int, int] | None, tokenizer: Tokenizer) -> tuple[int, int]:
+    """Returns height and width of images for a tokenizer, as a user gave them or the only ones that it knows."""
+    size = tokenizer.fixed_size if given is None else (given, given) if isinstance(given, int) else given
+    if size is None:
+        raise ValueError("--image-size is missing: the tokenizer takes pictures of many sizes; give the model's")
+    if expected := tokenizer.unfit(*size):
+        raise ValueError(f"--image-size: got {size[0]}x{size[1]}, expected {expected}")
+    return size
 
 
 def _train(arguments: Sequence[str]) -> int:

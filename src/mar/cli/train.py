@@ -17,6 +17,8 @@ from mar.terminal import print_err, print_out
 if TYPE_CHECKING:
     import torch
 
+    from mar.data.captions import Captions
+    from mar.evaluation.session import OnlineEvaluator
     from mar.training.callbacks import Snapshot, SnapshotCallback
     from mar.training.log import Log
     from mar.training.page import Page
@@ -203,23 +205,39 @@ def _print_summary(run: Run, finished: bool, skipped: int) -> None:
     print_out(f"{run.folder / 'model.safetensors'} (EMA) and model-raw.safetensors; draw: mar sample {run.folder}")
 
 
+def check_evaluation(options: TrainOptions, image_size: tuple[int, int]) -> None:
+    """Open network and reference of a run's evaluations. Raises ValueError where that can't be done.
+
+    Args:
+        options: of the run.
+        image_size: height and width of its images.
+    """
+    if options.eval_every:
+        _make_evaluator(options, upright=options.config.upright).open_reference(image_size)
+
+
+def _make_evaluator(options: TrainOptions, *, upright: bool, captions: Captions = ()) -> OnlineEvaluator:
+    """Make what evaluates a run, from its options, the way its images are turned, and their captions."""
+    from mar.evaluation.features import open_extractor
+    from mar.evaluation.session import OnlineEvaluator
+
+    extractor = open_extractor(options.eval_features, options.eval_weights)
+    reference = options.eval_reference or options.config.data
+    return OnlineEvaluator(extractor, reference, options.eval_count, upright=upright, captions=captions)
+
+
 def _make_evaluation(options: TrainOptions, run: Run, log: Log) -> SnapshotCallback:
     """Makes a callback that evaluates EMA and raw weights on all ranks.
 
     Broken images of a young model are a note, not an error.
     """
     from mar.data.captions import captions_of
-    from mar.evaluation.features import open_extractor
-    from mar.evaluation.session import OnlineEvaluator
     from mar.sampling.generate import BrokenLatents
     from mar.training.callbacks import take_snapshot
 
-    extractor = open_extractor(options.eval_features, options.eval_weights).to(run.device)
-    reference = options.eval_reference or options.config.data
     captions = captions_of(run.held_out) or captions_of(run.source)
-    evaluator = OnlineEvaluator(
-        extractor, reference, options.eval_count, upright=run.transform.upright, captions=captions
-    )
+    evaluator = _make_evaluator(options, upright=run.transform.upright, captions=captions)
+    evaluator.extractor = evaluator.extractor.to(run.device)
     # A wrong reference fails here, before hours of training.
     evaluator.check(take_snapshot(run).pipeline("ema"))
 

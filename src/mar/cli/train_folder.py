@@ -12,7 +12,7 @@ import tyro
 
 from mar.cli.options import parse
 from mar.cli.tokenizer import TokenizerTrainOptions, load_network, train_tokenizer
-from mar.cli.train import TrainOptions, names_precision, train_model
+from mar.cli.train import TrainOptions, check_evaluation, names_precision, train_model
 from mar.config import ConfigError
 from mar.config.tokenizer import Stride, TokenizerKind, TokenizerTrainConfig
 from mar.presets import PLANNED_RECIPES
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from mar.autoconfig.plan import CacheStep, FolderPlan, TokenizerStep
     from mar.autoconfig.timing import TimePlan
+    from mar.config import TrainConfig
     from mar.training.page import Page
 
 MEASURE_SECONDS = 2.0
@@ -89,6 +90,7 @@ class _FolderOverrides:
     hours: float | None = None
     image_size: int | tuple[int, int] | None = None
     images: int | None = None
+    validate_every: int | None = None
     upright: bool = True
     caption_column: str | None = None
     text: str | None = None
@@ -146,9 +148,9 @@ def plan_folder(arguments: Sequence[str], lengths: TimePlan | None = None) -> tu
 
 def _saved_lengths(given: _FolderOverrides) -> TimePlan:
     """Return the lengths of the run that is continued, or none. ConfigError where they contradict the options."""
-    from mar.autoconfig.timing import TimePlan, duration, load_time_plan, seconds_of
+    from mar.autoconfig.timing import TimePlan, duration, seconds_of
 
-    seconds, saved = seconds_of(given.minutes, given.hours), load_time_plan(given.out)
+    seconds, saved = seconds_of(given.minutes, given.hours), _saved_time_plan(given)
     if given.images is not None:
         if seconds is not None:
             raise ConfigError(f"got --images {given.images} and a time, which chooses the number; leave one out")
@@ -159,6 +161,23 @@ def _saved_lengths(given: _FolderOverrides) -> TimePlan:
         f"{given.out} was planned for {duration(saved.seconds)}, not {duration(seconds)}; give that time, or --images "
         f"for another length, or take another --out"
     )
+
+
+def _saved_time_plan(given: _FolderOverrides) -> TimePlan | None:
+    """Return the time plan of a run, or none. Before anything is trained, another time makes another plan."""
+    from mar.autoconfig.timing import load_time_plan, seconds_of
+
+    saved, seconds = load_time_plan(given.out), seconds_of(given.minutes, given.hours)
+    is_same = saved is None or seconds in (None, saved.seconds)
+    return saved if is_same or _has_begun(given.out) else None
+
+
+def _has_begun(out: Path) -> bool:
+    """Return whether a model's training, or that of its tokenizer, has saved a state or is finished."""
+    from mar.checkpoint.run_state import RunState
+    from mar.checkpoint.tokenizers import is_saved
+
+    return is_saved(out / "tokenizer") or any(RunState(folder).states() for folder in (out, out / "tokenizer"))
 
 
 def _recipe_options(name: str, arguments: Sequence[str]) -> list[str]:
@@ -199,6 +218,8 @@ def train_folder(arguments: Sequence[str], name: str = "folder") -> int:
                 require_writers(options.config.log_to)
             if options.config.init is not None:
                 zoo.check_name(options.config.init)  # before hours of the other steps
+            if plan.cache is not None:
+                check_evaluation(options, plan.cache.image_size)
         steps = _Steps(arguments, device, started)
         try:
             plan, options, code = steps.run_first(plan, options)
@@ -232,7 +253,6 @@ class _Steps:
         """
         from mar import distributed
         from mar.autoconfig.summary import save_summary
-        from mar.autoconfig.timing import load_time_plan
         from mar.training.preflight import estimate
         from mar.training.run import check_same_run
 
@@ -256,7 +276,7 @@ class _Steps:
         earlier = 0.0 if plan.tokenizer is None else _logged_seconds(plan.tokenizer.out)
         plan, options = self._choose_tokenizer_length(plan, options, untrained)
         assert options.out is not None
-        lengths = self.lengths or load_time_plan(options.out)
+        lengths = self.lengths or _saved_time_plan(self.given)
         if self.page is not None and lengths is not None:
             self.page.deadline = self.started + lengths.seconds - earlier
         if untrained is not None:
@@ -276,10 +296,10 @@ class _Steps:
 
     def _check_time(self, plan: FolderPlan, out: Path) -> None:
         """Raise ConfigError for a time of a run that was begun without one, or whose tokenizer has used it up."""
-        from mar.autoconfig.timing import duration, load_time_plan, seconds_of
+        from mar.autoconfig.timing import duration, seconds_of
 
         seconds = seconds_of(self.given.minutes, self.given.hours)
-        if seconds is None or load_time_plan(out) is not None:
+        if seconds is None or _saved_time_plan(self.given) is not None:
             return
         if _has_states(plan, out):
             raise ConfigError(f"{out} was begun without a time; leave it out, or take another --out")
@@ -312,13 +332,13 @@ class _Steps:
         self, plan: FolderPlan, options: FolderOptions, untrained: TokenizerStep | None
     ) -> tuple[FolderPlan, FolderOptions]:
         """Begin a plan for the user's time. Without one, say how long the trainings take."""
-        from mar.autoconfig.timing import TimePlan, duration, load_time_plan, seconds_of, tokenizer_images
+        from mar.autoconfig.timing import TimePlan, duration, seconds_of, tokenizer_images
         from mar.training.speed import reading_seconds, tokenizer_speed
         from mar.training.tokenizer import STATS_IMAGES
 
         assert options.out is not None
         seconds = seconds_of(self.given.minutes, self.given.hours)
-        if load_time_plan(options.out) is not None or _has_states(plan, options.out):
+        if _saved_time_plan(self.given) is not None or _has_states(plan, options.out):
             return plan, options
         if seconds is None:
             self._estimate(plan, untrained)
@@ -367,16 +387,19 @@ class _Steps:
 
         `earlier` sessions spent so many seconds on the tokenizer.
         """
-        from mar.autoconfig.timing import duration, load_time_plan, model_length
+        from mar.autoconfig.timing import duration, model_length
         from mar.training.speed import model_speed
 
         assert options.out is not None
-        lengths = self.lengths or load_time_plan(options.out)
+        lengths = self.lengths or _saved_time_plan(self.given)
         if lengths is None or lengths.model_images is not None or self.given.images is not None:
             return plan, options
         speed = model_speed(plan.train, self.device, _measure_seconds(lengths.seconds), draw=True)
         left = max(lengths.seconds - earlier - (time.monotonic() - self.started), 0.0)
-        images, grids = model_length(left, speed.images_per_second, speed.grid_seconds, plan.train.batch)
+        images, grids = model_length(
+            left, speed.images_per_second, speed.grid_seconds, plan.train.batch,
+            held_out=_count_held_out(plan.train), validate_every=self.given.validate_every,
+        )  # fmt: skip
         _note(
             f"{duration(left)} are left: the model sees {images:,} pictures ({speed.images_per_second:.0f} a second), "
             f"with {grids} sample grids on the way; without the limit it would see {plan.train.images:,}, in "
@@ -412,6 +435,16 @@ def _note(text: str) -> None:
 def _measure_seconds(seconds: float) -> float:
     """Return for how long speeds are measured, to plan so many seconds."""
     return min(MEASURE_SECONDS * 3, seconds / 100)
+
+
+def _count_held_out(config: TrainConfig) -> int:
+    """Return the number of images that a validation of a run sees."""
+    from mar.training.run import open_run_data
+
+    if not config.validate_every:
+        return 0
+    _, held_out = open_run_data(config)
+    return 0 if held_out is None else min(len(held_out), config.validate_count)
 
 
 def _cache_latents(step: CacheStep, options: FolderOptions, page: Page | None) -> int:

@@ -346,10 +346,7 @@ class OnlineEvaluator:
     def measure_reference(self, size: tuple[int, int]) -> FeatureStats:
         """Returns the reference's statistics at `size` (height, width); reads or measures them the first time."""
         if self._stats is None:
-            split = "test" if is_statistics(self.reference) or has_test_split(self.reference) else "train"
-            opened = open_either(
-                self.reference, self.extractor, MetricOptions(), split=split, size=size, upright=self.upright
-            )
+            opened = self.open_reference(size)
             self.captions = reference_captions(opened) or self.captions
             if isinstance(opened, FeatureStats):
                 self._stats = opened
@@ -359,6 +356,13 @@ class OnlineEvaluator:
                     log_once(logging.WARNING, line)
                 self._stats = collected.statistics
         return self._stats
+
+    def open_reference(self, size: tuple[int, int]) -> FeatureStats | ImageSet:
+        """Opens the reference at `size`. Raises ValueError if there is none, or if it can't be compared."""
+        split = "test" if is_statistics(self.reference) or has_test_split(self.reference) else "train"
+        return open_either(
+            self.reference, self.extractor, MetricOptions(), split=split, size=size, upright=self.upright
+        )
 
     def check(self, model: Pipeline) -> None:
         """Measures the reference at the size of `model`. Raises ValueError if they can't be compared."""

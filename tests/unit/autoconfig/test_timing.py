@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mar.autoconfig.sizes import VALIDATIONS
 from mar.autoconfig.timing import (
     DRAWING_SHARE,
     MAX_GRIDS,
@@ -58,17 +59,24 @@ def test_tokenizer_images_take_their_share_of_the_time(seconds: float, speed: fl
     assert most - batch < images <= most
 
 
-@given(seconds=st.floats(0, 1e6), speed=SPEEDS, grid_seconds=st.floats(0, 1e3), batch=st.integers(1, 256))
-def test_model_length_fills_the_time(seconds: float, speed: float, grid_seconds: float, batch: int) -> None:
-    images, grids = model_length(seconds, speed, grid_seconds, batch)
+@given(
+    seconds=st.floats(0, 1e6), speed=SPEEDS, grid_seconds=st.floats(0, 1e3), batch=st.integers(1, 256),
+    held_out=st.integers(0, 10**4), every=st.none() | st.integers(1, 10**5),
+)  # fmt: skip
+def test_model_length_fills_the_time(
+    seconds: float, speed: float, grid_seconds: float, batch: int, held_out: int, every: int | None
+) -> None:
+    images, grids = model_length(seconds, speed, grid_seconds, batch, held_out=held_out, validate_every=every)
     assert images % batch == 0
     assert MIN_GRIDS <= grids <= MAX_GRIDS
     if grids > MIN_GRIDS:
         assert grids * grid_seconds <= DRAWING_SHARE * seconds
     if images > MIN_STEPS * batch:
-        used = images / speed + grids * grid_seconds + RESERVE_SECONDS
+        validations = images / every if every else VALIDATIONS
+        used = images / speed + grids * grid_seconds + RESERVE_SECONDS + validations * held_out / speed / 3
         assert used <= seconds + 1e-6
-        assert used > seconds - batch / speed - 1e-6
+        step = batch / speed * (1 + held_out / every / 3 if every else 1)
+        assert used > seconds - step - 1e-6
 
 
 def test_time_plan_is_kept_with_the_run(tmp_path: Path) -> None:
