@@ -374,6 +374,23 @@ def test_the_python_of_the_readme_runs(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert kept.tobytes() == other.tobytes()
 
 
+def test_python_of_the_training_page_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A small model, whose metric is logged twice."""
+    trunk = config.TrunkConfig(width=8, depth=1, num_heads=1)
+    model = dataclasses.replace(
+        presets.FASHION.model, encoder=trunk, decoder=trunk, head=config.HeadConfig(8, 1, prediction="v"), buffer_size=2
+    )
+    sampling = config.SamplingConfig(steps=2, diffusion_steps=2, x0_bound=1.0)
+    short = dataclasses.replace(presets.FASHION, model=model, sampling=sampling, images=16, batch=8, decay=0, warmup=0)
+    monkeypatch.setattr(presets, "recipe", {"fashion": short}.__getitem__)
+    monkeypatch.chdir(tmp_path)
+    (snippet,) = blocks((ROOT / "docs/training.md").read_text(encoding="utf-8"), "python")
+    exec(compile(snippet.replace("5_000", "8"), "training.md", "exec"), {})
+    lines = [json.loads(line) for line in (tmp_path / "runs/python/log.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines if "brightness" in line] == [8, 16]
+    assert Pipeline.open(tmp_path / "runs/python/model.safetensors").model.config == model
+
+
 def test_python_of_the_diffusers_page_does_what_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}

@@ -205,8 +205,8 @@ def _choose_for_cache(overrides: Overrides, source: LatentSource) -> Choice:
     if height % side or width % side:
         fit = [str(max(pixels // side, 1) * side) for pixels in dict.fromkeys(layout.size)]
         raise ConfigError(
-            f"{overrides.data} holds latents of pictures of {height}x{width}, which squares of {side} pixels do not "
-            f"divide; `mar cache --image-size {' '.join(fit)}` makes some that they do"
+            f"{overrides.data} holds latents of pictures of {height}x{width}, expected multiples of {side}; make "
+            f"another cache with `mar cache --image-size {' '.join(fit)}`"
         )
     # cached latents, or pixels, can't be shifted or turned
     recipe = replace(_recipe(overrides, summary, layout), shift=0, upright=source.manifest.upright)
