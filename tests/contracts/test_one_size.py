@@ -63,14 +63,15 @@ def test_verb_of_another_size_begins_nothing(
 
 
 def test_stats_take_the_only_size(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main("tokenizer stats vit --data pictures --limit 4".split()) == 0
-    assert "measured on 4 pictures" in capsys.readouterr().out
-    assert main("tokenizer stats pixels --data pictures".split()) == 2
-    assert "--image-size is missing: the tokenizer takes pictures of many sizes" in capsys.readouterr().err
-    assert main("tokenizer stats pixels --data pictures --image-size 0 4".split()) == 2
-    assert "--image-size: got 0x4, expected" in capsys.readouterr().err
-    assert main("tokenizer stats pixels --data pictures --image-size 12 8 --limit 4".split()) == 0
     del place
+    stats, data = ["tokenizer", "stats"], ["--data", "pictures", "--limit", "4"]
+    assert main([*stats, "vit", *data]) == 0
+    assert "measured on 4 pictures" in capsys.readouterr().out
+    assert main([*stats, "pixels", *data]) == 2
+    assert "--image-size is missing: the tokenizer takes pictures of many sizes" in capsys.readouterr().err
+    assert main([*stats, "pixels", *data, "--image-size", "0", "4"]) == 2
+    assert "--image-size: got 0x4, expected" in capsys.readouterr().err
+    assert main([*stats, "pixels", *data, "--image-size", "12", "8"]) == 0
 
 
 def test_pipeline_of_another_size_is_refused() -> None:
