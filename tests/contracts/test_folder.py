@@ -35,7 +35,7 @@ from mar.data.latent_cache import read_manifest, write_manifest
 from mar.pipeline import Pipeline
 from mar.tokenizer import PCATokenizer
 from mar.tokenizer.kl import from_config
-from mar.training.run import save_config
+from mar.training.run import open_run_data, save_config
 from mar.training.speed import ModelSpeed
 from mar.training.tokenizer import autoencoder_config
 
@@ -540,7 +540,7 @@ def test_folder_of_another_run_is_refused(place: Path, capsys: pytest.CaptureFix
 def test_folder_cached_latents_are_enough(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(place / "pictures")
     assert main(command("run/latents", "second", "--sample-every", "0")) == 0
-    assert "20 color pictures in 2 classes" in capsys.readouterr().err
+    assert "20 pictures in 2 classes" in capsys.readouterr().err
     assert (place / "second" / "model.safetensors").read_bytes() == (place / "run" / "model.safetensors").read_bytes()
     assert "leave out --image-size" in refused(capsys, "--data", "run/latents", "--image-size", "8")
 
@@ -639,6 +639,73 @@ def test_folder_time_that_contradicts_is_refused(place: Path, capsys: pytest.Cap
     assert not (place / "new").exists()
 
 
+def renamed(pictures: Path, others: str) -> Path:
+    """The same pictures by other names: other pictures, as far as anybody can tell without reading them."""
+    for path in sorted(pictures.rglob("*.png")):
+        other = pictures.with_name(others) / path.parent.name / f"other-{path.name}"
+        other.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, other)
+    return pictures.with_name(others)
+
+
+def test_folder_other_pictures_than_those_of_the_cache_are_refused(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where a tokenizer that is here makes the cache, so that no training of one compares them."""
+    renamed(place / "pictures", "others")
+    (place / "run" / "tokenizer").rename(place / "tokenizer")
+    given = ("--tokenizer", "tokenizer", "--image-size", "8")
+    assert main(command("pictures", "second", *given)) == 0
+    capsys.readouterr()
+    assert main(command("others", "second", *given)) == 2
+    said = capsys.readouterr().err
+    assert "second/latents holds latents of pictures, and the pictures of others are others" in said
+
+
+def test_folder_goes_on_where_pictures_and_run_were_moved(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """But not with other pictures, also if only the tokenizer has seen the first ones."""
+    renamed(place / "pictures", "others")
+    (place / "pictures").rename(place / "moved")
+    assert main([*WHOLE, "--data", "others"]) == 2
+    assert "begin another run in another folder" in capsys.readouterr().err
+    model = Pipeline.open(place / "run" / "model.safetensors").fingerprint()
+    (place / "run").rename(place / "elsewhere")
+    assert main([*WHOLE, "--data", "moved", "--out", "elsewhere"]) == 0
+    assert Pipeline.open(place / "elsewhere" / "model.safetensors").fingerprint() == model
+    assert read_manifest(place / "elsewhere" / "latents").data == "moved"
+    shutil.rmtree(place / "elsewhere" / "latents")
+    (place / "moved").rename(place / "gone")
+    assert main([*WHOLE, "--data", "others", "--out", "elsewhere"]) == 2
+    assert "begin another run in another folder" in capsys.readouterr().err
+
+
+def test_folder_validates_on_the_test_part_of_moved_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    bars(tmp_path / "pictures" / "train")
+    bars(tmp_path / "pictures" / "test", 10)
+    assert main([*WHOLE, "--patience", "9"]) == 0
+    (tmp_path / "pictures").rename(tmp_path / "moved")
+    assert main([*WHOLE, "--patience", "9", "--data", "moved"]) == 0
+    _, held_out = open_run_data(plan_folder([*WHOLE[2:], "--data", "moved"])[0].train)
+    assert held_out is not None
+    assert len(held_out) == 10
+
+
+def test_folder_names_the_batch_that_is_too_large(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object, **options: object) -> int:
+        raise MemoryError
+
+    monkeypatch.setattr("mar.cli.train_folder.train_model", fail)
+    assert main(WHOLE) == 2
+    assert "take a smaller --batch than 4" in capsys.readouterr().err
+    monkeypatch.setattr("mar.cli.train_folder.train_tokenizer", fail)
+    assert main([*WHOLE, "--out", "new"]) == 2
+    assert "take a smaller --vae.batch than 4" in capsys.readouterr().err
+    del place
+
+
 def test_folder_time_of_a_run_that_never_began_is_no_plan(data: Path, tmp_path: Path) -> None:
     """Before a state is saved, another time makes another plan; the same one, and none, keep it."""
     begun, given = tmp_path / "run", ("--out", str(tmp_path / "run"))
@@ -722,7 +789,8 @@ def test_folder_time_counts_the_reading_of_pictures(
         assert main([*TIMED[:-2], *timed]) == 130
         lengths.append(json.loads((tmp_path / str(number) / "time.json").read_text())["tokenizer_images"])
     said = capsys.readouterr().err
-    assert lengths == [600, 120]
+    # a fifth of 3 s, or of 0.6 s, less 11 evaluations of a picture and the encoding of 60, in steps of 4
+    assert lengths == [592, 112]
     assert said.count("most of the time goes into reading") == 1
 
 
@@ -746,12 +814,16 @@ def test_folder_mistakes_of_the_model_are_said_before_its_tokenizer(
     assert not (tmp_path / "run" / "tokenizer").exists()
 
 
-def test_recipe_of_words_gives_up_its_lengths_for_a_time() -> None:
+def test_recipe_of_words_gives_up_its_lengths_for_a_time(tmp_path: Path) -> None:
+    """Also where it goes on without naming it."""
     lengths = {"--images", "--vae.images", "--sample-every"}
     assert lengths < {*_recipe_options("emoji", ["--data", "x"])}
     timed = _recipe_options("emoji", ["--data", "x", "--minutes=5"])
     assert not lengths & {*timed}
     assert "--image-size" in timed
+    save_time_plan(TimePlan(60.0, 8, 16, 2), tmp_path)
+    begun = ["--data", "x", "--out", str(tmp_path)]
+    assert _recipe_options("emoji", begun) == timed
 
 
 def test_recipe_of_words_has_the_help_of_a_folder(capsys: pytest.CaptureFixture[str]) -> None:

@@ -424,7 +424,9 @@ def _describe(choice: Choice, config: TrainConfig) -> tuple[str, str]:
     elif config.text:
         classes = f"with captions, read by {config.text}"
     captions = f"; captions of up to {model.buffer_size} tokens" if config.text else ""
-    color = "gray" if summary.image_channels == 1 else "color"
+    color = "gray " if summary.image_channels == 1 else "color "
+    if choice.from_cache and layout.shape is not None:
+        color = ""  # latents do not say it
     by = {PixelTokenizer.name: "raw pixels", OWN: "by a tokenizer of their own"}.get(
         layout.tokenizer, f"by {layout.tokenizer}"
     )
@@ -440,7 +442,7 @@ def _describe(choice: Choice, config: TrainConfig) -> tuple[str, str]:
         more += f", as most are {ratio:.2f} times as {shape}"
     seen = "as many pictures as there is time for" if choice.timed else f"{config.images:,} pictures"
     return (
-        f"{config.data}: {summary.count:,} {color} pictures {classes}, typically of {summary.side} pixels, cut to "
+        f"{config.data}: {summary.count:,} {color}pictures {classes}, typically of {summary.side} pixels, cut to "
         f"{height}x{width}{more}; {by}, {model.tokens} tokens of {model.token_width} values each",
         f"for so many pictures: {model.encoder.depth} + {model.decoder.depth} blocks {model.encoder.width} wide, head "
         f"{model.head.depth} x {model.head.width}; {seen} to be seen in all, {config.batch} a step"

@@ -138,6 +138,8 @@ EPOCHS, MIN_IMAGES = 40, 100_000
 """Length of a model's training: so many times each image, and at least so many in all."""
 VALIDATIONS = 10
 """Validations of a model's training."""
+TOKENIZER_EVALUATIONS = 10
+"""Evaluations of a residual tokenizer's training."""
 TOKENIZER_EPOCHS, TOKENIZER_MIN_IMAGES = 10, 60_000
 """Length of a tokenizer's training."""
 TOKENIZER_WARMUP = 3_000
@@ -404,5 +406,5 @@ def tokenizer_config_for(
         warmup=min(TOKENIZER_WARMUP, total // 10),
         decay=total if is_residual else total // 4,
         save_every=min(5_000, max(total // 10, 1)),
-        sample_every=total // (10 if is_residual else 4) + 1,  # the end is evaluated anyway
+        sample_every=total // (TOKENIZER_EVALUATIONS if is_residual else 4) + 1,  # the end is evaluated anyway
     )

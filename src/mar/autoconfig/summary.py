@@ -67,7 +67,8 @@ def summarize_dataset(source: Source, name: str, turn_upright: bool = True) -> D
         image = source[index].image
         image = upright(image) if turn_upright else image
         step = max(min(image.size) // 128, 1)  # a part of the rows and columns of a large image is enough
-        return min(image.size), image.height / image.width, np.asarray(convert_channels(image, 3))[::step, ::step]
+        pixels = np.asarray(convert_channels(image, 3))[::step, ::step].copy()  # a view would keep all of it in memory
+        return min(image.size), image.height / image.width, pixels
 
     sides, aspects, pixels = zip(*_read_sample(len(source), name, sizes_and_pixels), strict=True)
     channels = 1 if all((values == values[..., :1]).all() for values in pixels) else 3

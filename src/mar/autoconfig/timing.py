@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mar import __version__
-from mar.autoconfig.sizes import VALIDATIONS
+from mar.autoconfig.sizes import TOKENIZER_EVALUATIONS, VALIDATIONS
 from mar.checkpoint import checksums
 from mar.config import ConfigError, from_dict, to_dict
 
@@ -26,8 +26,8 @@ DRAWING_SHARE = 0.05
 """Share of the model's time for sample grids."""
 MIN_GRIDS, MAX_GRIDS = 2, 10
 """Sample grids of a model's training."""
-VALIDATION_COST = 1 / 3
-"""Time to validate on an image, of that to train on one: without gradients, the forward pass alone."""
+FORWARD_COST, ENCODING_COST = 1 / 3, 1 / 6
+"""Time of an image without gradients, of that to train on it: the whole forward pass; an encoder alone."""
 MIN_STEPS = 10
 """A training has at least so many steps, however little time there is."""
 RESERVE_SECONDS = 4.0
@@ -60,7 +60,7 @@ def seconds_of(minutes: float | None, hours: float | None) -> float | None:
     return None if minutes is None else minutes * 60
 
 
-def tokenizer_images(seconds: float, speed: float, batch: int, count: int) -> int:
+def tokenizer_images(seconds: float, speed: float, batch: int, count: int, held_out: int = 0) -> int:
     """Return the length of a tokenizer's training.
 
     Args:
@@ -68,9 +68,30 @@ def tokenizer_images(seconds: float, speed: float, batch: int, count: int) -> in
         speed: of the tokenizer's training, in images per second.
         batch: images of a step.
         count: images of the data set.
+        held_out: images of an evaluation; all evaluations together get at most half of the tokenizer's time.
     """
-    images = min(TOKENIZER_SHARE * seconds * speed, MAX_TOKENIZER_EPOCHS * count)
-    return _whole_steps(images, batch)
+    share = TOKENIZER_SHARE * seconds
+    evaluation = FORWARD_COST * (TOKENIZER_EVALUATIONS + 1) * held_out / speed
+    return _whole_steps(min((share - min(evaluation, share / 2)) * speed, MAX_TOKENIZER_EPOCHS * count), batch)
+
+
+def encoding_seconds(images: int, speed: float) -> float:
+    """Return the time to encode images.
+
+    Args:
+        images: their number.
+        speed: of the tokenizer's training, in images per second.
+    """
+    return ENCODING_COST * images / speed
+
+
+@dataclass(frozen=True)
+class ModelLength:
+    """Length of a model's training."""
+
+    images: int
+    grids: int | None
+    """Number of sample grids; None: the user chose how often they are drawn."""
 
 
 def model_length(
@@ -79,25 +100,30 @@ def model_length(
     grid_seconds: float,
     batch: int,
     *,
+    sample_every: int | None = None,
     held_out: int = 0,
     validate_every: int | None = None,
-) -> tuple[int, int]:
-    """Return a model's length in images, and its number of grids.
+) -> ModelLength:
+    """Return the length of a model's training that fits a time.
 
     Args:
         seconds: time that is left for it.
         speed: of its training, in images per second.
         grid_seconds: time to draw the grids of one snapshot.
         batch: images of a step.
+        sample_every: images between sample grids, 0 for none; None: few enough grids for their share of the time.
         held_out: images of a validation.
-        validate_every: images between validations; None: as many validations as by default.
+        validate_every: images between validations, 0 for none; None: as many validations as by default.
     """
-    validation = VALIDATION_COST * held_out
-    seconds = max(seconds - RESERVE_SECONDS - (0 if validate_every else VALIDATIONS * validation / speed), 0.0)
+    validation = FORWARD_COST * held_out / speed
+    seconds = max(seconds - RESERVE_SECONDS - (VALIDATIONS * validation if validate_every is None else 0.0), 0.0)
+    seconds_per_image = 1 / speed + (validation / validate_every if validate_every else 0.0)
+    if sample_every is not None:
+        seconds_per_image += grid_seconds / sample_every if sample_every else 0.0
+        return ModelLength(_whole_steps(seconds / seconds_per_image, batch), None)
     affordable = DRAWING_SHARE * seconds / grid_seconds if grid_seconds else math.inf
     grids = math.floor(min(max(affordable, MIN_GRIDS), MAX_GRIDS))
-    images = (seconds - grids * grid_seconds) * speed
-    return _whole_steps(images / (1 + validation / validate_every) if validate_every else images, batch), grids
+    return ModelLength(_whole_steps((seconds - grids * grid_seconds) / seconds_per_image, batch), grids)
 
 
 def _whole_steps(images: float, batch: int) -> int:

@@ -109,6 +109,8 @@ class _Parsed:
 
     kinds: ClassVar[list[type]] = []
     options: Any = None
+    batch: tuple[str, int] | None = None
+    """Option and size of the batches of a step that does not take `batch`."""
 
 
 _parsed = _Parsed()
@@ -117,7 +119,12 @@ _parsed = _Parsed()
 def forget_options() -> None:
     """Begins a command: messages name its options alone."""
     _parsed.kinds.clear()
-    _parsed.options = None
+    _parsed.options = _parsed.batch = None
+
+
+def name_batch(flag: str | None, batch: int = 0) -> None:
+    """Says which option the next step's batches follow from, and their size; None: `batch` again."""
+    _parsed.batch = None if flag is None else (flag, batch)
 
 
 def as_typed(message: str) -> str:
@@ -168,10 +175,11 @@ def out_of_memory(verb: str, reason: str) -> str:
     options = _parsed.options
     named = [value for name, value in _inputs(options) if name not in ("out", "target")] if options is not None else []
     batch = getattr(options, "batch", None) or getattr(getattr(options, "config", None), "batch", None)
+    flag, batch = _parsed.batch or ("--batch", batch)
     work = f"`mar {verb}`" + (f" of {', '.join(named[:2])}" if named else "")
     remedy = "close other programs, or use a machine with more"
     if batch is not None and batch > 1:
-        remedy = f"take a smaller --batch than {batch}"
+        remedy = f"take a smaller {flag} than {batch}"
     elif batch is None and hasattr(options, "dtype") and verb == "convert":
         remedy = "close other programs; --dtype changes the file alone"
     return f"there is not enough memory for {work} ({reason}); {remedy}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import tyro
 
-from mar.cli.options import parse
+from mar.cli.options import name_batch, parse
 from mar.cli.tokenizer import TokenizerTrainOptions, load_network, train_tokenizer
 from mar.cli.train import TrainOptions, check_evaluation, names_precision, train_model
 from mar.config import ConfigError
@@ -56,7 +56,8 @@ class FolderOptions(TrainOptions):
     """
 
     minutes: float | None = None
-    """Time for all of it on this machine; lengths are chosen for it, and kept when the run is continued."""
+    """Time for all of it on this machine, without --eval-every; lengths are chosen for it, and kept when the run is
+    continued."""
     hours: float | None = None
     """The same in hours."""
     image_size: int | tuple[int, int] | None = None
@@ -90,6 +91,7 @@ class _FolderOverrides:
     hours: float | None = None
     image_size: int | tuple[int, int] | None = None
     images: int | None = None
+    sample_every: int | None = None
     validate_every: int | None = None
     upright: bool = True
     caption_column: str | None = None
@@ -181,12 +183,19 @@ def _has_begun(out: Path) -> bool:
 
 
 def _recipe_options(name: str, arguments: Sequence[str]) -> list[str]:
-    """Return the options of a recipe, without its lengths where the user gives a time."""
+    """Return the options of a recipe, without its lengths where they follow from a time."""
+    from mar.autoconfig.timing import PLAN_FILE
+
     words = PLANNED_RECIPES[name]
-    is_timed = any(argument.partition("=")[0] in ("--minutes", "--hours") for argument in arguments)
+    given = parse(_FolderOverrides, VERB, _without_help(arguments), partly=True)
+    is_timed = (given.minutes or given.hours) is not None or (given.out / PLAN_FILE).is_file()
     lengths = ("--images", "--vae.images", "--sample-every") if is_timed else ()
     pairs = zip(words[::2], words[1::2], strict=True)
     return [word for option, value in pairs if option not in lengths for word in (option, value)]
+
+
+def _without_help(arguments: Sequence[str]) -> list[str]:
+    return [word for word in arguments if word not in ("-h", "--help")]
 
 
 def train_folder(arguments: Sequence[str], name: str = "folder") -> int:
@@ -194,9 +203,10 @@ def train_folder(arguments: Sequence[str], name: str = "folder") -> int:
     from mar import devices, distributed, zoo
 
     started = time.monotonic()
-    out = () if name == "folder" else ("--out", f"runs/{name}")
-    arguments = [*out, *_recipe_options(name, arguments), *arguments]
+    arguments = [*(() if name == "folder" else ("--out", f"runs/{name}")), *arguments]
+    arguments = [*_recipe_options(name, arguments), *arguments]
     with distributed.collective_errors():
+        given = parse(_FolderOverrides, VERB, _without_help(arguments), partly=True)
         plan, options = plan_folder(arguments)
         from mar.checkpoint.files import check_writable  # after --help, which needs no torch
         from mar.checkpoint.locks import exclusive
@@ -220,7 +230,7 @@ def train_folder(arguments: Sequence[str], name: str = "folder") -> int:
                 zoo.check_name(options.config.init)  # before hours of the other steps
             if plan.cache is not None:
                 check_evaluation(options, plan.cache.image_size)
-        steps = _Steps(arguments, device, started)
+        steps = _Steps(arguments, given, device, started)
         try:
             plan, options, code = steps.run_first(plan, options)
             return code or train_model(options, device, plan.recipe, name, steps.page)
@@ -234,13 +244,13 @@ class _Steps:
 
     Args:
         arguments: of the command, after `folder`.
+        given: those that choices follow from.
         device: where to train.
         started: `time.monotonic()` when the command began.
     """
 
-    def __init__(self, arguments: Sequence[str], device: torch.device, started: float) -> None:
-        self.arguments, self.device, self.started = arguments, device, started
-        self.given = parse(_FolderOverrides, VERB, arguments, partly=True)
+    def __init__(self, arguments: Sequence[str], given: _FolderOverrides, device: torch.device, started: float) -> None:
+        self.arguments, self.given, self.device, self.started = arguments, given, device, started
         self.page: Page | None = None
         """Shows all steps; rank 0 has it."""
         self.lengths: TimePlan | None = None
@@ -259,6 +269,7 @@ class _Steps:
         assert options.out is not None
         with distributed.collective_errors():
             check_same_run(plan.train, options.out)
+            _check_pictures(plan)
             self._check_time(plan, options.out)
             estimate(plan.train, distributed.world_size()).check_disk(options.out)
             untrained = None if plan.tokenizer is None or _is_trained(plan.tokenizer) else plan.tokenizer
@@ -274,6 +285,8 @@ class _Steps:
 
         self._open_page(plan, options, untrained)
         earlier = 0.0 if plan.tokenizer is None else _logged_seconds(plan.tokenizer.out)
+        if untrained is not None:
+            name_batch("--vae.batch", untrained.config.batch)
         plan, options = self._choose_tokenizer_length(plan, options, untrained)
         assert options.out is not None
         lengths = self.lengths or _saved_time_plan(self.given)
@@ -285,6 +298,7 @@ class _Steps:
             step = TokenizerTrainOptions(plan.tokenizer.out, plan.tokenizer.config, options.device)
             if code := train_tokenizer(step, self.page):
                 return plan, options, code
+        name_batch(None)
         if plan.cache is not None and (code := _cache_latents(plan.cache, options, self.page)):
             return plan, options, code
         if self.page is not None:
@@ -332,9 +346,10 @@ class _Steps:
         self, plan: FolderPlan, options: FolderOptions, untrained: TokenizerStep | None
     ) -> tuple[FolderPlan, FolderOptions]:
         """Begin a plan for the user's time. Without one, say how long the trainings take."""
-        from mar.autoconfig.timing import TimePlan, duration, seconds_of, tokenizer_images
+        from mar.autoconfig.timing import TimePlan, duration, encoding_seconds, seconds_of, tokenizer_images
+        from mar.data.splits import TOKENIZER_HOLD_OUT
         from mar.training.speed import reading_seconds, tokenizer_speed
-        from mar.training.tokenizer import STATS_IMAGES
+        from mar.training.tokenizer import EVAL_IMAGES, STATS_IMAGES
 
         assert options.out is not None
         seconds = seconds_of(self.given.minutes, self.given.hours)
@@ -348,13 +363,18 @@ class _Steps:
             assert plan.summary is not None
             speed = tokenizer_speed(untrained.config, self.device, _measure_seconds(seconds), load_network)
             count = plan.summary.count
-            # its components and statistics are of a part of the pictures, latents of all
-            reading = reading_seconds(untrained.config) * (2 * min(count, STATS_IMAGES) + count)
-            images = tokenizer_images(max(seconds - reading, 0.0), speed, untrained.config.batch, count)
+            # its components and statistics are of a part of the pictures, latents of all, mostly mirrored too
+            part = min(count, STATS_IMAGES)
+            reading = reading_seconds(untrained.config) * (2 * part + count)
+            encoding = encoding_seconds(part + 2 * count, speed)
+            images = tokenizer_images(
+                max(seconds - reading - encoding, 0.0), speed, untrained.config.batch, count,
+                min(count // TOKENIZER_HOLD_OUT, EVAL_IMAGES),
+            )  # fmt: skip
             _note(
                 f"{duration(seconds)} in all: about {duration(images / speed)} for the tokenizer ({images:,} pictures, "
-                f"{speed:.0f} a second), {duration(reading)} to read pictures for components, statistics and latents, "
-                "and the model with the rest"
+                f"{speed:.0f} a second), {duration(reading + encoding)} to read and encode pictures for components, "
+                "statistics and latents, and the model with the rest"
             )
             if reading > seconds / 2:
                 _note("warning: most of the time goes into reading; copies of fewer pixels are read faster")
@@ -387,7 +407,7 @@ class _Steps:
 
         `earlier` sessions spent so many seconds on the tokenizer.
         """
-        from mar.autoconfig.timing import duration, model_length
+        from mar.autoconfig.timing import MIN_STEPS, duration, model_length
         from mar.training.speed import model_speed
 
         assert options.out is not None
@@ -396,16 +416,19 @@ class _Steps:
             return plan, options
         speed = model_speed(plan.train, self.device, _measure_seconds(lengths.seconds), draw=True)
         left = max(lengths.seconds - earlier - (time.monotonic() - self.started), 0.0)
-        images, grids = model_length(
-            left, speed.images_per_second, speed.grid_seconds, plan.train.batch,
+        length = model_length(
+            left, speed.images_per_second, speed.grid_seconds, plan.train.batch, sample_every=self.given.sample_every,
             held_out=_count_held_out(plan.train), validate_every=self.given.validate_every,
         )  # fmt: skip
+        with_grids = f", with {length.grids} sample grids on the way" if length.grids else ""
         _note(
-            f"{duration(left)} are left: the model sees {images:,} pictures ({speed.images_per_second:.0f} a second), "
-            f"with {grids} sample grids on the way; without the limit it would see {plan.train.images:,}, in "
-            f"{duration(plan.train.images / speed.images_per_second)}"
+            f"{duration(left)} are left: the model sees {length.images:,} pictures "
+            f"({speed.images_per_second:.0f} a second){with_grids}; without the limit it would see "
+            f"{plan.train.images:,}, in {duration(plan.train.images / speed.images_per_second)}"
         )
-        return self._replan(options, replace(lengths, model_images=images, grids=grids))
+        if length.images <= MIN_STEPS * plan.train.batch:
+            _note("warning: so little time is left that the model will hardly learn; --images N makes its run longer")
+        return self._replan(options, replace(lengths, model_images=length.images, grids=length.grids))
 
     def _replan(self, options: FolderOptions, lengths: TimePlan) -> tuple[FolderPlan, FolderOptions]:
         """Keep the lengths that rank 0 has chosen, and plan with them."""
@@ -461,6 +484,40 @@ def _cache_latents(step: CacheStep, options: FolderOptions, page: Page | None) -
         upright=step.upright, caption_column=step.caption_column, workers=step.workers, device=options.device,
     )  # fmt: skip
     return make_cache(cache, None if page is None else page.show_latents)
+
+
+def _check_pictures(plan: FolderPlan) -> None:
+    """Compare pictures that were moved with those of finished steps, and note their new place on rank 0.
+
+    Raises ConfigError for other pictures.
+    """
+    import torch
+
+    from mar import distributed
+    from mar.checkpoint.run_state import RunState
+    from mar.data.images import source_digest
+    from mar.data.latent_cache import INDEX, read_manifest, write_manifest
+    from mar.data.sources import open_source
+    from mar.training.run import is_same_path, moved_from
+    from mar.training.tokenizer import open_tokenizer_run
+
+    tokenizer, cache = plan.tokenizer, plan.cache
+    if tokenizer is not None and distributed.world_size() == 1 and _is_trained(tokenizer):
+        was_moved = moved_from(tokenizer.config, tokenizer.out) is not None
+        if was_moved and RunState(tokenizer.out).states():  # they know the pictures
+            open_tokenizer_run(tokenizer.config, tokenizer.out, device=torch.device("cpu"), load_network=load_network)
+    if cache is None or not (cache.out / INDEX).is_file():
+        return
+    manifest = read_manifest(cache.out)
+    if is_same_path(manifest.data, cache.data):
+        return
+    if source_digest(open_source(cache.data, caption_column=cache.caption_column)) != manifest.source:
+        raise ConfigError(
+            f"{cache.out} holds latents of {manifest.data}, and the pictures of {cache.data} are others; give --data "
+            f"{manifest.data} to go on, or another --out for a new run"
+        )
+    if distributed.rank() == 0:
+        write_manifest(cache.out, replace(manifest, data=cache.data))
 
 
 def _has_states(plan: FolderPlan, out: Path) -> bool:

@@ -206,9 +206,9 @@ def measure_latents(tokenizer: Tokenizer, batches: Iterable[Tensor], per_channel
     with torch.no_grad():
         for batch in batches:
             posterior = tokenizer.encode(batch.to(tokenizer.mean.device))
-            mean = tokenizer.denormalize(posterior.mean).double()
-            std = posterior.std.double() * tokenizer.std.double().view(-1, 1, 1)
-            sums += torch.stack([mean.sum((0, 2, 3)), (mean.square() + std.square()).sum((0, 2, 3))]).cpu()
+            mean = tokenizer.denormalize(posterior.mean).cpu().double()  # Apple's GPUs have no float64
+            std = posterior.std.cpu().double() * tokenizer.std.cpu().double().view(-1, 1, 1)
+            sums += torch.stack([mean.sum((0, 2, 3)), (mean.square() + std.square()).sum((0, 2, 3))])
             values += mean[:, 0].numel()
             images += len(batch)
     if not images:

@@ -213,7 +213,7 @@ class Validation:
         with autocast(device, self.run.config.precision):
             losses = loss.per_token_loss(group.latents.to(device), group.condition.to(device), draws)
         bins = (draws.timestep.flatten() * BINS // config.head.diffusion_steps).cpu()
-        sums = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, losses.double().cpu())
+        sums = torch.zeros(BINS, dtype=torch.float64).index_add_(0, bins, losses.cpu().double())
         return sums.tolist(), bins.bincount(minlength=BINS).tolist()
 
 

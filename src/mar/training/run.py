@@ -164,7 +164,7 @@ def check_same_run(config: TrainConfig | TokenizerTrainConfig, folder: Path) -> 
     fixed = {name: value for name, value in to_dict(saved).items() if name not in _MAY_CHANGE_ON_RESUME}
     now = to_dict(config)
     for name in ("data", "tokenizer"):
-        if name in fixed and _is_same_path(fixed[name], now[name], moved=name == "data"):
+        if name in fixed and is_same_path(fixed[name], now[name], moved=name == "data" or not is_name(fixed[name])):
             fixed[name] = now[name]
     if changes := changed_settings(fixed, now):
         raise ConfigError(
@@ -177,15 +177,15 @@ def check_same_run(config: TrainConfig | TokenizerTrainConfig, folder: Path) -> 
 def moved_from(config: TrainConfig | TokenizerTrainConfig, folder: Path) -> str | None:
     """Return where the data of the folder's run was; None: it is still there."""
     saved = load_config(type(config), folder)
-    if saved is None or _is_same_path(saved.data, config.data, moved=False):
+    if saved is None or is_same_path(saved.data, config.data):
         return None
     return saved.data
 
 
-def _is_same_path(before: str | None, now: str | None, *, moved: bool) -> bool:
+def is_same_path(before: str | None, now: str | None, *, moved: bool = False) -> bool:
     """Tell if two spellings name one file or folder: relative or absolute, through links, or `moved` since.
 
-    Data that was moved is gone from where it was; its images are compared when the state is loaded.
+    What was moved is gone from where it was; images and tokenizer are compared when the state is loaded.
     """
     if before is None or now is None:
         return before == now
@@ -203,8 +203,7 @@ def precision_by_default(config: TrainConfig, folder: Path, device: torch.device
 
     A run that goes on keeps its own. A new one has bf16 on GPUs with such products, else the recipe's.
     """
-    saved = load_config(TrainConfig, folder) if device.type == "cuda" else None
-    if saved is not None:
+    if (saved := load_config(TrainConfig, folder)) is not None:
         return saved.precision
     return "bf16" if devices.default_precision(device) == "bf16" else config.precision
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from mar import distributed
 from mar.config import TrainConfig
 from mar.config.tokenizer import TokenizerTrainConfig
+from mar.data.captions import Captions
 from mar.data.conditions import CaptionReader, WordReader
 from mar.data.images import Example, Transform, UnreadableImage
 from mar.data.loader import Batch, LatentBatch
@@ -31,7 +32,7 @@ from mar.tokenizer.base import LatentMoments
 from mar.tokenizer.pca import PCATokenizer
 from mar.training.callbacks import sample_share, take_snapshot
 from mar.training.tokenizer import OBJECTIVES, TokenizerRun
-from mar.training.trainer import Run, TrainingRun
+from mar.training.trainer import GRID_CLASSES, GRID_ROWS, Run, TrainingRun
 
 WARM_UP_STEPS = 2
 """Steps before the clock starts: kernels are chosen and memory is allocated in the first ones."""
@@ -43,9 +44,10 @@ IMAGES_READ = 16
 
 @dataclass(frozen=True)
 class _NoImages:
-    """An empty source with class names."""
+    """An empty source with class names, and captions for sample grids."""
 
     classes: tuple[str, ...]
+    captions: Captions = ()
     flips: bool = False
 
     def __len__(self) -> int:
@@ -120,7 +122,7 @@ class ModelSpeed:
     images_per_second: float
     """In training, of all ranks together."""
     grid_seconds: float
-    """Time to draw and write the sample grids of a snapshot; 0 if it was not measured."""
+    """Time to draw the sample grids of a snapshot; 0 if it was not measured."""
 
 
 def model_speed(config: TrainConfig, device: torch.device, seconds: float, *, draw: bool = False) -> ModelSpeed:
@@ -142,7 +144,8 @@ def model_speed(config: TrainConfig, device: torch.device, seconds: float, *, dr
     elif model.text_width:
         reader = _RandomText(model.buffer_size, model.text_width)
     with tempfile.TemporaryDirectory() as folder:
-        run = _RandomLatents(config, Path(folder), _NoImages(classes), tokenizer, MAR(model), device, captions=reader)
+        source = _NoImages(classes, () if reader is None else (("a",),) * (GRID_ROWS * GRID_CLASSES))
+        run = _RandomLatents(config, Path(folder), source, tokenizer, MAR(model), device, captions=reader)
         speed, grid_seconds = images_per_second(run, seconds), 0.0
         if draw:
             begun = time.monotonic()

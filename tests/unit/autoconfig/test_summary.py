@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from mar.autoconfig.sizes import DatasetSummary
 from mar.autoconfig.summary import SUMMARY_FILE, common_aspect, load_summary, save_summary, summarize_dataset
 from mar.cli import main
 from mar.config import ConfigError
+from mar.data.images import Example
 from mar.data.sources import FashionSource, open_source
 from mar.tokenizer import PixelTokenizer
 from mar.tokenizer.base import measure_latents
@@ -54,6 +56,25 @@ def test_summary_reads_part_of_large_images(tmp_path: Path) -> None:
     image[::2, :, 0] = 255
     seen = look_at(fill(tmp_path / "large", Image.fromarray(image), copies=16))
     assert (seen.side, seen.image_channels) == (600, 3)
+
+
+def test_summary_keeps_no_large_images() -> None:
+    """Of 64 photographs of 12 megapixels, which take 2.3 GB."""
+
+    class Photographs:
+        classes, flips = (), False
+
+        def __len__(self) -> int:
+            return 64
+
+        def __getitem__(self, index: int) -> Example:
+            return Example(Image.new("RGB", (4000, 3000), (index, 1, 2)), -1, str(index))
+
+    tracemalloc.start()
+    summarize_dataset(Photographs(), "photographs")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300e6
 
 
 def test_summary_max_abs_z_matches_measured_statistics() -> None:

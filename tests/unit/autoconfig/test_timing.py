@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mar.autoconfig.sizes import VALIDATIONS
+from mar.autoconfig.sizes import TOKENIZER_EVALUATIONS, VALIDATIONS
 from mar.autoconfig.timing import (
     DRAWING_SHARE,
     MAX_GRIDS,
@@ -29,6 +29,7 @@ from mar.autoconfig.timing import (
 from mar.config import ConfigError
 
 SPEEDS = st.floats(0.1, 1e4)
+EVERY = st.none() | st.integers(0, 10**5)
 
 
 def test_seconds_of_minutes_or_hours() -> None:
@@ -61,22 +62,47 @@ def test_tokenizer_images_take_their_share_of_the_time(seconds: float, speed: fl
 
 @given(
     seconds=st.floats(0, 1e6), speed=SPEEDS, grid_seconds=st.floats(0, 1e3), batch=st.integers(1, 256),
-    held_out=st.integers(0, 10**4), every=st.none() | st.integers(1, 10**5),
+    sample_every=EVERY, held_out=st.integers(0, 10**4), validate_every=EVERY,
 )  # fmt: skip
 def test_model_length_fills_the_time(
-    seconds: float, speed: float, grid_seconds: float, batch: int, held_out: int, every: int | None
-) -> None:
-    images, grids = model_length(seconds, speed, grid_seconds, batch, held_out=held_out, validate_every=every)
+    seconds: float, speed: float, grid_seconds: float, batch: int, sample_every: int | None, held_out: int,
+    validate_every: int | None,
+) -> None:  # fmt: skip
+    length = model_length(
+        seconds, speed, grid_seconds, batch,
+        sample_every=sample_every, held_out=held_out, validate_every=validate_every,
+    )  # fmt: skip
+    images, grids = length.images, length.grids
     assert images % batch == 0
-    assert MIN_GRIDS <= grids <= MAX_GRIDS
-    if grids > MIN_GRIDS:
-        assert grids * grid_seconds <= DRAWING_SHARE * seconds
+    assert (grids is None) == (sample_every is not None)
+    if grids is not None:
+        assert MIN_GRIDS <= grids <= MAX_GRIDS
+        assert grids == MIN_GRIDS or grids * grid_seconds <= DRAWING_SHARE * seconds
+
+    def used(images: int) -> float:
+        drawn = grids if grids is not None else images / sample_every if sample_every else 0
+        validations = VALIDATIONS if validate_every is None else images / validate_every if validate_every else 0
+        return images / speed + drawn * grid_seconds + validations * held_out / speed / 3 + RESERVE_SECONDS
+
     if images > MIN_STEPS * batch:
-        validations = images / every if every else VALIDATIONS
-        used = images / speed + grids * grid_seconds + RESERVE_SECONDS + validations * held_out / speed / 3
-        assert used <= seconds + 1e-6
-        step = batch / speed * (1 + held_out / every / 3 if every else 1)
-        assert used > seconds - step - 1e-6
+        assert used(images) <= seconds * (1 + 1e-9)
+        assert used(images + batch) > seconds * (1 - 1e-9)
+
+
+@given(
+    seconds=st.floats(1, 1e6), speed=SPEEDS, batch=st.integers(1, 256), count=st.integers(16, 10**6),
+    held_out=st.integers(0, 1000),
+)  # fmt: skip
+def test_tokenizer_share_has_its_evaluations(
+    seconds: float, speed: float, batch: int, count: int, held_out: int
+) -> None:
+    """But they leave half of it to the training."""
+    images = tokenizer_images(seconds, speed, batch, count, held_out)
+    whole = tokenizer_images(seconds, speed, batch, count)
+    assert whole >= images >= whole / 2 - batch
+    evaluations = (TOKENIZER_EVALUATIONS + 1) * held_out / 3
+    if MIN_STEPS * batch < images and evaluations < TOKENIZER_SHARE * seconds * speed / 2:
+        assert images + evaluations <= TOKENIZER_SHARE * seconds * speed * (1 + 1e-9)
 
 
 def test_time_plan_is_kept_with_the_run(tmp_path: Path) -> None:

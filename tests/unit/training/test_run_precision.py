@@ -61,6 +61,8 @@ def test_precision_by_default_is_the_saved_runs_then_the_devices(
     assert precision_by_default(plain, tmp_path / "new", cuda) == "bf16"
     assert precision_by_default(plain, tmp_path / "new", cpu) == "fp32"
     assert precision_by_default(half, tmp_path / "new", cpu) == "bf16"  # the recipe's
+    save_config(half, tmp_path / "begun")
+    assert precision_by_default(plain, tmp_path / "begun", cpu) == "bf16"  # begun on a GPU
     save_config(plain, tmp_path / "begun")  # by a version that had fp32 as the default
     assert precision_by_default(plain, tmp_path / "begun", cuda) == "fp32"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))

@@ -9,6 +9,7 @@ import torch
 from tiny import open_tiny_run, tiny_config, tiny_train_config, write_images
 
 from mar.config.tokenizer import TokenizerTrainConfig
+from mar.pipeline import Pipeline
 from mar.training import speed
 from mar.training.speed import (
     MIN_STEPS,
@@ -18,6 +19,7 @@ from mar.training.speed import (
     reading_seconds,
     tokenizer_speed,
 )
+from mar.training.trainer import GRID_CLASSES, GRID_ROWS
 
 CPU = torch.device("cpu")
 
@@ -51,7 +53,17 @@ def test_model_speed_needs_no_images_and_leaves_nothing(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     text = "any" if "text_width" in kind else ""
     config = tiny_train_config(tmp_path, model=tiny_config(channels=16, **kind), text=text, batch=4)
+    asked: list[object] = []
+    draw = speed.sample_share
+
+    def share(pipeline: Pipeline, asks: list[int | str | None], *arguments: int, **options: bool) -> object:
+        asked.extend(asks[:1])
+        assert len(asks) == (GRID_ROWS * GRID_CLASSES if pipeline.captions is not None else len(asks))
+        return draw(pipeline, asks, *arguments, **options)
+
+    monkeypatch.setattr(speed, "sample_share", share)
     measured = model_speed(config, CPU, 0.0, draw=True)
+    assert {*asked} == ({"a"} if "words" in kind or text else {0} if kind["classes"] else {None})  # as a run's grid
     assert measured.images_per_second > 0
     assert measured.grid_seconds > 0
     assert model_speed(config, CPU, 0.0).grid_seconds == 0
