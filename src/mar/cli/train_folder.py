@@ -414,7 +414,8 @@ class _Steps:
         lengths = self.lengths or _saved_time_plan(self.given)
         if lengths is None or lengths.model_images is not None or self.given.images is not None:
             return plan, options
-        speed = model_speed(plan.train, self.device, _measure_seconds(lengths.seconds), draw=True)
+        is_drawn = self.given.sample_every != 0
+        speed = model_speed(plan.train, self.device, _measure_seconds(lengths.seconds), draw=is_drawn)
         left = max(lengths.seconds - earlier - (time.monotonic() - self.started), 0.0)
         length = model_length(
             left, speed.images_per_second, speed.grid_seconds, plan.train.batch, sample_every=self.given.sample_every,
