@@ -29,6 +29,8 @@ RESULT = "RESULT "
 """Begins a line of a step's output that holds a result; what was printed before a step was stopped counts."""
 MIN_SECONDS = 8.0
 """A step is left out if less time than this is left."""
+REHEARSAL = 20
+"""A rehearsal may take so many times the limits: a CPU may be slow and busy."""
 TAIL = 1500
 """Characters of a failed step's output in the record."""
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,7 +49,8 @@ def main() -> int:
         limits = {"train": 60 * options.minutes + 90}  # opening the run, compiling, exporting
         options.budget = max(options.budget, limits["train"])
     else:
-        limits = {name: step.seconds for name, step in steps().items() if name != "train"}
+        slow = REHEARSAL if options.rehearse else 1
+        limits = {name: step.seconds * slow for name, step in steps().items() if name != "train"}
         names = options.only or [*limits]
     report = read_report(options.earlier or options.out / "gpu.json") if (options.left_out or options.only) else {}
     if options.left_out:
@@ -69,7 +72,7 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (default: runs/gpu)")
-    parser.add_argument("--budget", type=float, default=450.0, help="seconds for all steps (default: 450)")
+    parser.add_argument("--budget", type=float, help="seconds for all steps (default: 450; to rehearse: no end)")
     parser.add_argument("--only", nargs="+", metavar="STEP", help=f"steps to run, of: {', '.join(steps())}")
     parser.add_argument("--left-out", action="store_true", help="run what failed or was left out in the earlier call")
     parser.add_argument("--earlier", type=Path, help="gpu.json of an earlier call (default: the one in OUT)")
@@ -84,6 +87,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.budget is None:
+        options.budget = 450.0 * (REHEARSAL if options.rehearse else 1)
     if options.fork and not options.rehearse:
         parser.error("--fork is for --rehearse: CUDA does not work in forks")
     unknown = [name for name in options.only or () if name not in steps() or name == "train"]

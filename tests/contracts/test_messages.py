@@ -243,14 +243,14 @@ def test_sample_misspelled_option_names_the_nearest(capsys: pytest.CaptureFixtur
 
 
 def test_verb_missing_options_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    """Two of one kind, and options of one name after another."""
+    """Two of one kind, and an option by its help."""
     assert main(["convert"]) == 2
     said = capsys.readouterr().err
     assert "mar convert needs PATH (checkpoint-last.pth, or a file or run folder of ours) and PATH (The file" in said
     assert main(["tokenizer", "stats", "x"]) == 2
     said = capsys.readouterr().err
     assert "needs --data STR (fashion, " in said
-    assert "on the Hub) and --image-size INT (Pictures are cut to squares of so many pixels); see `mar" in said
+    assert "on the Hub); see `mar" in said
 
 
 def test_sample_mask_without_white_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

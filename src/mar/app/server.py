@@ -77,7 +77,7 @@ def launch(
     share: bool = False,
     browser: bool = False,
     device: str = "auto",
-    dtype: str = "fp32",
+    dtype: str | None = None,
     block: bool = True,
 ) -> Server:
     """Serve the studio's page and API; returns when it is stopped.
@@ -88,7 +88,8 @@ def launch(
         port: by default the first free one from 7860 on.
         share: make a public address, by gradio's servers.
         browser: open the page in the browser.
-        device, dtype: of the models, as `mar sample` takes them.
+        device: of the models, as `mar sample` takes it.
+        dtype: their precision; by default bf16 on GPUs that multiply in it, else fp32.
         block: whether to wait until it is stopped; if not, `Server.close` stops it.
     """
     hosted = host is not None or share
@@ -97,6 +98,9 @@ def launch(
     _check_choices(models, device)
     gradio = _import_gradio()
     _bypass_proxies(host)
+    from mar.devices import choose_device, default_precision
+
+    dtype = dtype or default_precision(choose_device(device))
     studio = Studio(models or _bundled(), device=device, dtype=dtype, downloads=not hosted)
     functions = Functions(studio)
     app = gradio.Server(docs_url=None, redoc_url=None, openapi_url=None)
@@ -223,7 +227,8 @@ class Functions:
         """Register them: drawing is queued, the rest answers at once."""
         for function in self._all():
             drawing = function.__name__ in self.streams.drawing
-            options = {"concurrency_id": "draw" if function == self.draw else "look", "concurrency_limit": 1}
+            lane = function.__name__ if function in (self.draw, self.confidence) else "look"
+            options = {"concurrency_id": lane, "concurrency_limit": 1}
             app.api(function, name=function.__name__, queue=drawing, **(options if drawing else {}))
 
     def defaults(self) -> dict[str, list[Any]]:

@@ -126,16 +126,16 @@ def command_line(
 
 def python_code(
     model: str, condition: Mapping[str, str | None], seed: int, preset: str | None, changed: Mapping[str, Any], *,
-    dtype: str = "fp32", grow: int | None = None,
+    dtype: str | None = None, grow: int | None = None,
 ) -> str:  # fmt: skip
     """Return Python that draws a picture.
 
     Args:
         model, condition, seed, preset, changed: as in `command_line`.
-        dtype: precision of the model.
+        dtype: precision of the model; None: the default.
         grow: tokens around the mask of a changed picture; None: the picture was drawn from nothing.
     """
-    torch_name = {"bf16": "bfloat16", "int8": "int8"}.get(dtype)
+    torch_name = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}.get(dtype or "")
     lines = ["import mar"]
     if torch_name:
         lines.append("import torch")

@@ -46,8 +46,12 @@ PREVIEW_INTERVAL_S = 0.01
 MEASURE_S = 3.0
 """Longest measurement of a preset; its time is then estimated from the steps done."""
 PRESETS: tuple[str, ...] = get_args(Preset)
-_UNREPEATABLE = {"edited", "stopped"}
-"""Marks in a picture's settings: they alone do not make it again."""
+_UNREPEATABLE = {
+    frozenset({"edited", "stopped", "known"}): "it was painted over or stopped, which Draw can't repeat",
+    frozenset({"labels", "prompts", "seeds"}): "it is a sheet of several pictures, which Draw can't repeat",
+    frozenset({"image_size"}): "it is of another size than the model's, which Draw can't repeat",
+}
+"""Marks in a picture's settings, and why these do not make it again."""
 
 Emit = Callable[[dict[str, Any]], None]
 """Takes the events of a request, as they happen."""
@@ -251,8 +255,10 @@ class Studio:
                 done = model.received or done
         except (ValueError, OSError) as error:
             model.error = _one_line(error)
-        model.received = None
         self._check_download(model)
+        model.received = None
+        if model.state == "waiting":
+            self._plan(model.name)
 
     def _check_download(self, model: Model) -> None:
         missing = _missing(model.name)
@@ -330,9 +336,9 @@ class Studio:
         return True
 
     def _learn(self, model: Model, preset: str, seconds: float, count: int) -> None:
-        """Keep the seconds of drawn pictures; one alone takes no longer than several at once."""
+        """Keep the seconds of one picture; of several at once, only if they took no longer than one is known to."""
         known = self._seconds(model, preset)
-        if count == 1 or known is None or seconds < known:
+        if count == 1 or (known is not None and seconds < known):
             self.timings.put(self._machine(model), preset, seconds)
 
     # ---- requests
@@ -346,13 +352,12 @@ class Studio:
             ticket: by which `stop` knows the request.
         """
         stop = threading.Event()
-        with self._lock:
-            if ticket and ticket in self._early_stops:
-                del self._early_stops[ticket]
-                stop.set()
         work = Work(ticket, stop, self._queue(self._draw, request, emit, stop))
         with self._lock:
             self._works.add(work)
+            if ticket and ticket in self._early_stops:
+                del self._early_stops[ticket]
+                stop.set()
         work.future.add_done_callback(lambda _: self._forget(work))
         return work
 
@@ -379,7 +384,7 @@ class Studio:
             except ValueError as error:
                 note = f"its settings do not fit this model: {_one_line(error)}"
             else:
-                note = "it was painted over or stopped, which Draw can't repeat" if _UNREPEATABLE & facts.keys() else ""
+                note = _unrepeatable(facts, self.models[name])
         return {"image": png_url(image, facts if restored else None), "restored": restored, "note": note}
 
     def check(self, name: str, prompts: Any) -> dict[str, Any]:
@@ -409,7 +414,8 @@ class Studio:
         picture = read_picture(url)
 
         def measure() -> list[list[float]]:
-            losses = self._load(name).token_losses(request.labels, [picture], prompts=request.prompts)
+            with unlogged_prompts():
+                losses = self._load(name).token_losses(request.labels, [picture], prompts=request.prompts)
             rows: list[list[float]] = losses[0].tolist()
             return rows
 
@@ -475,6 +481,10 @@ class Studio:
         return self._submit(run)
 
     def _draw(self, request: DrawRequest, emit: Emit, stop: threading.Event) -> None:
+        nothing = {"kind": "done", "images": [], "seconds": 0.0, "step": 0, "steps": 0, "stopped": True}
+        if stop.is_set():  # a model that nobody waits for would take another one's place
+            emit(nothing)
+            return
         pipeline = self._load(request.model)
         count = len(request.asks)
         kept: dict[str, Any] = {}
@@ -497,7 +507,7 @@ class Studio:
                     break
         seconds = time.perf_counter() - started
         if step is None:
-            emit({"kind": "done", "images": [], "seconds": 0.0, "step": 0, "steps": 0, "stopped": True})
+            emit(nothing)
             return
         notes = {} if request.prompts is None else {"notes": check_prompts(pipeline, request.prompts)["notes"]}
         stopped = step.step < step.steps
@@ -512,6 +522,12 @@ class Studio:
             self._learn(self.models[request.model], request.preset or "exact", seconds, count)
         self._plan(request.model)
 
+    def _precision(self) -> dict[str, Any]:
+        """Return the option by which `mar sample` draws in this precision; {}: all machines do, by default."""
+        from mar.devices import choose_device, default_precision
+
+        return {} if self.dtype == default_precision(choose_device("auto")) == "fp32" else {"dtype": self.dtype}
+
     def _pictures(
         self, request: DrawRequest, pipeline: Pipeline, images: Sequence[Image.Image], stopped: bool
     ) -> list[dict[str, Any]]:
@@ -521,7 +537,8 @@ class Studio:
             "model": request.model, "weights": self.models[request.model].fingerprint, "dtype": self.dtype,
             **to_dict(sampling),
         }  # fmt: skip
-        options: dict[str, Any] = {} if self.dtype == "fp32" else {"dtype": self.dtype}
+        options = self._precision()
+        dtype = options.get("dtype")
         if request.known is not None:
             facts["edited"] = True
             options |= {"known": "known.png", "mask": "mask.png", "grow": request.grow}
@@ -541,7 +558,7 @@ class Studio:
                     **condition,
                     "seed": seed,
                     "command": words.command_line(*recipe, options),
-                    "python": words.python_code(*recipe, dtype=self.dtype, grow=grow),
+                    "python": words.python_code(*recipe, dtype=dtype, grow=grow),
                 }
             )
         return pictures
@@ -571,11 +588,12 @@ class Previews:
 
 
 def _label(pipeline: Pipeline, number: int | None) -> str | None:
-    """Return the name of a class, or its number if the name is not its own; None: no class."""
+    """Return the name of a class, or its number if the name is another's too or means no class; None: no class."""
     if number is None:
         return None
     names = pipeline.classes
-    return names[number] if names and names.count(names[number]) == 1 else str(number)
+    is_own = names is not None and names.count(names[number]) == 1 and names[number].lower() != "none"
+    return names[number] if names is not None and is_own else str(number)
 
 
 def _describe(pipeline: Pipeline) -> dict[str, Any]:
@@ -621,6 +639,15 @@ def _restored(pipeline: Pipeline, facts: Mapping[str, Any]) -> dict[str, Any]:
         "preset": preset,
         "settings": changed[preset],
     }
+
+
+def _unrepeatable(facts: Mapping[str, Any], model: Model) -> str:
+    """Return why the settings in a PNG do not make it again with a model; "": they do."""
+    for marks, why in _UNREPEATABLE.items():
+        if marks & facts.keys():
+            return why
+    weights = facts.get("weights")
+    return "it was drawn by other weights, and Draw makes another" if weights not in (None, model.fingerprint) else ""
 
 
 def _missing(name: str) -> list[RemoteFile]:

@@ -46,12 +46,10 @@ def app(arguments: Sequence[str]) -> int:
 
     def run(check: object) -> int:
         from mar.app.server import launch
-        from mar.devices import choose_device, default_precision
 
-        dtype = options.dtype or default_precision(choose_device(options.device))
         launch(
             options.models, host=options.host, port=options.port, share=options.share, browser=options.browser,
-            device=options.device, dtype=dtype,
+            device=options.device, dtype=options.dtype,
         )  # fmt: skip
         return 0
 

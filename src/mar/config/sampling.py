@@ -23,6 +23,8 @@ Order = Literal["random", "checkerboard", "halton"]
 Preset = Literal["exact", "balanced", "fast"]
 """Name a preset of `mar.presets`."""
 
+MAX_BINOMIAL_STEPS = 4096
+"""Most steps of the binomial rule, which has a probability for each."""
 MAX_SCALE = 1_000_000
 """Factors of sampling are at most this: far beyond it, float32 ends."""
 
@@ -83,6 +85,10 @@ class SamplingConfig:
         one_of(self, "mask_schedule", MaskSchedule)
         one_of(self, "order", Order)
         one_of(self, "reveal", RevealRule)
+        require(
+            self.reveal == "counted" or self.steps <= MAX_BINOMIAL_STEPS,
+            f"steps is {self.steps}, but the binomial rule takes at most {MAX_BINOMIAL_STEPS:,}",
+        )
         if self.diffusion_steps_end is not None:
             positive(self, "diffusion_steps_end")
         require(0 < self.start_t <= 1, f"start_t is {self.start_t}, outside (0, 1]")

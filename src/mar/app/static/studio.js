@@ -76,6 +76,7 @@ async function refresh() {
     $("#download").hidden = !downloads || current.received !== null;
   }
   if (current.state === "failed") say(`${current.name} can't be loaded: ${current.error}`);
+  if (current.state === "absent" && current.error) say(`${current.name} can't be downloaded: ${current.error}`);
   if (current.asks) adopt(current);
   document.body.classList.toggle("loading", !current.asks);
   const line = offer.hidden && current.state !== "failed" ? `Loading ${shortName(current.name)} …` : "";
@@ -161,8 +162,10 @@ async function run(tab, work) {
 async function stop() {
   if (!state.running) return;
   state.running.stopped = true;
-  if (!state.running.ticket) return;
-  await attempt(() => ask("stop", state.running.ticket));
+  const { ticket, abort } = state.running;
+  if (!ticket) return;
+  abort?.abort();  // it waits for its turn: the studio drops it
+  await attempt(() => ask("stop", ticket));
 }
 
 // Waits until the browser has painted what was drawn; a tab in the background is not waited for.
@@ -176,8 +179,10 @@ async function draw(request, progress, show) {
   state.running.ticket = crypto.randomUUID?.() || `${randomSeed()}-${randomSeed()}`;
   const [labels, prompts] = model().asks.kind === "prompt" ? [null, request.asks] : [request.asks, null];
   const parts = [name, labels, request.seeds, request.preset, request.settings, request.known ?? null, request.mask ?? null, request.grow ?? 1, state.running.ticket, prompts];
+  state.running.abort = new AbortController();
   let last;
-  for await (const event of call("draw", parts)) {
+  for await (const event of call("draw", parts, state.running.abort.signal)) {
+    state.running.abort = null;
     progress(event);
     if (event.revealed_at) reveals.forEach((reveal, i) => { Object.assign(reveal, { revealedAt: event.revealed_at[i], steps: event.steps }); show(reveal, i, 0); });
     for (const preview of event.previews) {
@@ -270,7 +275,7 @@ async function drawInto(request, progress) {
   state.reveals.forEach((reveal, i) => showReveal(i, state.step));
   if (!drawn.event.stopped) drawn.reveals.forEach(remember);
   const scrub = $("#scrub");
-  Object.assign(scrub, { max: drawn.event.steps, value: state.step });
+  Object.assign(scrub, { max: drawn.event.step, value: state.step });
   $("#scrubber").hidden = false;
   select(0);
   scrubTo(state.step);
@@ -632,13 +637,13 @@ async function compareTab() {
     if (asks.compare.values().length > MAX_COMPARED) say(`the first ${MAX_COMPARED} ${things()} are compared`, "info");
     const values = compared();
     const first = Number($("#compare-seed").value) || 0;
-    const columns = readColumns().map((column) => ({ ...column, settings: { ...settings.values(), ...column.own } }));
+    const columns = readColumns();
     const { cells, show } = buildTable(values, columns);
     state.compared = true;
-    for (const [i, { preset, settings: all }] of columns.entries()) {
+    for (const [i, { preset, own }] of columns.entries()) {
       if (state.running.stopped) break;
       const { row, time } = cells[i];
-      const drawn = await draw({ asks: values, seeds: values.map((_, j) => first + j), preset, settings: all },
+      const drawn = await draw({ asks: values, seeds: values.map((_, j) => first + j), preset, settings: own },
         (event) => progress(event, [i / columns.length, 1 / columns.length]), (reveal, j, step, done) => show(row[j], reveal, step, !done));
       if (!drawn) continue;
       time.textContent = `${seconds(drawn.event.seconds)}${values.length > 1 ? ` · ${seconds(drawn.event.seconds / values.length)} a picture` : ""}`;
@@ -701,7 +706,7 @@ const current = () => Object.keys(tabs).find((name) => !$(`#${name}`).hidden);
 function redraw() {
   if (!model()?.asks) return;
   if (state.reveals.length) state.reveals.forEach((_, i) => showReveal(i, state.step));
-  else blank();
+  else if (!state.running) blank();
   blankTable();
   easel.show();
 }
@@ -733,7 +738,7 @@ $("#die").addEventListener("click", (event) => {
   if (pressed) $("#seed").value = randomSeed();
 });
 $("#seed").addEventListener("input", () => $("#die").setAttribute("aria-pressed", "false"));
-asks.draw.onchange = () => { if (!state.reveals.length) blank(); };
+asks.draw.onchange = () => { if (!state.reveals.length && !state.running) blank(); };
 $("#count").addEventListener("input", () => { state.counted = true; asks.draw.onchange(); });
 asks.compare.onchange = blankTable;
 presets.onchange = () => { if (model()?.defaults) settings.setDefaults(model().defaults[presets.value]); };
