@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,9 @@ from mar.devices import choose_device
 
 PROCESS_GROUP_TIMEOUT = timedelta(days=7)
 """Timeout of collectives; long, since ranks work at different speeds. A rank that ends is noticed at once."""
+
+ERROR_WAIT_S = 20.0
+"""Seconds that a rank with an error waits for the others: they may fail too, or wait for it."""
 
 Result = TypeVar("Result")
 
@@ -44,18 +48,21 @@ class _StoreBarrier:
     def __init__(self, store: Any) -> None:
         self.store = store
 
-    def wait(self) -> None:
+    def wait(self, seconds: float = math.inf) -> None:
+        """Wait for all ranks. Raises TimeoutError if some don't come in so many seconds."""
         number = next(_BARRIER_NUMBERS)
-        self._count(f"mar/come/{number}")
+        self._count(f"mar/come/{number}", deadline=time.monotonic() + seconds)
         # Rank 0 may host the store, so it waits until all ranks have read the first counter.
         self._count(f"mar/seen/{number}", wait_for_all=rank() == 0)
 
-    def _count(self, key: str, wait_for_all: bool = True) -> None:
-        """Add 1 to a counter, and wait until every rank has."""
+    def _count(self, key: str, wait_for_all: bool = True, deadline: float = math.inf) -> None:
+        """Add 1 to a counter, and wait until every rank has, or raise TimeoutError."""
         count = self.store.add(key, 1)
         while wait_for_all and count < world_size():
             if self.store.check(["mar/ended"]):
                 raise ConfigError(f"rank {rank()} stops, since rank {self.store.get('mar/ended').decode()} has ended")
+            if time.monotonic() > deadline:
+                raise TimeoutError
             time.sleep(0.02)
             count = self.store.add(key, 0)
 
@@ -138,11 +145,11 @@ def explain_lost_rank() -> Iterator[None]:
         raise ConfigError(f"rank {rank()} stops, since another rank has ended") from error
 
 
-def barrier() -> None:
-    """Wait for all ranks. Signals interrupt the wait."""
+def barrier(wait_s: float = math.inf) -> None:
+    """Wait for all ranks; TimeoutError if some don't come in so many seconds. Signals interrupt the wait."""
     if not in_group():
         return
-    run_collective(_BARRIERS[-1].wait if _BARRIERS else dist.barrier)
+    run_collective((lambda: _BARRIERS[-1].wait(wait_s)) if _BARRIERS else dist.barrier)
 
 
 def any_rank(flag: bool) -> bool:
@@ -154,11 +161,14 @@ def any_rank(flag: bool) -> bool:
     return bool(votes)
 
 
-def all_gather_object(value: Any) -> list[Any]:
-    """Gather a picklable value of each rank, by rank, on all ranks."""
+def all_gather_object(value: Any, *, wait_s: float = math.inf) -> list[Any]:
+    """Gather a picklable value of each rank, by rank, on all ranks.
+
+    Raises TimeoutError if some don't come in `wait_s` seconds.
+    """
     if not in_group():
         return [value]
-    barrier()  # which Ctrl-C can interrupt, unlike gloo
+    barrier(wait_s)  # which Ctrl-C can interrupt, unlike gloo
     values = [None] * dist.get_world_size()
     run_collective(lambda: dist.all_gather_object(values, value))
     return values
@@ -203,14 +213,23 @@ def collective_errors() -> Iterator[None]:
     """Raise on all ranks if one raises ValueError or OSError inside.
 
     The first failing rank raises its own error, all others raise OtherRankFailed: one message for people. Every rank
-    has to run the block. Outside a process group all ranks are assumed to fail alike, and rank 0 raises the error.
+    has to run the block. If others wait in a collective of the block, a failing rank raises its own error after
+    `ERROR_WAIT_S`, and leaving the process group ends them. Outside a process group all ranks are assumed to fail
+    alike, and rank 0 raises the error.
     """
     error: ValueError | OSError | None = None
     try:
         yield
     except (ValueError, OSError) as caught:
         error = caught
-    messages = all_gather_object(None if error is None else str(error))
+    try:
+        messages = all_gather_object(
+            None if error is None else str(error), wait_s=math.inf if error is None else ERROR_WAIT_S
+        )
+    except (TimeoutError, ConfigError):
+        if error is None:
+            raise
+        raise error from None
     failed = [index for index, message in enumerate(messages) if message is not None]
     if not failed:
         return

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 
-from mar import distributed
+from mar import backends, distributed
 from mar.backends.cpu.int8 import is_quantized, quantize_, require_int8
 from mar.checkpoint import store
 from mar.config import ConfigError, SamplingConfig, rename_old_keys, to_dict_for_hash
@@ -185,6 +185,7 @@ class Pipeline(
         if dtype is torch.int8:
             require_int8(torch.device(device) if device is not None else self.device)
         if device is not None:
+            backends.configure_once(torch.device(device))
             self.model.to(device)
             self.tokenizer.to(device)
             if self.captions is not None:
@@ -396,7 +397,14 @@ class Pipeline(
         if len(condition) != len(known):
             kind = "labels" if prompts is None else "prompts"
             raise ValueError(f"{kind}: got {len(condition)} for {len(known)} images, expected one per image")
-        return token_losses(self.model, self._encode(known, 64), condition.to(self.device))
+        config = self.model.config
+        if not len(known):
+            return torch.zeros(0, *config.token_grid)
+        latents = self._encode(known, 64)
+        if latents.shape[1:] != (config.channels, *config.grid):
+            got, expected = ("x".join(map(str, size)) for size in (known[0].shape[-2:], self.image_size))  # type: ignore[union-attr]
+            raise ValueError(f"images: got {got} pixels, expected {expected}")
+        return token_losses(self.model, latents, condition.to(self.device))
 
     def _condition(self, labels: Iterable[Label] | None, prompts: Iterable[Prompt] | None) -> Tensor:
         """Read the conditions of images. ValueError where there are neither labels nor prompts."""
@@ -429,7 +437,7 @@ class Pipeline(
             raise ValueError(f"grow: got {grow}, expected 0 or more tokens")
         token_mask = tokens_to_generate(flags, self.model.config.token_grid, grow)
         seam = self.image_size[0] // token_mask.shape[1] // 2 if grow else 0
-        paste = Paste(self._pixels(known_images), soft_seam(flags, seam))
+        paste = Paste(self._pixels(known_images).cpu(), soft_seam(flags.cpu(), seam))
         return Request(condition, seed_list, sampling, latents, token_mask, paste)
 
     def _marks_pixels(self, flags: Tensor) -> bool:

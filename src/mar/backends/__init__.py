@@ -13,8 +13,10 @@ from mar.backends.cpu import CPU
 from mar.backends.cuda import CUDA
 from mar.backends.cuda.settings import choose_attention, set_tf32
 
-__all__ = ["PLAIN", "Backend", "backend_for", "configure"]
+__all__ = ["PLAIN", "Backend", "backend_for", "configure", "configure_once"]
 
+_configured: set[str] = set()
+"""Kinds of devices that this process has been configured for."""
 _BACKENDS = {"cpu": CPU, "cuda": CUDA}
 
 
@@ -34,6 +36,13 @@ def configure(device: torch.device, *, tf32: bool = False) -> None:
         device: computes.
         tf32: round inputs of float32 products to TF32.
     """
+    _configured.add(device.type)
     if device.type == "cuda":
         set_tf32(tf32)
         choose_attention()
+
+
+def configure_once(device: torch.device) -> None:
+    """Set what a process computes by, unless `configure` has; products in float32."""
+    if device.type not in _configured:
+        configure(device)

@@ -362,9 +362,9 @@ class _Part:
 
         After a power failure, a part can have its length and zeros for data.
         """
-        note = self.note()
-        if "synced" in note and note["synced"] < self.size():
-            os.truncate(self.path, note["synced"])
+        synced = self._read_note().get("synced")  # whatever address it has: a Hub's is known after its listing
+        if isinstance(synced, int) and 0 <= synced < self.size():
+            os.truncate(self.path, synced)
 
     def address(self) -> str | None:
         """Return the address that the bytes came from; None: unknown."""

@@ -5,6 +5,7 @@ A file is written in a temporary folder beside it (`mar.checkpoint.owners`), flu
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -324,8 +325,12 @@ def flush(path: Path) -> None:
     """Wait until a file, or a folder's list, is on the disk."""
     if os.name == "nt" and path.is_dir():  # folders can't be opened there
         return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    is_folder = path.is_dir()
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not (is_folder and error.errno in (errno.EINVAL, errno.ENOTSUP)):  # some file systems can't flush folders
+            raise
     finally:
         os.close(handle)

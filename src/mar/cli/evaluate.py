@@ -245,6 +245,7 @@ def _sweep_in(folder: Path, options: EvaluateOptions, session: EvalSession) -> i
         missing = [point for point in all_points if not table.has(point)]
         if missing and distributed.rank() == 0:
             check_writable(folder, is_file=False)
+    missing = distributed.all_gather_object(missing)[0]  # another machine may not see the folder
     if missing:
         session.measure_reference()
     for number, point in enumerate(missing, 1):

@@ -31,7 +31,9 @@ def info(arguments: Sequence[str]) -> int:
     device = devices.choose_device()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     print_out(f"mar {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    print_out(f"device {device} ({name}), float32 by default, {torch.get_num_threads()} threads")
+    default = devices.torch_dtype(devices.default_precision(device))
+    precision = str(default or torch.float32).removeprefix("torch.")
+    print_out(f"device {device} ({name}), {precision} by default, {torch.get_num_threads()} threads")
     if options.model is not None:
         _print_model(options.model)
     return 0

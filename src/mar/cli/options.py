@@ -474,7 +474,7 @@ def check_asks(model: Pipeline, labels: Sequence[str | None] | None, prompts: Se
     if labels is not None and prompts is not None:
         raise ConfigError("got labels and prompts, expected one of them")
     if labels is not None or prompts is not None:
-        model.reader.read(labels, prompts)
+        model.reader.validate(labels, prompts)
 
 
 def default_prompts(model: Pipeline) -> list[str | None]:

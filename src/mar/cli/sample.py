@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from mar.pipeline import Pipeline
 
 
-WHITE = 128
-"""Smallest gray level that counts as white in a mask."""
 MAX_COUNT = 10_000
 """Most pictures of each label or prompt: all are kept in memory."""
 
@@ -65,6 +63,7 @@ class SampleOptions(SizeFlag, SamplingFlags):
     def known_and_mask(self, count: int) -> tuple[list[Image.Image] | None, list[Image.Image] | None]:
         """Returns the pictures of --known and --mask for each of `count` images; None: neither was given."""
         from mar.data.images import decode_image
+        from mar.sampling.inpainting import WHITE
 
         if (self.known is None) != (self.mask is None):
             raise ValueError("got only one of --known and --mask, expected both: a picture, and where to draw in it")

@@ -114,7 +114,7 @@ def train_model(
 def _train_model(options: TrainOptions, device: torch.device, chosen: TrainConfig, name: str, page: Page | None) -> int:
     from mar import distributed
     from mar.checkpoint.files import check_writable
-    from mar.training.log import log_accounts, open_log
+    from mar.training.log import log_accounts, open_log, require_writers
     from mar.training.preflight import check_tokenizer, learning_rate_warning, memorization_warning, precision_hint
     from mar.training.run import export, saved_length
     from mar.training.trainer import train as run_to_end
@@ -123,7 +123,9 @@ def _train_model(options: TrainOptions, device: torch.device, chosen: TrainConfi
         assert options.out is not None
         if distributed.rank() == 0:
             check_writable(options.out, is_file=False)
+            require_writers(options.config.log_to)
         before = saved_length(options.out)
+    with distributed.collective_errors():
         run = _open(options, device)
         log = open_log(run, page)
     try:
@@ -174,12 +176,9 @@ def _add_callbacks(options: TrainOptions, run: Run, log: Log) -> None:
 def _open(options: TrainOptions, device: torch.device) -> Run:
     """Opens a new or saved run, and prints what it needs."""
     from mar import distributed
-    from mar.training.log import require_writers
     from mar.training.preflight import estimate
     from mar.training.run import open_run, resume_official
 
-    if distributed.rank() == 0:
-        require_writers(options.config.log_to)
     assert options.out is not None
     needs = estimate(options.config, distributed.world_size())
     needs.check_disk(options.out)

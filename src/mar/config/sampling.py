@@ -93,7 +93,11 @@ class SamplingConfig:
             positive(self, "diffusion_steps_end")
         require(0 < self.start_t <= 1, f"start_t is {self.start_t}, outside (0, 1]")
         for name in ("guidance_interval", "guidance_time"):
-            start, end = getattr(self, name)
+            given = getattr(self, name)
+            is_pair = isinstance(given, tuple | list) and len(given) == 2
+            require(is_pair, f"{name} is {given!r}, but it must be two numbers from 0 to 1")
+            start, end = given
+            object.__setattr__(self, name, (start, end))  # a list, as JSON has it, can't be hashed
             require(
                 0 <= start <= end <= 1,
                 f"{name} is {start} {end}, but it must be two numbers from 0 to 1, the smaller one first",

@@ -27,6 +27,8 @@ Label = SupportsIndex | str | None
 """Class name, class number, or None for no class."""
 Prompt = str | None
 """A picture in words; None or "" for no condition."""
+CHECKED_AT_ONCE = 256
+"""Captions that are embedded at a time to see which of them are read."""
 MAX_NOTES = 5
 """Prompts of one request of which each is told what is not read of it; more are counted."""
 
@@ -44,6 +46,10 @@ class ConditionReader(ABC):
 
         ValueError for anything that the model can't draw.
         """
+
+    def validate(self, labels: Iterable[Label] | None, prompts: Iterable[Prompt] | None) -> None:
+        """Check what a user typed, as `read` does."""
+        self.read(labels, prompts)
 
     @abstractmethod
     def of_data(self, labels: Int[Tensor, " n"], captions: Sequence[str]) -> Shaped[Tensor, "n ..."]:
@@ -92,11 +98,20 @@ class CaptionReader(ConditionReader):
 
         What is not read of a prompt is logged, once.
         """
+        return self.embed(self._texts(labels, prompts))
+
+    def validate(self, labels: Iterable[Label] | None, prompts: Iterable[Prompt] | None) -> None:
+        """Check prompts as `read` does, without embedding them."""
+        self._texts(labels, prompts)
+
+    def _texts(self, labels: Iterable[Label] | None, prompts: Iterable[Prompt] | None) -> list[str]:
+        """Return checked prompts, "" for none."""
         if labels is not None and prompts is None:
             given = list(labels)
-            if any(label is not None for label in given):
+            if wrong_labels := [label for label in given if label is not None]:
                 raise ValueError(
-                    f"labels: got {given[0]!r}, but this model draws from words; give prompts (--prompt at the shell)"
+                    f"labels: got {wrong_labels[0]!r}, but this model draws from words; give prompts (--prompt at the "
+                    "shell)"
                 )
             prompts = [None] * len(given)
         elif labels is not None:
@@ -107,7 +122,7 @@ class CaptionReader(ConditionReader):
         if wrong := [text for text in texts if not isinstance(text, str | None)]:
             raise ValueError(f"prompts: got {wrong[0]!r}, expected text")
         self._log_notes([text for text in dict.fromkeys(texts) if text and text.strip()])
-        return self.embed([text or "" for text in texts])
+        return [text or "" for text in texts]
 
     def of_data(self, labels: Int[Tensor, " n"], captions: Sequence[str]) -> Shaped[Tensor, "n ..."]:
         """Return the conditions of a batch's captions."""
@@ -115,9 +130,8 @@ class CaptionReader(ConditionReader):
 
     def readable(self, captions: Sequence[str]) -> list[str]:
         """Return the captions of which something is read."""
-        if not captions:
-            return []
-        flags = has_condition(self.embed(captions)).tolist()
+        parts = [captions[first : first + CHECKED_AT_ONCE] for first in range(0, len(captions), CHECKED_AT_ONCE)]
+        flags = [flag for part in parts for flag in has_condition(self.embed(part)).tolist()]
         return [caption for caption, flag in zip(captions, flags, strict=True) if flag]
 
     def check(self, prompt: str) -> str | None:

@@ -21,6 +21,7 @@ from mar.data.labels import LabelError
 from mar.data.parquet import TEXT_TYPES, Columns, TableSource
 from mar.data.paths import (
     SPLITS,
+    NoSplit,
     common_suffix,
     expand_braces,
     expand_pattern,
@@ -175,7 +176,7 @@ class DatasetShards:
 def _choose_split(existing: Sequence[str], split: str, name: str) -> str:
     hub_split = next((name for name in SPLITS[split] if name in existing), None)
     if hub_split is None:
-        raise ValueError(f"data: {name} has no split {split!r}; it has {', '.join(existing)}")
+        raise NoSplit(f"data: {name} has no split {split!r}; it has {', '.join(existing)}")
     return hub_split
 
 

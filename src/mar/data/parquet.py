@@ -24,7 +24,7 @@ from mar.data.accounts import OTHER_PARTS, Account, shown
 from mar.data.captions import CAPTION_COLUMNS, CaptionError, Captions, as_captions, counted_captions
 from mar.data.images import Example, UnreadableImage, decode_image
 from mar.data.labels import Label, as_label, check_label, check_twins, class_names, class_number
-from mar.data.paths import SPLITS
+from mar.data.paths import SPLITS, NoSplit
 
 # It logs an error before raising it, which is then said twice.
 logging.getLogger("datasets.packaged_modules.parquet.parquet").setLevel(logging.CRITICAL)
@@ -326,5 +326,5 @@ def open_saved(folder: Path, split: str, caption_column: str | None = None) -> T
                     if other != name:
                         account.leave_out(OTHER_PARTS, str(other), len(saved[other]))
                 return TableSource(saved[name], account.name, caption_column, account)
-        raise ValueError(f"data: {folder} has no split {split!r}; it has {', '.join(saved)}")
+        raise NoSplit(f"data: {folder} has no split {split!r}; it has {', '.join(saved)}")
     return TableSource(saved, str(folder), caption_column)

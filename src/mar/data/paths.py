@@ -67,11 +67,19 @@ def find_shard_suffix(folder: Path) -> str | None:
     return next((suffix for suffix in SHARD_SUFFIXES if suffix in suffixes), None)
 
 
+class NoSplit(ValueError):
+    """Data has no images of a split."""
+
+
 def find_split_files(folder: Path, names: Iterable[str], suffix: str, split: str) -> list[Path]:
     """Find the files of a suffix and a split in `folder`.
 
-    The words of their paths tell the split. If no path names any split, all are of train. Raises ValueError for
-    files of other splits only.
+    The words of their paths tell the split, those of the outermost folder first. Of several words for the test split,
+    the likeliest one is taken. If no path names any split, all are of train.
+
+    Raises:
+        NoSplit: there are files of other splits only.
+        ValueError: a name has words of both splits.
 
     Args:
         folder: of all files.
@@ -81,15 +89,31 @@ def find_split_files(folder: Path, names: Iterable[str], suffix: str, split: str
     """
     shards = [folder / name for name in names if name.lower().endswith(suffix)]
     files = sorted(shards, key=lambda file: natural_key(str(file)))
-    words = {file: set(re.split(r"[^a-z]+", str(file.relative_to(folder)).lower())) for file in files}
-    of_split = [file for file in files if words[file].intersection(SPLITS[split])]
+    words = {file: _split_words(file.relative_to(folder)) for file in files}
+    for file, own in words.items():
+        if all(own.intersection(names) for names in SPLITS.values()):
+            raise ValueError(
+                f"data: {file} names two splits ({', '.join(sorted(own))}), expected one of them; rename it"
+            )
+    if split == "train":
+        of_split = [file for file in files if words[file].intersection(SPLITS[split])]
+    else:
+        by_word = ([file for file in files if word in words[file]] for word in SPLITS[split])
+        of_split = next(filter(None, by_word), [])
     if of_split or not files:
         return of_split
-    any_split = any(words[file].intersection(SPLIT_NAMES) for file in files)
-    if any_split or split != "train":
+    if any(words.values()) or split != "train":
         shown = ", ".join(file.name for file in files[:3])
-        raise ValueError(f"data: no {suffix} file in {folder} has {split!r} in its name; there is {shown}")
+        raise NoSplit(f"data: no {suffix} file in {folder} has {split!r} in its name; there is {shown}")
     return files
+
+
+def _split_words(path: Path) -> set[str]:
+    """Return the words for splits in the outermost part of a path that has some."""
+    for part in path.parts:
+        if words := SPLIT_NAMES.intersection(re.split(r"[^a-z]+", part.lower())):
+            return set(words)
+    return set()
 
 
 def is_pattern(spec: str) -> bool:

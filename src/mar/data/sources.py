@@ -22,6 +22,7 @@ from mar.data.paths import (
     SHARD_SUFFIXES,
     SPLIT_NAMES,
     SPLITS,
+    NoSplit,
     common_suffix,
     expand_pattern,
     find_shard_suffix,
@@ -84,8 +85,8 @@ def open_source(spec: str | Path, split: str = "train", caption_column: str | No
     - a data set of the Hub, downloaded into the cache of `datasets`: OWNER/NAME if there is no such path,
       hub:OWNER/NAME always, followed by @CONFIG if it has several.
 
-    Raises ValueError if nothing is there, for data without images, and for stream: (`open_data` opens streams, for
-    training only). CaptionError for captions that can't be read.
+    Raises NoSplit for data without this split. Raises ValueError if nothing is there, for data without images, and for
+    stream: (`open_data` opens streams, for training only). CaptionError for captions that can't be read.
 
     Args:
         spec: path or name.
@@ -115,7 +116,7 @@ def open_source(spec: str | Path, split: str = "train", caption_column: str | No
         return open_hub(*hub, split, caption_column)
     if not path.exists() and is_pattern(str(spec)):
         if split != "train":
-            raise ValueError(f"data: {spec} names its files, among which none are told to be for {split!r}")
+            raise NoSplit(f"data: {spec} names its files, among which none are told to be for {split!r}")
         files = expand_pattern(str(spec))
         return _open_shards(files, common_suffix(files, str(spec)), str(spec), caption_column)
     state = "is neither a folder nor a .parquet or .tar file" if path.exists() else "does not exist"
@@ -194,7 +195,7 @@ def _open_folder(folder: Path, split: str, caption_column: str | None) -> Source
         return FolderSource(folder, caption_column)
     of_split = [name for word in SPLITS[split] for name in parts if name.casefold() == word]
     if not of_split:
-        raise ValueError(f"data: {folder} has no folder for {split!r}; it has {', '.join(folders)}")
+        raise NoSplit(f"data: {folder} has no folder for {split!r}; it has {', '.join(folders)}")
     part = next((name for name in of_split if name in with_images), of_split[0])
     word = part.casefold()
     twins = [name for name in of_split if name in with_images and (split == "train" or name.casefold() == word)]

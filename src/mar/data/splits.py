@@ -19,6 +19,7 @@ from mar.data.folder import FolderSource
 from mar.data.images import Example, Source, UnreadableImage, source_digest
 from mar.data.latent_cache import LatentSource
 from mar.data.order import labels_of
+from mar.data.paths import NoSplit
 from mar.data.sources import open_data, open_source
 from mar.data.stream import StreamSource
 from mar.data.webdataset import TarSource
@@ -251,21 +252,30 @@ def open_train_val(
         test = open_test_split(validate_on, caption_column)
         val = open_source(validate_on, caption_column=caption_column) if test is None else test
     elif not every:
-        val = open_test_split(train.manifest.data if isinstance(train, LatentSource) else spec, caption_column)
-        if val is not None and isinstance(train, LatentSource) and source_digest(val) == train.manifest.source:
-            val = None
+        val = _test_split_of(train, caption_column) if isinstance(train, LatentSource) else None
+        if not isinstance(train, LatentSource):
+            val = open_test_split(spec, caption_column)
     return train, val
 
 
+def _test_split_of(latents: LatentSource, caption_column: str | None) -> Source | None:
+    """Open the test split of a cache's images; None: they were cached themselves, or can't be opened here any more."""
+    try:
+        val = open_test_split(latents.manifest.data, caption_column)
+    except CaptionError:
+        raise
+    except (ValueError, OSError):
+        return None
+    return None if val is None or source_digest(val) == latents.manifest.source else val
+
+
 def open_test_split(spec: str | Path, caption_column: str | None = None) -> Source | None:
-    """Open the test split of data; None: it has none. CaptionError for captions that can't be read."""
+    """Open the test split of data; None: it has none. ValueError for one that can't be read."""
     path = Path(spec).expanduser()
     if path.is_file() or (path / "state.json").is_file():  # one table
         return None
     try:
         source = open_source(spec, "test", caption_column)
-    except CaptionError:
-        raise
-    except ValueError:  # it says that there is no such split
+    except NoSplit:
         return None
     return None if isinstance(source, FolderSource) and source.folder == path else source

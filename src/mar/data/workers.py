@@ -292,8 +292,9 @@ class _Parcel:
         return pickle.loads(self.pickled, buffers=buffers)
 
     def pin_memory(self) -> Any:
-        """Return the batch in pinned memory; called by a thread of the loader."""
-        return self.unpack().pin_memory()
+        """Return the batch in pinned memory, an error as it is; called by a thread of the loader."""
+        item = self.unpack()
+        return item.pin_memory() if hasattr(item, "pin_memory") else item
 
 
 class _Packing:

@@ -28,6 +28,7 @@ from mar.evaluation.features import Extractor
 from mar.evaluation.image_sets import (
     GeneratedImages,
     ImageSet,
+    NpzImages,
     SourceImages,
     digest,
     has_test_split,
@@ -158,6 +159,23 @@ class EvalOptions:
     """Go on where a model draws latents that are no image."""
 
 
+def _check_same_size(sides: Sequence[FeatureStats | ImageSet]) -> None:
+    """Raises ValueError for sets of different sizes, as far as these are known before any image is measured."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for side in sides:
+        if isinstance(side, FeatureStats) and side.provenance is not None:
+            sizes[side.provenance.source] = side.provenance.size
+        elif isinstance(side, NpzImages):
+            sizes[side.name] = side.shape[1:3]
+        elif isinstance(side, SourceImages):
+            for batch in side.batches(1, 0, 1):
+                height, width = batch.images.shape[2:]
+                sizes[side.name] = height, width
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{name} {height}x{width}" for name, (height, width) in sizes.items())
+        raise ValueError(f"got pictures of different sizes: {listed}; give --image-size, or make one of them again")
+
+
 class EvalSession:
     """An evaluation; everything is opened and checked before the first image is drawn.
 
@@ -194,6 +212,13 @@ class EvalSession:
         if classifier is not None and not isinstance(self.images, FeatureStats):
             ClassAccuracy(self.images, extractor, classifier)  # raises for a classifier without a shared class
         self.held_out_set = None if options.held_out is None else self._open(options.held_out, options.held_out_split)
+        sides = [self.images, self.reference_set, *([] if self.held_out_set is None else [self.held_out_set])]
+        if options.upright and not any(isinstance(side, SourceImages) for side in sides):
+            raise ConfigError(
+                "upright: got no folder or other source of pictures, expected one; those of statistics are turned by "
+                "`mar stats --upright`"
+            )
+        _check_same_size(sides)
         self.reference: FeatureStats | None = None
         self.reference_numbers: Int[Tensor, " n"] | None = None
         self.held_out: HeldOut | None = None
@@ -218,7 +243,7 @@ class EvalSession:
         """Plans the images. Raises ValueError for prompts that the model can't draw, or if there are none."""
         options = self.options
         if options.prompts is not None:
-            model.reader.read(None, options.prompts)
+            model.reader.validate(None, options.prompts)
         if model.captions is not None:
             if options.prompts is None:
                 captions = reference_captions(self.reference_set)
@@ -316,6 +341,7 @@ class EvalSession:
             "reference_digest": reference_digest, "held_out_digest": held_out_digest,
             "classifier": self.classifier and self.classifier.fingerprint, "swept": ", ".join(sorted(points[0])),
             **({"prompts": self.plan.fingerprint()} if self.plan.has_prompts else {}),
+            **({"upright": True} if options.upright else {}),
             **sampling,
         }  # fmt: skip
 

@@ -68,6 +68,10 @@ def as_seeds(seeds: Iterable[SupportsIndex]) -> list[int]:
         raise ValueError(f"seeds: got {reprlib.repr(seeds)}, expected whole numbers, one per picture") from None
 
 
+MAX_PIXEL = 2.0
+"""Larger values of known pixels are not of [-1, 1]: those of a decoder may be a little outside."""
+
+
 def as_images(known: Images) -> Sequence[Image.Image] | Tensor:
     """Check known images, and turn them upright; arrays become tensors. Raises ValueError for anything else."""
     if isinstance(known, Tensor | np.ndarray):
@@ -75,6 +79,8 @@ def as_images(known: Images) -> Sequence[Image.Image] | Tensor:
         if values.ndim == 4 and values.is_floating_point():
             if not values.isfinite().all():
                 raise ValueError("known: got values that are not finite, expected numbers in [-1, 1]")
+            if values.numel() and values.abs().max() > MAX_PIXEL:
+                raise ValueError(f"known: got values up to {values.abs().max():g}, expected numbers in [-1, 1]")
             return values.float()
         got = f"{tuple(values.shape)} of {values.dtype}"
     elif isinstance(known, Sequence) and all(isinstance(image, Image.Image) for image in known):

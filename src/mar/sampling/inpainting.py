@@ -17,14 +17,17 @@ from torch import Tensor
 
 from mar.data.images import Transform, upright
 
+WHITE = 128
+"""A gray value from which on a mask is white."""
+
 
 def read_masks(
     masks: Sequence[Image.Image], image_size: tuple[int, int], sizes: Sequence[tuple[int, int]] | None
 ) -> Bool[Tensor, "n H W"]:
     """Convert masks, white where to generate, to flags of pixels.
 
-    They are turned upright and cropped as their images are. Raises ValueError for a mask of another size, and for a
-    transparent one.
+    They are turned upright and cropped as their images are. Raises ValueError for a mask of another size, for a
+    transparent one, and where nothing white is left in the crop.
 
     Args:
         masks: PIL images.
@@ -41,7 +44,15 @@ def read_masks(
         if mask.convert("RGBA").getchannel("A").getextrema() != (255, 255):
             raise ValueError("mask: got a transparent picture, expected white where to generate, and black elsewhere")
     transform = Transform(image_size, channels=1)
-    return torch.stack([transform(mask).squeeze(0) > 0 for mask in masks])
+    flags = [transform(mask).squeeze(0) > 0 for mask in masks]
+    for mask, painted in zip(masks, flags, strict=True):
+        if not painted.any() and max(mask.convert("L").tobytes()) >= WHITE:
+            height, width = image_size
+            raise ValueError(
+                f"mask: nothing white is left of it where the model looks: the middle, cut to {width}x{height} pixels; "
+                "paint there, or a broader part"
+            )
+    return torch.stack(flags)
 
 
 def tokens_to_generate(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,8 +28,8 @@ KL16_STD = 1 / 0.2325
 """Standard deviation of KL-16's raw latents, published with the official weights; their mean counts as 0."""
 
 
-DECODE_SLICE = 32
-"""Images that are decoded at a time on a GPU: 256 of 256x256 pixels would need 8.6 GB for one tensor."""
+SLICE = 32
+"""Images that are encoded or decoded at a time on a GPU: 256 of 256x256 pixels would need 8.6 GB for one tensor."""
 
 _ARITHMETIC = ("down_block_types", "up_block_types", "act_fn", "norm_num_groups")
 
@@ -42,6 +42,11 @@ class _SiLU(nn.SiLU):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.silu(input, inplace=not torch.is_grad_enabled())
+
+
+def _slice_size(tensor: Shaped[Tensor, "n c h w"]) -> int:
+    """Return how many images are computed at once: on a CPU all, since slices differ in last bits there."""
+    return max(len(tensor), 1) if tensor.device.type == "cpu" else SLICE
 
 
 class KLTokenizer(Tokenizer):
@@ -63,22 +68,21 @@ class KLTokenizer(Tokenizer):
                     setattr(parent, name, _SiLU())
 
     def encode(self, images: Float[Tensor, "n c H W"]) -> Posterior:
-        """Encode images in the encoder's dtype to a float32 posterior."""
+        """Encode images in the encoder's dtype to a float32 posterior; in slices on a GPU, as `decode`."""
         self.check_images(images)
         dtype = self.autoencoder.encoder.conv_in.weight.dtype
-        raw = self.autoencoder.encode(images.to(dtype)).latent_dist
-        std = torch.exp(0.5 * raw.logvar.float())
-        return Posterior(self.normalize(raw.mean.float()), std / self.std.view(-1, 1, 1))
+        raw = [self.autoencoder.encode(part.to(dtype)).latent_dist for part in images.split(_slice_size(images))]
+        mean, logvar = (torch.cat([getattr(part, name).float() for part in raw]) for name in ("mean", "logvar"))
+        return Posterior(self.normalize(mean), torch.exp(0.5 * logvar) / self.std.view(-1, 1, 1))
 
     def decode(self, latents: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k H W"]:
         """Decode normalized latents to images, clipped to [-1, 1], float32.
 
-        On a GPU at most `DECODE_SLICE` images at a time, which bounds memory, and changes images by rounding at most.
+        On a GPU at most `SLICE` images at a time, which bounds memory, and changes images by rounding at most.
         """
         raw = self.denormalize(latents.float())
         with torch.autocast(raw.device.type, enabled=False):
-            size = len(raw) if raw.device.type == "cpu" else DECODE_SLICE  # on a CPU slices differ in last bits
-            images = [self.autoencoder.decode(part).sample for part in raw.split(max(size, 1))]
+            images = [self.autoencoder.decode(part).sample for part in raw.split(_slice_size(raw))]
         return (torch.cat(images) if len(images) > 1 else images[0]).clamp(-1, 1)
 
     def config(self) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def _source_images(source: Source | LatentSource | StreamSource) -> Source | Str
         return source
     try:
         return open_source(source.manifest.data)
-    except ValueError:
+    except (ValueError, OSError):  # perhaps another user's, who lets nobody in
         return None
 
 

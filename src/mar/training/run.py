@@ -552,7 +552,7 @@ def resume_official(run: Run, path: Path) -> None:
     # optimizer and progress
     state = get_optimizer_state_dict(run.model, run.optimizers)
     state["state"] = {name: dict(moments) for name, moments in checkpoint.optimizer.items()}
-    set_optimizer_state_dict(run.model, run.optimizers, state)
+    set_optimizer_state_dict(run.model, run.optimizers, state, options=StateDictOptions(full_state_dict=True))
     images = (checkpoint.epoch + 1) * len(run.source)
     run.progress = Progress(step=images // run.config.batch, images=images, callbacks_done=images)
     run.save()

@@ -205,7 +205,7 @@ def prepare(sink: Sink) -> list[WorkUnit] | None:
         check_writable(sink.manifest.parent, is_file=False)
     for path in leftovers:
         path.unlink(missing_ok=True)
-    if not begun:
+    if not begun or (_read_manifest(sink) or {}).get("allow_broken") != sink.job.settings.get("allow_broken"):
         write_text(sink.manifest, json.dumps(sink.job.settings, indent=1) + "\n")
     return missing
 
@@ -260,6 +260,8 @@ def _check_same_settings(sink: Sink) -> None:
     if begun is None:
         raise ConfigError(f"{path} is damaged, so that its run can't go on; take another --out")
     keys = [key for key in (*ours, *begun) if key not in IGNORED_SETTINGS and begun.get(key) != ours.get(key)]
+    if {*keys} == {"allow_broken"} and ours["allow_broken"]:
+        return  # as BrokenLatents advises; what was drawn before would be the same
     if keys:
         changes = [f"{key} {_short(begun.get(key))}, not {_short(ours.get(key))}" for key in dict.fromkeys(keys)]
         raise ConfigError(
