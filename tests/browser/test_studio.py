@@ -310,6 +310,7 @@ def test_draw_when_stopped_ends_within_a_step(opener: Opener) -> None:
         assert before <= after <= before + 3  # of which the page may have shown two late
         finish(page, "draw")
         expect(page.locator("#scrub-text")).to_have_text(f"step {after} of 49")
+        expect(page.locator("#scrub")).to_have_attribute("max", str(after))  # there is nothing behind it
         expect(page.locator("#draw .stop")).to_be_hidden()
     page.click("#more button:has-text('Reset all')")
     page.click("[name=preset][value=fast]")
@@ -393,6 +394,7 @@ def test_edit_with_the_mouse_keeps_what_is_not_painted(opener: Opener) -> None:
 
 def test_compare_draws_each_setting_and_tells_its_seconds(opener: Opener, fashion: Pipeline) -> None:
     page = opener()
+    settings(page, steps=3)  # for Draw alone
     page.click("#tab-compare")
     set_classes(page, "compare", "Bag", "Sneaker")
     page.fill("#compare-seed", "5")

@@ -1078,12 +1078,14 @@ def test_downloads_happen_when_asked_for_and_sigterm_ends_a_draw(tmp_path: Path,
         with pytest.raises(Failed, match="error: mar-base is here already, or on its way"):
             served.call("download", "mar-base")
         SlowFiles.go_on.set()
-        assert wait_until("mar-base", lambda found: found["received"] is None)["state"] == "waiting"
+        found = wait_until("mar-base", lambda found: found["state"] == "failed")  # loaded at once; it is no model
+        assert found["received"] is None
+        assert found["error"]
         assert SlowFiles.fetched == ["kl16.ckpt", "mar-base.pth"]
         for name, content in FILES.items():
             assert (served.folder / "home" / name).read_bytes() == content
 
-        with pytest.raises(Failed, match="error: mar-base can't be loaded: "):  # it is no model
+        with pytest.raises(Failed, match="error: mar-base can't be loaded: "):
             served.call("draw", *argument(model="mar-base"))
         assert described("mar-base")["state"] == "failed"
         assert served.call("download", "mar-large")

@@ -620,3 +620,25 @@ def test_old_names_of_options_still_work(capsys: pytest.CaptureFixture[str]) -> 
         "mar: --neighbours is now --neighbors; the old name still works\n"
         "mar: --neighbours-grid is now --neighbors-grid; the old name still works\n"
     )
+
+
+def test_evaluate_upright_without_pictures_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.write_images(tmp_path / "pictures", 20)
+    stats = tmp_path / "stats.npz"
+    assert main(["stats", str(tmp_path / "pictures"), "--out", str(stats), *JUDGE]) == 0
+    assert evaluate(stats, "--reference", stats, "--upright") == 2
+    assert "--upright: got no folder or other source of pictures" in capsys.readouterr().err
+
+
+def test_evaluate_other_sizes_are_refused_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.write_images(tmp_path / "pictures", 20)
+    stats = tmp_path / "stats.npz"
+    assert main(["stats", str(tmp_path / "pictures"), "--image-size", "16", "--out", str(stats), *JUDGE]) == 0
+    monkeypatch.setattr("mar.evaluation.session.collect", lambda *arguments, **options: pytest.fail("measured"))
+    assert evaluate(tmp_path / "pictures", "--reference", stats) == 2
+    said = capsys.readouterr().err
+    assert "got pictures of different sizes: " in said
+    assert "8x8" in said
+    assert "16x16" in said

@@ -206,3 +206,19 @@ def test_generate_broken_image_is_named(model: Path, tmp_path: Path, capsys: pyt
     said = capsys.readouterr().err
     assert "pictures from 0: image 0 is broken" in said
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["generate.json"]
+
+
+def test_generate_goes_on_with_broken_pictures_once_they_are_allowed(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As its message says; and from then on not without."""
+    strict = ("--x0-bound", "1", "--no-allow-broken")
+    assert main(command(model, tmp_path / "out", "png", *strict)) == 0
+    before = processes.read_tree(tmp_path / "out")
+    drawn = sorted(name for name in before if name.endswith(".png"))
+    (tmp_path / "out" / drawn[-1]).unlink()
+    assert main(command(model, tmp_path / "out", "png", *strict[:2], "--allow-broken")) == 0
+    after = processes.read_tree(tmp_path / "out")
+    assert {name: after[name] for name in drawn} == {name: before[name] for name in drawn}
+    assert main(command(model, tmp_path / "out", "png", *strict)) == 2
+    assert "was begun with --allow-broken True, not False" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from PIL import Image
 from tiny import FAST, tiny_config, tiny_model, tiny_pipeline, tiny_words_pipeline
 from torch import Tensor
 
+from mar import backends
 from mar.checkpoint.files import CheckpointError
 from mar.config import ConfigError, HeadConfig
 from mar.model.mar import MAR
@@ -393,3 +394,37 @@ def test_pipeline_neither_or_both_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             model.sample(**arguments)
+
+
+def test_pipeline_token_losses_of_other_shapes_are_refused() -> None:
+    model = tiny_pipeline()
+    height, width = model.image_size
+    channels = model.tokenizer.image_channels
+    assert model.token_losses([], []).shape == (0, *model.model.config.token_grid)
+    with pytest.raises(ValueError, match=f"images: got {2 * height}x{width // 2} pixels, expected {height}x{width}"):
+        model.token_losses([0], torch.zeros(1, channels, 2 * height, width // 2))
+
+
+def test_pipeline_takes_a_guidance_interval_as_json_has_it() -> None:
+    model = tiny_pipeline()
+    given = model.sample([0], guidance_interval=[0.25, 1.0], guidance_scale=2.0, output="tensor", allow_broken=True)
+    same = model.sample([0], guidance_interval=(0.25, 1.0), guidance_scale=2.0, output="tensor", allow_broken=True)
+    assert torch.equal(given, same)
+    for wrong in ([0.5], 0.5, [0, 0.5, 1]):
+        with pytest.raises(ConfigError, match=r"guidance_interval is .*, but it must be two numbers"):
+            model.sample([0], guidance_interval=wrong)
+
+
+def test_pipeline_moved_to_a_gpu_configures_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `load` does, whose settings stay."""
+    called: list[tuple[str, bool]] = []
+    monkeypatch.setattr(backends, "_configured", set())
+    monkeypatch.setattr(backends, "set_tf32", lambda tf32: called.append(("tf32", tf32)))
+    monkeypatch.setattr(backends, "choose_attention", lambda: called.append(("attention", True)))
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *where: module)
+    tiny_pipeline().to("cuda").to("cuda")
+    assert called == [("tf32", False), ("attention", True)]
+    monkeypatch.setattr(backends, "_configured", set())
+    backends.configure(torch.device("cuda"), tf32=True)
+    tiny_pipeline().to("cuda")
+    assert called[2:] == [("tf32", True), ("attention", True)]

@@ -203,7 +203,7 @@ class Studio:
         self._closing = threading.Event()
         self._idle = threading.Event()
         self._idle.set()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         for name, record in PUBLISHED.items():
             self.models[name].about = record.summary()
             self._check_download(self.models[name])
@@ -352,12 +352,12 @@ class Studio:
             ticket: by which `stop` knows the request.
         """
         stop = threading.Event()
-        work = Work(ticket, stop, self._queue(self._draw, request, emit, stop))
-        with self._lock:
-            self._works.add(work)
+        with self._lock:  # `stop` finds the ticket before or after, never between
             if ticket and ticket in self._early_stops:
                 del self._early_stops[ticket]
                 stop.set()
+            work = Work(ticket, stop, self._queue(self._draw, request, emit, stop))
+            self._works.add(work)
         work.future.add_done_callback(lambda _: self._forget(work))
         return work
 

@@ -161,18 +161,16 @@ class EvalOptions:
 
 def _check_same_size(sides: Sequence[FeatureStats | ImageSet]) -> None:
     """Raises ValueError for sets of different sizes, as far as these are known before any image is measured."""
-    sizes: dict[str, tuple[int, int]] = {}
+    sizes: list[tuple[str, int, int]] = []
     for side in sides:
         if isinstance(side, FeatureStats) and side.provenance is not None:
-            sizes[side.provenance.source] = side.provenance.size
+            sizes.append((side.provenance.source, *side.provenance.size))
         elif isinstance(side, NpzImages):
-            sizes[side.name] = side.shape[1:3]
+            sizes.append((side.name, *side.shape[1:3]))
         elif isinstance(side, SourceImages):
-            for batch in side.batches(1, 0, 1):
-                height, width = batch.images.shape[2:]
-                sizes[side.name] = height, width
-    if len(set(sizes.values())) > 1:
-        listed = ", ".join(f"{name} {height}x{width}" for name, (height, width) in sizes.items())
+            sizes += [(side.name, *batch.images.shape[2:]) for batch in side.batches(1, 0, 1)]
+    if len({(height, width) for _, height, width in sizes}) > 1:
+        listed = ", ".join(f"{name} {height}x{width}" for name, height, width in sizes)
         raise ValueError(f"got pictures of different sizes: {listed}; give --image-size, or make one of them again")
 
 

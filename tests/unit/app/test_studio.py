@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from PIL import Image
-from tiny import tiny_pipeline
+from tiny import tiny_pipeline, tiny_words_pipeline
 
 from mar.app import studio as module
 from mar.app.pictures import facts_of, png_url, read_picture
@@ -265,3 +266,57 @@ def test_draw_of_a_slow_measurement_corrects_it(studio: Studio, models: list[str
     studio.timings.put(machine, "fast", 1e-6)
     draw(studio, read_request(models[0], ["bee"] * 2, [0, 1], "fast"))
     assert studio.timings.get(machine, "fast") == pytest.approx(1e-6, abs=1e-4)
+
+
+def test_draw_of_several_pictures_is_no_measurement(studio: Studio, models: list[str]) -> None:
+    """Their seconds are those of all together."""
+    draw(studio, read_request(models[0], ["bee"] * 2, [0, 1], "fast"))
+    assert studio.timings.get(studio._machine(studio.models[models[0]]), "fast") is None
+
+
+def test_draw_that_was_stopped_before_loads_nothing(studio: Studio, models: list[str]) -> None:
+    studio.stop("ticket")
+    events = draw(studio, read_request(models[2], ["bee"], [1]), "ticket")
+    assert [(event["kind"], event["stopped"]) for event in events] == [("done", True)]
+    assert studio.models[models[2]].state == "waiting"
+
+
+def test_binomial_steps_have_a_bound(studio: Studio, models: list[str]) -> None:
+    """Each has a probability: a million would take the memory of all."""
+    request = read_request(models[0], ["bee"], [1], settings={"steps": 10**8, "reveal": "binomial"})
+    with pytest.raises(ValueError, match="steps is 100000000, but the binomial rule takes at most 4,096"):
+        draw(studio, request)
+
+
+@pytest.mark.parametrize(
+    ("facts", "note"),
+    [
+        ({}, ""),
+        ({"known": "a.png", "mask": "b.png", "grow": 1}, "painted over or stopped"),
+        ({"labels": [1, 2], "seeds": [0, 1]}, "a sheet of several pictures"),
+        ({"image_size": [32, 32]}, "of another size"),
+        ({"weights": "0" * 64}, "by other weights"),
+    ],
+)
+def test_open_says_what_draw_cannot_repeat(studio: Studio, models: list[str], facts: dict[str, Any], note: str) -> None:
+    draw(studio, read_request(models[0], ["bee"], [1], settings={"steps": 2}))
+    url = png_url(Image.new("L", (8, 8)), {"model": models[0], "label": 1, "seed": 3, **facts})
+    said = studio.open(models[0], url)["note"]
+    assert note in said
+    assert bool(note) == bool(said)
+
+
+def test_least_sure_logs_no_prompt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tiny_words_pipeline().save(tmp_path / "words.safetensors")
+    name = str(tmp_path / "words.safetensors")
+    studio = Studio([name], device="cpu", timings=Timings(tmp_path / "t.json"))
+    height, width = tiny_words_pipeline().image_size
+    studio.confidence(name, None, png_url(Image.new("RGB", (width, height)), None), f"a {tiny.WORDS[0]} xyzzy")
+    studio.close()
+    assert "xyzzy" not in caplog.text
+
+
+def test_class_called_none_is_named_by_its_number() -> None:
+    pipeline = tiny_pipeline()
+    pipeline.classes = ("none", "bee", "cat")
+    assert [module._label(pipeline, number) for number in (None, 0, 1)] == [None, "0", "bee"]

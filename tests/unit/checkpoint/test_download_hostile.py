@@ -364,3 +364,13 @@ def test_mirror_that_cannot_serve_is_one_line(tmp_path: Path, capsys: pytest.Cap
         fetch(remote, tmp_path / "to", mirror="ftp://host/")
     assert main(["download", "kl16", "--to", str(tmp_path / "to"), "--mirror", str(tmp_path)]) == 2
     assert f"the mirror {tmp_path} has no file {OFFICIAL['kl16'][0].name}" in capsys.readouterr().err
+
+
+def test_part_is_cut_whatever_address_its_note_has(tmp_path: Path) -> None:
+    """A Hub's file has the address of its listing first, and its note the resolved one."""
+    path = tmp_path / "model.pth.part"
+    path.write_bytes(bytes(100))
+    note = {"url": "https://mirror/resolve/model.pth", "validator": "x", "total": 200, "synced": 60}
+    path.with_name("model.pth.part.json").write_text(json.dumps(note))
+    download._Part(RemoteFile("hf://owner/name/model.pth", "model.pth"), path).trim()
+    assert path.stat().st_size == 60

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -144,3 +145,21 @@ def test_class_reader_reads_labels_and_refuses_prompts() -> None:
         classes.read(None, ["bee"])
     with pytest.raises(ValueError, match="prompts: this model does not read words; leave them out"):
         ClassReader((), 0).read(None, ["bee"])
+
+
+def test_check_of_many_prompts_embeds_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features of an encoder would fill the memory; and captions are looked at in parts."""
+    reader = WordReader(["bee", "ant"], 4)
+    embed, sizes = reader.embed, []
+
+    def counted(captions: Sequence[str]) -> torch.Tensor:
+        sizes.append(len(captions))
+        return embed(captions)
+
+    monkeypatch.setattr(reader, "embed", counted)
+    reader.validate(None, ["a bee"] * 1000)
+    with pytest.raises(ValueError, match="labels: got 'dress', but this model draws from words"):
+        reader.validate([None, "dress"], None)
+    assert sizes == []
+    assert reader.readable(["bee", "nothing"] * 300) == ["bee"] * 300
+    assert sizes == [256, 256, 88]

@@ -14,16 +14,19 @@ from mar.config import ConfigError
 from mar.data.cache_writer import describe_cache, finish_cache, prepare_cache, write_shards
 from mar.data.folder import FolderSource
 from mar.data.latent_cache import LatentSource
+from mar.data.paths import NoSplit, find_split_files
 from mar.data.sources import open_source
 from mar.data.splits import (
     HELD_OUT,
     hold_out,
     load_held_out,
+    open_test_split,
     open_train_val,
     save_held_out,
     stratified_indices,
     train_val_split,
 )
+from mar.evaluation.image_sets import has_test_split
 from mar.tokenizer import PixelTokenizer
 
 
@@ -151,3 +154,29 @@ def test_validation_set_of_a_run_is_chosen(tmp_path: Path) -> None:
     assert sizes(of_test, others=parted) == (4, 4)  # unless it is asked for
     parted.rename(tmp_path / "elsewhere")
     assert sizes(cache) == (8, 0)
+
+
+def test_split_of_shards_is_by_one_word(tmp_path: Path) -> None:
+    """As for folders and splits of the Hub: test before validation, and the outermost folder first."""
+    names = ["train-0.tar", "validation-0.tar", "test-0.tar", "test-1.tar", "training/val-7.tar"]
+
+    def found(split: str, among: list[str]) -> list[str]:
+        return [str(path.relative_to(tmp_path)) for path in find_split_files(tmp_path, among, ".tar", split)]
+
+    assert found("test", names) == ["test-0.tar", "test-1.tar"]
+    assert found("test", names[:2]) == ["validation-0.tar"]
+    assert found("train", names) == ["train-0.tar", "training/val-7.tar"]
+    with pytest.raises(NoSplit, match=r"no .tar file in .* has 'test' in its name"):
+        found("test", names[:1])
+    with pytest.raises(ValueError, match=r"train_val\.tar names two splits \(train, val\)"):
+        found("train", ["x_train_val.tar"])
+
+
+def test_split_that_is_damaged_is_not_taken_for_a_missing_one(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    write_tar(tmp_path / "data" / "train-0.tar", [(f"{number}.png", png_bytes(number)) for number in range(4)])
+    assert open_test_split(tmp_path / "data") is None
+    (tmp_path / "data" / "test-0.tar").write_bytes(b"half of a download" * 100)
+    for opened in (lambda: open_test_split(tmp_path / "data"), lambda: has_test_split(str(tmp_path / "data"))):
+        with pytest.raises(ValueError, match=r"test-0\.tar"):
+            opened()

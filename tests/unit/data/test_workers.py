@@ -292,3 +292,11 @@ def test_train_signal_before_a_slow_batch_finishes_the_step(tmp_path: Path) -> N
         log.close()
     assert run.progress.images % 4 == 0
     assert run.progress.images > 0
+
+
+@linux
+def test_pinned_error_is_itself() -> None:
+    """The loader pins what workers send; the reader then raises the error."""
+    error = _pack(ValueError("row 3 is damaged")).pin_memory()
+    assert isinstance(error, ValueError)
+    assert str(error) == "row 3 is damaged"

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mar.data.images import Transform, to_tensor
 from mar.pipeline import Pipeline
+from mar.sampling.generate import as_images
 from mar.sampling.inpainting import Paste, read_masks, soft_seam, tokens_to_generate
 
 SIDE = 4
@@ -204,3 +205,20 @@ def test_sample_bad_mask_is_refused(pipeline: Pipeline, mask: Any, message: str,
 def test_sample_mask_without_known_is_refused(pipeline: Pipeline) -> None:
     with pytest.raises(ValueError, match="only one of them"):
         pipeline.sample(["ant"], mask=[painted((0, 0, 4, 4))])
+
+
+def test_mask_of_which_nothing_white_is_left_is_refused() -> None:
+    """Outside the square crop, or thinner than half a pixel of the model's size."""
+    beside, thin = Image.new("L", (48, 16)), Image.new("L", (160, 160))
+    beside.paste(255, (0, 0, 8, 16))
+    thin.paste(255, (80, 0, 81, 160))
+    for mask in (beside, thin):
+        with pytest.raises(ValueError, match=r"mask: nothing white is left of it .* cut to 16x16 pixels"):
+            read_masks([mask], (16, 16), [mask.size])
+    assert not read_masks([Image.new("L", (48, 16))], (16, 16), [(48, 16)]).any()
+
+
+def test_known_values_of_bytes_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"known: got values up to 255, expected numbers in \[-1, 1\]"):
+        as_images(torch.full((1, 1, 4, 4), 255.0))
+    assert isinstance(as_images(torch.full((1, 1, 4, 4), 1.01)), torch.Tensor)  # of a decoder
