@@ -295,6 +295,27 @@ def test_draw_live_reveal_ends_in_the_picture_of_the_library(opener: Opener, fas
     assert not np.array_equal(second[~kept], first[~kept])
 
 
+def test_draw_that_waits_is_withdrawn_at_once(opener: Opener) -> None:
+    """While somebody else's pictures are drawn; its cards stay until then, whatever is typed."""
+    first, second = opener(), opener()
+    settings(first, steps=49, diffusion_steps=1000)
+    first.click("#draw-go")
+    expect(first.locator("#draw .progress output")).to_contain_text("step")
+    cards = second.locator("#draw-pictures .card")
+    second.fill("#count", "1")
+    before = cards.count()
+    second.click("#draw-go")
+    expect(second.locator("#draw .progress output")).to_contain_text("waiting for its turn")
+    second.fill("#count", "2")
+    expect(cards).to_have_count(before)
+    second.keyboard.press("Escape")
+    expect(second.locator("#draw .stop")).to_be_hidden()
+    expect(cards).to_have_count(2 * before)
+    expect(first.locator("#draw .stop")).to_be_visible()
+    first.keyboard.press("Escape")
+    finish(first, "draw")
+
+
 def test_draw_when_stopped_ends_within_a_step(opener: Opener) -> None:
     page = opener()
     page.fill("#count", "2")

@@ -16,15 +16,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from encoders import save_encoder
+from official_run import CONFIG, official_file
 from safetensors.torch import load_file
 from tiny import caption_images, open_tiny_run, tiny_train_config, write_images
 from torch.distributed.tensor import DTensor
 
+from mar.checkpoint import official
 from mar.config import ConfigError, TrainConfig
 from mar.training.callbacks import export_and_sample, take_snapshot
 from mar.training.log import Log, RunLog
 from mar.training.parallelize import full_state_dict
-from mar.training.run import with_captions
+from mar.training.run import open_run, resume_official, with_captions
 from mar.training.trainer import Callback, Run, train
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
@@ -176,3 +178,30 @@ def interrupted(rank: int, folder: Path, config: TrainConfig) -> None:
 def test_training_signal_to_one_rank_saves_all(data: Path, tmp_path: Path) -> None:
     processes.spawn_ranks(2, interrupted, tmp_path, settings(data))
     assert (tmp_path / "run/state-000000000016").is_dir()
+
+
+def official_step(folder: Path, data: Path, strategy: str) -> dict[str, torch.Tensor]:
+    """The weights of a reference's run after a step more."""
+    official._HEADS_BY_WIDTH = {16: 2}
+    config = TrainConfig(model=replace(CONFIG, **STILL), data=str(data), batch=8, lr=0.05, strategy=strategy, ema=0.5)
+    run = open_run(config, folder / strategy, device=torch.device("cpu"))
+    resume_official(run, folder / "checkpoint-last.pth")
+    run.step(next(run.batches()))
+    return weights(run)
+
+
+def go_on_with_the_reference(rank: int, folder: Path, data: Path) -> None:
+    with joined(rank, 2, folder):
+        held = official_step(folder, data, "fsdp")
+        if rank == 0:
+            torch.save(held, folder / "weights.pt")
+
+
+def test_training_goes_on_with_a_run_of_the_reference_in_shares(data: Path, tmp_path: Path) -> None:
+    official_file(tmp_path / "checkpoint-last.pth")
+    processes.spawn_ranks(2, go_on_with_the_reference, tmp_path, data)
+    held = torch.load(tmp_path / "weights.pt", weights_only=True)
+    heads = official._HEADS_BY_WIDTH
+    alone = official_step(tmp_path, data, "ddp")
+    official._HEADS_BY_WIDTH = heads
+    assert furthest(held, alone) < 1e-4

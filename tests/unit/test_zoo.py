@@ -7,43 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from official_run import CONFIG, TRUNK, official_file
 from PIL import Image
 
 from mar import zoo
 from mar.checkpoint.files import CheckpointError
 from mar.checkpoint.official import from_official, to_official
 from mar.checkpoint.official_vit import PATCH_EMBED
-from mar.config import HeadConfig, ModelConfig, TrainConfig, TrunkConfig
+from mar.config import TrainConfig
 from mar.model.mar import MAR
 from mar.pipeline import Pipeline
 from mar.tokenizer import PixelTokenizer
 from mar.training.run import open_run, resume_official
-
-TRUNK = TrunkConfig(width=16, depth=1, num_heads=2)
-CONFIG = ModelConfig(
-    channels=3, grid=(4, 4), encoder=TRUNK, decoder=TRUNK, head=HeadConfig(16, 1, batch_mul=1), buffer_size=2, classes=2
-)
-
-
-def official_file(path: Path, steps: int = 3) -> tuple[MAR, dict[str, torch.Tensor]]:
-    """A checkpoint-last.pth of a run of the reference; returns its model, and its weights after one more step."""
-    torch.manual_seed(1)
-    model = MAR(CONFIG)
-    named = {name: torch.nn.Parameter(tensor) for name, tensor in to_official(model.state_dict()).items()}
-    still = [p for n, p in named.items() if p.ndim == 1 or n.endswith(".bias") or "diffloss" in n]
-    decayed = [p for p in named.values() if not any(p is other for other in still)]
-    groups = [{"params": still, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.02}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95))
-    gradients = {name: torch.randn_like(p) for name, p in named.items()}
-    for step in range(steps + 1):
-        before = {name: p.detach().clone() for name, p in named.items()}
-        state = {"model": before, "model_ema": before, "optimizer": optimizer.state_dict(), "epoch": 4}
-        if step == steps:
-            torch.save(state, path)
-        for name, p in named.items():
-            p.grad = gradients[name]
-        optimizer.step()
-    return model, {name: p.detach() for name, p in named.items()}
 
 
 def test_bundled_model_has_its_classes() -> None:

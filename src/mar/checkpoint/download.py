@@ -347,9 +347,11 @@ def _sha256_of(entry: dict[str, Any]) -> str | None:
 class _Part:
     """The bytes of a file so far, and the note of which version they are of."""
 
-    def __init__(self, remote: RemoteFile, path: Path) -> None:
+    def __init__(self, remote: RemoteFile, path: Path, *, kept: bool = True) -> None:
         self.remote = remote
         self.path = path
+        self.kept = kept
+        """A later command goes on with it."""
         self.note_path = path.with_name(path.name + ".json")
         self.in_pieces = self.size() > 0
         """The bytes came by more than one answer of the server."""
@@ -461,7 +463,7 @@ def _open_part(remote: RemoteFile, folder: Path) -> Iterator[_Part]:
                     shared.path.unlink()
             return
     with temporary_folder(folder) as temporary:
-        yield _Part(remote, temporary / f"{name}.part")
+        yield _Part(remote, temporary / f"{name}.part", kept=False)
 
 
 def _lock(file: IO[bytes], path: Path) -> bool:
@@ -495,7 +497,8 @@ def _download(
             failures = 1 if part.size() >= furthest + ADVANCE else failures + 1
             furthest = max(furthest, part.size())
             if failures >= attempts:
-                kept = f"; the first {part.size() / MIB:.1f} MiB are kept, run again to go on" if part.size() else ""
+                size = part.size() if part.kept else 0
+                kept = f"; the first {size / MIB:.1f} MiB are kept, run again to go on" if size else ""
                 raise DownloadError(
                     f"could not download {part.remote.name} from {_server(part.remote.url)}: {failed} ({failures} "
                     f"attempts without success{kept})"

@@ -374,3 +374,23 @@ def test_part_is_cut_whatever_address_its_note_has(tmp_path: Path) -> None:
     path.with_name("model.pth.part.json").write_text(json.dumps(note))
     download._Part(RemoteFile("hf://owner/name/model.pth", "model.pth"), path).trim()
     assert path.stat().st_size == 60
+
+
+def test_part_of_another_process_promises_nothing(tmp_path: Path) -> None:
+    """What a lost connection leaves in a folder of its own is removed."""
+    remote = RemoteFile("https://mirror/model.pth", "model.pth")
+    for kept in (True, False):
+        path = tmp_path / f"{kept}.part"
+        path.write_bytes(bytes(2**20))
+
+        def lost(part: object, *arguments: object) -> None:
+            raise download._AttemptFailed("the connection was lost")
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(download, "_attempt", lost)
+            with pytest.raises(DownloadError) as failed:
+                download._download(
+                    download._Part(remote, path, kept=kept), None, 1, lambda seconds: None, 1.0,
+                    urllib.request.build_opener(),
+                )  # fmt: skip
+        assert ("the first 1.0 MiB are kept" in str(failed.value)) == kept

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import stat
 from dataclasses import replace
@@ -388,3 +390,20 @@ def test_store_finite_values_are_told_by_their_bits(dtype: torch.dtype) -> None:
     for value in (float("inf"), float("-inf"), nan, -nan, torch.copysign(nan, torch.tensor(-1.0, dtype=dtype))):
         with pytest.raises(CheckpointError, match="m: w have values that are not finite"):
             store.check_values(Path("m"), {"w": torch.tensor([1.0, value, -1.0], dtype=dtype)})
+
+
+def test_write_where_folders_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some file systems refuse it; the file is there all the same. A file that can't be flushed is an error."""
+    fsync, wrong = os.fsync, errno.EINVAL
+
+    def refuse(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode) or wrong != errno.EINVAL:
+            raise OSError(wrong, "refused")
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    files.write_text(tmp_path / "a.txt", "there")
+    assert (tmp_path / "a.txt").read_text() == "there"
+    wrong = errno.EIO
+    with pytest.raises(CheckpointError):
+        files.write_text(tmp_path / "b.txt", "there")

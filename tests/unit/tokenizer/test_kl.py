@@ -123,21 +123,29 @@ def test_kl_invalid_input_is_refused(tiny: KLTokenizer) -> None:
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", [70]), ("meta", [32, 32, 6])])
-def test_kl_decodes_few_images_at_a_time_but_on_a_cpu(
+def test_kl_computes_few_images_at_a_time_but_on_a_cpu(
     tiny: KLTokenizer, device: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU a batch stays whole: convolutions of other batches differ in last bits."""
     sizes: list[int] = []
     monkeypatch.setattr(torch, "autocast", lambda *args, **options: nullcontext())  # knows no meta device
     tiny = tiny.to(device)
-    decode = tiny.autoencoder.decode
+    decode, encode = tiny.autoencoder.decode, tiny.autoencoder.encode
 
     def counted(raw: torch.Tensor) -> object:
         sizes.append(len(raw))
         return decode(raw)
 
+    def counted_encode(pixels: torch.Tensor) -> object:
+        sizes.append(len(pixels))
+        return encode(pixels)
+
     monkeypatch.setattr(tiny.autoencoder, "decode", counted)
+    monkeypatch.setattr(tiny.autoencoder, "encode", counted_encode)
     with torch.no_grad():
+        assert len(tiny.encode(torch.zeros(70, 3, 8, 8, device=device)).mean) == 70
+        assert sizes == expected
+        sizes.clear()
         images = tiny.decode(torch.zeros(70, tiny.channels, 2, 2, device=device))
     assert sizes == expected
     assert len(images) == 70
