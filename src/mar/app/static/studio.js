@@ -181,16 +181,21 @@ async function draw(request, progress, show) {
   const parts = [name, labels, request.seeds, request.preset, request.settings, request.known ?? null, request.mask ?? null, request.grow ?? 1, state.running.ticket, prompts];
   state.running.abort = new AbortController();
   let last;
-  for await (const event of call("draw", parts, state.running.abort.signal)) {
-    state.running.abort = null;
-    progress(event);
-    if (event.revealed_at) reveals.forEach((reveal, i) => { Object.assign(reveal, { revealedAt: event.revealed_at[i], steps: event.steps }); show(reveal, i, 0); });
-    for (const preview of event.previews) {
-      const images = await Promise.all(preview.images.map(decode));
-      images.forEach((image, i) => { reveals[i].frames.push({ step: preview.step, image }); show(reveals[i], i, preview.step); });
-      await shown();
+  try {
+    for await (const event of call("draw", parts, state.running.abort.signal)) {
+      state.running.abort = null;
+      progress(event);
+      if (event.revealed_at) reveals.forEach((reveal, i) => { Object.assign(reveal, { revealedAt: event.revealed_at[i], steps: event.steps }); show(reveal, i, 0); });
+      for (const preview of event.previews) {
+        const images = await Promise.all(preview.images.map(decode));
+        images.forEach((image, i) => { reveals[i].frames.push({ step: preview.step, image }); show(reveals[i], i, preview.step); });
+        await shown();
+      }
+      last = event;
     }
-    last = event;
+  } catch (error) {
+    if (error.name === "AbortError") return null;  // withdrawn while it waited
+    throw error;
   }
   if (!last.images?.length) return null;
   for (const [i, result] of last.images.entries()) {
