@@ -20,7 +20,7 @@ from mar.data.images import Example, Source, UnreadableImage, source_digest
 from mar.data.latent_cache import LatentSource
 from mar.data.order import labels_of
 from mar.data.paths import NoSplit
-from mar.data.sources import open_data, open_source
+from mar.data.sources import is_stream, open_data, open_source
 from mar.data.stream import StreamSource
 from mar.data.webdataset import TarSource
 from mar.random import make_generator
@@ -272,7 +272,7 @@ def _test_split_of(latents: LatentSource, caption_column: str | None) -> Source 
 def open_test_split(spec: str | Path, caption_column: str | None = None) -> Source | None:
     """Open the test split of data; None: it has none. ValueError for one that can't be read."""
     path = Path(spec).expanduser()
-    if path.is_file() or (path / "state.json").is_file():  # one table
+    if is_stream(spec) or path.is_file() or (path / "state.json").is_file():  # read in passing, or one table
         return None
     try:
         source = open_source(spec, "test", caption_column)
