@@ -513,7 +513,8 @@ class Evaluation:
     """Callback: evaluates a run, and ends it where the PSNR has stopped rising.
 
     The run ends after `patience` evaluations without a rise. Those in its first part do not count: there the PSNR may
-    fall, since the noise rises. PSNRs after the state that a run resumes from are dropped: they will be measured again.
+    fall, since the noise rises, and the averaged weights follow later. PSNRs after the state that a run resumes from
+    are dropped: they will be measured again.
 
     Args:
         run: ended by its `should_stop`.
@@ -537,7 +538,7 @@ class Evaluation:
         self._stop_if_due()
 
     def _stop_if_due(self) -> None:
-        psnrs = [self.psnrs[images] for images in sorted(self.psnrs) if images >= NOISE_RISE * self.run.config.images]
+        psnrs = self._counted()
         if self.run.should_stop or not self.patience or len(psnrs) <= self.patience:
             return
         before, last = max(psnrs[: -self.patience]), max(psnrs[-self.patience :])
@@ -547,6 +548,14 @@ class Evaluation:
                 f"the PSNR of held-out pictures has not risen from {before:.2f} dB for {self.patience} evaluations, "
                 "and its training ends; `mar tokenizer train` with a larger --patience goes on"
             )
+
+    def _counted(self) -> list[float]:
+        """Return the PSNRs since the noise has risen, and since their lowest in the first half of the training."""
+        length = self.run.config.images
+        risen = [images for images in sorted(self.psnrs) if images >= NOISE_RISE * length]
+        early = [images for images in risen if images <= length / 2]
+        lowest = min(early, key=self.psnrs.__getitem__, default=0)
+        return [self.psnrs[images] for images in risen if images >= lowest]
 
 
 def reconstruction_grid(tokenizer: Tokenizer, images: Float[Tensor, "n c h w"]) -> Image.Image:

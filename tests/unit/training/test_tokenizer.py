@@ -288,7 +288,8 @@ def test_tokenizer_run_of_before_is_an_autoencoders(tmp_path: Path) -> None:
     [
         ([20.0, 21.0, 21.01, 20.5, 21.015], 3, 5),
         ([20.0, 21.0, 21.01, 20.5, 21.03], 3, None),
-        ([20.0, 19.0], 1, 2),
+        ([20.0, 21.0, 20.9], 1, 3),
+        ([27.63, 27.38, 27.46, 27.53], 3, None),  # it fell after the noise, and rises again
         ([20.0, 19.0, 18.0], 0, None),
         ([math.nan, math.nan], 1, None),
     ],
