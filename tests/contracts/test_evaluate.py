@@ -404,7 +404,7 @@ def test_evaluate_mismatched_images_are_refused(tmp_path: Path, capsys: pytest.C
     assert "--image-size" in said
     assert evaluate(mixed, "--reference", "pictures", "--image-size", "4") == 0
     said = refused(capsys, "evaluate", png(tmp_path / "small", 6, 6), "--reference", "pictures")
-    assert "(6, 6) and (8, 8)" in said
+    assert "small (train) 6x6, pictures (test) 8x8" in said
 
 
 def test_class_accuracy_without_shared_classes_is_refused(

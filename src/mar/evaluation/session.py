@@ -168,7 +168,7 @@ def _check_same_size(sides: Sequence[FeatureStats | ImageSet]) -> None:
         elif isinstance(side, NpzImages):
             sizes.append((side.name, *side.shape[1:3]))
         elif isinstance(side, SourceImages):
-            sizes += [(side.name, *batch.images.shape[2:]) for batch in side.batches(1, 0, 1)]
+            sizes += [(side.name, *batch.images.shape[2:]) for batch in side.batches(1, 0, 1) if len(batch.images)]
     if len({(height, width) for _, height, width in sizes}) > 1:
         listed = ", ".join(f"{name} {height}x{width}" for name, height, width in sizes)
         raise ValueError(f"got pictures of different sizes: {listed}; give --image-size, or make one of them again")
