@@ -10,6 +10,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import extractors
 import processes
@@ -24,8 +25,9 @@ from tiny import caption_images
 from tiny import write_images as bars
 
 from mar.autoconfig.plan import FolderPlan
+from mar.autoconfig.sizes import VALIDATIONS
 from mar.autoconfig.summary import save_summary
-from mar.autoconfig.timing import TimePlan, save_time_plan
+from mar.autoconfig.timing import RESERVE_SECONDS, TimePlan, save_time_plan
 from mar.checkpoint.tokenizers import save_tokenizer
 from mar.cli import main
 from mar.cli.train_folder import _recipe_options, plan_folder
@@ -717,21 +719,20 @@ def test_folder_time_of_a_run_that_never_began_is_no_plan(data: Path, tmp_path: 
         planned(data, *given, "--minutes", "2")
 
 
-def test_folder_time_counts_validation(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Of 16 pictures, or of one every 8, each at a third of the cost of one that is learned from."""
+def test_folder_time_counts_validation(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 10 pictures, or of one every 8, each at a third of the cost of one that is learned from."""
     monkeypatch.setattr("mar.training.speed.model_speed", lambda *arguments, **options: ModelSpeed(10.0, 0.0))
+    monkeypatch.setattr("mar.cli.train_folder.time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr("mar.cli.train_folder.train_model", lambda *arguments: 0)
     seen = []
     for options in ((), ("--hold-out", "2"), ("--hold-out", "2", "--validate-every", "8")):
         out = tmp_path / f"run{len(seen)}"
         short = ("--batch", "4", "--sample-every", "0", "--minutes", "0.4", *SMALL)
         assert main(["train", "folder", "--data", str(data), "--out", str(out), *short, *options]) == 0, options
         seen.append(json.loads((out / "time.json").read_text())["model_images"])
-    assert "held-out pictures" in capsys.readouterr().err
-    whole, ten_times, often = seen
-    assert ten_times == pytest.approx(whole - 10 * 10 / 3, abs=8)
-    assert often == pytest.approx(whole / (1 + 10 / 3 / 8), abs=8)
+    whole = (0.4 * 60 - RESERVE_SECONDS) * 10
+    expected = [whole, whole - VALIDATIONS * 10 / 3, whole / (1 + 10 / 3 / 8)]
+    assert seen == [images // 4 * 4 for images in expected]
 
 
 def test_folder_evaluation_is_checked_before_a_tokenizer_is_trained(
