@@ -793,6 +793,7 @@ def test_folder_time_counts_the_reading_of_pictures(
     # a fifth of 3 s, or of 0.6 s, less 11 evaluations of a picture and the encoding of 60, in steps of 4
     assert lengths == [592, 112]
     assert said.count("most of the time goes into reading") == 1
+    assert said.count("warning: that is little: a model of 8x8 pixels will see about ") == 2
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,8 @@ FORWARD_COST, ENCODING_COST = 1 / 3, 1 / 6
 """Time of an image without gradients, of that to train on it: the whole forward pass; an encoder alone."""
 MIN_STEPS = 10
 """A training has at least so many steps, however little time there is."""
+FEW_IMAGES = 10_000
+"""A model that sees fewer images draws colors, hardly shapes (docs/quality.md)."""
 RESERVE_SECONDS = 4.0
 """Kept back for opening the run and writing the model."""
 

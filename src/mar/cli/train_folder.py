@@ -346,9 +346,9 @@ class _Steps:
         self, plan: FolderPlan, options: FolderOptions, untrained: TokenizerStep | None
     ) -> tuple[FolderPlan, FolderOptions]:
         """Begin a plan for the user's time. Without one, say how long the trainings take."""
-        from mar.autoconfig.timing import TimePlan, duration, encoding_seconds, seconds_of, tokenizer_images
+        from mar.autoconfig.timing import FEW_IMAGES, TimePlan, duration, encoding_seconds, seconds_of, tokenizer_images
         from mar.data.splits import TOKENIZER_HOLD_OUT
-        from mar.training.speed import reading_seconds, tokenizer_speed
+        from mar.training.speed import model_speed, reading_seconds, tokenizer_speed
         from mar.training.tokenizer import EVAL_IMAGES, STATS_IMAGES
 
         assert options.out is not None
@@ -378,6 +378,14 @@ class _Steps:
             )
             if reading > seconds / 2:
                 _note("warning: most of the time goes into reading; copies of fewer pixels are read faster")
+            model = model_speed(plan.train, self.device, _measure_seconds(seconds) / 2).images_per_second
+            seen = max(seconds - images / speed - reading - encoding, 0.0) * model
+            if seen < FEW_IMAGES:
+                height, width = untrained.config.size
+                _note(
+                    f"warning: that is little: a model of {height}x{width} pixels will see about {seen:,.0f} pictures, "
+                    f"and draws shapes from about {FEW_IMAGES:,} on; give more time, or a smaller --image-size"
+                )
         elif untrained is None and plan.tokenizer is not None:
             images = plan.tokenizer.config.images
         return self._replan(options, TimePlan(seconds, images))
@@ -407,7 +415,7 @@ class _Steps:
 
         `earlier` sessions spent so many seconds on the tokenizer.
         """
-        from mar.autoconfig.timing import MIN_STEPS, duration, model_length
+        from mar.autoconfig.timing import FEW_IMAGES, duration, model_length
         from mar.training.speed import model_speed
 
         assert options.out is not None
@@ -427,8 +435,8 @@ class _Steps:
             f"({speed.images_per_second:.0f} a second){with_grids}; without the limit it would see "
             f"{plan.train.images:,}, in {duration(plan.train.images / speed.images_per_second)}"
         )
-        if length.images <= MIN_STEPS * plan.train.batch:
-            _note("warning: so little time is left that the model will hardly learn; --images N makes its run longer")
+        if length.images < FEW_IMAGES:
+            _note(f"warning: it draws shapes from about {FEW_IMAGES:,} pictures on; --images N makes its run longer")
         return self._replan(options, replace(lengths, model_images=length.images, grids=length.grids))
 
     def _replan(self, options: FolderOptions, lengths: TimePlan) -> tuple[FolderPlan, FolderOptions]:
