@@ -693,6 +693,17 @@ def test_folder_validates_on_the_test_part_of_moved_pictures(tmp_path: Path, mon
     assert len(held_out) == 10
 
 
+def test_folder_begun_tokenizer_keeps_its_noise(place: Path) -> None:
+    """Of earlier versions, short trainings have as much as long ones."""
+    step = plan_folder(WHOLE[2:])[0].tokenizer
+    assert step is not None
+    assert step.config.noise == 0  # of 8 pictures
+    save_config(replace(step.config.resolved(), noise=0.6), place / "run" / "tokenizer")
+    begun = plan_folder(WHOLE[2:])[0].tokenizer
+    assert begun is not None
+    assert begun.config.noise == 0.6
+
+
 def test_folder_names_the_batch_that_is_too_large(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

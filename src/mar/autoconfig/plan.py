@@ -193,6 +193,7 @@ def choose(overrides: Overrides) -> Choice:
     if layout.tokenizer == OWN:
         assert layout.shape is not None
         tokenizer = tokenizer_config_for(summary, layout.size, layout.shape, overrides.tokenizer_images, layout.square)
+        tokenizer = replace(tokenizer, noise=_begun_settings(overrides.out).get("noise", tokenizer.noise))
     return Choice(_recipe(overrides, summary, layout), layout, summary, tokenizer, note, timed=overrides.timed)
 
 
@@ -270,7 +271,7 @@ def _begun_settings(out: Path) -> dict[str, Any]:
     train = _begun_config(TrainConfig, out)
     upright = [begun.upright for begun in (train, latents, tokenizer) if begun is not None]
     return {
-        **({"kind": tokenizer.kind} if tokenizer is not None else {}),
+        **({"kind": tokenizer.kind, "noise": tokenizer.noise} if tokenizer is not None else {}),
         **({"upright": upright[0]} if upright else {}),
         **(
             {"balance": train.balance, "sampling": train.sampling, "prediction": train.model.head.prediction}

@@ -138,6 +138,8 @@ EPOCHS, MIN_IMAGES = 40, 100_000
 """Length of a model's training: so many times each image, and at least so many in all."""
 VALIDATIONS = 10
 """Validations of a model's training."""
+NOISE_IMAGES = 10_000
+"""Shorter trainings of a tokenizer get less noise: they would end below its principal components (docs/quality.md)."""
 TOKENIZER_EVALUATIONS = 10
 """Evaluations of a residual tokenizer's training."""
 TOKENIZER_EPOCHS, TOKENIZER_MIN_IMAGES = 10, 60_000
@@ -394,6 +396,7 @@ def tokenizer_config_for(
     """
     is_residual, side = latents.kind == "residual", square or max(size)
     total = images or max(TOKENIZER_EPOCHS * summary.count, TOKENIZER_MIN_IMAGES)
+    noise = TokenizerTrainConfig.noise
     return TokenizerTrainConfig(
         image_size=size,
         image_channels=summary.image_channels,
@@ -401,6 +404,7 @@ def tokenizer_config_for(
         channels=latents.channels,
         kind="residual" if is_residual else "kl",
         width=None if is_residual else 16 if side <= 64 else 32 if side <= 128 else 64,
+        noise=round(noise * min(total / NOISE_IMAGES, 1.0), 3) if is_residual else noise,
         upright=True,
         images=total,
         warmup=min(TOKENIZER_WARMUP, total // 10),
