@@ -138,7 +138,7 @@ EPOCHS, MIN_IMAGES = 40, 100_000
 """Length of a model's training: so many times each image, and at least so many in all."""
 VALIDATIONS = 10
 """Validations of a model's training."""
-NOISE_IMAGES = 10_000
+NOISE_IMAGES = 6_000
 """Shorter trainings of a tokenizer get less noise: they would end below its principal components (docs/quality.md)."""
 TOKENIZER_EVALUATIONS = 10
 """Evaluations of a residual tokenizer's training."""

@@ -216,7 +216,7 @@ def test_tokenizer_recipe_grows_with_the_images() -> None:
     short = tokenizer_config_for(pictures, (64, 64), LatentShape(8, 16), images=8)
     assert (short.images, short.warmup, short.decay) == (8, 0, 2)
     residual = tokenizer_config_for(pictures, (64, 64), own_shape((64, 64)))
-    shorter = tokenizer_config_for(pictures, (64, 64), own_shape((64, 64)), images=2_500)
+    shorter = tokenizer_config_for(pictures, (64, 64), own_shape((64, 64)), images=1_500)
     assert (residual.noise, shorter.noise) == (0.6, 0.15)
     assert (residual.kind, residual.decay, residual.width) == ("residual", residual.images, None)
 
