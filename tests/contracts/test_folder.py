@@ -697,7 +697,7 @@ def test_folder_begun_tokenizer_keeps_its_noise(place: Path) -> None:
     """Of earlier versions, short trainings have as much as long ones."""
     step = plan_folder(WHOLE[2:])[0].tokenizer
     assert step is not None
-    assert step.config.noise == 0  # of 8 pictures
+    assert step.config.noise < 0.01  # of 8 pictures
     save_config(replace(step.config.resolved(), noise=0.6), place / "run" / "tokenizer")
     begun = plan_folder(WHOLE[2:])[0].tokenizer
     assert begun is not None
