@@ -72,7 +72,7 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of the results (default: runs/gpu)")
-    parser.add_argument("--budget", type=float, help="seconds for all steps (default: 450; to rehearse: no end)")
+    parser.add_argument("--budget", type=float, help="seconds for all steps (default: 450; to rehearse 9000)")
     parser.add_argument("--only", nargs="+", metavar="STEP", help=f"steps to run, of: {', '.join(steps())}")
     parser.add_argument("--left-out", action="store_true", help="run what failed or was left out in the earlier call")
     parser.add_argument("--earlier", type=Path, help="gpu.json of an earlier call (default: the one in OUT)")

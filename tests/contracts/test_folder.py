@@ -720,12 +720,13 @@ def test_folder_names_the_batch_that_is_too_large(
 
 
 def test_folder_time_of_a_run_that_never_began_is_no_plan(data: Path, tmp_path: Path) -> None:
-    """Before a state is saved, another time makes another plan; the same one, and none, keep it."""
+    """Another time makes another plan; the same one, and none, keep it."""
     begun, given = tmp_path / "run", ("--out", str(tmp_path / "run"))
     save_time_plan(TimePlan(60.0, None, 320, 2), begun)
     assert planned(data, *given, "--minutes", "2").train.images == planned(data).train.images
     assert planned(data, *given, "--minutes", "1").train.images == planned(data, *given).train.images == 320
-    (begun / "state-000000000004").mkdir()
+    (begun / "tokenizer").mkdir()
+    (begun / "tokenizer" / "run.json").write_text("{}")
     with pytest.raises(ConfigError, match="planned for 60 s, not 2 min"):
         planned(data, *given, "--minutes", "2")
 

@@ -166,20 +166,13 @@ def _saved_lengths(given: _FolderOverrides) -> TimePlan:
 
 
 def _saved_time_plan(given: _FolderOverrides) -> TimePlan | None:
-    """Return the time plan of a run, or none. Before anything is trained, another time makes another plan."""
+    """Return the time plan of a run, or none. Before a run has begun, another time makes another plan."""
+    from mar.autoconfig.summary import has_begun
     from mar.autoconfig.timing import load_time_plan, seconds_of
 
     saved, seconds = load_time_plan(given.out), seconds_of(given.minutes, given.hours)
     is_same = saved is None or seconds in (None, saved.seconds)
-    return saved if is_same or _has_begun(given.out) else None
-
-
-def _has_begun(out: Path) -> bool:
-    """Return whether a model's training, or that of its tokenizer, has saved a state or is finished."""
-    from mar.checkpoint.run_state import RunState
-    from mar.checkpoint.tokenizers import is_saved
-
-    return is_saved(out / "tokenizer") or any(RunState(folder).states() for folder in (out, out / "tokenizer"))
+    return saved if is_same or has_begun(given.out) else None
 
 
 def _recipe_options(name: str, arguments: Sequence[str]) -> list[str]:
