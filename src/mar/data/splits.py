@@ -252,8 +252,9 @@ def open_train_val(
         test = open_test_split(validate_on, caption_column)
         val = open_source(validate_on, caption_column=caption_column) if test is None else test
     elif not every:
-        val = _test_split_of(train, caption_column) if isinstance(train, LatentSource) else None
-        if not isinstance(train, LatentSource):
+        if isinstance(train, LatentSource):
+            val = _test_split_of(train, caption_column)
+        else:
             val = open_test_split(spec, caption_column)
     return train, val
 
