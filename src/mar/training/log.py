@@ -354,6 +354,7 @@ class TensorBoard:
         self.board.add_image(name, np.asarray(image.convert("RGB")), images, dataformats="HWC")
 
     def close(self) -> None:
+        """Write what is buffered, and close the files."""
         self.board.close()
 
 
@@ -376,14 +377,17 @@ class WandB:
         self.first_image: int = self.run.step  # of a resumed run: the one after the last it has
 
     def write(self, images: int, numbers: Mapping[str, Any]) -> None:
+        """Send the numbers, unless an earlier session did."""
         if images >= self.first_image:
             self.run.log(scalars(numbers), step=images)
 
     def write_image(self, images: int, name: str, image: Image.Image) -> None:
+        """Send an image, unless an earlier session did."""
         if images >= self.first_image:
             self.run.log({name: self.wandb.Image(image)}, step=images)
 
     def close(self) -> None:
+        """Send what is buffered, and end this session of the run."""
         self.run.finish()
 
 
@@ -405,14 +409,17 @@ class Trackio:
             raise ConfigError(f"trackio: {_first_line(error)}") from error
 
     def write(self, images: int, numbers: Mapping[str, Any]) -> None:
+        """Send the numbers, unless an earlier session did."""
         if images >= self.first_image:  # `step` is trackio's own name for images
             self.run.log({f"{n}s" if n == "step" else n: v for n, v in scalars(numbers).items()}, step=images)
 
     def write_image(self, images: int, name: str, image: Image.Image) -> None:
+        """Send an image, unless an earlier session did."""
         if images >= self.first_image:
             self.run.log({name: self.trackio.Image(image)}, step=images)
 
     def close(self) -> None:
+        """Send what is buffered, and end this session of the run."""
         with _stdout_to_stderr():
             self.trackio.finish()
 

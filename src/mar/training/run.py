@@ -47,6 +47,7 @@ from mar.training.parallelize import full_state_dict
 from mar.training.trainer import Progress, Run
 
 Config = TypeVar("Config")
+"""Settings of a run: `TrainConfig` or `TokenizerTrainConfig`."""
 
 logger = logging.getLogger(__name__)
 RUN_FILE = "run.json"
