@@ -31,7 +31,7 @@ from mar.autoconfig.timing import RESERVE_SECONDS, TimePlan, save_time_plan
 from mar.checkpoint.tokenizers import save_tokenizer
 from mar.cli import main
 from mar.cli.train_folder import _recipe_options, plan_folder
-from mar.config import ConfigError
+from mar.config import ConfigError, TrainConfig
 from mar.config.tokenizer import TokenizerTrainConfig
 from mar.data.latent_cache import read_manifest, write_manifest
 from mar.pipeline import Pipeline
@@ -745,6 +745,32 @@ def test_folder_time_counts_validation(data: Path, tmp_path: Path, monkeypatch: 
     whole = (0.4 * 60 - RESERVE_SECONDS) * 10
     expected = [whole, whole - VALIDATIONS * 10 / 3, whole / (1 + 10 / 3 / 8)]
     assert seen == [images // 4 * 4 for images in expected]
+
+
+def test_folder_of_little_time_gets_a_smaller_model(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """So that it sees 20,000 pictures, unless its size was named; a continued run keeps its size."""
+
+    def speed(config: TrainConfig, *arguments: object, **options: object) -> ModelSpeed:
+        return ModelSpeed({192: 10.0, 128: 20.0}.get(config.model.encoder.width, 5.0), 0.0)
+
+    monkeypatch.setattr("mar.training.speed.model_speed", speed)
+    monkeypatch.setattr("mar.cli.train_folder.time", SimpleNamespace(monotonic=lambda: 0.0))
+    monkeypatch.setattr("mar.cli.train_folder.train_model", lambda *arguments: 0)
+    sizes = []
+    for number, options in enumerate(((30,), (35,), (5,), (5, "--model.decoder.width", "192"))):
+        out = ["--data", str(data), "--out", str(tmp_path / f"run{number}")]
+        timed = ["--minutes", str(options[0]), *options[1:]]
+        assert main(["train", "folder", *out, "--sample-every", "0", *timed]) == 0
+        model = planned(data, *out[2:], *options[1:]).train.model  # as it goes on, without the time
+        sizes.append((model.encoder.width, model.decoder.width, model.head.width))
+    assert sizes == [(128, 128, 192), (192, 192, 256), (128, 128, 192), (192, 192, 256)]
+    said = capsys.readouterr().err
+    assert said.count("the time is too short for 3 + 5 blocks 192 wide, head 3 x 256; a smaller model ") == 2
+    assert said.count("learns more in it: 2 + 4 blocks 128 wide, head 3 x 192\n") == 2
+    continued = planned(data, "--out", str(tmp_path / "run0"))
+    assert continued.lines[1].startswith("for so many pictures in so little time: 2 + 4 blocks")
 
 
 def test_folder_evaluation_is_checked_before_a_tokenizer_is_trained(

@@ -31,7 +31,7 @@ from mar.autoconfig.sizes import (
 )
 from mar.autoconfig.summary import load_summary, summarize_cache
 from mar.checkpoint import checksums
-from mar.config import ConfigError, TrainConfig, from_dict, resolve_image_channels
+from mar.config import ConfigError, ModelConfig, TrainConfig, from_dict, resolve_image_channels
 from mar.config.tokenizer import NEW_RUN, TokenizerKind, TokenizerTrainConfig
 from mar.data.conditions import WORDS
 from mar.data.latent_cache import LatentSource, is_cache, read_manifest
@@ -86,6 +86,8 @@ class Overrides:
     """Number of sample grids in the model's training."""
     timed: bool = False
     """The length of the model's training will follow from the time that the user gave."""
+    smaller: int = 0
+    """Sizes of model below the usual one, for little time."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,8 @@ class Choice:
     """The data are cached latents."""
     timed: bool = False
     """The length of the training will follow from the user's time."""
+    has_little_time: bool = False
+    """The model is smaller than usual, for little time."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +198,10 @@ def choose(overrides: Overrides) -> Choice:
         assert layout.shape is not None
         tokenizer = tokenizer_config_for(summary, layout.size, layout.shape, overrides.tokenizer_images, layout.square)
         tokenizer = replace(tokenizer, noise=_begun_settings(overrides.out).get("noise", tokenizer.noise))
-    return Choice(_recipe(overrides, summary, layout), layout, summary, tokenizer, note, timed=overrides.timed)
+    return Choice(
+        _recipe(overrides, summary, layout), layout, summary, tokenizer, note, timed=overrides.timed,
+        has_little_time=overrides.smaller > 0,
+    )  # fmt: skip
 
 
 def _choose_for_cache(overrides: Overrides, source: LatentSource) -> Choice:
@@ -211,7 +218,9 @@ def _choose_for_cache(overrides: Overrides, source: LatentSource) -> Choice:
         )
     # cached latents, or pixels, can't be shifted or turned
     recipe = replace(_recipe(overrides, summary, layout), shift=0, upright=source.manifest.upright)
-    return Choice(recipe, layout, summary, from_cache=True, timed=overrides.timed)
+    return Choice(
+        recipe, layout, summary, from_cache=True, timed=overrides.timed, has_little_time=overrides.smaller > 0
+    )
 
 
 def _check_out_is_apart(out: Path, data: str) -> None:
@@ -332,7 +341,7 @@ def _recipe(overrides: Overrides, summary: DatasetSummary, layout: TokenLayout) 
         raise ConfigError(f"text is {text}, but {overrides.data} has no captions; leave --text out")
     recipe = train_config_for(
         labeled, layout.size, layout.shape, images=overrides.images, grids=overrides.grids, square=layout.square,
-        text=text, text_width=0 if text in (None, "", WORDS) else encoder_width(text),
+        text=text, text_width=0 if text in (None, "", WORDS) else encoder_width(text), smaller=overrides.smaller,
     )  # fmt: skip
     begun = _begun_settings(overrides.out)
     # components are taken of images with the channels that they have
@@ -416,6 +425,14 @@ def _with_latents(
     return replace(plan, train=replace(config, data=str(cache.out), tokenizer=name), tokenizer=step, cache=cache)
 
 
+def describe_size(model: ModelConfig) -> str:
+    """Return the size of a model in words."""
+    return (
+        f"{model.encoder.depth} + {model.decoder.depth} blocks {model.encoder.width} wide, head "
+        f"{model.head.depth} x {model.head.width}"
+    )
+
+
 def _describe(choice: Choice, config: TrainConfig) -> tuple[str, str]:
     """Say in two lines what the images are like, and which model was chosen for them."""
     summary, layout, model = choice.summary, choice.layout, config.model
@@ -441,11 +458,11 @@ def _describe(choice: Choice, config: TrainConfig) -> tuple[str, str]:
     if layout.square and chosen:
         ratio, shape = max(summary.aspect, 1 / summary.aspect), "high as wide" if summary.aspect > 1 else "wide as high"
         more += f", as most are {ratio:.2f} times as {shape}"
+    time = " in so little time" if choice.has_little_time else ""
     seen = "as many pictures as there is time for" if choice.timed else f"{config.images:,} pictures"
     return (
         f"{config.data}: {summary.count:,} {color}pictures {classes}, typically of {summary.side} pixels, cut to "
         f"{height}x{width}{more}; {by}, {model.tokens} tokens of {model.token_width} values each",
-        f"for so many pictures: {model.encoder.depth} + {model.decoder.depth} blocks {model.encoder.width} wide, head "
-        f"{model.head.depth} x {model.head.width}; {seen} to be seen in all, {config.batch} a step"
+        f"for so many pictures{time}: {describe_size(model)}; {seen} to be seen in all, {config.batch} a step"
         f"{captions}",
     )

@@ -78,7 +78,7 @@ class _ModelSize:
     """A size of model and its training."""
 
     max_count: int
-    """Chosen for fewer images than this."""
+    """Chosen for fewer images than this; 0: only where the time is too short for the next size."""
     trunk: tuple[int, int, int, int]
     """Width, heads, blocks of the encoder and of the decoder."""
     head: tuple[int, int, int]
@@ -101,6 +101,8 @@ class _ModelSize:
 
 
 MODEL_SIZES = (
+    _ModelSize(0, (128, 4, 2, 4), (192, 384, 3), buffer_size=8, batch=32,
+               optimizer="muon", rate=1.5e-3, warmup=6_000, ema=0.999, save_every=5_000),
     _ModelSize(20_000, (192, 6, 3, 5), (256, 512, 3), buffer_size=8, batch=32,
                optimizer="muon", rate=1.5e-3, warmup=6_000, ema=0.999, save_every=5_000),
     _ModelSize(200_000, (256, 8, 4, 6), (384, 512, 3), buffer_size=16, batch=64,
@@ -269,6 +271,11 @@ def _patch_size(size: tuple[int, int], latents: LatentShape | None) -> int:
 # ---- training
 
 
+def sizes_below(count: int) -> int:
+    """Returns the number of model sizes below that for `count` images."""
+    return next(index for index, size in enumerate(MODEL_SIZES) if count < size.max_count)
+
+
 def train_config_for(
     summary: DatasetSummary,
     size: tuple[int, int],
@@ -279,6 +286,7 @@ def train_config_for(
     square: int | None = None,
     text: str | None = None,
     text_width: int = 0,
+    smaller: int = 0,
 ) -> TrainConfig:
     """Returns a training run, without its `data` and `tokenizer`.
 
@@ -306,13 +314,14 @@ def train_config_for(
             from `size`.
         text: Reader of captions; by default `words`, if there are captions. "" leaves them unused.
         text_width: Features of a text encoder's tokens, if `text` is one.
+        smaller: Sizes of model to go down from that for the number of images, for little time.
 
     Raises:
         ConfigError: `size` can't be cut into cells or tokens.
     """
     if min(size) < 1:
         raise ConfigError(f"image-size: got {size[0]}x{size[1]}, expected a height and a width of at least 1 pixel")
-    chosen = next(entry for entry in MODEL_SIZES if summary.count < entry.max_count)
+    chosen = MODEL_SIZES[max(sizes_below(summary.count) - smaller, 0)]
     stride, channels = (latents.stride, latents.channels) if latents else (1, summary.image_channels)
     patch_size = _patch_size((square, square) if square else size, latents)
     if any(side % (stride * patch_size) for side in size):

@@ -30,6 +30,8 @@ FORWARD_COST, ENCODING_COST = 1 / 3, 1 / 6
 """Time of an image without gradients, of that to train on it: the whole forward pass; an encoder alone."""
 MIN_STEPS = 10
 """A training has at least so many steps, however little time there is."""
+ENOUGH_IMAGES = 20_000
+"""If a model would see fewer images, a smaller one learns more in the same time (docs/quality.md)."""
 FEW_IMAGES = 10_000
 """A model that sees fewer images draws colors, hardly shapes (docs/quality.md)."""
 RESERVE_SECONDS = 4.0
@@ -48,6 +50,8 @@ class TimePlan:
     """Length of the model's training, in images; None: not chosen yet."""
     grids: int | None = None
     """Number of sample grids in the model's training."""
+    smaller: int = 0
+    """Sizes of model below that for the number of images; the time is too short for that one."""
 
 
 def seconds_of(minutes: float | None, hours: float | None) -> float | None:

@@ -135,6 +135,7 @@ def plan_folder(arguments: Sequence[str], lengths: TimePlan | None = None) -> tu
             tokenizer_images=given.vae.images or lengths.tokenizer_images,
             grids=lengths.grids or Overrides.grids,
             timed=(given.minutes or given.hours) is not None and not (lengths.model_images or given.images),
+            smaller=lengths.smaller,
         )
     )
     vae = OwnTokenizer() if choice.tokenizer is None else OwnTokenizer(**vars(choice.tokenizer))
@@ -341,7 +342,7 @@ class _Steps:
         """Begin a plan for the user's time. Without one, say how long the trainings take."""
         from mar.autoconfig.timing import FEW_IMAGES, TimePlan, duration, encoding_seconds, seconds_of, tokenizer_images
         from mar.data.splits import TOKENIZER_HOLD_OUT
-        from mar.training.speed import model_speed, reading_seconds, tokenizer_speed
+        from mar.training.speed import reading_seconds, tokenizer_speed
         from mar.training.tokenizer import EVAL_IMAGES, STATS_IMAGES
 
         assert options.out is not None
@@ -371,8 +372,8 @@ class _Steps:
             )
             if reading > seconds / 2:
                 _note("warning: most of the time goes into reading; copies of fewer pixels are read faster")
-            model = model_speed(plan.train, self.device, _measure_seconds(seconds) / 2).images_per_second
-            seen = max(seconds - images / speed - reading - encoding, 0.0) * model
+            left = max(seconds - images / speed - reading - encoding, 0.0)
+            seen = left * self._fit_size(plan, TimePlan(seconds, images), left)[1]
             if seen < FEW_IMAGES:
                 height, width = untrained.config.size
                 _note(
@@ -408,6 +409,7 @@ class _Steps:
 
         `earlier` sessions spent so many seconds on the tokenizer.
         """
+        from mar.autoconfig.plan import describe_size
         from mar.autoconfig.timing import FEW_IMAGES, duration, model_length
         from mar.training.speed import model_speed
 
@@ -415,9 +417,17 @@ class _Steps:
         lengths = self.lengths or _saved_time_plan(self.given)
         if lengths is None or lengths.model_images is not None or self.given.images is not None:
             return plan, options
+        seconds, usual = lengths.seconds - earlier, plan.train.model
+        lengths, _ = self._fit_size(plan, lengths, seconds - (time.monotonic() - self.started))
+        plan, options = plan_folder(self.arguments, lengths)
+        if plan.train.model != usual:
+            _note(
+                f"the time is too short for {describe_size(usual)}; a smaller model learns more in it: "
+                f"{describe_size(plan.train.model)}"
+            )
         is_drawn = self.given.sample_every != 0
         speed = model_speed(plan.train, self.device, _measure_seconds(lengths.seconds), draw=is_drawn)
-        left = max(lengths.seconds - earlier - (time.monotonic() - self.started), 0.0)
+        left = max(seconds - (time.monotonic() - self.started), 0.0)
         length = model_length(
             left, speed.images_per_second, speed.grid_seconds, plan.train.batch, sample_every=self.given.sample_every,
             held_out=_count_held_out(plan.train), validate_every=self.given.validate_every,
@@ -431,6 +441,28 @@ class _Steps:
         if length.images < FEW_IMAGES:
             _note(f"warning: it draws shapes from about {FEW_IMAGES:,} pictures on; --images N makes its run longer")
         return self._replan(options, replace(lengths, model_images=length.images, grids=length.grids))
+
+    def _fit_size(self, plan: FolderPlan, lengths: TimePlan, seconds: float) -> tuple[TimePlan, float]:
+        """Choose the size of a model that will be trained for so many seconds.
+
+        Returns the lengths with that size, and the images per second of its training.
+        """
+        from mar import distributed
+        from mar.autoconfig.timing import ENOUGH_IMAGES
+        from mar.training.speed import model_speed
+
+        named = ("--model.encoder", "--model.decoder", "--model.head", "--init")
+        is_chosen = any(word.startswith(named) for word in self.arguments)
+        while True:
+            speed = model_speed(plan.train, self.device, _measure_seconds(lengths.seconds) / 2).images_per_second
+            is_enough = distributed.all_gather_object(speed * seconds >= ENOUGH_IMAGES)[0]  # by rank 0's clock
+            if is_enough or is_chosen:
+                return lengths, speed
+            smaller = replace(lengths, smaller=lengths.smaller + 1)
+            next_plan, _ = plan_folder(self.arguments, smaller)
+            if next_plan.train.model == plan.train.model:  # there is no smaller one
+                return lengths, speed
+            plan, lengths = next_plan, smaller
 
     def _replan(self, options: FolderOptions, lengths: TimePlan) -> tuple[FolderPlan, FolderOptions]:
         """Keep the lengths that rank 0 has chosen, and plan with them."""
