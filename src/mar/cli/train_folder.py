@@ -409,6 +409,7 @@ class _Steps:
 
         `earlier` sessions spent so many seconds on the tokenizer.
         """
+        from mar import distributed
         from mar.autoconfig.plan import describe_size
         from mar.autoconfig.timing import FEW_IMAGES, duration, model_length
         from mar.training.speed import model_speed
@@ -419,7 +420,8 @@ class _Steps:
             return plan, options
         seconds, usual = lengths.seconds - earlier, plan.train.model
         lengths, _ = self._fit_size(plan, lengths, seconds - (time.monotonic() - self.started))
-        plan, options = plan_folder(self.arguments, lengths)
+        with distributed.collective_errors():
+            plan, options = plan_folder(self.arguments, lengths)
         if plan.train.model != usual:
             _note(
                 f"the time is too short for {describe_size(usual)}; a smaller model learns more in it: "
@@ -459,7 +461,8 @@ class _Steps:
             if is_enough or is_chosen:
                 return lengths, speed
             smaller = replace(lengths, smaller=lengths.smaller + 1)
-            next_plan, _ = plan_folder(self.arguments, smaller)
+            with distributed.collective_errors():
+                next_plan, _ = plan_folder(self.arguments, smaller)
             if next_plan.train.model == plan.train.model:  # there is no smaller one
                 return lengths, speed
             plan, lengths = next_plan, smaller
